@@ -1,0 +1,31 @@
+# make demo   from nothing to two trained, evaluated models     make test   the tests     make lint   ruff
+# Everything runs in .venv. uv is used where it is installed, else python3 and pip.
+
+PYTHON := .venv/bin/python
+OUT := out/demo
+
+.PHONY: demo test lint clean
+
+.venv/installed: requirements.txt
+	@if command -v uv >/dev/null; then \
+		set -ex; uv venv --allow-existing .venv; VIRTUAL_ENV=.venv uv pip install -r requirements.txt; \
+	else \
+		set -ex; python3 -m venv .venv; $(PYTHON) -m pip install -r requirements.txt; \
+	fi
+	@touch $@
+
+demo: .venv/installed
+	$(PYTHON) prepare.py demo
+	$(PYTHON) train.py config/route_a_demo.py
+	$(PYTHON) train.py config/route_b_demo.py
+	$(PYTHON) eval_arc.py $(OUT)/route_a/ckpt.pt $(OUT)/route_b/ckpt.pt --suites=sudoku4,maze,transforms,arc1 --limit=100 --out_dir=$(OUT) --json=report.json
+	@echo "Look at $(OUT)/grids.png; the figures are in $(OUT)/report.json"
+
+test: .venv/installed
+	$(PYTHON) -m pytest
+
+lint: .venv/installed
+	$(PYTHON) -m ruff check .
+
+clean:
+	rm -rf .venv out data/raw data/processed data/stages data/arc data/metadata

@@ -1,0 +1,92 @@
+"""
+One checkpoint file: writing it so that a crash never costs the last good one, reading it without trusting it.
+
+A checkpoint is a dict of tensors and plain values, so torch.load(weights_only=True) reads it and nothing in it can run:
+
+    format       CHECKPOINT_FORMAT
+    model        'dense' or 'trm', and model_config, the fields of that file's Config
+    weights      state dict; ema, the averaged weights that evaluation uses, or None
+    tokenizer    fingerprint of the tokenizer it was trained with
+    train        what train.py needs to go on: iter, optimizer, scaler, loader, carries, ... and the figures it reports
+
+Written by train.py. Next to read: sample.py and eval_arc.py, which start with `load_model`.
+"""
+
+import importlib
+import os
+import pickle
+import zipfile
+from dataclasses import fields
+
+import torch
+
+import tokenizer as tok
+
+CHECKPOINT_FORMAT = 1
+MODEL_FILES = {"dense": "model_dense", "trm": "model_trm"}
+
+
+def make_model(name, settings):
+    """
+    The model of file MODEL_FILES[name], with those of `settings` (a dict; None means the default) that its Config has.
+    Raises ValueError for another name, or settings it cannot be built with.
+    """
+    if name not in MODEL_FILES:
+        raise ValueError(f"model must be one of {', '.join(map(repr, MODEL_FILES))}, got {name!r}")
+    module = importlib.import_module(MODEL_FILES[name])
+    known = {f.name for f in fields(module.Config)}
+    return module.Model(module.Config(**{k: v for k, v in settings.items() if k in known and v is not None}))
+
+
+def save(checkpoint, path):
+    """Write beside, flush to disk, rename: whatever happens on the way, `path` holds a whole checkpoint or the one before."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    beside = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(beside, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    finally:
+        if os.path.exists(beside):
+            os.remove(beside)
+
+
+def load(path, map_location="cpu"):
+    """
+    -> the checkpoint dict. Raises FileNotFoundError or ValueError, in one line, for a missing file, a file that is no checkpoint,
+    one of another format, or one trained with another tokenizer.
+    """
+    if not os.path.isfile(path):
+        what = "is a folder" if os.path.isdir(path) else "does not exist"
+        raise FileNotFoundError(f"checkpoint {path} {what}: give the path of a ckpt.pt that train.py wrote")
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as e:
+        raise ValueError(f"{path} is not a checkpoint that can be read, or it is damaged ({type(e).__name__})") from None
+    if not isinstance(checkpoint, dict) or "format" not in checkpoint or "weights" not in checkpoint:
+        raise ValueError(f"{path} is a file of PyTorch's, but not a checkpoint that train.py wrote")
+    if checkpoint["format"] != CHECKPOINT_FORMAT:
+        raise ValueError(f"{path} has checkpoint format {checkpoint['format']}, this version reads {CHECKPOINT_FORMAT}")
+    if checkpoint["tokenizer"] != tok.fingerprint():
+        raise ValueError(f"{path} was trained with another tokenizer ({checkpoint['tokenizer'][:12]}...) than this one "
+                         f"({tok.fingerprint()[:12]}...): its token ids mean something else")  # fmt: skip
+    return checkpoint
+
+
+def load_weights(model, weights, path):
+    """Copy a state dict in. ValueError naming the first differences if the shapes are another model's."""
+    own = model.state_dict()
+    wrong = [k for k in own if k not in weights or weights[k].shape != own[k].shape] + [k for k in weights if k not in own]
+    if wrong:
+        raise ValueError(f"{path} does not fit this model: {len(wrong)} tensors differ, the first are {', '.join(wrong[:3])}")
+    model.load_state_dict(weights)
+
+
+def load_model(path, device="cpu"):
+    """-> (model in evaluation mode with the averaged weights where there are any, checkpoint dict). Raises as `load` does."""
+    checkpoint = load(path)
+    model = make_model(checkpoint["model"], checkpoint["model_config"])
+    load_weights(model, checkpoint["ema"] or checkpoint["weights"], path)
+    return model.to(device).eval(), checkpoint

@@ -1,0 +1,346 @@
+"""
+Route B: a Tiny Recursive Model. One small core, applied over and over to its own answer.
+
+From "Less is More: Recursive Reasoning with Tiny Networks" (arXiv 2510.04871). There are three sequences of vectors, one vector
+per token: x the embedded input, y the current answer, z a latent scratchpad. With f the core (blocks of Route A, post-norm, three
+of KDA to one of full attention):
+
+    recursion           n times  z = f(x + y + z),   then  y = f(y + z)
+    supervision step    T - 1 recursions without gradient, one with; then a loss on what y says, and y, z are carried on, detached
+    training            up to n_sup supervision steps per puzzle, an optimizer step after each
+    answering           n_sup supervision steps
+
+Puzzles are answered on a canvas: the answer's place is written into the row as blank cells, and every cell is predicted at once,
+again and again. Full attention then sees both ways. Text is causal and asks for the next token, as in Route A; each of the passes
+through the core keeps its own cache, so decoding works token by token as well.
+
+The published model learns an embedding per task, and cannot touch a task it was not trained on. Here the task is in the row.
+
+Run `python model_trm.py` to see the 100M model described. Before this: model_dense.py. Next to read: train.py.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import arc
+import tokenizer as tok
+from model_dense import (
+    IGNORE,
+    check_config,
+    core_flops_per_token,
+    describe,
+    make_blocks,
+    puzzle_loss,
+    rope_3d,
+    run_blocks,
+    sample,
+    split_parameters,
+)  # fmt: skip
+
+ANSWER_IDS = [*range(tok.CELL0, tok.CELL0 + 10), tok.VOID]  # what a canvas cell can become
+ANSWER_TOKENS = 8192  # positions per batch when answering: memory stays the same for short and long tasks
+
+
+@dataclass
+class Config:
+    """The defaults are the 100M model with the published recursion settings for puzzles."""
+
+    block_size: int = 1024
+    vocab_size: int = tok.VOCAB_SIZE
+    n_layer: int = 8
+    n_head: int = 12
+    n_embd: int = 768
+    n_ff: int = 2208
+    layer_pattern: str = "kkka"
+    rope_base: float = 100.0
+    norm_eps: float = 1e-5
+    n_latent: int = 6  # n: latent updates per recursion, in puzzles
+    n_recursion: int = 3  # T: recursions per supervision step, all but the last without gradient
+    n_sup: int = 16  # supervision steps per puzzle, at most
+    text_n_latent: int = 1  # the same three for text, where every one of them multiplies the cost of a token
+    text_n_recursion: int = 1
+    text_n_sup: int = 1
+    halt_exploration: float = 0.1  # share of puzzles that must go on for a random number of steps whatever the halting head says
+
+
+class Model(nn.Module):
+    Config = Config
+    puzzle_format = "canvas"
+
+    def __init__(self, config):
+        super().__init__()
+        check_config(config)
+        for name in ("n_latent", "n_recursion", "n_sup", "text_n_latent", "text_n_recursion", "text_n_sup"):
+            if getattr(config, name) < 1:
+                raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = make_blocks(config, post=True)
+        self.q_head = nn.Linear(config.n_embd, 1)  # is the answer all correct?
+        self.register_buffer("y_init", torch.randn(config.n_embd).clamp(-2, 2))
+        self.register_buffer("z_init", torch.randn(config.n_embd).clamp(-2, 2))
+        # Post-norm keeps every vector at length sqrt(n_embd), so branches start at full size. x is scaled to match y and z.
+        for name, p in self.named_parameters():
+            if name.endswith("f_proj.1.weight"):
+                nn.init.zeros_(p)  # as in Route A: KDA first forgets at the pace of its dt_bias alone
+            elif p.ndim == 2:
+                nn.init.normal_(p, std=p.shape[1] ** -0.5)
+            elif name.endswith("bias") and not name.endswith("dt_bias"):
+                nn.init.zeros_(p)
+        nn.init.zeros_(self.q_head.weight)
+
+    def num_params(self):
+        """All of them; the embedding is also the output head and counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def passes(self, mode):
+        """How often one supervision step goes through the core: (all passes, those with gradient)."""
+        c = self.config
+        n, T = (c.n_latent, c.n_recursion) if mode == "puzzle" else (c.text_n_latent, c.text_n_recursion)
+        return T * (n + 1), n + 1
+
+    def flops_per_token(self, context, mode="text", training=False):
+        """FLOPs per token of one supervision step, forward, or forward and backward; head left out in puzzles, as in Route A."""
+        forward, backward = self.passes(mode)
+        head = 2 * self.config.n_embd * self.config.vocab_size if mode == "text" else 0
+        core = core_flops_per_token(self.config, context) * (forward + (2 * backward if training else 0))
+        return (core + head * (3 if training else 1)) * (self.config.text_n_sup if mode == "text" else 1)
+
+    def configure_optimizer(self, weight_decay, learning_rate, betas):
+        return torch.optim.AdamW(split_parameters(self, weight_decay), lr=learning_rate, betas=betas, fused=True)
+
+    # -------------------------------------------------------------------------
+    # the recursion
+
+    def embed(self, idx, positions=None):
+        """idx (B, T) -> x (B, T, n_embd) of about unit size per channel, and the rotation of its positions."""
+        positions = arc.positions(idx) if positions is None else positions
+        rope = rope_3d(positions, self.config.n_embd // self.config.n_head, self.config.rope_base)
+        return self.wte(idx) * self.config.n_embd**0.5, rope
+
+    def supervision_step(self, x, y, z, n, T, rope, visible=None, caches=None):
+        """
+        x, y, z (B, L, n_embd) -> y, z after T recursions, of which the last has a gradient. caches: an iterator over one list of
+        block caches per pass through the core, or None.
+        """
+
+        def f(h):
+            return run_blocks(self.blocks, h, rope, None if caches is None else next(caches), visible)
+
+        for t in range(T):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and t == T - 1):
+                for _ in range(n):
+                    z = f(x + y + z)
+                y = f(y + z)
+        return y, z
+
+    def start(self, x):
+        """The first y and z, for every position alike."""
+        return self.y_init.to(x.dtype).expand_as(x), self.z_init.to(x.dtype).expand_as(x)
+
+    def halt_logit(self, y):
+        """y (B, L, n_embd) -> (B,): above 0, the model thinks the answer is all correct. Read at the first token."""
+        return self.q_head(y[:, 0]).squeeze(-1).float()
+
+    # -------------------------------------------------------------------------
+    # training
+
+    def forward(self, idx, targets=None, *, mode="text", carry=None):
+        """
+        idx (B, L) of token ids, right-padded with PAD in puzzles; targets (B, L), IGNORE where there is no loss.
+        Without targets: logits, None, None; (B, L, vocab_size) in mode "text", in mode "puzzle" (B, L, 11) over ANSWER_IDS after
+        n_sup supervision steps. With targets: None, the loss, the carry. In training, mode "puzzle" takes one supervision step,
+        on the rows that the carry still holds and on rows of idx in place of those that have halted. Evaluated, it takes all
+        n_sup and the loss is the last one's. ValueError if the carry is of other shape than idx.
+        """
+        if mode == "text":
+            return self.forward_text(idx, targets)
+        if targets is not None and self.training:
+            return self.forward_carried(idx, targets, carry)
+        for y, _ in self.think(idx):
+            pass
+        if targets is None:
+            return F.linear(y, self.wte.weight[ANSWER_IDS]), None, None
+        keep = targets != IGNORE
+        return None, self.canvas_loss(y, targets, keep)[0], None
+
+    def forward_text(self, idx, targets):
+        x, rope = self.embed(idx)
+        y, z = self.start(x)
+        losses = []
+        for _ in range(self.config.text_n_sup):
+            y, z = self.supervision_step(x, y.detach(), z.detach(), self.config.text_n_latent, self.config.text_n_recursion, rope)
+            if targets is not None:
+                keep = targets != IGNORE
+                share = torch.full((int(keep.sum()),), 1.0, device=idx.device) / keep.sum()
+                losses.append(LinearCrossEntropy.apply(y[keep], self.wte.weight, targets[keep], share))
+        if targets is None:
+            return F.linear(y, self.wte.weight), None, None
+        if not self.training:
+            return None, losses[-1], None
+        # The halting head has nothing to say about text. Times zero it still gets a gradient, which DDP waits for.
+        return None, sum(losses) / len(losses) + 0.0 * self.halt_logit(y).sum(), None
+
+    def canvas_loss(self, y, targets, keep):
+        """The loss at the canvas cells keep (B, L), and for each row whether all of them are right (B,)."""
+        logits = F.linear(y[keep], self.wte.weight[ANSWER_IDS])
+        wanted = torch.where(targets[keep] == tok.VOID, len(ANSWER_IDS) - 1, targets[keep] - tok.CELL0)
+        rows = keep.nonzero()[:, 0]
+        wrong = torch.bincount(rows, (logits.argmax(-1) != wanted).to(logits.dtype), minlength=len(y))
+        loss = F.cross_entropy(logits.float(), wanted, reduction="none")
+        return (loss * row_shares(rows, len(y))).sum(), wrong == 0
+
+    def forward_carried(self, idx, targets, carry):
+        if carry is None:
+            x, _ = self.embed(idx)
+            y, z = (t.detach() for t in self.start(x))
+            steps = torch.zeros(len(idx), dtype=torch.long, device=idx.device)
+            carry = {"idx": idx, "targets": targets, "y": y, "z": z, "steps": steps, "halted": steps == 0}
+        if carry["idx"].shape != idx.shape:
+            raise ValueError(f"the carry holds rows of shape {tuple(carry['idx'].shape)}, not {tuple(idx.shape)}: keep one per shape")
+        new = carry["halted"]
+        idx = torch.where(new[:, None], idx, carry["idx"])
+        targets = torch.where(new[:, None], targets, carry["targets"])
+        steps = torch.where(new, 0, carry["steps"]) + 1
+        x, rope = self.embed(idx)
+        y_first, z_first = self.start(x)
+        y = torch.where(new[:, None, None], y_first, carry["y"].to(x.dtype))
+        z = torch.where(new[:, None, None], z_first, carry["z"].to(x.dtype))
+
+        y, z = self.supervision_step(x, y, z, self.config.n_latent, self.config.n_recursion, rope, visible(idx))
+        loss, correct = self.canvas_loss(y, targets, targets != IGNORE)
+        q = self.halt_logit(y)
+        loss = loss + 0.5 * F.binary_cross_entropy_with_logits(q, correct.float())
+        with torch.no_grad():
+            halted = (steps >= self.config.n_sup) | ((q > 0) & (steps >= self.steps_to_stay(idx)))
+        carry = {"idx": idx, "targets": targets, "y": y.detach(), "z": z.detach(), "steps": steps, "halted": halted}
+        return None, loss, carry
+
+    def steps_to_stay(self, idx):
+        """
+        Exploration: (B,) the fewest steps each row must take, 1 for most, for a share of halt_exploration uniform in 2..n_sup.
+        Drawn by hashing the row itself rather than from a random number generator, so that one process or two, resumed or not,
+        draw the same for the same row.
+        """
+        weights = torch.arange(1, idx.shape[1] + 1, device=idx.device) * 2654435761 % 2147483647
+        draw = (idx * weights).sum(1) % 2147483647 * 48271 % 2147483647
+        share = draw.double() / 2147483647
+        steps = 2 + (draw * 16807 % 2147483647) % max(self.config.n_sup - 1, 1)
+        return torch.where(share < self.config.halt_exploration, steps, 1)
+
+    # -------------------------------------------------------------------------
+    # answering
+
+    def think(self, idx, n_sup=None):
+        """Yields (y (B, L, n_embd), halting probability (B,)) after each supervision step on the puzzles idx (B, L)."""
+        x, rope = self.embed(idx)
+        y, z = self.start(x)
+        for _ in range(n_sup or self.config.n_sup):
+            y, z = self.supervision_step(x, y, z, self.config.n_latent, self.config.n_recursion, rope, visible(idx))
+            yield y, self.halt_logit(y).sigmoid()
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop=(tok.EOT,), generator=None):
+        """
+        Continue idx (B, T), a token at a time: yields (B,) ids as they are drawn, and ends when row 0 draws one of `stop`. Every
+        pass through the core has its own cache: what a position held in pass 5 is what later positions look up in pass 5.
+        """
+        config = self.config
+        passes = config.text_n_sup * self.passes("text")[0]
+        caches = [[block.mixer.empty_cache(len(idx)) for block in self.blocks] for _ in range(passes)]
+        new = idx
+        for _ in range(max_new_tokens):
+            x, rope = self.embed(new, arc.positions(idx)[:, -new.shape[1] :])
+            y, z = self.start(x)
+            each_pass = iter(caches)
+            for _ in range(config.text_n_sup):
+                y, z = self.supervision_step(x, y, z, config.text_n_latent, config.text_n_recursion, rope, caches=each_pass)
+            drawn = sample(F.linear(y[:, -1], self.wte.weight), temperature, top_k, generator)
+            yield drawn
+            if drawn[0].item() in stop:
+                return
+            new = drawn.unsqueeze(1)
+            idx = torch.cat([idx, new], 1)
+
+    def canvases(self, tasks):
+        """
+        The test inputs of tasks as puzzles: yields (list of (task number, test number, canvas shape, canvas start), idx (B, L)),
+        short ones first, about ANSWER_TOKENS positions at a time. Those longer than block_size are left out.
+        """
+        puzzles = []
+        for i, task in enumerate(tasks):
+            for j, (test_input, _) in enumerate(task.test):
+                shape = arc.canvas_shape(task.train, test_input)
+                ids = arc.encode_prompt(task.kind, task.train, test_input, canvas=shape)
+                if len(ids) <= self.config.block_size:
+                    puzzles.append((i, j, shape, ids))
+        puzzles.sort(key=lambda p: len(p[3]))
+        while puzzles:
+            count = 1
+            while count < len(puzzles) and (count + 1) * len(puzzles[count][3]) <= ANSWER_TOKENS:
+                count += 1
+            part, puzzles = puzzles[:count], puzzles[count:]
+            idx = torch.full((count, len(part[-1][3])), tok.PAD)
+            for row, (_, _, _, ids) in zip(idx, part):
+                row[: len(ids)] = torch.from_numpy(ids.astype(np.int64))
+            yield [(i, j, shape, len(ids) - shape[0] * (shape[1] + 1)) for i, j, shape, ids in part], idx.to(self.wte.weight.device)
+
+    @torch.no_grad()
+    def answer(self, tasks, n_sup=None, trace=False):
+        """
+        Solve tasks, whose test outputs are not read. Returns for each task, for each of its test inputs, a list of (grid, halting
+        probability): the last step's answer first, then the different ones that earlier steps gave, latest first. None where the
+        row does not fit into block_size. With trace, the list holds instead the answer after every supervision step, first to
+        last, with None for a canvas declared all void.
+        """
+        answers = [[None] * len(task.test) for task in tasks]
+        for where, idx in self.canvases(tasks):
+            steps = []
+            for y, p in self.think(idx, n_sup):
+                choice = F.linear(y, self.wte.weight[ANSWER_IDS]).argmax(-1).cpu()
+                steps.append((torch.tensor(ANSWER_IDS)[choice].numpy(), p.tolist()))
+            for b, (i, j, shape, start) in enumerate(where):
+                stop = start + shape[0] * (shape[1] + 1)
+                grids = [(arc.read_canvas(ids[b, start:stop], shape), p[b]) for ids, p in steps]
+                if not trace:
+                    distinct = {}
+                    for grid, p in reversed(grids):
+                        if grid is not None:
+                            distinct.setdefault((grid.shape, grid.tobytes()), (grid, p))
+                    grids = list(distinct.values())
+                answers[i][j] = grids
+        return answers
+
+    @torch.no_grad()
+    def answer_logits(self, tasks, answers):
+        """
+        Log-probabilities of given answers after n_sup steps. answers: for each task, for each test input, a grid or None. Returns
+        the same nesting of float32 arrays (h, w), each cell's log-probability among ANSWER_IDS; None where the answer is None,
+        the row longer than block_size, or the answer larger than the canvas.
+        """
+        out = [[None] * len(task.test) for task in tasks]
+        for where, idx in self.canvases(tasks):
+            for y, _ in self.think(idx):
+                pass
+            log_p = F.linear(y, self.wte.weight[ANSWER_IDS]).float().log_softmax(-1).cpu().numpy()
+            for b, (i, j, (rows, columns), start) in enumerate(where):
+                grid = answers[i][j]
+                if grid is None or grid.shape[0] > rows or grid.shape[1] > columns:
+                    continue
+                canvas = log_p[b, start : start + rows * (columns + 1)].reshape(rows, columns + 1, -1)
+                h, w = grid.shape
+                out[i][j] = np.take_along_axis(canvas[:h, :w], grid[..., None].astype(np.int64), -1)[..., 0]
+        return out
+
+
+def visible(idx):
+    """idx (B, L) -> (B, 1, 1, L): in puzzles everyone sees everyone, padding excepted. Not None, even without padding: None is causal."""
+    return (idx != tok.PAD)[:, None, None, :]
+
+
+if __name__ == "__main__":
+    describe(Model(Config()))

@@ -1,0 +1,384 @@
+"""Grids: every ARC task through the codec, positions against a plain loop, symmetries undone, canvases, scores, pictures.
+
+    python -m pytest tests/test_arc.py
+"""
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import arc
+from arc import SETS, Augment, Task
+from tokenizer import ARC, BLANK, CELL0, EOT, INPUT, OUTPUT, PAD, PROGRAM, ROW, VOID
+
+ROOT = os.path.dirname(os.path.abspath(arc.__file__))
+TASKS = {name: arc.load(name) for name in SETS}
+
+
+def random_grid(rng, largest=30):
+    return rng.integers(0, 10, size=rng.integers(1, largest + 1, size=2)).astype(np.uint8)
+
+
+def same(a, b):
+    return a.dtype == b.dtype == np.uint8 and a.shape == b.shape and np.array_equal(a, b)
+
+
+# ----------------------------------------------------------------------------- tasks
+
+
+def test_sets_are_complete():
+    assert [len(TASKS[s]) for s in SETS] == [400, 400, 1000, 120]
+    assert [sum(len(t.test) for t in TASKS[s]) for s in SETS] == [416, 419, 1076, 167]
+    for tasks in TASKS.values():
+        assert [t.id for t in tasks] == sorted({t.id for t in tasks}) and {t.kind for t in tasks} == {"arc"}
+    train, evaluation = ({t.id for t in TASKS[s]} for s in ("arc2_train", "arc2_eval"))
+    ids = {t.id for t in TASKS["arc1_eval"]}
+    assert len(ids & train) == 376 and len(ids & evaluation) == 6  # as load's docstring warns
+
+
+def test_find():
+    assert len(arc.find("00576224").train) == 2 and arc.find(TASKS["arc2_eval"][0].id).id == TASKS["arc2_eval"][0].id
+    with pytest.raises(ValueError, match="00576224"):
+        arc.find("0057622")
+    with pytest.raises(ValueError, match="arc1_eval"):
+        arc.load("arc1_evl")
+
+
+def test_validate_grid():
+    assert same(arc.validate_grid([[0, 9], [3, 4]]), np.array([[0, 9], [3, 4]], np.uint8))
+    for bad in ([], [[]], [1, 2], [[1, 2], [3]], [[10]], [[-1]], [[0.5]], [["1"]], [[None]], [[True]],
+                np.zeros((31, 1), int), np.zeros((1, 1, 1), int)):
+        with pytest.raises(ValueError, match="not a grid"):
+            arc.validate_grid(bad)
+
+
+# ----------------------------------------------------------------------------- codec
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_task_round_trips(name):
+    for task in TASKS[name]:
+        for question in task.test:
+            pairs = task.train + [question]
+            ids = arc.encode(task.kind, pairs)
+            assert ids.dtype == np.uint16 and len(ids) == 2 + sum(1 + g.shape[0] * (g.shape[1] + 1) for p in pairs for g in p)
+            kind, back = arc.decode(ids)
+            assert kind == task.kind and len(back) == len(pairs)
+            assert all(same(a, b) for p, q in zip(pairs, back) for a, b in zip(p, q))
+
+
+def test_known_encoding():
+    x, y = np.array([[1, 2], [3, 4]], np.uint8), np.array([[9]], np.uint8)
+    want = [PROGRAM, INPUT, CELL0 + 1, CELL0 + 2, ROW, CELL0 + 3, CELL0 + 4, ROW, OUTPUT, CELL0 + 9, ROW, EOT]
+    assert arc.encode("program", [(x, y)]).tolist() == want
+    assert arc.encode_prompt("program", [], x).tolist() == want[:9]
+    assert arc.encode_prompt("program", [(x, y)], x).tolist() == want[:-1] + want[1:9]
+    assert arc.encode_prompt("program", [], x, canvas=(2, 3)).tolist() == want[:9] + ([BLANK] * 3 + [ROW]) * 2
+    assert arc.encode_prompt("program", [], x).dtype == np.uint16
+    big = np.zeros((40, 2), np.uint8)
+    assert same(arc.decode(arc.encode("maze", [(big, big)]))[1][0][0], big)  # the limit of 30 is ARC's, not the format's
+    for kind, pairs in (("chess", [(x, y)]), ("arc", []), ("arc", [(x, y[:0])]), ("arc", [(x, y + 5)])):
+        with pytest.raises(ValueError):
+            arc.encode(kind, pairs)
+
+
+I, O, R, E = INPUT, OUTPUT, ROW, EOT
+C = CELL0
+
+
+@pytest.mark.parametrize("ids, position", [
+    ([], 0), ([E], 0), ([I, C, R, O, C, R, E], 0),                               # no kind
+    ([ARC, E], 1), ([ARC, C, R, O, C, R, E], 1), ([ARC, O, C, R, I, C, R, E], 1),  # no input first
+    ([ARC, I, C, R, O, C, R], 7),                                                # no end
+    ([ARC, I, C, R, E], 4),                                                      # no output
+    ([ARC, I, C, R, O, C, R, I, C, R, E], 10),                                   # nor for the last input
+    ([ARC, I, C, R, I, C, R, E], 4),                                             # two inputs in a row
+    ([ARC, I, O, C, R, E], 2), ([ARC, I, C, R, O, E], 5),                        # no grid
+    ([ARC, I, R, O, C, R, E], 2),                                                # an empty row
+    ([ARC, I, C, O, C, R, E], 3), ([ARC, I, C, R, C, O, C, R, E], 5),            # the end of a row missing
+    ([ARC, I, C, C, R, C, R, O, C, R, E], 6), ([ARC, I, C, R, C, C, R, O, C, R, E], 6),  # ragged
+    ([ARC, I, C, R, R, O, C, R, E], 4),
+    ([ARC, I, C, 11, R, O, C, R, E], 3), ([ARC, I, BLANK, R, O, C, R, E], 2), ([ARC, I, C, R, O, VOID, R, E], 5),
+    ([ARC, I, C, R, O, C, R, E, ARC, I, C, R, O, C, R, E], 7),                   # two documents
+])
+def test_malformed_tasks_are_refused(ids, position):
+    with pytest.raises(ValueError, match=rf"malformed task: .*position {position}\b"):
+        arc.decode(np.array(ids))
+
+
+def test_any_one_damage_is_noticed():
+    # dropping, repeating or changing one token gives either an error or a document that encodes to exactly that: never a silent repair
+    rng = np.random.default_rng(0)
+    task = arc.find("00576224")
+    ids = arc.encode("arc", task.train + task.test).tolist()
+    refused = 0
+    for at in range(len(ids)):
+        other = int(rng.integers(50250, 50280))
+        for damaged in (ids[:at] + ids[at + 1:], ids[:at] + ids[at:at + 1] + ids[at:], ids[:at] + [other] + ids[at + 1:]):
+            try:
+                assert arc.encode(*arc.decode(damaged)).tolist() == damaged
+            except ValueError as e:
+                assert "malformed task" in str(e)
+                refused += 1
+    assert refused > 2 * len(ids)
+
+
+# ----------------------------------------------------------------------------- canvas
+
+
+def test_canvas_covers_the_evaluation_sets():
+    def coverage(name):
+        fits = []
+        for task in TASKS[name]:
+            for x, y in task.test:
+                h, w = arc.canvas_shape(task.train, x)
+                assert max(h, w) <= 30
+                fits.append(y.shape[0] <= h and y.shape[1] <= w)
+        return sum(fits), len(fits)
+    assert coverage("arc1_eval") == (413, 419) and round(413 / 419, 3) == 0.986
+    assert coverage("arc2_eval") == (165, 167) and round(165 / 167, 3) == 0.988
+
+
+def test_canvas_shape():
+    g = np.zeros
+    assert arc.canvas_shape([], g((4, 7))) == (4, 7)
+    assert arc.canvas_shape([(g((3, 3)), g((9, 6)))], g((4, 4))) == (12, 8)
+    assert arc.canvas_shape([(g((3, 3)), g((7, 1)))], g((3, 2))) == (7, 3)   # 3 * (7/3) is 7, not 8
+    assert arc.canvas_shape([(g((2, 2)), g((3, 3)))], g((5, 5))) == (8, 8)   # 7.5 rounded up
+    assert arc.canvas_shape([(g((5, 20)), g((1, 1)))], g((2, 3))) == (5, 20)
+    assert arc.canvas_shape([(g((1, 1)), g((30, 30)))], g((2, 3))) == (30, 30)
+
+
+def test_canvas_round_trip():
+    rng = np.random.default_rng(1)
+    for _ in range(300):
+        answer = random_grid(rng, 12)
+        shape = tuple(int(s + rng.integers(0, 5)) for s in answer.shape)
+        target = arc.canvas_target(answer, shape)
+        assert target.dtype == np.int64 and len(target) == shape[0] * (shape[1] + 1)
+        canvas = arc.encode_prompt("arc", [], answer, canvas=shape)[-len(target):]
+        assert np.array_equal(target == -100, canvas == ROW) and np.array_equal(target != -100, canvas == BLANK)
+        assert same(arc.read_canvas(target, shape), answer)
+        assert same(arc.read_canvas(np.where(target == -100, CELL0 + 5, target), shape), answer)  # whatever is predicted at ROW
+        assert same(arc.read_canvas(torch.from_numpy(target), shape), answer)
+
+
+def test_canvas_known_answers():
+    V = VOID
+    assert arc.canvas_target(np.array([[3]], np.uint8), (2, 2)).tolist() == [C + 3, V, -100, V, V, -100]
+    assert arc.read_canvas([V, V, R, V, V, R], (2, 2)) is None
+    assert same(arc.read_canvas([V, V, R, V, C + 4, R], (2, 2)), np.array([[0, 0], [0, 4]], np.uint8))
+    assert same(arc.read_canvas([C + 1, V, R, C + 2, V, R], (2, 2)), np.array([[1], [2]], np.uint8))
+    assert same(arc.read_canvas([C + 1, BLANK, R, PAD, 17, R], (2, 2)), np.array([[1]], np.uint8))
+    for shape in ((2, 3), (3, 2)):
+        with pytest.raises(ValueError, match="3x3 does not fit"):
+            arc.canvas_target(np.zeros((3, 3), np.uint8), shape)
+
+
+# ----------------------------------------------------------------------------- positions
+
+
+def positions_by_loop(ids):
+    out, number, grid, row, col = [], 0, 0, 0, 0  # `grid` is 0 outside a grid
+    for i in ids:
+        if i in (INPUT, OUTPUT):
+            number += 1
+            grid, row, col = number, 0, 0
+            out.append((0, 0, grid))
+        elif i == ROW or i in (BLANK, VOID) or CELL0 <= i < CELL0 + 10:
+            out.append((row, col, grid) if grid else (0, 0, 0))
+            row, col = (row + 1, 0) if i == ROW else (row, col + 1)
+        else:
+            out.append((0, 0, 0))
+            grid = 0
+            if i == EOT or ARC <= i <= PROGRAM:
+                number = 0
+    return out
+
+
+def test_positions_of_a_small_document():
+    x, y = np.zeros((2, 2), np.uint8), np.zeros((1, 1), np.uint8)
+    got = arc.positions(torch.tensor(np.concatenate([arc.encode("arc", [(x, y)])]).astype(np.int64))[None])
+    assert got.shape == (1, 12, 3) and got.dtype == torch.int64
+    assert got[0].tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, 1], [0, 1, 1], [0, 2, 1], [1, 0, 1], [1, 1, 1], [1, 2, 1],
+                               [0, 0, 2], [0, 0, 2], [0, 1, 2], [0, 0, 0]]
+
+
+def test_positions_match_the_loop():
+    rng = np.random.default_rng(2)
+    rows = []
+    for i in range(12):  # packed rows: documents, text, canvases, padding, cut anywhere
+        parts = []
+        for task in rng.choice(TASKS["arc1_train"], size=6):
+            parts += [arc.encode("arc", task.train + task.test[:1]), rng.integers(0, 50256, size=rng.integers(0, 30)), [EOT][:i % 2],
+                      arc.encode_prompt("maze", [], random_grid(rng, 6), canvas=(3, 4)), [PAD] * int(rng.integers(0, 4))]
+        start = int(rng.integers(0, 300))
+        rows.append(np.concatenate(parts)[start:start + 2000].astype(np.int64))
+    noise = rng.choice([5, EOT, ARC, INPUT, OUTPUT, ROW, CELL0, CELL0 + 9, BLANK, VOID, PAD], size=(20, 1000))  # no sense at all
+    for batch in (np.stack(rows), noise, noise[:, :1], np.full((2, 9), PAD)):
+        got = arc.positions(torch.from_numpy(batch))
+        assert got.tolist() == [[list(p) for p in positions_by_loop(row)] for row in batch.tolist()]
+
+
+# ----------------------------------------------------------------------------- symmetries
+
+
+def test_invert_undoes_augment():
+    rng = np.random.default_rng(3)
+    for i in range(400):
+        grid = random_grid(rng)
+        aug = Augment(i % 8, tuple(rng.permutation(10).tolist()))
+        turned = arc.augment(aug, grid)
+        assert turned.flags.c_contiguous and same(arc.invert(aug, turned), grid) and same(arc.augment(aug, arc.invert(aug, grid)), grid)
+    assert same(arc.augment(arc.IDENTITY, grid), grid)
+
+
+def test_the_eight_symmetries_are_eight_and_turn_as_documented():
+    g = np.array([[1, 2, 3], [4, 5, 6]], np.uint8)
+    seen = [arc.augment(Augment(k, arc.IDENTITY.colours), g).tolist() for k in range(8)]
+    assert seen[0] == g.tolist() and seen[1] == [[3, 6], [2, 5], [1, 4]] and seen[2] == [[6, 5, 4], [3, 2, 1]]
+    assert seen[4] == [[1, 4], [2, 5], [3, 6]]
+    assert len({str(s) for s in seen}) == 8
+    assert arc.augment(Augment(0, (1, 0) + tuple(range(2, 10))), np.array([[0, 1, 2]], np.uint8)).tolist() == [[1, 0, 2]]
+
+
+def test_random_augment():
+    def draw(how, seed, n=2000):
+        rng = np.random.default_rng(seed)
+        return [arc.random_augment(rng, how) for _ in range(n)]
+    assert set(draw("none", 0, 5)) == {arc.IDENTITY}
+    assert {a.dihedral for a in draw("dihedral", 0)} == set(range(8)) and {a.colours for a in draw("dihedral", 0)} == {tuple(range(10))}
+    free = draw("arc", 0)
+    assert {a.dihedral for a in free} == set(range(8)) and all(sorted(a.colours) == list(range(10)) for a in free)
+    assert len({a.colours for a in free}) > 1900 and {a.colours[0] for a in free} == set(range(10))
+    assert draw("arc", 5, 10) == draw("arc", 5, 10) != draw("arc", 6, 10)
+    with pytest.raises(ValueError, match="flip"):
+        arc.random_augment(np.random.default_rng(0), "flip")
+
+
+def test_canonical_hash_is_the_same_under_every_symmetry_and_no_other():
+    rng = np.random.default_rng(4)
+    for i in range(60):
+        grid = random_grid(rng, 8)
+        want = arc.canonical_hash(grid)
+        for k in range(8):
+            assert arc.canonical_hash(arc.augment(Augment(k, tuple(rng.permutation(10).tolist())), grid)) == want
+    # against brute force: on small grids, equal hashes exactly where some symmetry and recolouring takes one to the other
+    def orbit(g):
+        forms = set()
+        for k in range(8):
+            turned = arc.augment(Augment(k, arc.IDENTITY.colours), g)
+            for a in range(3):
+                for b in range(3):
+                    for c in range(3):
+                        if len({a, b, c}) == 3:
+                            forms.add(str(np.array([a, b, c])[turned].tolist()))
+        return frozenset(forms)
+    grids = [np.array(list(np.base_repr(n, 3).zfill(h * w)), int).reshape(h, w).astype(np.uint8)
+             for h, w in ((1, 4), (2, 2), (4, 1), (2, 3)) for n in range(3 ** (h * w))]
+    hashes, orbits = [arc.canonical_hash(g) for g in grids], [orbit(g) for g in grids]
+    assert len(set(hashes)) == len(set(orbits)) == len(set(zip(hashes, orbits)))
+
+
+# ----------------------------------------------------------------------------- scores
+
+
+def test_scores():
+    a, b, wrong = (np.full((2, 2), c, np.uint8) for c in (1, 2, 3))
+    tasks = [Task("one", "arc", [], [(a, a)]), Task("two", "arc", [], [(a, a), (a, b)])]
+
+    def solved(answers, **kw):
+        s = arc.score(tasks, answers, **kw)
+        assert s["outputs_total"] == 3 and s["tasks_total"] == 2
+        return s["outputs_solved"], s["tasks_solved"], s["per_task"]
+    assert solved({}) == (0, 0, {"one": [False], "two": [False, False]})
+    assert solved({"one": [[a]], "two": [[a], [b]]}) == (3, 2, {"one": [True], "two": [True, True]})
+    assert solved({"one": [[wrong, a]], "two": [[wrong, wrong, a], [wrong, b]]}) == (2, 1, {"one": [True], "two": [False, True]})
+    assert solved({"one": [[wrong, a]], "two": [[a], [b]]}, attempts=1) == (2, 1, {"one": [False], "two": [True, True]})
+    assert solved({"one": [None], "two": [[None, a], None]}) == (1, 0, {"one": [False], "two": [True, False]})
+    assert solved({"one": [], "two": [[a]]}) == (1, 0, {"one": [False], "two": [True, False]})
+    assert solved({"one": [[a[:1]]], "two": [[a.astype(np.int64)], [[]]]}) == (1, 0, {"one": [False], "two": [True, False]})
+
+
+def test_true_answers_solve_everything():
+    tasks = TASKS["arc1_eval"]
+    s = arc.score(tasks, {t.id: [[y] for _, y in t.test] for t in tasks})
+    assert (s["outputs_solved"], s["tasks_solved"]) == (419, 400) == (s["outputs_total"], s["tasks_total"])
+
+
+# ----------------------------------------------------------------------------- pictures
+
+
+def colours_on_screen(text):
+    """What a terminal shows: for each line, the background of each character (None where there is none)."""
+    lines = []
+    for line in text.split("\n"):
+        shown, back = [], None
+        while line:
+            if line.startswith("\x1b["):
+                code, line = line[2:].split("m", 1)
+                back = code[5:] if code.startswith("48;2;") else None if code == "0" else back
+            else:
+                shown.append((line[0], back))
+                line = line[1:]
+        lines.append(shown)
+    return lines
+
+
+def test_ansi():
+    rng = np.random.default_rng(5)
+    grid = random_grid(rng)
+    lines = colours_on_screen(arc.ansi(grid))
+    rgb = [";".join(str(int(p[i:i + 2], 16)) for i in (1, 3, 5)) for p in arc.PALETTE]
+    assert len(set(rgb)) == 10
+    assert [[back for _, back in line] for line in lines] == [[rgb[c] for c in row for _ in range(2)] for row in grid]
+    wrong = rng.random(grid.shape) < 0.5
+    marked = colours_on_screen(arc.ansi(grid, wrong))
+    assert [[ch != " " for ch, _ in line[::2]] for line in marked] == wrong.tolist()
+
+
+def test_ansi_row_stays_within_the_width():
+    g = np.zeros((3, 10), np.uint8)
+    out = arc.ansi_row([("one", g, None), ("two", g, g), ("three", None, g), ("four", g + 1, g)], width=60)
+    assert all(len(line) <= 60 for line in colours_on_screen(out))
+    assert all(t in out for t in ("one", "two", "three", "four", "no answer")) and out.count("><") == 30
+
+
+def test_wrong_cells():
+    a = np.array([[1, 2], [3, 4]], np.uint8)
+    assert not arc.wrong_cells(a, a).any()
+    assert arc.wrong_cells(a, np.array([[1, 0, 5]], np.uint8)).tolist() == [[False, True], [True, True]]
+
+
+def test_picture_shows_colours_and_crosses(tmp_path):
+    from matplotlib.image import imread
+    path = str(tmp_path / "new" / "grids.png")
+    grid = np.array([[2]], np.uint8)
+
+    def reds(panels):
+        arc.picture([("row", panels)], path, "a $title")
+        image = (imread(path)[..., :3] * 255).round().astype(int)
+        return int((image == [0xFF, 0x41, 0x36]).all(-1).sum())
+    right, crossed = reds([("a", grid, grid)]), reds([("a", grid, grid + 1)])
+    assert right > 400 and right * 0.3 < crossed < right * 0.95  # the cross covers a part of the cell
+    assert reds([("a", None, None)]) == reds([("a", None, grid)]) == 0
+    assert math.isclose(reds([("a", grid, None), ("b", np.tile(grid, (2, 3)), None)]), 7 * right, rel_tol=0.1)  # same cell size along a row
+    assert os.listdir(tmp_path / "new") == ["grids.png"]  # nothing else left behind
+    arc.picture([], path)
+
+
+def test_command_line(tmp_path):
+    def run(*args):
+        return subprocess.run([sys.executable, "arc.py", *args], check=False, cwd=ROOT, capture_output=True, text=True)
+    out = run("00576224", f"--png={tmp_path / 'task.png'}")
+    assert out.returncode == 0 and "arc1_eval" in out.stdout and (tmp_path / "task.png").read_bytes().startswith(b"\x89PNG")
+    out = run("0057622", f"--png={tmp_path / 'no.png'}")
+    assert out.returncode == 1 and out.stderr.startswith("error: ") and out.stderr.count("\n") == 1 and "00576224" in out.stderr
+    assert os.listdir(tmp_path) == ["task.png"]
+    with pytest.raises(OSError, match="is a folder"):
+        arc.picture([], str(tmp_path))
+    assert not [f for f in os.listdir(tmp_path.parent) if f.endswith(".tmp")]
