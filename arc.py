@@ -249,6 +249,20 @@ def positions(idx):
     return torch.stack([row, col, grid], -1) * in_grid[..., None]
 
 
+def same_place(idx, positions):
+    """idx: (B, T) long, positions: (B, T, 3) as above -> (B, T) long: at a BLANK cell of the last grid, the id of the cell at the same
+    row and column of the grid before it, which for a canvas is the test input; BLANK where there is none, and at all other tokens."""
+    side = MAX_SIDE + 2
+    row, col, grid = positions.unbind(-1)
+    place = row.clamp(max=side - 1) * side + col.clamp(max=side - 1)
+    last = grid.amax(1, keepdim=True)
+    nowhere = side * side
+    source = (grid == last - 1) & (last > 1) & (idx >= CELL0) & (idx < CELL0 + 10)
+    table = torch.full((len(idx), nowhere + 1), BLANK, device=idx.device)
+    table.scatter_(1, torch.where(source, place, nowhere), torch.where(source, idx, BLANK))
+    return table.gather(1, torch.where((grid == last) & (idx == BLANK), place, nowhere))
+
+
 # -----------------------------------------------------------------------------
 # symmetries
 

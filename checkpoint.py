@@ -14,8 +14,6 @@ Written by train.py. Next to read: sample.py and eval_arc.py, which start with `
 
 import importlib
 import os
-import pickle
-import zipfile
 from dataclasses import fields
 
 import torch
@@ -63,7 +61,9 @@ def load(path, map_location="cpu"):
         raise FileNotFoundError(f"checkpoint {path} {what}: give the path of a ckpt.pt that train.py wrote")
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as e:
+    except OSError:
+        raise
+    except Exception as e:  # bytes that are no checkpoint fail in any way they like
         raise ValueError(f"{path} is not a checkpoint that can be read, or it is damaged ({type(e).__name__})") from None
     if not isinstance(checkpoint, dict) or "format" not in checkpoint or "weights" not in checkpoint:
         raise ValueError(f"{path} is a file of PyTorch's, but not a checkpoint that train.py wrote")

@@ -158,7 +158,7 @@ def table(report):
                      shown(r["val_loss"], ".3f"), *(result(s, r["suites"][s]) for s in suites)])
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(2, ["-" * w for w in widths])
-    lines = ["  ".join([row[0].ljust(widths[0]), *(text.rjust(w) for text, w in zip(row[1:], widths[1:]))]) for row in rows]
+    lines = ["  ".join([row[0].ljust(widths[0]), *(text.rjust(w) for text, w in zip(row[1:], widths[1:]))]).rstrip() for row in rows]
     lines.append("")
     lines.append("Puzzles: solved exactly, of all. arc1, arc2: tasks that fit into block_size, solved in two attempts, and tasks too long.")
     for suite in suites:

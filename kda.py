@@ -74,27 +74,28 @@ def decay_to_end(g):
     return after.flip(-2).cumsum(-2).flip(-2).exp()
 
 
-def pairwise(x, k, g, block):
+def pairwise(xs, k, g, block):
     """
-    M_ij = sum_c x_ic k_jc exp(g_{j+1,c} + ... + g_ic) for j <= i. Above the diagonal: anything finite.
-    x (2, ..., C, K), k and g (..., C, K) -> (2, ..., C, C), with C a power of two times block, and the decay inside each block
-    above -MILD, or block = 1.
+    For each x of xs: M_ij = sum_c x_ic k_jc exp(g_{j+1,c} + ... + g_ic) for j <= i. Above the diagonal: anything finite.
+    x, k and g (..., C, K) -> list of (..., C, C), with C a power of two times block, and the decay inside each block above -MILD,
+    or block = 1.
     """
     if block > 1:
         G = g.unflatten(-2, (-1, block)).cumsum(-2)
-        G = G - G[..., -1:, :] / 2
-        M = x.unflatten(-2, (-1, block)) * G.exp() @ (k.unflatten(-2, (-1, block)) * (-G).exp()).transpose(-1, -2)
+        decay = (G - G[..., -1:, :] / 2).exp()
+        early = (k.unflatten(-2, (-1, block)) / decay).transpose(-1, -2)
+        Ms = [x.unflatten(-2, (-1, block)) * decay @ early for x in xs]
     else:
-        M = (x * k).sum(-1)[..., None, None]
-    while block < k.shape[-2]:  # M holds the blocks on the diagonal, (..., C / block, block, block): merge them two by two
-        xs, ks, gs = (t.unflatten(-2, (-1, 2, block)) for t in (x, k, g))  # (..., C / 2block, 2, block, K)
-        late = xs[..., 1, :, :] * gs[..., 1, :, :].cumsum(-2).exp()
-        early = ks[..., 0, :, :] * decay_to_end(gs[..., 0, :, :])
-        across = late @ early.transpose(-1, -2)
-        first, second = M[..., 0::2, :, :], M[..., 1::2, :, :]
-        M = torch.cat([F.pad(first, (0, block)), torch.cat([across, second], -1)], -2)
+        Ms = [(x * k).sum(-1)[..., None, None] for x in xs]
+    while block < k.shape[-2]:  # Ms hold the blocks on the diagonal, (..., C / block, block, block): merge them two by two
+        first, second = (t.squeeze(-3) for t in g.unflatten(-2, (-1, 2, block)).split(1, -3))  # (..., C / 2block, block, K)
+        decay = second.cumsum(-2).exp()
+        early = (k.unflatten(-2, (-1, 2, block))[..., 0, :, :] * decay_to_end(first)).transpose(-1, -2)
+        for i, (x, M) in enumerate(zip(xs, Ms)):
+            across = x.unflatten(-2, (-1, 2, block))[..., 1, :, :] * decay @ early
+            Ms[i] = torch.cat([F.pad(M[..., 0::2, :, :], (0, block)), torch.cat([across, M[..., 1::2, :, :]], -1)], -2)
         block *= 2
-    return M.squeeze(-3)
+    return [M.squeeze(-3) for M in Ms]
 
 
 def choose_blocks(g, T):
@@ -123,7 +124,7 @@ def unit_lower_inverse(P):
     while size > 4:
         size //= 2
 
-    def on_diagonal(size, below):  # (..., C / size, size, size) blocks of P on the diagonal, or the ones below, left, in every second
+    def on_diagonal(size, below):  # (..., C / size, size, size) blocks of P on the diagonal, or every second of those one below
         blocks = P.unflatten(-1, (-1, size)).unflatten(-3, (-1, size)).transpose(-2, -3)  # (..., C/size, C/size, size, size)
         blocks = blocks[..., 1::2, 0::2, :, :] if below else blocks
         return blocks.diagonal(dim1=-4, dim2=-3).movedim(-1, -3)
@@ -169,12 +170,11 @@ def chunk_kda(q, k, v, g, beta, scale, state, need_state):
     pad = N * C - T
 
     def chunks(t):  # (B, T, H, D) -> (B, H, N, C, D); padding tokens have k = beta = g = 0 and leave the state alone
-        t = F.pad(t, (0, 0, 0, 0, 0, pad)) if pad else t
-        return t.view(B, N, C, H, -1).permute(0, 3, 1, 2, 4)
+        return F.pad(t.transpose(1, 2), (0, 0, 0, pad)).view(B, H, N, C, -1)
 
     q, k, v, g, beta = chunks(q), chunks(k), chunks(v), chunks(g), chunks(beta.unsqueeze(-1))
-    PQ = pairwise(torch.stack([k, q * scale]), k, g, block)
-    P, Q = beta * PQ[0].tril(-1), PQ[1].tril()
+    P, Q = pairwise([k, q * scale], k, g, block)
+    P, Q = beta * P.tril(-1), Q.tril()
 
     if N == 1 and state is None:  # short sequences: no state comes in, so half of the work is not there
         u = SolveUnitLower.apply(P, beta * v)
@@ -194,7 +194,7 @@ def chunk_kda(q, k, v, g, beta, scale, state, need_state):
             outputs.append(q_start[:, :, n] @ state + Q[:, :, n] @ new)
             state = decay[:, :, n] * state + k_end[:, :, n] @ new
         o = torch.stack(outputs, 2)
-    return o.permute(0, 2, 3, 1, 4).reshape(B, N * C, H, V)[:, :T], state
+    return o.reshape(B, H, N * C, V)[:, :, :T].transpose(1, 2), state
 
 
 # -----------------------------------------------------------------------------

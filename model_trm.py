@@ -30,12 +30,13 @@ import arc
 import tokenizer as tok
 from model_dense import (
     IGNORE,
+    LinearCrossEntropy,
     check_config,
     core_flops_per_token,
     describe,
     make_blocks,
-    puzzle_loss,
     rope_3d,
+    row_shares,
     run_blocks,
     sample,
     split_parameters,
@@ -117,10 +118,17 @@ class Model(nn.Module):
     # the recursion
 
     def embed(self, idx, positions=None):
-        """idx (B, T) -> x (B, T, n_embd) of about unit size per channel, and the rotation of its positions."""
+        """
+        idx (B, T) -> x (B, T, n_embd) of about unit size per channel, and the rotation of its positions.
+
+        A blank cell of the canvas also gets the embedding of the test input's cell at the same place. Most puzzles keep most
+        cells; without this the core must first discover how to look up one cell among all (measured in LOG.md).
+        """
         positions = arc.positions(idx) if positions is None else positions
         rope = rope_3d(positions, self.config.n_embd // self.config.n_head, self.config.rope_base)
-        return self.wte(idx) * self.config.n_embd**0.5, rope
+        above = arc.same_place(idx, positions)
+        x = self.wte(idx) + self.wte(above) * (above != tok.BLANK).unsqueeze(-1)
+        return x * self.config.n_embd**0.5, rope
 
     def supervision_step(self, x, y, z, n, T, rope, visible=None, caches=None):
         """
