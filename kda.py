@@ -76,14 +76,15 @@ def decay_to_end(g):
 
 def pairwise(xs, k, g, block):
     """
-    For each x of xs: M_ij = sum_c x_ic k_jc exp(g_{j+1,c} + ... + g_ic) for j <= i. Above the diagonal: anything finite.
+    For each x of xs: M_ij = sum_c x_ic k_jc exp(g_{j+1,c} + ... + g_ic) for j <= i. Above the diagonal: anything, inf included.
     x, k and g (..., C, K) -> list of (..., C, C), with C a power of two times block, and the decay inside each block above -MILD,
     or block = 1.
     """
     if block > 1:
         G = g.unflatten(-2, (-1, block)).cumsum(-2)
-        decay = (G - G[..., -1:, :] / 2).exp()
-        early = (k.unflatten(-2, (-1, block)) / decay).transpose(-1, -2)
+        G = G - G[..., -1:, :] / 2
+        decay = G.exp()
+        early = (k.unflatten(-2, (-1, block)) * (-G).exp()).transpose(-1, -2)  # not k / decay: its gradient squares the decay
         Ms = [x.unflatten(-2, (-1, block)) * decay @ early for x in xs]
     else:
         Ms = [(x * k).sum(-1)[..., None, None] for x in xs]

@@ -125,9 +125,10 @@ class Block(nn.Module):
     through once; post-norm, norm(x + f(x)), for a core that is gone through again and again and must not grow (post=True).
     """
 
-    def __init__(self, config, kind, post=False):
+    def __init__(self, config, kind, post=False, right_to_left=False):
         super().__init__()
         self.kind, self.post = kind, post
+        self.right_to_left = right_to_left  # KDA only, and only where everyone may see everyone
         if kind == "k":
             self.mixer = KimiDeltaAttention(config.n_embd, config.n_head, config.n_embd // config.n_head)
         else:
@@ -138,14 +139,22 @@ class Block(nn.Module):
 
     def forward(self, x, rope, cache=None, visible=None):
         h = x if self.post else self.norm_1(x)
-        h, cache = self.mixer(h, cache) if self.kind == "k" else self.mixer(h, rope, cache, visible)
+        if self.kind == "a":
+            h, cache = self.mixer(h, rope, cache, visible)
+        elif self.right_to_left and visible is not None:
+            # Padding now comes first. As zeros it gives keys of zero, which write nothing: as if it were not there.
+            h = self.mixer((h * visible[:, 0, 0, :, None]).flip(1))[0].flip(1)
+        else:
+            h, cache = self.mixer(h, cache)
         x = self.norm_1(x + h) if self.post else x + h
         return (self.norm_2(x + self.mlp(x)) if self.post else x + self.mlp(self.norm_2(x))), cache
 
 
-def make_blocks(config, post=False):
-    """n_layer blocks with layer_pattern tiled over them."""
-    return nn.ModuleList(Block(config, config.layer_pattern[i % len(config.layer_pattern)], post) for i in range(config.n_layer))
+def make_blocks(config, post=False, right_to_left=False):
+    """n_layer blocks with layer_pattern tiled over them. With right_to_left, the second of every three KDA layers can turn round."""
+    kinds = [config.layer_pattern[i % len(config.layer_pattern)] for i in range(config.n_layer)]
+    turned = [kind == "k" and kinds[:i].count("k") % 3 == 1 and right_to_left for i, kind in enumerate(kinds)]
+    return nn.ModuleList(Block(config, kind, post, turn) for kind, turn in zip(kinds, turned))
 
 
 def run_blocks(blocks, x, rope, caches=None, visible=None):

@@ -11,8 +11,8 @@ of KDA to one of full attention):
     answering           n_sup supervision steps
 
 Puzzles are answered on a canvas: the answer's place is written into the row as blank cells, and every cell is predicted at once,
-again and again. Full attention then sees both ways. Text is causal and asks for the next token, as in Route A; each of the passes
-through the core keeps its own cache, so decoding works token by token as well.
+again and again. Full attention then sees both ways, and one in three KDA layers reads from the end. Text is causal and asks for
+the next token, as in Route A; each of the passes through the core keeps its own cache, so decoding works token by token as well.
 
 The published model learns an embedding per task, and cannot touch a task it was not trained on. Here the task is in the row.
 
@@ -65,6 +65,7 @@ class Config:
     text_n_latent: int = 1  # the same three for text, where every one of them multiplies the cost of a token
     text_n_recursion: int = 1
     text_n_sup: int = 1
+    right_to_left: bool = True  # in puzzles, the second of every three KDA layers reads from the end (measured in LOG.md)
     halt_exploration: float = 0.1  # share of puzzles that must go on for a random number of steps whatever the halting head says
 
 
@@ -80,7 +81,7 @@ class Model(nn.Module):
                 raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = make_blocks(config, post=True)
+        self.blocks = make_blocks(config, post=True, right_to_left=config.right_to_left)
         self.q_head = nn.Linear(config.n_embd, 1)  # is the answer all correct?
         self.register_buffer("y_init", torch.randn(config.n_embd).clamp(-2, 2))
         self.register_buffer("z_init", torch.randn(config.n_embd).clamp(-2, 2))

@@ -62,6 +62,7 @@ n_sup: int | None = None  # Route B: supervision steps per puzzle, at most
 text_n_latent: int | None = None  # Route B: the same three for text
 text_n_recursion: int | None = None
 text_n_sup: int | None = None
+right_to_left: bool | None = None  # Route B: in puzzles, the second of every three KDA layers reads from the end
 halt_exploration: float | None = None  # Route B: share of puzzles made to go on whatever the halting head says
 # ---- optimizer
 learning_rate = 6e-4

@@ -1,0 +1,437 @@
+"""kda.py against the recurrence written out as matrices in float64: values and gradients, for every length and any gate."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kda as kda_file
+from kda import MILD, KimiDeltaAttention, ShortConvFunction, kda
+
+torch.set_num_threads(1)  # tensors are small here: threads would only wait for each other
+NAMES = ("q", "k", "v", "g", "beta", "initial_state")
+LENGTHS = (1, 2, 3, 5, 15, 16, 17, 43, 63, 64, 65, 100, 257)
+
+
+def reference(q, k, v, g, beta, scale=None, state=None):
+    """S_t = (I - beta k k^T) Diag(alpha) S + beta k v^T, o = scale S^T q, token by token with the matrices themselves."""
+    B, T, H, K = q.shape
+    S = q.new_zeros(B, H, K, v.shape[-1]) if state is None else state
+    I = torch.eye(K, dtype=q.dtype)
+    outputs = []
+    for t in range(T):
+        kt, vt, bt = k[:, t, :, :, None], v[:, t, :, None, :], beta[:, t, :, None, None]
+        S = (I - bt * kt * kt.transpose(-1, -2)) @ (g[:, t].exp()[..., None] * S) + bt * kt * vt
+        outputs.append((S.transpose(-1, -2) @ q[:, t, :, :, None])[..., 0] * (K**-0.5 if scale is None else scale))
+    return torch.stack(outputs, 1), S
+
+
+def make_gate(kind, B, T, H, K, rng):
+    u = torch.rand(B, T, H, K, dtype=torch.float64, generator=rng)
+    many = min(T, 64)  # tokens in a chunk
+    if kind == "none":
+        return u * 0
+    if kind == "mild":
+        return -0.05 * u
+    if kind == "inside":  # a chunk forgets just less, or just more, than the limit of the factorised path
+        return -(MILD - 1) / many * (1 + 0 * u)
+    if kind == "outside":
+        return -(MILD + 1) / many * (1 + 0 * u)
+    if kind == "one drop inside":  # slow gates, and one token that nearly reaches the limit by itself
+        g = -0.01 * u
+        g[:, many // 2] -= MILD - 2
+        return g
+    if kind == "uneven":  # channels from no decay to full reset in a few tokens
+        return -u * torch.logspace(-3, 1.5, K, dtype=torch.float64)
+    if kind == "largest A":
+        return -16 * F.softplus(6 * u - 3)
+    if kind == "-50":
+        return -50 + 0 * u
+    if kind == "resets":
+        return (-0.1 * u).masked_fill(torch.rand(B, T, H, K, generator=rng) < 0.05, -math.inf)
+    if kind == "whole resets":
+        return (-0.1 * u).masked_fill(torch.rand(B, T, H, 1, generator=rng) < 0.1, -math.inf)
+    if kind == "all -inf":
+        return -math.inf + 0 * u
+    raise AssertionError(kind)
+
+
+GATES = ("none", "mild", "inside", "outside", "one drop inside", "uneven", "largest A", "-50", "resets", "whole resets", "all -inf")
+
+
+def make(gate, T, H=3, K=8, V=5, seed=0, keys="random", state=True):
+    """float64 inputs of four rows, with beta random, 0, 1 and 2."""
+    rng = torch.Generator().manual_seed(1000 * seed + T)
+    B = 4
+
+    def normal(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=rng)
+
+    q, k, v = F.normalize(normal(B, T, H, K), dim=-1), F.normalize(normal(B, T, H, K), dim=-1), normal(B, T, H, V)
+    beta = torch.rand(B, T, H, dtype=torch.float64, generator=rng)
+    beta[1], beta[2], beta[3] = 0, 1, 2
+    if keys == "same":
+        k = k[:, :1].expand(B, T, H, K).contiguous()
+    elif keys == "long":  # beta |k|^2 stays below 2: beyond, the recurrence itself explodes
+        k, beta = 30 * k, beta / 900
+    elif keys == "zero":
+        k = k * 0
+    g = make_gate(gate, B, T, H, K, rng)
+    # rounded to float32, so that the reference sees what the float32 computation sees
+    return [t.float().double() for t in (q, k, v, g, beta, normal(B, H, K, V))][: None if state else 5]
+
+
+def run(function, inputs, dtype, final, seed=0):
+    """-> (outputs, gradients) of a random linear function of o, and of the final state where `final`."""
+    inputs = [t.to(dtype).requires_grad_() for t in inputs]
+    o, S = function(inputs)
+    rng = torch.Generator().manual_seed(seed)
+    loss = (o.double() * torch.randn(o.shape, dtype=torch.float64, generator=rng)).sum()
+    if final:
+        loss = loss + (S.double() * torch.randn(S.shape, dtype=torch.float64, generator=rng)).sum()
+    grads = torch.autograd.grad(loss, inputs, allow_unused=True)
+    outputs = {"o": o.detach(), **({"state": S.detach()} if final else {})}
+    return outputs, {"d" + n: torch.zeros_like(t) if d is None else d for n, t, d in zip(NAMES, inputs, grads)}
+
+
+def by_reference(inputs):
+    return reference(*inputs[:5], state=inputs[5] if len(inputs) > 5 else None)
+
+
+def by_kda(inputs, final=True, backend="chunk"):
+    return kda(*inputs[:5], initial_state=inputs[5] if len(inputs) > 5 else None, output_final_state=final, backend=backend)
+
+
+def check(got, want, tolerance, what):
+    for name in want:
+        a, b = got[name].double(), want[name].double()
+        assert a.isfinite().all(), f"{what}: {name} is not finite"
+        # besides the relative error, nothing below what one rounding of a number of size one may leave
+        error, allowed = (a - b).norm().item(), tolerance * b.norm().item() + 1e-7 * b.numel() ** 0.5
+        assert error <= allowed, f"{what}: {name} is off by {error:.1e} of {b.norm().item():.1e}"
+
+
+def compare(inputs, what, final=True, backend="chunk", forward=1e-5, backward=1e-4):
+    want, d_want = run(by_reference, inputs, torch.float64, final)
+    got, d_got = run(lambda i: by_kda(i, final, backend), inputs, torch.float32, final)
+    check(got, want, forward, what)
+    check(d_got, d_want, backward, what)
+
+
+# ---- the operator
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_chunked_form_is_the_recurrence(gate):
+    lengths = LENGTHS if gate in ("mild", "resets") else (1, 3, 16, 43, 64, 65, 130)
+    for i, T in enumerate(lengths):
+        # state in and out, out only, none at all: the last takes a way of its own in short sequences
+        compare(make(gate, T, H=1 if i % 3 == 2 else 3, state=i % 3 == 0), f"{gate}, T={T}", final=i % 3 != 2)
+        if T <= 65:
+            compare(make(gate, T, H=1, state=i % 3 == 2, seed=1), f"{gate}, T={T}, other state", final=i % 3 == 0)
+
+
+@pytest.mark.parametrize("gate", ("none", "mild", "resets", "outside"))
+@pytest.mark.parametrize("keys", ("same", "long", "zero"))
+def test_hard_keys(keys, gate):
+    for T in (17, 64, 100, 257):
+        inputs = make(gate, T, keys=keys, K=6, V=9, H=1)
+        if keys == "same":
+            # Two reflections along one key must cancel, and so must the rounding of hundreds of them: solving the system by
+            # substitution in float32 is no better. Up to beta = 1 nothing is asked to cancel.
+            compare(inputs, f"same keys, beta up to 2, {gate}, T={T}", forward=1e-4, backward=5e-4)
+            inputs[4] = inputs[4].clamp(max=1)
+        compare(inputs, f"{keys} keys, {gate}, T={T}")
+
+
+def test_recurrent_form_is_the_recurrence():
+    for gate in GATES:
+        for T in (1, 2, 17):
+            compare(make(gate, T), f"{gate}, T={T}", backend="recurrent")
+
+
+def test_float64_is_exact():
+    for gate in GATES:
+        inputs = make(gate, 70)
+        want, d_want = run(by_reference, inputs, torch.float64, True)
+        got, d_got = run(by_kda, inputs, torch.float64, True)
+        assert got["o"].dtype == got["state"].dtype == torch.float64
+        check(got, want, 1e-12, gate)
+        check(d_got, d_want, 1e-11, gate)
+
+
+def test_whole_size_heads():
+    """Head sizes and lengths of the 100M model, a mild gate as at initialisation."""
+    rng = torch.Generator().manual_seed(0)
+    q, k = (F.normalize(torch.randn(1, 300, 2, 64, generator=rng), dim=-1).double() for _ in "qk")
+    v = torch.randn(1, 300, 2, 64, generator=rng).double()
+    inputs = [q, k, v, -torch.rand(1, 300, 2, 64, generator=rng).double(), torch.rand(1, 300, 2, generator=rng).double()]
+    compare(inputs, "64 channels")
+
+
+@pytest.mark.parametrize("gate", ("none", "mild", "inside", "outside", "resets"))
+def test_every_cpu_choice_of_blocks_agrees(gate, monkeypatch):
+    """On a GPU the gates are not looked at, and blocks are single tokens: that path has to be right for mild gates too."""
+    monkeypatch.setattr(kda_file, "choose_blocks", lambda g, T: (1 << (min(T, 64) - 1).bit_length(), 1))
+    for T in (1, 3, 43, 64, 100):
+        compare(make(gate, T), f"single-token blocks, {gate}, T={T}")
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("gate", ("mild", "inside", "largest A", "resets"))
+def test_half_precision_inputs(gate, dtype):
+    for T in (1, 43, 100):
+        inputs = [t.to(dtype).double() for t in make(gate, T)]
+        want, d_want = run(by_reference, inputs, torch.float64, True)
+        got, d_got = run(by_kda, inputs, dtype, True)
+        assert got["o"].dtype == dtype and got["state"].dtype == torch.float32
+        check(got, want, 1e-2, f"{gate}, T={T}")
+        check(d_got, d_want, 1e-2, f"{gate}, T={T}")
+
+
+def test_autocast_leaves_gates_and_state_in_float32():
+    inputs = [t.float() for t in make("largest A", 43)]
+    want = by_kda(inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = by_kda(inputs)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("gate", ("mild", "outside", "-50", "uneven"))
+@pytest.mark.parametrize("backend", ("chunk", "recurrent"))
+def test_gradcheck(gate, backend):
+    inputs = [t[:3:2].clone().requires_grad_() for t in make(gate, 5, H=1, K=2, V=3)]
+    assert torch.autograd.gradcheck(lambda *i: by_kda(i, backend=backend), inputs, atol=1e-6)
+
+
+def test_gradients_never_nan_at_reset_of_everything():
+    for T in (1, 16, 65):
+        for keys in ("random", "same", "long", "zero"):
+            _, grads = run(by_kda, make("all -inf", T, keys=keys), torch.float32, True)
+            assert all(d.isfinite().all() for d in grads.values())
+            assert grads["dinitial_state"].abs().max() == 0  # nothing of what was before the reset is left
+            assert grads["dg"].abs().max() == 0
+
+
+def test_reset_means_what_came_before_does_not_matter():
+    a, b = make("mild", 90), make("mild", 90, seed=5)
+    for x, y in zip(a[:5], b[:5]):
+        x[:, 40:] = y[:, 40:]
+    a[3][:, 40] = b[3][:, 40] = -math.inf
+    (o_a, S_a), (o_b, S_b) = (by_kda([t.float() for t in i]) for i in (a, b))
+    assert not torch.equal(o_a[:, :40], o_b[:, :40])
+    torch.testing.assert_close(o_a[:, 40:], o_b[:, 40:], rtol=0, atol=1e-6)
+    torch.testing.assert_close(S_a, S_b, rtol=0, atol=1e-6)
+
+
+def test_views_and_expanded_inputs():
+    q, k, v, g, beta, S = (t.float() for t in make("mild", 43))
+    want = by_kda([q, k, v, g, beta, S])
+    twisted = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v, g, beta)]
+    twisted.append(S.transpose(-1, -2).contiguous().transpose(-1, -2))
+    assert not twisted[0].is_contiguous() and not twisted[5].is_contiguous()
+    for a, b in zip(by_kda(twisted), want):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    shared = [q[:, :, :1].expand_as(q), k[:1].expand_as(k), v[:, :1].expand_as(v), g[..., :1].expand_as(g)]
+    shared += [beta[:, :, :1].expand_as(beta), S[:1].expand_as(S)]
+    for a, b in zip(by_kda(shared), by_kda([t.contiguous() for t in shared])):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_inputs_are_left_alone():
+    inputs = [t.float() for t in make("resets", 70)]
+    before = [t.clone() for t in inputs]
+    for backend in ("chunk", "recurrent"):
+        by_kda(inputs, backend=backend)
+        assert all(torch.equal(a, b) for a, b in zip(inputs, before))
+
+
+def test_no_tokens():
+    q, k, v, g, beta, S = (t.float() for t in make("mild", 4))
+    nothing = [t[:, :0] for t in (q, k, v, g, beta)]
+    for backend in ("auto", "chunk", "recurrent"):
+        o, state = kda(*nothing, initial_state=S, output_final_state=True, backend=backend)
+        assert o.shape == (4, 0, 3, 5) and torch.equal(state, S)
+        o, state = kda(*nothing, output_final_state=True, backend=backend)
+        assert o.shape == (4, 0, 3, 5) and state.shape == (4, 3, 8, 5) and not state.any()
+
+
+def test_final_state_only_when_asked_for():
+    inputs = [t.float() for t in make("mild", 20)]
+    for backend in ("auto", "chunk", "recurrent"):
+        assert by_kda(inputs, final=False, backend=backend)[1] is None
+        assert by_kda(inputs[:5], final=False, backend=backend)[1] is None
+
+
+@pytest.mark.parametrize("gate", ("mild", "resets", "outside"))
+def test_split_anywhere_and_pass_the_state_on(gate):
+    q, k, v, g, beta, S = (t.float() for t in make(gate, 100))
+    o, final = by_kda([q, k, v, g, beta, S])
+    for cut in (1, 2, 37, 63, 64, 65, 99):
+        state, parts = S, []
+        for part in (slice(0, cut), slice(cut, 100)):
+            a, state = kda(q[:, part], k[:, part], v[:, part], g[:, part], beta[:, part], initial_state=state, output_final_state=True)
+            parts.append(a)
+        check({"o": torch.cat(parts, 1), "state": state}, {"o": o, "state": final}, 1e-5, f"cut at {cut}")
+
+
+def test_tokens_that_do_nothing_leave_the_state_alone():
+    """beta = 0 and no decay: whole chunks of it change neither the state nor what was read before."""
+    short = [t.float() for t in make("mild", 30)]
+    long = [F.pad(t, (0, 0) * (t.ndim - 2) + (0, 200)) for t in short[:5]] + [short[5]]
+    (o, S), (o_long, S_long) = by_kda(short), by_kda(long)
+    torch.testing.assert_close(o_long[:, :30], o, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(S_long, S, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_and_heads_do_not_mix():
+    inputs = [t.float() for t in make("uneven", 70)]
+    o, _ = by_kda(inputs)
+    for b in range(4):
+        for h in range(3):
+            alone, _ = by_kda([t[b : b + 1, :, h : h + 1] for t in inputs[:5]] + [inputs[5][b : b + 1, h : h + 1]])
+            torch.testing.assert_close(alone[0, :, 0], o[b, :, h], rtol=1e-4, atol=1e-6)
+
+
+def test_scale():
+    inputs = [t.float() for t in make("mild", 20)]
+    default, _ = by_kda(inputs[:5])
+    for backend in ("chunk", "recurrent"):
+        doubled, _ = kda(*inputs[:5], scale=2 * 8**-0.5, backend=backend)
+        check({"o": doubled}, {"o": 2 * default}, 1e-5, backend)
+
+
+@pytest.mark.parametrize("at, name", list(enumerate(("q", "k", "v", "g", "beta", "initial_state"))))
+def test_a_wrong_argument_is_named(at, name):
+    good = [t.float() for t in make("mild", 6)]
+
+    def refused(bad):
+        with pytest.raises(ValueError, match=rf"\b{name}\b") as e:
+            by_kda([bad if i == at else t for i, t in enumerate(good)], backend="auto")
+        assert "\n" not in str(e.value)
+
+    if name != "q":  # what the others are measured by
+        refused(good[at][:2])
+        refused(F.pad(good[at], (0, 1)) if name != "v" else good[at][:, :5])
+    refused(good[at][..., 0] if name != "v" else good[at][:, :, 0])
+    refused(good[at].long())
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="backend"):
+        by_kda([t.float() for t in make("mild", 3)], backend="cuda")
+
+
+# ---- the layer
+
+
+def make_layer(D=12, H=3, K=4, seed=0):
+    """A layer whose every parameter matters (at initialisation some are zero or one)."""
+    torch.manual_seed(seed)
+    layer = KimiDeltaAttention(D, H, K)
+    for p in layer.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    return layer
+
+
+def test_parameters_are_named_and_shaped_as_in_fla():
+    D, H, K = 12, 3, 4
+    shapes = {"A_log": (H,), "dt_bias": (H * K,), "b_proj.weight": (H, D), "o_norm.weight": (K,), "o_proj.weight": (D, H * K),
+              "f_proj.0.weight": (K, D), "f_proj.1.weight": (H * K, K),
+              "g_proj.0.weight": (K, D), "g_proj.1.weight": (H * K, K), "g_proj.1.bias": (H * K,)}  # fmt: skip
+    for x in "qkv":
+        shapes |= {f"{x}_proj.weight": (H * K, D), f"{x}_conv1d.weight": (H * K, 1, 4)}
+    assert {name: tuple(t.shape) for name, t in KimiDeltaAttention(D, H, K).state_dict().items()} == shapes
+
+
+def layer_by_hand(p, x, H, K):
+    """The layer's formula, literally, from its state dict p."""
+    B, T, _ = x.shape
+    heads = {}
+    for n in "qkv":
+        h = (x @ p[f"{n}_proj.weight"].T).transpose(1, 2)
+        h = F.conv1d(F.pad(h, (3, 0)), p[f"{n}_conv1d.weight"], groups=H * K).transpose(1, 2)
+        heads[n] = (h * torch.sigmoid(h)).reshape(B, T, H, K)
+    q, k = (heads[n] / heads[n].pow(2).sum(-1, keepdim=True).sqrt() for n in "qk")
+    raw = (x @ p["f_proj.0.weight"].T @ p["f_proj.1.weight"].T + p["dt_bias"]).reshape(B, T, H, K)
+    g = -p["A_log"].exp()[:, None] * (1 + raw.exp()).log()
+    o, _ = reference(q, k, heads["v"], g, torch.sigmoid(x @ p["b_proj.weight"].T))
+    o = o / (o.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * p["o_norm.weight"]
+    gate = x @ p["g_proj.0.weight"].T @ p["g_proj.1.weight"].T + p["g_proj.1.bias"]
+    return (o * torch.sigmoid(gate.reshape(B, T, H, K))).reshape(B, T, H * K) @ p["o_proj.weight"].T
+
+
+def test_layer_is_its_formula():
+    layer = make_layer()
+    for T in (1, 2, 5, 70):
+        x = torch.randn(2, T, 12)
+        weight = torch.randn(2, T, 12)
+        p = {n: t.detach().double().requires_grad_() for n, t in layer.state_dict().items()}
+        want = layer_by_hand(p, x.double(), 3, 4)
+        got, cache = layer(x)
+        assert cache is None
+        check({"y": got.detach()}, {"y": want.detach()}, 1e-5, f"T={T}")
+        grads = torch.autograd.grad((got * weight).sum(), list(layer.parameters()))
+        wanted = torch.autograd.grad((want * weight.double()).sum(), [p[n] for n, _ in layer.named_parameters()], allow_unused=True)
+        for (n, _), a, b in zip(layer.named_parameters(), grads, wanted):
+            check({n: a}, {n: torch.zeros_like(a) if b is None else b}, 2e-4, f"T={T}")
+
+
+def test_prefill_and_decoding_equal_the_full_forward():
+    layer = make_layer()
+    x = torch.randn(2, 75, 12)
+    want = layer(x)[0]
+    for prefill in (0, 1, 2, 3, 30, 64, 74):
+        cache, parts = layer.empty_cache(2), []
+        if prefill:
+            y, cache = layer(x[:, :prefill], cache)
+            parts.append(y)
+        for t in range(prefill, 75):
+            y, cache = layer(x[:, t : t + 1], cache)
+            parts.append(y)
+        torch.testing.assert_close(torch.cat(parts, 1), want, rtol=1e-4, atol=1e-5)
+    y, cache = layer(x[:, :20], layer.empty_cache(2))
+    torch.testing.assert_close(layer(x[:, 20:], cache)[0], want[:, 20:], rtol=1e-4, atol=1e-5)
+
+
+def test_layer_is_causal():
+    layer = make_layer()
+    x = torch.randn(1, 70, 12)
+    y = layer(x)[0]
+    for t in (0, 1, 33, 64, 69):
+        other = x.clone()
+        other[:, t] += 1
+        changed = (layer(other)[0] - y).abs().amax(-1)[0]
+        # Not exactly 0: the gate of t may change how the work is cut into blocks, and so the rounding.
+        assert (changed[:t] < 1e-5).all()
+        assert changed[t] > 1e-4
+
+
+def test_layer_in_half_precision():
+    layer = make_layer()
+    x = torch.randn(2, 40, 12)
+    want = layer(x)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = layer(x)[0]
+        got.float().sum().backward()
+    assert ((got - want).norm() / want.norm()) < 0.03
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_initial_gates_forget_slowly():
+    torch.manual_seed(0)
+    layer = KimiDeltaAttention(12, 3, 4)
+    A, dt = layer.A_log.exp(), F.softplus(layer.dt_bias)
+    assert 1 <= A.min() and A.max() <= 16
+    assert 0.000999 <= dt.min() and dt.max() <= 0.1001
+
+
+def test_short_convolution_gradients():
+    rng = torch.Generator().manual_seed(0)
+    for T, W in ((1, 4), (5, 4), (3, 2), (2, 1)):
+        padded = torch.randn(2, W - 1 + T, 3, dtype=torch.float64, generator=rng, requires_grad=True)
+        weight = torch.randn(3, W, dtype=torch.float64, generator=rng, requires_grad=True)
+        want = F.conv1d(padded.transpose(1, 2), weight.unsqueeze(1), groups=3).transpose(1, 2)
+        torch.testing.assert_close(ShortConvFunction.apply(padded, weight), want)
+        assert torch.autograd.gradcheck(ShortConvFunction.apply, (padded, weight))
