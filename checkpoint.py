@@ -65,12 +65,15 @@ def load(path, map_location="cpu"):
         raise
     except Exception as e:  # bytes that are no checkpoint fail in any way they like
         raise ValueError(f"{path} is not a checkpoint that can be read, or it is damaged ({type(e).__name__})") from None
-    if not isinstance(checkpoint, dict) or "format" not in checkpoint or "weights" not in checkpoint:
+    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise ValueError(f"{path} is a file of PyTorch's, but not a checkpoint that train.py wrote")
     if checkpoint["format"] != CHECKPOINT_FORMAT:
         raise ValueError(f"{path} has checkpoint format {checkpoint['format']}, this version reads {CHECKPOINT_FORMAT}")
+    missing = [k for k in ("model", "model_config", "weights", "ema", "tokenizer", "train") if k not in checkpoint]
+    if missing:
+        raise ValueError(f"{path} is not a checkpoint that train.py wrote: it has no {', '.join(missing)}")
     if checkpoint["tokenizer"] != tok.fingerprint():
-        raise ValueError(f"{path} was trained with another tokenizer ({checkpoint['tokenizer'][:12]}...) than this one "
+        raise ValueError(f"{path} was trained with another tokenizer ({str(checkpoint['tokenizer'])[:12]}...) than this one "
                          f"({tok.fingerprint()[:12]}...): its token ids mean something else")  # fmt: skip
     return checkpoint
 

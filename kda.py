@@ -223,7 +223,8 @@ def kda(q, k, v, g, beta, *, scale=None, initial_state=None, output_final_state=
     for name, t, shape in (("k", k, (B, T, H, K)), ("g", g, (B, T, H, K)), ("beta", beta, (B, T, H)), ("v", v, (B, T, H, v.shape[-1]))):
         if tuple(t.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(t.shape)}, expected {shape} to go with q {tuple(q.shape)}")
-        if not t.is_floating_point():
+    for name, t in (("q", q), ("k", k), ("v", v), ("g", g), ("beta", beta), ("initial_state", initial_state)):
+        if t is not None and not t.is_floating_point():
             raise ValueError(f"{name} has dtype {t.dtype}, expected a floating point type")
     V = v.shape[-1]
     if initial_state is not None and tuple(initial_state.shape) != (B, H, K, V):
@@ -237,7 +238,7 @@ def kda(q, k, v, g, beta, *, scale=None, initial_state=None, output_final_state=
     with torch.autocast(q.device.type, enabled=False):
         q, k, v, g, beta = (t.to(dtype) for t in (q, k, v, g, beta))
         state = None if initial_state is None else initial_state.to(dtype)
-        if backend == "recurrent" or T == 0 or (backend == "auto" and T == 1):
+        if backend == "recurrent" or q.numel() == 0 or (backend == "auto" and T == 1):
             state = q.new_zeros(B, H, K, V) if state is None else state
             o, state = recurrent_kda(q, k, v, g, beta, scale, state)
         else:
@@ -256,25 +257,22 @@ class ShortConvFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, padded, weight):  # padded (B, W - 1 + T, D), weight (D, W) -> (B, T, D)
-        ctx.save_for_backward(padded, weight)
-        W = weight.shape[1]
-        T = padded.shape[1] - W + 1
-        y = padded[:, :T] * weight[:, 0]
-        for i in range(1, W):
-            y.addcmul_(padded[:, i : i + T], weight[:, i])
+    def forward(ctx, padded, taps):  # padded (B, W - 1 + T, D), taps (W, D), contiguous -> (B, T, D)
+        ctx.save_for_backward(padded, taps)
+        T = padded.shape[1] - len(taps) + 1
+        y = padded[:, :T] * taps[0]
+        for i in range(1, len(taps)):
+            y.addcmul_(padded[:, i : i + T], taps[i])
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        padded, weight = ctx.saved_tensors
-        W = weight.shape[1]
-        T = padded.shape[1] - W + 1
+        padded, taps = ctx.saved_tensors
+        T = padded.shape[1] - len(taps) + 1
         d_padded = torch.zeros_like(padded)
-        for i in range(W):
-            d_padded[:, i : i + T].addcmul_(dy, weight[:, i])
-        d_weight = torch.stack([(dy * padded[:, i : i + T]).sum((0, 1)) for i in range(W)], 1)
-        return d_padded, d_weight
+        for i, tap in enumerate(taps):
+            d_padded[:, i : i + T].addcmul_(dy, tap)
+        return d_padded, torch.stack([(dy * padded[:, i : i + T]).sum((0, 1)) for i in range(len(taps))])
 
 
 class ShortConv(nn.Module):
@@ -288,7 +286,7 @@ class ShortConv(nn.Module):
         """x (B, T, D), tail (B, width - 1, D) the inputs before x (None: zeros) -> SiLU of the mix (B, T, D), and the new tail."""
         W = self.weight.shape[-1]
         padded = F.pad(x, (0, 0, W - 1, 0)) if tail is None else torch.cat([tail.to(x.dtype), x], 1)
-        y = ShortConvFunction.apply(padded, self.weight.squeeze(1).to(x.dtype))
+        y = ShortConvFunction.apply(padded, self.weight.squeeze(1).t().contiguous().to(x.dtype))  # (D, W) would be read with a stride
         return F.silu(y), padded[:, padded.shape[1] - (W - 1) :]
 
 

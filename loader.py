@@ -191,6 +191,7 @@ class Puzzles:
                 if skipped > 10000:
                     raise ValueError(f"10,000 draws of {self.name!r} in a row were longer than block_size={self.block_size}: raise it")
                 continue
+            skipped = 0
             length = min(bucket_length(len(idx)), self.block_size)
             self.waiting.setdefault(length, []).append(n)
             self.rows[n] = row
@@ -237,7 +238,9 @@ class Loader:
             make = {"text": lambda *a: Text(*a, batch_size, block_size),
                     "puzzle": lambda *a: Puzzles(*a, batch_size * block_size, block_size, puzzle_format)}[entries[0]["kind"]]  # fmt: skip
             train = [e for e in entries if e["split"] == "train"]
-            if weights[name] > 0 and train:
+            if weights[name] > 0 and not train:
+                raise ValueError(f"source {name!r} of stage {stage!r} has no training shard: give it weight 0 or leave it out")
+            if weights[name] > 0:
                 self.sources[name] = make(name, data_dir, train, seed)
             held_out = [e for e in entries if e["split"] == "val"]
             if held_out:

@@ -41,6 +41,10 @@ class Config:
 
 def check_config(config):
     """Raises ValueError, in one line, for a shape that cannot be built."""
+    if config.n_head < 1:
+        raise ValueError(f"n_head={config.n_head} must be at least 1")
+    if config.vocab_size <= tok.END:
+        raise ValueError(f"vocab_size={config.vocab_size} leaves out reserved ids: at least {tok.END + 1}, usually {tok.VOCAB_SIZE}")
     if config.n_embd % config.n_head:
         raise ValueError(f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}")
     if config.n_embd // config.n_head < 6 or (config.n_embd // config.n_head) % 2:
@@ -73,6 +77,13 @@ def rotate(x, rope):
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
+class RMSNorm(nn.RMSNorm):
+    """With its weight in x's dtype: under autocast, mixed ones would keep PyTorch from its fused kernel."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     """Full attention with normalised queries and keys; text gets no position, cells of grids get three."""
 
@@ -81,8 +92,8 @@ class Attention(nn.Module):
         self.n_head = config.n_head
         self.qkv_proj = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.q_norm = nn.RMSNorm(config.n_embd // config.n_head, eps=config.norm_eps)
-        self.k_norm = nn.RMSNorm(config.n_embd // config.n_head, eps=config.norm_eps)
+        self.q_norm = RMSNorm(config.n_embd // config.n_head, eps=config.norm_eps)
+        self.k_norm = RMSNorm(config.n_embd // config.n_head, eps=config.norm_eps)
 
     def empty_cache(self, batch_size):
         """Keys and values (B, n_head, 0, head_dim) before the first token."""
@@ -134,8 +145,8 @@ class Block(nn.Module):
         else:
             self.mixer = Attention(config)
         self.mlp = SwiGLU(config)
-        self.norm_1 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
-        self.norm_2 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.norm_1 = RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.norm_2 = RMSNorm(config.n_embd, eps=config.norm_eps)
 
     def forward(self, x, rope, cache=None, visible=None):
         h = x if self.post else self.norm_1(x)
@@ -207,7 +218,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_loss):
         d_x, d_weight = ctx.saved_tensors
-        return d_x * (d_loss / ctx.N).to(d_x.dtype), d_weight * (d_loss / ctx.N), None, None
+        d_loss = d_loss / max(1, ctx.N)
+        return d_x * d_loss.to(d_x.dtype), d_weight * d_loss, None, None
 
 
 def row_shares(rows, n_rows):
@@ -269,7 +281,7 @@ class Model(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = make_blocks(config)
-        self.norm_f = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.norm_f = RMSNorm(config.n_embd, eps=config.norm_eps)
         # All weights in one place: matrices N(0, 1 / fan_in), embedding N(0, 0.02), every branch starts by adding nothing, and
         # KDA forgets at the pace of its dt_bias alone until it has learned better.
         for name, p in self.named_parameters():
@@ -414,11 +426,11 @@ class Model(nn.Module):
                 ids = arc.encode(task.kind, [*task.train, (test_input, grid)])
                 h, w = grid.shape
                 n = h * (w + 1)  # answer tokens; the EOT comes after them
-                if len(ids) > self.config.block_size:
+                if len(ids) - 2 > self.config.block_size:  # neither the last ROW nor the EOT has to be read
                     out[-1].append(None)
                     continue
                 idx = torch.from_numpy(ids.astype(np.int64)).to(self.wte.weight.device).unsqueeze(0)
-                logits = F.linear(self.hidden(idx)[0, -n - 2 : -2], self.wte.weight).float()
+                logits = F.linear(self.hidden(idx[:, :-2])[0, -n:], self.wte.weight).float()
                 log_p = logits.log_softmax(-1).gather(1, idx[0, -n - 1 : -1, None])
                 out[-1].append(log_p.view(h, w + 1)[:, :w].cpu().numpy())
         return out

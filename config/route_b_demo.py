@@ -8,9 +8,9 @@ n_sup = 4
 ema = 0.99
 mixture = {
     "stdlib": 0.03, "langref": 0.03, "docstrings": 0.03, "arithmetic": 0.03,
-    "sudoku4": 0.5, "maze": 0.2, "transforms": 0.1, "arc": 0.08,
+    "sudoku4": 0.6, "maze": 0.14, "transforms": 0.08, "arc": 0.06,
 }  # fmt: skip
-learning_rate = 3e-3
-max_iters = 550
+learning_rate = 2e-3
+max_iters = 600
 decay_iters = 250
-eval_interval = 550
+eval_interval = 600

@@ -1,0 +1,263 @@
+"""checkpoint.py: what was saved comes back, a crash never costs the last good file, and nothing in a file can run."""
+
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint as ckpt
+import tokenizer as tok
+
+ROOT = Path(__file__).parent.parent
+torch.set_num_threads(1)
+SMALL = {"n_layer": 4, "n_head": 2, "n_embd": 12, "n_ff": 8}
+
+
+def make(model="dense", **changes):
+    torch.manual_seed(0)
+    net = ckpt.make_model(model, SMALL)
+    optimizer = net.configure_optimizer(0.1, 1e-3, (0.9, 0.95))
+    net(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]]))[1].backward()
+    optimizer.step()
+    train = {"iter": 7, "optimizer": optimizer.state_dict(), "loader": {"step": 3, "sources": {"a": {"drawn": 5}}},
+             "carries": {"0/96": {"y": torch.ones(2, 3), "halted": torch.tensor([True, False])}}, "loss": float("nan")}  # fmt: skip
+    return {"format": ckpt.CHECKPOINT_FORMAT, "model": model, "model_config": {**SMALL, "layer_pattern": None},
+            "weights": net.state_dict(), "ema": None, "tokenizer": tok.fingerprint(), "train": train, **changes}  # fmt: skip
+
+
+def equal(a, b):
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return type(a) is type(b) and (a == b or a != a)
+
+
+def refused(path, *parts, call=ckpt.load):
+    """Refused with one line, of FileNotFoundError or ValueError, that names the file."""
+    with pytest.raises((FileNotFoundError, ValueError)) as e:
+        call(path)
+    line = str(e.value)
+    assert "\n" not in line and str(path) in line, line
+    for part in parts:
+        assert re.search(part, line), line
+
+
+# ---- round trip
+
+
+@pytest.mark.parametrize("model", ("dense", "trm"))
+def test_what_was_saved_comes_back(tmp_path, model):
+    path = tmp_path / "new" / "folder" / "ckpt.pt"
+    saved = make(model)
+    ckpt.save(saved, str(path))
+    assert os.listdir(path.parent) == ["ckpt.pt"]
+    assert equal(dict(ckpt.load(str(path))), saved)
+    assert equal(torch.load(path, weights_only=True), saved)  # nothing in it needs trust
+    net, checkpoint = ckpt.load_model(str(path))
+    assert not net.training and checkpoint["train"]["iter"] == 7
+    assert equal(dict(net.state_dict()), dict(saved["weights"]))
+    assert net.config.n_embd == 12 and net.config.layer_pattern == "kkka"  # None is the default
+
+
+def test_a_name_without_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ckpt.save(make(), "ckpt.pt")
+    assert ckpt.load("ckpt.pt")["train"]["iter"] == 7
+
+
+def test_averaged_weights_are_what_a_reader_gets(tmp_path):
+    saved = make("trm")
+    saved["ema"] = {k: v + 1 for k, v in saved["weights"].items()}
+    ckpt.save(saved, tmp_path / "ckpt.pt")
+    net, _ = ckpt.load_model(str(tmp_path / "ckpt.pt"))
+    assert equal(dict(net.state_dict()), saved["ema"])
+
+
+def test_a_second_save_replaces_the_first(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    for n in (1, 2):
+        ckpt.save(make(train={"iter": n}), path)
+        assert ckpt.load(path)["train"]["iter"] == n
+
+
+# ---- crashes
+
+
+SAVER = """
+import os, signal, sys, time
+import torch
+import checkpoint as ckpt
+
+path, moment = sys.argv[1:]
+die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
+save, fsync, replace = torch.save, os.fsync, os.replace
+
+
+def half(checkpoint, f):
+    import io
+    whole = io.BytesIO()
+    save(checkpoint, whole)
+    f.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+    f.flush()
+    die()
+
+
+def make(n):
+    return {"format": ckpt.CHECKPOINT_FORMAT, "model": "dense", "model_config": {}, "ema": None, "train": {},
+            "weights": {"w": torch.full((1000, 1000), float(n))}, "tokenizer": ckpt.tok.fingerprint(), "n": n}
+
+
+def attempt(at):
+    if at == "half written":
+        torch.save = half
+    elif at == "before flush":
+        os.fsync = die
+    elif at == "before rename":
+        os.replace = die
+    elif at == "after rename":
+        os.replace = lambda a, b: (replace(a, b), die())
+    n = 2
+    while True:  # at a number of milliseconds, whatever it is doing then
+        ckpt.save(make(n), path)
+        n += 1
+
+
+ckpt.save(make(1), path)
+for at in moment.split(","):
+    pid = os.fork()
+    if pid == 0:
+        attempt(at)
+    if at.isdigit():
+        time.sleep(int(at) / 1000)
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    found = ckpt.load(path)
+    whole = bool((found["weights"]["w"] == found["n"]).all())
+    print(at, os.WTERMSIG(status), found["n"], whole, sep="|")
+"""
+
+
+def test_a_killed_save_leaves_a_whole_checkpoint(tmp_path):
+    """kill -9 half way through writing, before and after each later step, and at ten arbitrary moments of saving again and again."""
+    path = tmp_path / "ckpt.pt"
+    exact = ["half written", "before flush", "before rename", "after rename"]
+    arbitrary = [str(n) for n in (1, 3, 7, 12, 19, 26, 34, 45, 61, 83)]
+    done = subprocess.run([sys.executable, "-c", SAVER, str(path), ",".join(exact + arbitrary)], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=100)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [line.split("|") for line in done.stdout.splitlines()]
+    assert [line[0] for line in lines] == exact + arbitrary
+    assert all(int(signum) == signal.SIGKILL and whole == "True" for _, signum, _, whole in lines)
+    assert [int(n) for _, _, n, _ in lines[:4]] == [1, 1, 1, 2]
+
+
+def test_a_save_that_fails_leaves_nothing_behind(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    ckpt.save(make(), path)
+    before = path.read_bytes()
+    with pytest.raises(Exception):  # noqa: B017  whatever it is: a function that has no name cannot be pickled
+        ckpt.save(make(train={"iter": lambda: 1}), path)
+    assert os.listdir(tmp_path) == ["ckpt.pt"] and path.read_bytes() == before
+
+
+# ---- files that are no checkpoint
+
+
+def test_missing_and_folder(tmp_path):
+    refused(tmp_path / "nothing.pt", "does not exist", "ckpt.pt")
+    refused(tmp_path, "is a folder")
+
+
+def test_not_a_checkpoint(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    for content in (b"", b"hello, I am a text file\n" * 50, b"PK\x03\x04" + bytes(100), os.urandom(2000), b"\x80\x02", bytes(10000)):
+        path.write_bytes(content)
+        refused(path, "not a checkpoint|damaged")
+    for value in ([1, 2], {"a": 1}, torch.ones(3), "text", {"format": 1}, {"weights": {}}):
+        torch.save(value, path)
+        refused(path, "not a checkpoint")
+
+
+def test_truncated_or_damaged(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    ckpt.save(make(), path)
+    whole = path.read_bytes()
+    for n in (1, 100, len(whole) // 2, len(whole) - 1000, len(whole) - 1):
+        path.write_bytes(whole[:n])
+        refused(path, "damaged")
+    path.write_bytes(whole[: len(whole) // 2] + whole[len(whole) // 2 + 1 :])
+    refused(path, "damaged")
+
+
+class Evil:
+    """A pickle that would create a file when it is read."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_code_in_a_file_does_not_run(tmp_path):
+    path, trace = tmp_path / "ckpt.pt", tmp_path / "ran"
+    Evil(trace).__reduce__()[0](trace, "w").close()  # it would work
+    assert trace.exists()
+    trace.unlink()
+    path.write_bytes(pickle.dumps({**make(), "train": Evil(trace)}, protocol=2))
+    refused(path, "not a checkpoint")
+    torch.save({**make(), "train": Evil(trace)}, path)
+    refused(path, "not a checkpoint")
+    refused(path, "not a checkpoint", call=ckpt.load_model)
+    torch.save({**make(), "train": Evil(trace)}, path, _use_new_zipfile_serialization=False)
+    refused(path, "not a checkpoint")
+    assert not trace.exists()
+
+
+def test_another_format_or_tokenizer(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    torch.save(make(format=2), path)
+    refused(path, "format 2")
+    torch.save(make(tokenizer="0" * 64), path)
+    refused(path, "tokenizer", "000000000000")
+    torch.save(make(tokenizer=None), path)
+    refused(path, "tokenizer")
+
+
+@pytest.mark.parametrize("key", ("tokenizer", "model", "model_config", "ema", "weights", "format"))
+def test_a_checkpoint_with_something_missing(tmp_path, key):
+    path = tmp_path / "ckpt.pt"
+    broken = make()
+    del broken[key]
+    torch.save(broken, path)
+    refused(path, call=ckpt.load_model)
+
+
+def test_weights_of_another_model(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    torch.save(make(model_config={**SMALL, "n_ff": 16}), path)
+    refused(path, "does not fit", "blocks.0.mlp", call=ckpt.load_model)
+    torch.save(make(model="trm"), path)
+    net = ckpt.make_model("dense", SMALL)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    refused(path, "does not fit", "q_head|y_init", call=lambda p: ckpt.load_weights(net, ckpt.load(p)["weights"], p))
+    assert equal(dict(net.state_dict()), before)
+
+
+def test_models_that_do_not_exist():
+    with pytest.raises(ValueError, match="'dense', 'trm'") as e:
+        ckpt.make_model("gpt", {})
+    assert "\n" not in str(e.value)
+    with pytest.raises(ValueError, match="n_head"):
+        ckpt.make_model("dense", {**SMALL, "n_embd": 13})
+    net = ckpt.make_model("trm", {**SMALL, "n_sup": 5, "learning_rate": 1})  # settings of others are not the model's
+    assert net.config.n_sup == 5
