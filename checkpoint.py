@@ -12,8 +12,10 @@ A checkpoint is a dict of tensors and plain values, so torch.load(weights_only=T
 Written by train.py. Next to read: sample.py and eval_arc.py, which start with `load_model`.
 """
 
+import glob
 import importlib
 import os
+import zipfile
 from dataclasses import fields
 
 import torch
@@ -39,6 +41,8 @@ def make_model(name, settings):
 def save(checkpoint, path):
     """Write beside, flush to disk, rename: whatever happens on the way, `path` holds a whole checkpoint or the one before."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    for stale in glob.glob(f"{glob.escape(str(path))}.*.tmp"):  # of a process that was killed while it saved
+        os.remove(stale)
     beside = f"{path}.{os.getpid()}.tmp"
     try:
         with open(beside, "wb") as f:
@@ -59,10 +63,13 @@ def load(path, map_location="cpu"):
     if not os.path.isfile(path):
         what = "is a folder" if os.path.isdir(path) else "does not exist"
         raise FileNotFoundError(f"checkpoint {path} {what}: give the path of a ckpt.pt that train.py wrote")
+    with open(path, "rb"):  # not allowed to, or a broken disk: that is the system's to say
+        pass
     try:
+        with zipfile.ZipFile(path) as f:  # torch.load reads tensors without looking at their checksums
+            if f.testzip() is not None:
+                raise ValueError("checksum")
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except OSError:
-        raise
     except Exception as e:  # bytes that are no checkpoint fail in any way they like
         raise ValueError(f"{path} is not a checkpoint that can be read, or it is damaged ({type(e).__name__})") from None
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:

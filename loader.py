@@ -269,8 +269,8 @@ class Loader:
 
     def val_batches(self, mode, n):
         """
-        At most n batches of held-out rows per source, as (source, number, idx, targets): always the same, and every process gets
-        those whose number is its own.
+        Held-out rows, at most n * batch_size per source, as (source, number, idx, targets): always the same, and every process
+        gets those whose number is its own.
         """
         for kind, name, shards in self.val:
             if kind != mode:

@@ -41,8 +41,9 @@ class Config:
 
 def check_config(config):
     """Raises ValueError, in one line, for a shape that cannot be built."""
-    if config.n_head < 1:
-        raise ValueError(f"n_head={config.n_head} must be at least 1")
+    for name in ("n_layer", "n_head", "n_embd", "n_ff", "block_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
     if config.vocab_size <= tok.END:
         raise ValueError(f"vocab_size={config.vocab_size} leaves out reserved ids: at least {tok.END + 1}, usually {tok.VOCAB_SIZE}")
     if config.n_embd % config.n_head:

@@ -139,10 +139,11 @@ net.to(device)
 average = {k: v.detach().clone() for k, v in net.state_dict().items()} if ema else None
 optimizer = net.configure_optimizer(weight_decay, learning_rate, (beta1, beta2))
 scaler = torch.amp.GradScaler(enabled=dtype == "float16")
-iteration, trained_seconds, trained_tokens, carries = 0, 0.0, 0, {}
+iteration, trained_seconds, trained_tokens, val_losses, val_loss, carries = 0, 0.0, 0, {}, None, {}
 if resumed is not None:
     state = resumed["train"]
     iteration, trained_seconds, trained_tokens = state["iter"], state["seconds"], state["tokens"]
+    val_losses, val_loss = state["val_losses"], state["val_loss"]
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
     for k, v in (resumed["ema"] or {}).items():
@@ -255,7 +256,6 @@ interrupted = []
 signal.signal(signal.SIGTERM, lambda *_: interrupted.append("SIGTERM"))
 signal.signal(signal.SIGINT, lambda *_: interrupted.append("Ctrl-C") if not interrupted else sys.exit(130))
 net.train()
-val_losses, val_loss = {}, None
 progress = tqdm(total=max_iters, initial=iteration, disable=not master, unit="step", dynamic_ncols=True, mininterval=1.0)
 since_log = {"seconds": 0.0, "tokens": 0}
 while iteration < max_iters:

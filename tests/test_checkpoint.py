@@ -261,3 +261,21 @@ def test_models_that_do_not_exist():
         ckpt.make_model("dense", {**SMALL, "n_embd": 13})
     net = ckpt.make_model("trm", {**SMALL, "n_sup": 5, "learning_rate": 1})  # settings of others are not the model's
     assert net.config.n_sup == 5
+
+
+def test_one_flipped_bit_in_a_tensor_is_noticed(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    ckpt.save(make(), path)
+    whole = bytearray(path.read_bytes())
+    for at in (len(whole) // 3, len(whole) // 2):  # far inside the embedding, the largest tensor by far
+        damaged = bytearray(whole)
+        damaged[at] ^= 1
+        path.write_bytes(damaged)
+        refused(path, "damaged")
+
+
+def test_what_a_killed_save_left_is_cleaned_up_by_the_next(tmp_path):
+    left = tmp_path / "ckpt.pt.123.tmp"
+    left.write_bytes(b"half")
+    ckpt.save(make(), tmp_path / "ckpt.pt")
+    assert not left.exists()
