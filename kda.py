@@ -2,9 +2,10 @@
 Kimi Delta Attention (KDA): linear attention that decays its memory channel by channel and overwrites instead of only adding.
 
 The file reads top to bottom as an explanation:
-  1. recurrent_kda    the definition, one token at a time; also what decoding runs
-  2. chunk_kda        the same numbers from matrix products, a chunk of tokens at a time; what training runs
-  3. kda              the operator: checks its arguments and picks one of the two
+  1. recurrent_kda        the definition, one token at a time, and kda_step, which decoding runs
+  2. chunk_forward        the same numbers from matrix products, a chunk of tokens at a time, and chunk_backward; what training runs
+     kda_triton.py        the same once more as Triton kernels, for GPUs that Triton knows; a file of its own because it is optional
+  3. kda                  the operator: checks its arguments and picks one of the three; works under torch.compile
   4. KimiDeltaAttention   the layer around it: projections, short convolutions, gates, output norm
 
 Per head, with a state S of shape (K, V) and t = 1..T (Kimi Linear, arXiv 2510.26692):
@@ -13,209 +14,772 @@ Per head, with a state S of shape (K, V) and t = 1..T (Kimi Linear, arXiv 2510.2
 
 In words: forget a little of every channel, erase what the memory still holds along k_t, write v_t there, read with q_t.
 
-Run `python kda.py` to compare the two forms on this machine. Next to read: model_dense.py, which stacks the layer.
+Run `python kda.py` to see which form was chosen on this machine and why, and whether it is right.
+Next to read: model_dense.py, which stacks the layer.
 """
 
+import functools
 import math
+import os
+import sys
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import kda_triton
+
+BACKEND = os.environ.get("KDA_BACKEND", "auto")  # what backend="auto" means; "auto" itself: what suits the device best
 CHUNK = 64  # tokens per chunk: the (C, C) products inside a chunk against T / C sequential state updates
+AT_ONCE = 1 << 21  # numbers in one tensor on a CPU: 8 MB
+FEW = 4  # tokens in the smallest blocks, whose pairs are computed one by one
 MILD = 120.0  # a chunk whose total log-decay stays above -MILD may use factors up to exp(MILD / 2) = 1e26, safe in float32
 
 # -----------------------------------------------------------------------------
 # 1. the definition
 
 
-def kda_step(q, k, v, g, beta, state, scale):
-    """
-    One token of the recurrence. q, k, g (B, H, K); v (B, H, V); beta (B, H); state (B, H, K, V).
-    Returns o (B, H, V) and the new state. All in the state's dtype.
-    """
-    state = state * g.exp().unsqueeze(-1)
-    held = torch.einsum("bhk,bhkv->bhv", k, state)  # what the memory answers to k_t now, and should no longer
-    state = state + torch.einsum("bhk,bhv->bhkv", k, beta.unsqueeze(-1) * (v - held))
-    return torch.einsum("bhk,bhkv->bhv", q * scale, state), state
-
-
 def recurrent_kda(q, k, v, g, beta, scale, state):
     """The recurrence over T steps. Shapes as in `kda`; state (B, H, K, V). Returns o (B, T, H, V) and the final state."""
     outputs = []
-    for t in range(q.shape[1]):
-        o, state = kda_step(q[:, t], k[:, t], v[:, t], g[:, t], beta[:, t], state, scale)
-        outputs.append(o)
+    for q_t, k_t, v_t, g_t, beta_t in zip(*(t.unbind(1) for t in (q, k, v, g, beta))):
+        state = state * g_t.exp().unsqueeze(-1)
+        held = torch.einsum("bhk,bhkv->bhv", k_t, state)  # what the memory answers to k_t now, and should no longer
+        state = state + torch.einsum("bhk,bhv->bhkv", k_t, beta_t.unsqueeze(-1) * (v_t - held))
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q_t * scale, state))
     return (torch.stack(outputs, 1) if outputs else torch.zeros_like(v)), state
+
+
+@torch.no_grad()
+def kda_step(q, k, v, g, beta, state, scale=None):
+    """
+    One token of the recurrence for a whole batch, without gradients: q, k, g (B, H, K); v (B, H, V); beta (B, H). The state
+    (B, H, K, V), float32 or float64, is updated in place. Returns o (B, H, V) in v's dtype.
+    """
+    B, H, K, V = state.shape
+    scale = K**-0.5 if scale is None else scale
+    if state.is_cuda and state.dtype == torch.float32 and choose_backend(state.device, q.dtype)[0] == "triton" and max(K, V) <= 128:
+        return kda_triton.triton_step(q, k, v, g, beta, state, scale)
+    q, k, g, beta, row = (t.to(state.dtype).reshape(B * H, 1, -1) for t in (q, k, g, beta, v))
+    S = state.view(B * H, K, V)
+    S.mul_(g.exp().mT)
+    S.baddbmm_(k.mT, beta * torch.baddbmm(row, k, S, alpha=-1))
+    return torch.bmm(q * scale, S).view(B, H, V).to(v.dtype)
 
 
 # -----------------------------------------------------------------------------
 # 2. the chunked form
 #
-# Unroll the recurrence inside a chunk. With G_i the sum of g up to and including token i, write
+# Unroll the recurrence inside a chunk of C tokens that starts with the state S. With G_i the sum of g up to and including token i:
 #     P_ij = sum_c k_ic k_jc exp(G_ic - G_jc)  for j < i       how much of what token j wrote is still there along k_i
-# Then the "new" value u_i that token i really writes (v_i minus what was there already) solves a unit lower-triangular system
-#     (I + beta_i P_ij) u = beta (v - (k e^G) S)
-# with S the state at the chunk's start. Everything else is a product: o = (q e^G) S + Q u, S' = e^{G_C} S + (k e^{G_C - G})^T u.
+#     Q_ij = the same with q_i for k_i, for j <= i
+# What token i really writes, new_i = beta_i (v_i minus what is there already), then solves a unit lower-triangular system, and
+# everything else is a product:
+#     X = (I + beta P)^-1        new = X beta (v - (k e^G) S)        o = (q e^G) S + Q new        S' = e^{G_C} S + (k e^{G_C - G})^T new
 #
-# The one difficulty is exp(G_i - G_j) under a sum over channels: as a product of two factors, exp(G_i - ref) exp(ref - G_j),
-# it is a matmul, but the second factor overflows where a chunk forgets a lot. So P and Q are built in two ways at once:
+# The one difficulty is exp(G_i - G_j) under a sum over channels: as a product of two factors, exp(G_i - ref) exp(ref - G_j), it is a
+# matmul, but the second factor overflows where a chunk forgets a lot. So P and Q are built in two ways at once:
 #   - blocks of tokens on the diagonal whose whole decay is mild: one matmul each, with ref half-way;
 #   - pairs of tokens in different blocks, by merging neighbouring blocks: a pair across a border decays from j to the border, then
 #     from the border to i. Both factors are <= 1. The exponents are sums, never differences, so nothing cancels, and g = -inf
 #     (a reset) gives exp(-inf) = 0 exactly, never inf - inf.
-# On a CPU the gates are looked at and the blocks made as large as they allow, usually the whole chunk. Looking would make a GPU
-# wait, so there, as after a reset, blocks are single tokens, which have no decay inside them.
+# On a CPU the gates are looked at and each chunk's blocks made as large as they allow, usually the whole chunk. Looking would make
+# a GPU wait, so there, as near a reset, blocks are the smallest, whose few pairs are computed one by one.
+#
+# Tensors of chunks are (M, C, D): the chunks of all sequences and heads, first chunks first, so that a step of the loop over a
+# sequence works on one slice. `low` is the type of the factors of matrix products: half precision where tensor cores want it.
 
 
-def decay_to_end(g):
-    """(..., C, K) -> exp of the sum of g over the tokens after each one, to the end: what survives until the chunk is over."""
-    after = F.pad(g[..., 1:, :], (0, 0, 0, 1))
-    return after.flip(-2).cumsum(-2).flip(-2).exp()
+class Plan(NamedTuple):
+    """How tokens are cut into chunks: `active` sequences have an n-th chunk, for n = 0, 1, ...; the rest only for packed sequences."""
+
+    C: int
+    active: list  # falls, since packed sequences are put in order of length
+    order: list | None = None  # of the packed sequences, longest first
+    index: torch.Tensor | None = None  # (chunks * C,) the token of each place, T for padding
+    place: torch.Tensor | None = None  # (T,) the place of each token
 
 
-def pairwise(xs, k, g, block):
+def chunk_length(T, device):
     """
-    For each x of xs: M_ij = sum_c x_ic k_jc exp(g_{j+1,c} + ... + g_ic) for j <= i. Above the diagonal: anything, inf included.
-    x, k and g (..., C, K) -> list of (..., C, C), with C a power of two times block, and the decay inside each block above -MILD,
-    or block = 1.
-    """
-    if block > 1:
-        G = g.unflatten(-2, (-1, block)).cumsum(-2)
-        G = G - G[..., -1:, :] / 2
-        decay = G.exp()
-        early = (k.unflatten(-2, (-1, block)) * (-G).exp()).transpose(-1, -2)  # not k / decay: its gradient squares the decay
-        Ms = [x.unflatten(-2, (-1, block)) * decay @ early for x in xs]
-    else:
-        Ms = [(x * k).sum(-1)[..., None, None] for x in xs]
-    while block < k.shape[-2]:  # Ms hold the blocks on the diagonal, (..., C / block, block, block): merge them two by two
-        first, second = (t.squeeze(-3) for t in g.unflatten(-2, (-1, 2, block)).split(1, -3))  # (..., C / 2block, block, K)
-        decay = second.cumsum(-2).exp()
-        early = (k.unflatten(-2, (-1, 2, block))[..., 0, :, :] * decay_to_end(first)).transpose(-1, -2)
-        for i, (x, M) in enumerate(zip(xs, Ms)):
-            across = x.unflatten(-2, (-1, 2, block))[..., 1, :, :] * decay @ early
-            Ms[i] = torch.cat([F.pad(M[..., 0::2, :, :], (0, block)), torch.cat([across, M[..., 1::2, :, :]], -1)], -2)
-        block *= 2
-    return [M.squeeze(-3) for M in Ms]
-
-
-def choose_blocks(g, T):
-    """
-    g (B, T, H, K) -> (C, block): the chunk length for sequences of T tokens, and the length of the blocks on the diagonal.
-    C is at least min(T, CHUNK) and a power of two times a few tokens: 43 tokens make a chunk of 16 * 3, with little padding.
+    (C, few): tokens per chunk for sequences of up to T tokens, and in the smallest blocks; C = few * a power of two. 43 tokens make
+    one chunk of 3 * 16 with little padding; tensor cores want powers of two.
     """
     C = min(T, CHUNK)
+    if device.type != "cpu":
+        C = max(16, 1 << (C - 1).bit_length())
     few, doublings = C, 0
-    while few > 4:
-        few, doublings = -(-C // 2 ** (doublings + 1)), doublings + 1
-    if not g.is_cuda:
-        for i in range(doublings + 1):
-            block = few << (doublings - i)
-            if F.pad(g, (0, 0, 0, 0, 0, -g.shape[1] % block)).unflatten(1, (-1, block)).sum(2).amin() > -MILD:
-                return few << doublings, block
-    return 1 << (C - 1).bit_length(), 1
+    while few > FEW:
+        doublings += 1
+        few = -(-C // 2**doublings)
+    return few << doublings, few
 
 
-def unit_lower_inverse(P):
+def sequence_bounds(cu_seqlens, T):
+    """cu_seqlens as a list, checked: this makes a GPU wait once."""
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != T or any(a > b for a, b in zip(bounds, bounds[1:])):
+        raise ValueError(f"cu_seqlens must rise from 0 to T = {T}, got {bounds if len(bounds) < 9 else f'{bounds[:8]} ...'}")
+    return bounds
+
+
+def make_plan(B, T, device, cu_seqlens):
+    if cu_seqlens is None:
+        C, _ = chunk_length(T, device)
+        return Plan(C, [B] * -(-T // C))
+    C, _ = chunk_length(T, device)
+    starts = sequence_bounds(cu_seqlens, T)
+    lengths = [b - a for a, b in zip(starts, starts[1:])]
+    order = sorted(range(len(lengths)), key=lambda n: -lengths[n])
+    active = [sum(length > n * C for length in lengths) for n in range(-(-max(lengths) // C))]
+    index = torch.full((sum(active), C), T)
+    at = 0
+    for n, count in enumerate(active):
+        for row, s in enumerate(order[:count]):
+            tokens = torch.arange(starts[s] + n * C, min(starts[s] + (n + 1) * C, starts[s + 1]))
+            index[at + row, : len(tokens)] = tokens
+        at += count
+    index = index.flatten()
+    place = torch.empty(T + 1, dtype=torch.long)
+    place[index] = torch.arange(len(index))
+    return Plan(C, active, order, index.to(device), place[:T].to(device))
+
+
+def to_chunks(t, plan):
+    """(B, T, H, D) -> (M, C, D). Padding tokens are all zeros: with k = beta = g = 0 they leave the state alone."""
+    B, T, H, D = t.shape
+    C, N = plan.C, len(plan.active)
+    if plan.index is None:
+        t = F.pad(t, (0, 0, 0, 0, 0, N * C - T)) if N * C > T else t
+        return t.reshape(B, N, C, H, D).permute(1, 0, 3, 2, 4).reshape(N * B * H, C, D)
+    return F.pad(t[0], (0, 0, 0, 0, 0, 1))[plan.index].view(-1, C, H, D).transpose(1, 2).reshape(-1, C, D)
+
+
+def from_chunks(x, plan, B, T, H):
+    """The inverse: (M, C, D) -> (B, T, H, D)."""
+    C, N, D = plan.C, len(plan.active), x.shape[-1]
+    if plan.index is None:
+        return x.view(N, B, H, C, D).permute(1, 0, 3, 2, 4).reshape(B, N * C, H, D)[:, :T]
+    return x.view(-1, H, C, D).transpose(1, 2).reshape(-1, H, D)[plan.place].unsqueeze(0)
+
+
+def mm(a, b, low):
+    """a @ b with factors rounded to `low`."""
+    return (a.to(low) @ b.to(low)).to(a.dtype)
+
+
+def addmm(c, a, b, low, alpha=1):
+    """c + alpha a @ b for (M, ., .) tensors, the sum in c's type."""
+    if low == c.dtype:
+        return torch.baddbmm(c, a, b, alpha=alpha)
+    return torch.add(c, torch.bmm(a.to(low), b.to(low)), alpha=alpha)
+
+
+def to_end(g):
+    """(..., C, K) -> the sum of g over the tokens after each one: its exp is what survives until the end."""
+    return F.pad(g[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
+
+
+def on_diagonal(A, block):
+    """View of A (..., C, C) as its C / block blocks on the diagonal: (..., C / block, block, block)."""
+    A = A.unflatten(-1, (-1, block)).unflatten(-3, (-1, block))  # (..., n, block, n, block)
+    return A.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+
+
+def below(A, block):
+    """View of A (..., C, C): of each two neighbouring blocks, the pairs (second, first): (..., C / 2block, block, block)."""
+    A = A.unflatten(-1, (-1, 2, block))[..., 0, :].unflatten(-3, (-1, 2, block))[..., 1, :, :, :]  # (..., n, block, n, block)
+    return A.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+
+
+def halves(t, block):
+    """Views of t (..., C, D): the first and the second of each two neighbouring blocks, both (..., C / 2block, block, D)."""
+    return t.unflatten(-2, (-1, 2, block)).unbind(-3)
+
+
+def mild_factors(g):
+    """g (..., C, K) with a mild sum -> late, early, whose product for tokens i >= j is exp(G_i - G_j)."""
+    G = g.cumsum(-2)
+    late = (G - G[..., -1:, :] / 2).exp_()
+    return late, late.reciprocal()
+
+
+def from_here(t):
+    """(..., C, K) -> sums over each token and all after it."""
+    return t.flip(-2).cumsum(-2).flip(-2)
+
+
+def before_here(t):
+    """(..., C, K) -> sums over all tokens before each one."""
+    return F.pad(t[..., :-1, :].cumsum(-2), (0, 0, 1, 0))
+
+
+def choose_blocks(g, few):
     """
-    (I + P)^-1 for strictly lower-triangular P (..., C, C), by merging: if X1 and X2 invert the blocks on the diagonal and L stands
-    below them, then [[X1, 0], [-X2 L X1, X2]] inverts the whole. As exact as substitution, but all matmuls. C as in choose_blocks.
+    g (M, C, K) -> [(which chunks, length of the blocks on their diagonal, resets)]; `which` indexes the first dimension. Tokens that
+    forget everything, as where a document starts, do not keep a chunk from being mild: resets is None or (which of the group's
+    chunks have them, booleans (., C)).
     """
-    C = size = P.shape[-1]
-    while size > 4:
-        size //= 2
+    M, C, K = g.shape
+    if g.is_cuda:
+        return [(slice(None), few, None)]
+    groups, rest, block = [], slice(None), C
+    while block > few:
+        mild, resets = g[rest].unflatten(1, (-1, block)).sum(2).amin((1, 2)) > -MILD, None
+        if block == C and not mild.all():
+            hard = (~mild).nonzero().squeeze(1)
+            all_gone = g[hard].amax(-1) == -math.inf
+            only_resets = g[hard].masked_fill(all_gone.unsqueeze(-1), 0).sum(1).amin(1) > -MILD
+            if only_resets.any():
+                mild[hard[only_resets]] = True
+                resets = (mild.cumsum(0) - 1)[hard[only_resets]], all_gone[only_resets]
+        if mild.all():
+            return groups + [(rest, block, resets)]
+        if mild.any():
+            here = torch.arange(M)[rest]
+            groups.append((here[mild], block, resets))
+            rest = here[~mild]
+        block //= 2
+    return groups + [(rest, few, None)]
 
-    def on_diagonal(size, below):  # (..., C / size, size, size) blocks of P on the diagonal, or every second of those one below
-        blocks = P.unflatten(-1, (-1, size)).unflatten(-3, (-1, size)).transpose(-2, -3)  # (..., C/size, C/size, size, size)
-        blocks = blocks[..., 1::2, 0::2, :, :] if below else blocks
-        return blocks.diagonal(dim1=-4, dim2=-3).movedim(-1, -3)
 
-    A, eye = on_diagonal(size, below=False), torch.eye(size, dtype=P.dtype, device=P.device)
+class Factors(NamedTuple):
+    """
+    What a chunk's gates make of x = (beta k, scale q) and k. The state at the chunk's start S is read by x_in @ (pre * S), and the
+    state at its end is decay * (pre * S) + k_out^T new. `groups` is for the backward.
+    """
+
+    A: torch.Tensor  # (M, 2, C, C): sum_c x_ic k_jc exp(g_{j+1,c} + ... + g_ic) for j < i, else zero
+    x_in: torch.Tensor  # (M, 2, C, K)
+    k_out: torch.Tensor  # (M, C, K)
+    pre: torch.Tensor  # (M, K, 1)
+    decay: torch.Tensor  # (M, K, 1)
+    groups: list
+
+
+def factors(x, k, g, few, low, pairs=True):
+    """x (M, 2, C, K), k and g (M, C, K) -> Factors, with A None unless `pairs`."""
+    M, R, C, K = x.shape
+    groups = choose_blocks(g, few)
+    if len(groups) == 1:
+        *parts, ways = factors_in_blocks(x, k, g, *groups[0][1:], few, low, pairs)
+        return Factors(*parts, [(*groups[0], ways)])
+    full = Factors(x.new_empty(M, R, C, C) if pairs else None, torch.empty_like(x), torch.empty_like(k), x.new_empty(M, K, 1),
+                   x.new_empty(M, K, 1), [])  # fmt: skip
+    for rows, block, resets in groups:
+        *parts, ways = factors_in_blocks(x[rows], k[rows], g[rows], block, resets, few, low, pairs)
+        for whole, part in zip(full, parts):
+            if part is not None:
+                whole[rows] = part
+        full.groups.append((rows, block, resets, ways))
+    return full
+
+
+def stretches(resets):
+    """resets (M, C) -> 1 where two tokens have no reset between them (M, 1, C, C), before the first and from the last on (M, C, 1)."""
+    n = resets.cumsum(1)
+    same = n.unsqueeze(2) == n.unsqueeze(1)
+    return same.unsqueeze(1).float(), (n == 0).unsqueeze(-1).float(), (n == n[:, -1:]).unsqueeze(-1).float()
+
+
+def factors_in_blocks(x, k, g, block, resets, few, low, pairs):
+    """A, x_in, k_out, pre, decay, and the exps that the backward uses again."""
+    M, R, C, K = x.shape
+    if block == C and block > few:  # the usual case on a CPU
+        if resets is not None:
+            which, gone = resets
+            g = g.index_copy(0, which, g[which].masked_fill_(gone.unsqueeze(-1), 0))
+        G = g.cumsum(1)
+        half = G[:, -1:] / 2
+        late = (G - half).exp_()
+        early, half = late.reciprocal(), half.exp_()
+        x_in, k_mid = x * late.unsqueeze(1), k * early
+        A = torch.bmm(x_in.view(M, R * C, K), k_mid.mT).view(M, R, C, C).tril_(-1) if pairs else None
+        k_out, decay = k_mid.mul_(half), half.mT
+        pre = decay
+        if resets is not None:  # nothing passes from before a reset to after it
+            same, in_first, in_last = stretches(gone)
+            if pairs:
+                A[which] *= same
+            x_in[which] *= in_first.unsqueeze(1)
+            k_out[which] *= in_last
+            decay = decay.index_fill(0, which, 0)
+        return A, x_in, k_out, pre, decay, (late, early, half)
+    start, end = g.cumsum(1).exp_(), to_end(g).exp_()
+    A = pairs_in_blocks(x, k, g, block, few, low) if pairs else None
+    return A, x * start.unsqueeze(1), k * end, torch.ones_like(start[:, -1, :, None]), start[:, -1, :, None], (start, end)
+
+
+def pairs_in_blocks(x, k, g, block, few, low):
+    M, R, C, K = x.shape
+    A = x.new_zeros(M, R, C, C)
+    x_b, k_b, g_b = (t.unflatten(-2, (-1, block)) for t in (x, k, g))  # (M, n, block, K)
+    if block > few:
+        late, early = mild_factors(g_b)
+        on_diagonal(A, block).copy_(mm(x_b * late.unsqueeze(1), (k_b * early).mT.unsqueeze(1), low).tril_(-1))
+    else:
+        diagonal, decay = on_diagonal(A, block), torch.zeros_like(g_b)
+        for d in range(1, block):  # pairs of tokens that are d apart; decay (M, n, block - d, K) goes with the later token
+            decay = decay[..., :-1, :] + g_b[..., d:, :]
+            pairs = (x_b[..., d:, :] * (k_b[..., : block - d, :] * decay.exp()).unsqueeze(1)).sum(-1)
+            diagonal.diagonal(-d, -2, -1).copy_(pairs)
+    while block < C:
+        first, second = halves(g, block)
+        late = halves(x, block)[1] * second.cumsum(-2).exp_().unsqueeze(1)  # (M, R, n, block, K)
+        early = halves(k, block)[0] * to_end(first).exp_()
+        below(A, block).copy_(mm(late, early.mT.unsqueeze(1), low))
+        block *= 2
+    return A
+
+
+def factors_grad(x, k, g, few, low, f, dA, dx_in, dk_out, d_decay):
+    """
+    Gradients (dx, dk, dg) of `factors` from those of its parts; dA is zero where A is, d_decay (M, 1, K) multiplied by decay
+    already. dx_in, dk_out and d_decay may be None.
+    """
+    if len(f.groups) == 1:
+        return factors_in_blocks_grad(x, k, g, *f.groups[0][1:], few, low, f.x_in, f.k_out, dA, dx_in, dk_out, d_decay)
+    dx, dk, dg = torch.empty_like(x), torch.empty_like(k), torch.empty_like(g)
+    for rows, *how in f.groups:
+        parts = (None if t is None else t[rows] for t in (f.x_in, f.k_out, dA, dx_in, dk_out, d_decay))
+        dx[rows], dk[rows], dg[rows] = factors_in_blocks_grad(x[rows], k[rows], g[rows], *how, few, low, *parts)
+    return dx, dk, dg
+
+
+def factors_in_blocks_grad(x, k, g, block, resets, ways, few, low, x_in, k_out, dA, dx_in, dk_out, d_decay):
+    M, R, C, K = x.shape
+    if block == C and block > few:
+        # x_in and k_mid carry exp(G) and exp(-G), so x_in dx_in - k_mid dk_mid is the gradient of G, whatever they were used for
+        late, early, half = ways
+        if resets is not None:
+            which, gone = resets
+            same, in_first, in_last = stretches(gone)
+            x_in[which] = x[which] * late[which].unsqueeze(1)
+            dA[which] *= same
+            if dx_in is not None:
+                dx_in[which] *= in_first.unsqueeze(1)
+                dk_out[which] *= in_last
+        dA, k_mid, x_in = dA.view(M, R * C, C), k * early, x_in.view(M, R * C, K)
+        dx_in = torch.bmm(dA, k_mid) if dx_in is None else dx_in.view(M, R * C, K).baddbmm_(dA, k_mid)
+        if dk_out is None:
+            dk_mid = torch.bmm(dA.mT, x_in)
+        else:
+            d_decay = d_decay + (dk_out * k_out).sum(1, keepdim=True)
+            dk_mid = dk_out.mul_(half).baddbmm_(dA.mT, x_in)
+        dG = (x_in * dx_in).view(M, R, C, K).sum(1).addcmul_(k_mid, dk_mid, value=-1)
+        total = dG.sum(1, keepdim=True) if d_decay is None else d_decay + dG.sum(1, keepdim=True)
+        dg = dG.sub_(dG.cumsum(1)).add_(total)
+        if resets is not None:
+            dg[which] = dg[which].masked_fill_(gone.unsqueeze(-1), 0)
+        return dx_in.view(M, R, C, K).mul_(late.unsqueeze(1)), dk_mid.mul_(early), dg
+    dx, dk, dg = pairs_in_blocks_grad(x, k, g, block, few, low, dA)
+    if dx_in is not None:
+        start, end = ways
+        dg += from_here((x_in * dx_in).sum(1)) + before_here(k_out * dk_out) + d_decay
+        dx.addcmul_(dx_in, start.unsqueeze(1))
+        dk.addcmul_(dk_out, end)
+    return dx, dk, dg
+
+
+def pairs_in_blocks_grad(x, k, g, block, few, low, dA):
+    dx, dk, dg = torch.zeros_like(x), torch.zeros_like(k), torch.zeros_like(g)
+    C = x.shape[-2]
+    x_b, k_b, g_b, dx_b, dk_b, dg_b = (t.unflatten(-2, (-1, block)) for t in (x, k, g, dx, dk, dg))
+    diagonal = on_diagonal(dA, block)
+    if block > few:
+        late, early = mild_factors(g_b)
+        dx_b += mm(diagonal, (k_b * early).unsqueeze(1), low) * late.unsqueeze(1)
+        dk_b += mm(diagonal.mT, x_b * late.unsqueeze(1), low).sum(1) * early
+        dg_b += from_here((x_b * dx_b).sum(1) - k_b * dk_b)
+    else:
+        decay = torch.zeros_like(g_b)
+        for d in range(1, block):
+            decay = decay[..., :-1, :] + g_b[..., d:, :]
+            k_now = k_b[..., : block - d, :] * decay.exp()
+            d_pairs = diagonal.diagonal(-d, -2, -1).unsqueeze(-1)  # (M, R, n, block - d, 1)
+            dx_b[..., d:, :] += d_pairs * k_now.unsqueeze(1)
+            dk_now = (d_pairs * x_b[..., d:, :]).sum(1)
+            dk_b[..., : block - d, :] += dk_now * decay.exp()
+            for i in range(1, d + 1):  # every gate between the two tokens, the later one's included
+                dg_b[..., i : block - d + i, :] += dk_now * k_now
+    while block < C:
+        (first, second), (dg_first, dg_second) = halves(g, block), halves(dg, block)
+        (k_first, _), (dk_first, _) = halves(k, block), halves(dk, block)
+        (_, x_second), (_, dx_second) = halves(x, block), halves(dx, block)
+        late, early = second.cumsum(-2).exp_(), to_end(first).exp_()
+        d_across = below(dA, block)
+        dx_now = mm(d_across, (k_first * early).unsqueeze(1), low) * late.unsqueeze(1)
+        dk_now = mm(d_across.mT, x_second * late.unsqueeze(1), low).sum(1) * early
+        dx_second += dx_now
+        dk_first += dk_now
+        dg_second += from_here((x_second * dx_now).sum(1))
+        dg_first += before_here(k_first * dk_now)
+        block *= 2
+    return dx, dk, dg
+
+
+def unit_lower_inverse(P, few, low):
+    """
+    (I + P)^-1 for strictly lower-triangular P (M, C, C), by merging: if X1 and X2 invert the blocks on the diagonal and L stands
+    below them, then [[X1, 0], [-X2 L X1, X2]] inverts the whole. As exact as substitution, but all matmuls.
+    """
+    C, size = P.shape[-1], few
+    A, eye = on_diagonal(P, size), torch.eye(size, dtype=P.dtype, device=P.device)
     X = eye - A  # at most 4 x 4: A^4 = 0, so (I + A)^-1 = (I - A)(I + A^2)
     if size > 2:
         X = X @ (eye + A @ A)
     while size < C:
         X1, X2 = X[..., 0::2, :, :], X[..., 1::2, :, :]
-        low = -(X2 @ on_diagonal(size, below=True) @ X1)
-        X = torch.cat([F.pad(X1, (0, size)), torch.cat([low, X2], -1)], -2)
+        narrow = low if size >= 16 else P.dtype
+        corner = -mm(mm(X2, below(P, size), narrow), X1, narrow)
+        X = torch.cat([F.pad(X1, (0, size)), torch.cat([corner, X2], -1)], -2)
         size *= 2
     return X.squeeze(-3)
 
 
-class SolveUnitLower(torch.autograd.Function):
-    """U = (I + P)^-1 R for strictly lower-triangular P (..., C, C) and R (..., C, D). The inverse is kept for the backward."""
-
-    @staticmethod
-    def forward(ctx, P, R):
-        X = unit_lower_inverse(P)
-        U = X @ R
-        ctx.save_for_backward(X, U)
-        return U
-
-    @staticmethod
-    def backward(ctx, dU):
-        X, U = ctx.saved_tensors
-        dR = X.transpose(-1, -2) @ dU
-        return -(dR @ U.transpose(-1, -2)).tril(-1), dR
+def with_beta_and_scale(k, beta, q, scale):
+    """x (M, 2, C, K): beta k and scale q, side by side, since all that gates do to one they do to the other."""
+    x = k.new_empty(k.shape[0], 2, *k.shape[1:])
+    torch.mul(k, beta, out=x[:, 0])
+    torch.mul(q, scale, out=x[:, 1])
+    return x
 
 
-def chunk_kda(q, k, v, g, beta, scale, state, need_state):
+def opposite_beside(dR, do):
+    """(M, 2C, V): -dR and do, the factors that meet the same other ones."""
+    rows = do.new_empty(do.shape[0], 2 * do.shape[1], do.shape[2])
+    torch.neg(dR, out=rows[:, : do.shape[1]])
+    rows[:, do.shape[1] :] = do
+    return rows
+
+
+def chunk_forward(q, k, v, g, beta, scale, state, want_state, plan, low):
     """
-    The chunked form. Shapes as in `kda`, computed in float32 (float64 for float64 inputs). `state` (B, H, K, V) or None for zero.
-    Returns o (B, T, H, V) and the final state, None when `need_state` is False and it was not needed on the way.
+    q, k, g (M, C, K); v (M, C, V); beta (M, C, 1), all float32 or float64; state (N, H, K, V) or None for zeros, sequences longest
+    first. Returns o (M, C, V), the final state or None, and for the backward X, Q (M, C, C) and the state that every chunk reads
+    (M, K, V), None if there is only one chunk and no state before it.
     """
-    B, T, H, K = q.shape
-    V = v.shape[-1]
-    C, block = choose_blocks(g, T)
-    N = -(-T // C)
-    pad = N * C - T
+    M, C, K = q.shape
+    V, H, few = v.shape[-1], M // sum(plan.active), chunk_length(C, q.device)[1]
+    x = with_beta_and_scale(k, beta, q, scale)
+    f = factors(x, k, g, few, low)
+    X, Q = unit_lower_inverse(f.A[:, 0], few, low).to(low), f.A[:, 1].to(low, copy=True)
+    Q.diagonal(dim1=-2, dim2=-1).copy_((x[:, 1] * k).sum(-1))
+    new = beta * v
+    if state is None and not plan.order and len(plan.active) == 1:
+        new = mm(X, new, low)
+        return mm(Q, new, low), torch.bmm(f.k_out.mT, new).unflatten(0, (-1, H)) if want_state else None, X, Q, None
+    N = len(plan.order) if plan.order else plan.active[0]
+    state = q.new_zeros(N * H, K, V) if state is None else state.flatten(0, 1)
+    k_in, q_in, k_out, S = f.x_in[:, 0].to(low), f.x_in[:, 1], f.k_out.mT.to(low), q.new_empty(M, K, V)
+    final, a = [], 0
+    for count in plan.active:
+        b = a + count * H
+        if b - a < len(state):  # packed sequences that have ended; they are the shortest, so the last
+            final.append(state[b - a :])
+            state = state[: b - a]
+        read = torch.mul(f.pre[a:b], state, out=S[a:b])
+        new[a:b] = mm(X[a:b], addmm(new[a:b], k_in[a:b], read, low, alpha=-1), low)
+        state = addmm(f.decay[a:b] * read, k_out[a:b], new[a:b], low)
+        a = b
+    final = torch.cat([state, *reversed(final)]).unflatten(0, (-1, H)) if want_state else None
+    return addmm(mm(Q.to(v.dtype), new, low), q_in, S, low), final, X, Q, S
 
-    def chunks(t):  # (B, T, H, D) -> (B, H, N, C, D); padding tokens have k = beta = g = 0 and leave the state alone
-        return F.pad(t.transpose(1, 2), (0, 0, 0, pad)).view(B, H, N, C, -1)
 
-    q, k, v, g, beta = chunks(q), chunks(k), chunks(v), chunks(g), chunks(beta.unsqueeze(-1))
-    P, Q = pairwise([k, q * scale], k, g, block)
-    P, Q = beta * P.tril(-1), Q.tril()
+def chunk_backward(q, k, v, g, beta, scale, plan, low, X, Q, S, do, d_state):
+    """
+    Gradients of `chunk_forward` in q, k, v, g, beta and the initial state (None if S is), from do (M, C, V) and d_state (N, H, K, V)
+    or None for zeros. With dR the gradient of R = beta (v - (k e^G) S), which X was multiplied by:
 
-    if N == 1 and state is None:  # short sequences: no state comes in, so half of the work is not there
-        u = SolveUnitLower.apply(P, beta * v)
-        o = Q @ u
-        if need_state:
-            state = ((k * decay_to_end(g)).transpose(-1, -2) @ u).squeeze(2)
-    else:
-        from_start = g.cumsum(-2).exp()
-        k_start, q_start = k * from_start, q * from_start * scale
-        uw = SolveUnitLower.apply(P, beta * torch.cat([v, k_start], -1))
-        u, w = uw.split([V, K], -1)
-        k_end, decay = (k * decay_to_end(g)).transpose(-1, -2), from_start[..., -1, :].unsqueeze(-1)
-        state = q.new_zeros(B, H, K, V) if state is None else state
-        outputs = []
-        # unbind, not [:, :, n]: the gradient of an index is a tensor of zeros as long as the whole sequence, for every chunk
-        for u_n, w_n, q_n, Q_n, k_n, decay_n in zip(*(t.unbind(2) for t in (u, w, q_start, Q, k_end, decay))):
-            new = u_n - w_n @ state
-            outputs.append(q_n @ state + Q_n @ new)
-            state = decay_n * state + k_n @ new
-        o = torch.stack(outputs, 2)
-    return o.reshape(B, H, N * C, V)[:, :, :T].transpose(1, 2), state
+        d_new = Q^T do + k_out dS'        dR = X^T d_new        dS = decay dS' + q_in^T do - k_in^T dR        last chunk to first
+        d(beta P) = -dR new^T below the diagonal        dQ = do new^T        and the rest follows from `factors_grad`
+
+    because X = (I + beta P)^-1 gives dX = X^T (..) X^T: the gradient of beta P is -X^T (d_new R^T) X^T = -dR new^T.
+    """
+    M, C, K = q.shape
+    V, H, few = v.shape[-1], M // sum(plan.active), chunk_length(C, q.device)[1]
+    x = with_beta_and_scale(k, beta, q, scale)
+    f = factors(x, k, g, few, low, pairs=False)
+    X, Q = X.to(v.dtype), Q.to(v.dtype)
+    new = beta * v  # becomes what it was in the forward
+    if S is not None:
+        new = addmm(new, f.x_in[:, 0], S, low, alpha=-1)
+    new = mm(X, new, low)
+    dR = mm(Q.mT, do, low)  # becomes the gradient of what X was multiplied by
+
+    dx_in = dk_out = d_decay = None
+    if S is None:
+        if d_state is not None:
+            d_state = d_state.flatten(0, 1)
+            dR = addmm(dR, f.k_out, d_state, low)
+            dk_out, dx_in, d_decay = mm(new, d_state.mT, low), torch.zeros_like(x), torch.zeros_like(k[:, :1])
+        d_first, dR = None, mm(X.mT, dR, low)
+        rows = opposite_beside(dR, do)
+    else:  # from the last chunk to the first; d_state is the gradient of the state that leaves a chunk
+        k_in, k_out, Xt, dS = f.x_in[:, 0].mT.to(low), f.k_out.to(low), X.mT.to(low), torch.empty_like(S)
+        d_read = mm(f.x_in[:, 1].mT, do, low)
+        N = len(plan.order) if plan.order else plan.active[0]
+        waiting = q.new_zeros(N * H, K, V) if d_state is None else d_state.flatten(0, 1)
+        d_state, b = waiting[: plan.active[-1] * H], M
+        for count in reversed(plan.active):
+            a = b - count * H
+            if b - a > len(d_state):  # shorter packed sequences end with this chunk
+                d_state = torch.cat([d_state, waiting[len(d_state) : b - a]])
+            dS[a:b] = d_state
+            dR[a:b] = mm(Xt[a:b], addmm(dR[a:b], k_out[a:b], d_state, low), low)
+            d_state = addmm(d_read[a:b].addcmul_(f.decay[a:b], d_state), k_in[a:b], dR[a:b], low, alpha=-1).mul_(f.pre[a:b])
+            b = a
+        d_first = torch.cat([d_state, waiting[len(d_state) :]]).unflatten(0, (-1, H))  # packed sequences without a token come last
+        rows = opposite_beside(dR, do)
+        dx_in, dk_out = mm(rows, S.mT, low).view(M, 2, C, K), mm(new, dS.mT, low)
+        d_decay = (dS.mul_(S) @ torch.ones_like(S[0, 0, :, None])).mul_(f.decay).mT
+
+    dA = mm(rows, new.mT, low).view(M, 2, C, C).tril_(-1)
+    dx, dk, dg = factors_grad(x, k, g, few, low, f, dA, dx_in, dk_out, d_decay)
+    d_bk, dq = dx.unbind(1)
+    # Q's diagonal has no decay, and is by far its largest part where gates are strong: apart from the rest, it cannot spoil dg.
+    diagonal = (do * new).sum(-1, keepdim=True)
+    dq.addcmul_(diagonal, k)
+    dk.addcmul_(diagonal, x[:, 1])
+    d_beta = (dR * v).sum(-1, keepdim=True) + (d_bk * k).sum(-1, keepdim=True)
+    return dq.mul_(scale), dk.addcmul_(d_bk, beta), dR.mul_(beta), dg, d_beta, d_first
 
 
 # -----------------------------------------------------------------------------
 # 3. the operator
+#
+# Registered with torch.library, so that torch.compile sees one opaque operation with known shapes instead of tracing into loops
+# and choices that depend on data. The backward is an operation of its own for the same reason.
 
 
-def kda(q, k, v, g, beta, *, scale=None, initial_state=None, output_final_state=False, backend="auto"):
+def precision(q, k, v, g, beta):
+    """(what sums and states are in, what the factors of matrix products are rounded to)"""
+    wide = torch.float64 if torch.float64 in (q.dtype, k.dtype, v.dtype, g.dtype, beta.dtype) else torch.float32
+    return wide, v.dtype if v.is_cuda and v.dtype in (torch.float16, torch.bfloat16) else wide
+
+
+def saved_chunks(B, T, C, cu_seqlens):
+    """Chunks of which something is kept for the backward. Packed sequences may need fewer: how many is not known from the shapes."""
+    return B * -(-T // C) if cu_seqlens is None else T // C + len(cu_seqlens) - 1
+
+
+@functools.cache
+def choose_backend(device, dtype):
+    """What backend="auto" means for queries of this torch.device and dtype: (its name, why)."""
+    if BACKEND != "auto":
+        return BACKEND, "KDA_BACKEND says so"
+    if device.type != "cuda":
+        return "chunk", "it is the fastest there is without a GPU"
+    if dtype == torch.float64:
+        return "chunk", "the kernels have no float64"
+    if kda_triton.triton is None:
+        return "chunk", "Triton is not installed"
+    capability = torch.cuda.get_device_capability(device)
+    card = f"{torch.cuda.get_device_name(device)} (capability {capability[0]}.{capability[1]})"
+    if capability >= (8, 0):
+        return "triton", f"Triton knows this {card}"
+    if capability < (7, 5):
+        return "chunk", f"Triton has no tensor cores for this {card}"
+    if dtype == torch.float32:
+        return "chunk", f"on this {card} only half precision reaches tensor cores"
+    if kda_triton.tensor_cores_on_turing():
+        return "triton", f"Triton {kda_triton.triton.__version__} still compiles for the tensor cores of this {card}"
+    return "chunk", f"Triton {kda_triton.triton.__version__} no longer compiles for the tensor cores of this {card}, cuBLAS does"
+
+
+def resolve(backend, q, v):
+    """The backend that runs for these tensors. ValueError if it cannot."""
+    if backend == "auto":
+        backend, _ = choose_backend(q.device, q.dtype)
+        return "chunk" if backend == "triton" and max(q.shape[-1], v.shape[-1]) > 128 else backend
+    if backend == "triton":
+        if kda_triton.triton is None:
+            raise ValueError("backend='triton', but Triton is not installed: use 'chunk'")
+        if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(f"backend='triton' needs a GPU, and q is on {q.device.type}: use 'chunk', or TRITON_INTERPRET=1 for tests")
+        if q.dtype == torch.float64 or max(q.shape[-1], v.shape[-1]) > 128:
+            what = f"q is {q.dtype} with {q.shape[-1]} channels, v has {v.shape[-1]}"
+            raise ValueError(f"{what}: backend='triton' has no float64, and at most 128 channels")
+    return backend
+
+
+@functools.lru_cache(maxsize=32)
+def equal_sequences(B, T, device):
+    """The kernels' table of chunks for B sequences of T tokens, kept: every layer needs the same."""
+    return kda_triton.chunk_table(torch.arange(B + 1) * T).to(device)
+
+
+def kernel_table(B, T, device, cu_seqlens):
+    if cu_seqlens is None:
+        return equal_sequences(B, T, device)
+    return kda_triton.chunk_table(torch.tensor(sequence_bounds(cu_seqlens, T))).to(device)
+
+
+@torch.library.custom_op("smol_llm::kda", mutates_args=())
+def kda_op(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, initial_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None, scale: float, want_state: bool, backend: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """-> o, the final state (empty unless `want_state`), and for the backward X, Q and the states that chunks read (or empty)."""
+    B, T, H, K = q.shape
+    if resolve(backend, q, v) == "triton":
+        table = kernel_table(B, T, q.device, cu_seqlens)
+        o, final, (X, Q, S) = kda_triton.triton_forward(q.to(v.dtype), k.to(v.dtype), v, g, beta, scale, initial_state, table)
+        S = F.pad(S, (0, 0, 0, 0, 0, 0, 0, saved_chunks(B, T, CHUNK, cu_seqlens) - len(S))) if cu_seqlens is not None else S
+        return o, final if want_state else final.new_empty(0), X, Q, S
+    return chunk_op(q, k, v, g, beta, initial_state, cu_seqlens, scale, want_state)
+
+
+def heads_at_once(q, v):
+    """On a CPU, long inputs are worked through a few heads at a time: from 32 MB on, every new tensor is fresh pages from the system."""
+    B, T, H, K = q.shape
+    return H if q.device.type != "cpu" else max(1, AT_ONCE // (B * T * max(K, v.shape[-1])))
+
+
+def chunk_op(q, k, v, g, beta, initial_state, cu_seqlens, scale, want_state):
+    """`kda_op` in the chunked form."""
+    B, T, H, K = q.shape
+    if (n := heads_at_once(q, v)) < H:
+        parts = []
+        for h in range(0, H, n):
+            inputs = (t[:, :, h : h + n] for t in (q, k, v, g, beta))
+            state = None if initial_state is None else initial_state[:, h : h + n]
+            parts.append(chunk_op(*inputs, state, cu_seqlens, scale, want_state))
+        o, final, X, Q, S = zip(*parts)
+        return torch.cat(o, 2), torch.cat(final, 1 if want_state else 0), torch.cat(X), torch.cat(Q), torch.cat(S)
+    wide, low = precision(q, k, v, g, beta)
+    plan = make_plan(B, T, q.device, cu_seqlens)
+    with torch.autocast(q.device.type, enabled=False):
+        chunks = [to_chunks(t.to(wide), plan) for t in (q, k, v, g, beta.unsqueeze(-1))]
+        state = None if initial_state is None else initial_state.to(wide)
+        if state is not None and plan.order:
+            state = state[plan.order]
+        o, final, X, Q, S = chunk_forward(*chunks, scale, state, want_state, plan, low)
+        if final is None:
+            final = q.new_empty(0, dtype=wide)
+        elif plan.order:
+            final = final[torch.tensor(plan.order).argsort()]
+        if S is None:
+            S = q.new_empty(0, dtype=wide)
+        if plan.order:
+            extra = saved_chunks(B, T, plan.C, cu_seqlens) * H - len(X)
+            X, Q, S = (F.pad(t, (0, 0, 0, 0, 0, extra)) for t in (X, Q, S))
+        return from_chunks(o, plan, B, T, H).to(v.dtype).contiguous(), final, X, Q, S
+
+
+@kda_op.register_fake
+def _(q, k, v, g, beta, initial_state, cu_seqlens, scale, want_state, backend):
+    B, T, H, K = q.shape
+    V, N = v.shape[-1], B if cu_seqlens is None else len(cu_seqlens) - 1
+    wide, low = precision(q, k, v, g, beta)
+    final = q.new_empty((N, H, K, V) if want_state else (0,), dtype=wide)
+    if resolve(backend, q, v) == "triton":
+        X = v.new_empty(B, T, H, CHUNK)
+        return v.new_empty(v.shape), final, X, torch.empty_like(X), v.new_empty(saved_chunks(B, T, CHUNK, cu_seqlens), H, K, V)
+    C, _ = chunk_length(T, q.device)
+    M = saved_chunks(B, T, C, cu_seqlens) * H
+    X = q.new_empty(M, C, C, dtype=low)
+    S = q.new_empty((0,) if initial_state is None and cu_seqlens is None and T <= C else (M, K, V), dtype=wide)
+    return v.new_empty(v.shape), final, X, torch.empty_like(X), S
+
+
+@torch.library.custom_op("smol_llm::kda_backward", mutates_args=())
+def kda_backward_op(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, initial_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None, scale: float, backend: str, X: torch.Tensor, Q: torch.Tensor, S: torch.Tensor,
+    do: torch.Tensor, d_final: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """-> gradients in q, k, v, g, beta and the initial state (empty if there was none)."""
+    B, T, H, K = q.shape
+    if resolve(backend, q, v) == "triton":
+        table = kernel_table(B, T, q.device, cu_seqlens)
+        saved = X, Q, S[: len(table.start)]
+        inputs = q.to(v.dtype), k.to(v.dtype), v, g, beta, scale, initial_state, table
+        *grads, d_state = kda_triton.triton_backward(*inputs, saved, do, d_final)
+        d_state = q.new_empty(0) if initial_state is None else d_state.to(initial_state.dtype)
+        return *(d.to(t.dtype) for d, t in zip(grads, (q, k, v, g, beta))), d_state
+    return chunk_backward_op(q, k, v, g, beta, initial_state, cu_seqlens, scale, X, Q, S, do, d_final)
+
+
+def chunk_backward_op(q, k, v, g, beta, initial_state, cu_seqlens, scale, X, Q, S, do, d_final):
+    """`kda_backward_op` in the chunked form."""
+    B, T, H, K = q.shape
+    if (n := heads_at_once(q, v)) < H:
+        parts, per_head = [], len(X) // H
+        for h in range(0, H, n):
+            inputs = (t[:, :, h : h + n] for t in (q, k, v, g, beta))
+            state = None if initial_state is None else initial_state[:, h : h + n]
+            saved = (t[per_head * h : per_head * (h + n)] for t in (X, Q, S))
+            last = None if d_final is None else d_final[:, h : h + n]
+            parts.append(chunk_backward_op(*inputs, state, cu_seqlens, scale, *saved, do[:, :, h : h + n], last))
+        *grads, d_state = zip(*parts)
+        return *(torch.cat(t, 2) for t in grads), torch.cat(d_state, 0 if initial_state is None else 1)
+    wide, low = precision(q, k, v, g, beta)
+    plan = make_plan(B, T, q.device, cu_seqlens)
+    M = sum(plan.active) * H
+    with torch.autocast(q.device.type, enabled=False):
+        do = do.to(wide)
+        if low == torch.float16:
+            # A scaled loss makes large gradients, and the backward is linear in them: near one, float16 neither overflows nor vanishes.
+            size = do.abs().amax()
+            size = (size if d_final is None else torch.maximum(size, d_final.abs().amax())).clamp(min=1e-30)
+            do, d_final = do / size, None if d_final is None else d_final / size
+        chunks = [to_chunks(t.to(wide), plan) for t in (q, k, v, g, beta.unsqueeze(-1))]
+        if plan.order and d_final is not None:
+            d_final = d_final[plan.order]
+        saved = X[:M], Q[:M], S[:M] if S.numel() else None
+        *grads, d_state = chunk_backward(*chunks, scale, plan, low, *saved, to_chunks(do, plan), d_final)
+        if plan.order:
+            d_state = d_state[torch.tensor(plan.order).argsort()]
+        if low == torch.float16:
+            grads, d_state = [t * size for t in grads], None if d_state is None else d_state * size
+        grads = [from_chunks(t, plan, B, T, H) for t in grads]
+        grads[4] = grads[4].squeeze(-1)
+        if initial_state is None:
+            d_state = q.new_empty(0)
+        else:
+            d_state = d_state.to(initial_state.dtype)
+        like = (q, k, v, g, beta)
+        return *(d.to(t.dtype).contiguous() for d, t in zip(grads, like)), d_state
+
+
+@kda_backward_op.register_fake
+def _(q, k, v, g, beta, initial_state, cu_seqlens, scale, backend, X, Q, S, do, d_final):
+    d_state = q.new_empty(0) if initial_state is None else initial_state.new_empty(initial_state.shape)
+    return *(t.new_empty(t.shape) for t in (q, k, v, g, beta)), d_state
+
+
+def save_for_backward(ctx, inputs, output):
+    *tensors, ctx.scale, ctx.want_state, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, *output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def kda_gradients(ctx, do, d_final, *_):
+    tensors = ctx.saved_tensors
+    do = torch.zeros_like(tensors[2]) if do is None else do
+    grads = kda_backward_op(*tensors[:7], ctx.scale, ctx.backend, *tensors[7:], do, d_final if ctx.want_state else None)
+    return *grads[:5], None if tensors[5] is None else grads[5], None, None, None, None
+
+
+kda_op.register_autograd(kda_gradients, setup_context=save_for_backward)
+
+
+def kda(q, k, v, g, beta, *, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None, backend="auto"):
     """
-    Kimi Delta Attention with precomputed gates, differentiable in every input.
+    Kimi Delta Attention with precomputed gates, differentiable in every tensor. Arguments as in flash-linear-attention's chunk_kda.
 
     q, k (B, T, H, K)    queries and keys; keys are expected to have unit length (the layer normalises both)
     v    (B, T, H, V)    values
     g    (B, T, H, K)    log-decay, in [-inf, 0]; -inf forgets a channel completely before token t is written
     beta (B, T, H)       how much of the old value is replaced, in [0, 1] (up to 2 is allowed: a reflection)
     scale                multiplies q, default K ** -0.5
-    initial_state        (B, H, K, V) or None for zero
-    backend              "recurrent" (the definition), "chunk" (matrix products) or "auto": recurrent for one token, else chunk
+    initial_state        (N, H, K, V) or None for zero; N is B, or the number of packed sequences
+    cu_seqlens           (N + 1,) integers from 0 to T, B = 1: sequence n is made of the tokens cu_seqlens[n] to cu_seqlens[n + 1] - 1
+    backend              "recurrent" (the definition), "chunk" (matrix products), "triton", or "auto" (see `choose_backend`)
 
-    Returns o (B, T, H, V) in v's dtype, and the final state (B, H, K, V) in float32 (float64 for float64 inputs), or None
+    Returns o (B, T, H, V) in v's dtype, and the final state (N, H, K, V) in float32 (float64 for float64 inputs), or None
     unless output_final_state. Raises ValueError naming the argument whose shape or dtype does not fit.
     """
     if q.ndim != 4:
@@ -227,24 +791,36 @@ def kda(q, k, v, g, beta, *, scale=None, initial_state=None, output_final_state=
     for name, t in (("q", q), ("k", k), ("v", v), ("g", g), ("beta", beta), ("initial_state", initial_state)):
         if t is not None and not t.is_floating_point():
             raise ValueError(f"{name} has dtype {t.dtype}, expected a floating point type")
-    V = v.shape[-1]
-    if initial_state is not None and tuple(initial_state.shape) != (B, H, K, V):
-        raise ValueError(f"initial_state has shape {tuple(initial_state.shape)}, expected {(B, H, K, V)}")
-    if backend not in ("auto", "recurrent", "chunk"):
-        raise ValueError(f"backend must be 'auto', 'recurrent' or 'chunk', got {backend!r}")
+    V, N = v.shape[-1], B
+    if cu_seqlens is not None:
+        if B != 1 or cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point() or len(cu_seqlens) < 2:
+            got = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, B = {B}"
+            raise ValueError(f"cu_seqlens must be (N + 1,) integers, and go with B = 1; got {got}")
+        N = len(cu_seqlens) - 1
+    if initial_state is not None and tuple(initial_state.shape) != (N, H, K, V):
+        raise ValueError(f"initial_state has shape {tuple(initial_state.shape)}, expected {(N, H, K, V)}")
+    backend = BACKEND if backend == "auto" else backend
+    if backend not in ("auto", "recurrent", "chunk", "triton"):
+        what = "the environment variable KDA_BACKEND" if backend == BACKEND else "backend"
+        raise ValueError(f"{what} must be 'auto', 'recurrent', 'chunk' or 'triton', got {backend!r}")
 
     scale = K**-0.5 if scale is None else scale
-    dtype = torch.promote_types(torch.promote_types(q.dtype, g.dtype), torch.float32)  # gates and state never in half precision
-    out_dtype = v.dtype
+    if backend != "recurrent" and q.numel() and V and (T > 1 or backend != "auto"):
+        o, state, *_ = kda_op(q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state, backend)
+        return o, state if output_final_state else None
+    wide, _ = precision(q, k, v, g, beta)
     with torch.autocast(q.device.type, enabled=False):
-        q, k, v, g, beta = (t.to(dtype) for t in (q, k, v, g, beta))
-        state = None if initial_state is None else initial_state.to(dtype)
-        if backend == "recurrent" or q.numel() == 0 or (backend == "auto" and T == 1):
-            state = q.new_zeros(B, H, K, V) if state is None else state
-            o, state = recurrent_kda(q, k, v, g, beta, scale, state)
+        inputs = [t.to(wide) for t in (q, k, v, g, beta)]
+        state = q.new_zeros(N, H, K, V, dtype=wide) if initial_state is None else initial_state.to(wide)
+        if cu_seqlens is None:
+            o, state = recurrent_kda(*inputs, scale, state)
         else:
-            o, state = chunk_kda(q, k, v, g, beta, scale, state, output_final_state)
-    return o.to(out_dtype), state if output_final_state else None
+            bounds = sequence_bounds(cu_seqlens, T)
+            parts = []
+            for n, (a, b) in enumerate(zip(bounds, bounds[1:])):
+                parts.append(recurrent_kda(*(t[:, a:b] for t in inputs), scale, state[n : n + 1]))
+            o, state = torch.cat([o for o, _ in parts], 1), torch.cat([s for _, s in parts])
+    return o.to(v.dtype), state if output_final_state else None
 
 
 # -----------------------------------------------------------------------------
@@ -258,37 +834,40 @@ class ShortConvFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, padded, taps):  # padded (B, W - 1 + T, D), taps (W, D), contiguous -> (B, T, D)
-        ctx.save_for_backward(padded, taps)
+    def forward(ctx, padded, taps, reach):
+        """padded (B, W - 1 + T, D), taps (W, D) contiguous, reach (B, T) how many tokens back each may look, or None -> (B, T, D)."""
+        ctx.save_for_backward(padded, taps, reach)
         T = padded.shape[1] - len(taps) + 1
-        y = padded[:, :T] * taps[0]
-        for i in range(1, len(taps)):
-            y.addcmul_(padded[:, i : i + T], taps[i])
+        y = padded[:, len(taps) - 1 :] * taps[-1]
+        for i, tap in enumerate(taps[:-1]):
+            x = padded[:, i : i + T]
+            y.addcmul_(x if reach is None else x * (reach >= len(taps) - 1 - i).unsqueeze(-1), tap)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        padded, taps = ctx.saved_tensors
+        padded, taps, reach = ctx.saved_tensors
         T = padded.shape[1] - len(taps) + 1
-        d_padded = torch.zeros_like(padded)
+        d_padded, d_taps = torch.zeros_like(padded), torch.empty_like(taps)
         for i, tap in enumerate(taps):
-            d_padded[:, i : i + T].addcmul_(dy, tap)
-        return d_padded, torch.stack([(dy * padded[:, i : i + T]).sum((0, 1)) for i in range(len(taps))])
+            d = dy if reach is None else dy * (reach >= len(taps) - 1 - i).unsqueeze(-1)
+            d_padded[:, i : i + T].addcmul_(d, tap)
+            d_taps[i] = (d * padded[:, i : i + T]).sum((0, 1))
+        return d_padded, d_taps, None
 
 
 class ShortConv(nn.Module):
-    """Each channel mixes its last `width` inputs. The weight has a Conv1d's shape (D, 1, width), so that checkpoints of FLA load."""
+    """The taps of a convolution (D, 1, width): a Conv1d's shape, so that checkpoints of FLA load. The layer applies three at once."""
 
     def __init__(self, dim, width):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim, 1, width).uniform_(-(width**-0.5), width**-0.5))
 
-    def forward(self, x, tail=None):
-        """x (B, T, D), tail (B, width - 1, D) the inputs before x (None: zeros) -> SiLU of the mix (B, T, D), and the new tail."""
-        W = self.weight.shape[-1]
-        padded = F.pad(x, (0, 0, W - 1, 0)) if tail is None else torch.cat([tail.to(x.dtype), x], 1)
-        y = ShortConvFunction.apply(padded, self.weight.squeeze(1).t().contiguous().to(x.dtype))  # (D, W) would be read with a stride
-        return F.silu(y), padded[:, padded.shape[1] - (W - 1) :]
+
+def unit_length(x):
+    """x (..., K) divided by its length over K, computed in float32, in x's dtype."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
 class GatedRMSNorm(nn.Module):
@@ -334,43 +913,73 @@ class KimiDeltaAttention(nn.Module):
         self.o_proj = nn.Linear(inner, hidden_size, bias=False)
 
     def empty_cache(self, batch_size):
-        """What the layer remembers before the first token: three convolution tails (B, W - 1, H * K) and a state (B, H, K, K)."""
-        inner, W = self.num_heads * self.head_dim, self.q_conv1d.weight.shape[-1]
-        tail = self.A_log.new_zeros(batch_size, W - 1, inner)
-        return tail, tail, tail, self.A_log.new_zeros(batch_size, self.num_heads, self.head_dim, self.head_dim, dtype=torch.float32)
+        """What the layer remembers before the first token: the convolution's last inputs (B, W - 1, 3 * H * K), a state (B, H, K, K)."""
+        H, K, W = self.num_heads, self.head_dim, self.q_conv1d.weight.shape[-1]
+        return self.A_log.new_zeros(batch_size, W - 1, 3 * H * K), self.A_log.new_zeros(batch_size, H, K, K, dtype=torch.float32)
 
-    def forward(self, x, cache=None):
+    def forward(self, x, cache=None, starts=None):
         """
         x (B, T, hidden_size) -> y of the same shape, and the cache after the last token: None when none came in.
-        Training passes no cache; prefill and decoding pass `empty_cache` or what the previous call returned.
+        Training passes no cache; prefill and decoding pass `empty_cache` or what the previous call returned, which is used up:
+        its state is updated in place where no gradient is wanted.
+        starts (B, T) bool: tokens at which a new document begins, that knows nothing of what was before. None: none.
         """
         B, T, _ = x.shape
-        tails = cache[:3] if cache is not None else (None, None, None)
-        q, q_tail = self.q_conv1d(self.q_proj(x), tails[0])
-        k, k_tail = self.k_conv1d(self.k_proj(x), tails[1])
-        v, v_tail = self.v_conv1d(self.v_proj(x), tails[2])
-        q, k, v = (t.view(B, T, self.num_heads, self.head_dim) for t in (q, k, v))
-        q, k = (F.normalize(t.float(), dim=-1, eps=1e-6) for t in (q, k))
+        H, K, W = self.num_heads, self.head_dim, self.q_conv1d.weight.shape[-1]
+        tail, state = (None, None) if cache is None else cache
+        # q, k and v in one product and one convolution: a third of the calls, and x is read once
+        qkv = F.linear(x, torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]))
+        taps = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight]).squeeze(1)
+        taps = taps.t().contiguous().to(qkv.dtype)  # (3HK, W) would be read with a stride
+        reach = None
+        if starts is not None:
+            t = torch.arange(T, device=x.device)
+            reach = t - torch.where(starts, t, -W).cummax(1).values
+        qkv = F.pad(qkv, (0, 0, W - 1, 0)) if tail is None else torch.cat([tail.to(qkv.dtype), qkv], 1)
+        tail = qkv[:, T:]
+        if starts is not None:  # what a document's next tokens may look back to ends where it began
+            tail = tail * (torch.arange(W - 2, -1, -1, device=x.device) <= reach[:, -1:]).unsqueeze(-1)
+        qk, v = F.silu(ShortConvFunction.apply(qkv, taps, reach)).view(B, T, 3 * H, K).split([2 * H, H], 2)
+        q, k = unit_length(qk).chunk(2, 2)
         g = F.softplus(self.f_proj(x).float() + self.dt_bias.float()).view(B, T, self.num_heads, self.head_dim)
         g = -self.A_log.float().exp()[:, None] * g
         beta = self.b_proj(x).float().sigmoid()
-        o, state = kda(
-            q, k, v, g, beta, initial_state=None if cache is None else cache[3], output_final_state=cache is not None
-        )
+        if starts is not None:
+            g = g.masked_fill(starts[:, :, None, None], -math.inf)
+        if T == 1 and cache is not None and not torch.is_grad_enabled():
+            o = kda_step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], beta[:, 0], state).unsqueeze(1)
+        else:
+            o, state = kda(q, k, v, g, beta, initial_state=state, output_final_state=cache is not None)
         o = self.o_norm(o.to(x.dtype), self.g_proj(x).view(B, T, self.num_heads, self.head_dim))
-        return self.o_proj(o.flatten(2)), None if cache is None else (q_tail, k_tail, v_tail, state)
+        return self.o_proj(o.flatten(2)), None if cache is None else (tail, state)
+
+
+def check():
+    """What was chosen here and why, and whether it agrees with the recurrence."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for dtype in (torch.float32,) if device.type == "cpu" else (torch.float32, torch.float16):
+        backend, why = choose_backend(device, dtype)
+        print(f"backend on {device} for {str(dtype).removeprefix('torch.')}: {backend}, because {why}")
+    print("against the float64 recurrence, relative error of outputs and gradients:")
+    torch.manual_seed(0)
+    for name, gate in (("mild gates", 0.1), ("strong gates", 8.0), ("resets", None)):
+        q, k, v = torch.randn(3, 2, 100, 2, 32, device=device).unbind(0)
+        k, g, beta = F.normalize(k, dim=-1), -torch.rand(2, 100, 2, 32, device=device) * (gate or 0.1), torch.rand(2, 100, 2, device=device)
+        if gate is None:
+            g = g.masked_fill(torch.rand_like(g) < 0.05, -math.inf)
+        results = []
+        for dtype, how in ((torch.float64, "recurrent"), (torch.float32, "auto")):
+            inputs = [t.to(dtype).requires_grad_() for t in (q, k, v, g, beta)]
+            o, _ = kda(*inputs, backend=how)
+            results.append([o, *torch.autograd.grad(o.square().sum(), inputs)])
+        errors = [((got - want).norm() / want.norm()).item() for want, got in zip(*results)]
+        print(f"  {name:12s} o {errors[0]:.1e}, " + ", ".join(f"d{n} {e:.1e}" for n, e in zip(("q", "k", "v", "g", "beta"), errors[1:])))
+        if not max(errors) < 1e-4:
+            sys.exit(f"error: {backend} is wrong on this machine: choose another one with KDA_BACKEND=chunk or KDA_BACKEND=recurrent")
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    print("chunked form against the float64 recurrence: relative error, and the length of the blocks that the gates allowed")
-    for name, gate in (("mild", 0.1), ("strong", 8.0), ("resets", None)):
-        q, k, v = torch.randn(3, 2, 300, 2, 32).unbind(0)
-        k = F.normalize(k, dim=-1)
-        g = -torch.rand(2, 300, 2, 32) * (gate or 0.1)
-        if gate is None:
-            g = g.masked_fill(torch.rand_like(g) < 0.05, -math.inf)
-        beta = torch.rand(2, 300, 2)
-        want, _ = kda(*(t.double() for t in (q, k, v, g, beta)), backend="recurrent")
-        got, _ = kda(q, k, v, g, beta, backend="chunk")
-        print(f"  gates {name:8s} {((got - want).norm() / want.norm()).item():.1e}   {choose_blocks(g, 300)[1]} tokens")
+    try:
+        check()
+    except ValueError as e:
+        sys.exit(f"error: {e}")

@@ -1,13 +1,17 @@
 """kda.py against the recurrence written out as matrices in float64: values and gradients, for every length and any gate."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 import kda as kda_file
-from kda import MILD, KimiDeltaAttention, ShortConvFunction, kda
+from kda import MILD, KimiDeltaAttention, ShortConvFunction, kda, kda_step
 
 torch.set_num_threads(1)  # tensors are small here: threads would only wait for each other
 NAMES = ("q", "k", "v", "g", "beta", "initial_state")
@@ -52,12 +56,15 @@ def make_gate(kind, B, T, H, K, rng):
         return (-0.1 * u).masked_fill(torch.rand(B, T, H, K, generator=rng) < 0.05, -math.inf)
     if kind == "whole resets":
         return (-0.1 * u).masked_fill(torch.rand(B, T, H, 1, generator=rng) < 0.1, -math.inf)
+    if kind == "documents":  # everything forgotten at some tokens, by all heads
+        return (-0.1 * u).masked_fill(torch.rand(B, T, 1, 1, generator=rng) < 0.05, -math.inf)
     if kind == "all -inf":
         return -math.inf + 0 * u
     raise AssertionError(kind)
 
 
-GATES = ("none", "mild", "inside", "outside", "one drop inside", "uneven", "largest A", "-50", "resets", "whole resets", "all -inf")
+GATES = ("none", "mild", "inside", "outside", "one drop inside", "uneven", "largest A", "-50", "resets", "whole resets",
+         "documents", "all -inf")  # fmt: skip
 
 
 def make(gate, T, H=3, K=8, V=5, seed=0, keys="random", state=True):
@@ -173,9 +180,23 @@ def test_whole_size_heads():
 @pytest.mark.parametrize("gate", ("none", "mild", "inside", "outside", "resets"))
 def test_every_cpu_choice_of_blocks_agrees(gate, monkeypatch):
     """On a GPU the gates are not looked at, and blocks are single tokens: that path has to be right for mild gates too."""
-    monkeypatch.setattr(kda_file, "choose_blocks", lambda g, T: (1 << (min(T, 64) - 1).bit_length(), 1))
+    monkeypatch.setattr(kda_file, "choose_blocks", lambda g, few: [(slice(None), few, None)])
     for T in (1, 3, 43, 64, 100):
         compare(make(gate, T), f"single-token blocks, {gate}, T={T}")
+
+
+@pytest.mark.parametrize("heads", (1, 2))
+def test_long_inputs_go_through_a_few_heads_at_a_time(heads, monkeypatch):
+    for T in (20, 100):
+        whole, state = make("mild", T), T == 100
+        monkeypatch.setattr(kda_file, "AT_ONCE", heads * whole[0][:, :, 0].numel())
+        assert kda_file.heads_at_once(whole[0], whole[2]) == heads < 3
+        compare(whole if state else whole[:5], f"{heads} heads, T={T}", final=state)
+    alone, together, cu_seqlens = packed("resets", (5, 130, 1))
+    monkeypatch.setattr(kda_file, "AT_ONCE", heads * together[0][:, :, 0].numel())
+    o, S = kda(*(t.float() for t in together[:5]), initial_state=together[5].float(), output_final_state=True, cu_seqlens=cu_seqlens)
+    want = [reference(*one[:5], state=one[5]) for one in alone]
+    check({"o": o, "S": S}, {"o": torch.cat([o for o, _ in want], 1), "S": torch.cat([S for _, S in want])}, 1e-5, "packed")
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
@@ -221,8 +242,8 @@ def test_reset_means_what_came_before_does_not_matter():
     a[3][:, 40] = b[3][:, 40] = -math.inf
     (o_a, S_a), (o_b, S_b) = (by_kda([t.float() for t in i]) for i in (a, b))
     assert not torch.equal(o_a[:, :40], o_b[:, :40])
-    torch.testing.assert_close(o_a[:, 40:], o_b[:, 40:], rtol=0, atol=1e-6)
-    torch.testing.assert_close(S_a, S_b, rtol=0, atol=1e-6)
+    torch.testing.assert_close(o_a[:, 40:], o_b[:, 40:], rtol=1e-5, atol=5e-6)
+    torch.testing.assert_close(S_a, S_b, rtol=1e-5, atol=5e-6)
 
 
 def test_views_and_expanded_inputs():
@@ -323,6 +344,147 @@ def test_unknown_backend():
         by_kda([t.float() for t in make("mild", 3)], backend="cuda")
 
 
+@pytest.mark.parametrize("T", (1000, 4096))
+def test_long_sequences(T):
+    for gate in ("mild", "uneven", "resets") if T == 1000 else ("mild",):
+        inputs = [t[:1] for t in make(gate, T, H=1, K=16, V=16)]
+        compare(inputs, f"{gate}, T={T}")
+
+
+@pytest.mark.parametrize("K, V", ((16, 16), (32, 128), (64, 64), (128, 32), (128, 128), (24, 80)))
+def test_head_sizes(K, V):
+    for H, T in ((1, 65), (9, 17)):
+        for gate in ("mild", "largest A"):
+            compare([t[:2] for t in make(gate, T, H=H, K=K, V=V)], f"{gate}, H={H}, T={T}")
+
+
+def packed(gate, lengths, seed=0):
+    """Sequences of these lengths, alone and packed into one row: ([inputs of each], inputs of all, cu_seqlens)."""
+    alone = [[t[1:2] for t in make(gate, n, seed=seed + i)] for i, n in enumerate(lengths)]
+    together = [torch.cat([one[j] for one in alone], 1) for j in range(5)] + [torch.cat([one[5] for one in alone])]
+    return alone, together, torch.tensor([0, *lengths]).cumsum(0)
+
+
+@pytest.mark.parametrize("gate", ("mild", "resets", "largest A"))
+@pytest.mark.parametrize("lengths", ((1,), (1, 1, 1), (5, 130, 1, 64, 65), (3, 0, 200, 0), (64, 64)))
+@pytest.mark.parametrize("backend", ("chunk", "recurrent"))
+def test_packed_sequences_are_the_sequences_alone(backend, lengths, gate):
+    alone, together, cu_seqlens = packed(gate, lengths)
+    for state in (True, False):
+
+        def by_packed(inputs):
+            S = inputs[5] if state else None
+            return kda(*inputs[:5], initial_state=S, output_final_state=True, cu_seqlens=cu_seqlens, backend=backend)
+
+        def one_by_one(inputs):
+            parts = [t.split(lengths, 1) for t in inputs[:5]]
+            states = inputs[5].split(1) if state else [None] * len(lengths)
+            out = [reference(*(p[n] for p in parts), state=states[n]) if length else (inputs[2][:, :0], inputs[5][n : n + 1] * bool(state))
+                   for n, length in enumerate(lengths)]  # fmt: skip
+            return torch.cat([o for o, _ in out], 1), torch.cat([s for _, s in out])
+
+        want, d_want = run(one_by_one, together, torch.float64, True)
+        got, d_got = run(by_packed, together, torch.float32, True)
+        check(got, want, 1e-5, f"{lengths}")
+        check(d_got, d_want, 1e-4, f"{lengths}")
+
+
+def test_wrong_cu_seqlens_are_named():
+    q, k, v, g, beta, S = (t.float() for t in make("mild", 6))
+    one = [t[:1] for t in (q, k, v, g, beta)]
+    many = (q, k, v, g, beta)
+    for inputs, bad in ((many, [0, 3, 6]), (one, [0, 3, 5]), (one, [1, 6]), (one, [0, 4, 3, 6]), (one, [0]), (one, [0.0, 6.0])):
+        with pytest.raises(ValueError, match="cu_seqlens"):
+            kda(*inputs, cu_seqlens=torch.tensor(bad))
+    with pytest.raises(ValueError, match="initial_state"):
+        kda(*one, cu_seqlens=torch.tensor([0, 3, 6]), initial_state=S[:1])
+
+
+@pytest.mark.parametrize("low", (torch.float16, torch.bfloat16))
+@pytest.mark.parametrize("gate", ("mild", "outside", "largest A", "resets"))
+def test_products_in_half_precision(gate, low, monkeypatch):
+    """What a GPU does, on the CPU: factors of products in half precision, gates never looked at, chunks of a power of two."""
+    monkeypatch.setattr(kda_file, "precision", lambda *inputs: (torch.float32, low))
+    monkeypatch.setattr(kda_file, "choose_blocks", lambda g, few: [(slice(None), few, None)])
+    for T in (17, 64, 130):
+        inputs = [t.to(low).double() for t in make(gate, T, K=16, V=16)]
+        # the last row, beta = 2, reflects for ever and forgets no rounding; bfloat16 has eight bits of them
+        for rows, room in ((slice(0, 3), 1e-2), (slice(3, 4), 1e-2 if low == torch.float16 else 3e-2)):
+            part = [t[rows] for t in inputs]
+            want, d_want = run(by_reference, part, torch.float64, True)
+            got, d_got = run(by_kda, part, low, True)
+            check(got, want, room, f"{gate}, T={T}")
+            check(d_got, d_want, room, f"{gate}, T={T}")
+
+
+def test_large_and_small_gradients_survive_float16(monkeypatch):
+    """A loss scaled by 2^-12 leaves gradients that float16 rounds to a few bits, one by 2^10 sums that it cannot hold."""
+    monkeypatch.setattr(kda_file, "precision", lambda *inputs: (torch.float32, torch.float16))
+    inputs = [t.half() for t in make("mild", 200, K=16, V=16)[:3]] + make("mild", 200, K=16, V=16)[3:5]
+    grads = []
+    for size in (1.0, 2.0**-12, 2.0**10):
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        o, _ = kda(*leaves, backend="chunk")
+        grads.append(torch.autograd.grad(o, leaves[3:], torch.full_like(o, size)))
+    for scaled, size in zip(grads[1:], (2.0**-12, 2.0**10)):
+        for a, b in zip(scaled, grads[0]):
+            assert ((a / size - b).norm() / b.norm()) < 1e-3
+
+
+def test_backward_keeps_little():
+    """Kept for the backward, beside the inputs: two C x C matrices and one state per chunk."""
+    q, k, v, g, beta = (t.float().requires_grad_() for t in make("mild", 512, H=2, K=64, V=64)[:5])
+    sizes = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.setdefault(t.data_ptr(), t.nbytes) and t, lambda t: t):
+        o, _ = kda(q, k, v, g, beta)
+    inputs = sum(t.nbytes for t in (q, k, v, g, beta))
+    assert sum(sizes.values()) <= inputs + 3 * v.nbytes + 64
+
+
+def test_activation_checkpointing():
+    inputs = [t.float() for t in make("mild", 100)]
+    _, want = run(by_kda, inputs, torch.float32, True)
+    _, got = run(lambda i: torch.utils.checkpoint.checkpoint(by_kda, i, use_reentrant=False), inputs, torch.float32, True)
+    assert all(torch.equal(got[n], want[n]) for n in want)
+
+
+def test_one_step_in_place_is_the_recurrence():
+    for dtype in (torch.float32, torch.float64):
+        q, k, v, g, beta, S = (t.to(dtype) for t in make("resets", 9))
+        state = S.clone()
+        outputs = [kda_step(q[:, t], k[:, t], v[:, t], g[:, t], beta[:, t], state) for t in range(9)]
+        want, final = reference(*(t.double() for t in (q, k, v, g, beta)), state=S.double())
+        check({"o": torch.stack(outputs, 1), "state": state}, {"o": want, "state": final}, 1e-6, str(dtype))
+
+
+def test_compiles_without_graph_breaks():
+    torch._dynamo.reset()
+    layer = make_layer()
+    x = torch.randn(2, 70, 12, requires_grad=True)
+    want = torch.autograd.grad(layer(x)[0].square().sum(), [x, *layer.parameters()])
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(x)[0].square().sum(), [x, *layer.parameters()])
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    op = torch.ops.smol_llm.kda.default
+    q, k, v, g, beta, S = (t.float() for t in make("mild", 20))
+    torch.library.opcheck(op, (q.requires_grad_(), k, v, g, beta, S, None, 0.3, True, "chunk"))
+    torch.library.opcheck(op, (q[:1], k[:1], v[:1], g[:1], beta[:1], None, torch.tensor([0, 1, 20]), 0.3, False, "chunk"))
+
+
+def test_running_the_file_says_what_was_chosen():
+    def said(*args, **env):
+        return subprocess.run([sys.executable, kda_file.__file__, *args], env={**os.environ, **env}, capture_output=True, text=True)
+
+    plain, other, wrong = said(), said(KDA_BACKEND="recurrent"), said(KDA_BACKEND="cuda")
+    assert plain.returncode == other.returncode == 0 and "chunk" in plain.stdout.splitlines()[0]
+    assert "recurrent" in other.stdout.splitlines()[0] and "KDA_BACKEND" in other.stdout.splitlines()[0]
+    assert wrong.returncode == 1 and wrong.stderr.startswith("error:") and "KDA_BACKEND" in wrong.stderr
+    kernels, nowhere = said(KDA_BACKEND="triton", TRITON_INTERPRET="1"), said(KDA_BACKEND="triton", TRITON_INTERPRET="0")
+    assert kernels.returncode == 0 and "triton" in kernels.stdout.splitlines()[0], kernels.stderr
+    assert nowhere.returncode == 1 and nowhere.stderr.startswith("error:") and "GPU" in nowhere.stderr
+
+
 # ---- the layer
 
 
@@ -353,7 +515,7 @@ def layer_by_hand(p, x, H, K):
         h = (x @ p[f"{n}_proj.weight"].T).transpose(1, 2)
         h = F.conv1d(F.pad(h, (3, 0)), p[f"{n}_conv1d.weight"], groups=H * K).transpose(1, 2)
         heads[n] = (h * torch.sigmoid(h)).reshape(B, T, H, K)
-    q, k = (heads[n] / heads[n].pow(2).sum(-1, keepdim=True).sqrt() for n in "qk")
+    q, k = (heads[n] / (heads[n].pow(2).sum(-1, keepdim=True) + 1e-6).sqrt() for n in "qk")
     raw = (x @ p["f_proj.0.weight"].T @ p["f_proj.1.weight"].T + p["dt_bias"]).reshape(B, T, H, K)
     g = -p["A_log"].exp()[:, None] * (1 + raw.exp()).log()
     o, _ = reference(q, k, heads["v"], g, torch.sigmoid(x @ p["b_proj.weight"].T))
@@ -419,6 +581,39 @@ def test_layer_in_half_precision():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
 
 
+def test_documents_in_a_row_know_nothing_of_each_other():
+    layer = make_layer()
+    for lengths in ((1, 2, 3, 4, 60), (70,), (30, 1, 64), (3, 1, 1, 1)):
+        x = torch.randn(2, sum(lengths), 12, requires_grad=True)
+        starts = torch.zeros(2, sum(lengths), dtype=torch.bool)
+        starts[:, [sum(lengths[:i]) for i in range(len(lengths))]] = True
+        alone = torch.cat([layer(part)[0] for part in x.split(lengths, 1)], 1)
+        packed = layer(x, starts=starts)[0]
+        torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+        weight, inputs = torch.randn_like(alone), [x, *layer.parameters()]
+        for a, b in zip(torch.autograd.grad((packed * weight).sum(), inputs), torch.autograd.grad((alone * weight).sum(), inputs)):
+            check({"gradient": a}, {"gradient": b}, 1e-4, str(lengths))
+    x, cache = torch.randn(2, 30, 12), layer.empty_cache(2)  # a document may also go on from a cache, and be followed by another
+    starts = torch.arange(20).expand(2, 20) == 7
+    _, cache = layer(x[:, :10], cache)
+    y, _ = layer(x[:, 10:], cache, starts)
+    torch.testing.assert_close(y[:, :7], layer(x)[0][:, 10:17], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(y[:, 7:], layer(x[:, 17:])[0], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_decoding_without_gradients_updates_the_state_in_place():
+    layer = make_layer()
+    x = torch.randn(2, 40, 12)
+    want, cache, parts = layer(x)[0], layer.empty_cache(2), []
+    for t in range(40):
+        before = cache[1]
+        y, cache = layer(x[:, t : t + 1], cache)
+        parts.append(y)
+        assert cache[1] is before
+    torch.testing.assert_close(torch.cat(parts, 1), want, rtol=1e-4, atol=1e-5)
+
+
 def test_initial_gates_forget_slowly():
     torch.manual_seed(0)
     layer = KimiDeltaAttention(12, 3, 4)
@@ -433,5 +628,6 @@ def test_short_convolution_gradients():
         padded = torch.randn(2, W - 1 + T, 3, dtype=torch.float64, generator=rng, requires_grad=True)
         weight = torch.randn(3, W, dtype=torch.float64, generator=rng, requires_grad=True)
         want = F.conv1d(padded.transpose(1, 2), weight.unsqueeze(1), groups=3).transpose(1, 2)
-        torch.testing.assert_close(ShortConvFunction.apply(padded, weight.t()), want)
-        assert torch.autograd.gradcheck(ShortConvFunction.apply, (padded, weight.t()))
+        torch.testing.assert_close(ShortConvFunction.apply(padded, weight.t(), None), want)
+        assert torch.autograd.gradcheck(ShortConvFunction.apply, (padded, weight.t(), None))
+        assert torch.autograd.gradcheck(ShortConvFunction.apply, (padded, weight.t(), torch.arange(T).expand(2, T) % 3))

@@ -1,0 +1,207 @@
+"""
+kda_triton.py in Triton's interpreter, on a CPU, against the recurrence in float64 and autograd. test_kda_triton.py runs this file in a
+process of its own: Triton looks for TRITON_INTERPRET when it is imported, and other tests need it without.
+
+    TRITON_INTERPRET=1 python -m pytest tests/kda_interpreted.py
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from triton.runtime import interpreter
+
+import kda_triton as kt
+
+torch.set_num_threads(1)
+NAMES = ("o", "final_state", "dq", "dk", "dv", "dg", "dbeta", "dstate")
+
+
+@pytest.fixture(autouse=True)
+def bfloat16_as_on_a_gpu(monkeypatch):
+    """The interpreter keeps bfloat16 as uint16: it multiplies those integers in tl.dot, and cuts off where hardware rounds."""
+    builder, bf16 = interpreter.InterpreterBuilder, interpreter.tl.bfloat16
+    dot, cast = builder.create_dot, builder.cast_impl
+
+    def widen(x):
+        if x.dtype.scalar != bf16:
+            return x
+        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), interpreter.tl.float32)
+
+    def rounding_cast(self, src, dst_type):
+        if src.dtype.scalar == interpreter.tl.float32 and dst_type.scalar == bf16:
+            rounded = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+            return interpreter.TensorHandle(rounded, bf16)
+        return cast(self, src, dst_type)
+
+    monkeypatch.setattr(builder, "create_dot", lambda self, a, b, *rest: dot(self, widen(a), widen(b), *rest))
+    monkeypatch.setattr(builder, "cast_impl", rounding_cast)
+
+
+def recurrence(q, k, v, g, beta, scale, state, cu):
+    """Token by token, for sequences back to back: q, k, g (T, H, K), v (T, H, V), beta (T, H), state (N, H, K, V)."""
+    o, finals = [], []
+    for n in range(len(cu) - 1):
+        S = state[n]
+        for t in range(cu[n], cu[n + 1]):
+            S = g[t].exp()[..., None] * S
+            S = S + k[t][..., None] * (beta[t][:, None] * (v[t] - torch.einsum("hk,hkv->hv", k[t], S)))[:, None, :]
+            o.append(torch.einsum("hk,hkv->hv", q[t] * scale, S))
+        finals.append(S)
+    return torch.stack(o), torch.stack(finals)
+
+
+def make(lengths, H, K, V, gate, beta, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    T, N = sum(lengths), len(lengths)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+    u = torch.rand(T, H, K, generator=rng, dtype=torch.float64)
+    g = {
+        "none": 0 * u,
+        "mild": -0.1 * u,
+        "strong": -8 * u,
+        "largest A": -16 * F.softplus(6 * u - 3),
+        "uneven": -u * torch.logspace(-3, 1.5, K, dtype=torch.float64),
+        "-50": 0 * u - 50,
+        "resets": (-0.1 * u).masked_fill(torch.rand(u.shape, generator=rng) < 0.05, -math.inf),
+        "whole resets": (-0.1 * u).masked_fill(torch.rand(T, H, 1, generator=rng) < 0.1, -math.inf),
+        "all -inf": 0 * u - math.inf,
+    }[gate]
+    beta = torch.rand(T, H, generator=rng, dtype=torch.float64) if beta == "random" else torch.full((T, H), beta, dtype=torch.float64)
+    inputs = [normal(T, H, K), F.normalize(normal(T, H, K), dim=-1), normal(T, H, V), g, beta, normal(N, H, K, V)]
+    return inputs, (normal(T, H, V), normal(N, H, K, V)), [0, *np.cumsum(lengths).tolist()]
+
+
+def run(lengths, H, K, V, dtype, gate="mild", beta="random", times=1.0):
+    """Relative error of every output and gradient, by name."""
+    inputs, gradients, cu = make(lengths, H, K, V, gate, beta)
+    inputs = [t.to(dtype).double() if i < 3 else t.float().double() for i, t in enumerate(inputs)]
+    gradients = [(times * gradients[0]).to(dtype).double(), times * gradients[1]]
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    outputs = recurrence(*leaves[:5], K**-0.5, leaves[5], cu)
+    want = [*outputs, *torch.autograd.grad(outputs, leaves, gradients)]
+
+    q, k, v = (t.to(dtype)[None] for t in inputs[:3])
+    rest = (inputs[3].float()[None], inputs[4].float()[None], K**-0.5, inputs[5].float(), kt.chunk_table(torch.tensor(cu)))
+    o, final, saved = kt.triton_forward(q, k, v, *rest)
+    *grads, dstate = kt.triton_backward(q, k, v, *rest, saved, gradients[0].to(dtype)[None], gradients[1].float())
+    got = [o[0], final, *(t[0] for t in grads), dstate]
+    assert [t.dtype for t in got] == [dtype, torch.float32, dtype, dtype, dtype, *[torch.float32] * 3]
+    errors = {}
+    for name, a, b in zip(NAMES, got, want):
+        assert a.isfinite().all(), name
+        # where nothing is left but what -50 a step leaves, 1e-9 of the usual size counts as zero
+        errors[name] = ((a.double() - b).norm() / max(b.norm().item(), 1e-9 * times * b.numel() ** 0.5)).item()
+    assert (got[5][inputs[3] == -math.inf] == 0).all()
+    return errors
+
+
+def check(errors, dtype):
+    for name, error in errors.items():
+        limit = 1e-2 if dtype != torch.float32 else 1e-5 if name in NAMES[:2] else 1e-4
+        assert error <= limit, (name, errors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "gate", ["none", "mild", "strong", "largest A", "uneven", "-50", "resets", "whole resets", "all -inf"]
+)
+def test_gates(gate, dtype):
+    check(run([70], 1, 16, 16, dtype, gate), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lengths", [[1] * 8, [17, 64], [1, 0, 65, 2], [130]], ids=str)
+def test_lengths(lengths, dtype):
+    check(run(lengths, 2 if len(lengths) > 2 else 1, 16, 32, dtype), dtype)
+
+
+@pytest.mark.parametrize("K, V", [(32, 16), (24, 40), (128, 64)])
+def test_sizes(K, V):
+    check(run([66], 1, K, V, torch.float32, "uneven"), torch.float32)
+    check(run([66], 1, K, V, torch.float16, "uneven"), torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
+def test_beta(beta, dtype):
+    check(run([70], 1, 32, 16, dtype, "mild", beta), dtype)
+
+
+@pytest.mark.parametrize("gate", ["mild", "uneven"])
+def test_turing_inverts_in_float16(monkeypatch, gate):
+    constants = kt.launch_constants
+    monkeypatch.setattr(kt, "launch_constants", lambda capability, *rest: constants((7, 5), *rest))
+    assert kt.launch_constants((9, 0), torch.float16, 1, 16, 16)["MERGE"] == "fp16"
+    check(run([70], 1, 32, 16, torch.float16, gate), torch.float16)
+    check(run([70], 1, 32, 16, torch.float16, gate, beta=1.0), torch.float16)
+
+
+@pytest.mark.parametrize("times", [1e-6, 3e4 / 4])
+def test_float16_gradients_of_any_size(times):
+    """dq .. dv may leave float16 by themselves; dg, dbeta and dstate are float32 and must be right however do is scaled."""
+    inputs, (do, dstate), cu = make([70], 1, 16, 16, "mild", "random")
+    low = [t.half()[None] for t in inputs[:3]] + [t.float()[None] for t in inputs[3:5]]
+    low += [0.25, inputs[5].float(), kt.chunk_table(torch.tensor(cu))]
+    _, _, saved = kt.triton_forward(*low)
+    do = do.half()
+    want = kt.triton_backward(*low, saved, do[None], None)
+    got = kt.triton_backward(*low, saved, (times * do.double()).half()[None], (0 * dstate).float())
+    for a, b in zip(got[3:], want[3:]):
+        assert a.isfinite().all()
+        assert (a / times - b).norm() <= (5e-2 if times < 1 else 5e-3) * b.norm()  # 1e-6 is a subnormal: do itself lost bits
+
+
+def test_batch_is_sequences_back_to_back():
+    inputs, (do, dstate), _ = make([40, 40, 40], 2, 16, 16, "mild", "random")
+    rows = [t.float().view(3, 40, *t.shape[1:]) for t in inputs[:5]]
+    packed = [t.float()[None] for t in inputs[:5]]
+    rest = (0.25, inputs[5].float(), kt.chunk_table(torch.tensor([0, 40, 80, 120])))
+    a, b = kt.triton_forward(*rows, *rest), kt.triton_forward(*packed, *rest)
+    assert torch.equal(a[0].view(-1), b[0].view(-1)) and torch.equal(a[1], b[1])
+    da = kt.triton_backward(*rows, *rest, a[2], do.float().view_as(a[0]), dstate.float())
+    db = kt.triton_backward(*packed, *rest, b[2], do.float()[None], dstate.float())
+    assert all(torch.equal(x.view(-1), y.view(-1)) for x, y in zip(da, db))
+
+
+def test_split_and_pass_on_the_state():
+    inputs, _, _ = make([100], 1, 16, 16, "resets", "random")
+    x = [t.float()[None] for t in inputs[:5]]
+    whole, final, _ = kt.triton_forward(*x, 0.25, None, kt.chunk_table(torch.tensor([0, 100])))
+    a, state, _ = kt.triton_forward(*(t[:, :37] for t in x), 0.25, None, kt.chunk_table(torch.tensor([0, 37])))
+    b, state, _ = kt.triton_forward(*(t[:, 37:] for t in x), 0.25, state, kt.chunk_table(torch.tensor([0, 63])))
+    assert torch.allclose(torch.cat([a, b], 1), whole, atol=1e-5)
+    assert torch.allclose(state, final, atol=1e-5)
+
+
+def test_no_tokens():
+    x = [torch.zeros(2, 0, 1, 16) for _ in range(4)] + [torch.zeros(2, 0, 1)]
+    state = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    table = kt.chunk_table(torch.tensor([0, 0, 0]))
+    o, final, saved = kt.triton_forward(*x, 1.0, state, table)
+    assert o.shape == (2, 0, 1, 16) and torch.equal(final, state)
+    assert torch.equal(kt.triton_backward(*x, 1.0, state, table, saved, o, 3 * state)[5], 3 * state)
+
+
+def test_chunk_table():
+    table = kt.chunk_table(torch.tensor([0, 130, 130, 131, 195]))
+    assert table.start.tolist() == [0, 64, 128, 130, 131]
+    assert table.end.tolist() == [64, 128, 130, 131, 195]
+    assert table.first.tolist() == [0, 3, 3, 4, 5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_step(dtype):
+    inputs, _, _ = make([1, 1, 1], 2, 24, 40, "resets", "random")
+    q, k, v = (t.to(dtype) for t in inputs[:3])
+    g, beta, state = (t.float() for t in inputs[3:])
+    want, want_state = recurrence(*(t.double() for t in (q, k, v, g, beta)), 0.3, state.double(), [0, 1, 2, 3])
+    o = kt.triton_step(q, k, v, g, beta, state, 0.3)
+    assert o.dtype == dtype
+    assert (o.double() - want).norm() <= (1e-6 if dtype == torch.float32 else 1e-2) * want.norm()
+    assert (state.double() - want_state).norm() <= 1e-6 * want_state.norm()
