@@ -400,7 +400,7 @@ def outline(grid, a):
     return np.where(touched & (grid == 0), np.uint8(a), grid)
 
 
-def _parts(mask):
+def parts(mask):
     """The 4-connected parts of a boolean grid, in reading order of their first cell, each a list of (row, column)."""
     h, w = mask.shape
     left = {(r, c) for r, c in zip(*np.nonzero(mask), strict=True)}
@@ -420,19 +420,24 @@ def _parts(mask):
     return parts
 
 
-def largest(grid):
-    """Only the largest object is kept (cells that touch by a side, of whatever colour; the first in reading order if two are as large)."""
+def one_object(grid, choose):
+    """The object whose number of cells `choose`, max or min, picks, alone."""
     out = np.zeros_like(grid)
-    for r, c in max(_parts(grid > 0), key=len, default=[]):
+    for r, c in choose(parts(grid > 0), key=len, default=[]):
         out[r, c] = grid[r, c]
     return out
+
+
+def largest(grid):
+    """Only the largest object is kept (cells that touch by a side, of whatever colour; the first in reading order if two are as large)."""
+    return one_object(grid, max)
 
 
 def fill_enclosed(grid, a):
     """Background cells with no way to the edge over background cells (by sides) become colour a."""
     out = grid.copy()
     h, w = grid.shape
-    for part in _parts(grid == 0):
+    for part in parts(grid == 0):
         if all(0 < r < h - 1 and 0 < c < w - 1 for r, c in part):
             for r, c in part:
                 out[r, c] = a
@@ -510,19 +515,19 @@ def commonest(grid, least):
 
 # Inputs. Each maker takes (rng, params) and returns a grid on which the parameters can show; transform() draws again where they do not.
 
-def _size(rng, low, high):
+def size_of(rng, low, high):
     return int(rng.integers(low, high + 1)), int(rng.integers(low, high + 1))
 
 
-def _colours(rng, n, avoid=()):
+def colours_of(rng, n, avoid=()):
     return rng.permutation([c for c in range(1, 10) if c not in avoid])[:n].astype(np.uint8)
 
 
 def scattered(rng, params, low=3, high=8):
     """Two to four colours at random on the background; colours that the parameters name are among them."""
     named = [params[k] for k in ("a", "b") if params.get(k)]
-    colours = np.array([*named, *_colours(rng, int(rng.integers(2, 5)) - len(named), avoid=named)], np.uint8)
-    shape = _size(rng, low, high)
+    colours = np.array([*named, *colours_of(rng, int(rng.integers(2, 5)) - len(named), avoid=named)], np.uint8)
+    shape = size_of(rng, low, high)
     return np.where(rng.random(shape) < rng.uniform(0.25, 0.7), colours[rng.integers(len(colours), size=shape)], np.uint8(0))
 
 
@@ -536,17 +541,17 @@ def scattered_medium(rng, params):
 
 def few_cells(rng, params):
     """Three to seven coloured cells, of two colours, on the background."""
-    grid = np.zeros(_size(rng, 4, 8), np.uint8)
+    grid = np.zeros(size_of(rng, 4, 8), np.uint8)
     n = int(rng.integers(3, 8))
-    grid.flat[rng.permutation(grid.size)[:n]] = _colours(rng, 2)[rng.integers(2, size=n)]
+    grid.flat[rng.permutation(grid.size)[:n]] = colours_of(rng, 2)[rng.integers(2, size=n)]
     return grid
 
 
 def pairs_of_cells(rng, params):
     """One to four pairs of cells of one colour each, most of them in the same column (axis 0) or row (axis 1), some astray."""
-    grid = np.zeros(_size(rng, 4, 8), np.uint8)
+    grid = np.zeros(size_of(rng, 4, 8), np.uint8)
     h, w = grid.shape
-    for colour in _colours(rng, int(rng.integers(1, 5))):
+    for colour in colours_of(rng, int(rng.integers(1, 5))):
         line = int(rng.integers(h))
         i, j = rng.permutation(w)[:2]
         grid[line, i] = colour
@@ -556,10 +561,10 @@ def pairs_of_cells(rng, params):
 
 def rectangles(rng, params):
     """Up to four rectangles with a missing cell here and there, apart from each other."""
-    grid = np.zeros(_size(rng, 5, 8), np.uint8)
+    grid = np.zeros(size_of(rng, 5, 8), np.uint8)
     h, w = grid.shape
-    for colour in _colours(rng, int(rng.integers(1, 5)), avoid=[params.get("a")]):
-        y, x = _size(rng, 1, 3)
+    for colour in colours_of(rng, int(rng.integers(1, 5)), avoid=[params.get("a")]):
+        y, x = size_of(rng, 1, 3)
         r, c = int(rng.integers(h - y + 1)), int(rng.integers(w - x + 1))
         if not grid[max(r - 1, 0):r + y + 1, max(c - 1, 0):c + x + 1].any():
             grid[r:r + y, c:c + x] = np.where(rng.random((y, x)) < 0.85, colour, np.uint8(0))
@@ -570,17 +575,17 @@ def with_one_largest(rng, params):
     """rectangles() of which one object has more cells than any other."""
     while True:
         grid = rectangles(rng, params)
-        sizes = sorted(len(part) for part in _parts(grid > 0))
+        sizes = sorted(len(part) for part in parts(grid > 0))
         if len(sizes) > 1 and sizes[-1] > sizes[-2]:
             return grid
 
 
 def rings(rng, params):
     """One to three rectangular rings, some of them open, and a few loose cells."""
-    grid = np.zeros(_size(rng, 5, 8), np.uint8)
+    grid = np.zeros(size_of(rng, 5, 8), np.uint8)
     h, w = grid.shape
-    for colour in _colours(rng, int(rng.integers(1, 4)), avoid=[params["a"]]):
-        y, x = _size(rng, 3, 4)
+    for colour in colours_of(rng, int(rng.integers(1, 4)), avoid=[params["a"]]):
+        y, x = size_of(rng, 3, 4)
         r, c = int(rng.integers(h - y + 1)), int(rng.integers(w - x + 1))
         if not grid[r:r + y, c:c + x].any():
             grid[r:r + y, c:c + x] = colour
@@ -592,17 +597,17 @@ def rings(rng, params):
 
 def counted(rng, params):
     """Two to four colours, each with another number of cells, 1..8."""
-    grid = np.zeros(_size(rng, 4, 8), np.uint8)
+    grid = np.zeros(size_of(rng, 4, 8), np.uint8)
     n = int(rng.integers(2, 5))
     counts = rng.permutation(min(8, grid.size // n))[:n] + 1
-    grid.flat[rng.permutation(grid.size)[:counts.sum()]] = _colours(rng, n).repeat(counts)
+    grid.flat[rng.permutation(grid.size)[:counts.sum()]] = colours_of(rng, n).repeat(counts)
     return grid
 
 
 def two_halves(rng, params):
     """Two grids of the same size and one colour each, with a line of a third between them."""
     h, w = int(rng.integers(1, 4)), int(rng.integers(3, 7))
-    first, second, line = _colours(rng, 3, avoid=[params["a"]])
+    first, second, line = colours_of(rng, 3, avoid=[params["a"]])
     top = (rng.random((h, w)) < 0.5) * first
     bottom = (rng.random((h, w)) < 0.5) * second
     grid = np.concatenate([top, np.full((1, w), line), bottom]).astype(np.uint8)
@@ -614,12 +619,12 @@ def uneven_lines(rng, params):
     n = int(rng.integers(3, 6))
     w = int(rng.integers(n, 9))
     grid = np.zeros((n, w), np.uint8)
-    for line, count, colour in zip(grid, rng.permutation(w)[:n] + 1, _colours(rng, n), strict=True):
+    for line, count, colour in zip(grid, rng.permutation(w)[:n] + 1, colours_of(rng, n), strict=True):
         line[rng.permutation(w)[:count]] = colour
     return grid if params["axis"] == 0 else grid.T
 
 
-def _params(**ranges):
+def settings_of(**ranges):
     """Every combination, as a list of dicts."""
     combinations = [{}]
     for name, values in ranges.items():
@@ -632,38 +637,38 @@ COLOURS = range(1, 10)
 # name: (every setting of the parameters, the function, what makes an input). Settings are listed in full and not sampled, because
 # transform() runs the others too, to see that the demonstrations leave only one answer.
 TRANSFORMS = {
-    "flip": (_params(axis=(0, 1)), flip, scattered),
-    "rotate": (_params(k=(1, 2, 3)), rotate, scattered),
-    "transpose": (_params(anti=(0, 1)), transpose, scattered),
-    "swap": ([p for p in _params(a=COLOURS, b=COLOURS) if p["a"] < p["b"]], swap, scattered),
-    "replace": ([p for p in _params(a=COLOURS, b=range(10)) if p["a"] != p["b"]], replace, scattered),
-    "next_colour": (_params(k=range(1, 9)), next_colour, scattered),
-    "roll": ([p for p in _params(dy=range(-2, 3), dx=range(-2, 3)) if p["dy"] or p["dx"]], roll, scattered),
-    "shift": ([p for p in _params(dy=range(-2, 3), dx=range(-2, 3)) if p["dy"] or p["dx"]], shift, scattered),
-    "crop": (_params(), crop, rectangles),
-    "crop_colour": (_params(a=COLOURS), crop_colour, scattered),
-    "scale": (_params(k=(2, 3)), scale, scattered_small),
-    "tile": ([p for p in _params(ny=(1, 2, 3), nx=(1, 2, 3)) if p["ny"] * p["nx"] > 1], tile, scattered_small),
-    "mirror": (_params(side=range(4)), mirror, scattered_medium),
-    "kaleidoscope": (_params(), kaleidoscope, scattered_medium),
-    "gravity": (_params(side=range(4)), gravity, scattered),
-    "border": (_params(a=COLOURS), border, scattered),
-    "frame": (_params(a=COLOURS), frame, scattered),
-    "outline": (_params(a=COLOURS), outline, rectangles),
-    "largest": (_params(), largest, with_one_largest),
-    "fill_enclosed": (_params(a=COLOURS), fill_enclosed, rings),
-    "rays": (_params(side=range(4)), rays, few_cells),
-    "connect": (_params(axis=(0, 1)), connect, pairs_of_cells),
-    "count_bars": (_params(axis=(0, 1)), count_bars, counted),
-    "halves": (_params(op=range(4), axis=(0, 1), a=COLOURS), halves, two_halves),
-    "sort_lines": (_params(axis=(0, 1), descending=(0, 1)), sort_lines, uneven_lines),
-    "symmetric": (_params(axis=(0, 1)), symmetric, rectangles),
-    "squeeze": (_params(), squeeze, few_cells),
-    "commonest": (_params(least=(0, 1)), commonest, counted),
+    "flip": (settings_of(axis=(0, 1)), flip, scattered),
+    "rotate": (settings_of(k=(1, 2, 3)), rotate, scattered),
+    "transpose": (settings_of(anti=(0, 1)), transpose, scattered),
+    "swap": ([p for p in settings_of(a=COLOURS, b=COLOURS) if p["a"] < p["b"]], swap, scattered),
+    "replace": ([p for p in settings_of(a=COLOURS, b=range(10)) if p["a"] != p["b"]], replace, scattered),
+    "next_colour": (settings_of(k=range(1, 9)), next_colour, scattered),
+    "roll": ([p for p in settings_of(dy=range(-2, 3), dx=range(-2, 3)) if p["dy"] or p["dx"]], roll, scattered),
+    "shift": ([p for p in settings_of(dy=range(-2, 3), dx=range(-2, 3)) if p["dy"] or p["dx"]], shift, scattered),
+    "crop": (settings_of(), crop, rectangles),
+    "crop_colour": (settings_of(a=COLOURS), crop_colour, scattered),
+    "scale": (settings_of(k=(2, 3)), scale, scattered_small),
+    "tile": ([p for p in settings_of(ny=(1, 2, 3), nx=(1, 2, 3)) if p["ny"] * p["nx"] > 1], tile, scattered_small),
+    "mirror": (settings_of(side=range(4)), mirror, scattered_medium),
+    "kaleidoscope": (settings_of(), kaleidoscope, scattered_medium),
+    "gravity": (settings_of(side=range(4)), gravity, scattered),
+    "border": (settings_of(a=COLOURS), border, scattered),
+    "frame": (settings_of(a=COLOURS), frame, scattered),
+    "outline": (settings_of(a=COLOURS), outline, rectangles),
+    "largest": (settings_of(), largest, with_one_largest),
+    "fill_enclosed": (settings_of(a=COLOURS), fill_enclosed, rings),
+    "rays": (settings_of(side=range(4)), rays, few_cells),
+    "connect": (settings_of(axis=(0, 1)), connect, pairs_of_cells),
+    "count_bars": (settings_of(axis=(0, 1)), count_bars, counted),
+    "halves": (settings_of(op=range(4), axis=(0, 1), a=COLOURS), halves, two_halves),
+    "sort_lines": (settings_of(axis=(0, 1), descending=(0, 1)), sort_lines, uneven_lines),
+    "symmetric": (settings_of(axis=(0, 1)), symmetric, rectangles),
+    "squeeze": (settings_of(), squeeze, few_cells),
+    "commonest": (settings_of(least=(0, 1)), commonest, counted),
 }
 
 
-def _same(a, b):
+def same(a, b):
     return a.shape == b.shape and a.tobytes() == b.tobytes()     # several times faster than np.array_equal on grids this small
 
 
@@ -672,9 +677,9 @@ def _ambiguous(demos, test):
     first = demos[0]
     for settings, apply, _ in TRANSFORMS.values():
         for params in settings:
-            if not _same(apply(first[0], **params), first[1]):      # most programs end here, so this line is most of the time
+            if not same(apply(first[0], **params), first[1]):      # most programs end here, so this line is most of the time
                 continue
-            if all(_same(apply(x, **params), y) for x, y in demos) and not _same(apply(test[0], **params), test[1]):
+            if all(same(apply(x, **params), y) for x, y in demos) and not same(apply(test[0], **params), test[1]):
                 return True
     return False
 
@@ -692,7 +697,7 @@ def transform(rng):
     while True:
         inputs = [np.ascontiguousarray(make_input(rng, params)) for _ in range(int(rng.integers(3, 6)))]
         pairs = [(x, np.ascontiguousarray(apply(x, **params))) for x in inputs]
-        if any(_same(x, y) or not y.any() for x, y in pairs) or len({(x.shape, x.tobytes()) for x in inputs}) < len(inputs):
+        if any(same(x, y) or not y.any() for x, y in pairs) or len({(x.shape, x.tobytes()) for x in inputs}) < len(inputs):
             continue
         if not _ambiguous(pairs[:-1], pairs[-1]):
             return Task(id=":".join([name, *(f"{k}={v}" for k, v in params.items())]), kind="arc", train=pairs[:-1], test=pairs[-1:])
