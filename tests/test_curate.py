@@ -1,0 +1,278 @@
+"""curate.py: its measures are those that the papers describe, near-duplicates and quotations are found, and nothing else is."""
+
+import pydoc_data.topics
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import arc
+import curate
+import puzzles
+
+PROSE = [curate.normalise(text) for _, text in sorted(pydoc_data.topics.topics.items())]
+
+
+def words_of(text):
+    return re.findall(r"[a-z0-9\u0080-\U0010ffff]+", text.lower())
+
+
+VOCABULARY = [w for text in PROSE for w in re.findall("[A-Za-z]+", text)]
+
+
+def english(n, seed):
+    """n sentences that nobody wrote, each a run of words of the language reference: English enough, and as good as never the same."""
+    rng = np.random.default_rng(seed)
+    starts = rng.integers(len(VOCABULARY) - 20, size=n)
+    sentences = [" ".join(VOCABULARY[i : i + int(rng.integers(9, 16))]) for i in starts]
+    return "".join(f"The {sentence} {rng.integers(10**6)} of that.\n" for sentence in sentences)
+
+
+# ---- normalisation
+
+
+@pytest.mark.parametrize(("text", "clean"), [
+    ("a\r\nb\rc  \n", "a\nb\nc\n"),
+    ("\ufeffa\u00a0b\u200b\u2003c", "ab c\n".replace("ab", "a b")),
+    ("cafe\u0301", "caf\u00e9\n"),
+    ("a\x07b\x1bc\td", "abc\td\n"),
+    ("a\n\n\n\n\nb\n\n\n", "a\n\nb\n"),
+    ("one\u2028two\x0cthree", "one\ntwo\nthree\n"),
+    ("\n \n", ""),
+    ("", ""),
+    ("a\0b", None),
+    ("a\ufffdb", None),
+])  # fmt: skip
+def test_normalise(text, clean):
+    assert curate.normalise(text) == clean
+    assert clean is None or curate.normalise(clean) == clean
+
+
+def test_normalise_keeps_the_layout_of_code():
+    code = "def f():\n\treturn 1\n\n\n\n\ndef g():\n    return 2\n"
+    assert curate.normalise(code, keep_layout=True) == code
+
+
+# ---- words and n-grams
+
+
+def test_words_are_runs_of_letters_and_digits_in_any_case():
+    texts = ["The CAT, the cat; don't!", "", "...", "Naïve 42nd\nstreet", "the cat"]
+    words = curate.read_words(texts)
+    for i, text in enumerate(texts):
+        mine = [bytes(words.buffer[a:b]).decode().lower() for a, b, d in zip(words.start, words.end, words.document) if d == i]
+        assert mine == words_of(text)
+    by_word = {}
+    for a, b, h in zip(words.start, words.end, words.hash):
+        by_word.setdefault(bytes(words.buffer[a:b]).decode().lower(), set()).add(int(h))
+    assert all(len(hashes) == 1 for hashes in by_word.values())
+    assert len(set.union(*by_word.values())) == len(by_word)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 13])
+def test_ngrams_are_equal_where_the_words_are(n):
+    texts = PROSE[:12] + ["short one"]
+    hashes, at = curate.ngrams(curate.read_words(texts), n)
+    expected = [tuple(w[i : i + n]) for w in map(words_of, texts) for i in range(len(w) - n + 1)]
+    assert len(hashes) == len(at) == len(expected)
+    assert len(set(hashes.tolist())) == len(set(expected)) == len(set(zip(hashes.tolist(), expected)))
+
+
+# ---- the rules, beside plain Python
+
+
+def by_hand(text):
+    """The measures of one document, slowly, from their descriptions."""
+    words, lines, size = words_of(text), [line for line in text.split("\n") if line], len(text.encode())
+    out = {"words": len(words), "mean_word_length": sum(len(w.encode()) for w in words) / len(words)}
+    out["symbols_per_word"] = (text.count("#") + len(re.findall(r"\.{3,}|…", text))) / len(words)
+    out["bullet_lines"] = np.mean([line.lstrip()[:1] in ("-", "*", "•") for line in lines])
+    out["ellipsis_lines"] = np.mean([line.endswith(("...", "…")) for line in lines])
+    out["punctuated_lines"] = np.mean([line[-1] in ".?!\"'”…" for line in lines])
+    out["short_lines"] = np.mean([len(line.encode()) < 30 for line in lines])
+    out["alphabetic_words"] = np.mean([bool(re.search("[a-z\u0080-\U0010ffff]", w)) for w in words])
+    out["stop_words"] = len({"the", "be", "to", "of", "and", "that", "have", "with"} & set(words))
+    again = [line in lines[:i] for i, line in enumerate(lines)]
+    out["duplicate_lines"] = np.mean(again)
+    out["duplicate_line_bytes"] = sum(len(line.encode()) for line, a in zip(lines, again) if a) / size
+    out["longest_line"], out["mean_line"] = max(len(x.encode()) for x in lines), np.mean([len(x.encode()) for x in lines])
+    out["alphanumeric"] = sum(len(w.encode()) for w in words) / size
+    spans = [(m.start(), m.end()) for m in re.finditer(r"[a-z0-9]+", text.lower())]
+    for n in (2, 3, 4):
+        counts = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+        best = 0
+        for gram, count in counts.items():
+            if count > 1:
+                i = next(i for i in range(len(words)) if tuple(words[i : i + n]) == gram)
+                best = max(best, count * (spans[i + n - 1][1] - spans[i][0]) / size)
+        out[f"top_{n}gram"] = min(best, 1)
+    for n in range(5, 11):
+        seen, covered = set(), set()
+        for i in range(len(words) - n + 1):
+            gram = tuple(words[i : i + n])
+            if gram in seen:
+                covered |= set(range(i, i + n))
+            seen.add(gram)
+        out[f"duplicate_{n}gram"] = sum(len(words[i]) for i in covered) / sum(map(len, words))
+    return out
+
+
+def test_measures_are_those_of_plain_python():
+    texts = [t for t in PROSE if t.isascii()][:25] + [english(6, 1) * 2, "- a\n- b\n- the end...\n# ## ### .... ...\nx y z\nx y z\n"]
+    measured = {}
+    for profile in ("prose", "code"):
+        measured |= curate.measure(curate.read_words(texts), texts, profile)
+    for i, text in enumerate(texts):
+        expected = by_hand(text)
+        for name, value in expected.items():
+            found = measured[name][i]
+            if name.startswith("duplicate_") and name[10].isdigit() and int(name[10:].removesuffix("gram")) > 5 and found == 0:
+                assert value <= expected["duplicate_5gram"] <= 0.2  # not looked for, where it could not matter
+            else:
+                assert found == pytest.approx(value, abs=1e-9), (i, name)
+
+
+FRENCH = "Le vieux pont de la ville est fermé depuis que la rivière a monté, et personne ne sait quand il sera ouvert de nouveau. " * 2
+CODE = "def f(x):\n    return x + 1\n\n\nclass A:\n    pass\n\nprint(f(1), A())\n# and a comment so that there are enough words here\n"
+
+
+@pytest.mark.parametrize(("text", "profile", "rule"), [
+    (english(12, 3), "prose", None),
+    ("Too short to be of use.\n", "prose", "gopher_few_or_many_words"),
+    ("".join("- " + line + "\n" for line in english(20, 3).split("\n")), "prose", "gopher_bullet_lines"),
+    ("\n".join(line[:60] + "..." for line in english(20, 4).split("\n")), "prose", "gopher_ellipsis_lines"),
+    (english(12, 8).replace(" of ", " #of #"), "prose", "gopher_symbols_per_word"),
+    (" ".join(str(i) for i in range(1000, 1400)) + " the of and to", "prose", "gopher_words_without_letters"),
+    ("\n".join(f"Quick brown foxes number {i} jump over lazy dogs." for i in "abcdefghijklmnop"), "prose", "gopher_stop_words"),
+    (english(4, 5) * 4, "prose", "gopher_duplicate_lines"),
+    (english(9, 6) + "Lorem ipsum is what the printer set.\n", "prose", "c4_lorem_ipsum"),
+    (english(9, 6).replace(".", ""), "prose", "fineweb_lines_without_punctuation"),
+    (english(12, 9) + " ".join(english(12, 9).split()[:60]), "prose", "gopher_duplicate_5gram"),
+    (FRENCH[: len(FRENCH) // 2] + "La tour qui the domine to la vallée, construite par des moines venus du nord, sert de refuge aux "
+     "voyageurs. Chaque matin un berger y monte avec ses chiens pour voir si la neige est tombée pendant la nuit.", "prose", "language"),
+    (english(3, 7) + "".join(chr(97 + i % 26) * (i % 9 + 250) + "\n" for i in range(60)), "prose", "gopher_mean_word_length"),
+    (CODE, "code", None),
+    (CODE + "x = '" + "a b " * 400 + "'\n", "code", "codeparrot_long_line"),
+    ("# This file is automatically generated, do not edit\n" + CODE, "code", "codeparrot_generated"),
+    (CODE + "#" * 900 + "\n" + "-" * 900, "code", "codeparrot_mean_line"),
+    ("((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((\n" * 9 + CODE[:100], "code", "codeparrot_alphanumeric"),
+    ("hm\n", "none", None),
+])  # fmt: skip
+def test_a_document_is_dropped_by_the_rule_it_breaks(text, profile, rule):
+    others = [english(12, 40 + i) if profile != "code" else CODE for i in range(3)]
+    texts = [*others, curate.normalise(text, profile == "code"), *others]  # neighbours in the batch change nothing
+    verdicts = curate.judge(curate.read_words(texts), texts, profile)
+    assert verdicts == [None, None, None, rule, None, None, None]
+
+
+def test_language():
+    german = "Der alte Lehrer wartete am Fenster, weil der Winter in diesem Jahr so frueh gekommen war, dass niemand mehr reiste."
+    assert curate.english(english(3, 1)) > 0.65 and curate.english(FRENCH) == 0 and curate.english(german) == 0
+
+
+def test_every_rule_has_a_measure_and_every_profile_rules():
+    for profile in curate.PROFILES[:-1]:
+        texts = [english(12, 1)]
+        measured = curate.measure(curate.read_words(texts), texts, profile)
+        assert set(measured) == {what for _, what, limits in curate.RULES if profile in limits}
+
+
+def test_command(tmp_path, capsys):
+    (tmp_path / "bad.txt").write_text(english(4, 5) * 4)
+    curate.main([str(tmp_path / "bad.txt")])
+    assert re.search("FAILS gopher_duplicate_lines", capsys.readouterr().out)
+    with pytest.raises(SystemExit, match="error: no profile"):
+        curate.main(["x", "poetry"])
+    with pytest.raises(SystemExit, match="error: .*nothing.txt"):
+        curate.main([str(tmp_path / "nothing.txt")])
+
+
+# ---- near-duplicates
+
+
+def changed(text, share, seed):
+    """The text with a share of its words replaced."""
+    rng = np.random.default_rng(seed)
+    return " ".join(f"w{rng.integers(10**9)}" if rng.random() < share else w for w in text.split(" "))
+
+
+def share_bands(texts):
+    keys = curate.signatures(curate.read_words(texts))
+    half = len(texts) // 2
+    return (keys[:, :half] == keys[:, half:]).any(0).mean()
+
+
+def test_near_duplicates_share_a_band_and_others_do_not():
+    originals = [english(25, i) for i in range(150)]
+    assert share_bands(originals + [changed(t, 0.01, i) for i, t in enumerate(originals)]) > 0.95
+    assert share_bands(originals + originals[::-1]) < 0.05
+    assert share_bands(originals + [t.upper().replace(",", " -") for t in originals]) == 1  # neither case nor punctuation counts
+
+
+def test_overlap_is_the_share_of_common_shingles():
+    a, b = english(20, 1), changed(english(20, 1), 0.05, 2)
+
+    def shingles(text):
+        w = words_of(text)
+        return {tuple(w[i : i + 5]) for i in range(len(w) - 4)}
+
+    expected = len(shingles(a) & shingles(b)) / len(shingles(a) | shingles(b))
+    assert 0.5 < expected < 0.95
+    assert curate.overlap(curate.shingle_set(a), curate.shingle_set(b)) == pytest.approx(expected)
+    # too short for a shingle: alike only if equal
+    assert curate.overlap(curate.shingle_set("tiny one"), curate.shingle_set("tiny one")) == 1
+    assert curate.overlap(curate.shingle_set("tiny one"), curate.shingle_set("tiny two")) == 0
+
+
+def test_signatures_do_not_depend_on_the_batch():
+    texts = [english(5, i) for i in range(6)] + ["", "two words"]
+    together = curate.signatures(curate.read_words(texts))
+    alone = np.concatenate([curate.signatures(curate.read_words([t])) for t in texts], 1)
+    assert together.shape == (curate.BANDS, 8) and np.array_equal(together, alone)
+
+
+# ---- decontamination
+
+
+@pytest.fixture(scope="module")
+def evaluations():
+    exam = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May."
+    return curate.TextEvaluations({**curate.text_tables({"exam": [exam]}), **curate.arc_tables(arc.load("arc1_eval")[:60])})
+
+
+@pytest.mark.parametrize(("text", "quoted"), [
+    ("Before.\nNATALIA sold clips to 48 of her friends in April -- and then she sold something else.", "exam"),
+    ("He said: natalia sold clips to 48 of her friends in april, and then she went home.", "exam"),  # 13 words
+    ("He said: natalia sold clips to 48 of her friends in april, and afterwards went home.", None),  # 11 words
+    ("Clips were sold by Natalia to friends of hers in April, 48 of them, and half as many in May she sold then.", None),
+    ("", None),
+])
+def test_text_that_quotes_an_evaluation_is_found(evaluations, text, quoted):
+    found = evaluations.quoted(curate.read_words(["nothing to see", text, "nor here"]))
+    assert found == ({1: quoted} if quoted else {})
+
+
+def test_arc_outputs_in_text_are_found_however_they_are_written(evaluations):
+    grid = next(o for t in arc.load("arc1_eval")[:60] for _, o in t.test if min(o.shape) > 6 and len(np.unique(o[:3])) > 3)
+    turned = np.rot90(grid.T, 3)
+    ways = [
+        str(turned.tolist()),
+        "\n".join("".join(map(str, row)) for row in turned),
+        "\n".join(" ".join(map(str, row)) for row in turned),
+        f'{{"output": {turned.tolist()}}}'.replace(" ", ""),
+        "\n".join("|" + "|".join(map(str, row)) + "|" for row in turned.tolist()),
+    ]
+    texts = [f"import json\ntask = {way}\nprint(task)\n" for way in ways]
+    assert set(evaluations.quoted(curate.read_words(texts))) == set(range(len(ways)))
+    rng = np.random.default_rng(0)
+    others = [str(rng.integers(0, 10, size=grid.shape).tolist()) for _ in range(50)] + [str(np.zeros((9, 9), int).tolist())]
+    assert evaluations.quoted(curate.read_words(others)) == {}
+
+
+def test_a_held_out_puzzle_in_disguise_is_recognised():
+    held = curate.HeldOut("maze", "dihedral")
+    task = held.tasks[0]
+    turned = arc.Task("x", "maze", [], [(np.rot90(task.test[0][0]), np.rot90(task.test[0][1]))])
+    assert held.has(task) and held.has(turned)
+    assert not held.has(puzzles.maze(np.random.default_rng(5), 9, 9))

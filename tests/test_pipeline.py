@@ -1,0 +1,471 @@
+"""
+pipeline.py and sources.py: a stage from local files has the declared shares, holds no duplicate and no quotation, is the same to the byte
+however it was made, and every mistake and every damage is one line.
+"""
+
+import csv
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from test_curate import english
+
+import arc
+import curate
+import graphs
+import pipeline
+import prepare
+import puzzles
+import sources
+import stages
+import tokenizer
+
+ROOT = Path(__file__).parent.parent
+EXAM = "A farmer counts 417 crates of plums before noon and sells two thirds of them to the baker who lives across the river"
+SMALL = ["--limit_mb=1.2", "--unit_mb=0.06", "--stage_val_every=15", "--num_proc=1"]
+
+
+def code(i):
+    draw = random.Random(i)
+    names = [f"{draw.choice(('get', 'set', 'find'))}_{draw.choice(('row', 'file', 'page'))}_{draw.randrange(999)}" for _ in range(6)]
+    return "import os\n\n\n" + "\n\n".join(
+        f"def {name}(x, y={draw.randrange(10**6)}):\n    # {english(1, (i, j))[:50]!r}\n    return x * y + {draw.randrange(10**6)}\n"
+        for j, name in enumerate(names))  # fmt: skip
+
+
+def write_sources(folder):
+    """Every format, and in it what must go: exact and near-duplicates, within and across sources, quotations, other languages, rubbish."""
+    prose = [english(20, i) for i in range(480)]
+    near = prose[5].replace(" of ", " off ", 1)
+    (folder / "fineweb_edu").mkdir(parents=True)
+    texts = [*prose[:50], prose[3], "x", english(10, 999) + EXAM.upper() + ".\n", *prose[50:300]]
+    rows = [{"text": t, "id": str(i)} for i, t in enumerate(texts)]
+    for i in range(2):
+        pq.write_table(pa.Table.from_pylist(rows[i::2]), folder / f"fineweb_edu/{i}.parquet", row_group_size=40)
+    (folder / "wikipedia").mkdir()
+    wiki = ["Le vieux pont de la ville est ferme depuis que la riviere a monte la nuit derniere. " * 9, near, prose[7], *prose[300:400]]
+    with pa.output_stream(folder / "wikipedia/w.jsonl.zst", compression="zstd") as f:
+        f.write("".join(json.dumps({"title": "t", "text": t}) + "\n" for t in wiki).encode())
+    (folder / "openwebtext2").mkdir()
+    (folder / "openwebtext2/o.txt").write_text("<|endoftext|>\n".join(prose[400:440]))
+    (folder / "codeparrot").mkdir()
+    secret = next(o for t in arc.load("arc1_eval") for _, o in t.test if min(o.shape) > 8 and len(np.unique(o[:3])) > 4)
+    task = "TASK = " + str(np.rot90(secret).tolist()).replace("], ", "],\n") + "\n"
+    programs = [*map(code, range(20)), code(4), code(9) + task, *map(code, range(20, 260))]
+    with gzip.open(folder / "codeparrot/c.jsonl.gz", "wt") as f:
+        f.write("".join(json.dumps({"content": t, "license": "mit"}) + "\n" for t in programs))
+    (folder / "open_web_math").mkdir()
+    with open(folder / "open_web_math/m.csv", "w", newline="") as f:
+        out = csv.DictWriter(f, ["url", "text"])
+        out.writeheader()
+        out.writerows({"url": "u", "text": english(18, 5000 + i) + "\nSo $x^2 = 4$.\n"} for i in range(40))
+    school = [{"question": f"Ann has {i} plums and buys {i + 3} more at the market. How many has she now?",
+               "answer": f"Now it is {i} + {i + 3} = <<{i}+{i + 3}={2 * i + 3}>>{2 * i + 3}.\n#### {2 * i + 3}"}
+              for i in range(30)]  # fmt: skip
+    for name, rows in (("gsm8k", school), ("gsm8k_test", [{"question": EXAM + ".", "answer": "#### 278"}])):
+        (folder / name).mkdir()
+        (folder / name / "g.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (folder / "sudoku_extreme").mkdir()
+    rows, draw = ["source,question,answer,rating"], np.random.default_rng(1)
+    for _ in range(40):
+        question, answer = puzzles.sudoku(draw, 9, 30).test[0]
+        rows.append("x,{},{},7".format("".join(str(v or ".") for v in question.flat), "".join(map(str, answer.flat))))
+    rows[4] = rows[4][:-4] + str(9 - int(rows[4][-4])) + rows[4][-3:]  # an answer that is wrong
+    (folder / "sudoku_extreme/s.csv").write_text("\n".join(rows) + "\n")
+    (folder / "maze_hard").mkdir()
+    question, answer = puzzles.maze(draw, 30, 30).test[0]
+    (folder / "maze_hard/m.csv").write_text("source,question,answer,rating\nx,{},{},1\n".format(
+        *("".join(" #SGo"[v] for v in grid.flat) for grid in (question, answer))))  # fmt: skip
+
+
+def build(data, source_dir, *options):
+    prepare.main(["stage1", f"--data_dir={data}", f"--source_dir={source_dir}", *SMALL, *options])
+
+
+@pytest.fixture(scope="module")
+def source_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sources")
+    write_sources(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(source_dir, tmp_path_factory):
+    data = tmp_path_factory.mktemp("built")
+    build(data, source_dir)
+    return data
+
+
+@pytest.fixture
+def copy(built, tmp_path):
+    shutil.copytree(built, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def documents(data, source=None, split=None):
+    """(source, split, tokens), read with nothing but the layout that data/README.md describes."""
+    for line in (data / "stages/stage1/manifest.jsonl").read_text().splitlines():
+        e = json.loads(line)
+        if source in (None, e["source"]) and split in (None, e["split"]):
+            tokens, ends = np.fromfile(data / e["path"], "<u2"), np.fromfile((data / e["path"]).with_suffix(".idx"), "<i8")
+            for a, b in itertools.pairwise(ends):
+                yield e["source"], e["split"], tokens[a:b]
+
+
+def shards(data):
+    found = sorted([*(data / "processed").rglob("*.*"), *(data / "stages").rglob("*.*")])
+    return {p.relative_to(data).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in found if p.suffix != ".tmp"}
+
+
+def filters(data):
+    return {name: {rule: found["count"] for rule, found in report["dropped"].items()}
+            for name, report in json.loads((data / "metadata/stage1/filters.json").read_text()).items()}  # fmt: skip
+
+
+# ---- what is in it
+
+
+def test_shares_are_as_declared_and_everything_decodes(built):
+    entries, mixture = prepare.read_manifest(built, "stage1")
+    tokens = {}
+    for e in entries:
+        if e["split"] == "train":
+            tokens[e["group"]] = tokens.get(e["group"], 0) + e["tokens"]
+    total = sum(tokens.values())
+    for group, share in sources.STAGES["stage1"][1].items():
+        assert tokens[group] / total == pytest.approx(share, abs=0.005) and mixture["groups"][group] == pytest.approx(share, abs=0.005)
+    assert sum(mixture["weights"].values()) == pytest.approx(1)
+    encoder, kinds = tokenizer.load(), {e["source"]: e["kind"] for e in entries}
+    for source, _, ids in documents(built):
+        assert ids[-1] == tokenizer.EOT and not (ids[:-1] == tokenizer.EOT).any()
+        if kinds[source] == "puzzle":
+            kind, pairs = arc.decode(ids)
+            assert np.array_equal(arc.encode(kind, pairs), ids)
+        elif source not in ("traces",):
+            assert ids.max() <= tokenizer.EOT
+            assert encoder.decode(ids[:-1].tolist()).strip()
+
+
+def test_what_must_go_is_gone_and_counted(built):
+    dropped = filters(built)
+    assert dropped["fineweb_edu"]["exact_duplicate"] == 1 and dropped["fineweb_edu"]["quotes_gsm8k_test"] == 1
+    assert dropped["fineweb_edu"]["gopher_few_or_many_words"] == 1
+    assert dropped["wikipedia"]["near_duplicate"] == 1 and dropped["wikipedia"]["exact_duplicate"] == 1  # across sources
+    assert sum(dropped["wikipedia"].values()) == 3  # and the French one
+    assert dropped["codeparrot"]["exact_duplicate"] == 1
+    assert dropped["codeparrot"]["quotes_arc_cells"] + dropped["codeparrot"].get("quotes_arc_rows", 0) == 1
+    assert dropped["sudoku_extreme"] == {"wrong_answer": 1}
+    encoder = tokenizer.load()
+    texts = [encoder.decode(ids.tolist()) for source, _, ids in documents(built) if source in ("fineweb_edu", "wikipedia", "openwebtext2")]
+    assert len(texts) > 100 and not [t for t in texts if "417" in t and "crates" in t.lower()]
+    sets = [curate.shingle_set(t) for t in texts]
+    assert max(curate.overlap(a, b) for a, b in itertools.combinations(sets[:150], 2)) < curate.NEAR_DUPLICATE
+
+
+def test_examples_of_what_was_dropped_can_be_read(built):
+    page = (built / "metadata/stage1/dropped.md").read_text()
+    assert "## wikipedia" in page and "### near_duplicate: 1" in page and "Le vieux pont" in page
+    report = json.loads((built / "metadata/stage1/filters.json").read_text())
+    assert all(d["count"] and len(d["examples"]) <= 3 for r in report.values() for d in r["dropped"].values())
+    provenance = json.loads((built / "metadata/stage1/provenance.json").read_text())
+    assert provenance["sources"]["wikipedia"]["licence"].startswith("CC-BY-SA") and provenance["inputs"]["evaluations"]["gsm8k_test"] == 1
+    (digest,) = provenance["sources"]["wikipedia"]["files"].values()
+    assert len(digest) == 64
+
+
+def test_documents_are_what_the_rows_say(built):
+    encoder = tokenizer.load()
+    (first, *_) = (encoder.decode(ids[:-1].tolist()) for _, _, ids in documents(built, "gsm8k"))
+    assert first.startswith("Question: Ann has ") and "<<" not in first and "\nAnswer: " in first
+    (maze,) = (arc.decode(ids) for _, _, ids in documents(built, "maze_hard"))
+    assert maze[0] == "maze" and puzzles.check_maze(*maze[1][0])
+    for _, _, ids in documents(built, "sudoku_extreme"):
+        assert puzzles.check_sudoku(*arc.decode(ids)[1][0])
+    for source, checks in (("graphs", graphs.GRAPHS), ("logic", graphs.LOGIC)):
+        for _, _, ids in itertools.islice(documents(built, source), 10):
+            text = encoder.decode(ids[:-1].tolist())
+            assert any(check(text) for _, check in checks.values() if _fits(check, text))
+
+
+def _fits(check, text):
+    words = {"check_shortest": "Roads", "check_connected": "Computers", "check_colouring": "Countries", "check_seating": "chairs",
+             "check_knights": "Knights"}  # fmt: skip
+    return words[check.__name__] in text
+
+
+def test_no_evaluation_output_in_puzzles_or_traces(built):
+    outputs = {arc.canonical_hash(o) for name in ("arc1_eval", "arc2_eval") for t in arc.load(name) for _, o in t.test}
+    seen = 0
+    for source, _, ids in documents(built):
+        if source not in ("programs", "traces", "arc", "maze"):
+            continue
+        marks = [*np.flatnonzero((ids == tokenizer.INPUT) | (ids == tokenizer.OUTPUT)), len(ids)]
+        for a, b in itertools.pairwise(marks):
+            grid = [int(i) for i in itertools.takewhile(lambda i: tokenizer.CELL0 <= i <= tokenizer.ROW, ids[a + 1 : b])]
+            width = grid.index(tokenizer.ROW) + 1
+            cells = np.array(grid[: len(grid) // width * width]).reshape(-1, width)[:, :-1] - tokenizer.CELL0
+            seen += 1
+            assert arc.canonical_hash(cells.astype(np.uint8)) not in outputs
+    assert seen > 500
+
+
+def test_images_of_an_arc_task_are_on_one_side_of_the_split(source_dir, tmp_path):
+    """Enough of the stage is ARC that every task comes several times."""
+    build(tmp_path, source_dir, "--sources=arc", "--limit_mb=40", "--unit_mb=8")
+
+    def trait(ids):  # what neither symmetry nor colours nor the order of pairs change
+        return tuple(sorted(tuple(sorted(np.unique(g, return_counts=True)[1])) for pair in arc.decode(ids)[1] for g in pair))
+
+    sides, n = {"train": set(), "val": set()}, 0
+    for _, split, ids in documents(tmp_path, "arc"):
+        sides[split].add(trait(ids))
+        n += 1
+    assert n > 2 * len(sources._arc_tasks()) and len(sides["val"]) > 10 and not sides["train"] & sides["val"]
+
+
+# ---- the same bytes, however it was made
+
+
+def test_processes_and_kills_change_no_byte(built, source_dir, tmp_path):
+    options = [f"--data_dir={tmp_path}", f"--source_dir={source_dir}", *SMALL]
+    draw, kills = random.Random(1), 0
+    for attempt in range(40):
+        process = subprocess.Popen([sys.executable, str(ROOT / "prepare.py"), "stage1", *options], cwd=tmp_path,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                   env={**os.environ, "PYTHONHASHSEED": str(attempt)})  # fmt: skip
+        units = len(list(tmp_path.glob("work/*/*/*.json")))
+        wanted = units + draw.randrange(1, 30)
+        while process.poll() is None and kills < 3:
+            if len(list(tmp_path.glob("work/*/*/*.json"))) >= wanted or kills == 2 and list(tmp_path.glob("processed/*/*.bin")):
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                kills += 1
+                break
+            time.sleep(0.005)
+        if kills == 3 or process.poll() is not None and process.returncode != -signal.SIGKILL:
+            break
+        assert not (tmp_path / "stages/stage1/manifest.jsonl").exists()
+    process.wait()
+    build(tmp_path, source_dir, "--num_proc=2")
+    assert kills >= 3 and shards(tmp_path) == shards(built)
+
+
+def test_a_damaged_unit_is_made_again(copy, built, source_dir):
+    units = sorted(copy.glob("work/*/*/*.tokens"))
+    os.truncate(next(u for u in units if u.stat().st_size > 100), 10)
+    (copy / "work/wikipedia").rename(copy / "elsewhere")  # and a whole source of units may be gone
+    shutil.rmtree(copy / "elsewhere")
+    build(copy, source_dir, "--force")
+    assert shards(copy) == shards(built)
+
+
+def test_ray_gives_the_same_bytes(built, source_dir, tmp_path):
+    pytest.importorskip("ray", reason="an optional extra")
+    build(tmp_path, source_dir, "--engine=ray", "--num_proc=2")
+    assert shards(tmp_path) == shards(built)
+
+
+def test_building_again_does_nothing_and_a_setting_builds_anew(copy, source_dir, capsys):
+    before = shards(copy)
+    build(copy, source_dir)
+    assert "already there" in capsys.readouterr().out and shards(copy) == before
+    build(copy, source_dir, "--limit_mb=0.6")
+    out = capsys.readouterr().out
+    assert "limit_mb changed" in out
+    entries, _ = prepare.read_manifest(copy, "stage1")
+    assert {p for p in shards(copy) if p.endswith(".bin")} == {e["path"] for e in entries}
+
+
+def test_the_validation_split_is_stable_when_a_source_grows(built, source_dir, tmp_path):
+    grown = tmp_path / "sources"
+    shutil.copytree(source_dir, grown)
+    pq.write_table(pa.Table.from_pylist([{"text": english(20, 7000 + i), "id": "x"} for i in range(60)]), grown / "fineweb_edu/9.parquet")
+    build(tmp_path / "data", grown, "--limit_mb=1.5")
+    for name in ("fineweb_edu", "codeparrot"):
+        old = {(ids.tobytes(), split) for _, split, ids in documents(built, name)}
+        new = {(ids.tobytes(), split) for _, split, ids in documents(tmp_path / "data", name)}
+        moved = {(ids, "val" if split == "train" else "train") for ids, split in old} & new
+        assert not moved and old & new and "val" in {split for _, split in old}
+
+
+def test_a_frozen_stage_survives_other_builds(copy, source_dir):
+    prepare.main(["freeze", "stage1", "--tag=v1", f"--data_dir={copy}"])
+    frozen = {e["path"] for e in prepare.read_manifest(copy, "stage1", "v1")[0]}
+    build(copy, source_dir, "--limit_mb=0.6")
+    shutil.rmtree(copy / "work")
+    assert frozen != {e["path"] for e in prepare.read_manifest(copy, "stage1")[0]}
+    assert {e["path"] for e in prepare.read_manifest(copy, "stage1", tag="v1")[0]} == frozen
+    with pytest.raises(SystemExit, match="taken by another state"):
+        prepare.main(["freeze", "stage1:v1", f"--data_dir={copy}"])
+    prepare.main(["freeze", "stage1", "--tag=v2", f"--data_dir={copy}"])
+    prepare.main(["freeze", "stage1", "--tag=v2", f"--data_dir={copy}"])  # the same state: nothing to do
+    prepare.main(["verify", "stage1:v1", f"--data_dir={copy}"])
+
+
+@pytest.mark.parametrize(("file", "change", "says"), [
+    ("manifest.jsonl", lambda b: b.replace(b'"val"', b'"train"', 1), "manifest.jsonl was changed after the stage was frozen"),
+    ("mixture.json", lambda b: b.replace(b"0.", b"0.0", 1), "mixture.json was changed after the stage was frozen"),
+    ("snapshot.json", lambda b: b.replace(b'"tag": "v1"', b'"tag": "v2"'), "snapshot.json is missing, damaged or of another"),
+    ("snapshot.json", None, "snapshot.json is missing"),
+    ("extra.txt", lambda b: b"x", "extra.txt does not belong"),
+])
+def test_an_edited_frozen_stage_is_named(copy, file, change, says):
+    prepare.main(["freeze", "stage1", "--tag=v1", f"--data_dir={copy}"])
+    path = copy / "stages/stage1/v1" / file
+    if change is None:
+        path.unlink()
+    else:
+        path.write_bytes(change(path.read_bytes() if path.exists() else b""))
+    with pytest.raises(SystemExit) as e:
+        prepare.main(["verify", "stage1:v1", f"--data_dir={copy}"])
+    assert says in str(e.value.code) and "\n" not in str(e.value.code)
+    with pytest.raises(ValueError, match="a frozen stage never changes"):
+        prepare.read_manifest(copy, "stage1", tag="v1", verify=False)
+
+
+def test_a_file_that_no_stage_lists_is_named(copy):
+    (copy / "processed/maze/train-0123456789ab.bin").write_bytes(b"x")
+    with pytest.raises(SystemExit, match="train-0123456789ab.bin is listed by no stage"):
+        prepare.main(["verify", "stage1", f"--data_dir={copy}"])
+
+
+# ---- mistakes and damage
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_stage(source_dir, tmp_path, built):
+    limited = ("import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+               "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));"
+               "sys.path[:0] = [sys.argv.pop(1)]; import prepare; prepare.main(sys.argv[1:])")  # fmt: skip
+    command = [sys.executable, "-c", limited, str(ROOT), "stage1", f"--data_dir={tmp_path}", f"--source_dir={source_dir}", *SMALL]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.strip().split("\n")[-1].startswith("error: [Errno 27] File too large")
+    assert not list(tmp_path.glob("stages/*/manifest.jsonl")) and not list(tmp_path.rglob("*.tmp"))
+    build(tmp_path, source_dir)
+    assert shards(tmp_path) == shards(built)
+
+
+@pytest.mark.parametrize(("name", "content", "says"), [
+    ("fineweb_edu/9.jsonl", b'{"text": "a"}\n{"text": "b\n', "9.jsonl at row 2"),
+    ("fineweb_edu/9.jsonl", b'{"body": "a"}\n', "has no column 'text': it has body"),
+    ("fineweb_edu/9.jsonl", b"[1, 2]\n", "not an object with columns"),
+    ("fineweb_edu/9.parquet", b"PAR1 no", "9.parquet at row 1"),
+    ("fineweb_edu/9.jsonl.gz", gzip.compress(b'{"text": "aaaa"}\n' * 999)[:40], "9.jsonl.gz at row"),
+    ("fineweb_edu/9.jsonl.zst", pa.compress(b'{"text": "aaaa"}\n' * 999, "zstd", asbytes=True)[:20], "9.jsonl.zst at row"),
+    ("fineweb_edu/9.jsonl", "{\"text\": \"\xe9\"}\n".encode("latin-1"), "9.jsonl at row"),
+    ("fineweb_edu/9.pdf", b"x", "9.pdf is of no kind that can be read"),
+    ("finewebedu/9.jsonl", b"x", "folder 'finewebedu', which is not the name of a source"),
+])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, says, capsys):
+    path = tmp_path / "in" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    with pytest.raises(SystemExit) as e:
+        build(tmp_path / "data", tmp_path / "in", "--sources=fineweb_edu")
+    assert says in str(e.value.code) and "\n" not in str(e.value.code)
+    assert not list((tmp_path / "data").glob("stages/*/manifest.jsonl"))
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    (["--sources=finewebedu"], "--sources names 'finewebedu'"),
+    (["--source_dir=/nonexistent"], "is not a folder"),
+    (["--limit_mb=0"], "--limit_mb must be above 0"),
+    (["--engine=spark"], "--engine must be"),
+    (["--stage_val_every=1"], "--stage_val_every must be"),
+    (["--num_proc=-2"], "--num_proc must be"),
+    (["--source_dir={empty}"], "no source of web, code is left"),
+    (["--source_dir={empty}", "--sources=fineweb_edu"], "no source is left: fineweb_edu: no folder"),
+])
+def test_mistakes_are_one_line(tmp_path, options, says):
+    (tmp_path / "empty").mkdir()
+    options = [o.format(empty=tmp_path / "empty") for o in options]
+    with pytest.raises(SystemExit, match=says) as e:
+        prepare.main(["stage1", f"--data_dir={tmp_path / 'data'}", *options])
+    assert str(e.value.code).startswith("error: ") and "\n" not in str(e.value.code)
+
+
+def test_a_dry_run_says_what_and_does_nothing(source_dir, tmp_path, capsys):
+    build(tmp_path / "data", source_dir, "--dry_run", "--limit_mb=100")
+    out = capsys.readouterr().out
+    assert "25,000,000 training tokens" in out and "fineweb_edu" in out and "2 files in" in out and not (tmp_path / "data").exists()
+
+
+def test_a_stage_too_large_for_its_sources_keeps_its_shares(source_dir, tmp_path, capsys):
+    build(tmp_path, source_dir, "--limit_mb=8", "--unit_mb=0.2")
+    assert "note: the sources have documents for" in capsys.readouterr().out
+    _, mixture = prepare.read_manifest(tmp_path, "stage1", verify=False)
+    assert mixture["groups"] == pytest.approx(sources.STAGES["stage1"][1], abs=0.02)  # a single ARC task is 2% of so small a stage
+
+
+def test_status_draws_the_mixture(built, capsys):
+    prepare.main(["status", f"--data_dir={built}"])
+    out = capsys.readouterr().out
+    assert "near_duplicate 1" in out and "fineweb_edu" in out and all(f"\n{group:7}" in out for group in stages.GROUPS)
+    assert (built / "metadata/mixture.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_show_synth(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "__file__", str(ROOT / "prepare.py"))
+    import programs
+
+    monkeypatch.setattr(programs, "FAMILIES", dict(list(programs.FAMILIES.items())[50:61]))
+    prepare.main(["show", "synth"])
+    assert len(capsys.readouterr().out.split()) == 4
+    assert (tmp_path / "out/synth/programs-1.png").stat().st_size > 10_000
+    assert (tmp_path / "out/synth/words.txt").read_text().count("Answer: ") == 15
+    with pytest.raises(SystemExit, match="show synth"):
+        prepare.main(["show", "everything"])
+
+
+def test_bench_prepare_has_its_rival_and_projects_the_hours(monkeypatch, capsys):
+    import bench_prepare
+
+    monkeypatch.setattr(bench_prepare, "PREPARE_MB", 0.6)
+    report = bench_prepare.bench_prepare(num_proc=1)
+    rival, *ours = report["rows"]
+    assert rival["ratio"] == 1 and len(ours) == 2 and report["megabytes"] >= 0.6
+    assert all(r["ratio"] == pytest.approx(r["mb_per_second"] / rival["mb_per_second"]) for r in ours)
+    hours = 30_000 / (4 * ours[-1]["per_core"]) / 3600
+    assert report["hours_for_30_gb_on_4_cores"] == pytest.approx(hours)
+    assert "{" not in capsys.readouterr().out
+
+
+# ---- stage 2's documents
+
+
+def test_dialogues_have_their_tokens():
+    document = sources.turns(("system", "Be brief."), ("user", " Hi "), ("assistant", "Hello."), ("user", "Bye"), ("assistant", "Bye."))
+    ids = pipeline.tokenise(document)
+    assert tokenizer.load().decode(ids.tolist()) == ("<|user|>Be brief.\n\nHi<|end|><|assistant|>Hello.<|end|>"
+                                                     "<|user|>Bye<|end|><|assistant|>Bye.<|end|><|endoftext|>")  # fmt: skip
+    # text that spells a reserved token does not become one
+    assert (pipeline.tokenise(sources.turns(("user", "<|end|>"))) == tokenizer.END).sum() == 1
+
+
+def test_stages_2_and_3_have_their_shares_and_sources():
+    for stage, (_, groups, weights) in sources.STAGES.items():
+        assert sum(groups.values()) == pytest.approx(1) and set(groups) == set(stages.GROUPS)
+        assert {sources.SOURCES[name].group for name in weights} == set(groups)
+    assert [list(groups.values()) for _, groups, _ in sources.STAGES.values()] == [
+        [0.5, 0.2, 0.1, 0.1, 0.1], [0.4, 0.2, 0.1, 0.15, 0.15], [0.3, 0.2, 0.1, 0.2, 0.2]]  # fmt: skip
+
+
+def test_long_text_files_are_cut(monkeypatch):
+    monkeypatch.setattr(sources, "TEXT_FILE_CHARS", 50)
+    lines = [f"line number {i}\n" for i in range(20)]
+    parts = list(sources.text_documents(io.StringIO("".join(lines))))
+    assert "".join(parts) == "".join(lines) and len(parts) > 3 and max(map(len, parts)) < 80
