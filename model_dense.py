@@ -5,22 +5,32 @@ KDA layers carry the position of text in their decay, so full attention needs no
 grid are different: two cells in one column are far apart as tokens, so full attention rotates queries and keys by (row, column,
 grid number), which follow from the tokens alone (arc.positions).
 
+A row of text is many documents, and each is read as if it were alone: KDA forgets and full attention looks no further back than the
+<|endoftext|> before it. The same serves decoding: prompts of any lengths are padded on the left, and padding is another document.
+Decoding keeps a state of constant size in each KDA layer, and keys and values in every fourth layer only.
+
+The file in order: the block; what both routes share besides it (loss, optimizers, sampling, costs); decoding; the model.
+
 Run `python model_dense.py` to see the 100M model described. Before this: kda.py. Next to read: model_trm.py, which builds its
 recursive core out of the same Block, then train.py.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import arc
 import tokenizer as tok
 from kda import KimiDeltaAttention
 
 LOGITS_AT_ONCE = 2**23  # the loss over the vocabulary is computed in slices of this many logits (32 MB in float32)
+CACHE_ROOM = 256  # tokens by which the memory for keys and values grows
+ANSWER_TOKENS = 2**15  # tokens per batch when answering: memory stays the same for short and long tasks
 IGNORE = -100  # target of positions that carry no loss (cross_entropy's own default)
 
 
@@ -32,11 +42,14 @@ class Config:
     vocab_size: int = tok.VOCAB_SIZE
     n_layer: int = 12
     n_head: int = 10  # of n_embd / n_head dimensions each, in KDA and in full attention
+    n_kv_head: int | None = None  # full attention: heads of keys and values, shared by groups of query heads (None: n_head)
     n_embd: int = 640
     n_ff: int = 1984  # hidden width of the SwiGLU
     layer_pattern: str = "kkka"  # tiled over the depth: k is KDA, a is full attention
     rope_base: float = 100.0  # grids have at most 30 rows: low frequencies would never turn
     norm_eps: float = 1e-5
+    separate_documents: bool = True  # text: what comes after an <|endoftext|> knows nothing of what came before it
+    recompute: bool = False  # training keeps only the input of each block, and goes through it again in the backward
 
 
 def check_config(config):
@@ -50,6 +63,8 @@ def check_config(config):
         raise ValueError(f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}")
     if config.n_embd // config.n_head < 6 or (config.n_embd // config.n_head) % 2:
         raise ValueError(f"n_embd / n_head is {config.n_embd // config.n_head}: grid positions need an even head size of at least 6")
+    if config.n_kv_head is not None and (config.n_kv_head < 1 or config.n_head % config.n_kv_head):
+        raise ValueError(f"n_head={config.n_head} query heads cannot be shared evenly by n_kv_head={config.n_kv_head}")
     if not config.layer_pattern or set(config.layer_pattern) - set("ka"):
         raise ValueError(f"layer_pattern={config.layer_pattern!r} may only hold 'k' (KDA) and 'a' (full attention)")
 
@@ -85,38 +100,56 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
+def append(cache, k, v):
+    """
+    A cache of full attention (keys, values, n) with k, v (B, H, T, head_dim) after the n tokens that are in it. Where there is room
+    this happens in place; room grows CACHE_ROOM tokens at a time, so that a token costs 1 / CACHE_ROOM of a copy of everything.
+    """
+    keys, values, n = cache
+    stop = n + k.shape[2]
+    if stop > keys.shape[2]:
+        room = k.new_empty(*k.shape[:2], -(-stop // CACHE_ROOM) * CACHE_ROOM - n, k.shape[3])
+        keys, values = (torch.cat([old[:, :, :n].to(k.dtype), room], 2) for old in (keys, values))
+    keys[:, :, n:stop], values[:, :, n:stop] = k, v
+    return keys, values, stop
+
+
 class Attention(nn.Module):
     """Full attention with normalised queries and keys; text gets no position, cells of grids get three."""
 
     def __init__(self, config):
         super().__init__()
-        self.n_head = config.n_head
-        self.qkv_proj = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
+        self.head_dim = config.n_embd // config.n_head
+        self.qkv_proj = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.q_norm = RMSNorm(config.n_embd // config.n_head, eps=config.norm_eps)
-        self.k_norm = RMSNorm(config.n_embd // config.n_head, eps=config.norm_eps)
+        self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps)
 
     def empty_cache(self, batch_size):
-        """Keys and values (B, n_head, 0, head_dim) before the first token."""
-        nothing = self.o_proj.weight.new_zeros(batch_size, self.n_head, 0, self.o_proj.weight.shape[0] // self.n_head)
-        return nothing, nothing
+        """What the layer remembers before the first token: keys and values (B, n_kv_head, room, head_dim), of which 0 tokens are taken."""
+        nothing = self.o_proj.weight.new_zeros(batch_size, self.n_kv_head, 0, self.head_dim)
+        return nothing, nothing, 0
 
     def forward(self, x, rope, cache=None, visible=None):
         """
-        x (B, T, n_embd). visible: None for causal attention, else (B, 1, 1, T) bool: who may be seen, by everyone.
-        Returns y (B, T, n_embd) and the cache with this call's keys and values appended (None when none came in).
+        x (B, T, n_embd). visible: None for causal attention, else bool, broadcast to (B, 1, T, tokens so far): who sees whom.
+        Returns y (B, T, n_embd) and the cache with this call's keys and values appended (None when none came in); the cache that
+        came in is used up.
         """
         B, T, D = x.shape
-        q, k, v = self.qkv_proj(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
+        heads = self.qkv_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), 1)
         q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
         past = 0
         if cache is not None:
-            past = cache[0].shape[2]
-            k, v = torch.cat([cache[0].to(k.dtype), k], 2), torch.cat([cache[1].to(v.dtype), v], 2)
-            cache = (k, v)
+            past = cache[2]
+            cache = append(cache, k, v)
+            k, v = (t[:, :, : past + T] for t in cache[:2])
         if visible is None and past and T > 1:
             visible = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None and T > 1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None and T > 1,
+                                           enable_gqa=self.n_kv_head != self.n_head)  # fmt: skip
         return self.o_proj(y.transpose(1, 2).reshape(B, T, D)), cache
 
 
@@ -149,7 +182,7 @@ class Block(nn.Module):
         self.norm_1 = RMSNorm(config.n_embd, eps=config.norm_eps)
         self.norm_2 = RMSNorm(config.n_embd, eps=config.norm_eps)
 
-    def forward(self, x, rope, cache=None, visible=None):
+    def forward(self, x, rope, cache=None, visible=None, starts=None):
         h = x if self.post else self.norm_1(x)
         if self.kind == "a":
             h, cache = self.mixer(h, rope, cache, visible)
@@ -157,9 +190,25 @@ class Block(nn.Module):
             # Padding now comes first. As zeros it gives keys of zero, which write nothing: as if it were not there.
             h = self.mixer((h * visible[:, 0, 0, :, None]).flip(1))[0].flip(1)
         else:
-            h, cache = self.mixer(h, cache)
+            h, cache = self.mixer(h, cache, starts)
         x = self.norm_1(x + h) if self.post else x + h
         return (self.norm_2(x + self.mlp(x)) if self.post else x + self.mlp(self.norm_2(x))), cache
+
+
+def document_starts(idx):
+    """
+    idx (B, T) -> bool (B, T): where a document begins. The <|endoftext|> between two documents is read as the beginning of the second:
+    what is predicted there is the second's first token. None where rows are known, without asking a GPU, to be one document each.
+    """
+    starts = idx == tok.EOT
+    return None if idx.device.type == "cpu" and not starts[:, 1:].any() else starts
+
+
+def same_document(starts):
+    """starts (B, T) -> bool (B, 1, T, T): may query i see key j? Not later ones, nor those of other documents."""
+    t = torch.arange(starts.shape[1], device=starts.device)
+    first = torch.where(starts, t, 0).cummax(1).values
+    return ((t <= t[:, None]) & (t >= first[:, :, None])).unsqueeze(1)
 
 
 def make_blocks(config, post=False, right_to_left=False):
@@ -169,10 +218,17 @@ def make_blocks(config, post=False, right_to_left=False):
     return nn.ModuleList(Block(config, kind, post, turn) for kind, turn in zip(kinds, turned))
 
 
-def run_blocks(blocks, x, rope, caches=None, visible=None):
-    """x through all blocks. caches: a list with one cache per block, replaced in place, or None."""
+def run_blocks(blocks, x, rope, caches=None, visible=None, recompute=False, starts=None):
+    """
+    x through all blocks. caches: a list with one cache per block, replaced in place, or None. visible is for full attention, starts
+    for KDA (as there). recompute: as in Config.
+    """
     for i, block in enumerate(blocks):
-        x, cache = block(x, rope, None if caches is None else caches[i], visible)
+        if recompute and caches is None and torch.is_grad_enabled():
+            # nothing in a block is random, so there is no generator's state to bring back
+            x, cache = checkpoint(block, x, rope, None, visible, starts, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x, cache = block(x, rope, None if caches is None else caches[i], visible, starts)
         if caches is not None:
             caches[i] = cache
     return x
@@ -232,23 +288,49 @@ def row_shares(rows, n_rows):
 
 
 def split_parameters(model, weight_decay):
-    """Two groups for an optimizer: matrices are decayed; embeddings, norms, gates' A_log and dt_bias, short convolutions not."""
+    """
+    Two groups for an optimizer: the blocks' large matrices are decayed; embeddings, norms, short convolutions, biases, A_log, and what
+    makes gates (forgetting, beta, output, halting) are not: towards zero, a gate does not do less, it does something else.
+    """
     decayed, kept = [], []
     for name, p in model.named_parameters():
-        matrix = p.ndim == 2 and not name.startswith("wte")
+        gate = any(part in name for part in ("f_proj", "g_proj", "b_proj", "q_head"))
+        matrix = p.ndim == 2 and not gate and not name.startswith("wte")
         (decayed if matrix else kept).append(p)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
 
 
-def sample(logits, temperature, top_k, generator=None):
-    """logits (B, V) -> ids (B,). temperature 0 is greedy; ids that name nothing are never drawn."""
+def muon_and_adamw(model, weight_decay, learning_rate, betas):
+    """
+    [Muon for the matrices that are decayed, AdamW for the rest]: Muon makes every singular value of an update alike, and scaled by
+    0.2 * sqrt(larger side) (Liu et al., arXiv 2502.16982) its updates are as large as AdamW's, so one learning rate serves both.
+    ValueError where PyTorch has no Muon (before 2.9).
+    """
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"PyTorch {torch.__version__} has no Muon (2.9 brought it): use --optimizer=adamw")
+    matrices, rest = split_parameters(model, weight_decay)
+    muon = torch.optim.Muon(matrices["params"], lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(rest["params"], lr=learning_rate, betas=betas, weight_decay=0.0, fused=True)]
+
+
+def sample(logits, temperature, top_k=None, top_p=None, generator=None):
+    """
+    logits (B, V) -> ids (B,). temperature 0 is greedy; top_k draws from the k likeliest ids, top_p from the fewest likeliest ids that
+    have a probability of top_p together (of those that top_k leaves). Ids that name nothing are never drawn.
+    """
     logits = logits[:, : tok.END + 1].float()
     if temperature == 0:
         return logits.argmax(-1)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0: no temperature is too low
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1]), -1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(1)
+    p = logits.softmax(-1)
+    if top_p is not None:
+        likeliest, order = p.sort(-1, descending=True)
+        before = likeliest.cumsum(-1) - likeliest  # what the likelier ones have without this one
+        p = p.masked_fill((before >= top_p).scatter(1, order, before >= top_p), 0.0)
+    return torch.multinomial(p, 1, generator=generator).squeeze(1)
 
 
 def core_flops_per_token(config, context):
@@ -266,6 +348,61 @@ def core_flops_per_token(config, context):
             total += 2 * (4 * d * d + 4 * d * per_head + 12 * d + d * config.n_head)
             total += 2 * d * (4 * 64 + 4 * per_head)
     return total
+
+
+def batches_by_length(items, length):
+    """items in batches of similar length(item), about ANSWER_TOKENS with padding, short ones first."""
+    items, batch = sorted(items, key=length), []
+    for item in items:
+        if batch and (len(batch) + 1) * length(item) > ANSWER_TOKENS:
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def cache_bytes(config, context, bytes_per_number=4):
+    """What one row of `context` tokens leaves in the caches of one pass through the blocks: keys and values; KDA's tails and states."""
+    head_dim, total = config.n_embd // config.n_head, 0
+    for i in range(config.n_layer):
+        if config.layer_pattern[i % len(config.layer_pattern)] == "a":
+            total += 2 * context * (config.n_kv_head or config.n_head) * head_dim * bytes_per_number
+        else:
+            total += 3 * 3 * config.n_embd * bytes_per_number + config.n_embd * head_dim * 4  # the state is always float32
+    return total
+
+
+# -----------------------------------------------------------------------------
+# decoding: one token at a time, after prompts of any lengths
+
+
+@dataclass
+class Past:
+    """What is kept of the tokens that B rows have read. Shorter prompts have padding before them, which counts as a document of its own."""
+
+    caches: list  # one per block: keys and values in full attention, O(1) in KDA
+    length: int  # tokens read, padding included
+    first: torch.Tensor  # (B,) where the current document of each row begins
+    masked: bool  # whether that is later than 0 in any row
+    token: torch.Tensor  # (B,) the last token, and its position (B, 3)
+    place: torch.Tensor
+    grids: torch.Tensor  # (B,) grids opened in the current document
+
+
+def next_place(grids, place, before, token):
+    """
+    arc.positions of one more token per row, without going through the row again. grids (B,) opened in the document so far; place (B, 3)
+    and before (B,) the position and the id of the last token; token (B,) the new one -> the new (grids, place).
+    """
+    mark, after_mark = ((t == tok.INPUT) | (t == tok.OUTPUT) for t in (token, before))
+    begins = (token == tok.EOT) | ((token >= tok.ARC) & (token <= tok.PROGRAM))
+    of_grid = ((token >= tok.CELL0) & (token < tok.CELL0 + 10)) | (token == tok.BLANK) | (token == tok.VOID) | (token == tok.ROW)
+    grids = torch.where(begins, 0, grids + mark)
+    row = torch.where(mark, 0, place[:, 0] + (before == tok.ROW))
+    column = torch.where(mark | after_mark | (before == tok.ROW), 0, place[:, 1] + 1)
+    inside = mark | (of_grid & (place[:, 2] > 0))
+    return grids, torch.stack([row, column, grids], 1) * inside[:, None]
 
 
 # -----------------------------------------------------------------------------
@@ -307,20 +444,25 @@ class Model(nn.Module):
     def configure_optimizer(self, weight_decay, learning_rate, betas):
         return torch.optim.AdamW(split_parameters(self, weight_decay), lr=learning_rate, betas=betas, fused=True)
 
-    def hidden(self, idx, positions=None, caches=None):
-        """idx (B, T) -> what the head reads (B, T, n_embd). positions (B, T, 3) when idx alone does not tell them (decoding)."""
+    def hidden(self, idx, positions=None, caches=None, visible=None, starts=None):
+        """
+        idx (B, T) -> what the head reads (B, T, n_embd). positions (B, T, 3) when idx alone does not tell them (decoding); visible and
+        starts as in run_blocks.
+        """
         rope = rope_3d(arc.positions(idx) if positions is None else positions, self.config.n_embd // self.config.n_head,
                        self.config.rope_base)  # fmt: skip
-        return self.norm_f(run_blocks(self.blocks, self.wte(idx), rope, caches))
+        return self.norm_f(run_blocks(self.blocks, self.wte(idx), rope, caches, visible, self.config.recompute, starts))
 
     def forward(self, idx, targets=None, *, mode="text", carry=None):
         """
-        idx (B, T) of token ids; targets (B, T), IGNORE where there is no loss.
+        idx (B, T) of token ids; targets (B, T), IGNORE where there is no loss. In mode "text" a row may hold many documents, in mode
+        "puzzle" it is one.
         Without targets: logits (B, T, vocab_size), None, None. With targets: None, the loss, None: logits of 50,304 words are the
         largest tensor of a training step and nobody reads them. The loss is the mean over tokens in mode "text", and over rows of
         each row's mean in mode "puzzle". carry is for Route B.
         """
-        x = self.hidden(idx)
+        starts = document_starts(idx) if mode == "text" and self.config.separate_documents else None
+        x = self.hidden(idx, visible=None if starts is None else same_document(starts), starts=starts)
         if targets is None:
             return F.linear(x, self.wte.weight), None, None
         keep = targets != IGNORE
@@ -328,23 +470,59 @@ class Model(nn.Module):
         share = row_shares(keep.nonzero()[:, 0], len(idx)) if mode == "puzzle" else torch.ones_like(x[:, 0]).float() / len(x)
         return None, LinearCrossEntropy.apply(x, self.wte.weight, targets, share), None
 
+    # -------------------------------------------------------------------------
+    # decoding
+
+    def read(self, prompts):
+        """prompts: (B, T) long, or a list of (T_b,) long, none empty -> what the head reads after their last tokens (B, n_embd), a Past."""
+        device, T = self.wte.weight.device, max(len(p) for p in prompts)
+        idx = torch.full((len(prompts), T), tok.PAD, device=device)
+        for row, p in zip(idx, prompts):
+            row[T - len(p) :] = p
+        starts = idx == tok.EOT if self.config.separate_documents else torch.zeros_like(idx, dtype=torch.bool)
+        begin = torch.tensor([T - len(p) for p in prompts], device=device)
+        starts[torch.arange(len(prompts), device=device), begin] = True
+        masked = bool(starts[:, 1:].any())
+        caches = [block.mixer.empty_cache(len(idx)) for block in self.blocks]
+        positions = arc.positions(idx)
+        x = self.hidden(idx, positions, caches, *((same_document(starts), starts) if masked else ()))
+        first = torch.where(starts, torch.arange(T, device=device), 0).amax(1)
+        another = torch.cat([idx, torch.full_like(idx[:, :1], tok.INPUT)], 1)  # a grid opened here would have the next number
+        past = Past(caches, T, first, masked, idx[:, -1], positions[:, -1], arc.positions(another)[:, -1, 2] - 1)
+        return x[:, -1], past
+
+    def read_on(self, token, past):
+        """token (B,) -> what the head reads after it (B, n_embd). past is brought up to date."""
+        starts, visible = token == tok.EOT, None
+        if self.config.separate_documents and starts.any():
+            past.first, past.masked = torch.where(starts, past.length, past.first), True
+        else:
+            starts = None
+        if past.masked:
+            visible = (torch.arange(past.length + 1, device=token.device) >= past.first[:, None])[:, None, None]
+        past.grids, past.place = next_place(past.grids, past.place, past.token, token)
+        past.token, past.length = token, past.length + 1
+        starts = None if starts is None else starts[:, None]
+        x = self.hidden(token[:, None], past.place[:, None], past.caches, visible, starts)
+        return x[:, -1]
+
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop=(tok.EOT,), generator=None):
+    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=(tok.EOT,), generator=None):
         """
-        Continue idx (B, T), a token at a time: yields (B,) ids as they are drawn, and ends when row 0 draws one of `stop`.
+        Continue prompts, (B, T) long or a list of (T_b,) long, a token at a time: yields (B,) ids as they are drawn. A row that has
+        drawn one of `stop` yields PAD from then on; ends when all have. temperature, top_k, top_p as in `sample`.
         The state is O(1) in the KDA layers; full-attention layers keep keys and values.
         """
-        caches = [block.mixer.empty_cache(len(idx)) for block in self.blocks]
-        new = idx
-        for _ in range(max_new_tokens):
-            positions = arc.positions(idx)[:, -new.shape[1] :]
-            logits = F.linear(self.hidden(new, positions, caches)[:, -1], self.wte.weight)
-            drawn = sample(logits, temperature, top_k, generator)
+        x, past = self.read(prompts)
+        done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        stop = torch.tensor(tuple(stop), dtype=torch.long, device=x.device)
+        for i in range(max_new_tokens):
+            drawn = sample(F.linear(x, self.wte.weight), temperature, top_k, top_p, generator).masked_fill(done, tok.PAD)
             yield drawn
-            if drawn[0].item() in stop:
+            done = done | torch.isin(drawn, stop)
+            if done.all() or i == max_new_tokens - 1:
                 return
-            new = drawn.unsqueeze(1)
-            idx = torch.cat([idx, new], 1)
+            x = self.read_on(drawn, past)
 
     @torch.no_grad()
     def answer(self, tasks):
@@ -354,36 +532,31 @@ class Model(nn.Module):
         list of (grid, log-probability), best first; None where prompt and answer do not fit into block_size.
         """
         answers = [[None] * len(task.test) for task in tasks]
-        groups = {}  # prompts of one length are decoded together
+        questions = []
         for i, task in enumerate(tasks):
             for j, (test_input, _) in enumerate(task.test):
                 prompt = arc.encode_prompt(task.kind, task.train, test_input)
                 limit = arc.canvas_shape(task.train, test_input)
                 if len(prompt) + limit[0] * (limit[1] + 1) <= self.config.block_size:
-                    groups.setdefault(len(prompt), []).append((i, j, prompt, limit))
-        for group in groups.values():
-            for start in range(0, len(group), 64):
-                part = group[start : start + 64]
-                for (i, j, _, _), candidate in zip(part, self._decode_grids(part)):
-                    answers[i][j] = [candidate]
+                    questions.append((i, j, torch.from_numpy(prompt.astype(np.int64)), limit))
+        for part in batches_by_length(questions, lambda q: len(q[2]) + q[3][0] * (q[3][1] + 1)):
+            for (i, j, _, _), candidate in zip(part, self._decode_grids([q[2] for q in part], [q[3] for q in part])):
+                answers[i][j] = [candidate]
         return answers
 
-    def _decode_grids(self, part):
-        """part: list of (_, _, prompt, (most rows, most columns)), prompts of one length -> list of (grid, log-probability)."""
+    def _decode_grids(self, prompts, limits):
+        """prompts: list of (T_b,) long; limits: for each (most rows, most columns) -> list of (grid, log-probability)."""
         device = self.wte.weight.device
-        ids = torch.arange(tok.CELL0, tok.ROW + 1, device=device).tolist() + [tok.EOT]  # ten colours, then these two
+        ids = torch.tensor([*range(tok.CELL0, tok.CELL0 + 10), tok.ROW, tok.EOT], device=device)  # the colours, then these two
         ROW, END = 10, 11
-        idx = torch.from_numpy(np.stack([p for _, _, p, _ in part]).astype(np.int64)).to(device)
-        caches = [block.mixer.empty_cache(len(part)) for block in self.blocks]
-        rows = [[[]] for _ in part]  # of each answer; the last one is being written
-        score = [0.0] * len(part)
-        done = [False] * len(part)
-        new = idx
+        head = self.wte.weight[ids]
+        rows = [[[]] for _ in prompts]  # of each answer; the last one is being written
+        score, done = [0.0] * len(prompts), [False] * len(prompts)
+        x, past = self.read(prompts)
         while True:
-            positions = arc.positions(idx)[:, -new.shape[1] :]
-            logits = F.linear(self.hidden(new, positions, caches)[:, -1], self.wte.weight[ids]).float().cpu()
+            logits = F.linear(x, head).float().cpu()
             allowed = torch.full_like(logits, -torch.inf)
-            for b, (_, _, _, (most_rows, most_columns)) in enumerate(part):
+            for b, (most_rows, most_columns) in enumerate(limits):
                 first, last = rows[b][0], rows[b][-1]
                 if len(rows[b]) == 1:  # the first row chooses the width
                     allowed[b, :ROW] = 0 if len(last) < most_columns else -torch.inf
@@ -407,8 +580,7 @@ class Model(nn.Module):
                     rows[b][-1].append(choice)
             if all(done):
                 return [(np.array(r[:-1], dtype=np.uint8), s) for r, s in zip(rows, score)]
-            new = torch.tensor([ids[c] for c in drawn.tolist()], device=device).unsqueeze(1)
-            idx = torch.cat([idx, new], 1)
+            x = self.read_on(ids[drawn.to(device)], past)
 
     @torch.no_grad()
     def answer_logits(self, tasks, answers):
@@ -417,38 +589,43 @@ class Model(nn.Module):
         Returns the same nesting of float32 arrays (h, w), the log-probability of each cell given all before it; None where the
         answer is None or the row longer than block_size.
         """
-        out = []
-        for task, grids in zip(tasks, answers):
-            out.append([])
-            for (test_input, _), grid in zip(task.test, grids):
-                if grid is None:
-                    out[-1].append(None)
-                    continue
-                ids = arc.encode(task.kind, [*task.train, (test_input, grid)])
-                h, w = grid.shape
+        out = [[None] * len(task.test) for task in tasks]
+        rows = []
+        for i, (task, grids) in enumerate(zip(tasks, answers)):
+            for j, ((test_input, _), grid) in enumerate(zip(task.test, grids)):
+                if grid is not None:
+                    ids = torch.from_numpy(arc.encode(task.kind, [*task.train, (test_input, grid)]).astype(np.int64))
+                    if len(ids) - 2 <= self.config.block_size:  # neither the last ROW nor the EOT has to be read
+                        rows.append((i, j, ids, grid.shape))
+        for part in batches_by_length(rows, lambda row: len(row[2])):
+            idx = torch.nn.utils.rnn.pad_sequence([ids[:-2] for _, _, ids, _ in part], batch_first=True, padding_value=tok.PAD)
+            for x, (i, j, ids, (h, w)) in zip(self.hidden(idx.to(self.wte.weight.device)), part):
                 n = h * (w + 1)  # answer tokens; the EOT comes after them
-                if len(ids) - 2 > self.config.block_size:  # neither the last ROW nor the EOT has to be read
-                    out[-1].append(None)
-                    continue
-                idx = torch.from_numpy(ids.astype(np.int64)).to(self.wte.weight.device).unsqueeze(0)
-                logits = F.linear(self.hidden(idx[:, :-2])[0, -n:], self.wte.weight).float()
-                log_p = logits.log_softmax(-1).gather(1, idx[0, -n - 1 : -1, None])
-                out[-1].append(log_p.view(h, w + 1)[:, :w].cpu().numpy())
+                log_p = F.linear(x[len(ids) - 2 - n : len(ids) - 2], self.wte.weight).float().log_softmax(-1)
+                log_p = log_p.gather(1, ids[-n - 1 : -1, None].to(log_p.device))
+                out[i][j] = log_p.view(h, w + 1)[:, :w].cpu().numpy()
         return out
 
 
-def describe(model):
-    """Print parameters by part, and FLOPs per token."""
-    parts = {}
-    for name, p in model.named_parameters():
-        part = "embedding and head" if name.startswith("wte") else next((s for s in ("mixer", "mlp") if s in name), "norms and the rest")
-        parts[part] = parts.get(part, 0) + p.numel()
-    print(f"{model.__class__.__name__}: {model.config}")
-    for part, n in parts.items():
-        print(f"  {part:20s} {n / 1e6:8.2f} M")
-    print(f"  {'parameters':20s} {model.num_params() / 1e6:8.2f} M")
-    for context in (1024, 4096):
-        print(f"  forward FLOPs per token of text at context {context}: {model.flops_per_token(context) / 1e6:.0f} M")
+def describe(model, passes=1):
+    """Print parameters by part, FLOPs per token, and what caches hold. passes: how often decoding goes through the blocks per token."""
+    config, n = model.config, model.num_params()
+    parts = {"embedding and head": model.wte.weight.numel()}
+    for block in model.blocks:
+        for what, module in ((f"{'KDA' if block.kind == 'k' else 'full attention'}", block.mixer), ("SwiGLU", block.mlp)):
+            parts[what] = parts.get(what, 0) + sum(p.numel() for p in module.parameters())
+    parts["norms and the rest"] = n - sum(parts.values())
+    print(f"{model.__class__.__name__}: {config}")
+    print("layers: " + " ".join(block.kind for block in model.blocks) + "   (k: KDA, a: full attention)\n")
+    for part, count in [*parts.items(), ("all parameters", n)]:
+        print(f"  {part:24s} {count:13,}  {count / n:6.1%}")
+    print("\n   context   MFLOP per token, forward   training   MB of cache   per 1,024 tokens   with full attention everywhere")
+    plain = dataclasses.replace(config, layer_pattern="a", n_kv_head=None)
+    for context in (1024, 4096, 16384, 32768):
+        held, all_full = (passes * cache_bytes(c, context) / 1e6 for c in (config, plain))
+        forward, training = (model.flops_per_token(context, training=t) / 1e6 for t in (False, True))
+        per_1k, full_per_1k = (1024 * x / context for x in (held, all_full))
+        print(f"  {context:8,} {forward:26,.0f} {training:10,.0f} {held:13.1f} {per_1k:18.2f} {full_per_1k:30.2f}")
 
 
 if __name__ == "__main__":

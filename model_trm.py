@@ -54,6 +54,7 @@ class Config:
     vocab_size: int = tok.VOCAB_SIZE
     n_layer: int = 8
     n_head: int = 12
+    n_kv_head: int | None = None
     n_embd: int = 768
     n_ff: int = 2208
     layer_pattern: str = "kkka"
@@ -66,6 +67,7 @@ class Config:
     text_n_recursion: int = 1
     text_n_sup: int = 1
     right_to_left: bool = True  # in puzzles, the second of every three KDA layers reads from the end (measured in LOG.md)
+    recompute: bool = False  # as in Route A
     halt_exploration: float = 0.1  # share of puzzles that must go on for a random number of steps whatever the halting head says
 
 
@@ -138,7 +140,7 @@ class Model(nn.Module):
         """
 
         def f(h):
-            return run_blocks(self.blocks, h, rope, None if caches is None else next(caches), visible)
+            return run_blocks(self.blocks, h, rope, None if caches is None else next(caches), visible, self.config.recompute)
 
         for t in range(T):
             with torch.set_grad_enabled(torch.is_grad_enabled() and t == T - 1):
@@ -253,7 +255,7 @@ class Model(nn.Module):
             yield y, self.halt_logit(y).sigmoid()
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop=(tok.EOT,), generator=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=(tok.EOT,), generator=None):
         """
         Continue idx (B, T), a token at a time: yields (B,) ids as they are drawn, and ends when row 0 draws one of `stop`. Every
         pass through the core has its own cache: what a position held in pass 5 is what later positions look up in pass 5.
@@ -268,7 +270,7 @@ class Model(nn.Module):
             each_pass = iter(caches)
             for _ in range(config.text_n_sup):
                 y, z = self.supervision_step(x, y, z, config.text_n_latent, config.text_n_recursion, rope, caches=each_pass)
-            drawn = sample(F.linear(y[:, -1], self.wte.weight), temperature, top_k, generator)
+            drawn = sample(F.linear(y[:, -1], self.wte.weight), temperature, top_k, top_p, generator)
             yield drawn
             if drawn[0].item() in stop:
                 return
@@ -352,4 +354,5 @@ def visible(idx):
 
 
 if __name__ == "__main__":
-    describe(Model(Config()))
+    model = Model(Config())
+    describe(model, passes=model.config.text_n_sup * model.passes("text")[0])

@@ -52,7 +52,7 @@ def stream_text(model, prompt, args):
     generator = torch.Generator(device).manual_seed(args.seed)
     for i in range(args.num_samples):
         print(("-" * 20 + "\n" if i else "") + prompt, end="", flush=True)
-        drawn = model.generate(idx, args.max_new_tokens, args.temperature, args.top_k, generator=generator)
+        drawn = model.generate(idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, generator=generator)
         for piece in text_of(ids.item() for ids in drawn):
             print(piece, end="", flush=True)
         print()
@@ -117,6 +117,8 @@ def show_task(model, task, n_sup):
 def run(args):
     if not 0 <= args.temperature < math.inf:
         raise ValueError(f"--temperature={args.temperature} must be 0 (always the likeliest token) or more")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise ValueError(f"--top_p={args.top_p} must be above 0 and at most 1")
     task = find_task(args.task) if args.task is not None else None
     model, ckpt = checkpoint.load_model(args.checkpoint, pick_device(args.device))
     if args.n_sup and (task is None or ckpt["model"] != "trm"):
@@ -137,6 +139,7 @@ def main():
     parser.add_argument("--max_new_tokens", metavar="N", type=positive, default=200, help="longest text drawn (default 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="lower is safer, 0 always draws the likeliest token (default 0.8)")
     parser.add_argument("--top_k", metavar="N", type=positive, default=200, help="draw from the N likeliest tokens (default 200)")
+    parser.add_argument("--top_p", metavar="P", type=float, help="draw from the likeliest tokens that have a probability of P together")
     parser.add_argument("--seed", type=int, default=1337, help="the same seed draws the same text (default 1337)")
     parser.add_argument("--num_samples", metavar="N", type=positive, default=1, help="how many texts (default 1)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU where there is one)")

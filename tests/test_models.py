@@ -12,7 +12,7 @@ import model_dense
 import model_trm
 import tokenizer as tok
 from loader import pad_rows, puzzle_row
-from model_dense import IGNORE, LinearCrossEntropy, rope_3d, rotate
+from model_dense import IGNORE, LinearCrossEntropy, muon_and_adamw, rope_3d, rotate
 from model_trm import ANSWER_IDS
 
 torch.set_num_threads(1)  # tensors are small here: threads would only wait for each other
@@ -141,7 +141,31 @@ def test_optimizer_holds_every_parameter_once_and_decays_matrices_only():
         decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
         names = {n for n, p in model.named_parameters() if id(p) in decayed}
         assert names and not [n for n in names if "norm" in n or "bias" in n or "A_log" in n or "conv" in n or "wte" in n]
-        assert {n for n, _ in model.named_parameters() if n.endswith("_proj.weight")} <= names
+        gates = ("f_proj", "g_proj", "b_proj", "q_head")
+        assert not [n for n in names if any(gate in n for gate in gates)]
+        assert {n for n, _ in model.named_parameters() if n.endswith("_proj.weight") and "b_proj" not in n} == names
+
+
+def test_muon_takes_the_decayed_matrices_and_adamw_the_rest():
+    for name, model in both():
+        muon, adamw = muon_and_adamw(model, 0.1, 1e-3, (0.9, 0.95))
+        held = [id(p) for o in (muon, adamw) for group in o.param_groups for p in group["params"]]
+        assert sorted(held) == sorted(id(p) for p in model.parameters())
+        decayed = model.configure_optimizer(0.1, 1e-3, (0.9, 0.95)).param_groups[0]["params"]
+        assert [id(p) for p in muon.param_groups[0]["params"]] == [id(p) for p in decayed]
+        assert all(p.ndim == 2 for p in decayed) and not any(group["weight_decay"] for group in adamw.param_groups)
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    for name, model in both():
+        gradients = []
+        for model.config.recompute in (False, True):
+            for mode, batch in (("text", (text(2, 8), text(2, 8, seed=1))), ("puzzle", puzzle_batch(model.puzzle_format, range(3)))):
+                model.zero_grad()
+                model.train()(*batch, mode=mode)[1].backward()
+                gradients.append([p.grad.clone() for p in model.parameters()])
+        for kept, again in zip(gradients[:2], gradients[2:]):
+            assert all(torch.equal(a, b) for a, b in zip(kept, again)), name
 
 
 # ---- pieces
@@ -821,7 +845,7 @@ def test_a_solved_puzzle_is_answered():
     assert task.test[0][1].size > 3
     document = arc.encode("arc", [*task.train, *task.test])
     for route in ("dense", "trm"):
-        model, _ = learn(route, "puzzle", lambda how: pad_rows([puzzle_row(document, how, "none")], 80), 40)
+        model, _ = learn(route, "puzzle", lambda how: pad_rows([puzzle_row(document, how, "none")], 80), 80)
         answer, score = model.answer([task])[0][0][0]
         assert np.array_equal(answer, task.test[0][1]), route
         assert score > (0.5 if route == "trm" else -3), route

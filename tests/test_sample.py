@@ -99,6 +99,12 @@ def test_temperature_0_does_not_depend_on_the_seed(checkpoints, monkeypatch, cap
     assert len(outs) == 1
 
 
+@pytest.mark.parametrize("name", ["dense", "trm"])
+def test_a_top_p_of_next_to_nothing_is_greedy(name, checkpoints, monkeypatch, capsys):
+    outs = {call(monkeypatch, capsys, checkpoints[name], how, "--max_new_tokens=8") for how in ("--temperature=0", "--top_p=0.0001")}
+    assert len(outs) == 1
+
+
 def test_several_samples_differ(checkpoints, monkeypatch, capsys):
     out = call(monkeypatch, capsys, checkpoints["trm"], "--num_samples=3", "--max_new_tokens=12")
     parts = out.split("-" * 20 + "\n")
@@ -185,6 +191,8 @@ def test_verdicts():
     (["{dense}", "--temperature=-1"], "--temperature"),
     (["{dense}", "--temperature=nan"], "--temperature"),
     (["{dense}", "--top_k=0"], "1 or more"),
+    (["{dense}", "--top_p=0"], "--top_p"),
+    (["{trm}", "--top_p=1.5"], "--top_p"),
     (["{text}"], "not a checkpoint"),
     (["missing.pt"], "does not exist"),
     ([], "CKPT"),
