@@ -39,8 +39,12 @@ def make_model(name, settings):
 
 
 def save(checkpoint, path):
-    """Write beside, flush to disk, rename: whatever happens on the way, `path` holds a whole checkpoint or the one before."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    """
+    Write beside, flush to disk, rename: whatever happens on the way, `path` holds a whole checkpoint or the one before. Raises OSError
+    when it cannot be written, for example to a full disk; nothing is left behind then.
+    """
+    folder = os.path.dirname(path) or "."
+    os.makedirs(folder, exist_ok=True)
     for stale in glob.glob(f"{glob.escape(str(path))}.*.tmp"):  # of a process that was killed while it saved
         os.remove(stale)
     beside = f"{path}.{os.getpid()}.tmp"
@@ -50,6 +54,14 @@ def save(checkpoint, path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(beside, path)
+        descriptor = os.open(folder, os.O_RDONLY)  # the name is on disk when the folder is
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except RuntimeError as e:  # how torch.save reports that a write failed: the cause, if it has one, is what a person can act on
+        cause = e.__context__ if isinstance(e.__context__, OSError) else None
+        raise OSError(*(cause.args if cause else (f"writing {beside} failed: {str(e).splitlines()[0]}",))) from None
     finally:
         if os.path.exists(beside):
             os.remove(beside)
@@ -89,8 +101,13 @@ def load_weights(model, weights, path):
     """Copy a state dict in. ValueError naming the first differences if the shapes are another model's."""
     own = model.state_dict()
     wrong = [k for k in own if k not in weights or weights[k].shape != own[k].shape] + [k for k in weights if k not in own]
+
+    def shape(tensors, k):
+        return tuple(tensors[k].shape) if k in tensors else "missing"
+
     if wrong:
-        raise ValueError(f"{path} does not fit this model: {len(wrong)} tensors differ, the first are {', '.join(wrong[:3])}")
+        shown = ", ".join(f"{k} is {shape(weights, k)} there and {shape(own, k)} here" for k in wrong[:3])
+        raise ValueError(f"{path} does not fit this model: {len(wrong)} tensors differ, the first: {shown}")
     model.load_state_dict(weights)
 
 

@@ -64,6 +64,18 @@ def settings(script_globals):
     }
 
 
+def defaults_of(script):
+    """The settings of a script that is not running, as the globals that `resolve` takes: their values must be literals."""
+    script_globals = {"__file__": str(script)}
+    for node in ast.parse(Path(script).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and "configurator" in {getattr(n, "id", None) for n in ast.walk(node)}:
+            break
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            script_globals[target.id] = ast.literal_eval(node.value)
+    return script_globals
+
+
 def configure(script_globals, argv):
     """
     Apply config files and --key=value to a script's globals. Returns the effective config, a plain dict in definition order.

@@ -5,32 +5,41 @@ The one training loop: both routes, every stage, one process or many.
     torchrun --nproc_per_node=2 train.py config/route_b_demo.py              two processes share the same global batch
     python train.py config/route_a_demo.py --max_iters=50 --out_dir=out/try  any setting below, overridden
     python train.py config/route_a_demo.py --init_from=resume                go on from out_dir/ckpt.pt
+    python train.py config/route_a_stage0.py                                 is everything in order? a table of PASS and FAIL
 
 A step is: batches from the loader, forward and backward on each, one optimizer step. gradient_accumulation_steps counts the batches
 of a step over all processes, so the same config sees the same data in the same order and takes the same steps on 1, 2 or 4
 processes. Nothing in a step draws random numbers that are not derived from the data's own, so a resumed run is the same run.
 
-Writes out_dir/ckpt.pt, out_dir/log.jsonl (one JSON object per logged step) and out_dir/config.json.
-Ctrl-C or SIGTERM finishes the step, saves and exits. Next to read: eval_arc.py, which judges what this makes.
+Writes into out_dir: ckpt.pt, log.jsonl (one JSON object per logged step), loss.png (drawn from it), config.json, evals.jsonl.
+Ctrl-C or SIGTERM finishes the step, saves and exits; a second one exits at once. Next to read: eval_arc.py, which judges what this makes.
 """
 
 import contextlib
+import importlib
 import json
 import math
 import os
+import platform
 import signal
+import subprocess
 import sys
 import time
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint as ckpt
 import configurator
+import hardware
+import logbook
+import parallel
 import tokenizer as tok
-from loader import Loader
+from loader import Ahead, Loader
+from model_dense import muon_and_adamw
+from parallel import all_agree, difference, gather, leave, local_rank, master, rank, world_size
 
 # -----------------------------------------------------------------------------
 # The defaults train the 100M Route A on the demo stage. Config files change what they need to.
@@ -38,13 +47,20 @@ from loader import Loader
 # ---- where it goes and what it says
 out_dir = "out"
 init_from = "scratch"  # 'scratch', 'resume' (from out_dir/ckpt.pt), or the path of a checkpoint to take the weights from
+init_optimizer = False  # with the path of a checkpoint: take its optimizer's state as well
 overwrite = False  # train from scratch into an out_dir that already holds a checkpoint
 eval_interval = 500  # steps between validations, each of which also saves a checkpoint
 eval_batches = 8  # validation batches per source, at most
+eval_suites = ""  # suites of eval_arc.py, such as 'sudoku4,arc1', run in a process of their own after each checkpoint; '' for none
+eval_limit = 20  # tasks of each of these suites
+eval_device = "cpu"  # where that process runs: beside the training, not in its way
 log_interval = 10  # steps between lines in log.jsonl
+max_hours = 0.0  # stop and save after this many hours, whatever max_iters says (a session's limit, less what saving takes); 0 for never
+tracker = ""  # 'trackio' or 'wandb' get the same figures as log.jsonl, if installed
 # ---- data
 data_dir = "data"
 data = "demo"  # name of a prepared stage
+data_tag: str | None = None  # its frozen version, such as 'v0.1'; None: the stage as it is now
 mixture = {}  # {source: share of the steps}; empty: the stage's own
 batch_size = 8  # rows of text per batch; puzzles come in batches of as many tokens
 block_size = 1024  # longest row
@@ -64,7 +80,11 @@ text_n_recursion: int | None = None
 text_n_sup: int | None = None
 right_to_left: bool | None = None  # Route B: in puzzles, the second of every three KDA layers reads from the end
 halt_exploration: float | None = None  # Route B: share of puzzles made to go on whatever the halting head says
+n_kv_head: int | None = None  # heads of keys and values in full attention, shared by groups of queries; None: as many as n_head
+separate_documents: bool | None = None  # Route A: documents that are packed into one row know nothing of each other
+recompute: bool | None = None  # go through each block again in the backward: a third more work, a fraction of the memory
 # ---- optimizer
+optimizer = "auto"  # 'muon' for the blocks' matrices and AdamW for the rest; 'adamw' for all; auto: muon where PyTorch has it (2.9)
 learning_rate = 6e-4
 max_iters = 10000
 weight_decay = 0.1
@@ -72,111 +92,182 @@ beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # 0 for none
 ema = 0.0  # decay of the averaged weights that evaluation uses; 0 for none
-# ---- schedule: warm up, stay, go down in a straight line
+max_skipped = 20  # steps in a row whose loss or gradient is not finite: each is skipped, this many end the run
+# ---- schedule
+schedule = "wsd"  # 'wsd': warm up, stay, go down in a straight line over the last decay_iters steps; 'cosine': warm up, half a cosine
 warmup_iters = 100
-decay_iters = 2000  # the last this many steps
+decay_iters = 2000  # 0 stays up to the end: for a stage that another one follows
 min_lr = 0.0
 # ---- system
 device = "auto"  # 'cpu', 'cuda', or auto: cuda where there is one
 dtype = "auto"  # 'float32', 'bfloat16', 'float16'; auto: float32 on CPU, bfloat16 from capability 8.0 on, float16 before
-compile = False  # torch.compile
+compile: bool | str = "auto"  # torch.compile the blocks; auto: on a GPU. Where it fails, training goes on without
+sync_check_interval = 100  # steps between comparisons of all processes' weights; 0 for none
 seed = 1337
+# ---- stage 0
+sanity = False  # before the steps, learn one batch by heart; after them, a table of PASS and FAIL
+sanity_steps = 100  # steps to learn that batch in
+sanity_tokens = 2048  # tokens of that batch
+sanity_run_tokens = 0.0  # tokens of the run that this prepares: the table says how many hours it would take here
 # -----------------------------------------------------------------------------
 defaults = configurator.settings(globals())
 config = configurator.configure(globals(), sys.argv[1:])
 
-
-def stop(message):
-    """A user's mistake: one line, from one process, exit code 1."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"error: {message}", file=sys.stderr)
-    sys.exit(1)
-
-
 # ---- who and where we are
-rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-master = rank == 0
-if device == "auto":
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-if device.startswith("cuda") and not torch.cuda.is_available():
-    stop("device='cuda', but PyTorch sees no GPU: use --device=cpu")
-if device == "cuda":
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    torch.cuda.set_device(device)
+began = time.monotonic()
+checks = []  # of stage 0: (what, passed, how it was)
+ckpt_path, log_path, evals_path = (os.path.join(out_dir, name) for name in ("ckpt.pt", "log.jsonl", "evals.jsonl"))
+
+
+def stop(message, everyone=True):
+    """The run cannot go on: one line, and exit code 1. everyone: all processes get here, and one of them says it."""
+    if sanity and (master or not everyone):
+        checks.append(("went through", False, str(message)))
+        show_checks()
+    parallel.stop(message, everyone)
+
+
+def show_checks():
+    """The table of stage 0. Returns whether all is well."""
+    print(f"\n{'PASS' if all(ok for _, ok, _ in checks) else 'FAIL'}   stage 0 of {out_dir}")
+    for what, ok, how in checks:
+        print(f"  {'PASS' if ok else 'FAIL'}   {what:26s}   {how}")
+    return all(ok for _, ok, _ in checks)
+
+
+def stop_if(problem):
+    """problem: a message or None, of this process. If there is one in any process, all stop."""
+    problem = all_agree(problem)
+    if problem is not None:
+        stop(problem)
+
+
+def say(text):
+    """A line for people, from one process, that does not tear the progress bar."""
+    if master:
+        tqdm.write(text)
+
+
+try:
+    device = hardware.pick_device(device)
+    device = f"cuda:{local_rank}" if device == "cuda" else device
+    dtype = hardware.pick_dtype(dtype, device)
+except ValueError as e:
+    stop(e)
 device_type = device.split(":")[0]
-if dtype == "auto":
-    dtype = "float32" if device_type == "cpu" else "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
-if dtype not in ("float32", "bfloat16", "float16"):
-    stop(f"dtype must be 'auto', 'float32', 'bfloat16' or 'float16', got {dtype!r}")
-if gradient_accumulation_steps % world_size:
+for name, allowed in (("optimizer", ("auto", "muon", "adamw")), ("schedule", ("wsd", "cosine")), ("tracker", ("", "trackio", "wandb")),
+                      ("compile", ("auto", True, False))):  # fmt: skip
+    if config[name] not in allowed:
+        stop(f"{name} must be one of {', '.join(map(repr, allowed))}, got {config[name]!r}")
+if gradient_accumulation_steps < 1 or gradient_accumulation_steps % world_size:
     stop(f"gradient_accumulation_steps={gradient_accumulation_steps} batches cannot be shared evenly by {world_size} processes")
-if device_type == "cpu" and world_size == 1 and "OMP_NUM_THREADS" not in os.environ:
-    torch.set_num_threads(os.cpu_count() or 1)
-ckpt_path = os.path.join(out_dir, "ckpt.pt")
-log_path = os.path.join(out_dir, "log.jsonl")
-if init_from == "scratch" and os.path.exists(ckpt_path) and not overwrite:
+if min(batch_size, block_size, log_interval, eval_interval, max_skipped) < 1:
+    stop("batch_size, block_size, log_interval, eval_interval and max_skipped must be at least 1")
+if init_from == "scratch" and os.path.exists(ckpt_path) and not (overwrite or sanity):
     stop(f"{ckpt_path} exists: go on with --init_from=resume, start again with --overwrite=True, or choose another --out_dir")
+if tracker and master:
+    try:
+        tracked = importlib.import_module(tracker)
+    except ImportError:
+        stop(f"--tracker={tracker} needs a package that is not installed: pip install {tracker}")
+if device_type == "cuda":
+    torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing
+elif world_size == 1 and "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(os.cpu_count() or 1)
+if optimizer == "auto":
+    optimizer = "muon" if hasattr(torch.optim, "Muon") else "adamw"
+    if optimizer == "adamw":
+        say(f"PyTorch {torch.__version__} has no Muon (2.9 brought it): AdamW for all weights")
+parallel.start(device_type)
 
 # ---- data, model, optimizer
 torch.manual_seed(seed)
+started_from, problem = None, None
 try:
-    resumed = ckpt.load(ckpt_path) if init_from == "resume" else None
+    if init_from != "scratch":
+        started_from = ckpt.load(ckpt_path if init_from == "resume" else init_from)
     net = ckpt.make_model(model, config)
-    if resumed is not None:
-        ckpt.load_weights(net, resumed["weights"], ckpt_path)
-    elif init_from != "scratch":
-        ckpt.load_weights(net, ckpt.load(init_from)["weights"], init_from)
-    loader = Loader(data_dir, data, weights=mixture, seed=seed, batch_size=batch_size, block_size=block_size,
+    if started_from is not None:
+        ckpt.load_weights(net, started_from["weights"], ckpt_path if init_from == "resume" else init_from)
+    net.to(device)
+    if optimizer == "muon":
+        optimizers = muon_and_adamw(net, weight_decay, learning_rate, (beta1, beta2))
+    else:
+        optimizers = [net.configure_optimizer(weight_decay, learning_rate, (beta1, beta2))]
+    loader = Loader(data_dir, data, tag=data_tag, weights=mixture, seed=seed, batch_size=batch_size, block_size=block_size,
                     batches_per_step=gradient_accumulation_steps, puzzle_format=net.puzzle_format, rank=rank, world_size=world_size,
-                    verify=master)  # fmt: skip
-    if resumed is not None:
-        if resumed["train"]["data"] != loader.fingerprint:
-            stop(f"stage {data!r} is not what {ckpt_path} was trained on: its shards have other hashes")
-        loader.load_state_dict(resumed["train"]["loader"])
-except (FileNotFoundError, ValueError) as e:
-    stop(e)
-net.to(device)
-average = {k: v.detach().clone() for k, v in net.state_dict().items()} if ema else None
-optimizer = net.configure_optimizer(weight_decay, learning_rate, (beta1, beta2))
-scaler = torch.amp.GradScaler(enabled=dtype == "float16")
-iteration, trained_seconds, trained_tokens, val_losses, val_loss, carries = 0, 0.0, 0, {}, None, {}
-if resumed is not None:
-    state = resumed["train"]
-    iteration, trained_seconds, trained_tokens = state["iter"], state["seconds"], state["tokens"]
-    val_losses, val_loss = state["val_losses"], state["val_loss"]
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    for k, v in (resumed["ema"] or {}).items():
-        average[k].copy_(v)
-    for key, carry in state["carries"].items():  # each process takes those of the batches that are now its own
-        number, length = map(int, key.split("/"))
-        if number % world_size == rank:
-            carries[number, length] = {k: v.to(device) for k, v in carry.items()}
-    del resumed, state
+                    verify=local_rank == 0)  # fmt: skip
+    pinned = {"stage": data, "tag": data_tag, "snapshot": loader.snapshot, "shards": loader.fingerprint}
+    if init_from == "resume":
+        before = started_from["train"]["data"]
+        if before["shards"] != loader.fingerprint or (before["tag"], before["snapshot"]) != (data_tag, loader.snapshot):
+            raise ValueError(f"{ckpt_path} was trained on {before['stage']}:{before['tag']}, shards {before['shards'][:12]}; this is "
+                             f"{data}:{data_tag}, shards {loader.fingerprint[:12]}: name the same data and data_tag")  # fmt: skip
+        loader.load_state_dict(started_from["train"]["loader"])
+    if init_from == "resume" or (started_from is not None and init_optimizer):
+        if started_from["train"]["optimizer_name"] != optimizer:
+            raise ValueError(f"the checkpoint has the state of optimizer {started_from['train']['optimizer_name']!r}, this run uses "
+                             f"{optimizer!r}: use the same, or its weights alone with --init_from=PATH")  # fmt: skip
+        for o, state in zip(optimizers, started_from["train"]["optimizers"]):
+            o.load_state_dict(state)
+except (OSError, ValueError) as e:
+    problem = str(e)
+stop_if(problem)
 
-if world_size > 1:
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
-    wrapped = DistributedDataParallel(net, device_ids=[device] if device_type == "cuda" else None, broadcast_buffers=False)
-else:
-    wrapped = net
-step_model = torch.compile(wrapped) if compile else wrapped
+average = {k: v.detach().clone() for k, v in net.state_dict().items()} if ema else None
+if average is not None and started_from is not None:
+    for k, v in (started_from["ema"] or {}).items():
+        average[k].copy_(v)
+scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 autocast = torch.autocast(device_type, dtype=getattr(torch, dtype)) if dtype != "float32" else contextlib.nullcontext()
+iteration, trained_seconds, trained_tokens, val_losses, val_loss, carries = 0, 0.0, 0, {}, None, {}
+skipped, skipped_in_a_row, usual = 0, 0, {}  # usual: {source: [steps, mean loss, mean distance from it]}
+changed = []
+if init_from == "resume":
+    state = started_from["train"]
+    iteration, trained_seconds, trained_tokens = state["iter"], state["seconds"], state["tokens"]
+    val_losses, val_loss, usual = state["val_losses"], state["val_loss"], state["usual"]
+    skipped, skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+    if state["scaler"] and scaler.is_enabled():
+        scaler.load_state_dict(state["scaler"])
+    where_it_went = ("init_from", "overwrite", "out_dir", "max_hours", "data_dir", "tracker")
+    changed = [f"{k}={v!r} (was {started_from['config'].get(k)!r})" for k, v in config.items()
+               if started_from["config"].get(k) != v and k not in where_it_went]  # fmt: skip
+    if len(state["rng"]) == world_size:
+        torch.set_rng_state(state["rng"][rank]["cpu"])
+        if device_type == "cuda" and state["rng"][rank]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["rng"][rank]["cuda"])
+    else:
+        changed.append(f"{world_size} processes (were {len(state['rng'])}: the same data in the same order, losses equal but for rounding)")
+    if all(started_from["config"][k] == config[k] for k in ("batch_size", "block_size", "gradient_accumulation_steps")):
+        for key, carry in state["carries"].items():  # each process takes those of the batches that are now its own
+            number, length = map(int, key.split("/"))
+            if number % world_size == rank:
+                carries[number, length] = {k: v.to(device) for k, v in carry.items()}
+    elif state["carries"]:
+        changed.append("puzzles that were being thought about begin anew, as batches have another shape now")
+started_from = None  # free its memory
 
 
 # ---- the pieces of a step
 def learning_rate_at(it):
-    """Warm up linearly, stay, go down linearly over the last decay_iters steps."""
+    """Both schedules warm up linearly and end at min_lr, unless the plateau has no end."""
     up = min(1.0, (it + 1) / max(1, warmup_iters))
-    down = min(1.0, (max_iters - it) / max(1, decay_iters))
+    if schedule == "cosine":
+        down = 0.5 + 0.5 * math.cos(math.pi * min(1.0, max(0, it - warmup_iters) / max(1, max_iters - warmup_iters)))
+    else:
+        down = min(1.0, (max_iters - it) / decay_iters) if decay_iters else 1.0
     return min_lr + (learning_rate - min_lr) * min(up, down)
 
 
-def over_processes(values):
-    """Sums of a list of numbers over all processes."""
-    values = torch.tensor(values, dtype=torch.float64, device=device)
-    if world_size > 1:
-        dist.all_reduce(values)
-    return values.tolist()
+def check_in_sync(loss, grad_norm):
+    """All processes must hold the same bits: a broken link or a bug otherwise trains two models and averages their gradients."""
+    both = torch.tensor([loss, grad_norm], dtype=torch.float64, device=device)
+    problem = difference({**dict(net.named_parameters()), **{f"the average of {k}": v for k, v in (average or {}).items()},
+                          "the loss": both[:1], "the gradient norm": both[1:]})  # fmt: skip
+    if problem:
+        stop(f"processes are out of sync at step {iteration}: {problem}; go on from {ckpt_path} with --init_from=resume")
 
 
 @contextlib.contextmanager
@@ -206,115 +297,371 @@ def validate():
                 total[1] += len(idx)
     net.train()
     names = [name for _, name, _ in loader.val]
-    flat = over_processes([x for name in names for x in sums.get(name, [0.0, 0.0])])
+    flat = parallel.sums([x for name in names for x in sums.get(name, [0.0, 0.0])], device)
     losses = {name: flat[2 * i] / flat[2 * i + 1] for i, name in enumerate(names) if flat[2 * i + 1]}
     text = [losses[name] for kind, name, _ in loader.val if kind == "text" and name in losses]
     return losses, sum(text) / len(text) if text else None
 
 
 def save_checkpoint():
-    mine = {f"{number}/{length}": {k: v.cpu() for k, v in carry.items()} for (number, length), carry in carries.items()}
-    everyones = [mine]
-    if world_size > 1:
-        everyones = [None] * world_size if master else None
-        dist.gather_object(mine, everyones)
+    """Everything that the rest of the run depends on. Returns whether it is on disk; if not, the checkpoint before still is."""
+    rng = gather({"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if device_type == "cuda" else None})
+    mine, everyones = sorted(carries), {}
+    for i in range(int(max(parallel.sums([len(mine) * (r == rank) for r in range(world_size)], device)))):
+        # one by one: all carries of all processes at once can be gigabytes
+        part = {f"{mine[i][0]}/{mine[i][1]}": {k: v.cpu() for k, v in carries[mine[i]].items()}} if i < len(mine) else {}
+        for some in gather(part):
+            everyones.update(some)
+    saved = True
+    if master:
+        try:
+            ckpt.save({
+                "format": ckpt.CHECKPOINT_FORMAT, "model": model, "model_config": dict(vars(net.config)), "weights": net.state_dict(),
+                "ema": average, "tokenizer": tok.fingerprint(), "config": config,
+                "versions": {"torch": str(torch.__version__), "cuda": torch.version.cuda, "numpy": np.__version__,
+                             "python": platform.python_version()},
+                "train": {"iter": iteration, "seconds": trained_seconds, "tokens": trained_tokens, "val_loss": val_loss,
+                          "val_losses": val_losses, "tokens_per_second": trained_tokens / trained_seconds if trained_seconds else None,
+                          "data": pinned, "loader": ahead.state, "optimizer_name": optimizer,
+                          "optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict(), "carries": everyones,
+                          "rng": rng, "skipped": skipped, "skipped_in_a_row": skipped_in_a_row, "usual": usual},
+            }, ckpt_path)  # fmt: skip
+        except OSError as e:
+            saved = False
+            kept = "the one before is untouched" if os.path.exists(ckpt_path) else "there is none before it"
+            say(f"the checkpoint of step {iteration} could not be saved ({e.strerror or e}); {kept}, and training goes on")
+    return parallel.sums([saved], device)[0] == world_size
+
+
+def write_log(entry, path=log_path):
     if not master:
         return
-    ckpt.save({
-        "format": ckpt.CHECKPOINT_FORMAT, "model": model, "model_config": dict(vars(net.config)), "weights": net.state_dict(),
-        "ema": average, "tokenizer": tok.fingerprint(), "config": config,
-        "train": {"iter": iteration, "seconds": trained_seconds, "tokens": trained_tokens, "val_loss": val_loss, "val_losses": val_losses,
-                  "tokens_per_second": trained_tokens / trained_seconds if trained_seconds else None, "data": loader.fingerprint,
-                  "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "loader": loader.state_dict(),
-                  "carries": {key: carry for part in everyones for key, carry in part.items()}},
-    }, ckpt_path)  # fmt: skip
+    problem = logbook.append(entry, path)
+    if problem:
+        say(problem)
+    if tracker and path == log_path:
+        figures = {**entry, **{f"val_loss/{k}": v for k, v in entry.get("val_losses", {}).items()}}
+        tracked.log({k: v for k, v in figures.items() if k != "iter" and isinstance(v, (int, float))}, step=entry["iter"])
 
 
-def write_log(entry):
-    if master:
-        with open(log_path, "a") as f:
-            f.write(json.dumps(entry) + "\n")
+evaluating = None  # (process, step, link to the checkpoint it reads)
 
+
+def evaluate_beside(start=False, wait=False):
+    """Collect the evaluation that is running, if it has ended (wait: when it does), into evals.jsonl; then start one of this step."""
+    global evaluating
+    if not (master and eval_suites):
+        return
+    if evaluating is not None:
+        process, step, link = evaluating
+        if process.poll() is None and not wait:
+            return
+        output = process.communicate()[0]
+        report = os.path.join(out_dir, "eval_step", "eval.json")
+        if process.returncode == 0:
+            with open(report) as f:
+                (figures,) = json.load(f).values()
+            solved = {suite: f"{r['solved']}/{r['total']}" for suite, r in figures["suites"].items()}
+            say(f"step {step}: solved " + ", ".join(f"{suite} {n}" for suite, n in solved.items()))
+            write_log({"iter": step, **figures}, evals_path)
+        else:
+            say(f"the evaluation of step {step} failed: {output.strip().splitlines()[-1] if output.strip() else process.returncode}")
+        os.remove(link)
+        evaluating = None
+    if start:
+        link = os.path.join(out_dir, "ckpt_eval.pt")
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(link)
+        os.link(ckpt_path, link)  # a second name: the next checkpoint replaces the first, and takes nothing from under the reader
+        command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "eval_arc.py"), link, f"--suites={eval_suites}",
+                   f"--limit={eval_limit}", f"--device={eval_device}", f"--out_dir={os.path.join(out_dir, 'eval_step')}"]  # fmt: skip
+        own = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE")}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+                                   env={"OMP_NUM_THREADS": "1", **own})  # fmt: skip
+        evaluating = process, iteration, link
+
+
+def compile_blocks():
+    """torch.compile every block, try them on real batches, and say so and take it back if that fails in any process."""
+    problem = None
+    try:
+        for block in net.blocks:
+            block.forward = torch.compile(block.forward)
+        for mode in ("text", "puzzle"):
+            for _, _, idx, targets in loader.val_batches(mode, 1):
+                with autocast:
+                    loss = net(idx.to(device), targets.to(device), mode=mode)[1]
+                scaler.scale(loss).backward()
+                break
+    except Exception as e:  # noqa: BLE001 (a compiler fails in any way it likes)
+        problem = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]:.200}"
+    net.zero_grad(set_to_none=True)
+    failed = parallel.sums([problem is not None], device)[0]
+    if failed:
+        for block in net.blocks:
+            block.__dict__.pop("forward", None)
+        torch._dynamo.reset()
+        say(f"torch.compile does not work here, going on without it ({problem or 'it failed in another process'})")
+    return not failed
+
+
+def advice_on_memory(batch):
+    """After memory ran out at a batch: try halves of it, beside what the optimizer will need, and say what fits."""
+    net.zero_grad(set_to_none=True)
+    carries.clear()
+    reserved = [torch.empty_like(p) for p in net.parameters() for _ in range(2)] if not any(o.state for o in optimizers) else []
+    rows = len(batch.idx)
+    fits = False
+    while rows > 1 and not fits:
+        rows //= 2
+        if device_type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            some = slice(rows + rows // 8)  # with a little to spare: memory is never used to its last byte
+            with autocast:
+                loss = net(batch.idx[some].to(device), batch.targets[some].to(device), mode=batch.mode)[1]
+            loss.backward()
+            fits = True
+        except RuntimeError as e:
+            if not hardware.out_of_memory(e):
+                raise
+        net.zero_grad(set_to_none=True)
+    del reserved
+    smaller = batch_size * rows // len(batch.idx)
+    if fits and smaller:
+        more = -(-batch_size // smaller)
+        same = "the same global batch" if smaller * more == batch_size else "about the same global batch"
+        return f"--batch_size={smaller} --gradient_accumulation_steps={gradient_accumulation_steps * more} fits (just tried), and is {same}"
+    other = "" if net.config.recompute else ", or try --recompute=True"
+    return f"no smaller batch_size fits: lower block_size, take a smaller model{other}"
+
+
+def overfit(mode):
+    """Stage 0: the loss after learning one batch by heart, and what the batch was. The weights are put back."""
+    batch = next(loader.val_batches(mode, 1), None)
+    if batch is None:
+        return None, "this process has no such batch"
+    name, _, idx, targets = batch
+    rows = max(1, sanity_tokens // idx.shape[1])
+    length = sanity_tokens if mode == "text" else idx.shape[1]  # the answer of a puzzle is at its end
+    idx, targets = idx[:rows, :length].to(device), targets[:rows, :length].to(device)
+    before = {k: v.detach().clone() for k, v in net.state_dict().items()}
+    own = net.configure_optimizer(0.0, 1e-3, (0.9, 0.95))
+    own_scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
+    for i in range(sanity_steps):
+        own.param_groups[0]["lr"] = own.param_groups[1]["lr"] = 1e-3 * min(1, (i + 1) / 10)
+        with autocast:
+            loss = net(idx, targets, mode=mode)[1]
+        own_scaler.scale(loss).backward()
+        own_scaler.unscale_(own)
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        own_scaler.step(own)
+        own_scaler.update()
+        own.zero_grad(set_to_none=True)
+    net.load_state_dict(before)
+    return loss.item(), f"{tuple(idx.shape)} of {name}, loss {loss.item():.3f} after {sanity_steps} steps"
+
+
+# ---- ready
+if compile is True or (compile == "auto" and device_type == "cuda"):
+    compile = compile_blocks()
+else:
+    compile = False
+if sanity:
+    tag = f"tag {data_tag}, snapshot {loader.snapshot[:12]}" if data_tag else "not frozen, no tag"
+    checks.append(("data", True, f"{data}: every shard has its SHA-256; {tag}"))
+    checks.append(("tokenizer", True, f"{tok.fingerprint()[:12]}, the shards' and this one"))
+    for mode in ("text", "puzzle"):
+        loss, how = overfit(mode)
+        if loss is not None:
+            checks.append((f"one {mode} batch by heart", loss < 0.1, how))
+wrapped = net
+if world_size > 1:
+    wrapped = DistributedDataParallel(net, device_ids=[device] if device_type == "cuda" else None, broadcast_buffers=False,
+                                      gradient_as_bucket_view=True)  # fmt: skip
+if master:
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        for path in (log_path, evals_path):  # from scratch, iteration is 0: nothing is kept
+            logbook.cut_back(path, iteration if init_from == "resume" else -1)
+        configurator.save(config, os.path.join(out_dir, "config.json"))
+    except OSError as e:
+        problem = f"cannot write to {out_dir}: {e.strerror}"
+stop_if(problem)
+card = hardware.name(device)
+peak = hardware.peak_flops(card)
+if master:
+    print(configurator.show(config, defaults))
+    print(f"{net.num_params() / 1e6:.2f}M parameters, {dtype} on {card}{', compiled' if compile else ''}, {optimizer}, {world_size} "
+          f"process{'es' * (world_size > 1)}, {gradient_accumulation_steps * batch_size * block_size:,} tokens per step, "
+          f"sources {', '.join(loader.names)}")  # fmt: skip
+    if init_from == "resume":
+        print(f"going on after step {iteration}" + "".join(f"\n  changed: {c}" for c in changed))
+    if tracker:
+        tracked.init(project="smol-llm", name=os.path.basename(os.path.normpath(out_dir)), config=config, resume="allow")
+
+interrupted = []  # (name of the signal, when)
+
+
+def on_signal(number, frame):
+    # torchrun passes on a signal that the terminal has already sent to everyone: that is still the first one
+    if interrupted and not ("TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - interrupted[0][1] < 2):
+        os._exit(128 + number)
+    interrupted.append((signal.Signals(number).name, time.monotonic()))
+
+
+signal.signal(signal.SIGTERM, on_signal)
+signal.signal(signal.SIGINT, on_signal)
+net.train()
+ahead = Ahead(loader, pin=device_type == "cuda")
+progress = tqdm(total=max_iters, initial=iteration, disable=None if master else True, unit="step", dynamic_ncols=True, mininterval=1.0)
+since_log = {"seconds": 0.0, "tokens": 0, "flops": 0.0, "waited": 0.0, "steps": 0}
+run_log, saved, stopping = [], True, False
 
 # ---- go
-if master:
-    os.makedirs(out_dir, exist_ok=True)
-    print(configurator.show(config, defaults))
-    print(f"{net.num_params() / 1e6:.2f}M parameters, {dtype} on {device}, {world_size} process{'es' * (world_size > 1)}, "
-          f"{gradient_accumulation_steps * batch_size * block_size:,} tokens per step, sources {', '.join(loader.names)}")  # fmt: skip
-    configurator.save(config, os.path.join(out_dir, "config.json"))
-    # What was logged after the checkpoint will be logged again.
-    kept = []
-    if init_from == "resume" and os.path.exists(log_path):
-        with open(log_path) as f:
-            kept = [line for line in f if line.endswith("\n") and json.loads(line)["iter"] <= iteration]
-    with open(log_path + ".tmp", "w") as f:
-        f.writelines(kept)
-    os.replace(log_path + ".tmp", log_path)
-
-interrupted = []
-signal.signal(signal.SIGTERM, lambda *_: interrupted.append("SIGTERM"))
-signal.signal(signal.SIGINT, lambda *_: interrupted.append("Ctrl-C") if not interrupted else sys.exit(130))
-net.train()
-progress = tqdm(total=max_iters, initial=iteration, disable=not master, unit="step", dynamic_ncols=True, mininterval=1.0)
-since_log = {"seconds": 0.0, "tokens": 0}
 while iteration < max_iters:
     started = time.perf_counter()
     lr = learning_rate_at(iteration)
-    for group in optimizer.param_groups:
+    for group in (group for o in optimizers for group in o.param_groups):
         group["lr"] = lr
-    batches = loader.next_step()
-    losses, tokens = [], 0
+    batches = ahead.next_step()
+    losses, tokens, flops, new_carries, too_much = [], 0, 0.0, {}, None
     for i, batch in enumerate(batches):
-        idx, targets = batch.idx.to(device, non_blocking=True), batch.targets.to(device, non_blocking=True)
         last = i == len(batches) - 1  # gradients of the processes are averaged once, after the last batch
-        with contextlib.nullcontext() if world_size == 1 or last else wrapped.no_sync(), autocast:
-            _, loss, carry = step_model(idx, targets, mode=batch.mode, carry=carries.get(batch.key))
-            scaler.scale(loss / len(batches)).backward()
+        try:
+            idx, targets = batch.idx.to(device, non_blocking=True), batch.targets.to(device, non_blocking=True)
+            with contextlib.nullcontext() if world_size == 1 or last else wrapped.no_sync():
+                with autocast:  # the forward alone: inside, the backward's own float32 products would overflow as float16 (LOG.md)
+                    _, loss, carry = wrapped(idx, targets, mode=batch.mode, carry=carries.get(batch.key))
+                scaler.scale(loss / len(batches)).backward()
+        except RuntimeError as e:
+            if not hardware.out_of_memory(e):
+                raise
+            too_much = batch  # handled below: here, the exception still holds on to memory
+            break
         if carry is not None:
-            carries[batch.key] = carry
+            new_carries[batch.key] = carry
         losses.append(loss.detach())
-        tokens += idx.numel()
-    scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or math.inf)
-    scaler.step(optimizer)
+        tokens += batch.tokens
+        flops += batch.tokens * net.flops_per_token(idx.shape[1], batch.mode, training=True)
+    if too_much is not None:
+        idx = targets = loss = carry = None
+        new_carries.clear()
+        stop(f"out of memory on {card}, process {rank}, in a {batch.mode} batch of {len(batch.idx)} x {batch.idx.shape[1]} tokens; "
+             + advice_on_memory(too_much), everyone=False)  # fmt: skip
+    for o in optimizers:
+        scaler.unscale_(o)
+    grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or math.inf).item()
+
+    # Every process learns the same sums, so that all of them step or skip, stop, save and validate together.
+    loss = sum(x.item() for x in losses) / len(losses) / world_size
+    ending = bool(interrupted) or bool(max_hours and time.monotonic() - began > 3600 * max_hours)
+    loss, tokens, flops, waited, stopping = parallel.sums([loss, tokens, flops, ahead.waited / world_size, ending], device)
+    finite = math.isfinite(loss) and math.isfinite(grad_norm)
+    if finite:
+        for o in optimizers:
+            scaler.step(o)
+        carries.update(new_carries)
+        skipped_in_a_row = 0
+    else:
+        skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    if average is not None:
+    for o in optimizers:
+        o.zero_grad(set_to_none=True)
+    if average is not None and finite:
         decay = min(ema, (1 + iteration) / (10 + iteration))  # early on, the average follows closely: there is little to average
         with torch.no_grad():
             for k, v in net.state_dict().items():
                 average[k].lerp_(v, 1 - decay)
     iteration += 1
 
-    # Every process learns the same sums, so that all of them stop, save and validate at the same steps.
-    loss, tokens, stopping = over_processes([sum(x.item() for x in losses) / len(losses) / world_size, tokens, len(interrupted)])
     seconds = time.perf_counter() - started
     trained_seconds += seconds
     trained_tokens += int(tokens)
-    since_log = {"seconds": since_log["seconds"] + seconds, "tokens": since_log["tokens"] + int(tokens)}
-    if not math.isfinite(loss):
-        stop(f"the loss is {loss} at step {iteration}; the last checkpoint is untouched. Lower learning_rate (now {learning_rate}), "
-             "or raise warmup_iters")  # fmt: skip
-    progress.set_postfix_str(f"{batches[0].source} loss {loss:.3f}", refresh=False)
+    for k, v in (("seconds", seconds), ("tokens", int(tokens)), ("flops", flops), ("waited", waited), ("steps", 1)):
+        since_log[k] += v
+    source = batches[0].source
+    progress.set_postfix_str(f"{source} loss {loss:.3f}", refresh=False)
     progress.update()
-    if iteration % log_interval == 0 or iteration == max_iters:
-        write_log({"iter": iteration, "loss": loss, "source": batches[0].source, "lr": lr, "grad_norm": grad_norm.item(),
-                   "tokens": trained_tokens, "seconds": round(trained_seconds, 3),
-                   "tokens_per_second": round(since_log["tokens"] / since_log["seconds"], 1)})  # fmt: skip
-        since_log = {"seconds": 0.0, "tokens": 0}
+    if not finite:
+        write_log({"iter": iteration, "loss": None, "source": source, "lr": lr, "skipped": skipped, "scale": scaler.get_scale()})
+        say(f"step {iteration} skipped: loss {loss:.3g}, gradient norm {grad_norm:.3g}"
+            + (f"; loss scale now {scaler.get_scale():g}" if scaler.is_enabled() else ""))  # fmt: skip
+        if skipped_in_a_row >= max_skipped:
+            there = f"the last checkpoint is untouched ({ckpt_path})" if os.path.exists(ckpt_path) else "there is no checkpoint yet"
+            stop(f"{skipped_in_a_row} steps in a row had a loss or gradient that is not finite, the last is step {iteration}; {there}. "
+                 f"Lower learning_rate (now {learning_rate:g}) or grad_clip (now {grad_clip:g}), or raise warmup_iters (now "
+                 f"{warmup_iters})")  # fmt: skip
+    else:
+        steps, mean, spread = usual.get(source, (0, loss, 0.0))
+        if steps >= 50 and loss > mean + max(8 * spread, 0.5):
+            say(f"step {iteration}: the loss jumped to {loss:.3f} on {source}, where {mean:.3f} is usual")
+            write_log({"iter": iteration, "spike": loss, "usual": mean, "source": source})
+        rate = max(0.02, 1 / (steps + 1))
+        usual[source] = [steps + 1, mean + rate * (loss - mean), spread + rate * (abs(loss - mean) - spread)]
+        if iteration % log_interval == 0 or iteration == max_iters:
+            entry = {
+                "iter": iteration, "loss": loss, "source": source, "lr": lr, "grad_norm": grad_norm, "tokens": trained_tokens,
+                "seconds": round(trained_seconds, 3), "tokens_per_second": round(since_log["tokens"] / since_log["seconds"], 1),
+                "mfu": round(since_log["flops"] / since_log["seconds"] / world_size / peak, 4) if peak else None,
+                "memory_gb": round(hardware.peak_memory(device) / 1e9, 3),
+                "data_wait": round(since_log["waited"] / since_log["seconds"], 4),
+                "eta_hours": round((max_iters - iteration) * since_log["seconds"] / since_log["steps"] / 3600, 3), "skipped": skipped,
+            }  # fmt: skip
+            write_log(entry)
+            run_log.append(entry)
+            say(f"step {iteration}: loss {loss:.3f} ({source}), lr {lr:.2e}, gradient {grad_norm:.2f}, {entry['tokens_per_second']:,.0f} "
+                f"tokens/s, " + (f"MFU {entry['mfu']:.1%}, " if peak else "") + f"{entry['memory_gb']:.2f} GB, data wait "
+                f"{entry['data_wait']:.1%}, {entry['eta_hours']:.2f} h to go")  # fmt: skip
+            since_log = dict.fromkeys(since_log, 0)
+    if sync_check_interval and (iteration % sync_check_interval == 0 or iteration == max_iters):
+        check_in_sync(loss, grad_norm)
+    evaluate_beside()
     if iteration % eval_interval == 0 or iteration == max_iters or stopping:
         if not stopping:
             val_losses, val_loss = validate()
             write_log({"iter": iteration, "val_loss": val_loss, "val_losses": val_losses})
-            if master:
-                progress.write(f"step {iteration}: validation " + ", ".join(f"{k} {v:.3f}" for k, v in val_losses.items()))
-        save_checkpoint()
-    if stopping:
+            say(f"step {iteration}: validation " + ", ".join(f"{k} {v:.3f}" for k, v in val_losses.items()))
+        saved = save_checkpoint()
         if master:
-            progress.write(f"stopped by {interrupted[0] if interrupted else 'a signal'} after step {iteration}; "
-                           f"go on with --init_from=resume (saved to {ckpt_path})")  # fmt: skip
+            try:
+                logbook.draw_losses(out_dir)
+            except OSError as e:
+                say(f"could not draw loss.png: {e.strerror}")
+        if saved and not stopping:
+            evaluate_beside(start=evaluating is None)
+    if stopping:
         break
 progress.close()
+ahead.close()
+if evaluating is not None and stopping:  # there may be little time left
+    evaluating[0].terminate()
+evaluate_beside(wait=True)
+if tracker and master:
+    tracked.finish()
+if stopping:
+    why = f"by {interrupted[0][0]}" if interrupted else f"after {max_hours:g} hours" if max_hours else "by another process"
+    if not saved:
+        stop(f"stopped {why} after step {iteration}, and this step could not be saved")
+    say(f"stopped {why} after step {iteration}; go on with --init_from=resume (saved to {ckpt_path})")
+elif not saved:
+    stop(f"all {iteration} steps are done, but the last checkpoint could not be saved to {ckpt_path}")
+elif sanity and master:
+    settled = run_log[1:] or run_log  # the first interval warms up
+    rate = sum(e["tokens_per_second"] for e in settled) / len(settled)
+    waits = sum(e["data_wait"] for e in settled) / len(settled)
+    how = f"{skipped} skipped, loss {run_log[0]['loss']:.3f} to {loss:.3f}"
+    checks.append((f"{iteration} steps", skipped == 0 or scaler.is_enabled(), how))
+    checks.append(("validation", all(map(math.isfinite, val_losses.values())), ", ".join(f"{k} {v:.2f}" for k, v in val_losses.items())))
+    written = ckpt.load(ckpt_path)["weights"]
+    checks.append(("checkpoint", all(torch.equal(written[k], v.cpu()) for k, v in net.state_dict().items()), "reads back bit for bit"))
+    checks.append(("processes in sync", True, f"{world_size}, the same bits" if world_size > 1 else "only one"))
+    checks.append(("waiting for data", waits < 0.02, f"{waits:.2%} of the time"))
+    checks.append(("speed", rate > 0, f"{rate:,.0f} tokens/s" + (f", MFU {settled[-1]['mfu']:.1%}" if peak else "") + f" on {card}"))
+    checks.append(("memory", True, f"{run_log[-1]['memory_gb']:.2f} GB at most, of process 0"))
+    if sanity_run_tokens:
+        checks.append(("the run it prepares", True, f"{sanity_run_tokens / 1e9:g}B tokens: {sanity_run_tokens / rate / 3600:,.1f} h here"))
+    if not show_checks():
+        leave("stage 0 failed")
 if world_size > 1:
-    dist.destroy_process_group()
+    torch.distributed.destroy_process_group()

@@ -169,6 +169,34 @@ def test_a_save_that_fails_leaves_nothing_behind(tmp_path):
     assert os.listdir(tmp_path) == ["ckpt.pt"] and path.read_bytes() == before
 
 
+FULL = """
+import resource, sys
+import torch
+import checkpoint as ckpt
+
+path, *limits = sys.argv[1:]
+make = lambda n: {"format": ckpt.CHECKPOINT_FORMAT, "model": "dense", "model_config": {}, "ema": None, "train": {}, "n": n,
+                  "weights": {str(i): torch.full((100, 100), float(n)) for i in range(10)}, "tokenizer": ckpt.tok.fingerprint()}
+ckpt.save(make(1), path)
+for limit in map(int, limits):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        ckpt.save(make(2), path)
+        print("saved")
+    except OSError as e:
+        print(e.strerror, ckpt.load(path)["n"], sep="|")
+"""
+
+
+def test_a_disk_that_is_full_is_said_and_keeps_what_was_there(tmp_path):
+    """A write that fails at the first byte, between and inside tensors, and near the end: always an OSError, always the old file."""
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path / "ckpt.pt"), "0", "1", "50000", "200001", "400000"], cwd=ROOT,
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=100)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["File too large|1"] * 5
+    assert os.listdir(tmp_path) == ["ckpt.pt"]
+
+
 # ---- files that are no checkpoint
 
 

@@ -11,7 +11,7 @@ import torch
 import arc
 import loader as loader_file
 import tokenizer as tok
-from loader import BUCKETS, IGNORE, Loader, pad_rows, puzzle_row
+from loader import BUCKETS, IGNORE, Ahead, Loader, pad_rows, puzzle_row
 
 torch.set_num_threads(1)
 
@@ -458,3 +458,75 @@ def test_validation_reads_no_more_puzzles_than_n_batches_of_batch_size(data):
         for name in ("grids", "sudoku"):
             rows = [row for source, _, idx, _ in val(make(data, batch_size=4), "puzzle", n) for row in idx if source == name]
             assert 0 < len(rows) <= 4 * n
+
+
+# ---- working ahead
+
+
+def test_ahead_gives_the_same_batches_and_knows_where_they_end(data):
+    alone = make(data, puzzle_format="canvas")
+    ahead = Ahead(make(data, puzzle_format="canvas"), depth=3)
+    for _ in range(9):
+        assert shown(ahead.next_step()) == shown(alone.next_step())
+        assert ahead.state == alone.state_dict()  # and not where the thread has got to
+    want = run(alone, 4)
+    ahead.close()
+    assert not ahead.thread.is_alive()
+    again = make(data, puzzle_format="canvas")
+    again.load_state_dict(json.loads(json.dumps(ahead.state)))
+    assert run(again, 4) == want
+
+
+def test_ahead_passes_errors_on(data):
+    ahead = Ahead(make(data, block_size=1, weights={"grids": 1}))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="raise it"):
+            ahead.next_step()
+    ahead.close()
+
+
+def test_padding_is_not_counted(data):
+    loader = make(data)
+    for _ in range(8):
+        for batch in loader.next_step():
+            assert batch.tokens == int((batch.idx != tok.PAD).sum()) <= batch.idx.numel()
+
+
+def test_windows_across_shards(data):
+    """Every stretch of three shards read as one, also those that begin and end at their borders."""
+    entries = [e for e in map(json.loads, open(data / "stages" / "demo" / "manifest.jsonl")) if e["source"] in ("prose", "code")]
+    shards = loader_file.Shards(data, entries)
+    whole = np.concatenate([np.fromfile(data / e["path"], "<u2") for e in entries]).astype(np.int64)
+    borders = sorted({int(b) + d for b in shards.first_token for d in (-1, 0, 1)} & set(range(len(whole) + 1)))
+    for start, stop in itertools.combinations(borders, 2):
+        assert (shards.slice(start, stop) == whole[start:stop]).all()
+
+
+# ---- frozen stages
+
+
+def test_a_frozen_stage_is_read_by_its_tag(tmp_path):
+    data = write_stage(tmp_path, [("prose", "text", "train", "none", text_documents(40))])
+    stage = data / "stages" / "demo"
+    frozen = stage / "v1"
+    frozen.mkdir()
+    snapshot = {"stage": "demo", "tag": "v1", "tokenizer": tok.fingerprint()}
+    for name in ("manifest.jsonl", "mixture.json"):
+        (frozen / name).write_bytes((stage / name).read_bytes())
+        snapshot[name.split(".")[0] + "_sha256"] = hashlib.sha256((stage / name).read_bytes()).hexdigest()
+    (frozen / "snapshot.json").write_text(json.dumps(snapshot))
+    assert run(make(data, tag="v1"), 5) == run(make(data), 5)
+    assert make(data, tag="v1").snapshot == hashlib.sha256((frozen / "snapshot.json").read_bytes()).hexdigest()
+    assert make(data).snapshot is None
+    # the working stage may go on changing; the frozen one may not
+    (stage / "manifest.jsonl").write_text("")
+    assert len(run(make(data, tag="v1"), 1)) == 1
+    with pytest.raises(FileNotFoundError, match="'v2'"):
+        make(data, tag="v2")
+    for key in ("stage", "tag", "manifest_sha256", "mixture_sha256"):
+        (frozen / "snapshot.json").write_text(json.dumps({**snapshot, key: "other"}))
+        with pytest.raises(ValueError, match="v1/.*pull demo:v1 again"):
+            make(data, tag="v1")
+    (frozen / "snapshot.json").write_text("{")
+    with pytest.raises(ValueError, match="snapshot.json is missing, damaged"):
+        make(data, tag="v1")

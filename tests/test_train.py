@@ -1,9 +1,14 @@
 """train.py as a user runs it: real processes on a small real stage."""
 
+import hashlib
 import json
 import os
+import random
+import re
+import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -34,15 +39,59 @@ def data(tmp_path_factory):
     return folder
 
 
-def command(data, out, *settings, processes=1):
+def command(data, out, *settings, processes=1, script="train.py"):
     launch = [sys.executable]
     if processes > 1:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [*launch, str(ROOT / "train.py"), f"--data_dir={data}", f"--out_dir={out}", *SHAPE, *settings]
+    return [*launch, str(ROOT / script), f"--data_dir={data}", f"--out_dir={out}", *SHAPE, *settings]
 
 
-def train(*args, **kwargs):
-    return subprocess.run(command(*args, **kwargs), env=ENV, capture_output=True, text=True, cwd=ROOT, timeout=300)
+def train(*args, limits=(), **kwargs):
+    """Run to the end. limits: (resource, value) pairs, such as the largest file that may be written."""
+
+    def limit():
+        for what, value in limits:
+            resource.setrlimit(what, (value, value))
+
+    return subprocess.run(command(*args, **kwargs), env=ENV, capture_output=True, text=True, cwd=ROOT, timeout=300, preexec_fn=limit)
+
+
+# Things that go wrong in a machine, not in the program: put in from outside, before train.py runs unchanged.
+FAULTS = """
+import os, runpy, sys
+import torch
+fault, script, *sys.argv[1:] = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(script))
+step, calls = torch.optim.AdamW.step, [0]  # once a step, with Muon as without
+
+def faulty(optimizer, *args, **kwargs):
+    calls[0] += 1
+    step(optimizer, *args, **kwargs)
+    if fault == "flip" and calls[0] == 3 and os.environ["RANK"] == "1":
+        p = optimizer.param_groups[0]["params"][5]
+        with torch.no_grad():
+            p.view(-1)[7] = torch.nextafter(p.view(-1)[7], torch.tensor(9.0))  # the last bit of one weight
+
+torch.optim.AdamW.step = faulty
+unscale = torch.amp.GradScaler.unscale_
+def spoiled(scaler, optimizer):
+    calls[0] += 1
+    if fault == "nan" and calls[0] in (3, 6):
+        optimizer.param_groups[0]["params"][2].grad[0, 0] = float("nan")
+    unscale(scaler, optimizer)
+if fault == "nan":
+    torch.amp.GradScaler.unscale_ = spoiled
+    torch.optim.AdamW.step = step
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def train_with_fault(fault, folder, *args, **kwargs):
+    (folder / "faults.py").write_text(FAULTS)
+    words = command(*args, **kwargs)
+    at = words.index(str(ROOT / "train.py"))
+    return subprocess.run([*words[:at], str(folder / "faults.py"), fault, *words[at:]], env=ENV, capture_output=True, text=True, cwd=ROOT,
+                          timeout=300)  # fmt: skip
 
 
 def losses(out):
@@ -73,14 +122,102 @@ def test_a_run_leaves_a_log_a_config_and_a_checkpoint_that_loads(finished):
     assert list(out.glob("*.tmp")) == []
 
 
-def test_two_processes_take_the_same_steps_as_one(finished, data, tmp_path):
-    settings, out = finished
-    run = train(data, tmp_path, *settings, processes=2)
+@pytest.fixture(scope="module")
+def finished_by_two(finished, data, tmp_path_factory):
+    settings, _ = finished
+    out = tmp_path_factory.mktemp("two")
+    run = train(data, out, *settings, "--sync_check_interval=3", processes=2)
     assert run.returncode == 0, run.stderr
-    for one, two in zip(losses(out), losses(tmp_path)):
+    return [*settings, "--sync_check_interval=3"], out
+
+
+def same_losses(out, other, rel=1e-4):
+    for one, two in zip(losses(out), losses(other)):
         assert one.keys() == two.keys()
         for step in one:
-            assert two[step] == pytest.approx(one[step], rel=1e-4)
+            assert two[step] == pytest.approx(one[step], rel=rel), step
+
+
+def same_weights(out, other):
+    ours, theirs = checkpoint.load(out / "ckpt.pt"), checkpoint.load(other / "ckpt.pt")
+    for key in theirs["weights"]:
+        assert torch.equal(ours["weights"][key], theirs["weights"][key]), key
+
+
+def test_two_processes_take_the_same_steps_as_one(finished, finished_by_two):
+    same_losses(finished[1], finished_by_two[1])
+
+
+def test_so_do_four(data, tmp_path):
+    settings = ["--gradient_accumulation_steps=4", "--max_iters=3", "--eval_interval=3"]
+    runs = [train(data, tmp_path / str(n), *settings, processes=n) for n in (1, 4)]
+    assert [run.returncode for run in runs] == [0, 0], runs[1].stderr
+    same_losses(tmp_path / "1", tmp_path / "4")
+    counted = [[json.loads(line)["tokens"] for line in open(tmp_path / n / "log.jsonl") if "tokens" in line] for n in "14"]
+    assert counted[0] == counted[1]
+
+
+@pytest.mark.parametrize("finished", ["dense"], indirect=True)
+def test_two_machines_are_two_torchruns(finished_by_two, data, tmp_path):
+    settings, out = finished_by_two
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    script = command(data, tmp_path, *settings)[1:]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--master_addr=localhost",
+              f"--master_port={port}"]  # fmt: skip
+    machines = [subprocess.Popen([*launch, f"--node_rank={n}", *script], env=ENV, cwd=ROOT, stdout=subprocess.PIPE,
+                                 stderr=subprocess.STDOUT, text=True) for n in (0, 1)]  # fmt: skip
+    said = [m.communicate(timeout=300)[0] for m in machines]
+    assert [m.returncode for m in machines] == [0, 0], said
+    assert losses(tmp_path) == losses(out)
+
+
+def test_two_processes_killed_and_resumed_are_the_same_run_to_the_last_bit(finished_by_two, data, tmp_path):
+    settings, out = finished_by_two
+    process = subprocess.Popen(command(data, tmp_path, *settings, processes=2), env=ENV, cwd=ROOT, stderr=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    while not (tmp_path / "ckpt.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()
+    for pid in [process.pid, *map(int, children)]:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    assert checkpoint.load(tmp_path / "ckpt.pt")["train"]["iter"] == 4
+    run = train(data, tmp_path, *settings, "--init_from=resume", processes=2)
+    assert run.returncode == 0, run.stderr
+    assert losses(tmp_path) == losses(out)
+    same_weights(tmp_path, out)
+
+
+def test_killed_at_any_moment_again_and_again(finished, data, tmp_path):
+    """kill -9, saving after every step: each time there is a whole checkpoint to go on from, and the end is the same."""
+    settings, out = finished
+    settings = [*settings, "--eval_interval=1"]
+    moments, path = random.Random(len(settings)), tmp_path / "ckpt.pt"
+    kills = done = 0
+    while kills < 5:
+        before = path.stat().st_mtime_ns if path.exists() else None
+        process = subprocess.Popen(command(data, tmp_path, *settings, *(["--init_from=resume"] if before else [])), env=ENV, cwd=ROOT,
+                                   stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # fmt: skip
+        while process.poll() is None and not (path.exists() and path.stat().st_mtime_ns != before):
+            time.sleep(0.01)
+        time.sleep(0.3 * moments.random())  # now it has saved once, and is in a step, in a validation, or saving again
+        process.kill()
+        if process.wait() == 0:
+            break
+        kills += 1
+        assert checkpoint.load(path)["train"]["iter"] > done
+        done = checkpoint.load(path)["train"]["iter"]
+        if done == 8:
+            break
+    assert kills >= 2
+    run = train(data, tmp_path, *settings, "--init_from=resume")
+    assert run.returncode == 0, run.stderr
+    assert losses(tmp_path)[0] == losses(out)[0]
+    same_weights(tmp_path, out)
+    assert list(tmp_path.glob("*.tmp")) == []
 
 
 def test_resumed_from_a_checkpoint_the_run_is_the_same_to_the_last_bit(finished, data, tmp_path):
@@ -95,9 +232,7 @@ def test_resumed_from_a_checkpoint_the_run_is_the_same_to_the_last_bit(finished,
     run = train(data, tmp_path, *settings, "--init_from=resume")
     assert run.returncode == 0, run.stderr
     assert losses(tmp_path) == losses(out)
-    ours, theirs = checkpoint.load(tmp_path / "ckpt.pt"), checkpoint.load(out / "ckpt.pt")
-    for key in theirs["weights"]:
-        assert torch.equal(ours["weights"][key], theirs["weights"][key])
+    same_weights(tmp_path, out)
 
 
 def test_sigterm_saves_and_the_rest_is_the_same_run(finished, data, tmp_path):
@@ -130,6 +265,224 @@ def test_resume_on_two_processes_goes_on_with_every_carry(finished, data, tmp_pa
         assert losses(tmp_path / "run")[0][step] == pytest.approx(losses(tmp_path / "alone")[0][step], rel=1e-4)
 
 
+def test_a_second_signal_exits_at_once(data, tmp_path):
+    out = tmp_path / "out"  # a step of many minutes
+    process = subprocess.Popen(command(data, out, "--gradient_accumulation_steps=20000"), env=ENV, cwd=ROOT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)  # fmt: skip
+    while not (out / "config.json").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 128 + signal.SIGINT
+
+
+def test_max_hours_saves_and_the_rest_is_the_same_run(data, tmp_path):
+    settings, processes = ["--max_iters=4", "--eval_interval=100"], 2
+    assert train(data, tmp_path / "whole", *settings, processes=processes).returncode == 0
+    run = train(data, tmp_path / "parts", *settings, "--max_hours=0.00001", processes=processes)
+    assert run.returncode == 0 and "after step 1" in run.stdout and "--init_from=resume" in run.stdout, run.stdout
+    run = train(data, tmp_path / "parts", *settings, "--init_from=resume", processes=processes)
+    assert run.returncode == 0, run.stderr
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_processes_that_drift_apart_are_stopped_by_name(data, tmp_path):
+    run = train_with_fault("flip", tmp_path, data, tmp_path / "out", "--max_iters=8", "--sync_check_interval=2", processes=2)
+    assert run.returncode == 1
+    # the bit changes after the 3rd step; the comparison after the 4th finds it
+    assert "out of sync at step 4: process 1 differs in blocks." in run.stderr, run.stderr
+
+
+def test_a_gradient_that_is_not_finite_costs_its_step_only(data, tmp_path):
+    run = train_with_fault("nan", tmp_path, data, tmp_path / "out", "--max_iters=8", "--ema=0.9", "--optimizer=adamw")
+    assert run.returncode == 0, run.stderr
+    entries = [json.loads(line) for line in open(tmp_path / "out" / "log.jsonl")]
+    assert [e["iter"] for e in entries if "loss" in e and e["loss"] is None] == [3, 6]
+    assert "step 3 skipped" in run.stdout and entries[-2]["skipped"] == 2
+    saved = checkpoint.load(tmp_path / "out" / "ckpt.pt")
+    assert saved["train"]["skipped"] == 2 and saved["train"]["iter"] == 8
+    for weights in (saved["weights"], saved["ema"]):
+        assert all(torch.isfinite(w).all() for w in weights.values())
+
+
+@pytest.mark.parametrize("finished", ["dense"], indirect=True)
+def test_too_many_of_them_end_the_run_and_not_the_checkpoint(finished, data, tmp_path):
+    settings, out = finished
+    shutil.copytree(out, tmp_path / "run")
+    before = (tmp_path / "run" / "ckpt.pt").read_bytes()
+    run = train(data, tmp_path / "run", *settings, "--max_iters=30", "--eval_interval=100", "--learning_rate=1e30", "--max_skipped=4",
+                "--init_from=resume")  # fmt: skip
+    assert run.returncode == 1
+    assert "4 steps in a row" in run.stderr and "Lower learning_rate (now 1e+30)" in run.stderr and run.stderr.count("\n") == 1, run.stderr
+    assert "changed: learning_rate" in run.stdout
+    assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before
+
+
+def test_float16_scales_its_loss_and_resumes_to_the_last_bit(data, tmp_path):
+    """The T4's way, on the CPU's float16."""
+    settings = ["--dtype=float16", "--max_iters=6", "--eval_interval=3"]
+    run = train(data, tmp_path / "whole", *settings)
+    assert run.returncode == 0, run.stderr
+    saved = checkpoint.load(tmp_path / "whole" / "ckpt.pt")["train"]
+    assert saved["scaler"]["scale"] == 2**16 / 2 ** saved["skipped"] and saved["skipped"] < 6
+    assert train(data, tmp_path / "parts", *settings, "--max_hours=0.00001").returncode == 0
+    assert train(data, tmp_path / "parts", *settings, "--init_from=resume").returncode == 0
+    assert losses(tmp_path / "parts")[0] == losses(tmp_path / "whole")[0]
+    same_weights(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("finished", ["dense"], indirect=True)
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(finished, data, tmp_path):
+    settings, out = finished
+    shutil.copytree(out, tmp_path / "run")
+    before = (tmp_path / "run" / "ckpt.pt").read_bytes()
+    run = train(data, tmp_path / "run", *settings, "--max_iters=12", "--init_from=resume", limits=[(resource.RLIMIT_FSIZE, 500_000)])
+    assert "the checkpoint of step 12 could not be saved" in run.stdout and "untouched" in run.stdout, run.stdout
+    assert run.returncode == 1 and "all 12 steps are done, but the last checkpoint could not be saved" in run.stderr, run.stderr
+    assert sorted(losses(tmp_path / "run")[0]) == list(range(1, 13))
+    assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before
+    assert list((tmp_path / "run").glob("*.tmp")) == []
+
+
+@pytest.mark.slow  # fills gigabytes several times over: minutes
+def test_out_of_memory_says_what_fits(data, tmp_path):
+    settings, limits = ["--max_iters=1", "--eval_batches=0", "--mixture={'stdlib': 1}"], [(resource.RLIMIT_AS, 3_000_000_000)]
+    run = train(data, tmp_path, "--batch_size=512", *settings, limits=limits)
+    assert run.returncode == 1 and "out of memory" in run.stderr and "512 x 256 tokens" in run.stderr, run.stderr
+    batch, steps = map(int, re.search(r"--batch_size=(\d+) --gradient_accumulation_steps=(\d+) fits", run.stderr).groups())
+    assert batch * steps == 512 * 2 and batch < 512
+    again = train(data, tmp_path, f"--batch_size={batch}", *settings, limits=limits)
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize("finished", ["dense"], indirect=True)
+def test_a_later_stage_takes_the_weights(finished, data, tmp_path):
+    settings, out = finished
+    still = [*settings, "--max_iters=2", "--learning_rate=0.0", f"--init_from={out / 'ckpt.pt'}"]
+    for extra, steps in ([], 2), (["--init_optimizer=True"], 10):
+        assert train(data, tmp_path, *still, *extra, "--overwrite=True").returncode == 0
+        same_weights(tmp_path, out)
+        saved = checkpoint.load(tmp_path / "ckpt.pt")["train"]
+        assert saved["iter"] == 2 and {int(s["step"]) for s in saved["optimizers"][-1]["state"].values()} == {steps}
+    run = train(data, tmp_path / "muon", *still, "--init_optimizer=True", "--optimizer=adamw")
+    assert run.returncode == 1 and "'adamw'" in run.stderr and "'muon'" in run.stderr and run.stderr.count("\n") == 1, run.stderr
+
+
+def test_adamw_and_cosine(data, tmp_path):
+    settings = ["--optimizer=adamw", "--schedule=cosine", "--max_iters=6", "--eval_interval=3", "--learning_rate=1e-2", "--min_lr=1e-3"]
+    assert train(data, tmp_path / "whole", *settings).returncode == 0
+    rates = [json.loads(line)["lr"] for line in open(tmp_path / "whole" / "log.jsonl") if '"lr"' in line]
+    assert rates[:3] == pytest.approx([5.5e-3, 1e-2, 1e-2]) and rates == sorted(rates[:2]) + sorted(rates[2:], reverse=True)
+    assert 1e-3 < rates[-1] < 3e-3
+    assert train(data, tmp_path / "parts", *settings, "--max_hours=0.00001").returncode == 0
+    assert train(data, tmp_path / "parts", *settings, "--init_from=resume").returncode == 0
+    same_weights(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_plateau_without_end_is_for_stages_that_are_followed(data, tmp_path):
+    assert train(data, tmp_path, "--decay_iters=0", "--max_iters=4").returncode == 0
+    rates = [json.loads(line)["lr"] for line in open(tmp_path / "log.jsonl") if '"lr"' in line]
+    assert rates == pytest.approx([1.5e-3, 3e-3, 3e-3, 3e-3])
+
+
+@pytest.mark.parametrize("finished", ["dense"], indirect=True)
+def test_the_log_says_how_it_goes_and_is_drawn(finished):
+    _, out = finished
+    entries = [json.loads(line) for line in open(out / "log.jsonl")]
+    entry = [e for e in entries if "loss" in e][-1]
+    assert {"iter", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "memory_gb", "data_wait", "eta_hours",
+            "skipped"} <= entry.keys()  # fmt: skip
+    assert entry["eta_hours"] == 0 and 0 <= entry["data_wait"] < 1 and entry["memory_gb"] > 0.1
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_stage_0_ends_with_a_table(data, tmp_path):
+    settings = ["--sanity=True", "--sanity_steps=150", "--sanity_tokens=48", "--sanity_run_tokens=1e6", "--n_embd=128", "--n_layer=2",
+                "--max_iters=3"]  # fmt: skip
+    run = train(data, tmp_path, *settings)
+    table = run.stdout[run.stdout.index("stage 0 of") :]
+    for what in ("data", "tokenizer", "text batch by heart", "puzzle batch by heart", "3 steps", "checkpoint", "speed", "0.001B tokens"):
+        assert what in table, (what, table)
+    waits = [line for line in table.splitlines() if "waiting for data" in line]
+    failed = [line for line in table.splitlines() if line.strip().startswith("FAIL") and "waiting" not in line and "memory" not in line]
+    assert len(waits) == 1 and failed == [], table  # how long it waits in three steps is the machine's business
+    run = train(data, tmp_path, *settings[:2], "--sanity_steps=1", "--data=stage9")
+    assert run.returncode == 1 and "stage9" in run.stderr and "FAIL" in run.stdout
+
+
+def test_a_pinned_snapshot_is_verified(data, tmp_path):
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    stage = copy / "stages" / "demo"
+    frozen = stage / "v0.1"
+    frozen.mkdir()
+    wanted = {"stage": "demo", "tag": "v0.1", "tokenizer": checkpoint.tok.fingerprint()}
+    for name in ("manifest.jsonl", "mixture.json"):
+        shutil.copy(stage / name, frozen / name)
+        wanted[name.split(".")[0] + "_sha256"] = hashlib.sha256((stage / name).read_bytes()).hexdigest()
+    (frozen / "snapshot.json").write_text(json.dumps(wanted))
+    settings = ["--data_tag=v0.1", "--max_iters=2", "--eval_interval=2"]
+    run = train(copy, tmp_path / "out", *settings)
+    assert run.returncode == 0, run.stderr
+    pinned = checkpoint.load(tmp_path / "out" / "ckpt.pt")["train"]["data"]
+    assert pinned["stage"] == "demo" and pinned["tag"] == "v0.1"
+    assert pinned["snapshot"] == hashlib.sha256((frozen / "snapshot.json").read_bytes()).hexdigest()
+
+    def refused(*parts, settings=settings, out="new"):
+        run = train(copy, tmp_path / out, *settings)
+        assert run.returncode == 1 and run.stderr.count("\n") == 1, run.stderr
+        for part in parts:
+            assert part in run.stderr, run.stderr
+
+    refused("demo:None", "demo:v0.1", settings=["--init_from=resume", "--max_iters=4"], out="out")
+    mixture = (frozen / "mixture.json").read_text()
+    (frozen / "mixture.json").write_text(mixture.replace("0.1", "0.2", 1))
+    refused("demo:v0.1", "mixture.json was changed")
+
+
+@pytest.mark.parametrize("finished", ["dense"], indirect=True)
+def test_an_evaluation_runs_beside_and_is_kept(finished, data, tmp_path):
+    settings, out = finished
+    run = train(data, tmp_path, *settings, "--eval_suites=sudoku4", "--eval_limit=2")
+    assert run.returncode == 0, run.stderr
+    entries = [json.loads(line) for line in open(tmp_path / "evals.jsonl")]
+    assert entries[0]["iter"] == 4 and all(e["suites"]["sudoku4"]["total"] == 2 for e in entries)
+    assert losses(tmp_path) == losses(out)
+    assert not (tmp_path / "ckpt_eval.pt").exists()
+    run = train(data, tmp_path, *settings, "--eval_suites=chess", "--overwrite=True")
+    assert run.returncode == 0 and "the evaluation of step 4 failed: error: unknown suite 'chess'" in run.stdout, run.stdout
+
+
+def test_under_torchrun_the_line_comes_once_and_again_at_the_end(data, tmp_path):
+    run = train(data, tmp_path, "--data=stage9", processes=2)
+    assert run.returncode == 1
+    before, after = run.stderr.split("Traceback", 1)  # torchrun's own
+    assert before.count("error: there is no stage 'stage9'") == 1
+    assert "error: there is no stage 'stage9'" in after.split("Root Cause")[1]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler on a CPU")
+def test_compiled_blocks_give_the_same_losses(data, tmp_path):
+    settings = ["--layer_pattern=a", "--n_layer=1", "--max_iters=2", "--mixture={'stdlib': 1}"]
+    for compiled in (False, True):
+        run = train(data, tmp_path / str(compiled), *settings, f"--compile={compiled}")
+        assert run.returncode == 0 and (", compiled," in run.stdout) == compiled, run.stdout
+    same_losses(tmp_path / "False", tmp_path / "True", rel=1e-3)
+
+
+def test_without_a_compiler_it_goes_on_without(data, tmp_path):
+    env = {**ENV, "CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    words = command(data, tmp_path, "--layer_pattern=a", "--n_layer=2", "--max_iters=2", "--compile=True", "--mixture={'stdlib': 1}")
+    run = subprocess.run(words, env=env, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert "torch.compile does not work here, going on without it" in run.stdout
+    assert checkpoint.load(tmp_path / "ckpt.pt")["train"]["iter"] == 2
+
+
 def test_mistakes_are_one_line_and_cost_nothing(data, tmp_path):
     kept = tmp_path / "kept"
     kept.mkdir()
@@ -155,6 +508,7 @@ def test_mistakes_are_one_line_and_cost_nothing(data, tmp_path):
         (["--model=transformer"], ["transformer", "dense", "trm"]),
         (["--n_head=3"], ["n_embd=16", "n_head=3"]),
         (["--dtype=int8"], ["int8", "bfloat16"]),
+        (["--optimizer=sgd"], ["'sgd'", "'auto', 'muon', 'adamw'"]),
         (["--device=cuda"] if not torch.cuda.is_available() else ["--device=tpu"], ["device"]),
     ]:
         run = train(data, out, *settings)
@@ -169,9 +523,10 @@ def test_mistakes_are_one_line_and_cost_nothing(data, tmp_path):
 def test_another_models_checkpoint_is_refused_by_name(finished, data, tmp_path):
     settings, out = finished
     other = ROUTES["trm"] if "--model=trm" not in settings else []
-    for change in (other, [*settings, "--n_ff=40"]):
+    for change, difference in ((other, "missing"), ([*settings, "--n_ff=40"], "up_proj.weight is (48, 16) there and (80, 16)")):
         run = train(data, tmp_path / "new", *change, f"--init_from={out / 'ckpt.pt'}")
         assert run.returncode == 1 and "does not fit" in run.stderr and run.stderr.count("\n") == 1, run.stderr
+        assert difference in run.stderr, run.stderr
 
 
 def test_help_lists_every_setting_with_its_comment():
@@ -183,9 +538,7 @@ def test_help_lists_every_setting_with_its_comment():
 def test_every_config_file_is_understood():
     import configurator
 
-    script = {"__file__": str(ROOT / "train.py")}
-    source = (ROOT / "train.py").read_text().split("defaults = configurator")[0]
-    exec(compile(source, "train.py", "exec"), script)
+    script = configurator.defaults_of(ROOT / "train.py")
     for path in sorted((ROOT / "config").glob("*.py")):
         config = configurator.resolve(script, [str(path)])
         assert config["out_dir"] != script["out_dir"], path

@@ -1,0 +1,16 @@
+# Route B, stage 3: as Route A's.
+base = "route_b_stage2.py"
+out_dir = "out/route_b_stage3"
+init_from = "out/route_b_stage2/ckpt.pt"
+init_optimizer = False
+data = "stage3"
+block_size = 4096
+batch_size = 1
+gradient_accumulation_steps = 32
+max_iters = 2400
+learning_rate = 2e-4
+warmup_iters = 100
+decay_iters = 1200
+eval_interval = 200
+eval_suites = "sudoku4,maze,transforms,arc1"
+eval_limit = 20

@@ -1,0 +1,76 @@
+"""
+log.jsonl: one JSON object a line, each with the step it is of, and the picture of the losses in it.
+
+    python logbook.py out/demo/route_a        draw out/demo/route_a/loss.png anew
+
+train.py writes it; anything that reads JSON can read it.
+"""
+
+import contextlib
+import json
+import os
+import sys
+
+
+def append(entry, path):
+    """Add a line. Returns what went wrong (a disk that is full), or None: a lost line is no reason to lose a run."""
+    try:
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(entry) + "\n")
+    except OSError as e:
+        return f"could not write to {path}: {e.strerror}"
+    return None
+
+
+def read(path):
+    """List of dict. Lines that were cut off by a crash or a full disk are left out; so is everything, if there is no such file."""
+    entries = []
+    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as f:
+        for line in f:
+            with contextlib.suppress(ValueError):
+                entries.append(json.loads(line))
+    return entries
+
+
+def cut_back(path, last_step):
+    """Forget what came after a step: it will be logged again. Leaves no file where there would be nothing in it. Raises OSError."""
+    kept = [entry for entry in read(path) if entry["iter"] <= last_step]
+    if not kept:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
+        return
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(entry) + "\n" for entry in kept)
+    os.replace(path + ".tmp", path)
+
+
+def draw_losses(out_dir):
+    """out_dir/loss.png: the training loss, faint as it is and smoothed, and the validation loss of each source. Raises OSError."""
+    from matplotlib.figure import Figure
+
+    entries = read(os.path.join(out_dir, "log.jsonl"))
+    steps = [(e["iter"], e["loss"]) for e in entries if e.get("loss") is not None]
+    smooth, mean = [], None
+    for _, loss in steps:
+        mean = loss if mean is None else 0.95 * mean + 0.05 * loss
+        smooth.append(mean)
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([i for i, _ in steps], [loss for _, loss in steps], color="0.8", lw=0.8)
+    axes.plot([i for i, _ in steps], smooth, color="0.2", lw=1.5, label="training, smoothed")
+    for source in sorted({name for e in entries for name in e.get("val_losses", {})}):
+        points = [(e["iter"], e["val_losses"][source]) for e in entries if source in e.get("val_losses", {})]
+        axes.plot(*zip(*points), marker="o", ms=3, lw=1, label=f"validation, {source}")
+    axes.set(xlabel="step", ylabel="loss in nats", title=out_dir)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    path = os.path.join(out_dir, "loss.png")
+    figure.savefig(path + ".tmp", format="png", dpi=110)
+    os.replace(path + ".tmp", path)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or not os.path.isfile(os.path.join(sys.argv[1], "log.jsonl")):
+        sys.exit("error: name a folder that train.py wrote a log.jsonl into: python logbook.py out/demo/route_a")
+    draw_losses(sys.argv[1])
+    print(os.path.join(sys.argv[1], "loss.png"))

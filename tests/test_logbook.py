@@ -1,0 +1,116 @@
+"""logbook.py, hardware.py and parallel.py: the small things train.py leans on (two processes are tested in test_train.py)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hardware
+import logbook
+import parallel
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_a_log_is_cut_back_to_a_step_and_cut_lines_are_dropped(tmp_path):
+    path = str(tmp_path / "log.jsonl")
+    for i in range(1, 6):
+        assert logbook.append({"iter": i, "loss": 1.0 / i}, path) is None
+    with open(path, "a") as f:
+        f.write('{"iter": 6, "lo')  # a process was killed here
+    assert [e["iter"] for e in logbook.read(path)] == [1, 2, 3, 4, 5]
+    logbook.cut_back(path, 3)
+    assert [json.loads(line) for line in open(path)] == [{"iter": i, "loss": 1.0 / i} for i in (1, 2, 3)]
+    logbook.append({"iter": 4}, path)
+    assert [e["iter"] for e in logbook.read(path)] == [1, 2, 3, 4]
+    logbook.cut_back(path, 0)
+    assert os.listdir(tmp_path) == []
+    logbook.cut_back(path, 0)  # also where there never was one
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_line_that_cannot_be_written_is_told_and_no_exception():
+    assert logbook.append({"iter": 1}, "/dev/full") == "could not write to /dev/full: No space left on device"
+
+
+def test_the_picture_is_drawn_from_any_log(tmp_path):
+    for entries in ([], [{"iter": 1, "loss": None}, {"iter": 2, "loss": 3.0}, {"iter": 2, "val_losses": {"a": 2.0}},
+                         {"iter": 4, "val_losses": {"b": 1.0, "a": 1.0}}]):  # fmt: skip
+        (tmp_path / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
+        run = subprocess.run([sys.executable, str(ROOT / "logbook.py"), str(tmp_path)], capture_output=True, text=True, timeout=100)
+        assert run.returncode == 0, run.stderr
+        assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    run = subprocess.run([sys.executable, str(ROOT / "logbook.py"), str(tmp_path / "no")], capture_output=True, text=True, timeout=100)
+    assert run.returncode == 1 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("reported", "tflops"), [
+    ("Tesla T4", 65), ("NVIDIA GeForce RTX 3060", 25.5), ("NVIDIA GeForce RTX 3060 Laptop GPU", 25.5), ("NVIDIA A100-SXM4-80GB", 312),
+    ("NVIDIA A100-PCIE-40GB", 312), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA L4", 121), ("NVIDIA L40S", 362),
+    ("CPU", None), ("Quadro T400", None), ("NVIDIA A10", 125), ("NVIDIA GB10", None),
+])  # fmt: skip
+def test_cards_are_known_by_the_names_that_drivers_report(reported, tflops):
+    assert hardware.peak_flops(reported) == (tflops and tflops * 1e12)
+
+
+def test_device_and_dtype():
+    assert hardware.pick_dtype("auto", "cpu") == "float32"
+    assert hardware.pick_dtype("float16", "cpu") == "float16"
+    with pytest.raises(ValueError, match="'int8'"):
+        hardware.pick_dtype("int8", "cpu")
+    with pytest.raises(ValueError, match="'tpu'"):
+        hardware.pick_device("tpu")
+    assert hardware.pick_device("cpu") == "cpu"
+    if not torch.cuda.is_available():
+        assert hardware.pick_device("auto") == "cpu"
+        with pytest.raises(ValueError, match="no GPU"):
+            hardware.pick_device("cuda:0")
+
+
+def test_memory_is_counted_and_its_end_is_recognised():
+    # in a process of its own: it is the peak of a whole life, and this one's may have been higher before
+    code = 'import hardware, torch; a = hardware.peak_memory("cpu"); x = torch.ones(100_000_000); print(hardware.peak_memory("cpu") - a)'
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert int(run.stdout) > 200_000_000, run.stderr
+    with pytest.raises(RuntimeError) as e:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert hardware.out_of_memory(e.value)
+    assert not hardware.out_of_memory(RuntimeError("shape mismatch"))
+
+
+DRIFT = """
+import torch
+import parallel
+parallel.start("cpu")
+r = parallel.rank
+same = {"a": torch.arange(4.0), "b": torch.tensor([1.0], dtype=torch.float64), "n": torch.tensor(3)}
+said = [parallel.difference(same)]
+for odd in (0, 2):
+    other = {**same, "b": same["b"] + (1e-16 * 4) * (r == odd), "n": same["n"] + (r == odd)}
+    said.append(parallel.difference(other))
+said += [parallel.all_agree(None), parallel.all_agree("broken" if r == 1 else None), parallel.all_agree("all")]
+said += [parallel.sums([r, 0.5], "cpu"), parallel.gather(r * 10)]
+open(f"said{r}", "w").write(repr(said))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_three_processes_know_which_one_is_different(tmp_path):
+    (tmp_path / "drift.py").write_text(DRIFT)
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "drift.py"], cwd=tmp_path,
+                         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+                         timeout=200)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    said = [eval((tmp_path / f"said{r}").read_text()) for r in range(3)]
+    want = [None, "process 0 differs in b and 1 more", "process 2 differs in b and 1 more", None, "broken (process 1)", "all", [3.0, 1.5]]
+    assert [s[:-1] for s in said] == [want] * 3
+    assert [s[-1] for s in said] == [[0, 10, 20], [], []]
+
+
+def test_alone_there_is_nobody_to_differ_from():
+    assert parallel.difference({"a": torch.ones(2)}) is None and parallel.all_agree("x") == "x" and parallel.sums([1, 2], "cpu") == [1, 2]
+    assert parallel.gather(5) == [5]
