@@ -4,7 +4,7 @@
 PYTHON := .venv/bin/python
 OUT := out/demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint check-t4 clean
 
 .venv/installed: requirements.txt
 	@if command -v uv >/dev/null; then \
@@ -23,10 +23,14 @@ demo: .venv/installed
 	@echo "Look at $(OUT)/grids.png; the figures are in $(OUT)/report.json"
 
 test: .venv/installed
-	$(PYTHON) -m pytest
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2
 
 lint: .venv/installed
 	$(PYTHON) -m ruff check .
 
+# The kernels, compiled for a T4 by the last Triton that knows its tensor cores
+check-t4: .venv/installed
+	$(PYTHON) -m pytest -m slow -k t4 tests/test_kda_triton.py
+
 clean:
-	rm -rf .venv out data/raw data/processed data/stages data/arc data/metadata
+	rm -rf .venv out data/raw data/processed data/stages data/arc data/metadata data/work

@@ -1,32 +1,47 @@
 """
 Every speed claim, measured beside what it is compared with, in the same run.
 
-    python bench.py kda             Kimi Delta Attention beside PyTorch's scaled_dot_product_attention, operator and layer
+    python bench.py kda             Kimi Delta Attention beside flash-linear-attention and PyTorch's scaled_dot_product_attention
     python bench.py kda --json      the same as JSON
+    python bench.py train           the training step of both routes beside a plain GPT of the same size (--nanogpt=PATH: and nanoGPT)
+    python bench.py sweep config/route_a_stage1.py      the fastest batch size, dtype, compile and recompute on this machine
+    python bench.py plan config/route_a_stage1.py       tokens, hours and memory of that run (train, sweep and plan have a --help)
+    python bench.py prepare         tokenising, and the whole of prepare.py, beside nanoGPT's way to prepare text
+    python bench.py decode          milliseconds per token and bytes of cache, by context
+    python bench.py learn           loss by seconds and by tokens, beside nanoGPT and other settings
 
-Milliseconds are medians. Runs on the GPU where there is one, else on all CPU cores. Figures worth keeping go into LOG.md with their
-date and machine.
+Milliseconds are medians. Runs on the GPU where there is one, else on all CPU cores. Rivals that are not installed are left out
+(`pip install '.[bench]'` brings flash-linear-attention). Figures worth keeping go into LOG.md with their date and machine.
 """
 
 import argparse
+import ctypes
+import importlib
+import importlib.util
 import json
 import statistics
+import sys
 import time
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from kda import KimiDeltaAttention, kda
+from kda import CHUNK, KimiDeltaAttention, choose_backend, kda, kda_step
 from model_dense import Attention, Config, rope_3d
 
-# (B, T, H, K) of the operator; (B, T, width, heads) of the layer: the last rows are what puzzles look like, short and wide
-OPERATOR_SHAPES = [(1, 1024, 8, 64), (1, 4096, 8, 64), (1, 8192, 8, 64), (64, 48, 2, 32)]
-LAYER_SHAPES = [(8, 256, 128, 4), (64, 32, 64, 4), (64, 43, 64, 2)]
+# the files that have the other benches
+ELSEWHERE = {
+    "train": "bench_train", "sweep": "bench_train", "plan": "bench_train", "prepare": "bench_prepare",
+    "decode": "bench_models", "learn": "bench_models",
+}  # fmt: skip
+
+# -----------------------------------------------------------------------------
+# measuring
 
 
 def median_ms(run, device, seconds=1.5):
-    """Median time of run() in milliseconds, over at least 5 calls and about `seconds` of them, after two to warm up."""
+    """Median time of run() in milliseconds over about `seconds` of calls, at least 5, at least 1 of those that take over a second."""
     times = []
     for i in range(2 + 200):
         if device == "cuda":
@@ -36,13 +51,37 @@ def median_ms(run, device, seconds=1.5):
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(1000 * (time.perf_counter() - start))
-        if i >= 6 and sum(times) > 1000 * seconds:
+        if sum(times) > 1000 * seconds and (i >= 6 or times[-1] > 1000):
             break
-    return statistics.median(times[2:])
+    return statistics.median(times[2:] or times[-1:])
+
+
+def peak_mb(run, device):
+    """Memory that run() takes at its peak beyond what was there before, in MB; None where the system does not tell."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    if not sys.platform.startswith("linux"):
+        return None
+
+    def status(field):
+        with open("/proc/self/status") as f:
+            return next(int(line.split()[1]) for line in f if line.startswith(field)) / 1e3
+
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed but still hold would hide what this one needs
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")  # the high-water mark starts again from here
+    before = status("VmRSS")
+    run()
+    return status("VmHWM") - before
 
 
 def forward_and_backward(f, inputs, device):
-    """(forward ms without gradients, forward + backward ms) of f(*inputs), gradients to all inputs."""
+    """{forward_ms (no gradients), both_ms, peak_mb of both} of f(*inputs), with gradients to all inputs."""
     with torch.no_grad():
         forward = median_ms(lambda: f(*inputs), device)
     inputs = [x.detach().requires_grad_() for x in inputs]
@@ -53,27 +92,71 @@ def forward_and_backward(f, inputs, device):
             x.grad = None
         f(*inputs).backward(ones)
 
-    return forward, median_ms(both, device)
+    return {"forward_ms": forward, "both_ms": median_ms(both, device), "peak_mb": peak_mb(both, device)}
+
+
+def machine_peaks(device, dtype):
+    """(multiply-adds as FLOP/s of a large matmul, bytes/s of a large copy), measured here."""
+    n = 8192 if device == "cuda" else 2048
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    big = torch.empty(64 * 2**20 // a.element_size(), device=device, dtype=dtype)
+    copy = torch.empty_like(big)
+    return 2 * n**3 / (median_ms(lambda: a @ a, device) / 1e3), 2 * big.nbytes / (median_ms(lambda: copy.copy_(big), device) / 1e3)
+
+
+# -----------------------------------------------------------------------------
+# kda
+
+# (B, T, H, K) of the operator; (B, T, width, heads) of the layer: the last rows are what puzzles look like, short and wide
+CPU_SHAPES = [(1, 1024, 8, 64), (1, 4096, 8, 64), (1, 8192, 8, 64), (1, 32768, 8, 64), (64, 48, 2, 32)]
+CUDA_SHAPES = [(8, 2048, 9, 64), (2, 8192, 9, 64), (1, 32768, 9, 64), (4, 4096, 16, 128)]
+LAYER_SHAPES = [(8, 256, 128, 4), (64, 32, 64, 4), (64, 43, 64, 2)]
+DECODING_SHAPES = [(1, 9, 64), (16, 9, 64), (256, 9, 64)]  # (B, H, K)
+NAIVE_LIMIT = 1024  # tokens up to which flash-linear-attention's naive form, seconds a call on a CPU, is run
+
+
+def kda_flops(B, T, H, K):
+    """Floating point operations of the matrix products of the chunked form with K = V: (forward, forward + backward)."""
+    pairs, states = 2 * CHUNK * K, 2 * K * K  # per token: a C x C matrix against (C, K), a (K, V) state against (C, K)
+    forward = 4 * pairs + 3 * states
+    return B * T * H * forward, B * T * H * (forward + 9 * pairs + 8 * states)
+
+
+def operator_rivals(device, q, k, v, g, beta):
+    """{name: (function, its inputs)} of those that are installed."""
+    heads_first = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+    rivals = {"scaled_dot_product_attention": (lambda *x: F.scaled_dot_product_attention(*x, is_causal=True), heads_first)}
+    try:
+        from fla.ops.kda import chunk_kda
+        from fla.ops.kda.naive import naive_chunk_kda
+    except ImportError:
+        return rivals
+    if device == "cuda":
+        rivals["fla chunk_kda"] = lambda *x: chunk_kda(*x)[0], [q, k, v, g, beta]
+    elif q.shape[1] <= NAIVE_LIMIT and q.shape[1] % 64 == 0:  # it knows whole chunks only
+        rivals["fla naive_chunk_kda"] = lambda *x: naive_chunk_kda(*x)[0], [q, k, v, g, beta]
+    return rivals
 
 
 def bench_kda(device):
-    """Rows of {what, shape, forward_ms, both_ms, rival, rival_forward_ms, rival_both_ms, ratio of both}."""
+    """Rows of {what, shape, backend, forward_ms, both_ms, peak_mb, roofline, rivals: {name: {..., ratio}}}; ratio is of both_ms."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+    shapes = CPU_SHAPES if device == "cpu" else CUDA_SHAPES
+    chosen, _ = choose_backend(torch.device(device), dtype)
+    flops_per_s, bytes_per_s = machine_peaks(device, dtype)
     rows = []
-
-    def row(what, shape, ours, rival, theirs):
-        rows.append({
-            "what": what, "shape": shape, "forward_ms": ours[0], "both_ms": ours[1], "rival": rival, "rival_forward_ms": theirs[0],
-            "rival_both_ms": theirs[1], "ratio": ours[1] / theirs[1],
-        })  # fmt: skip
-
-    progress = tqdm(total=len(OPERATOR_SHAPES) + len(LAYER_SHAPES), leave=False)
-    for B, T, H, K in OPERATOR_SHAPES:
+    progress = tqdm(total=len(shapes) + len(LAYER_SHAPES) + len(DECODING_SHAPES), leave=False)
+    for B, T, H, K in shapes:
         q, k, v = torch.randn(3, B, T, H, K, device=device).unbind(0)
         g, beta = -0.1 * torch.rand(B, T, H, K, device=device), torch.rand(B, T, H, device=device)
-        ours = forward_and_backward(lambda *x: kda(*x, backend="chunk")[0], [q, F.normalize(k, dim=-1), v, g, beta], device)
-        heads_first = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
-        theirs = forward_and_backward(lambda *x: F.scaled_dot_product_attention(*x, is_causal=True), heads_first, device)
-        row("operator", (B, T, H, K), ours, "scaled_dot_product_attention", theirs)
+        inputs = [q.to(dtype), F.normalize(k, dim=-1).to(dtype), v.to(dtype), g, beta]
+        moved = sum(x.nbytes for x in inputs) + v.to(dtype).nbytes
+        rivals = {name: forward_and_backward(f, own, device) for name, (f, own) in operator_rivals(device, *inputs).items()}
+        for backend in sorted({chosen, "chunk"}):
+            ours = forward_and_backward(lambda *x: kda(*x, backend=backend)[0], inputs, device)
+            limits = [max(flops / flops_per_s, bytes / bytes_per_s) for flops, bytes in zip(kda_flops(B, T, H, K), (moved, 3 * moved))]
+            ours["roofline"] = 1000 * limits[1] / ours["both_ms"]
+            rows.append({"what": "operator", "shape": (B, T, H, K), "backend": backend, **ours, "rivals": rivals})
         progress.update()
     for B, T, width, heads in LAYER_SHAPES:
         x = torch.randn(B, T, width, device=device)
@@ -82,29 +165,61 @@ def bench_kda(device):
         rope = rope_3d(torch.zeros(B, T, 3, dtype=torch.long, device=device), width // heads, 100.0)
         ours = forward_and_backward(lambda x: layer(x)[0], [x], device)
         theirs = forward_and_backward(lambda x: attention(x, rope)[0], [x], device)
-        row("layer", (B, T, width, heads), ours, "attention layer of Route A", theirs)
+        rows.append({"what": "layer", "shape": (B, T, width, heads), "backend": chosen, **ours, "rivals": {"attention layer": theirs}})
+        progress.update()
+    for B, H, K in DECODING_SHAPES:
+        q, k, v = F.normalize(torch.randn(3, B, H, K, device=device), dim=-1).to(dtype).unbind(0)
+        g, beta, state = -torch.rand(B, H, K, device=device), torch.rand(B, H, device=device), torch.zeros(B, H, K, K, device=device)
+        ours = median_ms(lambda: kda_step(q, k, v, g, beta, state), device)
+        rows.append({"what": "decoding step", "shape": (B, H, K), "backend": chosen, "forward_ms": ours, "rivals": {}})
+        if device == "cuda" and importlib.util.find_spec("fla"):
+            from fla.ops.kda import fused_recurrent_kda
+
+            one = [x.unsqueeze(1) for x in (q, k, v, g, beta)]
+            theirs = median_ms(lambda: fused_recurrent_kda(*one, initial_state=state, output_final_state=True), device)
+            rows[-1]["rivals"]["fla fused_recurrent_kda"] = {"forward_ms": theirs}
         progress.update()
     progress.close()
-    return rows
+    for row in rows:
+        for rival in row["rivals"].values():
+            rival["ratio"] = row.get("both_ms", row["forward_ms"]) / rival.get("both_ms", rival["forward_ms"])
+    return rows, {"dtype": str(dtype).removeprefix("torch."), "matmul_gflops": flops_per_s / 1e9, "copy_gb_per_s": bytes_per_s / 1e9}
+
+
+def print_kda(rows, machine):
+    print(f"{machine['device']}, torch {machine['torch']}, {machine['dtype']}; "
+          f"a large matmul reaches {machine['matmul_gflops']:.0f} GFLOP/s here, a copy {machine['copy_gb_per_s']:.1f} GB/s")  # fmt: skip
+    print("both: forward + backward; roofline: the time those two would allow, over ours; ratio: our time over the rival's\n")
+    print(f"{'':46s} {'forward ms':>10s} {'both ms':>10s} {'peak MB':>8s} {'roofline':>8s} {'ratio':>7s}")
+
+    def line(name, row):
+        cells = [("forward_ms", "10.2f"), ("both_ms", "10.2f"), ("peak_mb", "8.0f"), ("roofline", "8.0%"), ("ratio", "7.2f")]
+        numbers = (f"{row[n]:{f}}" if row.get(n) is not None else " " * int(f.split(".")[0]) for n, f in cells)
+        print(f"{name:46s} " + " ".join(numbers).rstrip())
+
+    for row in rows:
+        line(f"{row['what']} {row['shape']} {row['backend']}", row)
+        for name, rival in row["rivals"].items():
+            line(f"    {name}", rival)
 
 
 def main():
+    if sys.argv[1:2] and sys.argv[1] in ELSEWHERE:
+        return importlib.import_module(ELSEWHERE[sys.argv[1]]).main(sys.argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["kda"])
+    parser.error = lambda message: sys.exit(f"error: {message}; see python bench.py --help")
+    parser.add_argument("what", choices=["kda", *ELSEWHERE])
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    rows = bench_kda(device)
+    rows, machine = bench_kda(device)
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    machine = {"device": name, "torch": torch.__version__, **machine}
     if args.json:
-        print(json.dumps({"device": name, "torch": torch.__version__, "rows": rows}, indent=2))
-        return
-    print(f"{name}, torch {torch.__version__}, float32; milliseconds; ratio: KDA's forward + backward over the rival's")
-    print(f"{'':9s} {'shape':20s} {'forward':>9s} {'fwd+bwd':>9s} | {'forward':>9s} {'fwd+bwd':>9s} {'ratio':>6s}  rival")
-    for r in rows:
-        print(f"{r['what']:9s} {str(tuple(r['shape'])):20s} {r['forward_ms']:9.2f} {r['both_ms']:9.2f} | "
-              f"{r['rival_forward_ms']:9.2f} {r['rival_both_ms']:9.2f} {r['ratio']:6.2f}  {r['rival']}")  # fmt: skip
+        print(json.dumps({**machine, "rows": rows}, indent=2))
+    else:
+        print_kda(rows, machine)
 
 
 if __name__ == "__main__":
