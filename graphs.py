@@ -20,7 +20,7 @@ import sys
 
 import numpy as np
 
-from puzzles import NAMES
+from word_problems import NAMES
 
 COLOURS = ("red", "green", "blue")
 

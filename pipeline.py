@@ -39,10 +39,14 @@ from tqdm import tqdm
 import arc
 import curate
 import graphs
+import mazes
 import programs
 import puzzles
 import sources as table
+import sudoku
 import tokenizer
+import transforms
+import word_problems
 from stages import GROUPS, sha256, sha256_file, to_json, write, write_shard, write_stage
 
 BYTES_PER_TOKEN = 4  # of English, about: how megabytes of a stage become tokens, for puzzles as for text
@@ -357,7 +361,7 @@ def code_hash(*modules):
 
 @functools.cache
 def _generators():
-    return code_hash(arc, puzzles, programs, graphs)
+    return code_hash(arc, sudoku, mazes, transforms, word_problems, puzzles, programs, graphs)
 
 
 def plan(c, data, stage):

@@ -17,7 +17,7 @@ a program and inputs, so that every step does something and no single function o
 way. trace() writes such a task as text: demonstrations, test input, program, often also the grid after every step, answer. run() reads a
 program from its text and executes it, and what it finds is compared with the task, for every task that is handed out.
 
-The first 28 functions are those of puzzles.TRANSFORMS, with their inputs. Read next: sources.py, which gives these a share of a stage.
+The first 28 functions are those of transforms.py, with their inputs. Read next: sources.py, which gives these a share of a stage.
 """
 
 import argparse
@@ -29,11 +29,24 @@ import sys
 import numpy as np
 
 import arc
-import puzzles
 import tokenizer as tok
-from puzzles import colours_of, one_object, parts, rectangles, same, scattered, scattered_medium, scattered_small, settings_of, size_of
+from transforms import (
+    COLOURS,
+    TRANSFORMS,
+    colours_of,
+    few_cells,
+    one_object,
+    parts,
+    rectangles,
+    same,
+    scattered,
+    scattered_medium,
+    scattered_small,
+    settings_of,
+    size_of,
+    two_halves,
+)
 
-COLOURS = range(1, 10)
 INTERMEDIATE = 0.5  # share of the traces that show the grid after every step
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -255,11 +268,9 @@ def banded(rng, params):
     return grid.repeat(rng.integers(1, 4, size=len(grid)), 0).repeat(rng.integers(1, 4, size=grid.shape[1]), 1)
 
 
-
-
-# name: (every setting of the parameters, the function, what makes an input); as puzzles.TRANSFORMS
+# name: (every setting of the parameters, the function, what makes an input); as in transforms.py
 LANGUAGE = {
-    **puzzles.TRANSFORMS,
+    **TRANSFORMS,
     "keep": (settings_of(a=COLOURS), keep, scattered),
     "negative": (settings_of(a=COLOURS), negative, rectangles),
     "paint": (settings_of(a=COLOURS), paint, objects),
@@ -298,7 +309,7 @@ FAMILIES = {
     "turn_then_colour": ((TURN, COLOUR), scattered),
     "move_then_colour": ((MOVE, COLOUR), scattered),
     "crop_then_turn": ((("crop", "crop_colour"), TURN), rectangles),
-    "crop_then_enlarge": ((("crop",), LARGER), puzzles.few_cells),
+    "crop_then_enlarge": ((("crop",), LARGER), few_cells),
     "pick_then_crop": ((PICK, ("crop",)), objects),
     "pick_then_box": ((PICK, ("box", "outline")), objects),
     "keep_then_crop": ((("keep",), ("crop",)), scattered),
@@ -308,14 +319,14 @@ FAMILIES = {
     "fold_then_enlarge": ((("fold",), ("scale", "widen")), scattered_medium),
     "grow_then_hollow": ((("grow",), ("negative", "border", "hollow")), sparse),
     "box_then_hollow": ((("box",), ("hollow", "by_size")), objects),
-    "combine_then_turn": ((("halves",), TURN), puzzles.two_halves),
+    "combine_then_turn": ((("halves",), TURN), two_halves),
     "lines_then_colour": ((("rays", "cross", "diagonals"), COLOUR), sparse),
     "sort_then_turn": ((("sort_cells", "sort_lines"), TURN), scattered),
     "pick_crop_enlarge": ((PICK, ("crop",), LARGER), objects),
     "pick_crop_turn": ((PICK, ("crop",), TURN), objects),
-    "crop_turn_colour": ((("crop",), TURN, COLOUR), puzzles.few_cells),
+    "crop_turn_colour": ((("crop",), TURN, COLOUR), few_cells),
     "turn_fall_colour": ((TURN, ("gravity",), COLOUR), scattered),
-    "crop_enlarge_frame": ((("crop",), LARGER, ("frame", "border")), puzzles.few_cells),
+    "crop_enlarge_frame": ((("crop",), LARGER, ("frame", "border")), few_cells),
     "half_colour_mirror": ((("half", "fold"), COLOUR, ("mirror", "beside")), scattered_medium),
     "box_size_crop": ((("box",), ("by_size",), ("keep",), ("crop",)), objects),
     "pick_crop_turn_colour": ((PICK, ("crop",), TURN, ("next_colour", "negative")), objects),

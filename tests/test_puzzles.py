@@ -446,7 +446,7 @@ def test_suites_verify_and_never_change(suite, fixed):
 
 def test_sudoku4_suite_uses_held_out_grids_only():
     held = {g.tobytes() for g in sudoku4_grids("test")}
-    for task in heldout("sudoku4", 150):
+    for task in heldout("sudoku4"):
         puzzle, answer = task.test[0]
         assert answer.tobytes() in held and (puzzle == 0).sum() == 6
     assert all((task.test[0][0] == 0).sum() == 30 for task in heldout("sudoku9", 3))
@@ -456,8 +456,14 @@ def test_sudoku4_suite_uses_held_out_grids_only():
 def test_unknown_suite_names_the_closest():
     with pytest.raises(ValueError, match="did you mean 'sudoku9'"):
         heldout("sudoku-9")
-    with pytest.raises(ValueError, match="n is 0 or more"):
+    with pytest.raises(ValueError, match="-1 held-out puzzles of maze: there are 50"):
         heldout("maze", -1)
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_no_puzzle_is_called_held_out_that_may_have_been_trained_on(suite):
+    with pytest.raises(ValueError, match="only these are kept out of training"):
+        heldout(suite, puzzles.HELD_OUT_N[suite] + 1)
 
 
 def test_task_hash_is_of_the_content():
@@ -500,7 +506,7 @@ def test_command_shows_every_suite(suite, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("args,says", [(["mazes"], "did you mean 'maze'"), (["maze", "--n=many"], "--n"), ([], "SUITE"),
-                                       (["maze", "--n=-1"], "n is")])
+                                       (["maze", "--n=-1"], "there are 50"), (["maze", "--n=51"], "there are 50")])
 def test_command_explains_mistakes(args, says, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["puzzles.py", *args])
     with pytest.raises(SystemExit) as stop:
