@@ -405,6 +405,52 @@ def next_place(grids, place, before, token):
     return grids, torch.stack([row, column, grids], 1) * inside[:, None]
 
 
+GRID_IDS = [*range(tok.CELL0, tok.CELL0 + 10), tok.ROW, tok.EOT]  # what an answer is written with, by the grammar of grids
+
+
+def write_grids(logits, read_on, limits, temperature=0.0, generator=None):
+    """
+    Write grids under their grammar: only what can follow is allowed, so every answer parses. logits (B, 12): of GRID_IDS after the
+    prompts; read_on: drawn (B,), numbers into GRID_IDS -> the next logits; limits: for each row (most rows, most columns). temperature 0
+    takes the likeliest, others draw with generator, a CPU one. -> list of (grid, log-probability under the grammar).
+    """
+    ROW, END = 10, 11
+    rows = [[[]] for _ in limits]  # of each answer; the last one is being written
+    score, done = [0.0] * len(limits), [False] * len(limits)
+    while True:
+        logits = logits.float().cpu()
+        allowed = torch.full_like(logits, -torch.inf)
+        for b, (most_rows, most_columns) in enumerate(limits):
+            first, last = rows[b][0], rows[b][-1]
+            if len(rows[b]) == 1:  # the first row chooses the width
+                allowed[b, :ROW] = 0 if len(last) < most_columns else -torch.inf
+                allowed[b, ROW] = 0 if last else -torch.inf
+            elif last:
+                allowed[b, :ROW] = 0 if len(last) < len(first) else -torch.inf
+                allowed[b, ROW] = 0 if len(last) == len(first) else -torch.inf
+            else:  # between rows: stop, or begin another
+                allowed[b, END] = 0
+                allowed[b, :ROW] = 0 if len(rows[b]) <= most_rows else -torch.inf
+        log_p = (logits + allowed).log_softmax(-1)
+        if temperature == 0:
+            drawn = log_p.argmax(-1)
+        else:
+            drawn = torch.multinomial((log_p / temperature).softmax(-1), 1, generator=generator).squeeze(1)
+        for b, choice in enumerate(drawn.tolist()):
+            if done[b]:
+                continue
+            score[b] += log_p[b, choice].item()
+            if choice == END:
+                done[b] = True
+            elif choice == ROW:
+                rows[b].append([])
+            else:
+                rows[b][-1].append(choice)
+        if all(done):
+            return [(np.array(r[:-1], dtype=np.uint8), s) for r, s in zip(rows, score)]
+        logits = read_on(drawn)
+
+
 # -----------------------------------------------------------------------------
 # the model
 
@@ -540,47 +586,33 @@ class Model(nn.Module):
                 if len(prompt) + limit[0] * (limit[1] + 1) <= self.config.block_size:
                     questions.append((i, j, torch.from_numpy(prompt.astype(np.int64)), limit))
         for part in batches_by_length(questions, lambda q: len(q[2]) + q[3][0] * (q[3][1] + 1)):
-            for (i, j, _, _), candidate in zip(part, self._decode_grids([q[2] for q in part], [q[3] for q in part])):
+            for (i, j, _, _), candidate in zip(part, self.decode_grids([q[2] for q in part], [q[3] for q in part])):
                 answers[i][j] = [candidate]
         return answers
 
-    def _decode_grids(self, prompts, limits):
-        """prompts: list of (T_b,) long; limits: for each (most rows, most columns) -> list of (grid, log-probability)."""
-        device = self.wte.weight.device
-        ids = torch.tensor([*range(tok.CELL0, tok.CELL0 + 10), tok.ROW, tok.EOT], device=device)  # the colours, then these two
-        ROW, END = 10, 11
+    @torch.no_grad()
+    def decode_grids(self, prompts, limits, temperature=0.0, generator=None):
+        """prompts: list of (T_b,) long; the rest as in `write_grids` -> list of (grid, log-probability)."""
+        ids = torch.tensor(GRID_IDS, device=self.wte.weight.device)
         head = self.wte.weight[ids]
-        rows = [[[]] for _ in prompts]  # of each answer; the last one is being written
-        score, done = [0.0] * len(prompts), [False] * len(prompts)
         x, past = self.read(prompts)
-        while True:
-            logits = F.linear(x, head).float().cpu()
-            allowed = torch.full_like(logits, -torch.inf)
-            for b, (most_rows, most_columns) in enumerate(limits):
-                first, last = rows[b][0], rows[b][-1]
-                if len(rows[b]) == 1:  # the first row chooses the width
-                    allowed[b, :ROW] = 0 if len(last) < most_columns else -torch.inf
-                    allowed[b, ROW] = 0 if last else -torch.inf
-                elif last:
-                    allowed[b, :ROW] = 0 if len(last) < len(first) else -torch.inf
-                    allowed[b, ROW] = 0 if len(last) == len(first) else -torch.inf
-                else:  # between rows: stop, or begin another
-                    allowed[b, END] = 0
-                    allowed[b, :ROW] = 0 if len(rows[b]) <= most_rows else -torch.inf
-            log_p, drawn = (logits + allowed).log_softmax(-1).max(-1)
-            for b, choice in enumerate(drawn.tolist()):
-                if done[b]:
-                    continue
-                score[b] += log_p[b].item()
-                if choice == END:
-                    done[b] = True
-                elif choice == ROW:
-                    rows[b].append([])
-                else:
-                    rows[b][-1].append(choice)
-            if all(done):
-                return [(np.array(r[:-1], dtype=np.uint8), s) for r, s in zip(rows, score)]
-            x = self.read_on(ids[drawn.to(device)], past)
+        return write_grids(F.linear(x, head), lambda drawn: F.linear(self.read_on(ids[drawn.to(ids.device)], past), head), limits,
+                           temperature, generator)  # fmt: skip
+
+    def place_logits(self, documents, shapes):
+        """
+        What the model makes of given answers, place by place, with gradient where gradients are on (distill.py). documents: list of
+        (T_b,) long as arc.encode makes them; shapes: the (h, w) of their answers. Returns (N, 11) float32: for one document after the
+        other, at each of the h * (w + 1) + 1 tokens of its answer (the EOT after it counts), the logits of the ten colours and of "it
+        ends here": of ROW, in the first column of EOT.
+        """
+        device = self.wte.weight.device
+        idx = torch.nn.utils.rnn.pad_sequence([ids[:-1] for ids in documents], batch_first=True, padding_value=tok.PAD)
+        x = self.hidden(idx.to(device))
+        x = torch.cat([x[b, len(ids) - 2 - h * (w + 1) : len(ids) - 1] for b, (ids, (h, w)) in enumerate(zip(documents, shapes))])
+        logits = F.linear(x, self.wte.weight[torch.tensor(GRID_IDS, device=device)]).float()
+        first = torch.cat([torch.arange(h * (w + 1) + 1) % (w + 1) == 0 for h, w in shapes]).to(device)
+        return torch.cat([logits[:, :10], torch.where(first, logits[:, 11], logits[:, 10])[:, None]], 1)
 
     @torch.no_grad()
     def answer_logits(self, tasks, answers):

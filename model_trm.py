@@ -206,30 +206,38 @@ class Model(nn.Module):
         return (loss * row_shares(rows, len(y))).sum(), wrong == 0
 
     def forward_carried(self, idx, targets, carry):
+        y, carry = self.carried_step({"idx": idx, "targets": targets}, carry)
+        loss, correct = self.canvas_loss(y, carry["targets"], carry["targets"] != IGNORE)
+        q = self.halt_logit(y)
+        loss = loss + 0.5 * F.binary_cross_entropy_with_logits(q, correct.float())
+        return None, loss, {**carry, "halted": self.halts(q, carry)}
+
+    def carried_step(self, fresh, carry):
+        """
+        One supervision step of training. fresh: tensors (B, ...) of which each row belongs to a puzzle, "idx" (B, L) among them; carry:
+        the same ones as the step before left them, with y, z, steps and halted, or None. Rows that have halted give way to those of
+        fresh. -> y (B, L, n_embd) with gradient, the new carry but for `halted`. ValueError if the carry is of other shape than idx.
+        """
+        idx = fresh["idx"]
         if carry is None:
-            x, _ = self.embed(idx)
-            y, z = (t.detach() for t in self.start(x))
-            steps = torch.zeros(len(idx), dtype=torch.long, device=idx.device)
-            carry = {"idx": idx, "targets": targets, "y": y, "z": z, "steps": steps, "halted": steps == 0}
+            carry = {**fresh, "steps": torch.zeros(len(idx), dtype=torch.long, device=idx.device)}
+            carry["halted"] = carry["steps"] == 0
         if carry["idx"].shape != idx.shape:
             raise ValueError(f"the carry holds rows of shape {tuple(carry['idx'].shape)}, not {tuple(idx.shape)}: keep one per shape")
         new = carry["halted"]
-        idx = torch.where(new[:, None], idx, carry["idx"])
-        targets = torch.where(new[:, None], targets, carry["targets"])
+        rows = {k: torch.where(new.view(-1, *[1] * (v.ndim - 1)), v, carry[k]) for k, v in fresh.items()}
         steps = torch.where(new, 0, carry["steps"]) + 1
-        x, rope = self.embed(idx)
-        y_first, z_first = self.start(x)
-        y = torch.where(new[:, None, None], y_first, carry["y"].to(x.dtype))
-        z = torch.where(new[:, None, None], z_first, carry["z"].to(x.dtype))
+        x, rope = self.embed(rows["idx"])
+        y, z = self.start(x)
+        if "y" in carry:
+            y, z = (torch.where(new[:, None, None], first, carry[k].to(x.dtype)) for first, k in ((y, "y"), (z, "z")))
+        y, z = self.supervision_step(x, y, z, self.config.n_latent, self.config.n_recursion, rope, visible(rows["idx"]))
+        return y, {**rows, "y": y.detach(), "z": z.detach(), "steps": steps}
 
-        y, z = self.supervision_step(x, y, z, self.config.n_latent, self.config.n_recursion, rope, visible(idx))
-        loss, correct = self.canvas_loss(y, targets, targets != IGNORE)
-        q = self.halt_logit(y)
-        loss = loss + 0.5 * F.binary_cross_entropy_with_logits(q, correct.float())
-        with torch.no_grad():
-            halted = (steps >= self.config.n_sup) | ((q > 0) & (steps >= self.steps_to_stay(idx)))
-        carry = {"idx": idx, "targets": targets, "y": y.detach(), "z": z.detach(), "steps": steps, "halted": halted}
-        return None, loss, carry
+    @torch.no_grad()
+    def halts(self, q, carry):
+        """(B,): which rows have been thought about enough, given the halting logits q (B,) and the carry after a step."""
+        return (carry["steps"] >= self.config.n_sup) | ((q > 0) & (carry["steps"] >= self.steps_to_stay(carry["idx"])))
 
     def steps_to_stay(self, idx):
         """

@@ -20,13 +20,10 @@ import importlib
 import json
 import math
 import os
-import platform
-import signal
 import subprocess
 import sys
 import time
 
-import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -35,11 +32,11 @@ import checkpoint as ckpt
 import configurator
 import hardware
 import logbook
+import loop
 import parallel
 import tokenizer as tok
 from loader import Ahead, Loader
-from model_dense import muon_and_adamw
-from parallel import all_agree, difference, gather, leave, local_rank, master, rank, world_size
+from parallel import all_agree, difference, leave, local_rank, master, rank, world_size
 
 # -----------------------------------------------------------------------------
 # The defaults train the 100M Route A on the demo stage. Config files change what they need to.
@@ -191,10 +188,7 @@ try:
     if started_from is not None:
         ckpt.load_weights(net, started_from["weights"], ckpt_path if init_from == "resume" else init_from)
     net.to(device)
-    if optimizer == "muon":
-        optimizers = muon_and_adamw(net, weight_decay, learning_rate, (beta1, beta2))
-    else:
-        optimizers = [net.configure_optimizer(weight_decay, learning_rate, (beta1, beta2))]
+    optimizers = loop.make_optimizers(net, optimizer, weight_decay, learning_rate, (beta1, beta2))
     loader = Loader(data_dir, data, tag=data_tag, weights=mixture, seed=seed, batch_size=batch_size, block_size=block_size,
                     batches_per_step=gradient_accumulation_steps, puzzle_format=net.puzzle_format, rank=rank, world_size=world_size,
                     verify=local_rank == 0)  # fmt: skip
@@ -235,32 +229,17 @@ if init_from == "resume":
     changed = [f"{k}={v!r} (was {started_from['config'].get(k)!r})" for k, v in config.items()
                if started_from["config"].get(k) != v and k not in where_it_went]  # fmt: skip
     if len(state["rng"]) == world_size:
-        torch.set_rng_state(state["rng"][rank]["cpu"])
-        if device_type == "cuda" and state["rng"][rank]["cuda"] is not None:
-            torch.cuda.set_rng_state(state["rng"][rank]["cuda"])
+        loop.restore_random_state(state["rng"], device_type)
     else:
         changed.append(f"{world_size} processes (were {len(state['rng'])}: the same data in the same order, losses equal but for rounding)")
     if all(started_from["config"][k] == config[k] for k in ("batch_size", "block_size", "gradient_accumulation_steps")):
-        for key, carry in state["carries"].items():  # each process takes those of the batches that are now its own
-            number, length = map(int, key.split("/"))
-            if number % world_size == rank:
-                carries[number, length] = {k: v.to(device) for k, v in carry.items()}
+        carries = loop.own_carries(state["carries"], device)
     elif state["carries"]:
         changed.append("puzzles that were being thought about begin anew, as batches have another shape now")
 started_from = None  # free its memory
 
 
 # ---- the pieces of a step
-def learning_rate_at(it):
-    """Both schedules warm up linearly and end at min_lr, unless the plateau has no end."""
-    up = min(1.0, (it + 1) / max(1, warmup_iters))
-    if schedule == "cosine":
-        down = 0.5 + 0.5 * math.cos(math.pi * min(1.0, max(0, it - warmup_iters) / max(1, max_iters - warmup_iters)))
-    else:
-        down = min(1.0, (max_iters - it) / decay_iters) if decay_iters else 1.0
-    return min_lr + (learning_rate - min_lr) * min(up, down)
-
-
 def check_in_sync(loss, grad_norm):
     """All processes must hold the same bits: a broken link or a bug otherwise trains two models and averages their gradients."""
     both = torch.tensor([loss, grad_norm], dtype=torch.float64, device=device)
@@ -270,67 +249,14 @@ def check_in_sync(loss, grad_norm):
         stop(f"processes are out of sync at step {iteration}: {problem}; go on from {ckpt_path} with --init_from=resume")
 
 
-@contextlib.contextmanager
-def averaged_weights():
-    """Inside, the model has the averaged weights, if there are any."""
-    if average is None:
-        yield
-        return
-    own = {k: v.detach().clone() for k, v in net.state_dict().items()}
-    net.load_state_dict(average)
-    yield
-    net.load_state_dict(own)
-
-
-@torch.no_grad()
-def validate():
-    """{source: mean loss}, each process on its share of the batches."""
-    net.eval()
-    sums = {}
-    with averaged_weights():
-        for mode in ("text", "puzzle"):
-            for name, _, idx, targets in loader.val_batches(mode, eval_batches):
-                with autocast:
-                    loss = net(idx.to(device), targets.to(device), mode=mode)[1]
-                total = sums.setdefault(name, [0.0, 0.0])
-                total[0] += loss.item() * len(idx)
-                total[1] += len(idx)
-    net.train()
-    names = [name for _, name, _ in loader.val]
-    flat = parallel.sums([x for name in names for x in sums.get(name, [0.0, 0.0])], device)
-    losses = {name: flat[2 * i] / flat[2 * i + 1] for i, name in enumerate(names) if flat[2 * i + 1]}
-    text = [losses[name] for kind, name, _ in loader.val if kind == "text" and name in losses]
-    return losses, sum(text) / len(text) if text else None
-
-
 def save_checkpoint():
     """Everything that the rest of the run depends on. Returns whether it is on disk; if not, the checkpoint before still is."""
-    rng = gather({"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if device_type == "cuda" else None})
-    mine, everyones = sorted(carries), {}
-    for i in range(int(max(parallel.sums([len(mine) * (r == rank) for r in range(world_size)], device)))):
-        # one by one: all carries of all processes at once can be gigabytes
-        part = {f"{mine[i][0]}/{mine[i][1]}": {k: v.cpu() for k, v in carries[mine[i]].items()}} if i < len(mine) else {}
-        for some in gather(part):
-            everyones.update(some)
-    saved = True
-    if master:
-        try:
-            ckpt.save({
-                "format": ckpt.CHECKPOINT_FORMAT, "model": model, "model_config": dict(vars(net.config)), "weights": net.state_dict(),
-                "ema": average, "tokenizer": tok.fingerprint(), "config": config,
-                "versions": {"torch": str(torch.__version__), "cuda": torch.version.cuda, "numpy": np.__version__,
-                             "python": platform.python_version()},
-                "train": {"iter": iteration, "seconds": trained_seconds, "tokens": trained_tokens, "val_loss": val_loss,
-                          "val_losses": val_losses, "tokens_per_second": trained_tokens / trained_seconds if trained_seconds else None,
-                          "data": pinned, "loader": ahead.state, "optimizer_name": optimizer,
-                          "optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict(), "carries": everyones,
-                          "rng": rng, "skipped": skipped, "skipped_in_a_row": skipped_in_a_row, "usual": usual},
-            }, ckpt_path)  # fmt: skip
-        except OSError as e:
-            saved = False
-            kept = "the one before is untouched" if os.path.exists(ckpt_path) else "there is none before it"
-            say(f"the checkpoint of step {iteration} could not be saved ({e.strerror or e}); {kept}, and training goes on")
-    return parallel.sums([saved], device)[0] == world_size
+    train = {"iter": iteration, "seconds": trained_seconds, "tokens": trained_tokens, "val_loss": val_loss, "val_losses": val_losses,
+             "tokens_per_second": trained_tokens / trained_seconds if trained_seconds else None, "data": pinned, "loader": ahead.state,
+             "optimizer_name": optimizer, "optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict(),
+             "rng": loop.random_states(device_type), "carries": loop.everyones_carries(carries, device), "skipped": skipped,
+             "skipped_in_a_row": skipped_in_a_row, "usual": usual}  # fmt: skip
+    return loop.save_checkpoint(ckpt_path, net, model, config, average, train, device, say)
 
 
 def write_log(entry, path=log_path):
@@ -500,18 +426,7 @@ if master:
     if tracker:
         tracked.init(project="smol-llm", name=os.path.basename(os.path.normpath(out_dir)), config=config, resume="allow")
 
-interrupted = []  # (name of the signal, when)
-
-
-def on_signal(number, frame):
-    # torchrun passes on a signal that the terminal has already sent to everyone: that is still the first one
-    if interrupted and not ("TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - interrupted[0][1] < 2):
-        os._exit(128 + number)
-    interrupted.append((signal.Signals(number).name, time.monotonic()))
-
-
-signal.signal(signal.SIGTERM, on_signal)
-signal.signal(signal.SIGINT, on_signal)
+interrupted = loop.catch_signals()
 net.train()
 ahead = Ahead(loader, pin=device_type == "cuda")
 progress = tqdm(total=max_iters, initial=iteration, disable=None if master else True, unit="step", dynamic_ncols=True, mininterval=1.0)
@@ -521,7 +436,8 @@ run_log, saved, stopping = [], True, False
 # ---- go
 while iteration < max_iters:
     started = time.perf_counter()
-    lr = learning_rate_at(iteration)
+    lr = loop.learning_rate_at(iteration, schedule=schedule, learning_rate=learning_rate, min_lr=min_lr, warmup_iters=warmup_iters,
+                               decay_iters=decay_iters, max_iters=max_iters)  # fmt: skip
     for group in (group for o in optimizers for group in o.param_groups):
         group["lr"] = lr
     batches = ahead.next_step()
@@ -569,10 +485,7 @@ while iteration < max_iters:
     for o in optimizers:
         o.zero_grad(set_to_none=True)
     if average is not None and finite:
-        decay = min(ema, (1 + iteration) / (10 + iteration))  # early on, the average follows closely: there is little to average
-        with torch.no_grad():
-            for k, v in net.state_dict().items():
-                average[k].lerp_(v, 1 - decay)
+        loop.follow(average, net, ema, iteration)
     iteration += 1
 
     seconds = time.perf_counter() - started
@@ -619,7 +532,7 @@ while iteration < max_iters:
     evaluate_beside()
     if iteration % eval_interval == 0 or iteration == max_iters or stopping:
         if not stopping:
-            val_losses, val_loss = validate()
+            val_losses, val_loss = loop.validate(net, average, loader, eval_batches, autocast, device)
             write_log({"iter": iteration, "val_loss": val_loss, "val_losses": val_losses})
             say(f"step {iteration}: validation " + ", ".join(f"{k} {v:.3f}" for k, v in val_losses.items()))
         saved = save_checkpoint()

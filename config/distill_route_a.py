@@ -1,0 +1,18 @@
+# Distil Route B, which thinks, into Route A, which answers left to right: its odds at every cell of the answers that Route A writes itself.
+#   torchrun --nproc_per_node=2 distill.py config/distill_route_a.py
+# Another teacher: --teacher=out/bigger/ckpt.pt, --teacher=hf:gpt2-xl, or the student itself with --teacher_n_views=16.
+# `python bench.py plan config/distill_route_a.py` has the memory.
+out_dir = "out/distill_route_a"
+init_from = "out/route_a_stage3/ckpt.pt"
+teacher = "out/route_b_stage3/ckpt.pt"
+data = "stage3"
+data_tag = "v0.1"
+block_size = 2048
+batch_size = 2
+gradient_accumulation_steps = 16
+max_iters = 1000
+learning_rate = 1e-4
+warmup_iters = 50
+decay_iters = 500
+eval_interval = 50
+max_hours = 11.5  # of Kaggle's 12; the next session goes on with --init_from=resume

@@ -1,0 +1,11 @@
+# Distil Route B into itself: 16 views of a puzzle vote, and one pass over one view learns to say what they agreed on.
+#   torchrun --nproc_per_node=2 distill.py config/distill_route_b.py
+# The same for more thinking: --teacher_n_views=1 --teacher_n_sup=64.
+base = "distill_route_a.py"
+out_dir = "out/distill_route_b"
+init_from = "out/route_b_stage3/ckpt.pt"
+teacher = "out/route_b_stage3/ckpt.pt"
+teacher_n_views = 16
+ema = 0.999
+batch_size = 1
+gradient_accumulation_steps = 32

@@ -1,0 +1,686 @@
+"""
+On-policy distillation: a student answers puzzles, a teacher says at every place of these answers what it would have written there.
+
+    python distill.py config/distill_demo.py                                 after the demo: its Route B teaches its own beginnings
+    torchrun --nproc_per_node=2 distill.py config/distill_route_b.py         two processes share the same global batch
+    python distill.py config/distill_route_a.py --teacher=hf:gpt2            any of the teachers in teachers.py
+    python distill.py config/distill_route_a.py --init_from=resume           go on from out_dir/ckpt.pt
+    python distill.py record config/distill_route_a.py --out_dir=out/said    have the teacher answer --record_prompts prompts once; then
+                                                                             --teacher=out/said need not fit beside the student
+
+A step is as train.py's, on the same batches from the loader. A batch of text is learned as there. On a batch of puzzles
+    sampling   the student writes answers (Route A, with caches) or has them on its canvas (Route B, at each supervision step); for a share
+               of 1 - on_policy of the batches they are the data's, or the teacher's. No gradient goes through this
+    scoring    the teacher gives its distribution at each place of these answers
+    learning   the divergence between the two, mean over the places of an answer, then over answers; only the answer counts
+
+Writes ckpt.pt (which train.py, eval_arc.py and sample.py read), log.jsonl, loss.png, config.json. Random draws follow from the seed,
+the step and the batch alone, so a resumed run is the same run. Read before this: train.py, teachers.py, divergences.py.
+"""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import arc
+import checkpoint as ckpt
+import configurator
+import hardware
+import logbook
+import loop
+import parallel
+import puzzles
+import teachers
+import tokenizer as tok
+from divergences import DIVERGENCES, divergence
+from loader import Ahead, Loader, Puzzles, draw_rng, puzzle_row, read_stage
+from model_dense import IGNORE, row_shares, sample
+from model_trm import ANSWER_IDS
+from parallel import all_agree, difference, local_rank, master, rank, world_size
+
+# -----------------------------------------------------------------------------
+# ---- where it goes and what it says
+out_dir = "out/distill"
+init_from = ""  # the student: path of a checkpoint (its averaged weights are what is taken), or 'resume' (from out_dir/ckpt.pt)
+overwrite = False  # distil anew into an out_dir that already holds a checkpoint
+eval_interval = 100  # steps between validations, each of which also saves a checkpoint
+eval_batches = 8  # validation batches per source, at most
+log_interval = 10  # steps between lines in log.jsonl
+max_hours = 0.0  # stop and save after this many hours; 0 for never
+check_tasks = 32  # held-out puzzles that teacher and student solve beforehand, and the student afterwards; 0 for none
+# ---- teacher
+teacher = ""  # path of a checkpoint, of a folder that `record` wrote, of a Hugging Face model, or hf:NAME
+teacher_n_sup: int | None = None  # Route B: supervision steps (None: its own)
+teacher_n_views = 1  # votes over this many views of each puzzle
+teacher_ttt_steps = 0  # test-time training: steps on each task's demonstrations before it answers
+teacher_ttt_learning_rate = 1e-4
+teacher_dtype = "auto"  # of its matrices; auto: dtype
+teacher_vocabulary = "same"  # of a Hugging Face model: 'same' as GPT-2's, or 'cells', another one where the cell map is exact
+record_prompts = 1000  # `record`: how many
+# ---- what is learned
+objective = "reverse_kl"  # 'reverse_kl', 'forward_kl', 'jsd', or 'answers': cross-entropy on the answers, whatever the teacher's odds
+beta = 0.5  # of jsd: 0 leans to forward, 1 to reverse
+temperature = 1.0  # softens both distributions
+on_policy = 1.0  # lambda: share of the batches whose answers are the student's own
+off_policy = "dataset"  # whose answers the others have: 'dataset' or 'teacher'
+sample_temperature = 1.0  # at which the student writes its answers
+verified_bonus = 0.0  # extra, not distillation: weight of a policy gradient for own answers that a checker, or the data, finds right
+# ---- prompts
+data_dir = "data"
+data = "demo"  # name of a prepared stage
+data_tag: str | None = None
+mixture = {}  # {source: share of the steps}; empty: the stage's own. Text keeps the language
+eval_demonstrations = 0.0  # share of steps on ARC's evaluation tasks' demonstrations, never their test pairs; any report must say so
+batch_size = 8  # rows of text per batch; puzzles come in batches of as many tokens
+block_size: int | None = None  # longest row, and prompt; None: the student's
+gradient_accumulation_steps = 8  # batches per optimizer step, over all processes
+# ---- optimizer
+optimizer = "auto"
+learning_rate = 1e-4
+max_iters = 1000
+weight_decay = 0.1
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0  # 0 for none
+ema = 0.0  # decay of the averaged weights that evaluation uses; 0 for none
+max_skipped = 20  # steps in a row whose loss or gradient is not finite: each is skipped, this many end the run
+schedule = "wsd"  # as in train.py
+warmup_iters = 20
+decay_iters = 200
+min_lr = 0.0
+# ---- system
+device = "auto"
+dtype = "auto"
+sync_check_interval = 100  # steps between comparisons of all processes' weights; 0 for none
+seed = 1337
+# -----------------------------------------------------------------------------
+recording = sys.argv[1:2] == ["record"]
+defaults = configurator.settings(globals())
+config = configurator.configure(globals(), sys.argv[1 + recording :])
+LANGUAGE_LIMIT = 0.05  # nats by which the validation loss on text may worsen before there is a warning
+
+began = time.monotonic()
+ckpt_path, log_path = (os.path.join(out_dir, name) for name in ("ckpt.pt", "log.jsonl"))
+
+
+def stop_if(problem):
+    """problem: a message or None, of this process. If there is one in any process, all stop."""
+    problem = all_agree(problem)
+    if problem is not None:
+        parallel.stop(problem)
+
+
+def say(text):
+    """A line for people, from one process, that does not tear the progress bar."""
+    if master:
+        tqdm.write(text)
+
+
+def check_settings():
+    """Raises ValueError, in one line, for settings that cannot be."""
+    for name, allowed in (("objective", (*DIVERGENCES, "answers")), ("off_policy", ("dataset", "teacher")), ("schedule", ("wsd", "cosine")),
+                          ("optimizer", ("auto", "muon", "adamw")), ("teacher_vocabulary", ("same", "cells"))):  # fmt: skip
+        if config[name] not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {config[name]!r}")
+    for name in ("beta", "on_policy"):
+        if not 0 <= config[name] <= 1:
+            raise ValueError(f"{name}={config[name]} must be between 0 and 1")
+    if objective == "jsd" and beta in (0, 1):
+        raise ValueError(f"jsd with beta={beta} is 0 everywhere: its limits are forward_kl and reverse_kl")
+    if not temperature > 0 or sample_temperature < 0:
+        raise ValueError("temperature must be more than 0, and sample_temperature at least 0")
+    if gradient_accumulation_steps < 1 or gradient_accumulation_steps % world_size:
+        raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps} cannot be shared evenly by {world_size} processes")
+    if min(batch_size, log_interval, eval_interval, max_skipped, record_prompts, teacher_n_views) < 1:
+        raise ValueError("batch_size, log_interval, eval_interval, max_skipped, record_prompts and teacher_n_views must be at least 1")
+    if not init_from:
+        raise ValueError("no student: name its checkpoint with --init_from=PATH")
+    if not teacher and (objective != "answers" or off_policy == "teacher"):
+        raise ValueError("no teacher: name one with --teacher=PATH")
+    if objective == "answers" and on_policy > 0:
+        raise ValueError("objective='answers' learns given answers, not the student's own: use --on_policy=0")
+    if init_from != "resume" and os.path.exists(ckpt_path) and not (overwrite or recording):
+        raise ValueError(f"{ckpt_path} exists: go on with --init_from=resume, or start again with --overwrite=True or another --out_dir")
+    if recording and os.path.exists(os.path.join(out_dir, teachers.RECORD)) and not overwrite:
+        raise ValueError(f"{out_dir} holds a record: record it anew with --overwrite=True, or choose another --out_dir")
+
+
+# ---- the prompts
+class RecordedPrompts(Puzzles):
+    """The prompts that a teacher has answered, as they were: a record holds for no other view of them."""
+
+    def __init__(self, documents, batch_tokens):
+        self.name, self.seed, self.batch_tokens, self.block_size = "recorded", seed, batch_tokens, block_size
+        self.documents, self.puzzle_format = documents, net.puzzle_format
+        self.drawn, self.waiting, self.rows = 0, {}, {}
+
+    def row(self, n):
+        epoch, i = divmod(n, len(self.documents))
+        i = draw_rng(seed, self.name, epoch).permutation(len(self.documents))[i]
+        return puzzle_row(self.documents[i], self.puzzle_format, "none")
+
+
+def make_loader():
+    """train.py's, with every source of text read for validation at least, and the prompts that a stage does not hold."""
+    manifest, own, _ = read_stage(data_dir, data, data_tag, verify=False)
+    weights = dict(mixture or own["weights"])
+    kinds = {e["source"]: e["kind"] for e in manifest}
+    for name, kind in kinds.items():
+        if kind == "text":
+            weights.setdefault(name, 0)
+    loader = Loader(data_dir, data, tag=data_tag, weights=weights, seed=seed, batch_size=batch_size, block_size=block_size,
+                    batches_per_step=gradient_accumulation_steps, puzzle_format=net.puzzle_format, rank=rank, world_size=world_size,
+                    verify=local_rank == 0)  # fmt: skip
+    shares = dict(zip(loader.names, loader.shares))
+    if isinstance(guide, teachers.Recorded):
+        shares = {name: share for name, share in shares.items() if kinds[name] == "text"}
+        shares["recorded"] = 1 - sum(shares.values()) or 1.0
+        loader.sources["recorded"] = RecordedPrompts(guide.documents, batch_size * block_size)
+    if eval_demonstrations:
+        shares = {name: share * (1 - eval_demonstrations) for name, share in shares.items()}
+        shares["eval_demonstrations"] = eval_demonstrations
+        loader.sources["eval_demonstrations"] = evaluation_demonstrations()
+    loader.sources = {name: loader.sources[name] for name in shares}
+    loader.names, loader.shares = list(shares), np.array(list(shares.values()))
+    return loader
+
+
+def evaluation_demonstrations():
+    """The demonstrations of ARC's evaluation tasks as a source of prompts: one pair of them is the question, a task's test is not read."""
+    source = object.__new__(Puzzles)
+    documents = [arc.encode(task.kind, task.train) for name in ("arc1_eval", "arc2_eval") for task in arc.load(name) if len(task.train) > 1]
+
+    class Documents:
+        n_documents, document = len(documents), staticmethod(lambda i: documents[i])
+
+    source.__dict__.update(name="eval_demonstrations", seed=seed, batch_tokens=batch_size * block_size, block_size=block_size,
+                           puzzle_format=net.puzzle_format, shards=Documents, augment="arc", drawn=0, waiting={}, rows={})  # fmt: skip
+    return source
+
+
+def held_out_tasks(n):
+    """n of the stage's held-out puzzles, as many of each source as there are."""
+    found = [[arc.decode(shards.document(i)) for i in range(min(shards.n_documents, n))]
+             for kind, name, shards in loader.val if kind == "puzzle" and name in loader.names]  # fmt: skip
+    mixed = [source[i] for i in range(n) for source in found if i < len(source)]
+    return [arc.Task("", kind, pairs[:-1], pairs[-1:]) for kind, pairs in mixed[:n]]
+
+
+# ---- who and where we are; student, teacher, data, optimizer
+started_from, problem = None, None
+try:
+    check_settings()
+    device = hardware.pick_device(device)
+    device = f"cuda:{local_rank}" if device == "cuda" else device
+    dtype = hardware.pick_dtype(dtype, device)
+except ValueError as e:
+    parallel.stop(e)
+device_type = device.split(":")[0]
+if device_type == "cuda":
+    torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")
+elif world_size == 1 and "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(os.cpu_count() or 1)
+if optimizer == "auto":
+    optimizer = "muon" if hasattr(torch.optim, "Muon") else "adamw"
+parallel.start(device_type)
+torch.manual_seed(seed)
+try:
+    student_path = ckpt_path if init_from == "resume" else init_from
+    started_from = ckpt.load(student_path)
+    model = started_from["model"]
+    net = ckpt.make_model(model, started_from["model_config"])
+    resumed = init_from == "resume"
+    ckpt.load_weights(net, started_from["weights"] if resumed else started_from["ema"] or started_from["weights"], student_path)
+    net.to(device)
+    if block_size is None:
+        block_size = net.config.block_size
+    guide = None
+    if teacher:
+        guide = teachers.load(teacher, device, dtype if teacher_dtype == "auto" else teacher_dtype, teacher_vocabulary,
+                              n_sup=teacher_n_sup, n_views=teacher_n_views, ttt_steps=teacher_ttt_steps,
+                              ttt_learning_rate=teacher_ttt_learning_rate)  # fmt: skip
+        if isinstance(guide, teachers.Recorded) and guide.conditional and on_policy:
+            raise ValueError(f"{teacher} is of a teacher that writes left to right: what it says holds for its own answers alone, so use "
+                             "--on_policy=0 --off_policy=teacher")  # fmt: skip
+    loader = make_loader()
+    optimizers = loop.make_optimizers(net, optimizer, weight_decay, learning_rate, (beta1, beta2))
+    pinned = {"stage": data, "tag": data_tag, "snapshot": loader.snapshot, "shards": loader.fingerprint,
+              "teacher": guide and guide.about, "eval_demonstrations": eval_demonstrations}  # fmt: skip
+    if resumed:
+        before = started_from["train"].get("data", {})
+        if "student" not in started_from["train"]:
+            raise ValueError(f"{ckpt_path} was not written by distill.py: start from its weights with --init_from={ckpt_path}")
+        for what in ("shards", "teacher"):
+            if before[what] != pinned[what]:
+                raise ValueError(f"{ckpt_path} was distilled with other {what}: {before[what]!s:.300}; now {pinned[what]!s:.300}")
+        loader.load_state_dict(started_from["train"]["loader"])
+        if started_from["train"]["optimizer_name"] != optimizer:
+            raise ValueError(f"{ckpt_path} has the state of optimizer {started_from['train']['optimizer_name']!r}, not {optimizer!r}")
+        for o, state in zip(optimizers, started_from["train"]["optimizers"]):
+            o.load_state_dict(state)
+except (OSError, ValueError) as e:
+    problem = str(e)
+stop_if(problem)
+
+average = {k: v.detach().clone() for k, v in net.state_dict().items()} if ema else None
+scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
+autocast = torch.autocast(device_type, dtype=getattr(torch, dtype)) if dtype != "float32" else contextlib.nullcontext()
+train = {"iter": 0, "seconds": 0.0, "cpu_seconds": 0.0, "tokens": 0, "val_losses": {}, "val_loss": None, "skipped": 0,
+         "skipped_in_a_row": 0, "student": student_path, "text_before": None}  # fmt: skip
+carries = {}
+if resumed:
+    state = started_from["train"]
+    train = {k: state[k] for k in train}
+    if average is not None:
+        for k, v in (started_from["ema"] or {}).items():
+            average[k].copy_(v)
+    if state["scaler"] and scaler.is_enabled():
+        scaler.load_state_dict(state["scaler"])
+    if len(state["rng"]) == world_size:
+        loop.restore_random_state(state["rng"], device_type)
+    if all(started_from["config"][k] == config[k] for k in ("batch_size", "block_size", "gradient_accumulation_steps")):
+        carries = loop.own_carries(state["carries"], device)
+started_from = None  # free its memory
+
+
+# ---- record: the teacher answers, nobody learns
+def record():
+    """Prompts as they would come, answered by the teacher: shards of about 100, each with its hashes, and RECORD last."""
+    if world_size > 1:
+        raise ValueError("record runs in one process")
+    os.makedirs(out_dir, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):  # what is there of a record is no record until this file is written
+        os.remove(os.path.join(out_dir, teachers.RECORD))
+    shards, seen, waiting = [], set(), []
+    bar = tqdm(total=record_prompts, unit="prompt", dynamic_ncols=True)
+    while bar.n < record_prompts:
+        new = []
+        for batch in loader.next_step():
+            for task in teachers.tasks_of(batch.idx, batch.targets, net.puzzle_format) if batch.mode == "puzzle" else ():
+                key = teachers.prompt(task).numpy().tobytes()
+                if key not in seen:
+                    seen.add(key)
+                    new.append(task)
+        waiting += new
+        bar.set_postfix_str("the stage has no more prompts" if not new else "", refresh=False)
+        while len(waiting) >= min(100, record_prompts - bar.n) and bar.n < record_prompts:
+            part, waiting = waiting[: min(100, record_prompts - bar.n)], waiting[100:]
+            entry = teachers.record_shard(out_dir, f"{len(shards):05d}", part, guide)
+            shards += [entry] if entry else []
+            bar.update(len(part))
+    bar.close()
+    tasks = held_out_tasks(check_tasks)
+    record = {"teacher": guide.about, "conditional": guide.conditional, "tokenizer": tok.fingerprint(), "data": pinned, "seed": seed,
+              "documents": sum(s["documents"] for s in shards), "held_out_solved": teachers.solved(guide, tasks) if tasks else None,
+              "shards": shards}  # fmt: skip
+    configurator.save(record, os.path.join(out_dir, teachers.RECORD))
+    print(f"{record['documents']} of {record_prompts} prompts answered (the others are too long for the teacher), in {out_dir}")
+
+
+if recording:
+    try:
+        record()
+    except (OSError, ValueError) as e:
+        parallel.stop(e)
+    sys.exit(0)
+
+
+# ---- the pieces of a step
+class Stopwatch:
+    """Seconds by what they were spent on; a GPU is waited for, or the times would be of launching only."""
+
+    def __init__(self):
+        self.seconds = {"sampling": 0.0, "scoring": 0.0, "learning": 0.0}
+
+    @contextlib.contextmanager
+    def measure(self, what):
+        started = time.perf_counter()
+        yield
+        if device_type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds[what] += time.perf_counter() - started
+
+
+def generator_for(number):
+    """Random numbers for the answers to batch `number` of this step, the same whichever process has it."""
+    return torch.Generator().manual_seed(int(draw_rng(seed, f"answers {train['iter']}", number).integers(2**62)))
+
+
+def is_right(task, answer):
+    """Whether an answer is verified: by the checker of its kind, else by comparison with the data's."""
+    puzzle, expected = task.test[0]
+    if answer is None or answer.shape != expected.shape:
+        return False
+    checker = {"sudoku": puzzles.check_sudoku, "maze": puzzles.check_maze}.get(task.kind)
+    return np.array_equal(answer, expected) or bool(checker and checker(puzzle, answer))
+
+
+def distance(student, teacher_says, rows, n_rows):
+    """student, teacher_says (N, 11); rows (N,), the answer each place belongs to. Mean over the places of an answer, then over answers."""
+    known = ~teacher_says.isnan().any(-1)
+    if not known.any():
+        return 0.0 * student.sum()
+    each = divergence(student[known], teacher_says[known], objective, beta, temperature)
+    return (each * row_shares(rows[known], n_rows)).sum()
+
+
+def bonus(student, outcomes, rows, tasks, answers):
+    """The labelled extra: raise the probability of own answers that are verified, beside those of this batch that are not."""
+    rewards = torch.tensor([float(is_right(t, a)) for t, a in zip(tasks, answers)], device=student.device)
+    log_p = student.log_softmax(-1).gather(1, outcomes[:, None]).squeeze(1)
+    return -verified_bonus * ((rewards - rewards.mean())[rows] * log_p * row_shares(rows, len(tasks))).sum()
+
+
+def left_to_right(batch, watch, stats):
+    """The loss of a Route A student on a batch of puzzles."""
+    tasks = teachers.tasks_of(batch.idx, batch.targets, net.puzzle_format)
+    own = draw_rng(seed, f"policy {train['iter']}", batch.key[0]).random() < on_policy
+    with watch.measure("sampling"), autocast:
+        if own:
+            prompts, limits = [teachers.prompt(t) for t in tasks], [arc.canvas_shape(t.train, t.test[0][0]) for t in tasks]
+            answers = [grid for grid, _ in net.decode_grids(prompts, limits, sample_temperature, generator_for(batch.key[0]))]
+        else:
+            answers = given_answers(tasks)
+    if own:
+        stats["own"] += len(tasks)
+        stats["own_right"] += sum(map(is_right, tasks, answers))
+    with watch.measure("scoring"), autocast:
+        frames = guide.frames(tasks, answers) if objective != "answers" else [None] * len(tasks)
+    kept = [i for i in range(len(tasks)) if answers[i] is not None]
+    shapes = [answers[i].shape for i in kept]
+    stats["answers"], stats["unscored"] = stats["answers"] + len(tasks), stats["unscored"] + sum(f is None for f in frames)
+    with watch.measure("learning"):
+        with autocast:
+            student = net.place_logits([teachers.document(tasks[i], answers[i]) for i in kept], shapes)
+        rows = torch.repeat_interleave(torch.tensor(kept), torch.tensor([h * (w + 1) + 1 for h, w in shapes])).to(device)
+        outcomes = torch.cat([teachers.places_of_answer(teachers.outcomes_of(answers[i], h + 1, w + 1)[..., None], h, w)[:, 0]
+                              for i, (h, w) in zip(kept, shapes)]).long().to(device)  # fmt: skip
+        if objective == "answers":
+            return (F.cross_entropy(student, outcomes, reduction="none") * row_shares(rows, len(tasks))).sum()
+        nothing = torch.full((1, 1, teachers.OUTCOMES), torch.nan)
+        says = torch.cat([teachers.places_of_answer(nothing if frames[i] is None else frames[i], *shape) for i, shape in zip(kept, shapes)])
+        loss = distance(student, says.to(device), rows, len(tasks))
+        return loss + (bonus(student, outcomes, rows, tasks, answers) if verified_bonus and own else 0.0)
+
+
+def given_answers(tasks):
+    """Answers that are not the student's own: the data's, or the teacher's (None where a task is too long for it)."""
+    return [task.test[0][1] for task in tasks] if off_policy == "dataset" else guide.write(tasks)
+
+
+def on_canvas(frames, idx):
+    """Frames (None: no opinion) as (B, L, 11), each place of a canvas at its token; NaN elsewhere."""
+    out = torch.full((*idx.shape, teachers.OUTCOMES), torch.nan)
+    for row, frame, ids in zip(out, frames, idx.cpu()):
+        if frame is not None:
+            start, stop = int((ids == tok.OUTPUT).nonzero()[-1]) + 1, int((ids != tok.PAD).sum())
+            width = int((ids[start:] == tok.ROW).nonzero()[0])
+            row[start:stop] = teachers.fit(frame, (stop - start) // (width + 1), width + 1).view(-1, teachers.OUTCOMES)
+    return out.to(idx.device)
+
+
+def on_a_canvas(batch, watch, stats, carry):
+    """
+    The loss of a Route B student after one supervision step, and its new carry. A puzzle stays for several steps, and what a teacher says
+    stays with it, unless that depends on the answer: then the answer of each step is scored anew.
+    """
+    idx, targets = batch.idx.to(device), batch.targets.to(device)
+    new = torch.ones(len(idx), dtype=torch.bool) if carry is None else carry["halted"].cpu()
+    fresh = {"idx": idx, "targets": targets}
+    tasks = teachers.tasks_of(batch.idx[new], batch.targets[new], net.puzzle_format)
+    with watch.measure("scoring"), autocast:
+        if objective == "answers" and off_policy == "teacher":
+            answers, where = guide.write(tasks), new.nonzero()[:, 0].tolist()
+            for i, task, answer in zip(where, tasks, answers):
+                row = (np.zeros(0, np.int64), np.zeros(0, np.int64))
+                if answer is not None:
+                    row = puzzle_row(arc.encode(task.kind, [*task.train, (task.test[0][0], answer)]), "canvas", "none")
+                targets[i] = IGNORE
+                if len(row[0]) == int((batch.idx[i] != tok.PAD).sum()):  # else its canvas has another size: the rare larger ones
+                    targets[i, : len(row[1])] = torch.from_numpy(row[1])
+        elif objective != "answers" and not guide.conditional:
+            fresh["teacher"] = torch.full((*idx.shape, teachers.OUTCOMES), torch.nan, device=device)
+            fresh["teacher"][new] = on_canvas(guide.frames(tasks, [task.test[0][1] for task in tasks]), idx[new])
+    with watch.measure("learning"), autocast:
+        y, carry = net.carried_step(fresh, carry)
+        cells = carry["idx"] == tok.BLANK
+        rows = cells.nonzero()[:, 0]
+        student = F.linear(y[cells], net.wte.weight[ANSWER_IDS]).float()
+        if objective == "answers":
+            loss, agreed = net.canvas_loss(y, carry["targets"], carry["targets"] != IGNORE)
+    own = objective != "answers" and draw_rng(seed, f"policy {train['iter']}", batch.key[0]).random() < on_policy
+    answers, tasks = None, None
+    if objective != "answers" and (guide.conditional or own and verified_bonus):
+        with watch.measure("sampling"):
+            tasks = teachers.tasks_of(carry["idx"].cpu(), carry["targets"].cpu(), net.puzzle_format)
+            answers, outcomes = read_canvases(student, carry["idx"], batch.key[0]) if own else (given_answers(tasks), None)
+    if objective != "answers":
+        with watch.measure("scoring"), autocast:
+            says = (carry["teacher"] if not guide.conditional else on_canvas(guide.frames(tasks, answers), carry["idx"]))[cells]
+        with watch.measure("learning"):
+            loss = distance(student, says, rows, len(idx))
+            if verified_bonus and own:
+                loss = loss + bonus(student, outcomes, rows, tasks, answers)
+            differs = (student.argmax(-1) != says.argmax(-1)) & ~says.isnan().any(-1)
+            agreed = torch.bincount(rows, differs.float(), minlength=len(idx)) == 0
+        stats["unscored"] += int((says.isnan().any(-1)).float().mean().item() * len(idx))
+    stats["answers"] += len(idx)
+    if own:  # the answers on the canvas now, taken as the model would give them
+        wanted = torch.where(carry["targets"][cells] == tok.VOID, teachers.OVER, carry["targets"][cells] - tok.CELL0)
+        stats["own"] += len(idx)
+        stats["own_right"] += int((torch.bincount(rows, (student.argmax(-1) != wanted).float(), minlength=len(idx)) == 0).sum())
+    with watch.measure("learning"):
+        q = net.halt_logit(y)  # learns to tell whether the teacher would say the same, as it learned whether an answer is right
+        loss = loss + 0.5 * F.binary_cross_entropy_with_logits(q, agreed.float())
+    return loss, {**carry, "halted": net.halts(q, carry)}
+
+
+def read_canvases(student, idx, number):
+    """Draw a colour or void for each canvas cell, student (N, 11) -> (a grid or None for each row of idx, the draws (N,))."""
+    drawn = sample(student.detach().cpu(), sample_temperature, generator=generator_for(number))
+    ids = idx.cpu().clone()
+    ids[ids == tok.BLANK] = torch.tensor(ANSWER_IDS)[drawn]
+    grids = []
+    for row, blank in zip(ids, idx.cpu()):
+        start, stop = int((blank == tok.OUTPUT).nonzero()[-1]) + 1, int((blank != tok.PAD).sum())
+        width = int((blank[start:] == tok.ROW).nonzero()[0])
+        grids.append(arc.read_canvas(row[start:stop].numpy(), ((stop - start) // (width + 1), width)))
+    return grids, drawn.to(student.device)
+
+
+def average_gradients():
+    """Every process ends up with the same mean of all processes' gradients; a weight without one, in all of them alike, has none."""
+    if world_size > 1:
+        grads = [p.grad for p in net.parameters() if p.grad is not None]
+        flat = torch.cat([g.reshape(-1) for g in grads])
+        torch.distributed.all_reduce(flat)
+        for g, mean in zip(grads, flat.div_(world_size).split([g.numel() for g in grads])):
+            g.copy_(mean.view_as(g))
+
+
+def save_checkpoint():
+    """Everything that the rest of the run depends on. Returns whether it is on disk; if not, the checkpoint before still is."""
+    held = {**train, "tokens_per_second": train["tokens"] / train["seconds"] if train["seconds"] else None, "data": pinned,
+            "loader": ahead.state, "optimizer_name": optimizer, "optimizers": [o.state_dict() for o in optimizers],
+            "scaler": scaler.state_dict(), "rng": loop.random_states(device_type),
+            "carries": loop.everyones_carries(carries, device)}  # fmt: skip
+    return loop.save_checkpoint(ckpt_path, net, model, config, average, held, device, say)
+
+
+def write_log(entry):
+    if master and (problem := logbook.append(entry, log_path)):
+        say(problem)
+
+
+def validate():
+    """As train.py does, and language is guarded."""
+    train["val_losses"], train["val_loss"] = loop.validate(net, average, loader, eval_batches, autocast, device)
+    write_log({"iter": train["iter"], "val_loss": train["val_loss"], "val_losses": train["val_losses"]})
+    say(f"step {train['iter']}: validation " + ", ".join(f"{k} {v:.3f}" for k, v in train["val_losses"].items()))
+    if train["text_before"] is None:
+        train["text_before"] = train["val_loss"]
+    elif train["text_before"] is not None and train["val_loss"] > train["text_before"] + LANGUAGE_LIMIT:
+        say(f"warning: the loss on text is {train['val_loss']:.3f}, {train['val_loss'] - train['text_before']:.3f} nats above the "
+            f"{train['text_before']:.3f} before distillation: give text a larger share of the mixture, or lower learning_rate")  # fmt: skip
+
+
+def check_student():
+    """Share of the held-out tasks that the student solves, with its averaged weights."""
+    with loop.averaged_weights(net, average):
+        return teachers.solved(teachers.Ours(net, {}), tasks)
+
+
+# ---- ready
+if master:
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        logbook.cut_back(log_path, train["iter"] if resumed else -1)
+        configurator.save(config, os.path.join(out_dir, "config.json"))
+    except OSError as e:
+        problem = f"cannot write to {out_dir}: {e.strerror}"
+stop_if(problem)
+if master:
+    print(configurator.show(config, defaults))
+    print(f"student {student_path} ({model}, {net.num_params() / 1e6:.2f}M), {dtype} on {hardware.name(device)}, {optimizer}, {world_size} "
+          f"process{'es' * (world_size > 1)}, prompts {', '.join(loader.names)}\nteacher {json.dumps(guide and guide.about)}")  # fmt: skip
+    if eval_demonstrations:
+        print("the demonstrations of ARC's evaluation tasks are among the prompts: say so wherever this student's results are reported")
+    if verified_bonus:
+        print("with a bonus for verified answers: this is not distillation alone")
+interrupted = loop.catch_signals()
+net.train()
+tasks = held_out_tasks(check_tasks)
+if guide is not None and tasks and not resumed and not isinstance(guide, teachers.Recorded):
+    with autocast:
+        theirs, ours = teachers.solved(guide, tasks), check_student()
+    write_log({"iter": 0, "teacher_solved": theirs, "student_solved": ours, "of": len(tasks)})
+    say(f"held-out puzzles solved: teacher {theirs:.1%}, student {ours:.1%}, of {len(tasks)}")
+    if theirs < ours:
+        say(f"warning: the teacher ({theirs:.1%}) is weaker than the student ({ours:.1%}) on {len(tasks)} held-out puzzles")
+if not resumed:
+    validate()
+ahead = Ahead(loader, pin=device_type == "cuda")
+progress = tqdm(total=max_iters, initial=train["iter"], disable=None if master else True, unit="step", dynamic_ncols=True, mininterval=1.0)
+since_log, stopping, saved = {}, False, True
+
+# ---- go
+while train["iter"] < max_iters:
+    started, cpu_started = time.perf_counter(), time.process_time()
+    lr = loop.learning_rate_at(train["iter"], schedule=schedule, learning_rate=learning_rate, min_lr=min_lr, warmup_iters=warmup_iters,
+                               decay_iters=decay_iters, max_iters=max_iters)  # fmt: skip
+    for group in (group for o in optimizers for group in o.param_groups):
+        group["lr"] = lr
+    batches, watch, new_carries = ahead.next_step(), Stopwatch(), {}
+    stats = {"loss": 0.0, "tokens": 0, "answers": 0, "unscored": 0, "own": 0, "own_right": 0}
+    try:
+        for batch in batches:
+            if batch.mode == "text":
+                with watch.measure("learning"), autocast:
+                    loss = net(batch.idx.to(device), batch.targets.to(device), mode="text")[1]
+            elif net.puzzle_format == "canvas":
+                loss, new_carries[batch.key] = on_a_canvas(batch, watch, stats, carries.get(batch.key))
+            else:
+                loss = left_to_right(batch, watch, stats)
+            with watch.measure("learning"):
+                scaler.scale(loss / len(batches)).backward()
+            stats["loss"] += loss.item() / len(batches) / world_size
+            stats["tokens"] += batch.tokens
+    except RuntimeError as e:
+        if not hardware.out_of_memory(e):
+            raise
+        parallel.stop(f"out of memory in a {batch.mode} batch of {len(batch.idx)} x {batch.idx.shape[1]} tokens: lower batch_size (and "
+                      "raise gradient_accumulation_steps), or record the teacher's answers first (distill.py record)",
+                      everyone=False)  # fmt: skip
+    with watch.measure("learning"):
+        average_gradients()
+        for o in optimizers:
+            scaler.unscale_(o)
+        grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or math.inf).item()
+        ending = bool(interrupted) or bool(max_hours and time.monotonic() - began > 3600 * max_hours)
+        *sums, stopping = parallel.sums([*stats.values(), ending], device)
+        sums = dict(zip(stats, sums))
+        loss, finite = sums["loss"], math.isfinite(sums["loss"]) and math.isfinite(grad_norm)
+        if finite:
+            for o in optimizers:
+                scaler.step(o)
+            carries.update(new_carries)
+        scaler.update()
+        for o in optimizers:
+            o.zero_grad(set_to_none=True)
+        if average is not None and finite:
+            loop.follow(average, net, ema, train["iter"])
+    seconds = time.perf_counter() - started
+    train["iter"] += 1
+    train["seconds"] += seconds
+    train["cpu_seconds"] += time.process_time() - cpu_started
+    train["tokens"] += int(sums["tokens"])
+    train["skipped"] += not finite
+    train["skipped_in_a_row"] = 0 if finite else train["skipped_in_a_row"] + 1
+    for k, v in {**sums, **watch.seconds, "seconds": seconds}.items():
+        since_log[k] = since_log.get(k, 0) + v
+    progress.set_postfix_str(f"{batches[0].source} loss {loss:.3f}", refresh=False)
+    progress.update()
+    if not finite:
+        write_log({"iter": train["iter"], "loss": None, "source": batches[0].source, "skipped": train["skipped"]})
+        say(f"step {train['iter']} skipped: loss {loss:.3g}, gradient norm {grad_norm:.3g}")
+        if train["skipped_in_a_row"] >= max_skipped:
+            parallel.stop(f"{max_skipped} steps in a row had a loss or gradient that is not finite, the last is step {train['iter']}: "
+                          f"lower learning_rate (now {learning_rate:g}); the last checkpoint is untouched")  # fmt: skip
+    elif train["iter"] % log_interval == 0 or train["iter"] == max_iters:
+        spent = sum(since_log[k] for k in watch.seconds) or 1.0
+        entry = {"iter": train["iter"], "loss": loss, "source": batches[0].source, "lr": lr, "grad_norm": grad_norm,
+                 "tokens": train["tokens"], "seconds": round(train["seconds"], 3), "cpu_seconds": round(train["cpu_seconds"], 3),
+                 "tokens_per_second": round(since_log["tokens"] / since_log["seconds"], 1),
+                 **{k: round(since_log[k] / spent, 4) for k in watch.seconds},
+                 "own_right": round(since_log["own_right"] / since_log["own"], 4) if since_log["own"] else None,
+                 "unscored": round(since_log["unscored"] / since_log["answers"], 4) if since_log["answers"] else None,
+                 "memory_gb": round(hardware.peak_memory(device) / 1e9, 3), "skipped": train["skipped"]}  # fmt: skip
+        write_log(entry)
+        say(f"step {train['iter']}: loss {loss:.4f} ({batches[0].source}), lr {lr:.2e}, gradient {grad_norm:.2f}; sampling "
+            f"{entry['sampling']:.0%}, scoring {entry['scoring']:.0%}, learning {entry['learning']:.0%} of the time"
+            + (f", {entry['own_right']:.1%} of its own answers right" if since_log["own"] else "")
+            + (f", {entry['unscored']:.0%} of the answers without the teacher's opinion" if entry["unscored"] else ""))  # fmt: skip
+        since_log = {}
+    if sync_check_interval and (train["iter"] % sync_check_interval == 0 or train["iter"] == max_iters):
+        both = torch.tensor([loss, grad_norm], dtype=torch.float64, device=device)
+        problem = difference({**dict(net.named_parameters()), **{f"the average of {k}": v for k, v in (average or {}).items()},
+                              "the loss": both[:1], "the gradient norm": both[1:]})  # fmt: skip
+        if problem:
+            parallel.stop(f"processes are out of sync at step {train['iter']}: {problem}; go on from {ckpt_path} with --init_from=resume")
+    if train["iter"] % eval_interval == 0 or train["iter"] == max_iters or stopping:
+        if not stopping:
+            validate()
+        saved = save_checkpoint()
+        if master:
+            try:
+                logbook.draw_losses(out_dir)
+            except OSError as e:
+                say(f"could not draw loss.png: {e.strerror}")
+    if stopping:
+        break
+progress.close()
+ahead.close()
+if not saved:
+    parallel.stop(f"step {train['iter']} could not be saved to {ckpt_path}")
+if stopping:
+    why = f"by {interrupted[0][0]}" if interrupted else f"after {max_hours:g} hours" if max_hours else "by another process"
+    say(f"stopped {why} after step {train['iter']}; go on with --init_from=resume (saved to {ckpt_path})")
+else:
+    if tasks:
+        with autocast:
+            ours = check_student()
+        write_log({"iter": train["iter"], "student_solved": ours, "of": len(tasks)})
+        say(f"held-out puzzles solved: student {ours:.1%}, of {len(tasks)}")
+    if train["val_loss"] is not None:
+        say(f"text: validation loss {train['text_before']:.3f} before, {train['val_loss']:.3f} after")
+if world_size > 1:
+    torch.distributed.destroy_process_group()

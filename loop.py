@@ -1,0 +1,165 @@
+"""
+What a training loop needs whatever it trains on: train.py and distill.py share it.
+
+The learning rate's schedule, optimizers, averaged weights, validation, what a checkpoint holds, signals. Each is a function of what it is
+given and keeps nothing; the loops themselves are in the two scripts, from top to bottom.
+"""
+
+import contextlib
+import math
+import os
+import platform
+import signal
+import time
+
+import numpy as np
+import torch
+
+import checkpoint as ckpt
+import parallel
+import tokenizer as tok
+from model_dense import muon_and_adamw
+from parallel import gather, master, rank, world_size
+
+
+def learning_rate_at(it, *, schedule, learning_rate, min_lr, warmup_iters, decay_iters, max_iters):
+    """The rate of step `it`. Both schedules warm up linearly and end at min_lr, unless the plateau has no end."""
+    up = min(1.0, (it + 1) / max(1, warmup_iters))
+    if schedule == "cosine":
+        down = 0.5 + 0.5 * math.cos(math.pi * min(1.0, max(0, it - warmup_iters) / max(1, max_iters - warmup_iters)))
+    else:
+        down = min(1.0, (max_iters - it) / decay_iters) if decay_iters else 1.0
+    return min_lr + (learning_rate - min_lr) * min(up, down)
+
+
+def make_optimizers(net, name, weight_decay, learning_rate, betas):
+    """name: 'muon' or 'adamw', as in train.py -> list of optimizers, to be stepped one after the other."""
+    if name == "muon":
+        return muon_and_adamw(net, weight_decay, learning_rate, betas)
+    return [net.configure_optimizer(weight_decay, learning_rate, betas)]
+
+
+# -----------------------------------------------------------------------------
+# averaged weights
+
+
+@torch.no_grad()
+def follow(average, net, ema, iteration):
+    """Move the average a little towards the weights. Early on it follows closely: there is little to average."""
+    decay = min(ema, (1 + iteration) / (10 + iteration))
+    for k, v in net.state_dict().items():
+        average[k].lerp_(v, 1 - decay)
+
+
+@contextlib.contextmanager
+def averaged_weights(net, average):
+    """Inside, the model has the averaged weights, if there are any (average: a state dict, or None)."""
+    if average is None:
+        yield
+        return
+    own = {k: v.detach().clone() for k, v in net.state_dict().items()}
+    net.load_state_dict(average)
+    yield
+    net.load_state_dict(own)
+
+
+@torch.no_grad()
+def validate(net, average, loader, eval_batches, autocast, device):
+    """-> ({source: mean loss}, mean over the sources of text or None), each process on its share of the batches."""
+    net.eval()
+    sums = {}
+    with averaged_weights(net, average):
+        for mode in ("text", "puzzle"):
+            for name, _, idx, targets in loader.val_batches(mode, eval_batches):
+                with autocast:
+                    loss = net(idx.to(device), targets.to(device), mode=mode)[1]
+                total = sums.setdefault(name, [0.0, 0.0])
+                total[0] += loss.item() * len(idx)
+                total[1] += len(idx)
+    net.train()
+    names = [name for _, name, _ in loader.val]
+    flat = parallel.sums([x for name in names for x in sums.get(name, [0.0, 0.0])], device)
+    losses = {name: flat[2 * i] / flat[2 * i + 1] for i, name in enumerate(names) if flat[2 * i + 1]}
+    text = [losses[name] for kind, name, _ in loader.val if kind == "text" and name in losses]
+    return losses, sum(text) / len(text) if text else None
+
+
+# -----------------------------------------------------------------------------
+# checkpoints: what the rest of a run depends on. All processes call these, and the first one writes.
+
+
+def everyones_carries(carries, device):
+    """carries: {(number, length): dict of tensors} of this process -> {'number/length': on the CPU} of all processes, on the first."""
+    mine, everyones = sorted(carries), {}
+    for i in range(int(max(parallel.sums([len(mine) * (r == rank) for r in range(world_size)], device)))):
+        # one by one: all carries of all processes at once can be gigabytes
+        part = {f"{mine[i][0]}/{mine[i][1]}": {k: v.cpu() for k, v in carries[mine[i]].items()}} if i < len(mine) else {}
+        for some in gather(part):
+            everyones.update(some)
+    return everyones
+
+
+def own_carries(everyones, device):
+    """The inverse: each process takes those of the batches that are now its own."""
+    carries = {}
+    for key, carry in everyones.items():
+        number, length = map(int, key.split("/"))
+        if number % world_size == rank:
+            carries[number, length] = {k: v.to(device) for k, v in carry.items()}
+    return carries
+
+
+def random_states(device_type):
+    """The states of PyTorch's generators in every process, on the first."""
+    return gather({"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if device_type == "cuda" else None})
+
+
+def restore_random_state(states, device_type):
+    """states: as `random_states` gave them, to as many processes as then."""
+    torch.set_rng_state(states[rank]["cpu"])
+    if device_type == "cuda" and states[rank]["cuda"] is not None:
+        torch.cuda.set_rng_state(states[rank]["cuda"])
+
+
+def save_checkpoint(path, net, model, config, average, train, device, say):
+    """
+    Write a checkpoint (checkpoint.py has its format). train: what the script needs to go on. Returns whether it is on disk; if not, that
+    has been said, and the checkpoint before is untouched.
+    """
+    saved = True
+    if master:
+        try:
+            ckpt.save({
+                "format": ckpt.CHECKPOINT_FORMAT, "model": model, "model_config": dict(vars(net.config)), "weights": net.state_dict(),
+                "ema": average, "tokenizer": tok.fingerprint(), "config": config,
+                "versions": {"torch": str(torch.__version__), "cuda": torch.version.cuda, "numpy": np.__version__,
+                             "python": platform.python_version()},
+                "train": train,
+            }, path)  # fmt: skip
+        except OSError as e:
+            saved = False
+            kept = "the one before is untouched" if os.path.exists(path) else "there is none before it"
+            say(f"the checkpoint of step {train['iter']} could not be saved ({e.strerror or e}); {kept}, and training goes on")
+    return parallel.sums([saved], device)[0] == world_size
+
+
+# -----------------------------------------------------------------------------
+# signals
+
+
+def catch_signals():
+    """
+    From now on Ctrl-C and SIGTERM only append (name of the signal, when) to the list that this returns, for the loop to look at after
+    each step; a second one exits at once.
+    """
+    interrupted = []
+
+    def on_signal(number, frame):
+        # torchrun passes on a signal that the terminal has already sent to everyone: that is still the first one
+        if interrupted and not ("TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - interrupted[0][1] < 2):
+            os._exit(128 + number)
+        interrupted.append((signal.Signals(number).name, time.monotonic()))
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    return interrupted
