@@ -33,7 +33,7 @@ from model_dense import Attention, Config, rope_3d
 # the files that have the other benches
 ELSEWHERE = {
     "train": "bench_train", "sweep": "bench_train", "plan": "bench_train", "prepare": "bench_prepare",
-    "decode": "bench_models", "learn": "bench_models",
+    "decode": "bench_models", "learn": "bench_models", "answer": "bench_answer", "recursion": "bench_recursion",
 }  # fmt: skip
 
 # -----------------------------------------------------------------------------

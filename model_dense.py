@@ -186,7 +186,7 @@ class Block(nn.Module):
         h = x if self.post else self.norm_1(x)
         if self.kind == "a":
             h, cache = self.mixer(h, rope, cache, visible)
-        elif self.right_to_left and visible is not None:
+        elif self.right_to_left and visible is not None and cache is None and starts is None:  # on a canvas, not in text
             # Padding now comes first. As zeros it gives keys of zero, which write nothing: as if it were not there.
             h = self.mixer((h * visible[:, 0, 0, :, None]).flip(1))[0].flip(1)
         else:
@@ -519,6 +519,10 @@ class Model(nn.Module):
     # -------------------------------------------------------------------------
     # decoding
 
+    def empty_caches(self, batch_size):
+        """For each block, what it remembers before the first token."""
+        return [block.mixer.empty_cache(batch_size) for block in self.blocks]
+
     def read(self, prompts):
         """prompts: (B, T) long, or a list of (T_b,) long, none empty -> what the head reads after their last tokens (B, n_embd), a Past."""
         device, T = self.wte.weight.device, max(len(p) for p in prompts)
@@ -529,7 +533,7 @@ class Model(nn.Module):
         begin = torch.tensor([T - len(p) for p in prompts], device=device)
         starts[torch.arange(len(prompts), device=device), begin] = True
         masked = bool(starts[:, 1:].any())
-        caches = [block.mixer.empty_cache(len(idx)) for block in self.blocks]
+        caches = self.empty_caches(len(idx))
         positions = arc.positions(idx)
         x = self.hidden(idx, positions, caches, *((same_document(starts), starts) if masked else ()))
         first = torch.where(starts, torch.arange(T, device=device), 0).amax(1)

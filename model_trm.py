@@ -6,9 +6,11 @@ per token: x the embedded input, y the current answer, z a latent scratchpad. Wi
 of KDA to one of full attention):
 
     recursion           n times  z = f(x + y + z),   then  y = f(y + z)
-    supervision step    T - 1 recursions without gradient, one with; then a loss on what y says, and y, z are carried on, detached
-    training            up to n_sup supervision steps per puzzle, an optimizer step after each
-    answering           n_sup supervision steps
+    supervision step    T recursions, of which the last n_grad (published: 1) have a gradient; then a loss on what y says
+    training            up to n_sup supervision steps per puzzle, an optimizer step after each; y and z are carried on, detached
+    answering           n_sup supervision steps, or fewer for a puzzle whose answer the halting head believes in
+
+So a puzzle gets n_sup * T * (n + 1) passes through the core, and training keeps the activations of only n_grad * (n + 1) of them.
 
 Puzzles are answered on a canvas: the answer's place is written into the row as blank cells, and every cell is predicted at once,
 again and again. Full attention then sees both ways, and one in three KDA layers reads from the end. Text is causal and asks for
@@ -16,7 +18,9 @@ the next token, as in Route A; each of the passes through the core keeps its own
 
 The published model learns an embedding per task, and cannot touch a task it was not trained on. Here the task is in the row.
 
-Run `python model_trm.py` to see the 100M model described. Before this: model_dense.py. Next to read: train.py.
+The file in order: settings; the recursion; reading text; learning puzzles; answering them.
+
+Run `python model_trm.py` to see the 100M model described, and what a token costs. Before this: model_dense.py. Next to read: train.py.
 """
 
 from dataclasses import dataclass
@@ -34,13 +38,15 @@ from model_dense import (
     check_config,
     core_flops_per_token,
     describe,
+    document_starts,
     make_blocks,
     rope_3d,
     row_shares,
     run_blocks,
-    sample,
+    same_document,
     split_parameters,
 )  # fmt: skip
+from model_dense import Model as RouteA
 
 ANSWER_IDS = [*range(tok.CELL0, tok.CELL0 + 10), tok.VOID]  # what a canvas cell can become
 ANSWER_TOKENS = 8192  # positions per batch when answering: memory stays the same for short and long tasks
@@ -61,12 +67,15 @@ class Config:
     rope_base: float = 100.0
     norm_eps: float = 1e-5
     n_latent: int = 6  # n: latent updates per recursion, in puzzles
-    n_recursion: int = 3  # T: recursions per supervision step, all but the last without gradient
+    n_recursion: int = 3  # T: recursions per supervision step
+    n_grad: int = 1  # of them with gradient, the last ones; more is truncated backpropagation further back, and as much more memory
     n_sup: int = 16  # supervision steps per puzzle, at most
-    text_n_latent: int = 1  # the same three for text, where every one of them multiplies the cost of a token
+    text_n_latent: int = 1  # the same four for text, where all but the third multiply the cost of a token
     text_n_recursion: int = 1
+    text_n_grad: int = 1
     text_n_sup: int = 1
     right_to_left: bool = True  # in puzzles, the second of every three KDA layers reads from the end (measured in LOG.md)
+    separate_documents: bool = True  # text: as in Route A
     recompute: bool = False  # as in Route A
     halt_exploration: float = 0.1  # share of puzzles that must go on for a random number of steps whatever the halting head says
 
@@ -78,19 +87,27 @@ class Model(nn.Module):
     def __init__(self, config):
         super().__init__()
         check_config(config)
-        for name in ("n_latent", "n_recursion", "n_sup", "text_n_latent", "text_n_recursion", "text_n_sup"):
+        names = ("n_latent", "n_recursion", "n_grad", "n_sup")
+        for name in (*names, *(f"text_{name}" for name in names)):
             if getattr(config, name) < 1:
                 raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+        for name, most in (("n_grad", "n_recursion"), ("text_n_grad", "text_n_recursion")):
+            if getattr(config, name) > getattr(config, most):
+                raise ValueError(f"{name}={getattr(config, name)} recursions cannot have a gradient: {most}={getattr(config, most)}")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = make_blocks(config, post=True, right_to_left=config.right_to_left)
         self.q_head = nn.Linear(config.n_embd, 1)  # is the answer all correct?
         self.register_buffer("y_init", torch.randn(config.n_embd).clamp(-2, 2))
         self.register_buffer("z_init", torch.randn(config.n_embd).clamp(-2, 2))
-        # Post-norm keeps every vector at length sqrt(n_embd), so branches start at full size. x is scaled to match y and z.
+        # Post-norm keeps every vector at length sqrt(n_embd), and x is scaled to match. What it does not keep is the gradient: a
+        # branch as large as the stream it joins makes it grow, and it goes through n_layer * (n_latent + 1) layers and more. The last
+        # matrix of each branch is therefore smaller, and smaller in a deeper core: then a pass hands on about as much as it gets.
         for name, p in self.named_parameters():
             if name.endswith("f_proj.1.weight"):
                 nn.init.zeros_(p)  # as in Route A: KDA first forgets at the pace of its dt_bias alone
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                nn.init.normal_(p, std=(2 / config.n_layer / p.shape[1]) ** 0.5)
             elif p.ndim == 2:
                 nn.init.normal_(p, std=p.shape[1] ** -0.5)
             elif name.endswith("bias") and not name.endswith("dt_bias"):
@@ -101,18 +118,28 @@ class Model(nn.Module):
         """All of them; the embedding is also the output head and counts once."""
         return sum(p.numel() for p in self.parameters())
 
+    def recursion(self, mode):
+        """(n, T, n_grad) in mode "text" or "puzzle"."""
+        c = self.config
+        if mode == "puzzle":
+            return c.n_latent, c.n_recursion, c.n_grad
+        return c.text_n_latent, c.text_n_recursion, c.text_n_grad
+
     def passes(self, mode):
         """How often one supervision step goes through the core: (all passes, those with gradient)."""
-        c = self.config
-        n, T = (c.n_latent, c.n_recursion) if mode == "puzzle" else (c.text_n_latent, c.text_n_recursion)
-        return T * (n + 1), n + 1
+        n, T, n_grad = self.recursion(mode)
+        return T * (n + 1), n_grad * (n + 1)
 
     def flops_per_token(self, context, mode="text", training=False):
-        """FLOPs per token of one supervision step, forward, or forward and backward; head left out in puzzles, as in Route A."""
+        """
+        FLOPs per token, forward, or forward and backward: of all supervision steps of text, of one of a puzzle, where the head is left
+        out as in Route A. Canvases see both ways, which is twice Route A's attention.
+        """
         forward, backward = self.passes(mode)
+        steps, backward = (self.config.text_n_sup if mode == "text" else 1), backward if training else 0
+        core = core_flops_per_token(self.config, context * (2 if mode == "puzzle" else 1)) * (forward + 2 * backward)
         head = 2 * self.config.n_embd * self.config.vocab_size if mode == "text" else 0
-        core = core_flops_per_token(self.config, context) * (forward + (2 * backward if training else 0))
-        return (core + head * (3 if training else 1)) * (self.config.text_n_sup if mode == "text" else 1)
+        return steps * core + head * (3 * steps if training else 1)  # the head is read after the last step, and learns after each
 
     def configure_optimizer(self, weight_decay, learning_rate, betas):
         return torch.optim.AdamW(split_parameters(self, weight_decay), lr=learning_rate, betas=betas, fused=True)
@@ -120,30 +147,18 @@ class Model(nn.Module):
     # -------------------------------------------------------------------------
     # the recursion
 
-    def embed(self, idx, positions=None):
+    def supervision_step(self, x, y, z, mode, rope, visible=None, starts=None, caches=None):
         """
-        idx (B, T) -> x (B, T, n_embd) of about unit size per channel, and the rotation of its positions.
-
-        A blank cell of the canvas also gets the embedding of the test input's cell at the same place. Most puzzles keep most
-        cells; without this the core must first discover how to look up one cell among all (measured in LOG.md).
+        x, y, z (B, L, n_embd) -> y, z after T recursions, of which the last n_grad have a gradient. visible and starts as in run_blocks;
+        caches: an iterator over one list of block caches per pass through the core, or None.
         """
-        positions = arc.positions(idx) if positions is None else positions
-        rope = rope_3d(positions, self.config.n_embd // self.config.n_head, self.config.rope_base)
-        above = arc.same_place(idx, positions)
-        x = self.wte(idx) + self.wte(above) * (above != tok.BLANK).unsqueeze(-1)
-        return x * self.config.n_embd**0.5, rope
-
-    def supervision_step(self, x, y, z, n, T, rope, visible=None, caches=None):
-        """
-        x, y, z (B, L, n_embd) -> y, z after T recursions, of which the last has a gradient. caches: an iterator over one list of
-        block caches per pass through the core, or None.
-        """
+        n, T, n_grad = self.recursion(mode)
 
         def f(h):
-            return run_blocks(self.blocks, h, rope, None if caches is None else next(caches), visible, self.config.recompute)
+            return run_blocks(self.blocks, h, rope, None if caches is None else next(caches), visible, self.config.recompute, starts)
 
         for t in range(T):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and t == T - 1):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and t >= T - n_grad):
                 for _ in range(n):
                     z = f(x + y + z)
                 y = f(y + z)
@@ -153,16 +168,13 @@ class Model(nn.Module):
         """The first y and z, for every position alike."""
         return self.y_init.to(x.dtype).expand_as(x), self.z_init.to(x.dtype).expand_as(x)
 
-    def halt_logit(self, y):
-        """y (B, L, n_embd) -> (B,): above 0, the model thinks the answer is all correct. Read at the first token."""
-        return self.q_head(y[:, 0]).squeeze(-1).float()
-
-    # -------------------------------------------------------------------------
-    # training
+    def rope(self, positions):
+        return rope_3d(positions, self.config.n_embd // self.config.n_head, self.config.rope_base)
 
     def forward(self, idx, targets=None, *, mode="text", carry=None):
         """
-        idx (B, L) of token ids, right-padded with PAD in puzzles; targets (B, L), IGNORE where there is no loss.
+        idx (B, L) of token ids. In mode "text" a row may hold many documents; in mode "puzzle" it is one, right-padded with PAD. targets
+        (B, L), IGNORE where there is no loss.
         Without targets: logits, None, None; (B, L, vocab_size) in mode "text", in mode "puzzle" (B, L, 11) over ANSWER_IDS after
         n_sup supervision steps. With targets: None, the loss, the carry. In training, mode "puzzle" takes one supervision step,
         on the rows that the carry still holds and on rows of idx in place of those that have halted. Evaluated, it takes all
@@ -172,29 +184,71 @@ class Model(nn.Module):
             return self.forward_text(idx, targets)
         if targets is not None and self.training:
             return self.forward_carried(idx, targets, carry)
-        for y, _ in self.think(idx):
+        for _, y, _ in self.think(idx):
             pass
         if targets is None:
             return F.linear(y, self.wte.weight[ANSWER_IDS]), None, None
-        keep = targets != IGNORE
-        return None, self.canvas_loss(y, targets, keep)[0], None
+        return None, self.canvas_loss(y, targets, targets != IGNORE)[0], None
+
+    # -------------------------------------------------------------------------
+    # reading text
+
+    def read_steps(self, idx, positions=None, caches=None, visible=None, starts=None):
+        """idx (B, T) of text -> y (B, T, n_embd), which the head reads, after each of text_n_sup supervision steps."""
+        x = self.wte(idx) * self.config.n_embd**0.5
+        rope = self.rope(arc.positions(idx) if positions is None else positions)
+        y, z = self.start(x)
+        each_pass = None if caches is None else iter(caches)
+        for _ in range(self.config.text_n_sup):
+            y, z = self.supervision_step(x, y.detach(), z.detach(), "text", rope, visible, starts, each_pass)
+            yield y
 
     def forward_text(self, idx, targets):
-        x, rope = self.embed(idx)
-        y, z = self.start(x)
-        losses = []
-        for _ in range(self.config.text_n_sup):
-            y, z = self.supervision_step(x, y.detach(), z.detach(), self.config.text_n_latent, self.config.text_n_recursion, rope)
-            if targets is not None:
-                keep = targets != IGNORE
-                share = torch.full((int(keep.sum()),), 1.0, device=idx.device) / keep.sum()
-                losses.append(LinearCrossEntropy.apply(y[keep], self.wte.weight, targets[keep], share))
+        starts = document_starts(idx) if self.config.separate_documents else None
+        steps = self.read_steps(idx, visible=None if starts is None else same_document(starts), starts=starts)
         if targets is None:
+            *_, y = steps
             return F.linear(y, self.wte.weight), None, None
+        keep = targets != IGNORE
+        share = torch.full((int(keep.sum()),), 1.0, device=idx.device) / keep.sum()
+        losses = [LinearCrossEntropy.apply(y[keep], self.wte.weight, targets[keep], share) for y in steps]
         if not self.training:
             return None, losses[-1], None
         # The halting head has nothing to say about text. Times zero it still gets a gradient, which DDP waits for.
-        return None, sum(losses) / len(losses) + 0.0 * self.halt_logit(y).sum(), None
+        return None, sum(losses) / len(losses) + 0.0 * sum(p.sum() for p in self.q_head.parameters()), None
+
+    # Decoding is Route A's, word for word. Only its hidden() is another: every pass through the core has caches of its own, since what a
+    # position held in pass 5 is what later positions look up in pass 5.
+    read, read_on, generate = RouteA.read, RouteA.read_on, RouteA.generate
+
+    def hidden(self, idx, positions=None, caches=None, visible=None, starts=None):
+        *_, y = self.read_steps(idx, positions, caches, visible, starts)
+        return y
+
+    def empty_caches(self, batch_size):
+        """For each pass through the core, for each block, what it remembers before the first token."""
+        passes = self.config.text_n_sup * self.passes("text")[0]
+        return [[block.mixer.empty_cache(batch_size) for block in self.blocks] for _ in range(passes)]
+
+    # -------------------------------------------------------------------------
+    # learning puzzles
+
+    def embed_canvas(self, idx):
+        """
+        idx (B, L) -> x (B, L, n_embd) of about unit size per channel, the rotation of its positions, and who can be seen.
+
+        A blank cell of the canvas also gets the embedding of the test input's cell at the same place. Most puzzles keep most
+        cells; without this the core must first discover how to look up one cell among all (measured in LOG.md).
+        """
+        positions = arc.positions(idx)
+        above = arc.same_place(idx, positions)
+        x = self.wte(idx) + self.wte(above) * (above != tok.BLANK).unsqueeze(-1)
+        # Everyone sees everyone, padding excepted. Never None, even without padding: None is causal.
+        return x * self.config.n_embd**0.5, self.rope(positions), (idx != tok.PAD)[:, None, None, :]
+
+    def halt_logit(self, y):
+        """y (B, L, n_embd) -> (B,): above 0, the model thinks the answer is all correct. Read at the first token."""
+        return self.q_head(y[:, 0]).squeeze(-1).float()
 
     def canvas_loss(self, y, targets, keep):
         """The loss at the canvas cells keep (B, L), and for each row whether all of them are right (B,)."""
@@ -227,11 +281,11 @@ class Model(nn.Module):
         new = carry["halted"]
         rows = {k: torch.where(new.view(-1, *[1] * (v.ndim - 1)), v, carry[k]) for k, v in fresh.items()}
         steps = torch.where(new, 0, carry["steps"]) + 1
-        x, rope = self.embed(rows["idx"])
+        x, rope, visible = self.embed_canvas(rows["idx"])
         y, z = self.start(x)
         if "y" in carry:
             y, z = (torch.where(new[:, None, None], first, carry[k].to(x.dtype)) for first, k in ((y, "y"), (z, "z")))
-        y, z = self.supervision_step(x, y, z, self.config.n_latent, self.config.n_recursion, rope, visible(rows["idx"]))
+        y, z = self.supervision_step(x, y, z, "puzzle", rope, visible)
         return y, {**rows, "y": y.detach(), "z": z.detach(), "steps": steps}
 
     @torch.no_grad()
@@ -254,36 +308,24 @@ class Model(nn.Module):
     # -------------------------------------------------------------------------
     # answering
 
-    def think(self, idx, n_sup=None):
-        """Yields (y (B, L, n_embd), halting probability (B,)) after each supervision step on the puzzles idx (B, L)."""
-        x, rope = self.embed(idx)
+    def think(self, idx, n_sup=None, halt=None):
+        """
+        On puzzles idx (B, L), yields after each supervision step (rows, y, halting probability): rows (R,) of idx are still being
+        thought about, y (R, L, n_embd) is what they say, with probability (R,) all correct. A row whose probability has passed
+        `halt` leaves the batch, so it costs nothing any more; None: all rows take all n_sup steps.
+        """
+        x, rope, visible = self.embed_canvas(idx)
         y, z = self.start(x)
+        rows = torch.arange(len(idx), device=idx.device)
         for _ in range(n_sup or self.config.n_sup):
-            y, z = self.supervision_step(x, y, z, self.config.n_latent, self.config.n_recursion, rope, visible(idx))
-            yield y, self.halt_logit(y).sigmoid()
-
-    @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=(tok.EOT,), generator=None):
-        """
-        Continue idx (B, T), a token at a time: yields (B,) ids as they are drawn, and ends when row 0 draws one of `stop`. Every
-        pass through the core has its own cache: what a position held in pass 5 is what later positions look up in pass 5.
-        """
-        config = self.config
-        passes = config.text_n_sup * self.passes("text")[0]
-        caches = [[block.mixer.empty_cache(len(idx)) for block in self.blocks] for _ in range(passes)]
-        new = idx
-        for _ in range(max_new_tokens):
-            x, rope = self.embed(new, arc.positions(idx)[:, -new.shape[1] :])
-            y, z = self.start(x)
-            each_pass = iter(caches)
-            for _ in range(config.text_n_sup):
-                y, z = self.supervision_step(x, y, z, config.text_n_latent, config.text_n_recursion, rope, caches=each_pass)
-            drawn = sample(F.linear(y[:, -1], self.wte.weight), temperature, top_k, top_p, generator)
-            yield drawn
-            if drawn[0].item() in stop:
-                return
-            new = drawn.unsqueeze(1)
-            idx = torch.cat([idx, new], 1)
+            y, z = self.supervision_step(x, y, z, "puzzle", rope, visible)
+            p = self.halt_logit(y).sigmoid()
+            yield rows, y, p
+            if halt is not None and (p > halt).any():
+                on = p <= halt
+                if not on.any():
+                    return
+                rows, x, y, z, visible, rope = rows[on], x[on], y[on], z[on], visible[on], tuple(t[on] for t in rope)
 
     def canvases(self, tasks):
         """
@@ -309,22 +351,23 @@ class Model(nn.Module):
             yield [(i, j, shape, len(ids) - shape[0] * (shape[1] + 1)) for i, j, shape, ids in part], idx.to(self.wte.weight.device)
 
     @torch.no_grad()
-    def answer(self, tasks, n_sup=None, trace=False):
+    def answer(self, tasks, n_sup=None, trace=False, halt=None):
         """
         Solve tasks, whose test outputs are not read. Returns for each task, for each of its test inputs, a list of (grid, halting
         probability): the last step's answer first, then the different ones that earlier steps gave, latest first. None where the
         row does not fit into block_size. With trace, the list holds instead the answer after every supervision step, first to
-        last, with None for a canvas declared all void.
+        last, with None for a canvas declared all void. Steps are n_sup (None: as configured), fewer for rows that pass `halt`, a
+        probability (None: none do).
         """
         answers = [[None] * len(task.test) for task in tasks]
         for where, idx in self.canvases(tasks):
-            steps = []
-            for y, p in self.think(idx, n_sup):
-                choice = F.linear(y, self.wte.weight[ANSWER_IDS]).argmax(-1).cpu()
-                steps.append((torch.tensor(ANSWER_IDS)[choice].numpy(), p.tolist()))
-            for b, (i, j, shape, start) in enumerate(where):
-                stop = start + shape[0] * (shape[1] + 1)
-                grids = [(arc.read_canvas(ids[b, start:stop], shape), p[b]) for ids, p in steps]
+            steps = [[] for _ in where]
+            for rows, y, p in self.think(idx, n_sup, halt):
+                choice = torch.tensor(ANSWER_IDS)[F.linear(y, self.wte.weight[ANSWER_IDS]).argmax(-1).cpu()].numpy()
+                for row, ids, probability in zip(rows.tolist(), choice, p.tolist()):
+                    _, _, shape, start = where[row]
+                    steps[row].append((arc.read_canvas(ids[start : start + shape[0] * (shape[1] + 1)], shape), probability))
+            for (i, j, _, _), grids in zip(where, steps):
                 if not trace:
                     distinct = {}
                     for grid, p in reversed(grids):
@@ -343,7 +386,7 @@ class Model(nn.Module):
         """
         out = [[None] * len(task.test) for task in tasks]
         for where, idx in self.canvases(tasks):
-            for y, _ in self.think(idx):
+            for _, y, _ in self.think(idx):
                 pass
             log_p = F.linear(y, self.wte.weight[ANSWER_IDS]).float().log_softmax(-1).cpu().numpy()
             for b, (i, j, (rows, columns), start) in enumerate(where):
@@ -356,11 +399,21 @@ class Model(nn.Module):
         return out
 
 
-def visible(idx):
-    """idx (B, L) -> (B, 1, 1, L): in puzzles everyone sees everyone, padding excepted. Not None, even without padding: None is causal."""
-    return (idx != tok.PAD)[:, None, None, :]
+def describe_recursion(model, context=1024):
+    """Print what n, T and n_sup make of the cost of a token, mode by mode."""
+    c = model.config
+    print(f"\n   at a context of {context:,}        passes through the core     MFLOP per token and step    MFLOP per token,")
+    print("            n  T  n_grad  n_sup    per step, with gradient      forward, training         all steps, forward")
+    for mode, n_sup in (("text", c.text_n_sup), ("puzzle", c.n_sup)):
+        n, T, n_grad = model.recursion(mode)
+        steps_counted = c.text_n_sup if mode == "text" else 1
+        forward, training = (model.flops_per_token(context, mode, t) / steps_counted / 1e6 for t in (False, True))
+        all_passes, kept = model.passes(mode)
+        print(f"   {mode:6s} {n:4d} {T:2d} {n_grad:7d} {n_sup:6d} {all_passes:11d} {kept:14d} {forward:12,.0f} {training:9,.0f} "
+              f"{forward * n_sup:27,.0f}")  # fmt: skip
 
 
 if __name__ == "__main__":
     model = Model(Config())
     describe(model, passes=model.config.text_n_sup * model.passes("text")[0])
+    describe_recursion(model)

@@ -208,7 +208,7 @@ class Ours:
     def canvas_frames(self, tasks):
         frames = [None] * len(tasks)
         for where, idx in self.model.canvases(tasks):
-            for y, _ in self.model.think(idx, self.n_sup):
+            for _, y, _ in self.model.think(idx, self.n_sup):
                 pass
             log_p = F.linear(y, self.model.wte.weight[ANSWER_IDS]).float().log_softmax(-1).cpu()
             for row, (i, _, (h, w), start) in zip(log_p, where):
