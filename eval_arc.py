@@ -10,10 +10,46 @@ of puzzles.py. A task is solved when all its test outputs are right in every cel
 arc1 and arc2, as ARC's rules allow, one in puzzles. A task that does not fit into the model's block_size is not solved and is
 counted in `too_long` as well. The model is handed tasks with their test outputs taken out.
 
-The JSON is {"route_a": {...}, "route_b": {...}}: figures by model, see `report_on`. The picture shows a few tasks of each suite,
-Route B's answer after each supervision step, and crosses on wrong cells.
+What is written, all of it into --out_dir:
 
-Read next: arc.score (what counts as right), `answer` in model_dense.py and model_trm.py, sample.py (one task, in the terminal).
+eval.json: {model name: report}. A report says which checkpoint it is (params, checkpoint, sha256, iter, model, config, data: {stage, tag,
+sources}, ...), how it was evaluated (settings, device, seconds, gpu_hours, protocol: 'inductive', 'ttt' or 'transductive') and what came
+out, suites: {suite: figures}:
+
+    total, solved, interval         tasks; interval: 95% of solved / total, [low, high]
+    outputs_total, outputs_solved, outputs_interval         test outputs, the same way
+    attempts                        how many answers to a test input count
+    pass_1, pass_2, oracle          tasks solved with one attempt, two, and with any number of the candidates there were
+    candidates                      different candidates per test input, mean
+    too_long, too_long_ids          tasks with a test input that does not fit into the model's block_size
+    by_size                         {'1-25', ...: [solved, total]} test outputs by the number of their cells
+    verdicts                        {'right', 'differs', 'breaks a rule', 'unfinished', 'wrong size', 'no answer': count}, first attempts
+    cells_right, cells_right_by_copying     share of cells right in the first attempt, and if the input itself were the answer
+    against                         {other model: {only_this, only_other, p}}: tasks that one solves and the other does not, exact McNemar
+    seconds, available              time taken; tasks that the suite has, of which --limit may have taken the first
+
+answers.jsonl: a line for every model, suite and task tried, {...}:
+
+    model, suite, id, kind          kind: arc, sudoku, maze, logic
+    solved, too_long, seconds
+    demonstrations                  [[input, output], ...]: grids; a grid is a list of strings, a row each, a digit each cell
+    test                            for each test input {
+        input, expected             grids (expected: null where nobody knows it). Text in suites of text (logic): there, strings
+        attempts                    [grid or null, ...], best first, as many as count; strings in suites of text
+        right                       [bool, ...] of each attempt
+        solved, oracle, verdict     one of the attempts right; any candidate right; what the first attempt is, as in `verdicts`
+        votes, scores               of each attempt: views and samples that gave it; the model's own score (Route A: mean log-probability
+                                    of a cell; Route B: halting probability)
+        candidates                  how many different ones there were
+        programs                    [text or null, ...]: of each attempt, the program that gave it, if one did
+        steps                       Route B, on the task as it is: [[grid or null, halting probability], ...] after each supervision step
+    }
+    key                             what the answer depends on, hashed: a run that was killed goes on after the tasks with its own keys
+
+Suites of text (logic) have no demonstrations. Figures of suites that are not tasks (language, lm_eval:...) are in eval.json alone, as
+language.py gives them.
+
+Read next: candidates.py (how a model comes to its attempts), scores.py (what counts as right), sample.py (one task, in the terminal).
 """
 import argparse
 import difflib
