@@ -16,6 +16,7 @@ recursive core out of the same Block, then train.py.
 """
 
 import dataclasses
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -389,6 +390,15 @@ class Past:
     place: torch.Tensor
     grids: torch.Tensor  # (B,) grids opened in the current document
 
+    def repeat(self, n):
+        """What B rows have read, as B * n rows, each n times in turn: a prompt is read once, and continued n times."""
+        def rows(value):
+            if isinstance(value, torch.Tensor):
+                return value.repeat_interleave(n, 0)
+            return tuple(map(rows, value)) if isinstance(value, tuple) else value
+
+        return Past(*(([rows(c) for c in v] if isinstance(v, list) else rows(v)) for v in vars(self).values()))
+
 
 def next_place(grids, place, before, token):
     """
@@ -525,11 +535,12 @@ class Model(nn.Module):
             x = self.read_on(drawn, past)
 
     @torch.no_grad()
-    def answer(self, tasks):
+    def answer(self, tasks, samples=1, temperature=1.0, seed=0):
         """
-        Solve tasks greedily, left to right, under the grammar of grids: only tokens that can follow are allowed, so every answer
-        parses. tasks: list of arc.Task, whose test outputs are not read. Returns for each task, for each of its test inputs, a
-        list of (grid, log-probability), best first; None where prompt and answer do not fit into block_size.
+        Solve tasks left to right, under the grammar of grids: only tokens that can follow are allowed, so every answer parses.
+        tasks: list of arc.Task, whose test outputs are not read. Returns for each task, for each of its test inputs, a list of
+        `samples` (grid, log-probability), the likeliest token at every place first, then drawn at `temperature` from one reading of the
+        prompt; None where prompt and answer do not fit into block_size. A draw depends on seed and prompt, not on what else is asked.
         """
         answers = [[None] * len(task.test) for task in tasks]
         questions = []
@@ -539,20 +550,29 @@ class Model(nn.Module):
                 limit = arc.canvas_shape(task.train, test_input)
                 if len(prompt) + limit[0] * (limit[1] + 1) <= self.config.block_size:
                     questions.append((i, j, torch.from_numpy(prompt.astype(np.int64)), limit))
-        for part in batches_by_length(questions, lambda q: len(q[2]) + q[3][0] * (q[3][1] + 1)):
-            for (i, j, _, _), candidate in zip(part, self._decode_grids([q[2] for q in part], [q[3] for q in part])):
-                answers[i][j] = [candidate]
+        for part in batches_by_length(questions, lambda q: samples * (len(q[2]) + q[3][0] * (q[3][1] + 1))):
+            noise = [None if n == 0 else np.random.default_rng([seed, n, *np.frombuffer(hashlib.sha256(q[2].numpy()).digest(), "<u4")])
+                     for q in part for n in range(samples)]  # fmt: skip
+            drawn = self._decode_grids([q[2] for q in part], [q[3] for q in part], samples, temperature, noise)
+            for n, (i, j, _, _) in enumerate(part):
+                answers[i][j] = drawn[n * samples : (n + 1) * samples]
         return answers
 
-    def _decode_grids(self, prompts, limits):
-        """prompts: list of (T_b,) long; limits: for each (most rows, most columns) -> list of (grid, log-probability)."""
+    def _decode_grids(self, prompts, limits, samples, temperature, noise):
+        """
+        prompts: list of (T_b,) long; limits: for each (most rows, most columns); noise: for each of the samples of each prompt a
+        np.random.Generator to draw with, None to take the likeliest -> list of (grid, log-probability), len(prompts) * samples.
+        """
         device = self.wte.weight.device
         ids = torch.tensor([*range(tok.CELL0, tok.CELL0 + 10), tok.ROW, tok.EOT], device=device)  # the colours, then these two
         ROW, END = 10, 11
         head = self.wte.weight[ids]
-        rows = [[[]] for _ in prompts]  # of each answer; the last one is being written
-        score, done = [0.0] * len(prompts), [False] * len(prompts)
+        limits = [limit for limit in limits for _ in range(samples)]
+        rows = [[[]] for _ in limits]  # of each answer; the last one is being written
+        score, done = [0.0] * len(limits), [False] * len(limits)
         x, past = self.read(prompts)
+        if samples > 1:
+            x, past = x.repeat_interleave(samples, 0), past.repeat(samples)
         while True:
             logits = F.linear(x, head).float().cpu()
             allowed = torch.full_like(logits, -torch.inf)
@@ -567,7 +587,11 @@ class Model(nn.Module):
                 else:  # between rows: stop, or begin another
                     allowed[b, END] = 0
                     allowed[b, :ROW] = 0 if len(rows[b]) <= most_rows else -torch.inf
-            log_p, drawn = (logits + allowed).log_softmax(-1).max(-1)
+            log_p = (logits + allowed).log_softmax(-1)
+            # the largest of log p / temperature + Gumbel noise is a draw from that distribution
+            gumbel = np.stack([np.zeros(len(ids)) if rng is None else temperature * rng.gumbel(size=len(ids)) for rng in noise])
+            drawn = (log_p + torch.from_numpy(gumbel)).argmax(-1)
+            log_p = log_p.gather(1, drawn[:, None])[:, 0]
             for b, choice in enumerate(drawn.tolist()):
                 if done[b]:
                     continue
