@@ -41,7 +41,13 @@ SEEDS = {"sudoku9_medium": 90042, "sudoku9_hard": 90054, "logic": 7117}  # chang
 GROUPS = {"sudoku": ("sudoku4", "sudoku9", *HARDER, "sudoku_extreme"), "maze": ("maze", "maze_hard")}
 SUITES = (*ARC_SUITES, *puzzles.SUITES, *HARDER, *FILES, "logic")
 ALL = ", ".join(dict.fromkeys((*SUITES, *GROUPS, "language", "lm_eval:NAME")))
+IN_WORDS = ("logic",)
 RAW = os.path.join("data", "raw")
+
+
+def is_tasks(name):
+    """Is the suite one of tasks, rather than one that language.py measures?"""
+    return name != "language" and not name.startswith("lm_eval:")
 
 
 def found(name):
@@ -51,7 +57,7 @@ def found(name):
 
 def default():
     """The names of all suites that are there, language last: what is asked when nobody says what to ask."""
-    return [name for name in ("arc1", "arc2", *GROUPS["sudoku"], *GROUPS["maze"], "transforms", "logic") if found(name)] + ["language"]
+    return [name for name in ("arc1", "arc2", *GROUPS["sudoku"], *GROUPS["maze"], "transforms", "logic") if found(name)]
 
 
 def names(text):
