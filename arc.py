@@ -17,6 +17,7 @@ import argparse
 import difflib
 import hashlib
 import io
+import json
 import os
 import shutil
 import sys
@@ -91,6 +92,55 @@ def find(task_id):
     known = sorted({i for name in SETS for i in _raw(name)})
     closest = difflib.get_close_matches(task_id, known, n=3, cutoff=0)
     raise ValueError(f"no ARC task has the id {task_id!r}: the closest are {', '.join(closest)}")
+
+
+def read_tasks(path):
+    """
+    Tasks from elsewhere -> list[Task], sorted by id: a folder of ARC-style JSON files, one task each, named by its id; or one JSON file of
+    many, {id: task}. A test input may come without its output, which is None then. ValueError, naming file, pair and mistake, in one line.
+    """
+    if not os.path.exists(path):
+        raise ValueError(f"there is no {path}: name a folder of ARC-style .json files, or one file of many tasks")
+    one_each = os.path.isdir(path)
+    files = sorted(f for f in os.listdir(path) if f.endswith(".json")) if one_each else [path]
+    if not files:
+        raise ValueError(f"{path} holds no .json file: ARC-style tasks are wanted, one a file")
+    raw = {}
+    for name in files:
+        file = os.path.join(path, name) if one_each else path
+        try:
+            with open(file, encoding="utf-8") as f:
+                content = json.load(f)
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"{file} is not JSON: {e}") from None
+        found = {name[: -len(".json")]: content} if one_each else content
+        if not isinstance(found, dict) or not found:
+            raise ValueError(f"{file} holds no tasks: {{id: task}} is wanted")
+        raw.update({task_id: (file, task) for task_id, task in found.items()})
+    return [_read_task(task_id, *raw[task_id]) for task_id in sorted(raw)]
+
+
+def _read_task(task_id, file, raw):
+    where = file if os.path.basename(file) == f"{task_id}.json" else f"{file}, task {task_id}"
+    parts = {"train": [], "test": []}
+    for part, pairs in parts.items():
+        given = raw.get(part) if isinstance(raw, dict) else None
+        if not isinstance(given, list) or (part == "test" and not given):
+            raise ValueError(f"{where}: no list {part!r} of pairs: {{'train': [{{'input', 'output'}}, ...], 'test': [...]}} is wanted")
+        for i, pair in enumerate(given, 1):
+            for side in ("input", "output"):
+                if not isinstance(pair, dict) or (side not in pair and (part, side) != ("test", "output")):
+                    raise ValueError(f"{where}: pair {i} of {part!r} has no {side!r}")
+            try:
+                side = "input"
+                x = validate_grid(pair["input"])
+                side = "output"
+                pairs.append((x, validate_grid(pair["output"]) if pair.get("output") is not None else None))
+            except (ValueError, TypeError, OverflowError) as e:
+                raise ValueError(f"{where}: {side} {i} of {part!r} is {e}") from None
+    if any(y is None for _, y in parts["train"]):
+        raise ValueError(f"{where}: a demonstration has no 'output'")
+    return Task(task_id, "arc", parts["train"], parts["test"])
 
 
 # -----------------------------------------------------------------------------

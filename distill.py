@@ -386,8 +386,9 @@ def left_to_right(batch, watch, stats):
     own = draw_rng(seed, f"policy {train['iter']}", batch.key[0]).random() < on_policy
     with watch.measure("sampling"), autocast:
         if own:
+            noise = [draw_rng(seed, f"answers {train['iter']}", batch.key[0])] * len(tasks)  # the same whichever process has the batch
             prompts, limits = [teachers.prompt(t) for t in tasks], [arc.canvas_shape(t.train, t.test[0][0]) for t in tasks]
-            answers = [grid for grid, _ in net.decode_grids(prompts, limits, sample_temperature, generator_for(batch.key[0]))]
+            answers = [grid for grid, _ in net.decode_grids(prompts, limits, 1, sample_temperature, noise)]
         else:
             answers = given_answers(tasks)
     if own:

@@ -1,103 +1,141 @@
 """
 The evaluation: how many unseen tasks does a checkpoint solve, exactly, and what do its answers look like?
 
-    python eval_arc.py out/demo/route_a/ckpt.pt                        one checkpoint: eval.json and grids.png beside it
-    python eval_arc.py A/ckpt.pt B/ckpt.pt --out_dir=out/compare       several, on the same tasks, in one table and one picture
+    python eval_arc.py out/demo/route_a/ckpt.pt                        one checkpoint, every suite: the results lie beside it
+    python eval_arc.py A/ckpt.pt B/ckpt.pt --out_dir=out/compare       several, on the same tasks, side by side, with a paired test
     python eval_arc.py CKPT --suites=sudoku4,arc1 --limit=20           a quick look: the first 20 tasks of two suites
+    python eval_arc.py CKPT --suites=arc1 --augment=16 --ttt_steps=32  all that helps: 16 views of each task, a model tuned to each
+    python eval_arc.py CKPT --tasks=my_tasks                           your own ARC-style JSON files
+    python eval_arc.py out/route_b_stage3 --watch                      every new checkpoint of a folder; curves in evals.png
+    torchrun --nproc_per_node=2 eval_arc.py CKPT ...                   the same answers from two GPUs
 
-The suites are ARC-AGI-1's evaluation set (arc1, 400 tasks), ARC-AGI-2's public evaluation set (arc2, 120), and the held-out puzzles
-of puzzles.py. A task is solved when all its test outputs are right in every cell and in size; two attempts at each output in
-arc1 and arc2, as ARC's rules allow, one in puzzles. A task that does not fit into the model's block_size is not solved and is
+The suites are in suites.py. A task is solved when all its test outputs are right in every cell and in size; two attempts at each output
+in arc1 and arc2, as ARC's rules allow, one in puzzles. A task that does not fit into the model's block_size is not solved and is
 counted in `too_long` as well. The model is handed tasks with their test outputs taken out.
 
-The JSON is {"route_a": {...}, "route_b": {...}}: figures by model, see `report_on`. The picture shows a few tasks of each suite,
-Route B's answer after each supervision step, and crosses on wrong cells.
+A run that was killed goes on where it was: what has been answered, by the same checkpoint with the same settings, is not asked again.
 
-Read next: arc.score (what counts as right), `answer` in model_dense.py and model_trm.py, sample.py (one task, in the terminal).
+What is written, all of it into --out_dir: eval.json, answers.jsonl, grids.png, report.html, and for ARC tasks the submission.json of the
+ARC Prize (where there are several models or suites: submission_MODEL_SUITE.json).
+
+eval.json: {model name: report}. A report says which checkpoint it is (params, checkpoint, sha256, iter, model, config, data: {stage, tag,
+sources}, ...), how it was evaluated (settings, device, seconds, gpu_hours, protocol: 'inductive', 'ttt' or 'transductive') and what came
+out, suites: {suite: figures}:
+
+    total, solved, interval         tasks; interval: 95% of solved / total, [low, high], by Wilson's score
+    score                           mean over tasks of the share of their test outputs that are solved: what ARC Prize ranks by
+    outputs_total, outputs_solved, outputs_interval         test outputs, the same way
+    attempts                        how many answers to a test input count
+    pass_1, pass_2, oracle          tasks solved with one attempt, two, and with any number of the candidates there were
+    candidates                      different candidates per test input, mean
+    unknown                         tasks of --tasks whose outputs nobody gave: answered, and in none of these figures
+    too_long, too_long_ids          tasks with a test input that does not fit into the model's block_size
+    by_size                         {'1-25', ...: [solved, total]} test outputs by the number of their cells
+    verdicts                        {'right', 'differs', 'breaks a rule', 'unfinished', 'wrong size', 'no answer': count}, first attempts
+    cells_right, cells_right_by_copying     share of cells right in the first attempt, and if the input itself were the answer
+    against                         {other model: {only_this, only_other, p}}: tasks that one solves and the other does not, exact McNemar
+    seconds, available              time taken; tasks that the suite has, of which --limit may have taken the first
+
+answers.jsonl: a line for every model, suite and task tried, {...}:
+
+    model, suite, id, kind          kind: arc, sudoku, maze, logic
+    solved, too_long, seconds
+    demonstrations                  [[input, output], ...]: grids; a grid is a list of strings, a row each, a digit each cell
+    test                            for each test input {
+        input, expected             grids (expected: null where nobody knows it). Text in suites of text (logic): there, strings
+        attempts                    [grid or null, ...], best first, as many as count; strings in suites of text
+        right                       [bool, ...] of each attempt
+        solved, oracle, verdict     one of the attempts right; any candidate right; what the first attempt is, as in `verdicts`
+        votes, scores               of each attempt: views and samples that gave it; the model's own score (Route A: mean log-probability
+                                    of a cell; Route B: halting probability)
+        candidates                  how many different ones there were
+        programs                    [text or null, ...]: of each attempt, the program that gave it, if one did
+        steps                       Route B, on the task as it is: [[grid or null, halting probability], ...] after each supervision step
+    }
+    key                             what the answer depends on, hashed: a run that was killed goes on after the tasks with its own keys
+
+Suites of text (logic) have no demonstrations. Figures of suites that are not tasks (language, lm_eval:...) are in eval.json alone, as
+language.py gives them.
+
+Read next: candidates.py (how a model comes to its attempts), scores.py (what counts as right), sample.py (one task, in the terminal).
 """
 import argparse
-import difflib
+import contextlib
+import dataclasses
+import glob
 import hashlib
+import json
 import math
 import os
 import sys
 import time
 from collections import Counter
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 import arc
+import candidates
 import checkpoint
 import configurator
-import puzzles
+import hardware
+import logbook
+import parallel
+import scores
+import stages
+import suites
+from candidates import without_answers
 
-ARC_SUITES = {"arc1": "arc1_eval", "arc2": "arc2_eval"}
-SUITES = (*ARC_SUITES, *puzzles.SUITES)
 ROUTES = {"dense": "route_a", "trm": "route_b"}  # what the models are called in reports
-BATCH = 32        # tasks handed to a model at a time: bounds memory, and the progress bar moves
-SHOWN = 3         # tasks of each suite in the picture
-LEGIBLE = 12      # grids with longer sides are only shown where there is nothing smaller to show
-ALL_STEPS = 6     # a picture has room for this many supervision steps; of more, it shows 1, 2, 4, 8, ... and the last
+ATTEMPTS = 2  # that count in ARC suites; in puzzles, which have one solution by their rules, it is 1
+ROWS_AT_ONCE = 64  # views of tasks handed to a model at a time: bounds what is lost when killed, and the progress bar moves
+EVAL_DEMOS = "arc_eval_demos"  # the source of demonstrations (never test outputs) of evaluation tasks: whoever trains on it is transductive
+SHOWN = 3  # tasks of each suite in the picture
+LEGIBLE = 12  # grids with longer sides are only shown where there is nothing smaller to show
+ALL_STEPS = 6  # a picture has room for this many supervision steps; of more, it shows 1, 2, 4, 8, ... and the last
 
 # -----------------------------------------------------------------------------
-# scores
+# asking
 
 
-def load_suite(name):
-    """-> list[arc.Task], always the same ones in the same order. ValueError naming the closest suite."""
-    if name not in SUITES:
-        closest = difflib.get_close_matches(name, SUITES, n=1, cutoff=0)[0]
-        raise ValueError(f"unknown suite {name!r}: did you mean {closest!r}? There are {', '.join(SUITES)}")
-    return arc.load(ARC_SUITES[name]) if name in ARC_SUITES else puzzles.heldout(name)
+def length(task):
+    """About how long a task is as tokens, which decides with which others it is asked."""
+    if isinstance(task.test[0][0], str):
+        return len(task.test[0][0])
+    return sum(x.size + y.size for x, y in task.train) + max(x.size for x, _ in task.test)
 
 
-def without_answers(tasks):
-    """The tasks, with a 1x1 grid of colour 0 in place of every test output: a model cannot read what it was not given."""
-    hidden = np.zeros((1, 1), np.uint8)
-    return [arc.Task(task.id, task.kind, task.train, [(x, hidden) for x, _ in task.test]) for task in tasks]
+def chunks(tasks, rows_per_task):
+    """Tasks of similar length, long ones first, about ROWS_AT_ONCE rows at a time: what is asked together, whoever asks, and when."""
+    size = max(1, ROWS_AT_ONCE // rows_per_task)
+    tasks = sorted(tasks, key=length, reverse=True)
+    return [tasks[i : i + size] for i in range(0, len(tasks), size)]
 
 
-def share_right(grid, expected):
-    """The share of cells of an answer (a grid or None) that are right; 0 when there is none or its shape is wrong."""
-    return float((grid == expected).mean()) if grid is not None and grid.shape == expected.shape else 0.0
-
-
-def evaluate(tasks, answer, attempts=1, progress=lambda n: None):
+def evaluate(tasks, answer, attempts=1, rows_per_task=1, *, before=None, keep=None, progress=None):
     """
-    Have `answer` (as the method of that name of both models) solve the tasks, a few at a time; progress is told how many are done.
-    -> (figures, answers). answers is {task id: for each test input, grids, best first, or None where the task is too long}. figures:
-
-        total, solved, too_long         tasks; too_long where at least one test input does not fit into the model's block_size
-        outputs_total, outputs_solved   test outputs
-        attempts                        how many answers to a test input count
-        cells_right                     share of cells right in the first attempt, mean over the test inputs that fit; None if none does
-        cells_right_by_copying          the same if the test input itself were the answer, for comparison
-        seconds                         time taken
+    Have `answer` solve the tasks -> their records (scores.judge), in the order of the tasks. answer(tasks without test outputs) -> for each
+    task, for each test input, a candidates.Given, or None where it is too long: candidates.solve with a model.
+    rows_per_task: how many rows `answer` makes of a task, about, so that not too many are asked together.
+    before: {task id: record} of tasks that need not be asked again; keep(records) is called with new ones as they come; progress(n) with
+    how many more are done. Under torchrun every process asks its part, and the first alone returns all of them, the others [].
     """
-    answers, started = {}, time.perf_counter()
-    for start in range(0, len(tasks), BATCH):
-        part = tasks[start : start + BATCH]
-        for task, given in zip(part, answer(without_answers(part))):
-            answers[task.id] = [None if candidates is None else [grid for grid, _ in candidates] for candidates in given]
-        progress(len(part))
-    seconds = time.perf_counter() - started
-    scores = arc.score(tasks, answers, attempts)
-    shares = [(share_right(first(candidates), y), share_right(x, y))
-              for task in tasks for (x, y), candidates in zip(task.test, answers[task.id]) if candidates is not None]
-    right, copied = np.mean(shares, axis=0).round(6).tolist() if shares else (None, None)
-    return {
-        "total": scores["tasks_total"], "solved": scores["tasks_solved"],
-        "too_long": sum(any(candidates is None for candidates in given) for given in answers.values()),
-        "outputs_total": scores["outputs_total"], "outputs_solved": scores["outputs_solved"], "attempts": attempts,
-        "cells_right": right, "cells_right_by_copying": copied, "seconds": round(seconds, 3),
-    }, answers  # fmt: skip
-
-
-def first(candidates):
-    """The best of a list of candidates; None when there are none."""
-    return candidates[0] if candidates else None
+    before, mine = before or {}, []
+    for number, chunk in enumerate(chunks(tasks, rows_per_task)):
+        if number % parallel.world_size != parallel.rank:
+            continue
+        asked = [task for task in chunk if task.id not in before]
+        started = time.perf_counter()
+        new = [scores.judge(task, given, attempts) for task, given in zip(asked, answer(without_answers(asked)))] if asked else []
+        for record in new:
+            record["seconds"] = round((time.perf_counter() - started) / len(asked), 4)
+        if keep and new:
+            keep(new)
+        mine += [before[task.id] for task in chunk if task.id in before] + new
+        if progress:
+            progress(len(chunk))
+    found = {record["id"]: record for part in parallel.gather(mine) for record in part}
+    return [found[task.id] for task in tasks if found]
 
 
 # -----------------------------------------------------------------------------
@@ -114,82 +152,110 @@ def name_models(paths, routes):
     return names
 
 
-def sha256_of(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def number(train, name):
     """A figure that training left in the checkpoint; None where it left none, or left no finite number (JSON has no NaN)."""
     value = train.get(name)
     return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
-def report_on(path, model, ckpt, n_sup, device):
+def trained_on(ckpt):
+    """
+    -> {stage, tag, snapshot, sources} of a checkpoint's data. sources: the names that train.py noted, else those of the mixture it was
+    configured with, else those of the stage as it lies here, else None.
+    """
+    data, config = (ckpt.get("train") or {}).get("data") or {}, ckpt.get("config") or {}
+    sources = data.get("sources") or list(config.get("mixture") or {}) or None
+    if sources is None and data.get("stage"):
+        with contextlib.suppress(OSError, ValueError):
+            _, mixture = stages.read_manifest(config.get("data_dir", "data"), data["stage"], data.get("tag"), verify=False)
+            sources = sorted(name for name, share in mixture["weights"].items() if share > 0)
+    return {"stage": data.get("stage"), "tag": data.get("tag"), "snapshot": data.get("snapshot"), "sources": sources}
+
+
+def report_on(path, model, ckpt, settings, device, dtype):
     """What a report says about a checkpoint besides its suites: which it is, how it was trained, how it is evaluated."""
-    train = ckpt.get("train") or {}
+    train, data = ckpt.get("train") or {}, trained_on(ckpt)
+    protocol = "transductive" if EVAL_DEMOS in (data["sources"] or []) else "ttt" if settings.ttt_steps else "inductive"
     return {
         "params": model.num_params(), "train_seconds": number(train, "seconds"), "tokens_per_second": number(train, "tokens_per_second"),
         "val_loss": number(train, "val_loss"), "val_losses": {k: number(train["val_losses"], k) for k in train.get("val_losses") or {}},
-        "checkpoint": path, "sha256": sha256_of(path), "iter": train.get("iter"), "model": ckpt["model"],
-        "model_config": dict(ckpt["model_config"]), "config": ckpt.get("config"), "device": device,
-        "n_sup": (n_sup or model.config.n_sup) if ckpt["model"] == "trm" else None,
+        "checkpoint": path, "sha256": stages.sha256_file(path), "iter": train.get("iter"), "model": ckpt["model"],
+        "model_config": dict(ckpt["model_config"]), "config": ckpt.get("config"), "data": data, "protocol": protocol,
+        "settings": dataclasses.asdict(settings), "device": device, "card": hardware.name(device), "dtype": dtype,
+        "n_sup": (settings.n_sup or model.config.n_sup) if ckpt["model"] == "trm" else None,
     }  # fmt: skip
 
 
+def columns(rows):
+    """rows: lists of texts, the first is the head -> lines, the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows = [rows[0], ["-" * w for w in widths], *rows[1:]]
+    return ["  ".join([row[0].ljust(widths[0]), *(text.rjust(w) for text, w in zip(row[1:], widths[1:]))]).rstrip() for row in rows]
+
+
 def table(report):
-    """The report as lines of text: a row for each model, columns for how it was trained and for every suite."""
+    """The report as lines of text: who was asked, what came out suite by suite, and what differs more than chance would have it."""
     def shown(value, form):
         return "-" if value is None else format(value, form)
 
-    def result(suite, s):
-        if suite in ARC_SUITES:
-            return f"{s['total'] - s['too_long']} / {s['solved']} / {s['too_long']}"
-        return f"{s['solved']}/{s['total']}" + (f" ({s['too_long']} too long)" if s["too_long"] else "")
+    lines = columns([["", "parameters", "training s", "tokens/s", "loss (text)", "protocol"]] + [
+        [name, f"{r['params']:,}", shown(r["train_seconds"], ",.0f"), shown(r["tokens_per_second"], ",.0f"), shown(r["val_loss"], ".3f"),
+         r["protocol"]] for name, r in report.items()]) + [""]
+    rows, notes = [["", "", "solved", "", "95%", "outputs", "pass@1", "pass@2", "oracle", "too long", "seconds"]], []
+    first = next(iter(report.values()))["suites"]
+    for suite in first:
+        for name, r in report.items():
+            s = r["suites"][suite]
+            if "solved" not in s:
+                notes.append(f"{suite}, {name}: {brief(s)}")
+                continue
+            low, high = s["interval"]
+            rows.append([suite, name, f"{s['solved']}/{s['total']}", f"{s['solved'] / max(1, s['total']):.1%}",
+                         f"{low:.1%} to {high:.1%}", f"{s['outputs_solved']}/{s['outputs_total']}", str(s["pass_1"]), str(s["pass_2"]),
+                         str(s["oracle"]), str(s["too_long"]), f"{s['seconds']:.1f}"])
+            for other, p in (s.get("against") or {}).items():
+                if p["p"] < 0.05 and p["only_this"] > p["only_other"]:
+                    tally = f"{p['only_this']} tasks that the other does not solve, against {p['only_other']}"
+                    notes.append(f"{suite}: {name} is better than {other}: {tally} (p = {p['p']:.2g})")
+        s = first[suite]
+        if s.get("total", 0) + s.get("unknown", 0) < s.get("available", 0):
+            notes.append(f"Limited: {suite} is the first {s['total'] + s['unknown']} of its {s['available']} tasks.")
+    if len(rows) > 1:
+        lines += columns(rows) + [""]
+        attempts = {s["attempts"]: suite for suite, s in first.items() if "solved" in s}
+        allowed = ", ".join(f"{n} attempt{'s' * (n > 1)} as in {suite}" for n, suite in sorted(attempts.items()))
+        lines.append(f"solved: tasks with all test outputs right ({allowed}); oracle: with any of the candidates.")
+    return "\n".join(lines + notes)
 
-    suites = list(next(iter(report.values()))["suites"])
-    rows = [["", "", "training", "", "validation", *("tried / solved" if s in ARC_SUITES else "" for s in suites)],
-            ["", "parameters", "seconds", "tokens/s", "loss (text)", *(f"{s} / too long" if s in ARC_SUITES else s for s in suites)]]
-    for name, r in report.items():
-        rows.append([name, f"{r['params']:,}", shown(r["train_seconds"], ",.0f"), shown(r["tokens_per_second"], ",.0f"),
-                     shown(r["val_loss"], ".3f"), *(result(s, r["suites"][s]) for s in suites)])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rows.insert(2, ["-" * w for w in widths])
-    lines = ["  ".join([row[0].ljust(widths[0]), *(text.rjust(w) for text, w in zip(row[1:], widths[1:]))]).rstrip() for row in rows]
-    lines.append("")
-    lines.append("Puzzles: solved exactly, of all. arc1, arc2: tasks that fit into block_size, solved in two attempts, and tasks too long.")
-    for suite in suites:
-        s = next(iter(report.values()))["suites"][suite]
-        if s["total"] < s["available"]:
-            lines.append(f"Limited: {suite} is the first {s['total']} of its {s['available']} tasks.")
-    return "\n".join(lines)
+
+def brief(figures):
+    """Figures of a suite that is not of tasks, in a line: the plain numbers."""
+    return ", ".join(f"{k} {v:.4g}" for k, v in figures.items() if isinstance(v, (int, float)) and not isinstance(v, bool))
 
 
 # -----------------------------------------------------------------------------
 # the picture
 
 
-def choose(tasks, answers, n=SHOWN):
+def choose(per_model, n=SHOWN):
     """
-    n tasks worth looking at. answers: for each model, what `evaluate` returned. Legible ones before large ones, ones that fit into every
-    model before others, and first of all ones that show each model both right and wrong, where it is (about the first test input).
+    The numbers of n tasks worth looking at. per_model: for each model, its records of the same tasks. Legible ones before large ones,
+    ones that fit into every model before others, and first of all ones that show each model both right and wrong, where it is.
     """
-    def size(task):
-        largest = max(max(g.shape) for pair in task.train[:1] + task.test[:1] for g in pair)
+    def size(record):
+        shown = [grid for pair in record["demonstrations"][:1] for grid in pair] + [record["test"][0][k] for k in ("input", "expected")]
+        largest = max(max(len(grid), len(grid[0])) for grid in shown if grid)
         return largest if largest > LEGIBLE else 0
 
-    outcomes = {task.id: {(m, np.array_equal(first(given[task.id][0]), task.test[0][1]))
-                          for m, given in enumerate(answers) if given[task.id][0] is not None} for task in tasks}
-    left = sorted((t for t in tasks if outcomes[t.id]), key=lambda t: (-len(outcomes[t.id]), size(t)))
+    outcomes = [{(m, r["test"][0]["right"][:1] == [True]) for m, r in enumerate(records) if not r["too_long"]}
+                for records in zip(*per_model)]  # fmt: skip
+    left = sorted((i for i, o in enumerate(outcomes) if o), key=lambda i: (-len(outcomes[i]), size(per_model[0][i])))
     chosen, seen = [], set()
     while left and len(chosen) < n:
-        best = max(left, key=lambda t: len(outcomes[t.id] - seen))  # the first of the best
+        best = max(left, key=lambda i: len(outcomes[i] - seen))  # the first of the best
         left.remove(best)
         chosen.append(best)
-        seen |= outcomes[best.id]
+        seen |= outcomes[best]
     return chosen
 
 
@@ -198,27 +264,32 @@ def steps_shown(n):
     return list(range(1, n + 1)) if n <= ALL_STEPS else [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
 
 
-def picture_row(suite, task, models, answers, n_sup):
+def picture_row(names, records):
     """
     A row for arc.picture: a demonstration, the first test input, what is expected, and what each model makes of it.
-    models: {name: model}; answers: for each model, what `evaluate` returned.
+    records: for each of the named models, its record of the task.
     """
-    test_input, expected = task.test[0]
-    panels = [panel for x, y in task.train[:1] for panel in (("demonstration", x, None), ("its output", y, None))]
-    panels += [("test input" if task.train else "puzzle", test_input, None), ("expected", expected, None)]
-    for (name, model), given in zip(models.items(), answers):
-        if given[task.id][0] is None:
+    task, test = records[0], records[0]["test"][0]
+    expected = scores.grid_of(test["expected"])
+    panels = []
+    for x, y in task["demonstrations"][:1]:
+        panels = [("demonstration", scores.grid_of(x), None), ("its output", scores.grid_of(y), None)]
+    panels.append(("test input" if panels else "puzzle", scores.grid_of(test["input"]), None))
+    if expected is not None:
+        panels.append(("expected", expected, None))
+    for name, record in zip(names, records):
+        test = record["test"][0]
+        if record["too_long"]:
             panels.append((f"{name}: too long", None, expected))
-        elif model.puzzle_format == "canvas":
-            only = without_answers([arc.Task(task.id, task.kind, task.train, task.test[:1])])
-            trace = model.answer(only, n_sup=n_sup, trace=True)[0][0]
-            for step in steps_shown(len(trace)):
-                grid, halt = trace[step - 1]
-                panels.append((f"{name} step {step}, halt {halt:.2f}", grid, expected))
-        else:
-            panels.append((name, first(given[task.id][0]), expected))
-    more = f"   (test 1 of {len(task.test)})" if len(task.test) > 1 else ""
-    return (task.id if task.id.startswith(suite) else f"{suite}   {task.id}") + more, panels
+            continue
+        steps = test.get("steps", [])
+        for n in steps_shown(len(steps)):
+            panels.append((f"{name} step {n}, halt {steps[n - 1][1]:.2f}", scores.grid_of(steps[n - 1][0]), expected))
+        best = test["attempts"][0] if test["attempts"] else None
+        if not steps or best != steps[-1][0]:  # others have voted against the last step
+            panels.append((f"{name}, votes {test['votes'][0]}" if steps and best else name, scores.grid_of(best), expected))
+    more = f"   (test 1 of {len(task['test'])})" if len(task["test"]) > 1 else ""
+    return (task["id"] if task["id"].startswith(task["suite"]) else f"{task['suite']}   {task['id']}") + more, panels
 
 
 # -----------------------------------------------------------------------------
@@ -229,6 +300,13 @@ def positive(text):
     """For argparse: a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, not {text!r}")
+    return int(text)
+
+
+def whole(text):
+    """For argparse: a whole number, 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more, not {text!r}")
     return int(text)
 
 
@@ -243,75 +321,172 @@ def pick_device(name):
     return name
 
 
+def key_of(sha256, suite, task, settings, attempts, device, dtype):
+    """What a task's record depends on, hashed: the checkpoint, how it is asked, and the task."""
+    pairs = [[scores.rows_of(grid) for grid in pair] for pair in task.train + task.test]
+    what = [sha256, suite, task.id, pairs, dataclasses.asdict(settings), attempts, device.split(":")[0], dtype]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
+
+
+def write_lines(records, path):
+    """Write beside, rename: a reader sees the old file or the new one."""
+    beside = f"{path}.{os.getpid()}.tmp"
+    with open(beside, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(record) + "\n" for record in records)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(beside, path)
+
+
+def ask(name, suite, tasks, model, report, settings, attempts, out_dir):
+    """Have a model solve a suite, with what it has answered before in out_dir -> records, on the first process; prints a line."""
+    keys = {t.id: key_of(report["sha256"], suite, t, settings, attempts, report["device"], report["dtype"]) for t in tasks}
+    earlier = {r["key"]: r for path in glob.glob(os.path.join(glob.escape(out_dir), "answers*.jsonl")) for r in logbook.read(path)}
+    before = {t.id: {**earlier[keys[t.id]], "model": name} for t in tasks if keys[t.id] in earlier}
+    if before and parallel.master:
+        print(f"{name} {suite}: {len(before)} of {len(tasks)} have been answered before ({out_dir}/answers*.jsonl) and are not asked again")
+
+    def keep(records):
+        for record in records:
+            record.update(model=name, suite=suite, key=keys[record["id"]])
+        with open(os.path.join(out_dir, f"answers.partial{parallel.rank}.jsonl"), "a", encoding="utf-8") as f:
+            f.write("".join(json.dumps(record) + "\n" for record in records))
+
+    device_type = report["device"].split(":")[0]
+    half = report["dtype"] != "float32"
+    with tqdm(total=len(tasks), desc=f"{name} {suite}", unit="task", dynamic_ncols=True, leave=False, disable=not parallel.master) as bar:
+        with torch.autocast(device_type, getattr(torch, report["dtype"])) if half else contextlib.nullcontext():
+            rows_per_task = settings.augment * settings.samples * (4 if settings.ttt_steps else 1)
+            return evaluate(tasks, lambda part: candidates.solve(model, part, settings), attempts, rows_per_task, before=before,
+                            keep=keep, progress=bar.update)  # fmt: skip
+
+
+def say_suite(name, suite, s):
+    """A line on one model and suite, as soon as it is known."""
+    cells, copied = s["cells_right"], s["cells_right_by_copying"]
+    print(f"{name} {suite}: {s['solved']} of {s['total']} solved, {s['too_long']} too long"
+          + ("" if cells is None else f"; {cells:.1%} of cells right (copying the input: {copied:.1%})")
+          + f"; {s['seconds']:.1f} s", flush=True)  # fmt: skip
+
+
 def run(args):
-    suites = list(dict.fromkeys(filter(None, args.suites.split(","))))
-    if not suites:
-        raise ValueError(f"--suites names no suite: there are {', '.join(SUITES)}")
     if os.path.basename(args.json) != args.json or not args.json.endswith(".json"):
         raise ValueError(f"--json={args.json} must be the name of a .json file without a folder: the folder is --out_dir")
     if len(set(map(os.path.realpath, args.checkpoints))) < len(args.checkpoints):
         raise ValueError("the same checkpoint is given twice")
     if len(args.checkpoints) > 1 and args.out_dir is None:
         raise ValueError("with several checkpoints, say with --out_dir=FOLDER where the results go")
-    tasks = {suite: load_suite(suite) for suite in suites}
+    chosen = suites.names(args.suites) if args.suites is not None else [] if args.tasks else suites.default()
+    tasks = {suite: suites.load(suite) for suite in chosen if suites.is_tasks(suite)}
+    if args.tasks:
+        tasks["tasks"] = arc.read_tasks(args.tasks)
+        chosen.append("tasks")
     device = pick_device(args.device)
+    if device == "cuda" and parallel.world_size > 1:
+        device = f"cuda:{parallel.local_rank}"
+    dtype = hardware.pick_dtype(args.dtype, device)
+    settings = candidates.Settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(candidates.Settings)})
     out_dir = args.out_dir or os.path.dirname(args.checkpoints[0]) or "."
 
     # Everything that can be wrong is found out here, before anything takes long
     loaded = [checkpoint.load_model(path, device) for path in args.checkpoints]
-    if args.n_sup and all(ckpt["model"] != "trm" for _, ckpt in loaded):
+    if settings.n_sup and all(ckpt["model"] != "trm" for _, ckpt in loaded):
         raise ValueError("--n_sup is about Route B's supervision steps, and no checkpoint of Route B is given")
     names = name_models(args.checkpoints, [ROUTES[ckpt["model"]] for _, ckpt in loaded])
+    report = {name: report_on(path, model, ckpt, settings, device, dtype)
+              for name, path, (model, ckpt) in zip(names, args.checkpoints, loaded)}  # fmt: skip
     models = {name: model for name, (model, _) in zip(names, loaded)}
-    report = {name: report_on(path, model, ckpt, args.n_sup, device) for name, path, (model, ckpt) in zip(names, args.checkpoints, loaded)}
     del loaded
     os.makedirs(out_dir, exist_ok=True)
+    if parallel.world_size > 1:
+        parallel.start(device.split(":")[0])
 
-    answers = {}
+    records = {}
     for name, model in models.items():
         report[name]["suites"] = {}
-        options = {"n_sup": args.n_sup} if model.puzzle_format == "canvas" else {}
-        for suite in suites:
+        for suite in chosen:
+            if not suites.is_tasks(suite):
+                continue
             part = tasks[suite][: args.limit]
-            with tqdm(total=len(part), desc=f"{name} {suite}", unit="task", dynamic_ncols=True, leave=False) as bar:
-                figures, answers[name, suite] = evaluate(
-                    part, lambda t: model.answer(t, **options), 2 if suite in ARC_SUITES else 1, bar.update)  # noqa: B023 (used at once)
-            report[name]["suites"][suite] = {**figures, "available": len(tasks[suite])}
-            cells, copied = figures["cells_right"], figures["cells_right_by_copying"]
-            print(f"{name} {suite}: {figures['solved']} of {figures['total']} solved, {figures['too_long']} too long"
-                  + ("" if cells is None else f"; {cells:.1%} of cells right (copying the input: {copied:.1%})")
-                  + f"; {figures['seconds']:.1f} s", flush=True)
+            attempts = (args.attempts or ATTEMPTS) if suite in (*suites.ARC_SUITES, "tasks") else 1
+            records[name, suite] = ask(name, suite, part, model, report[name], settings, attempts, out_dir)
+            if parallel.master:
+                report[name]["suites"][suite] = {**scores.figures(records[name, suite], attempts), "available": len(tasks[suite])}
+                say_suite(name, suite, report[name]["suites"][suite])
+    if parallel.master:
+        finish(args, models, chosen, records, report, out_dir)
+
+
+def finish(args, models, chosen, records, report, out_dir):
+    """The suites that are no tasks, comparisons, and all that is written. On the first process."""
+    for name, r in report.items():
+        for suite in chosen:
+            if suites.is_tasks(suite):
+                others = {other: records[other, suite] for other in models if other != name}
+                r["suites"][suite]["against"] = {other: scores.against(records[name, suite], them) for other, them in others.items()}
+        r["suites"] = {suite: r["suites"][suite] for suite in chosen}
+        r["seconds"] = round(sum(s.get("seconds", 0.0) for s in r["suites"].values()), 3)
+        r["gpu_hours"] = round(r["seconds"] / 3600, 6) if r["device"].startswith("cuda") else None
+    answers = os.path.join(out_dir, "answers.jsonl")
+    write_lines([record for part in records.values() for record in part], answers)
+    for path in glob.glob(os.path.join(glob.escape(out_dir), "answers.partial*.jsonl")):
+        os.remove(path)
+    paths = {"figures": os.path.join(out_dir, args.json), "answers": answers}
+    configurator.save(report, paths["figures"])
+    for_prize = [key for key in records if key[1] in (*suites.ARC_SUITES, "tasks")]
+    for name, suite in for_prize:
+        which = "" if len(for_prize) == 1 else f"_{name}_{suite}".replace(os.sep, "-")
+        paths[f"submission{which.replace('_', ' ')}"] = path = os.path.join(out_dir, f"submission{which}.json")
+        configurator.save(scores.submission(records[name, suite]), path)
 
     rows = []
-    for suite in suites:
-        given = [answers[name, suite] for name in models]
-        rows += [picture_row(suite, task, models, given, args.n_sup) for task in choose(tasks[suite][: args.limit], given)]
-    json_path, png_path = os.path.join(out_dir, args.json), os.path.join(out_dir, "grids.png")
-    configurator.save(report, json_path)
-    print("\n" + table(report))
-    print(f"\nfigures  {json_path}")
+    for suite in (s for s in chosen if suites.is_tasks(s) and s not in suites.IN_WORDS):
+        per_model = [records[name, suite] for name in models]
+        rows += [picture_row(list(models), [part[i] for part in per_model]) for i in choose(per_model)]
     if rows:
+        paths["picture"] = os.path.join(out_dir, "grids.png")
         halt = "; halt: how likely Route B thinks it is that all is right" if any(r["model"] == "trm" for r in report.values()) else ""
-        arc.picture(rows, png_path, f"{', '.join(models)}   (crosses: wrong cells{halt})")
-        print(f"picture  {png_path}")
-    else:
-        print("picture  none: every task was too long")
+        arc.picture(rows, paths["picture"], f"{', '.join(models)}   (crosses: wrong cells{halt})")
+    print("\n" + table(report) + "\n")
+    for what, path in paths.items():
+        print(f"{what:12s} {path}")
+    if not rows and any(map(suites.is_tasks, chosen)):
+        print("picture      none: every task was too long")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"error: {message}; see python eval_arc.py --help")
-    parser.add_argument("checkpoints", metavar="CKPT", nargs="+", help="a ckpt.pt that train.py wrote")
-    parser.add_argument("--suites", default=",".join(SUITES), help=f"separated by commas (default {','.join(SUITES)})")
+    parser.add_argument("checkpoints", metavar="CKPT", nargs="+", help="a ckpt.pt that train.py wrote; with --watch, a folder of them")
+    parser.add_argument("--suites", help=f"separated by commas (default: all that are there): {suites.ALL}")
+    parser.add_argument("--tasks", metavar="PATH", help="your own tasks: a folder of ARC-style .json files, or one file of many")
     parser.add_argument("--limit", metavar="N", type=positive, help="only the first N tasks of each suite (default all)")
     parser.add_argument("--out_dir", metavar="FOLDER", help="where the results go (default: beside the checkpoint)")
     parser.add_argument("--json", metavar="NAME", default="eval.json", help="file name of the figures (default eval.json)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU where there is one)")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 (default: as in training: float32 on a CPU)")
+    parser.add_argument("--attempts", metavar="N", type=positive, help=f"answers that count in ARC suites (default {ATTEMPTS})")
+    parser.add_argument("--augment", metavar="N", type=positive, default=1, help="views of each task that vote (default 1: as it is)")
+    parser.add_argument("--samples", metavar="N", type=positive, default=1, help="Route A: answers to each view (default 1)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="of answers that are drawn (default 0.8)")
+    parser.add_argument("--programs", metavar="N", type=whole, default=0, help="programs written for each ARC task (default 0)")
+    parser.add_argument("--ttt_steps", metavar="N", type=whole, default=0, help="test-time training: steps on each task (default 0)")
+    parser.add_argument("--ttt_rank", metavar="N", type=whole, default=8, help="its rank; 0 tunes all weights (default 8)")
+    parser.add_argument("--ttt_lr", type=float, default=1e-3, help="its learning rate (default 1e-3)")
     parser.add_argument("--n_sup", metavar="N", type=positive, help="supervision steps of Route B (default: as it was trained)")
+    parser.add_argument("--seed", type=whole, default=1337, help="of views, draws and test-time training (default 1337)")
+    parser.add_argument("--watch", action="store_true", help="evaluate every new checkpoint of a folder, until you press Ctrl-C")
     args = parser.parse_args()
     try:
-        run(args)
+        if args.watch:
+            import watch
+
+            watch.watch(args, run)
+        else:
+            run(args)
     except (ValueError, OSError) as e:
+        if parallel.world_size > 1:
+            parallel.stop(e)
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
         sys.exit("stopped")

@@ -16,6 +16,7 @@ recursive core out of the same Block, then train.py.
 """
 
 import dataclasses
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -389,6 +390,15 @@ class Past:
     place: torch.Tensor
     grids: torch.Tensor  # (B,) grids opened in the current document
 
+    def repeat(self, n):
+        """What B rows have read, as B * n rows, each n times in turn: a prompt is read once, and continued n times."""
+        def rows(value):
+            if isinstance(value, torch.Tensor):
+                return value.repeat_interleave(n, 0)
+            return tuple(map(rows, value)) if isinstance(value, tuple) else value
+
+        return Past(*(([rows(c) for c in v] if isinstance(v, list) else rows(v)) for v in vars(self).values()))
+
 
 def next_place(grids, place, before, token):
     """
@@ -408,11 +418,12 @@ def next_place(grids, place, before, token):
 GRID_IDS = [*range(tok.CELL0, tok.CELL0 + 10), tok.ROW, tok.EOT]  # what an answer is written with, by the grammar of grids
 
 
-def write_grids(logits, read_on, limits, temperature=0.0, generator=None):
+def write_grids(logits, read_on, limits, temperature=1.0, noise=None):
     """
     Write grids under their grammar: only what can follow is allowed, so every answer parses. logits (B, 12): of GRID_IDS after the
-    prompts; read_on: drawn (B,), numbers into GRID_IDS -> the next logits; limits: for each row (most rows, most columns). temperature 0
-    takes the likeliest, others draw with generator, a CPU one. -> list of (grid, log-probability under the grammar).
+    prompts; read_on: drawn (B,), numbers into GRID_IDS -> the next logits; limits: for each row (most rows, most columns); noise: for
+    each row a np.random.Generator to draw with at `temperature`, or None to take the likeliest (noise=None: all rows do).
+    -> list of (grid, log-probability under the grammar).
     """
     ROW, END = 10, 11
     rows = [[[]] for _ in limits]  # of each answer; the last one is being written
@@ -432,10 +443,11 @@ def write_grids(logits, read_on, limits, temperature=0.0, generator=None):
                 allowed[b, END] = 0
                 allowed[b, :ROW] = 0 if len(rows[b]) <= most_rows else -torch.inf
         log_p = (logits + allowed).log_softmax(-1)
-        if temperature == 0:
-            drawn = log_p.argmax(-1)
-        else:
-            drawn = torch.multinomial((log_p / temperature).softmax(-1), 1, generator=generator).squeeze(1)
+        drawn = log_p
+        if noise is not None:  # the largest of log p / temperature + Gumbel noise is a draw from that distribution
+            gumbel = [np.zeros(len(GRID_IDS)) if rng is None else temperature * rng.gumbel(size=len(GRID_IDS)) for rng in noise]
+            drawn = log_p + torch.from_numpy(np.stack(gumbel))
+        drawn = drawn.argmax(-1)
         for b, choice in enumerate(drawn.tolist()):
             if done[b]:
                 continue
@@ -575,11 +587,12 @@ class Model(nn.Module):
             x = self.read_on(drawn, past)
 
     @torch.no_grad()
-    def answer(self, tasks):
+    def answer(self, tasks, samples=1, temperature=1.0, seed=0):
         """
-        Solve tasks greedily, left to right, under the grammar of grids: only tokens that can follow are allowed, so every answer
-        parses. tasks: list of arc.Task, whose test outputs are not read. Returns for each task, for each of its test inputs, a
-        list of (grid, log-probability), best first; None where prompt and answer do not fit into block_size.
+        Solve tasks left to right, under the grammar of grids: only tokens that can follow are allowed, so every answer parses.
+        tasks: list of arc.Task, whose test outputs are not read. Returns for each task, for each of its test inputs, a list of
+        `samples` (grid, log-probability), the likeliest token at every place first, then drawn at `temperature` from one reading of the
+        prompt; None where prompt and answer do not fit into block_size. A draw depends on seed and prompt, not on what else is asked.
         """
         answers = [[None] * len(task.test) for task in tasks]
         questions = []
@@ -589,19 +602,27 @@ class Model(nn.Module):
                 limit = arc.canvas_shape(task.train, test_input)
                 if len(prompt) + limit[0] * (limit[1] + 1) <= self.config.block_size:
                     questions.append((i, j, torch.from_numpy(prompt.astype(np.int64)), limit))
-        for part in batches_by_length(questions, lambda q: len(q[2]) + q[3][0] * (q[3][1] + 1)):
-            for (i, j, _, _), candidate in zip(part, self.decode_grids([q[2] for q in part], [q[3] for q in part])):
-                answers[i][j] = [candidate]
+        for part in batches_by_length(questions, lambda q: samples * (len(q[2]) + q[3][0] * (q[3][1] + 1))):
+            noise = [None if n == 0 else np.random.default_rng([seed, n, *np.frombuffer(hashlib.sha256(q[2].numpy()).digest(), "<u4")])
+                     for q in part for n in range(samples)]  # fmt: skip
+            drawn = self.decode_grids([q[2] for q in part], [q[3] for q in part], samples, temperature, noise)
+            for n, (i, j, _, _) in enumerate(part):
+                answers[i][j] = drawn[n * samples : (n + 1) * samples]
         return answers
 
     @torch.no_grad()
-    def decode_grids(self, prompts, limits, temperature=0.0, generator=None):
-        """prompts: list of (T_b,) long; the rest as in `write_grids` -> list of (grid, log-probability)."""
+    def decode_grids(self, prompts, limits, samples=1, temperature=1.0, noise=None):
+        """
+        prompts: list of (T_b,) long, each read once and answered `samples` times; limits: for each (most rows, most columns);
+        temperature and noise as in `write_grids` -> list of (grid, log-probability), len(prompts) * samples.
+        """
         ids = torch.tensor(GRID_IDS, device=self.wte.weight.device)
         head = self.wte.weight[ids]
         x, past = self.read(prompts)
-        return write_grids(F.linear(x, head), lambda drawn: F.linear(self.read_on(ids[drawn.to(ids.device)], past), head), limits,
-                           temperature, generator)  # fmt: skip
+        if samples > 1:
+            x, past = x.repeat_interleave(samples, 0), past.repeat(samples)
+        return write_grids(F.linear(x, head), lambda drawn: F.linear(self.read_on(ids[drawn.to(ids.device)], past), head),
+                           [limit for limit in limits for _ in range(samples)], temperature, noise)  # fmt: skip
 
     def place_logits(self, documents, shapes):
         """

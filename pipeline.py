@@ -367,6 +367,8 @@ def _generators():
 def plan(c, data, stage):
     """-> (tokens in all, {source: dict(share, group, where, folder, key)} in the order of the stage, notes about what is left out)."""
     megabytes, groups, weights = table.STAGES[stage]
+    if c.eval_demos:
+        weights = {**weights, "arc_eval_demos": 1}
     megabytes = c.limit_mb if c.limit_mb is not None else megabytes
     asked = [s for s in c.sources.replace(" ", "").split(",") if s]
     for name in asked:

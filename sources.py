@@ -126,9 +126,16 @@ def _arc_tasks():
     return [arc.Task(i, "arc", tasks[i].train, [pair]) for i in sorted(tasks) for pair in tasks[i].test]
 
 
-def arc_task(rng, index):
+@functools.cache
+def _arc_eval_demos():
+    """The evaluation tasks of both ARCs without their tests: the last demonstration is the question."""
+    tasks = {task.id: task for name in ("arc1_eval", "arc2_eval") for task in arc.load(name) if len(task.train) > 1}
+    return [arc.Task(i, "arc", tasks[i].train[:-1], tasks[i].train[-1:]) for i in sorted(tasks)]
+
+
+def arc_task(rng, index, tasks_of=_arc_tasks):
     """All tasks as they are; then all of them again, each turned, recoloured and with its pairs in another order; and so on."""
-    tasks = _arc_tasks()
+    tasks = tasks_of()
     task = tasks[index % len(tasks)]
     if index < len(tasks):
         return task
@@ -178,6 +185,8 @@ SOURCES = {
     "logic": Source("synth", "generated here", lambda rng, i: graphs.logic_puzzle(rng)[0]),
     "arithmetic": Source("math", "generated here", lambda rng, i: puzzles.arithmetic(rng)[0]),
     "arc": Source("arc", "Apache-2.0", arc_task, kind="puzzle", augment="arc"),
+    # demonstrations of evaluation tasks, never their tests: only with --eval_demos=True, and every report of eval_arc.py then says so
+    "arc_eval_demos": Source("arc", "Apache-2.0", functools.partial(arc_task, tasks_of=_arc_eval_demos), kind="puzzle", augment="arc"),
 }
 
 # Texts that models are tested on and that must not be quoted in training: {name: (repo, config, split, columns)}.

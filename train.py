@@ -194,7 +194,10 @@ try:
     loader = Loader(data_dir, data, tag=data_tag, weights=mixture, seed=seed, batch_size=batch_size, block_size=block_size,
                     batches_per_step=gradient_accumulation_steps, puzzle_format=net.puzzle_format, rank=rank, world_size=world_size,
                     verify=local_rank == 0)  # fmt: skip
-    pinned = {"stage": data, "tag": data_tag, "snapshot": loader.snapshot, "shards": loader.fingerprint}
+    learned = set(loader.names)  # what the weights have seen, here and before
+    if started_from is not None:
+        learned |= set(started_from["train"].get("data", {}).get("sources", []))
+    pinned = {"stage": data, "tag": data_tag, "snapshot": loader.snapshot, "shards": loader.fingerprint, "sources": sorted(learned)}
     if init_from == "resume":
         before = started_from["train"]["data"]
         if before["shards"] != loader.fingerprint or (before["tag"], before["snapshot"]) != (data_tag, loader.snapshot):
@@ -289,7 +292,7 @@ def evaluate_beside(start=False, wait=False):
         if process.returncode == 0:
             with open(report) as f:
                 (figures,) = json.load(f).values()
-            solved = {suite: f"{r['solved']}/{r['total']}" for suite, r in figures["suites"].items()}
+            solved = {suite: f"{r['solved']}/{r['total']}" for suite, r in figures["suites"].items() if "solved" in r}
             say(f"step {step}: solved " + ", ".join(f"{suite} {n}" for suite, n in solved.items()))
             write_log({"iter": step, **figures}, evals_path)
         else:
