@@ -173,8 +173,10 @@ if tracker and master:
 if device_type == "cuda":
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing
-elif world_size == 1 and "OMP_NUM_THREADS" not in os.environ:
-    torch.set_num_threads(os.cpu_count() or 1)
+else:
+    hardware.keep_freed_memory()
+    if world_size == 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(os.cpu_count() or 1)
 if optimizer == "auto":
     optimizer = "muon" if hasattr(torch.optim, "Muon") else "adamw"
     if optimizer == "adamw":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -114,3 +115,22 @@ def test_three_processes_know_which_one_is_different(tmp_path):
 def test_alone_there_is_nobody_to_differ_from():
     assert parallel.difference({"a": torch.ones(2)}) is None and parallel.all_agree("x") == "x" and parallel.sums([1, 2], "cpu") == [1, 2]
     assert parallel.gather(5) == [5]
+
+
+FAULTS = """
+import resource, torch, hardware
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        [torch.ones(2_000_000) for _ in range(4)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+hardware.keep_freed_memory()
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_is_kept_for_the_next_tensor():
+    run = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, cwd=ROOT)
+    assert int(run.stdout) < 2000, run.stderr  # 20 tensors of 8 MB are 2,000 pages each, were they asked for anew
