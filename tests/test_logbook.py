@@ -112,6 +112,12 @@ def test_three_processes_know_which_one_is_different(tmp_path):
     assert [s[-1] for s in said] == [[0, 10, 20], [], []]
 
 
+def test_interrupted_before_training_is_one_line():
+    code = "import os, signal, parallel; parallel.start('cpu'); os.kill(os.getpid(), signal.SIGINT)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 130 and run.stderr.strip() == "interrupted before the first step: nothing was changed"
+
+
 def test_alone_there_is_nobody_to_differ_from():
     assert parallel.difference({"a": torch.ones(2)}) is None and parallel.all_agree("x") == "x" and parallel.sums([1, 2], "cpu") == [1, 2]
     assert parallel.gather(5) == [5]
