@@ -10,7 +10,8 @@ Every speed claim, measured beside what it is compared with, in the same run.
     python bench.py decode          milliseconds per token and bytes of cache, by context
     python bench.py learn           loss by seconds and by tokens, beside nanoGPT and other settings
 
-Milliseconds are medians. Runs on the GPU where there is one, else on all CPU cores. Rivals that are not installed are left out
+Milliseconds are medians, contenders take turns. Runs on the GPU where there is one, else on all CPU cores; with OMP_NUM_THREADS=1
+milliseconds are those that the process was given, so that other jobs on the machine count less. Rivals that are not installed are left out
 (`pip install '.[bench]'` brings flash-linear-attention). Figures worth keeping go into LOG.md with their date and machine.
 """
 
@@ -27,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import hardware
 from kda import CHUNK, KimiDeltaAttention, choose_backend, kda, kda_step
 from model_dense import Attention, Config, rope_3d
 
@@ -40,20 +42,32 @@ ELSEWHERE = {
 # measuring
 
 
-def median_ms(run, device, seconds=1.5):
-    """Median time of run() in milliseconds over about `seconds` of calls, at least 5, at least 1 of those that take over a second."""
-    times = []
-    for i in range(2 + 200):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - start))
-        if sum(times) > 1000 * seconds and (i >= 6 or times[-1] > 1000):
-            break
-    return statistics.median(times[2:] or times[-1:])
+def clock(device):
+    """
+    A function that gives seconds. On a CPU with one thread (OMP_NUM_THREADS=1) those that the process has had, not those that have passed:
+    other jobs may run beside.
+    """
+    return time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
+def medians_ms(runs, device, seconds=1.5):
+    """
+    runs: {name: function without arguments} -> {name: its median time in milliseconds}. They take turns, so that a machine that slows
+    down slows down all of them: about `seconds` of each, at least 5 calls after 2 to warm up, of those that take over a second at least 1.
+    """
+    now, times = clock(device), {name: [] for name in runs}
+    while True:
+        left = [name for name, t in times.items() if len(t) < 200 and not (sum(t) > seconds and (len(t) >= 7 or t[-1] > 1))]
+        if not left:
+            return {name: 1000 * statistics.median(t[2:] or t[-1:]) for name, t in times.items()}
+        for name in left:
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = now()
+            runs[name]()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(now() - start)
 
 
 def peak_mb(run, device):
@@ -80,19 +94,23 @@ def peak_mb(run, device):
     return status("VmHWM") - before
 
 
-def forward_and_backward(f, inputs, device):
-    """{forward_ms (no gradients), both_ms, peak_mb of both} of f(*inputs), with gradients to all inputs."""
-    with torch.no_grad():
-        forward = median_ms(lambda: f(*inputs), device)
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    ones = torch.ones_like(f(*inputs))
+def forward_and_backward(contenders, device):
+    """
+    contenders: {name: (f, its inputs)} -> {name: {forward_ms (no gradients), both_ms, peak_mb of both}}, with gradients to all inputs.
+    """
+    forward, both = {}, {}
+    for name, (f, inputs) in contenders.items():
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        ones = torch.ones_like(f(*inputs))
 
-    def both():
-        for x in inputs:
-            x.grad = None
-        f(*inputs).backward(ones)
+        def with_gradients(f=f, leaves=leaves, ones=ones):
+            for x in leaves:
+                x.grad = None
+            f(*leaves).backward(ones)
 
-    return {"forward_ms": forward, "both_ms": median_ms(both, device), "peak_mb": peak_mb(both, device)}
+        forward[name], both[name] = torch.no_grad()(lambda f=f, inputs=inputs: f(*inputs)), with_gradients
+    times = medians_ms(forward, device), medians_ms(both, device)
+    return {name: {"forward_ms": times[0][name], "both_ms": times[1][name], "peak_mb": peak_mb(both[name], device)} for name in contenders}
 
 
 def machine_peaks(device, dtype):
@@ -101,7 +119,8 @@ def machine_peaks(device, dtype):
     a = torch.randn(n, n, device=device, dtype=dtype)
     big = torch.empty(64 * 2**20 // a.element_size(), device=device, dtype=dtype)
     copy = torch.empty_like(big)
-    return 2 * n**3 / (median_ms(lambda: a @ a, device) / 1e3), 2 * big.nbytes / (median_ms(lambda: copy.copy_(big), device) / 1e3)
+    ms = medians_ms({"product": lambda: a @ a, "copy": lambda: copy.copy_(big)}, device)
+    return 2 * n**3 / (ms["product"] / 1e3), 2 * big.nbytes / (ms["copy"] / 1e3)
 
 
 # -----------------------------------------------------------------------------
@@ -151,33 +170,39 @@ def bench_kda(device):
         g, beta = -0.1 * torch.rand(B, T, H, K, device=device), torch.rand(B, T, H, device=device)
         inputs = [q.to(dtype), F.normalize(k, dim=-1).to(dtype), v.to(dtype), g, beta]
         moved = sum(x.nbytes for x in inputs) + v.to(dtype).nbytes
-        rivals = {name: forward_and_backward(f, own, device) for name, (f, own) in operator_rivals(device, *inputs).items()}
-        for backend in sorted({chosen, "chunk"}):
-            ours = forward_and_backward(lambda *x: kda(*x, backend=backend)[0], inputs, device)
+        contenders = {backend: (lambda *x, backend=backend: kda(*x, backend=backend)[0], inputs) for backend in sorted({chosen, "chunk"})}
+        own_rivals = operator_rivals(device, *inputs)
+        figures = forward_and_backward({**contenders, **own_rivals}, device)
+        rivals = {name: figures[name] for name in own_rivals}
+        for backend in contenders:
+            ours = figures[backend]
             limits = [max(flops / flops_per_s, bytes / bytes_per_s) for flops, bytes in zip(kda_flops(B, T, H, K), (moved, 3 * moved))]
             ours["roofline"] = 1000 * limits[1] / ours["both_ms"]
-            rows.append({"what": "operator", "shape": (B, T, H, K), "backend": backend, **ours, "rivals": rivals})
+            rows.append({"what": "operator", "shape": (B, T, H, K), "backend": backend, **ours,
+                         "rivals": {name: dict(rival) for name, rival in rivals.items()}})  # fmt: skip
         progress.update()
     for B, T, width, heads in LAYER_SHAPES:
         x = torch.randn(B, T, width, device=device)
         layer = KimiDeltaAttention(width, heads, width // heads).to(device)
         attention = Attention(Config(n_embd=width, n_head=heads)).to(device)
         rope = rope_3d(torch.zeros(B, T, 3, dtype=torch.long, device=device), width // heads, 100.0)
-        ours = forward_and_backward(lambda x: layer(x)[0], [x], device)
-        theirs = forward_and_backward(lambda x: attention(x, rope)[0], [x], device)
-        rows.append({"what": "layer", "shape": (B, T, width, heads), "backend": chosen, **ours, "rivals": {"attention layer": theirs}})
+        contenders = {"ours": (lambda x: layer(x)[0], [x]), "attention layer": (lambda x: attention(x, rope)[0], [x])}
+        figures = forward_and_backward(contenders, device)
+        ours = figures.pop("ours")
+        rows.append({"what": "layer", "shape": (B, T, width, heads), "backend": chosen, **ours, "rivals": figures})
         progress.update()
     for B, H, K in DECODING_SHAPES:
         q, k, v = F.normalize(torch.randn(3, B, H, K, device=device), dim=-1).to(dtype).unbind(0)
         g, beta, state = -torch.rand(B, H, K, device=device), torch.rand(B, H, device=device), torch.zeros(B, H, K, K, device=device)
-        ours = median_ms(lambda: kda_step(q, k, v, g, beta, state), device)
-        rows.append({"what": "decoding step", "shape": (B, H, K), "backend": chosen, "forward_ms": ours, "rivals": {}})
+        contenders = {"ours": lambda: kda_step(q, k, v, g, beta, state)}
         if device == "cuda" and importlib.util.find_spec("fla"):
             from fla.ops.kda import fused_recurrent_kda
 
             one = [x.unsqueeze(1) for x in (q, k, v, g, beta)]
-            theirs = median_ms(lambda: fused_recurrent_kda(*one, initial_state=state, output_final_state=True), device)
-            rows[-1]["rivals"]["fla fused_recurrent_kda"] = {"forward_ms": theirs}
+            contenders["fla fused_recurrent_kda"] = lambda: fused_recurrent_kda(*one, initial_state=state, output_final_state=True)
+        times = medians_ms(contenders, device)
+        rivals = {name: {"forward_ms": ms} for name, ms in times.items() if name != "ours"}
+        rows.append({"what": "decoding step", "shape": (B, H, K), "backend": chosen, "forward_ms": times["ours"], "rivals": rivals})
         progress.update()
     progress.close()
     for row in rows:
@@ -213,8 +238,12 @@ def main():
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
+    if device == "cpu":
+        hardware.keep_freed_memory()  # as train.py does
     rows, machine = bench_kda(device)
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    if device == "cpu":
+        name += ", milliseconds of its own time" if torch.get_num_threads() == 1 else ""
     machine = {"device": name, "torch": torch.__version__, **machine}
     if args.json:
         print(json.dumps({**machine, "rows": rows}, indent=2))

@@ -124,11 +124,9 @@ def sequence_bounds(cu_seqlens, T):
     return bounds
 
 
-def make_plan(B, T, device, cu_seqlens):
+def make_plan(B, T, C, device, cu_seqlens):
     if cu_seqlens is None:
-        C, _ = chunk_length(T, device)
         return Plan(C, [B] * -(-T // C))
-    C, _ = chunk_length(T, device)
     starts = sequence_bounds(cu_seqlens, T)
     lengths = [b - a for a, b in zip(starts, starts[1:])]
     order = sorted(range(len(lengths)), key=lambda n: -lengths[n])
@@ -424,18 +422,18 @@ def unit_lower_inverse(P, few, low):
     (I + P)^-1 for strictly lower-triangular P (M, C, C), by merging: if X1 and X2 invert the blocks on the diagonal and L stands
     below them, then [[X1, 0], [-X2 L X1, X2]] inverts the whole. As exact as substitution, but all matmuls.
     """
-    C, size = P.shape[-1], few
-    A, eye = on_diagonal(P, size), torch.eye(size, dtype=P.dtype, device=P.device)
-    X = eye - A  # at most 4 x 4: A^4 = 0, so (I + A)^-1 = (I - A)(I + A^2)
-    if size > 2:
-        X = X @ (eye + A @ A)
-    while size < C:
-        X1, X2 = X[..., 0::2, :, :], X[..., 1::2, :, :]
+    X, size = torch.zeros_like(P), few
+    X.diagonal(dim1=-2, dim2=-1).fill_(1)
+    A, blocks = on_diagonal(P, few), on_diagonal(X, few)
+    for i in range(1, few):  # at most 4 x 4: row by row
+        for j in range(i):
+            blocks[..., i, :].addcmul_(A[..., i, j, None], blocks[..., j, :], value=-1)
+    while size < P.shape[-1]:
+        X1, X2 = on_diagonal(X, size).unflatten(-3, (-1, 2)).unbind(-3)
         narrow = low if size >= 16 else P.dtype
-        corner = -mm(mm(X2, below(P, size), narrow), X1, narrow)
-        X = torch.cat([F.pad(X1, (0, size)), torch.cat([corner, X2], -1)], -2)
+        below(X, size).copy_(mm(mm(X2, below(P, size), narrow), X1, narrow).neg_())
         size *= 2
-    return X.squeeze(-3)
+    return X
 
 
 def with_beta_and_scale(k, beta, q, scale):
@@ -631,41 +629,46 @@ def kda_op(
     return chunk_op(q, k, v, g, beta, initial_state, cu_seqlens, scale, want_state)
 
 
-def heads_at_once(q, v):
-    """On a CPU, long inputs are worked through a few heads at a time: from 32 MB on, every new tensor is fresh pages from the system."""
+def stretches_of_tokens(q, v, C, cu_seqlens):
+    """
+    Slices of the T tokens, whole chunks each, that are worked through one after the other, the state passed on. On a CPU, where a tensor
+    from 32 MB on is fresh pages from the system every time, long inputs make several; elsewhere, and for packed sequences, one.
+    """
     B, T, H, K = q.shape
-    return H if q.device.type != "cpu" else max(1, AT_ONCE // (B * T * max(K, v.shape[-1])))
+    if q.device.type != "cpu" or cu_seqlens is not None:
+        return [slice(0, T)]
+    n = C * max(1, AT_ONCE // (B * C * H * max(K, v.shape[-1])))
+    return [slice(a, min(a + n, T)) for a in range(0, T, n)]
 
 
 def chunk_op(q, k, v, g, beta, initial_state, cu_seqlens, scale, want_state):
     """`kda_op` in the chunked form."""
     B, T, H, K = q.shape
-    if (n := heads_at_once(q, v)) < H:
-        parts = []
-        for h in range(0, H, n):
-            inputs = (t[:, :, h : h + n] for t in (q, k, v, g, beta))
-            state = None if initial_state is None else initial_state[:, h : h + n]
-            parts.append(chunk_op(*inputs, state, cu_seqlens, scale, want_state))
-        o, final, X, Q, S = zip(*parts)
-        return torch.cat(o, 2), torch.cat(final, 1 if want_state else 0), torch.cat(X), torch.cat(Q), torch.cat(S)
-    wide, low = precision(q, k, v, g, beta)
-    plan = make_plan(B, T, q.device, cu_seqlens)
+    V, (wide, low), (C, _) = v.shape[-1], precision(q, k, v, g, beta), chunk_length(T, q.device)
+    parts, state = [], None if initial_state is None else initial_state.to(wide)
+    all_tokens = stretches_of_tokens(q, v, C, cu_seqlens)
+    if state is None and len(all_tokens) > 1:
+        state = q.new_zeros(B, H, K, V, dtype=wide)
     with torch.autocast(q.device.type, enabled=False):
-        chunks = [to_chunks(t.to(wide), plan) for t in (q, k, v, g, beta.unsqueeze(-1))]
-        state = None if initial_state is None else initial_state.to(wide)
-        if state is not None and plan.order:
-            state = state[plan.order]
-        o, final, X, Q, S = chunk_forward(*chunks, scale, state, want_state, plan, low)
-        if final is None:
-            final = q.new_empty(0, dtype=wide)
-        elif plan.order:
-            final = final[torch.tensor(plan.order).argsort()]
-        if S is None:
-            S = q.new_empty(0, dtype=wide)
-        if plan.order:
-            extra = saved_chunks(B, T, plan.C, cu_seqlens) * H - len(X)
-            X, Q, S = (F.pad(t, (0, 0, 0, 0, 0, extra)) for t in (X, Q, S))
-        return from_chunks(o, plan, B, T, H).to(v.dtype).contiguous(), final, X, Q, S
+        for part in all_tokens:
+            inputs = [t[:, part].to(wide) for t in (q, k, v, g, beta.unsqueeze(-1))]
+            length = inputs[0].shape[1]
+            plan = make_plan(B, length, C, q.device, cu_seqlens)
+            if state is not None and plan.order:
+                state = state[plan.order]
+            want = want_state or part.stop < T
+            o, state, X, Q, S = chunk_forward(*(to_chunks(t, plan) for t in inputs), scale, state, want, plan, low)
+            parts.append((from_chunks(o, plan, B, length, H).to(v.dtype), X, Q, q.new_empty(0, dtype=wide) if S is None else S))
+    if len(parts) == 1:
+        o, X, Q, S = parts[0]
+    else:
+        os, *saved = zip(*parts)
+        o, (X, Q, S) = torch.cat(os, 1), map(torch.cat, saved)
+    if plan.order:
+        state = state[torch.tensor(plan.order).argsort()] if want_state else None
+        extra = saved_chunks(B, T, C, cu_seqlens) * H - len(X)
+        X, Q, S = (F.pad(t, (0, 0, 0, 0, 0, extra)) for t in (X, Q, S))
+    return o.contiguous(), state if want_state else q.new_empty(0, dtype=wide), X, Q, S
 
 
 @kda_op.register_fake
@@ -705,43 +708,36 @@ def kda_backward_op(
 def chunk_backward_op(q, k, v, g, beta, initial_state, cu_seqlens, scale, X, Q, S, do, d_final):
     """`kda_backward_op` in the chunked form."""
     B, T, H, K = q.shape
-    if (n := heads_at_once(q, v)) < H:
-        parts, per_head = [], len(X) // H
-        for h in range(0, H, n):
-            inputs = (t[:, :, h : h + n] for t in (q, k, v, g, beta))
-            state = None if initial_state is None else initial_state[:, h : h + n]
-            saved = (t[per_head * h : per_head * (h + n)] for t in (X, Q, S))
-            last = None if d_final is None else d_final[:, h : h + n]
-            parts.append(chunk_backward_op(*inputs, state, cu_seqlens, scale, *saved, do[:, :, h : h + n], last))
-        *grads, d_state = zip(*parts)
-        return *(torch.cat(t, 2) for t in grads), torch.cat(d_state, 0 if initial_state is None else 1)
-    wide, low = precision(q, k, v, g, beta)
-    plan = make_plan(B, T, q.device, cu_seqlens)
-    M = sum(plan.active) * H
+    (wide, low), (C, _) = precision(q, k, v, g, beta), chunk_length(T, q.device)
+    parts, d_state = [], d_final
+    all_tokens = stretches_of_tokens(q, v, C, cu_seqlens)
     with torch.autocast(q.device.type, enabled=False):
-        do = do.to(wide)
-        if low == torch.float16:
-            # A scaled loss makes large gradients, and the backward is linear in them: near one, float16 neither overflows nor vanishes.
-            size = do.abs().amax()
-            size = (size if d_final is None else torch.maximum(size, d_final.abs().amax())).clamp(min=1e-30)
-            do, d_final = do / size, None if d_final is None else d_final / size
-        chunks = [to_chunks(t.to(wide), plan) for t in (q, k, v, g, beta.unsqueeze(-1))]
-        if plan.order and d_final is not None:
-            d_final = d_final[plan.order]
-        saved = X[:M], Q[:M], S[:M] if S.numel() else None
-        *grads, d_state = chunk_backward(*chunks, scale, plan, low, *saved, to_chunks(do, plan), d_final)
-        if plan.order:
-            d_state = d_state[torch.tensor(plan.order).argsort()]
-        if low == torch.float16:
-            grads, d_state = [t * size for t in grads], None if d_state is None else d_state * size
-        grads = [from_chunks(t, plan, B, T, H) for t in grads]
-        grads[4] = grads[4].squeeze(-1)
-        if initial_state is None:
-            d_state = q.new_empty(0)
-        else:
-            d_state = d_state.to(initial_state.dtype)
-        like = (q, k, v, g, beta)
-        return *(d.to(t.dtype).contiguous() for d, t in zip(grads, like)), d_state
+        for part in reversed(all_tokens):
+            d_o = do[:, part].to(wide)
+            if low == torch.float16:
+                # A scaled loss makes large gradients, and the backward is linear in them: near one, float16 neither overflows nor vanishes.
+                size = d_o.abs().amax()
+                size = (size if d_state is None else torch.maximum(size, d_state.abs().amax())).clamp(min=1e-30)
+                d_o, d_state = d_o / size, None if d_state is None else d_state / size
+            inputs = [t[:, part].to(wide) for t in (q, k, v, g, beta.unsqueeze(-1))]
+            length = inputs[0].shape[1]
+            plan = make_plan(B, length, C, q.device, cu_seqlens)
+            if plan.order and d_state is not None:
+                d_state = d_state[plan.order]
+            first = part.start // C * B * H
+            own = slice(first, first + sum(plan.active) * H)
+            saved = X[own], Q[own], S[own] if S.numel() else None
+            chunks = (to_chunks(t, plan) for t in inputs)
+            *grads, d_state = chunk_backward(*chunks, scale, plan, low, *saved, to_chunks(d_o, plan), d_state)
+            if plan.order:
+                d_state = d_state[torch.tensor(plan.order).argsort()]
+            if low == torch.float16:
+                grads, d_state = [t * size for t in grads], None if d_state is None else d_state * size
+            parts.append([from_chunks(t, plan, B, length, H).to(like.dtype) for t, like in zip(grads, (q, k, v, g, beta))])
+    grads = parts[0] if len(parts) == 1 else [torch.cat(t, 1) for t in zip(*reversed(parts))]
+    grads[4] = grads[4].squeeze(-1)
+    d_state = q.new_empty(0) if initial_state is None else d_state.to(initial_state.dtype)
+    return *(t.contiguous() for t in grads), d_state
 
 
 @kda_backward_op.register_fake
@@ -864,10 +860,22 @@ class ShortConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim, 1, width).uniform_(-(width**-0.5), width**-0.5))
 
 
-def unit_length(x):
-    """x (..., K) divided by its length over K, computed in float32, in x's dtype."""
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+class UnitLength(torch.autograd.Function):
+    """x (..., K) divided by its length over K, computed in float32, in x's dtype. Its backward is two lines, autograd's twelve calls."""
+
+    @staticmethod
+    def forward(ctx, x):
+        wide = x.float()
+        one_over = torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)
+        y = (wide * one_over).to(x.dtype)
+        ctx.save_for_backward(y, one_over)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        y, one_over = ctx.saved_tensors
+        along = (y * dy).sum(-1, keepdim=True, dtype=torch.float32)
+        return ((dy - y * along) * one_over).to(dy.dtype)
 
 
 class GatedRMSNorm(nn.Module):
@@ -927,8 +935,9 @@ class KimiDeltaAttention(nn.Module):
         B, T, _ = x.shape
         H, K, W = self.num_heads, self.head_dim, self.q_conv1d.weight.shape[-1]
         tail, state = (None, None) if cache is None else cache
-        # q, k and v in one product and one convolution: a third of the calls, and x is read once
-        qkv = F.linear(x, torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]))
+        # all that x is multiplied by in one product, q, k and v in one convolution: a fraction of the calls, and x is read once
+        of_x = (self.q_proj, self.k_proj, self.v_proj, self.f_proj[0], self.g_proj[0], self.b_proj)
+        qkv, f, gate, beta = F.linear(x, torch.cat([m.weight for m in of_x])).split((3 * H * K, K, K, H), -1)
         taps = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight]).squeeze(1)
         taps = taps.t().contiguous().to(qkv.dtype)  # (3HK, W) would be read with a stride
         reach = None
@@ -940,17 +949,17 @@ class KimiDeltaAttention(nn.Module):
         if starts is not None:  # what a document's next tokens may look back to ends where it began
             tail = tail * (torch.arange(W - 2, -1, -1, device=x.device) <= reach[:, -1:]).unsqueeze(-1)
         qk, v = F.silu(ShortConvFunction.apply(qkv, taps, reach)).view(B, T, 3 * H, K).split([2 * H, H], 2)
-        q, k = unit_length(qk).chunk(2, 2)
-        g = F.softplus(self.f_proj(x).float() + self.dt_bias.float()).view(B, T, self.num_heads, self.head_dim)
+        q, k = UnitLength.apply(qk).chunk(2, 2)
+        g = F.softplus(self.f_proj[1](f).float() + self.dt_bias.float()).view(B, T, H, K)
         g = -self.A_log.float().exp()[:, None] * g
-        beta = self.b_proj(x).float().sigmoid()
+        beta = beta.float().sigmoid()
         if starts is not None:
             g = g.masked_fill(starts[:, :, None, None], -math.inf)
         if T == 1 and cache is not None and not torch.is_grad_enabled():
             o = kda_step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], beta[:, 0], state).unsqueeze(1)
         else:
             o, state = kda(q, k, v, g, beta, initial_state=state, output_final_state=cache is not None)
-        o = self.o_norm(o.to(x.dtype), self.g_proj(x).view(B, T, self.num_heads, self.head_dim))
+        o = self.o_norm(o.to(x.dtype), self.g_proj[1](gate).view(B, T, H, K))
         return self.o_proj(o.flatten(2)), None if cache is None else (tail, state)
 
 

@@ -29,14 +29,14 @@ def start(device_type):
         objects = dist.new_group(backend="gloo")
 
 
-def leave(message):
-    """Exit code 1. torchrun shows at its very end what is in the file it names, so our line is written there as well."""
+def leave(message, code=1):
+    """Exit at once. torchrun shows at its very end what is in the file it names, so our line is written there as well."""
     if os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with contextlib.suppress(OSError), open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as f:
             json.dump({"message": {"message": f"error: {message}", "extraInfo": {"timestamp": str(int(time.time()))}}}, f)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)  # a process group that others have left would keep us waiting
+    os._exit(code)  # a process group that others have left would keep us waiting
 
 
 def stop(message, everyone=True):
@@ -48,6 +48,9 @@ def stop(message, everyone=True):
 
 def crashed(kind, error, trace):
     """The excepthook: what nobody expected is shown in full, except that another process has left: that one has said why."""
+    if kind is KeyboardInterrupt:  # before training begins: from then on it is handled there
+        print("\ninterrupted before the first step: nothing was changed", file=sys.stderr)
+        leave("interrupted", code=130)
     if world_size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
         print(f"process {rank}: lost another process, which has said why", file=sys.stderr)
     else:

@@ -34,6 +34,7 @@ import hardware
 import logbook
 import loop
 import parallel
+import sanity as sanity_checks
 import tokenizer as tok
 from loader import Ahead, Loader
 from parallel import all_agree, difference, leave, local_rank, master, rank, world_size
@@ -114,24 +115,15 @@ config = configurator.configure(globals(), sys.argv[1:])
 
 # ---- who and where we are
 began = time.monotonic()
-checks = []  # of stage 0: (what, passed, how it was)
+checks = []  # of stage 0
 ckpt_path, log_path, evals_path = (os.path.join(out_dir, name) for name in ("ckpt.pt", "log.jsonl", "evals.jsonl"))
 
 
 def stop(message, everyone=True):
     """The run cannot go on: one line, and exit code 1. everyone: all processes get here, and one of them says it."""
     if sanity and (master or not everyone):
-        checks.append(("went through", False, str(message)))
-        show_checks()
+        sanity_checks.show([*checks, ("went through", False, str(message))], out_dir)
     parallel.stop(message, everyone)
-
-
-def show_checks():
-    """The table of stage 0. Returns whether all is well."""
-    print(f"\n{'PASS' if all(ok for _, ok, _ in checks) else 'FAIL'}   stage 0 of {out_dir}")
-    for what, ok, how in checks:
-        print(f"  {'PASS' if ok else 'FAIL'}   {what:26s}   {how}")
-    return all(ok for _, ok, _ in checks)
 
 
 def stop_if(problem):
@@ -160,10 +152,15 @@ for name, allowed in (("optimizer", ("auto", "muon", "adamw")), ("schedule", ("w
         stop(f"{name} must be one of {', '.join(map(repr, allowed))}, got {config[name]!r}")
 if gradient_accumulation_steps < 1 or gradient_accumulation_steps % world_size:
     stop(f"gradient_accumulation_steps={gradient_accumulation_steps} batches cannot be shared evenly by {world_size} processes")
-if min(batch_size, block_size, log_interval, eval_interval, max_skipped) < 1:
-    stop("batch_size, block_size, log_interval, eval_interval and max_skipped must be at least 1")
+if min(max_iters, batch_size, block_size, log_interval, eval_interval, max_skipped) < 1:
+    stop("max_iters, batch_size, block_size, log_interval, eval_interval and max_skipped must be at least 1")
+if sanity and init_from == "resume":
+    stop("stage 0 is not resumed: run it from the beginning, without --init_from=resume")
 if init_from == "scratch" and os.path.exists(ckpt_path) and not (overwrite or sanity):
     stop(f"{ckpt_path} exists: go on with --init_from=resume, start again with --overwrite=True, or choose another --out_dir")
+if schedule == "wsd" and decay_iters > max_iters:
+    say(f"decay_iters={decay_iters} is longer than max_iters={max_iters}: the rate falls from the start, and never gets above "
+        f"{learning_rate * max_iters / decay_iters:.1e} (learning_rate={learning_rate:g})")  # fmt: skip
 if tracker and master:
     try:
         tracked = importlib.import_module(tracker)
@@ -172,8 +169,10 @@ if tracker and master:
 if device_type == "cuda":
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing
-elif world_size == 1 and "OMP_NUM_THREADS" not in os.environ:
-    torch.set_num_threads(os.cpu_count() or 1)
+else:
+    hardware.keep_freed_memory()
+    if world_size == 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(os.cpu_count() or 1)
 if optimizer == "auto":
     optimizer = "muon" if hasattr(torch.optim, "Muon") else "adamw"
     if optimizer == "adamw":
@@ -367,32 +366,6 @@ def advice_on_memory(batch):
     return f"no smaller batch_size fits: lower block_size, take a smaller model{other}"
 
 
-def overfit(mode):
-    """Stage 0: the loss after learning one batch by heart, and what the batch was. The weights are put back."""
-    batch = next(loader.val_batches(mode, 1), None)
-    if batch is None:
-        return None, "this process has no such batch"
-    name, _, idx, targets = batch
-    rows = max(1, sanity_tokens // idx.shape[1])
-    length = sanity_tokens if mode == "text" else idx.shape[1]  # the answer of a puzzle is at its end
-    idx, targets = idx[:rows, :length].to(device), targets[:rows, :length].to(device)
-    before = {k: v.detach().clone() for k, v in net.state_dict().items()}
-    own = net.configure_optimizer(0.0, 1e-3, (0.9, 0.95))
-    own_scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
-    for i in range(sanity_steps):
-        own.param_groups[0]["lr"] = own.param_groups[1]["lr"] = 1e-3 * min(1, (i + 1) / 10)
-        with autocast:
-            loss = net(idx, targets, mode=mode)[1]
-        own_scaler.scale(loss).backward()
-        own_scaler.unscale_(own)
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        own_scaler.step(own)
-        own_scaler.update()
-        own.zero_grad(set_to_none=True)
-    net.load_state_dict(before)
-    return loss.item(), f"{tuple(idx.shape)} of {name}, loss {loss.item():.3f} after {sanity_steps} steps"
-
-
 # ---- ready
 if compile is True or (compile == "auto" and device_type == "cuda"):
     compile = compile_blocks()
@@ -403,9 +376,10 @@ if sanity:
     checks.append(("data", True, f"{data}: every shard has its SHA-256; {tag}"))
     checks.append(("tokenizer", True, f"{tok.fingerprint()[:12]}, the shards' and this one"))
     for mode in ("text", "puzzle"):
-        loss, how = overfit(mode)
-        if loss is not None:
-            checks.append((f"one {mode} batch by heart", loss < 0.1, how))
+        batch = next(loader.val_batches(mode, 1), None)
+        if batch is not None:
+            checks.append(sanity_checks.by_heart(net, batch, mode=mode, steps=sanity_steps, tokens=sanity_tokens, autocast=autocast,
+                                                 scaled=scaler.is_enabled(), device=device))  # fmt: skip
 wrapped = net
 if world_size > 1:
     wrapped = DistributedDataParallel(net, device_ids=[device] if device_type == "cuda" else None, broadcast_buffers=False,
@@ -428,6 +402,8 @@ if master:
           f"sources {', '.join(loader.names)}")  # fmt: skip
     if init_from == "resume":
         print(f"going on after step {iteration}" + "".join(f"\n  changed: {c}" for c in changed))
+        if iteration >= max_iters:
+            print(f"there is nothing left to do: max_iters={max_iters}; a larger one goes on")
     if tracker:
         tracked.init(project="smol-llm", name=os.path.basename(os.path.normpath(out_dir)), config=config, resume="allow")
 
@@ -565,21 +541,9 @@ if stopping:
 elif not saved:
     stop(f"all {iteration} steps are done, but the last checkpoint could not be saved to {ckpt_path}")
 elif sanity and master:
-    settled = run_log[1:] or run_log  # the first interval warms up
-    rate = sum(e["tokens_per_second"] for e in settled) / len(settled)
-    waits = sum(e["data_wait"] for e in settled) / len(settled)
-    how = f"{skipped} skipped, loss {run_log[0]['loss']:.3f} to {loss:.3f}"
-    checks.append((f"{iteration} steps", skipped == 0 or scaler.is_enabled(), how))
-    checks.append(("validation", all(map(math.isfinite, val_losses.values())), ", ".join(f"{k} {v:.2f}" for k, v in val_losses.items())))
-    written = ckpt.load(ckpt_path)["weights"]
-    checks.append(("checkpoint", all(torch.equal(written[k], v.cpu()) for k, v in net.state_dict().items()), "reads back bit for bit"))
-    checks.append(("processes in sync", True, f"{world_size}, the same bits" if world_size > 1 else "only one"))
-    checks.append(("waiting for data", waits < 0.02, f"{waits:.2%} of the time"))
-    checks.append(("speed", rate > 0, f"{rate:,.0f} tokens/s" + (f", MFU {settled[-1]['mfu']:.1%}" if peak else "") + f" on {card}"))
-    checks.append(("memory", True, f"{run_log[-1]['memory_gb']:.2f} GB at most, of process 0"))
-    if sanity_run_tokens:
-        checks.append(("the run it prepares", True, f"{sanity_run_tokens / 1e9:g}B tokens: {sanity_run_tokens / rate / 3600:,.1f} h here"))
-    if not show_checks():
+    checks += sanity_checks.afterwards(run_log, val_losses, ckpt_path, net, scaled=scaler.is_enabled(), world_size=world_size, card=card,
+                                       run_tokens=sanity_run_tokens)  # fmt: skip
+    if not sanity_checks.show(checks, out_dir):
         leave("stage 0 failed")
 if world_size > 1:
     torch.distributed.destroy_process_group()

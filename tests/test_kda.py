@@ -185,18 +185,14 @@ def test_every_cpu_choice_of_blocks_agrees(gate, monkeypatch):
         compare(make(gate, T), f"single-token blocks, {gate}, T={T}")
 
 
-@pytest.mark.parametrize("heads", (1, 2))
-def test_long_inputs_go_through_a_few_heads_at_a_time(heads, monkeypatch):
-    for T in (20, 100):
-        whole, state = make("mild", T), T == 100
-        monkeypatch.setattr(kda_file, "AT_ONCE", heads * whole[0][:, :, 0].numel())
-        assert kda_file.heads_at_once(whole[0], whole[2]) == heads < 3
-        compare(whole if state else whole[:5], f"{heads} heads, T={T}", final=state)
-    alone, together, cu_seqlens = packed("resets", (5, 130, 1))
-    monkeypatch.setattr(kda_file, "AT_ONCE", heads * together[0][:, :, 0].numel())
-    o, S = kda(*(t.float() for t in together[:5]), initial_state=together[5].float(), output_final_state=True, cu_seqlens=cu_seqlens)
-    want = [reference(*one[:5], state=one[5]) for one in alone]
-    check({"o": o, "S": S}, {"o": torch.cat([o for o, _ in want], 1), "S": torch.cat([S for _, S in want])}, 1e-5, "packed")
+@pytest.mark.parametrize("chunks", (0, 1, 2))
+def test_long_inputs_go_through_a_stretch_of_tokens_at_a_time(chunks, monkeypatch):
+    for T in (64, 65, 130, 320):
+        whole, state = make("mild" if T > 65 else "resets", T, H=1), T != 130
+        monkeypatch.setattr(kda_file, "AT_ONCE", chunks * 64 * whole[0][:, 0].numel())
+        stretches = kda_file.stretches_of_tokens(whole[0], whole[2], 64, None)
+        assert len(stretches) == -(-T // (64 * max(1, chunks))) and stretches[-1].stop == T
+        compare(whole if state else whole[:5], f"{chunks} chunks at a time, T={T}", final=state)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))

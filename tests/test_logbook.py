@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,34 @@ def test_three_processes_know_which_one_is_different(tmp_path):
     assert [s[-1] for s in said] == [[0, 10, 20], [], []]
 
 
+def test_interrupted_before_training_is_one_line():
+    code = "import os, signal, parallel; parallel.start('cpu'); os.kill(os.getpid(), signal.SIGINT)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 130 and run.stderr.strip() == "interrupted before the first step: nothing was changed"
+
+
 def test_alone_there_is_nobody_to_differ_from():
     assert parallel.difference({"a": torch.ones(2)}) is None and parallel.all_agree("x") == "x" and parallel.sums([1, 2], "cpu") == [1, 2]
     assert parallel.gather(5) == [5]
+
+
+FAULTS = """
+import resource, torch, hardware
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.ones(2_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+given_back = faults()
+hardware.keep_freed_memory()
+faults()
+print(given_back, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_is_kept_for_the_next_tensor():
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}  # what the C library starts from; it may raise it by itself later
+    run = subprocess.run([sys.executable, "-c", FAULTS], env=env, capture_output=True, text=True, cwd=ROOT)
+    given_back, kept = map(int, run.stdout.split())
+    assert given_back > 5000 and kept < 500, run.stdout  # 8 MB are 2,000 pages

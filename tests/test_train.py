@@ -1,6 +1,7 @@
 """train.py as a user runs it: real processes on a small real stage."""
 
 import hashlib
+import importlib.util
 import json
 import os
 import random
@@ -71,6 +72,9 @@ def faulty(optimizer, *args, **kwargs):
         p = optimizer.param_groups[0]["params"][5]
         with torch.no_grad():
             p.view(-1)[7] = torch.nextafter(p.view(-1)[7], torch.tensor(9.0))  # the last bit of one weight
+    if fault == "spike" and calls[0] == 55:
+        with torch.no_grad():
+            optimizer.param_groups[0]["params"][0].normal_(std=5)  # the embedding
 
 torch.optim.AdamW.step = faulty
 unscale = torch.amp.GradScaler.unscale_
@@ -309,6 +313,15 @@ def test_a_gradient_that_is_not_finite_costs_its_step_only(data, tmp_path):
         assert all(torch.isfinite(w).all() for w in weights.values())
 
 
+def test_a_loss_that_jumps_is_told(data, tmp_path):
+    settings = ["--max_iters=57", "--eval_interval=57", "--log_interval=20", "--mixture={'sudoku4': 1}", "--learning_rate=1e-3"]
+    run = train_with_fault("spike", tmp_path, data, tmp_path / "out", *settings)
+    assert run.returncode == 0, run.stderr
+    assert "step 56: the loss jumped to" in run.stdout and "step 55" not in run.stdout, run.stdout
+    entries = [json.loads(line) for line in open(tmp_path / "out" / "log.jsonl")]
+    assert [e["iter"] for e in entries if "spike" in e][0] == 56
+
+
 @pytest.mark.parametrize("finished", ["dense"], indirect=True)
 def test_too_many_of_them_end_the_run_and_not_the_checkpoint(finished, data, tmp_path):
     settings, out = finished
@@ -368,6 +381,8 @@ def test_a_later_stage_takes_the_weights(finished, data, tmp_path):
         same_weights(tmp_path, out)
         saved = checkpoint.load(tmp_path / "ckpt.pt")["train"]
         assert saved["iter"] == 2 and {int(s["step"]) for s in saved["optimizers"][-1]["state"].values()} == {steps}
+    run = train(data, tmp_path, *settings, "--max_iters=2", "--init_from=resume")
+    assert run.returncode == 0 and "nothing left to do: max_iters=2" in run.stdout
     run = train(data, tmp_path / "muon", *still, "--init_optimizer=True", "--optimizer=adamw")
     assert run.returncode == 1 and "'adamw'" in run.stderr and "'muon'" in run.stderr and run.stderr.count("\n") == 1, run.stderr
 
@@ -387,6 +402,12 @@ def test_a_plateau_without_end_is_for_stages_that_are_followed(data, tmp_path):
     assert train(data, tmp_path, "--decay_iters=0", "--max_iters=4").returncode == 0
     rates = [json.loads(line)["lr"] for line in open(tmp_path / "log.jsonl") if '"lr"' in line]
     assert rates == pytest.approx([1.5e-3, 3e-3, 3e-3, 3e-3])
+
+
+def test_a_run_shorter_than_its_decay_says_so(data, tmp_path):
+    run = train(data, tmp_path, "--max_iters=1", "--warmup_iters=0", "--decay_iters=10")
+    assert "decay_iters=10 is longer than max_iters=1" in run.stdout and "never gets above 3.0e-04" in run.stdout, run.stdout
+    assert '"lr": 0.0003' in (tmp_path / "log.jsonl").read_text()
 
 
 @pytest.mark.parametrize("finished", ["dense"], indirect=True)
@@ -508,6 +529,8 @@ def test_mistakes_are_one_line_and_cost_nothing(data, tmp_path):
         (["--model=transformer"], ["transformer", "dense", "trm"]),
         (["--n_head=3"], ["n_embd=16", "n_head=3"]),
         (["--dtype=int8"], ["int8", "bfloat16"]),
+        (["--max_iters=0"], ["max_iters", "at least 1"]),
+        (["--sanity=True", "--init_from=resume"], ["stage 0 is not resumed"]),
         (["--optimizer=sgd"], ["'sgd'", "'auto', 'muon', 'adamw'"]),
         (["--device=cuda"] if not torch.cuda.is_available() else ["--device=tpu"], ["device"]),
     ]:
@@ -527,6 +550,36 @@ def test_another_models_checkpoint_is_refused_by_name(finished, data, tmp_path):
         run = train(data, tmp_path / "new", *change, f"--init_from={out / 'ckpt.pt'}")
         assert run.returncode == 1 and "does not fit" in run.stderr and run.stderr.count("\n") == 1, run.stderr
         assert difference in run.stderr, run.stderr
+
+
+TRACKER = """
+import json, os
+def note(**what):
+    with open(os.path.join(os.path.dirname(__file__), "noted"), "a") as f:
+        f.write(json.dumps(what) + "\\n")
+def init(project, name, config, resume):
+    note(init=name, learning_rate=config["learning_rate"])
+def log(figures, step):
+    note(step=step, **figures)
+def finish():
+    note(finish=True)
+"""
+
+
+def test_a_tracker_gets_what_the_log_gets(data, tmp_path):
+    """A stand-in with the three functions that trackio and wandb have in common; without either, a line says what to install."""
+    (tmp_path / "trackio.py").write_text(TRACKER)
+    words = command(data, tmp_path / "run7", "--tracker=trackio", "--max_iters=2", "--eval_interval=2")
+    run = subprocess.run(words, env={**ENV, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert run.returncode == 0, run.stderr
+    noted = [json.loads(line) for line in (tmp_path / "noted").read_text().splitlines()]
+    assert noted[0] == {"init": "run7", "learning_rate": 3e-3} and noted[-1] == {"finish": True}
+    logged = [json.loads(line) for line in (tmp_path / "run7" / "log.jsonl").read_text().splitlines()]
+    assert [n["step"] for n in noted[1:-1]] == [1, 2, 2] == [e["iter"] for e in logged]
+    assert noted[1]["loss"] == logged[0]["loss"] and noted[3]["val_loss/maze"] == logged[2]["val_losses"]["maze"]
+    if importlib.util.find_spec("wandb") is None:
+        run = train(data, tmp_path / "none", "--tracker=wandb")
+        assert run.returncode == 1 and run.stderr.count("\n") == 1 and "pip install wandb" in run.stderr, run.stderr
 
 
 def test_help_lists_every_setting_with_its_comment():
