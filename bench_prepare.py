@@ -28,6 +28,8 @@ import pipeline
 import prepare
 import sources
 import tokenizer
+import units
+import workers
 
 PREPARE_MB = 24  # of text: standard library and installed packages (code), their docstrings shuffled by sentence (prose)
 STAGE_GB, STAGE_CORES = 30, 4  # what the hours are projected for
@@ -89,10 +91,10 @@ def nanogpt_way(folder, out, num_proc):
 
 
 def tokenize_files(paths, out):
-    """Tokenising as pipeline.py does it, and nothing else: parquet in, a file of tokens out."""
+    """Tokenising as units.py does it, and nothing else: parquet in, a file of tokens out."""
     with open(out, "wb") as f:
         for path in paths:
-            documents = [pipeline.tokenise([row.get("text") or row["content"]]) for row in sources.read_file(path)]
+            documents = [units.tokenise([row.get("text") or row["content"]]) for row in sources.read_file(path)]
             np.concatenate(documents).tofile(f)
 
 
@@ -120,8 +122,8 @@ def bench_prepare(num_proc=2):
         c.limit_mb, c.num_proc = 10 * megabytes, num_proc  # more than there is: all of it is read
         data = folder / "data"
         tokens, found, notes = pipeline.plan(c, data, "stage1")
-        with pipeline.local_workers(num_proc) as run:
-            evaluations = pipeline.gather_evaluations(c, data, notes)
+        with workers.local_workers(num_proc) as run:
+            evaluations = pipeline.gather_evaluations(c, data, found, notes)
             if num_proc > 1:
                 run([{"first": 0, "last": -1, "source": "", "folder": ""}] * num_proc, print)  # the processes start before the clock does
             start = time.perf_counter()

@@ -498,28 +498,28 @@ def trivial(grid):
 
 
 class HeldOut:
-    """The held-out puzzles of a suite, to be recognised among training puzzles, also behind an augmentation of the loader's."""
+    """The held-out puzzles of all suites, to be recognised among training puzzles, also behind an augmentation of the loader's."""
 
-    def __init__(self, suite, augment):
-        self.suite, self.augment = suite, augment
-        self.tasks = puzzles.heldout(suite)
-        self.hashes = {puzzles.task_hash(task) for task in self.tasks}
-        self.answers = {task.test[0][1].tobytes() for task in self.tasks}
-        self.outlines = {self.both(outline, task) for task in self.tasks}
-        self.likenesses = {self.both(arc.canonical_hash, task) for task in self.tasks}
+    def __init__(self):
+        tasks = [task for suite in puzzles.SUITES for task in puzzles.heldout(suite)]
+        self.hashes = {puzzles.task_hash(task) for task in tasks}
+        # whoever knows the 288 filled 4x4 grids by heart solves any sudoku of them, so no answer may be shared
+        self.answers = {task.test[0][1].tobytes() for task in tasks if task.kind == "sudoku" and task.test[0][1].shape == (4, 4)}
+        self.outlines = {self.both(outline, task) for task in tasks}
+        self.likenesses = {self.both(arc.canonical_hash, task) for task in tasks}
 
     @staticmethod
     def both(f, task):
         question, answer = task.test[0]
-        return f(question), f(answer)
+        return task.kind, f(question), f(answer)
 
-    def has(self, task):
+    def has(self, task, augment):
+        """Is it one of them, or can the loader's augmentation (as in the manifest) make one of it?"""
         if puzzles.task_hash(task) in self.hashes:
             return True
-        if self.suite == "sudoku4":
-            # whoever knows the 288 filled 4x4 grids by heart solves any of them, so no answer may be shared
+        if task.kind == "sudoku" and task.test[0][1].shape == (4, 4):
             return task.test[0][1].tobytes() in self.answers
-        if self.augment == "none":
+        if augment == "none":
             return False
         return self.both(outline, task) in self.outlines and self.both(arc.canonical_hash, task) in self.likenesses
 

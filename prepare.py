@@ -32,6 +32,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -134,6 +135,10 @@ def build(c, stage):
     check_settings(c)
     if stage == "demo":
         inputs = demo.demo_inputs(c)
+        if c.dry_run:
+            reason = why_build(c, data, stage, inputs)
+            print(f"stage 'demo' in {data}/: " + (f"would be built, {reason}" if reason else "is already there"))
+            return
         make = lambda: demo.build_demo(c)  # noqa: E731
     else:
         import pipeline  # here, because loader.py imports this file for read_manifest alone
@@ -142,7 +147,7 @@ def build(c, stage):
         if c.dry_run:
             show_plan(c, stage, tokens, found, notes)
             return
-        evaluations = pipeline.gather_evaluations(c, data, notes)
+        evaluations = pipeline.gather_evaluations(c, data, found, notes)
         for note in notes:
             print(f"note: {note}")
         inputs = {
@@ -197,7 +202,7 @@ def status(c, only=None):
         except FileNotFoundError:  # a stage is whole without its metadata
             filters = {}
         print(f"\nstage {stage}, seed {mixture['seed']}")
-        print(f"{'source':18}{'group':7}{'kind':8}{'split':7}{'share':>7}{'documents':>11}{'tokens':>15}{'bytes':>16}   dropped")
+        print(f"{'source':18}{'group':7}{'kind':8}{'split':7}{'share':>7}{'documents':>11}{'tokens':>15}{'bytes':>16}")
         rows = {}
         for e in entries:  # a large source has many shards
             row = rows.setdefault((e["source"], e["split"]), [e["group"], e["kind"], 0, 0, 0])
@@ -205,13 +210,16 @@ def status(c, only=None):
                 row[i] += e[k]
         for (source, split), (group, kind, documents, tokens, size) in rows.items():
             share = f"{mixture['weights'].get(source, 0):.1%}" if split == "train" else ""
-            rules = filters.get(source, {}).get("dropped", {}) if split == "train" else {}
-            dropped = ", ".join(f"{rule} {found['count']:,}" for rule, found in rules.items())
-            print(f"{source:18}{group:7}{kind:8}{split:7}{share:>7}{documents:>11,}{tokens:>15,}{size:>16,}   {dropped}".rstrip())
+            print(f"{source:18}{group:7}{kind:8}{split:7}{share:>7}{documents:>11,}{tokens:>15,}{size:>16,}")
         totals = [sum(e[k] for e in entries) for k in ("documents", "tokens", "bytes")]
         print(f"{'total':47}{totals[0]:>11,}{totals[1]:>15,}{totals[2]:>16,}")
         for group, share in mixture["groups"].items():
             print(f"{group:7}{share:6.1%} {'#' * round(60 * share)}")
+        print("dropped, by rule (examples: " + str(data / "metadata" / stage / ("dropped.md" if stage != "demo" else "filters.json")) + ")")
+        for source, report in filters.items():
+            rules = sorted(report["dropped"].items(), key=lambda item: -item[1]["count"])
+            text = ", ".join(f"{rule} {found['count']:,}" for rule, found in rules) or "nothing"
+            print(textwrap.fill(text, 140, initial_indent=f"  {source:16}", subsequent_indent=" " * 18))
     for folder in tags:
         if only in (None, folder.parent.name):
             try:
@@ -255,9 +263,13 @@ def picture(data, names):
     os.replace(beside, path)
 
 
+PER_PAGE = 8  # families on one page of pictures
+
+
 def show(c, what):
-    """out/synth/: a task of every family of grid programs, puzzles, and puzzles in words, to be judged by a person."""
+    """out/synth/: tasks of every family of grid programs, puzzles, and puzzles in words, to be judged by a person."""
     import numpy as np
+    from tqdm import tqdm
 
     import arc
     import graphs
@@ -266,38 +278,42 @@ def show(c, what):
 
     if what != "synth":
         raise ValueError("say what to show: python prepare.py show synth")
-    folder = Path("out/synth")
-    rng = np.random.default_rng(c.seed)
-    families = list(programs.FAMILIES)
-    written = []
-    for page, first in enumerate(range(0, len(families), 11), 1):
+    folder, rng, written = Path("out/synth"), np.random.default_rng(c.seed), []
+    families = sorted(programs.FAMILIES, key=programs.level)  # stable: by level, in their own order within one
+    for page, first in enumerate(tqdm(range(0, len(families), PER_PAGE), desc="drawing", unit=" pages", leave=False), 1):
         rows = []
-        for family in families[first : first + 11]:
+        for family in families[first : first + PER_PAGE]:
             task, steps = programs.make(rng, family)
             pairs = [(f"{'test ' if i == 2 else ''}{side}", grid, None)
                      for i, pair in enumerate(task.train[:2] + task.test) for side, grid in zip(("input", "output"), pair)]  # fmt: skip
             called = "; ".join(f"{name}({', '.join(f'{k}={v}' for k, v in params.items())})" for name, params in steps)
-            rows.append((f"{family} (level {len(steps)}): {called}", pairs))
-        arc.picture(rows, folder / f"programs-{page}.png", f"grid programs, page {page}")
+            what = " ".join((programs.LANGUAGE[steps[0][0]][1].__doc__ or "").split()) if len(steps) == 1 else ""
+            rows.append((f"{family} (level {len(steps)}): {called}    {textwrap.shorten(what, 90, placeholder=' ...')}".rstrip(), pairs))
         written.append(folder / f"programs-{page}.png")
-    rows = []
-    for size, blanks in ((4, 6), (9, 30), (9, 54)):
-        rows.append((f"sudoku {size}x{size}, {blanks} blanks", [
-            (side, grid, None) for _ in range(3) for side, grid in zip(("question", "answer"), puzzles.sudoku(rng, size, blanks).test[0])]))
-    for side in (7, 15, 30):
-        rows.append((f"maze {side}x{side}", [
-            (name, grid, None) for _ in range(3) for name, grid in zip(("question", "answer"), puzzles.maze(rng, side, side).test[0])]))
+        arc.picture(rows, written[-1], f"grid programs, page {page}: two demonstrations and the test")
+
+    def three(title, make):
+        tasks = [make().test[0] for _ in range(3)]
+        return title, [(side, grid, None) for pair in tasks for side, grid in zip(("question", "answer"), pair)]
+
+    rows = [three(f"sudoku {size}x{size}, {blanks} blanks (black); a colour stands for a digit", lambda: puzzles.sudoku(rng, size, blanks))
+            for size, blanks in ((4, 6), (9, 30), (9, 54))]  # fmt: skip
+    rows += [three(f"maze {side}x{side}: walls blue, start red, goal green, the one shortest way yellow",
+                   lambda: puzzles.maze(rng, side, side)) for side in (7, 15, 30)]  # fmt: skip
     arc.picture(rows, folder / "puzzles.png", "sudoku and mazes")
-    written.append(folder / "puzzles.png")
+    rows, texts, encoder = [], [], tokenizer.load()
+    for _ in range(6):
+        task, parts, between = programs.trace(rng)
+        texts.append("".join(p if isinstance(p, str) else encoder.decode(np.atleast_1d(p).tolist()) for p in parts))
+        steps = [("test input", task.test[0][0], None), *((f"after step {i}", grid, None) for i, grid in enumerate(between, 1)),
+                 ("answer", task.test[0][1], None)]  # fmt: skip
+        rows.append((task.id, steps))
+    arc.picture(rows, folder / "traces.png", "traces: the test input, what half of them show after each step, the answer")
+    stages.write(folder / "traces.txt", "\n\n".join(re.sub(r"(<\|row\|>|<\|input\|>|<\|output\|>)", r"\1\n", t) for t in texts) + "\n")
     words = [f"--- {kind}\n{make(rng)[0]}" for kind, (make, _) in {**graphs.GRAPHS, **graphs.LOGIC}.items() for _ in range(3)]
+    words += [f"--- arithmetic\n{puzzles.arithmetic(rng)[0]}" for _ in range(3)]
     stages.write(folder / "words.txt", "\n\n".join(words) + "\n")
-    encoder = tokenizer.load()
-    traces = []
-    for _ in range(5):
-        _, parts, _ = programs.trace(rng)
-        traces.append("".join(p if isinstance(p, str) else encoder.decode(np.atleast_1d(p).tolist()) for p in parts))
-    stages.write(folder / "traces.txt", "\n\n".join(re.sub(r"(<\|row\|>|<\|input\|>|<\|output\|>)", r"\1\n", t) for t in traces) + "\n")
-    for path in [*written, folder / "words.txt", folder / "traces.txt"]:
+    for path in [*written, *(folder / name for name in ("puzzles.png", "traces.png", "traces.txt", "words.txt"))]:
         print(path)
 
 

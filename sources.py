@@ -24,11 +24,13 @@ writes it to data/metadata/revisions.json, and all later builds in that folder u
 Read next: curate.py, what is kept of these; pipeline.py, how it becomes shards.
 """
 
+import ast
 import contextlib
 import csv
 import functools
 import gzip
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -42,9 +44,13 @@ import numpy as np
 
 import arc
 import graphs
+import mazes
 import programs
 import puzzles
+import sudoku
 import tokenizer as tok
+import transforms
+import word_problems
 
 LANES = 8
 TEXT_FILE_CHARS = 1_000_000  # longest document taken from a .txt file
@@ -65,7 +71,7 @@ class Source:
     split: str = "train"
     files: str | None = None  # pattern, where only part of a split is wanted
     columns: tuple = ()  # of a csv file: all read as text (81 digits of a sudoku are not a number)
-    suite: str | None = None  # held-out puzzles of puzzles.py that must stay out, and are what is validated on
+    suite: str | None = None  # of held-out puzzles (puzzles.py) that it is validated on; those of all suites stay out of training
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -146,35 +152,38 @@ def arc_task(rng, index, tasks_of=_arc_tasks):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-# the table. FineWeb-Edu, Wikipedia, OpenWebMath, GSM8K, codeparrot: columns as commonly documented. Where no card could be
-# read it says so: a wrong column stops the build at the first row, naming the columns that there are.
+# the table. Columns, splits and licences are those of the datasets' cards on the hub, as far as a copy of the card could be read; where it
+# could not, the entry says what was seen instead. Nothing was downloaded to check. A wrong column stops the build at the first row,
+# naming the columns that there are; python sources.py NAME shows the first documents.
 
 SOURCES = {
     "fineweb_edu": Source("web", "ODC-By-1.0", column("text"), "prose", repo="HuggingFaceFW/fineweb-edu", config="sample-10BT"),
-    # a parquet copy of 27 files; its card could not be read, public training scripts read its column `text`
-    "openwebtext2": Source("web", "MIT (as published by EleutherAI)", column("text"), "prose", repo="Geralt-Targaryen/openwebtext2"),
+    # 27 parquet files; licence of its card; columns not on it: public training scripts read `text`
+    "openwebtext2": Source("web", "Apache-2.0", column("text"), "prose", repo="Geralt-Targaryen/openwebtext2"),
     "wikipedia": Source("web", "CC-BY-SA-3.0, GFDL", column("text"), "prose", repo="wikimedia/wikipedia", config="20231101.en"),
+    # columns of the cards of its halves, codeparrot-clean-train and -valid
     "codeparrot": Source("code", "that of each file: column license", column("content"), "code", repo="codeparrot/codeparrot-clean"),
     "open_web_math": Source("math", "ODC-By-1.0", column("text"), "math", repo="open-web-math/open-web-math"),
     "gsm8k": Source("math", "MIT", gsm8k, "dialogue", repo="openai/gsm8k", config="main"),
-    # question and answer are strings of cells: as HRM's build_sudoku_dataset.py and build_maze_dataset.py read them; licences not seen
-    "sudoku_extreme": Source("synth", "see its card", sudoku_extreme, kind="puzzle", repo="sapientinc/sudoku-extreme", files="train.csv",
+    # Strings of cells: as HRM's build_sudoku_dataset.py and build_maze_dataset.py read them, and several others' code. No licence is given.
+    # A maze of maze_hard has many shortest ways, of which the answer is one: answers are checked to be ways, not to be the only one.
+    "sudoku_extreme": Source("synth", "none given", sudoku_extreme, kind="puzzle", repo="sapientinc/sudoku-extreme", files="train.csv",
                              columns=("source", "question", "answer", "rating")),  # fmt: skip
-    "maze_hard": Source("synth", "see its card", maze_hard, kind="puzzle", augment="dihedral", repo="sapientinc/maze-30x30-hard-1k",
+    "maze_hard": Source("synth", "none given", maze_hard, kind="puzzle", augment="dihedral", repo="sapientinc/maze-30x30-hard-1k",
                         files="train.csv", columns=("source", "question", "answer", "rating")),  # fmt: skip
-    # from stage 2 on. messages = [{role, content}]: as in the card of smoltalk2; this set's own card could not be read
+    # from stage 2 on. messages = [{role, content}]
     "smol_smoltalk": Source("web", "Apache-2.0", chat, "dialogue", repo="HuggingFaceTB/smol-smoltalk"),
-    # problem, generated_solution, and the split train_1M: as public training code reads it
+    # licence of its card, files of the split train_1M seen; columns as public training code reads them
     "openmath_instruct": Source(
         "math", "CC-BY-4.0", lambda row: turns(("user", row["problem"]), ("assistant", row["generated_solution"])), "dialogue",
         repo="nvidia/OpenMathInstruct-2", split="train_1M"),  # fmt: skip
-    # instruction, response: as public training code reads it, Python only and checked by execution
+    # licence of its card; instruction, response: as public training code reads them. Python only, checked by execution
     "oss_instruct": Source(
         "code", "ODC-By-1.0", lambda row: turns(("user", row["instruction"]), ("assistant", row["response"])), "dialogue",
         repo="bigcode/self-oss-instruct-sc2-exec-filter-50k"),  # fmt: skip
     # generated here
     "programs": Source("synth", "generated here", lambda rng, i: programs.task(rng), kind="puzzle", augment="arc", suite="transforms"),
-    "traces": Source("synth", "generated here", lambda rng, i: programs.trace(rng), suite="transforms"),
+    "traces": Source("synth", "generated here", lambda rng, i: programs.trace(rng)),
     "sudoku4": Source("synth", "generated here", lambda rng, i: puzzles.sudoku(rng, 4, int(rng.integers(4, 9)), "train"),
                       kind="puzzle", suite="sudoku4"),  # fmt: skip
     "sudoku9": Source("synth", "generated here", lambda rng, i: puzzles.sudoku(rng, 9, int(rng.integers(20, 55)), "train"),
@@ -220,6 +229,17 @@ def instantiate(document):
         return document, [grid for pair in pairs for grid in pair], [arc.encode(document.kind, pairs)[:-1]]
     task, parts, more = document
     return task, [grid for pair in task.train + task.test for grid in pair] + more, parts
+
+
+def code_hash(*modules):
+    """Of what the modules do: their comments do not count."""
+    return hashlib.sha256("".join(ast.dump(ast.parse(inspect.getsource(m))) for m in modules).encode()).hexdigest()
+
+
+@functools.cache
+def generators_hash():
+    """Of all that decides what is generated, and which puzzles are held out."""
+    return code_hash(arc, sudoku, mazes, transforms, word_problems, puzzles, programs, graphs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

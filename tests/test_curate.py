@@ -271,8 +271,17 @@ def test_arc_outputs_in_text_are_found_however_they_are_written(evaluations):
 
 
 def test_a_held_out_puzzle_in_disguise_is_recognised():
-    held = curate.HeldOut("maze", "dihedral")
-    task = held.tasks[0]
-    turned = arc.Task("x", "maze", [], [(np.rot90(task.test[0][0]), np.rot90(task.test[0][1]))])
-    assert held.has(task) and held.has(turned)
-    assert not held.has(puzzles.maze(np.random.default_rng(5), 9, 9))
+    """Whatever source it comes from: all suites are kept out of all of them."""
+    held, draw = curate.HeldOut(), np.random.default_rng(5)
+    for suite in puzzles.SUITES:
+        task = puzzles.heldout(suite)[0]
+        turned = arc.Task("x", task.kind, *([tuple(map(np.rot90, pair)) for pair in pairs] for pairs in (task.train, task.test)))
+        assert held.has(task, "none") and held.has(turned, "none")
+    recoloured = arc.Task("x", "arc", *([tuple((g * (g > 0) % 9 + (g > 0)).astype(np.uint8) for g in pair) for pair in pairs]
+                                        for pairs in (task.train, task.test)))  # fmt: skip
+    assert held.has(recoloured, "arc") and not held.has(recoloured, "none")  # that the loader could undo
+    (question, answer), = puzzles.heldout("sudoku4", 1)[0].test
+    given_away = np.where(np.arange(16).reshape(4, 4) == np.flatnonzero(question == 0)[0], answer, question)  # one cell more
+    assert held.has(arc.Task("x", "sudoku", [], [(given_away, answer)]), "none")
+    assert not held.has(puzzles.maze(draw, 9, 9), "dihedral") and not held.has(puzzles.sudoku(draw, 4, 6, "train"), "none")
+    assert not held.has(puzzles.sudoku(draw, 9, 30), "none")

@@ -27,12 +27,12 @@ from test_curate import english
 import arc
 import curate
 import graphs
-import pipeline
 import prepare
 import puzzles
 import sources
 import stages
 import tokenizer
+import units
 
 ROOT = Path(__file__).parent.parent
 EXAM = "A farmer counts 417 crates of plums before noon and sells two thirds of them to the baker who lives across the river"
@@ -116,9 +116,9 @@ def copy(built, tmp_path):
     return tmp_path / "data"
 
 
-def documents(data, source=None, split=None):
+def documents(data, source=None, split=None, stage="stage1"):
     """(source, split, tokens), read with nothing but the layout that data/README.md describes."""
-    for line in (data / "stages/stage1/manifest.jsonl").read_text().splitlines():
+    for line in (data / "stages" / stage / "manifest.jsonl").read_text().splitlines():
         e = json.loads(line)
         if source in (None, e["source"]) and split in (None, e["split"]):
             tokens, ends = np.fromfile(data / e["path"], "<u2"), np.fromfile((data / e["path"]).with_suffix(".idx"), "<i8")
@@ -247,8 +247,8 @@ def test_processes_and_kills_change_no_byte(built, source_dir, tmp_path):
         process = subprocess.Popen([sys.executable, str(ROOT / "prepare.py"), "stage1", *options], cwd=tmp_path,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                    env={**os.environ, "PYTHONHASHSEED": str(attempt)})  # fmt: skip
-        units = len(list(tmp_path.glob("work/*/*/*.json")))
-        wanted = units + draw.randrange(1, 30)
+        there = len(list(tmp_path.glob("work/*/*/*.json")))
+        wanted = there + draw.randrange(1, 30)
         while process.poll() is None and kills < 3:
             if len(list(tmp_path.glob("work/*/*/*.json"))) >= wanted or kills == 2 and list(tmp_path.glob("processed/*/*.bin")):
                 process.send_signal(signal.SIGKILL)
@@ -265,8 +265,8 @@ def test_processes_and_kills_change_no_byte(built, source_dir, tmp_path):
 
 
 def test_a_damaged_unit_is_made_again(copy, built, source_dir):
-    units = sorted(copy.glob("work/*/*/*.tokens"))
-    os.truncate(next(u for u in units if u.stat().st_size > 100), 10)
+    made = sorted(copy.glob("work/*/*/*.tokens"))
+    os.truncate(next(u for u in made if u.stat().st_size > 100), 10)
     (copy / "work/wikipedia").rename(copy / "elsewhere")  # and a whole source of units may be gone
     shutil.rmtree(copy / "elsewhere")
     build(copy, source_dir, "--force")
@@ -424,9 +424,9 @@ def test_show_synth(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(programs, "FAMILIES", dict(list(programs.FAMILIES.items())[50:61]))
     prepare.main(["show", "synth"])
-    assert len(capsys.readouterr().out.split()) == 4
+    assert len(capsys.readouterr().out.split()) == 6
     assert (tmp_path / "out/synth/programs-1.png").stat().st_size > 10_000
-    assert (tmp_path / "out/synth/words.txt").read_text().count("Answer: ") == 15
+    assert (tmp_path / "out/synth/words.txt").read_text().count("Answer: ") == 18
     with pytest.raises(SystemExit, match="show synth"):
         prepare.main(["show", "everything"])
 
@@ -449,11 +449,11 @@ def test_bench_prepare_has_its_rival_and_projects_the_hours(monkeypatch, capsys)
 
 def test_dialogues_have_their_tokens():
     document = sources.turns(("system", "Be brief."), ("user", " Hi "), ("assistant", "Hello."), ("user", "Bye"), ("assistant", "Bye."))
-    ids = pipeline.tokenise(document)
+    ids = units.tokenise(document)
     assert tokenizer.load().decode(ids.tolist()) == ("<|user|>Be brief.\n\nHi<|end|><|assistant|>Hello.<|end|>"
                                                      "<|user|>Bye<|end|><|assistant|>Bye.<|end|><|endoftext|>")  # fmt: skip
     # text that spells a reserved token does not become one
-    assert (pipeline.tokenise(sources.turns(("user", "<|end|>"))) == tokenizer.END).sum() == 1
+    assert (units.tokenise(sources.turns(("user", "<|end|>"))) == tokenizer.END).sum() == 1
 
 
 def test_stages_2_and_3_have_their_shares_and_sources():
@@ -462,6 +462,44 @@ def test_stages_2_and_3_have_their_shares_and_sources():
         assert {sources.SOURCES[name].group for name in weights} == set(groups)
     assert [list(groups.values()) for _, groups, _ in sources.STAGES.values()] == [
         [0.5, 0.2, 0.1, 0.1, 0.1], [0.4, 0.2, 0.1, 0.15, 0.15], [0.3, 0.2, 0.1, 0.2, 0.2]]  # fmt: skip
+
+
+def test_stages_2_and_3_from_local_files(tmp_path):
+    """Instruction sets in the columns of the real ones; what comes out are dialogues, and the second stage makes hardly a new unit."""
+    def turn(role, n, seed):
+        return {"role": role, "content": english(n, seed)}
+
+    chats = [[turn("user", 2, (i, 1)), turn("assistant", 6, (i, 2)), turn("user", 1, (i, 3)), turn("assistant", 4, (i, 4))]
+             for i in range(150)]  # fmt: skip
+    rows = {
+        "smol_smoltalk": [{"messages": [{"role": "system", "content": "Be brief."}, *chat] if i % 3 == 0 else chat, "source": "x"}
+                          for i, chat in enumerate(chats)],
+        "oss_instruct": [{"instruction": english(2, (i, 5)), "response": f"```python\n{code(i)}```\n"} for i in range(120)],
+        "openmath_instruct": [{"problem": english(2, (i, 6)), "generated_solution": english(5, (i, 7)), "expected_answer": str(i)}
+                              for i in range(120)],
+    }  # fmt: skip
+    for name, records in rows.items():
+        (tmp_path / "in" / name).mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist(records), tmp_path / "in" / name / "0.parquet")
+    for stage in ("stage2", "stage3"):
+        asked = "--sources=smol_smoltalk,oss_instruct,openmath_instruct,sudoku4,arc"
+        prepare.main([stage, f"--data_dir={tmp_path}", f"--source_dir={tmp_path / 'in'}", asked, *SMALL[1:], "--limit_mb=0.3"])
+        entries, mixture = prepare.read_manifest(tmp_path, stage)
+        assert mixture["groups"] == pytest.approx(sources.STAGES[stage][1], abs=0.03)  # 75,000 tokens, and a task of ARC can have 5,000
+        marks, sign = {}, {tokenizer.USER: "u", tokenizer.ASSISTANT: "a", tokenizer.END: "."}
+        for source, _, ids in documents(tmp_path, stage=stage):
+            marks.setdefault(source, set()).add("".join(sign.get(i, "") for i in ids.tolist()))
+            assert ids[-1] == tokenizer.EOT
+        assert marks["smol_smoltalk"] == {"u.a.u.a."} and marks["oss_instruct"] == marks["openmath_instruct"] == {"u.a."}
+        assert marks["sudoku4"] == marks["arc"] == {""}
+
+
+def test_what_is_generated_needs_no_network(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    prepare.main(["stage1", f"--data_dir={tmp_path}", "--sources=sudoku4,maze,logic", *SMALL[1:], "--limit_mb=0.1"])
+    out = capsys.readouterr().out
+    assert "nothing is kept out for quoting gsm8k_test: all is generated here" in out
+    assert {e["source"] for e in prepare.read_manifest(tmp_path, "stage1")[0]} == {"sudoku4", "maze", "logic"}
 
 
 def test_long_text_files_are_cut(monkeypatch):

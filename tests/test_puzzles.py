@@ -157,6 +157,43 @@ def test_sudoku9_keeps_its_word():
     assert (puzzle == 0).sum() == 45 and check_sudoku(puzzle, answer) and len(solve_sudoku(puzzle)) == 1
 
 
+def exact_cover(rows, columns):
+    """Every choice of rows that covers each column once: Knuth's Algorithm X. rows: {name: columns}; columns: {column: names}."""
+    if not columns:
+        yield []
+        return
+    for name in list(columns[min(columns, key=lambda c: len(columns[c]))]):
+        taken = []
+        for c in rows[name]:
+            for other in columns[c]:
+                for d in rows[other]:
+                    if d != c:
+                        columns[d].discard(other)
+            taken.append((c, columns.pop(c)))
+        for rest in exact_cover(rows, columns):
+            yield [name, *rest]
+        for c, names in reversed(taken):
+            columns[c] = names
+            for other in names:
+                for d in rows[other]:
+                    if d != c:
+                        columns[d].add(other)
+
+
+@pytest.mark.parametrize("blanks", [30, 54])
+def test_sudoku9_has_one_solution_by_another_solver(blanks):
+    for seed in range(3):
+        puzzle, answer = sudoku(np.random.default_rng([blanks, seed]), 9, blanks).test[0]
+        rows = {(r, c, v): (("cell", r, c), ("row", r, v), ("column", c, v), ("box", r // 3, c // 3, v))
+                for r in range(9) for c in range(9) for v in range(1, 10) if puzzle[r, c] in (0, v)}
+        columns = {}
+        for name, covered in rows.items():
+            for c in covered:
+                columns.setdefault(c, set()).add(name)
+        (only,) = itertools.islice(exact_cover(rows, columns), 2)
+        assert sorted(only) == [(r, c, answer[r, c]) for r in range(9) for c in range(9)]
+
+
 @pytest.mark.parametrize("size,blanks,split,says", [(6, 5, "train", "4 or 9"), (4, 13, "train", "1 to 12"), (9, 0, "train", "1 to 54"),
                                                     (9, 30, "validation", "'validation'")])
 def test_impossible_sudokus_are_refused(size, blanks, split, says):
@@ -245,6 +282,13 @@ def test_check_maze_refuses_every_changed_cell():
 ])
 def test_check_maze_by_hand(puzzle, answer, right):
     assert check_maze(grid(puzzle), grid(answer)) is right
+
+
+def test_one_of_several_shortest_ways():
+    room = grid("200/000/003")
+    assert check_maze(room, grid("244/004/003"), only=False) and check_maze(room, grid("200/444/003"), only=False) is False
+    assert not check_maze(room, grid("244/004/003")) and check_maze(room, grid("200/440/043"), only=False)
+    assert not check_maze(grid("200/000/300"), grid("244/004/344"), only=False)    # a way, but not a shortest one
 
 
 def test_impossible_mazes_are_refused():

@@ -1,0 +1,209 @@
+"""
+Units of work: a few megabytes of one source, read, normalised, judged (curate.py), tokenised, and written with what it takes to find
+duplicates.
+
+They lie in data/work/SOURCE/KEY/ as NUMBER-LANE.tokens, .ends (offsets of documents), .keys (for duplicates and for the split), .bands
+(of MinHash, where near-duplicates are looked for), and last .json, the record: what was read and dropped, and where to read on. A unit
+whose record is not there, or does not fit the sizes of its files, does not count and is made again: so a kill costs a unit per worker.
+
+Read next: workers.py, who makes them; pipeline.py, what is done with them.
+"""
+
+import functools
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import arc
+import curate
+import puzzles
+import sources as table
+import tokenizer
+from stages import write
+
+BYTES_PER_TOKEN = 4  # of English, about: how megabytes of a stage become tokens, for puzzles as for text
+EXAMPLES, EXAMPLE_CHARS = 3, 600  # dropped documents kept per rule, for a person to read
+
+
+class Dropped:
+    """How many documents each rule took out, and the first few of them, to look at."""
+
+    def __init__(self):
+        self.rules = {}
+
+    def add(self, rule, example, count=1):
+        entry = self.rules.setdefault(rule, {"count": 0, "examples": []})
+        entry["count"] += count
+        if len(entry["examples"]) < EXAMPLES:
+            entry["examples"].append(example)
+
+    def merge(self, rules):
+        for rule, found in rules.items():
+            entry = self.rules.setdefault(rule, {"count": 0, "examples": []})
+            entry["count"] += found["count"]
+            entry["examples"] += found["examples"][: EXAMPLES - len(entry["examples"])]
+
+
+def unit_path(folder, lane, number, suffix):
+    return Path(folder) / f"{number:06d}-{lane}.{suffix}"
+
+
+def read_unit(folder, lane, number):
+    """-> the record of a unit, or None if it is not there or not whole: then it is made anew."""
+    try:
+        record = json.loads(unit_path(folder, lane, number, "json").read_bytes())
+        sizes = {suffix: unit_path(folder, lane, number, suffix).stat().st_size for suffix in record["sizes"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return record if sizes == record["sizes"] else None
+
+
+@functools.cache
+def _evaluations(path):
+    with np.load(path) as arrays:
+        return curate.TextEvaluations({(int(k.split(":")[0]), k.split(":")[1]): arrays[k] for k in arrays.files})
+
+
+@functools.cache
+def evaluation_outputs():
+    return curate.EvaluationOutputs({name: arc.load(name) for name in curate.EVALUATION_SETS})
+
+
+@functools.cache
+def held_out():
+    return curate.HeldOut()
+
+
+def judging_hash():
+    """Of all that decides which documents are kept, and how."""
+    return table.code_hash(curate, sys.modules[__name__])
+
+
+def make_units(job, report):
+    """
+    Make the units `first` to `last` of one lane of one source, as far as they are not there; report(record) after each.
+    Ends early where the source does. ValueError or OSError for what the user can do something about.
+    """
+    rows, state = None, None
+    if job["first"]:
+        state = read_unit(job["folder"], job["lane"], job["first"] - 1)["state"]
+    for number in range(job["first"], job["last"] + 1):
+        record = read_unit(job["folder"], job["lane"], number)
+        if record is None:
+            if rows is None:
+                rows = table.open_rows(job["source"], job["where"], job["seed"], job["lane"], state)
+                iterator = iter(rows)
+            record = make_unit(job, number, rows, iterator)
+        else:
+            rows, state = None, record["state"]
+        report(record)
+        if record["end"]:
+            return
+
+
+def make_unit(job, number, rows, iterator):
+    """Read, judge, tokenise and write one unit. -> its record."""
+    name = job["source"]
+    source = table.SOURCES[name]
+    documents, size, read, end = [], 0, 0, True
+    for origin, row in iterator:
+        task, grids, parts = table.instantiate(table.to_document(name, job["where"], row))
+        read += 1
+        size += sum(len(p) if isinstance(p, str) else BYTES_PER_TOKEN * np.size(p) for p in parts)
+        documents.append((origin, task, grids, parts))
+        if size >= job["unit_bytes"]:
+            end = False
+            break
+    state = rows.state()
+    dropped = Dropped()
+    judged = judge_puzzles if source.kind == "puzzle" or any(task for _, task, _, _ in documents) else judge_texts
+    kept, keys, bands = judged(source, documents, dropped, job)
+    tokens = np.concatenate(kept) if kept else np.zeros(0, np.uint16)
+    ends = np.concatenate([[0], np.cumsum([len(t) for t in kept])]).astype("<i8")
+    files = {"tokens": tokens.astype("<u2").tobytes(), "ends": ends.tobytes(), "keys": np.array(keys, "<u8").reshape(-1, 2).T.tobytes()}
+    if bands is not None:
+        files["bands"] = bands.astype("<u8").tobytes()
+    for suffix, content in files.items():
+        write(unit_path(job["folder"], job["lane"], number, suffix), content)
+    record = {
+        "source": name, "lane": job["lane"], "number": number, "read": read, "documents": len(kept), "tokens": len(tokens), "bytes": size,
+        "end": end, "state": state, "dropped": dropped.rules, "sizes": {s: len(f) for s, f in files.items()},
+    }  # fmt: skip
+    write(unit_path(job["folder"], job["lane"], number, "json"), json.dumps(record, ensure_ascii=False))  # last: now the unit is there
+    return record
+
+
+def tokenise(parts):
+    """list of str and ids -> np.uint16, an end-of-text at the end. Text that spells a reserved token stays text."""
+    encoder = tokenizer.load()
+    # without a list of Python integers on the way this is encode_ordinary, and a fifth faster
+    arrays = [encoder.encode_to_numpy(p, disallowed_special=()) if isinstance(p, str) else np.atleast_1d(p) for p in parts]
+    return np.concatenate([*arrays, [tokenizer.EOT]]).astype(np.uint16)
+
+
+def key_of(data):
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
+
+
+def judge_texts(source, documents, dropped, job):
+    """-> (token arrays, (key for duplicates, key for the split) of each, band keys or None) of the documents that pass."""
+    layout = source.profile in ("code", "dialogue")
+    kept, texts = [], []
+    for origin, _, _, parts in documents:
+        parts = [curate.normalise(p, layout) if isinstance(p, str) else p for p in parts]
+        if any(p is None for p in parts):
+            dropped.add("not_text", f"[{origin}]")
+        elif not any(isinstance(p, str) and p for p in parts):
+            dropped.add("empty", f"[{origin}]")
+        else:
+            kept.append((origin, parts))
+            texts.append("\n".join(p for p in parts if isinstance(p, str)))
+    words = curate.read_words(texts)
+    verdicts = curate.judge(words, texts, source.profile)
+    for i, name in _evaluations(job["evaluations"]).quoted(words).items():
+        verdicts[i] = verdicts[i] or f"quotes_{name}"
+    good = [i for i, rule in enumerate(verdicts) if rule is None]
+    for i, rule in enumerate(verdicts):
+        if rule is not None:
+            dropped.add(rule, f"[{kept[i][0]}] {texts[i][:EXAMPLE_CHARS]}")
+    tokens = [tokenise(kept[i][1]) for i in good]
+    keys = [key_of(t.tobytes()) for t in tokens]
+    # what is generated from templates is alike by design
+    bands = None if source.profile == "none" else curate.signatures(words)[:, good]
+    return tokens, [(k, k) for k in keys], bands
+
+
+def answer_fits(task):
+    """Is the answer right? For puzzles from elsewhere; ours were checked when they were made. A maze may have other ways as short."""
+    if task.kind == "sudoku":
+        return puzzles.check_sudoku(*task.test[0])
+    return puzzles.check_maze(*task.test[0], only=False)
+
+
+def judge_puzzles(source, documents, dropped, job):
+    """As judge_texts, for puzzles and texts about puzzles."""
+    tokens, keys = [], []
+    outputs = evaluation_outputs()
+    for origin, task, grids, parts in documents:
+        name = f"[{origin}] {task.id}"
+        if any(max(grid.shape) > arc.MAX_SIDE for grid in grids):
+            dropped.add("larger_than_30", name)
+        elif source.repo and not answer_fits(task):
+            dropped.add("wrong_answer", name)
+        elif held_out().has(task, source.augment):
+            dropped.add("held_out", name)
+        elif found := outputs.matches([(grid,) for grid in grids]):
+            trivial = all(curate.trivial(grid) for grid, _ in found)
+            rule = "evaluation_output_9_cells_or_fewer_or_one_colour" if trivial else "evaluation_output"
+            dropped.add(rule, f"{name}: {found[0][1]}")
+        else:
+            ids = tokenise(parts)
+            # An ARC task comes back turned and recoloured, on purpose, and all its images are on the same side of the split. Of other
+            # puzzles the images are the same puzzle, because the loader makes them by itself.
+            same = key_of(ids.tobytes()) if source.group == "arc" or source.kind == "text" else int(puzzles.task_hash(task)[:16], 16)
+            tokens.append(ids)
+            keys.append((same, key_of(task.id.encode()) if source.group == "arc" else same))
+    return tokens, keys, None
