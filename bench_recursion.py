@@ -3,7 +3,8 @@ What recursion is worth: `bench.py recursion`, experiments that take minutes on 
 
     python bench.py recursion learn --task=sudoku9 --contender="Route A:dense" --contender="Route B:trm,n_latent=2,n_recursion=1,n_sup=8"
                                                          exact answers to unseen puzzles by training FLOPs, everyone given as many
-    python bench.py recursion bounds                     lengths of vectors and gradients through n_sup x T x n passes: a picture
+    python bench.py recursion draw out/recursion/learn.jsonl     what that has written, as a picture
+    python bench.py recursion bounds                     sizes of vectors and gradients through n_sup x T x n passes: a picture
     python bench.py recursion halting CKPT               accuracy against the average number of supervision steps, from one checkpoint
     python bench.py recursion core                       time per step of a KDA core and of one of attention alone, by sequence length
 
@@ -13,6 +14,7 @@ makes up for what they differ in parameters. Figures worth keeping go into LOG.m
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -62,6 +64,17 @@ def draw(task, rng, train=True):
     if kind in ("turn", "transforms"):
         return plain_transform(rng) if kind == "turn" else puzzles.transform(rng)
     return puzzles.sudoku(rng, int(kind[-1]), n, "train" if train else "test")
+
+
+def unseen(task, n):
+    """-> n different tasks for the test, and the hashes that training must avoid."""
+    rng, tasks, hashes = np.random.default_rng(31337), [], set()
+    while len(tasks) < n:
+        made = draw(task, rng, train=False)
+        if puzzles.task_hash(made) not in hashes:
+            hashes.add(puzzles.task_hash(made))
+            tasks.append(made)
+    return tasks, hashes
 
 
 class Puzzles:
@@ -165,8 +178,8 @@ def train(net, batches, tasks, flops, learning_rate, points=POINTS, progress=Non
         if spent >= flops * (len(curve) + 1) / points or spent >= flops:
             own = {k: v.detach().clone() for k, v in net.state_dict().items()}
             net.eval().load_state_dict(average)
-            curve.append({"flops": spent, "seconds": round(seconds, 1), "steps": steps, "puzzles": seen,
-                          "loss": round(float(np.mean(recent)), 4), "gradient": round(largest, 2), "solved": solved(net, tasks)})  # fmt: skip
+            curve.append({"flops": spent, "seconds": round(seconds, 1), "steps": steps, "puzzles": seen, "solved": solved(net, tasks),
+                          "loss": round(float(np.mean(recent)), 4), "gradient": round(largest, 2)})  # fmt: skip
             net.load_state_dict(own)
             recent, largest = [], 0.0
             print(json.dumps(curve[-1]), file=sys.stderr, flush=True)
@@ -175,13 +188,7 @@ def train(net, batches, tasks, flops, learning_rate, points=POINTS, progress=Non
 
 def learn(args):
     """Train every contender on a task with equal FLOPs; one JSON object per contender goes into --out, a picture beside it."""
-    rng = np.random.default_rng(31337)
-    tasks, avoid = [], set()
-    while len(tasks) < args.n:
-        task = draw(args.task, rng, train=False)
-        if puzzles.task_hash(task) not in avoid:
-            avoid.add(puzzles.task_hash(task))
-            tasks.append(task)
+    tasks, avoid = unseen(args.task, args.n)
     params, rows = None, []
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     for text in args.contender:
@@ -207,6 +214,177 @@ def learn(args):
                              "config": None, "train": {}}, f"{args.save}{len(rows)}.pt")  # fmt: skip
 
 
+def draw_learning(paths, png):
+    """Share solved against training FLOPs, one line per contender, one panel per task."""
+    rows = [json.loads(line) for path in paths for line in open(path)]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    with saved_figure(png, 1, len(tasks)) as axes:
+        for axis, task in zip(axes, tasks):
+            for row in (r for r in rows if r["task"] == task):
+                x, y = [p["flops"] / 1e12 for p in row["curve"]], [100 * p["solved"] / row["n"] for p in row["curve"]]
+                axis.plot([0, *x], [0, *y], marker=".", label=f"{row['name']}, seed {row['seed']}")
+            axis.set(title=task, xlabel="training TFLOP", ylabel="solved exactly, %", ylim=(-2, 102))
+            axis.legend()
+
+
+@contextlib.contextmanager
+def saved_figure(path, rows, columns):
+    """Inside: a list of axes. Afterwards they are a png at `path`, whole or not at all."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5 * columns, 4 * rows))
+    FigureCanvasAgg(figure)
+    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
+    yield axes
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    figure.savefig(f"{path}.tmp", format="png", dpi=130)
+    os.replace(f"{path}.tmp", path)
+    print(f"picture: {path}")
+
+
+# -----------------------------------------------------------------------------
+# bounds
+
+
+def follow(net, idx, targets, n_sup, dtype=torch.float32, scale=1.0):
+    """
+    n_sup supervision steps of training on one batch, nobody halting and no optimizer step; in half precision under autocast, with the
+    loss times `scale`, as a GradScaler would have it. -> for each: {size (root mean square of what
+    comes out of each pass through the core), largest (of its numbers), passed_back (length of the gradient at each pass that has one, first
+    pass first), gradient (length of the whole gradient)}.
+    """
+    sizes, largest, back = [], [], []
+
+    def look(block, inputs, output):
+        y = output[0]
+        sizes.append(y.detach().float().square().mean().sqrt().item())
+        largest.append(y.detach().abs().max().item())
+        if y.requires_grad:
+            y.register_hook(lambda g: back.append(g.float().norm().item() / scale))
+
+    handle = net.blocks[-1].register_forward_hook(look)
+    net.train()
+    before = net.config.n_sup, net.config.halt_exploration
+    net.config.n_sup, net.config.halt_exploration = n_sup + 1, 0.0
+    carry, steps = None, []
+    for _ in range(n_sup):
+        for seen in (sizes, largest, back):
+            seen.clear()
+        if carry is not None:
+            carry["halted"] = torch.zeros_like(carry["halted"])
+        with torch.autocast(idx.device.type, dtype, enabled=dtype != torch.float32):
+            _, loss, carry = net(idx, targets, mode="puzzle", carry=carry)
+        (scale * loss).backward()
+        total = torch.stack([p.grad.float().norm() for p in net.parameters()]).norm().item() / scale
+        net.zero_grad(set_to_none=True)
+        steps.append({"size": sizes.copy(), "largest": largest.copy(), "passed_back": back[::-1], "gradient": total})
+    handle.remove()
+    net.config.n_sup, net.config.halt_exploration = before
+    return steps
+
+
+def bounds(args):
+    """Follow a model, freshly made or of a checkpoint, through all passes; and a fresh one whose branches start at full size."""
+    tasks = puzzles.heldout(args.suite, args.rows)
+    rows = [loader.puzzle_row(arc.encode(t.kind, [*t.train, *t.test]), "canvas", "none") for t in tasks]
+    idx, targets = loader.pad_rows(rows, loader.bucket_length(max(len(x) for x, _ in rows)))
+    net = checkpoint.load_model(args.checkpoint)[0] if args.checkpoint else make_contender(f"B:trm,{args.settings}", None, 1)[1]
+    kind = {"dtype": getattr(torch, args.dtype), "scale": args.scale}
+    found = {"as it is": follow(net, idx, targets, args.n_sup, **kind)}
+    if not args.checkpoint:
+        with torch.no_grad():
+            for name, p in net.named_parameters():
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    p *= (net.config.n_layer / 2) ** 0.5
+        found["branches at full size"] = follow(net, idx, targets, args.n_sup, **kind)
+    print(f"{net.num_params() / 1e6:.1f}M parameters, {net.config.n_layer} layers, {len(idx)} rows of {idx.shape[1]}, {args.dtype}, {args.n_sup} "
+          f"supervision steps of {net.passes('puzzle')[0]} passes, {net.passes('puzzle')[1]} with gradient")  # fmt: skip
+    for what, steps in found.items():
+        sizes, largest = ([x for s in steps for x in s[k]] for k in ("size", "largest"))
+        growth = [s["passed_back"][0] / s["passed_back"][-1] for s in steps]
+        print(f"{what}: vectors have size {min(sizes):.2f} to {max(sizes):.2f}, no number is beyond {max(largest):.1f}; the gradient is "
+              f"{min(s['gradient'] for s in steps):.3g} to {max(s['gradient'] for s in steps):.3g}, at the first pass with gradient "
+              f"{min(growth):.2g} to {max(growth):.2g} times what it is at the last")  # fmt: skip
+    with saved_figure(args.png, 1, 2) as (left, right):
+        for what, steps in found.items():
+            left.plot([x for s in steps for x in s["size"]], lw=1, label=f"{what}: size")
+            left.plot([x for s in steps for x in s["largest"]], lw=1, label=f"{what}: largest number")
+            n = len(steps[0]["passed_back"])
+            for i, s in enumerate(steps):
+                shade = {"color": f"C{list(found).index(what)}", "alpha": 0.3 + 0.7 * i / len(steps)}
+                right.plot(range(1, n + 1), s["passed_back"], **shade, label=what if i == len(steps) - 1 else None)
+        left.set(xlabel="pass through the core", yscale="log", title="what comes out of a pass")
+        right.set(xlabel="pass with gradient, first to last", yscale="log", title="gradient at its output, a line per supervision step")
+        left.legend()
+        right.legend()
+
+
+# -----------------------------------------------------------------------------
+# halting
+
+
+def halting(args):
+    """
+    One checkpoint on the held-out puzzles: exact answers after 1, 2, 4, ... supervision steps for all, beside letting a row stop as
+    soon as its halting probability passes a threshold. A row thinks the same thoughts whoever has left, so one trace tells all.
+    """
+    net, _ = checkpoint.load_model(args.checkpoint)
+    if net.puzzle_format != "canvas":
+        raise ValueError(f"{args.checkpoint} is of Route A, which takes no supervision steps")
+    tasks = puzzles.heldout(args.suite, args.n) if args.suite in puzzles.SUITES else unseen(args.suite, args.n)[0]
+    hidden = [arc.Task(t.id, t.kind, t.train, [(x, np.zeros((1, 1), np.uint8)) for x, _ in t.test]) for t in tasks]
+    traces = [a[0] for a in net.answer(hidden, n_sup=args.n_sup, trace=True)]
+    right = np.array([[g is not None and np.array_equal(g, t.test[0][1]) for g, _ in trace] for t, trace in zip(tasks, traces)])
+    p = np.array([[p for _, p in trace] for trace in traces])
+    fixed = [(n, 100 * right[:, n - 1].mean()) for n in range(1, args.n_sup + 1)]
+    early = []
+    print(f"{len(tasks)} puzzles of {args.suite}\nsteps for all   solved")
+    for n, share in fixed:
+        if n & (n - 1) == 0:
+            print(f"{n:13d} {share:7.1f}%")
+    print("halting above   steps on average   solved")
+    for threshold in (0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99, 0.999):
+        passed = p > threshold
+        last = np.where(passed.any(1), passed.argmax(1), args.n_sup - 1)
+        early.append((last.mean() + 1, 100 * right[np.arange(len(tasks)), last].mean()))
+        print(f"{threshold:13g} {early[-1][0]:18.2f} {early[-1][1]:7.1f}%")
+    with saved_figure(args.png, 1, 1) as (axis,):
+        axis.plot(*zip(*fixed), marker=".", label="as many steps for all")
+        axis.plot(*zip(*early), marker="o", ls="--", label="until it believes its answer")
+        axis.set(xlabel="supervision steps, on average", ylabel="solved exactly, %", xscale="log", title=args.suite)
+        axis.legend()
+
+
+# -----------------------------------------------------------------------------
+# core
+
+
+def core(args):
+    """Seconds per training step of Route B with each layer pattern, equal parameters, by sequence length: medians, in turns."""
+    print(f"{'':8s} {'parameters':>10s} " + " ".join(f"{f'{T} x {max(1, args.tokens // T)} rows':>18s}" for T in args.lengths))
+    params, nets = None, {}
+    for pattern in args.patterns:
+        nets[pattern] = make_contender(f"x:trm,layer_pattern={pattern},{args.settings}", params, 1)[1].train()
+        params = params or nets[pattern].num_params()
+    times = {(pattern, T): [] for pattern in nets for T in args.lengths}
+    for T in args.lengths:
+        rows = max(1, args.tokens // T)
+        idx = torch.randint(tok.CELL0, tok.CELL0 + 10, (rows, T), generator=torch.Generator().manual_seed(0))
+        for _ in range(args.steps + 1):
+            for pattern, net in nets.items():
+                start = time.process_time()
+                net(idx, idx, mode="puzzle")[1].backward()
+                times[pattern, T].append(time.process_time() - start)
+                net.zero_grad(set_to_none=True)
+    for pattern, net in nets.items():
+        figures = [1000 * float(np.median(times[pattern, T][1:])) for T in args.lengths]
+        print(f"{pattern:8s} {net.num_params():10,} " + " ".join(f"{ms:15,.0f} ms" for ms in figures))
+
+
 def main(argv):
     parser = argparse.ArgumentParser(prog="bench.py recursion", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"error: {message}; see python bench.py recursion --help")
@@ -222,6 +400,34 @@ def main(argv):
     p.add_argument("--out", default="out/recursion/learn.jsonl")
     p.add_argument("--save", metavar="PREFIX", help="keep the averaged weights of contender 1, 2, ... as PREFIX1.pt, ...")
     p.set_defaults(run=learn)
+    p = commands.add_parser("draw", help="a picture of what learn has written")
+    p.add_argument("jsonl", nargs="+")
+    p.add_argument("--png", default="out/recursion/learn.png")
+    p.set_defaults(run=lambda args: draw_learning(args.jsonl, args.png))
+    p = commands.add_parser("bounds", help="sizes of vectors and gradients, pass by pass")
+    p.add_argument("checkpoint", nargs="?", help="a trained model; without, a fresh one of --settings")
+    p.add_argument("--settings", default="n_layer=8,n_head=12,n_embd=768,n_ff=2208", help="default: the 100M model")
+    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    p.add_argument("--scale", type=float, default=1.0, help="of the loss, as in float16 training")
+    p.add_argument("--suite", default="sudoku4", choices=puzzles.SUITES)
+    p.add_argument("--rows", type=int, default=2)
+    p.add_argument("--n_sup", type=int, default=16)
+    p.add_argument("--png", default="out/recursion/bounds.png")
+    p.set_defaults(run=bounds)
+    p = commands.add_parser("halting", help="accuracy against the average number of steps, from one checkpoint")
+    p.add_argument("checkpoint", metavar="CKPT")
+    p.add_argument("--suite", default="sudoku4", help="a suite of puzzles.py, or a --task of learn")
+    p.add_argument("--n", type=int, default=100)
+    p.add_argument("--n_sup", type=int, default=16)
+    p.add_argument("--png", default="out/recursion/halting.png")
+    p.set_defaults(run=halting)
+    p = commands.add_parser("core", help="time per step by layer pattern and length")
+    p.add_argument("--patterns", type=lambda s: s.split(","), default=["kkka", "aaaa"])
+    p.add_argument("--lengths", type=lambda s: [int(n) for n in s.split(",")], default=[256, 2048])
+    p.add_argument("--settings", default="n_embd=128,n_head=2,n_ff=344,n_latent=2,n_recursion=1")
+    p.add_argument("--tokens", type=int, default=2048)
+    p.add_argument("--steps", type=int, default=5)
+    p.set_defaults(run=core)
     args = parser.parse_args(argv[1:])  # bench.py hands on its own name for this file
     try:
         args.run(args)

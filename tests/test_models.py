@@ -108,10 +108,17 @@ def test_impossible_shapes_are_refused_in_one_line(file, wrong):
     assert name in str(e.value) and "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("name", ("n_latent", "n_recursion", "n_sup", "text_n_latent", "text_n_recursion", "text_n_sup"))
+@pytest.mark.parametrize("name", ("n_latent", "n_recursion", "n_grad", "n_sup"))
 def test_no_recursion_at_all_is_refused(name):
-    with pytest.raises(ValueError, match=name):
-        trm(**{name: 0})
+    for setting in (name, f"text_{name}"):
+        with pytest.raises(ValueError, match=setting):
+            trm(**{setting: 0})
+
+
+def test_more_recursions_with_gradient_than_there_are_are_refused():
+    for text in ("", "text_"):
+        with pytest.raises(ValueError, match=f"{text}n_grad=3.*{text}n_recursion=2"):
+            trm(**{f"{text}n_recursion": 2, f"{text}n_grad": 3})
 
 
 @pytest.mark.parametrize("pattern", ("a", "k", "kkka", "ak"))
@@ -515,15 +522,18 @@ def core_by_hand(model, h, rope, seen):
     return h
 
 
-def trm_by_hand(model, idx, n, T, n_sup, seen):
-    """The published pseudocode: yields y, z after each supervision step, with the gradient it trains with."""
+def trm_by_hand(model, idx, n, T, n_sup, seen, n_grad=1):
+    """
+    The published pseudocode: yields y, z after each supervision step, with the gradient it trains with: of the last recursion, or of
+    the last n_grad. seen None: text.
+    """
     d = model.config.n_embd
     rope = rope_3d(arc.positions(idx), d // model.config.n_head, model.config.rope_base)
     above = torch.stack([same_place_by_hand(row) for row in idx])
 
     def embed():
         x = model.wte.weight[idx]
-        return (x + model.wte.weight[above] * (above != tok.BLANK)[..., None]) * math.sqrt(d)
+        return (x if seen is None else x + model.wte.weight[above] * (above != tok.BLANK)[..., None]) * math.sqrt(d)
 
     y, z = model.y_init.expand(*idx.shape, d), model.z_init.expand(*idx.shape, d)
 
@@ -535,9 +545,10 @@ def trm_by_hand(model, idx, n, T, n_sup, seen):
     for _ in range(n_sup):
         x, y, z = embed(), y.detach(), z.detach()
         with torch.no_grad():
-            for _ in range(T - 1):
+            for _ in range(T - n_grad):
                 y, z = recursion(y, z)
-        y, z = recursion(y, z)
+        for _ in range(n_grad):
+            y, z = recursion(y, z)
         yield y, z
 
 
@@ -556,16 +567,17 @@ def canvas_loss_by_hand(model, y, idx, targets):
     return sum(answer) / len(answer), sum(halting) / len(halting)
 
 
-@pytest.mark.parametrize("n, T, n_sup, right_to_left", ((2, 2, 3, True), (1, 1, 2, False), (1, 3, 1, True), (3, 1, 2, True)))
-def test_training_is_the_published_recursion(n, T, n_sup, right_to_left):
-    model = trm(n_latent=n, n_recursion=T, n_sup=n_sup, right_to_left=right_to_left, halt_exploration=0.0)
+@pytest.mark.parametrize("n, T, n_grad, n_sup, right_to_left", ((2, 2, 1, 3, True), (1, 1, 1, 2, False), (1, 3, 1, 1, True),
+                                                                (3, 1, 1, 2, True), (2, 2, 2, 2, True), (1, 3, 2, 2, False)))  # fmt: skip
+def test_training_is_the_published_recursion(n, T, n_grad, n_sup, right_to_left):
+    model = trm(n_latent=n, n_recursion=T, n_grad=n_grad, n_sup=n_sup, right_to_left=right_to_left, halt_exploration=0.0)
     with torch.no_grad():
         model.q_head.bias -= 100  # never halts early
     model.train()
     idx, targets = puzzle_batch("canvas", range(3))
     seen = (idx != tok.PAD)[:, None, None, :]
     carry = None
-    for y, z in trm_by_hand(model, idx, n, T, n_sup, seen):
+    for y, z in trm_by_hand(model, idx, n, T, n_sup, seen, n_grad):
         answer, halting = canvas_loss_by_hand(model, y, idx, targets)
         want = answer + 0.5 * halting
         logits, got, carry = model(idx, targets, mode="puzzle", carry=carry)
