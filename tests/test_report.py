@@ -176,8 +176,8 @@ $("#search").focus(); press("j");
 choose("#suite", "arc1");
 const ink = [...$("#task canvas").getContext("2d").getImageData(3, 3, 1, 1).data].slice(0, 3).join();
 said.push(["cell", ink, $("#tiles").children.length]);
-const count = query => document.querySelectorAll(query).length;
-said.push(["figures", count("#results tbody tr:not(.group)"), count("#curves circle")]);
+const howMany = query => document.querySelectorAll(query).length;
+said.push(["figures", howMany("#results tbody tr:not(.group)"), howMany("#curves circle")]);
 document.body.replaceChildren(Object.assign(document.createElement("output"), {textContent: JSON.stringify(said)}));
 """
 
