@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import arc
 import curate
+import language_items
 import puzzles
 import sources as table
 import tokenizer
@@ -139,6 +140,9 @@ def gather_evaluations(c, data, found, notes):
         if not texts[name]:
             notes.append(f"nothing is kept out for quoting {name}: {missing}")
             del texts[name]
+    ours = language_items.evaluation_texts()
+    texts.update(ours)
+    report.update({name: len(items) for name, items in ours.items()})
     tables = {**curate.text_tables(texts), **_arc_tables()}
     report.update({name: len(tables[n, name]) for n, name in tables if name.startswith("arc_")})
     packed = io.BytesIO()
