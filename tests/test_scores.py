@@ -129,8 +129,8 @@ TASKS = [
 
 def test_an_oracle_and_its_opposite():
     right = scores.figures(answers_of(TASKS, lambda t, j, y: [y]), 2)
-    assert [right[k] for k in ("solved", "total", "outputs_solved", "outputs_total", "pass_1", "pass_2", "oracle", "score", "cells_right")] \
-        == [2, 2, 3, 3, 2, 2, 2, 1.0, 1.0]
+    assert [right[k] for k in ("solved", "total", "outputs_solved", "outputs_total")] == [2, 2, 3, 3]
+    assert [right[k] for k in ("pass_1", "pass_2", "oracle", "score", "cells_right")] == [2, 2, 2, 1.0, 1.0]
     assert right["verdicts"] == {"right": 3} and right["by_size"] == {"1-25": [3, 3]}
     wrong = scores.figures(answers_of(TASKS, lambda t, j, y: [(y + 1) % 10]), 2)
     assert [wrong[k] for k in ("solved", "outputs_solved", "pass_1", "pass_2", "oracle", "score", "cells_right")] == [0] * 7
