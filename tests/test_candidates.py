@@ -155,6 +155,18 @@ def test_answers_do_not_depend_on_what_else_is_asked(name):
 
 
 @pytest.mark.parametrize("name", ["dense", "trm"])
+def test_what_is_written_is_what_generate_writes_and_stays_in_its_room(name):
+    model, prompts = make(name, 64), [[tok.EOT, 5, 6], [tok.EOT, 7, 8, 9, 10]]
+    written = candidates.write(model, prompts, 3, [6, 4], (), Settings())
+    for prompt, room, texts in zip(prompts, (6, 4), written):
+        greedy = [int(ids[0]) for ids in model.generate(torch.tensor([prompt]), room, 0, stop=())]
+        assert texts[0] == greedy and len(texts) == 3 and all(len(ids) == room for ids in texts)
+    stopped = candidates.write(model, prompts[:1], 1, [6], (written[0][0][2],), Settings())
+    assert stopped == [[written[0][0][: written[0][0].index(written[0][0][2])]]]
+    assert candidates.write(model, prompts[::-1], 3, [4, 6], (), Settings()) == written[::-1]
+
+
+@pytest.mark.parametrize("name", ["dense", "trm"])
 def test_nothing_of_the_answers_reaches_the_model(name):
     """With everything on: tasks with noise in place of their test outputs get identical answers."""
     rng, model = np.random.default_rng(3), make(name, 400)
@@ -184,12 +196,12 @@ def test_puzzles_in_words_are_read_up_to_the_solution_and_answered_behind_answer
     encoder, asked = tok.load(), []
 
     class Writes:
-        config = make("dense", 1024).config
+        puzzle_format, config = "autoregressive", make("dense", 1024).config
         wte = make("dense").wte
         texts = [f" Well. Leaves 1 of 2.\nAnswer: {expected} \n", " No.\nAnswer: Nobody", " It does not say."]
 
         def generate(self, prompts, max_new_tokens, temperature, stop, generator):
-            asked.append(encoder.decode(prompts[0, 1:].tolist()))
+            asked.append(encoder.decode(prompts[0][1:].tolist()))
             rows = [encoder.encode_ordinary(t) + [tok.EOT] for t in (self.texts[:1] if temperature == 0 else self.texts[: len(prompts)])]
             for i in range(max(map(len, rows))):
                 yield torch.tensor([row[i] if i < len(row) else tok.PAD for row in rows])
@@ -213,7 +225,7 @@ def test_only_programs_that_pass_every_demonstration_answer():
     encoder = tok.load()
 
     class Writes:
-        config = make("dense", 4096).config
+        puzzle_format, config = "canvas", make("dense", 4096).config
         wte = make("dense").wte
 
         def generate(self, prompts, max_new_tokens, temperature, stop, generator):
