@@ -39,6 +39,7 @@ from tqdm import tqdm
 import arc
 import curate
 import graphs
+import language_items
 import programs
 import puzzles
 import sources as table
@@ -450,6 +451,9 @@ def gather_evaluations(c, data, notes):
         if not texts[name]:
             notes.append(f"nothing is kept out for quoting {name}: no folder {Path(c.source_dir) / name}")
             del texts[name]
+    ours = language_items.evaluation_texts()
+    texts.update(ours)
+    report.update({name: len(items) for name, items in ours.items()})
     tables = {**curate.text_tables(texts), **_arc_tables()}
     report.update({name: len(tables[n, name]) for n, name in tables if name.startswith("arc_")})
     packed = io.BytesIO()
