@@ -168,7 +168,7 @@ def solve(model, tasks, settings):
     it does not fit into the model's block_size. Test outputs are not read; eval_arc.evaluate takes them out before it calls this.
     """
     if tasks and isinstance(tasks[0].test[0][0], str):
-        return [[in_words(model, task, question, settings) for question, _ in task.test] for task in tasks]
+        return in_words(model, tasks, settings)
     out, plain = [None] * len(tasks), []
     for i, task in enumerate(tasks):
         if settings.ttt_steps and len(task.train) > 1:
@@ -224,43 +224,49 @@ def solve_grids(model, tasks, settings):
 # what is written in words
 
 
-def write(model, prompt, n, max_new_tokens, stop, settings, what):
+def write(model, prompts, n, room, stop, settings):
     """
-    Continue a prompt (T,) n times -> list of n lists of ids, without the one of `stop` that ended it. Of one, the likeliest token is taken;
-    of several, the first is that and the others are drawn, by a generator that depends on the prompt and on nothing else.
+    Continue each of `prompts`, lists of ids, n times, by at most as many tokens as `room` says for each -> for each a list of n lists of
+    ids, without the one of `stop` that ended them. The first takes the likeliest token at every place, the others are drawn by a generator
+    that depends on the prompt and on nothing else.
     """
-    prompt = torch.as_tensor(np.asarray(prompt, np.int64), device=model.wte.weight.device)
-    seed = int(rng_of(settings.seed, what, prompt.tolist()).integers(2**31))
-    out = []
-    for rows, temperature in ((1, 0.0), (n - 1, settings.temperature)):
-        if rows < 1:
-            continue
-        written, done = [[] for _ in range(rows)], [False] * rows
-        generator = torch.Generator(prompt.device).manual_seed(seed)
-        for drawn in model.generate(prompt.repeat(rows, 1), max_new_tokens, temperature, stop=(), generator=generator):
+    device = model.wte.weight.device
+    ids = [torch.as_tensor(prompt, device=device) for prompt in prompts]
+
+    def go_on(rows, room, temperature, generator=None):
+        written, done = [[] for _ in room], [False] * len(room)
+        for drawn in model.generate(rows, max(room), temperature, stop=(), generator=generator):
             for row, token in enumerate(drawn.tolist()):
-                done[row] = done[row] or token in stop
+                done[row] = done[row] or token in stop or len(written[row]) == room[row]
                 if not done[row]:
                     written[row].append(token)
             if all(done):
                 break
-        out += written
+        return written
+
+    if model.puzzle_format == "canvas":  # Route B reads rows of one length
+        out = [go_on(p[None], [r], 0.0) for p, r in zip(ids, room)]
+    else:
+        out = [[written] for written in go_on(ids, room, 0.0)]
+    for p, r, written in zip(ids, room, out):
+        if n > 1:
+            generator = torch.Generator(device).manual_seed(int(rng_of(settings.seed, "write", p.tolist()).integers(2**31)))
+            written += go_on(p.repeat(n - 1, 1), [r] * (n - 1), settings.temperature, generator)
     return out
 
 
-def in_words(model, task, question, settings):
-    """A puzzle in words -> Given with texts: what stands behind 'Answer:' in the model's solution, the answer with most votes first."""
-    prompt = [tok.EOT, *tok.load().encode_ordinary(f"{question}\nSolution:")]
-    if len(prompt) + 1 > model.config.block_size:
-        return None
-    room = min(ANSWER_TOKENS, model.config.block_size - len(prompt))
-    found = []
-    for ids in write(model, prompt, settings.samples, room, (tok.EOT,), settings, "words"):
-        text = tok.load().decode(ids)
-        answer = re.search(r"^Answer: *(.+?) *$", text, re.MULTILINE)
-        if answer:
-            found.append((answer[1], 1, 0.0, None))
-    return Given(vote(found))
+def in_words(model, tasks, settings):
+    """`solve` for puzzles in words: the answer is what stands behind 'Answer:' in the model's solution, the one with most votes first."""
+    asked = [(i, [tok.EOT, *tok.load().encode_ordinary(f"{question}\nSolution:")]) for i, t in enumerate(tasks) for question, _ in t.test]
+    fit = [(i, prompt) for i, prompt in asked if len(prompt) < model.config.block_size]
+    room = [min(ANSWER_TOKENS, model.config.block_size - len(prompt)) for _, prompt in fit]
+    out = [[None] for _ in tasks]
+    if not fit:
+        return out
+    for (i, _), texts in zip(fit, write(model, [prompt for _, prompt in fit], settings.samples, room, (tok.EOT,), settings)):
+        answers = [re.search(r"^Answer: *(.+?) *$", tok.load().decode(ids), re.MULTILINE) for ids in texts]
+        out[i] = [Given(vote([(answer[1], 1, 0.0, None) for answer in answers if answer]))]
+    return out
 
 
 def from_programs(model, task, settings):
@@ -277,7 +283,7 @@ def from_programs(model, task, settings):
     out = [[] for _ in task.test]
     if len(prompt) + PROGRAM_TOKENS > model.config.block_size:
         return out
-    written = write(model, prompt, settings.programs, PROGRAM_TOKENS, (tok.OUTPUT, tok.EOT), settings, "program")
+    (written,) = write(model, [prompt], settings.programs, [PROGRAM_TOKENS], (tok.OUTPUT, tok.EOT), settings)
     texts = sorted({tok.load().decode(ids) for ids in written if all(i < tok.EOT for i in ids)})
     inputs = [x for x, _ in task.train + task.test]
     for text, result in zip(texts, sandbox.run_programs([(text, inputs) for text in texts])):

@@ -79,6 +79,7 @@ import candidates
 import checkpoint
 import configurator
 import hardware
+import language
 import logbook
 import parallel
 import scores
@@ -206,8 +207,8 @@ def table(report):
     for suite in first:
         for name, r in report.items():
             s = r["suites"][suite]
-            if "solved" not in s:
-                notes.append(f"{suite}, {name}: {brief(s)}")
+            if not suites.is_tasks(suite):
+                notes.append(f"\n{suite}, {name}\n{language.table(s)}")
                 continue
             low, high = s["interval"]
             rows.append([suite, name, f"{s['solved']}/{s['total']}", f"{s['solved'] / max(1, s['total']):.1%}",
@@ -226,11 +227,6 @@ def table(report):
         allowed = ", ".join(f"{n} attempt{'s' * (n > 1)} as in {suite}" for n, suite in sorted(attempts.items()))
         lines.append(f"solved: tasks with all test outputs right ({allowed}); oracle: with any of the candidates.")
     return "\n".join(lines + notes)
-
-
-def brief(figures):
-    """Figures of a suite that is not of tasks, in a line: the plain numbers."""
-    return ", ".join(f"{k} {v:.4g}" for k, v in figures.items() if isinstance(v, (int, float)) and not isinstance(v, bool))
 
 
 # -----------------------------------------------------------------------------
@@ -361,6 +357,20 @@ def ask(name, suite, tasks, model, report, settings, attempts, out_dir):
                             keep=keep, progress=bar.update)  # fmt: skip
 
 
+def measure(name, suite, model, r, limit):
+    """A suite that is not of tasks -> its figures. r: the model's report, which says what it was trained on."""
+    config, data = r["config"] or {}, r["data"]
+    stage = {"data_dir": config.get("data_dir") or "data", "stage": data["stage"] or config.get("data"), "tag": data["tag"]}
+    if stage["stage"]:
+        try:
+            stages.read_manifest(*stage.values(), verify=False)
+        except (OSError, ValueError) as e:
+            print(f"{name} {suite}: no bits per byte: {e}")
+            stage["stage"] = None
+    with tqdm(desc=f"{name} {suite}", unit="row", dynamic_ncols=True, leave=False) as bar:
+        return language.evaluate(model, **stage, limit=limit, progress=bar.update)
+
+
 def say_suite(name, suite, s):
     """A line on one model and suite, as soon as it is known."""
     cells, copied = s["cells_right"], s["cells_right_by_copying"]
@@ -415,13 +425,17 @@ def run(args):
                 say_suite(name, suite, report[name]["suites"][suite])
     if parallel.master:
         finish(args, models, chosen, records, report, out_dir)
+    if parallel.world_size > 1:
+        torch.distributed.destroy_process_group()
 
 
 def finish(args, models, chosen, records, report, out_dir):
     """The suites that are no tasks, comparisons, and all that is written. On the first process."""
     for name, r in report.items():
         for suite in chosen:
-            if suites.is_tasks(suite):
+            if not suites.is_tasks(suite):
+                r["suites"][suite] = measure(name, suite, models[name], r, args.limit)
+            else:
                 others = {other: records[other, suite] for other in models if other != name}
                 r["suites"][suite]["against"] = {other: scores.against(records[name, suite], them) for other, them in others.items()}
         r["suites"] = {suite: r["suites"][suite] for suite in chosen}
@@ -450,7 +464,7 @@ def finish(args, models, chosen, records, report, out_dir):
     print("\n" + table(report) + "\n")
     for what, path in paths.items():
         print(f"{what:12s} {path}")
-    if not rows and any(map(suites.is_tasks, chosen)):
+    if not rows and any(suites.is_tasks(s) and s not in suites.IN_WORDS for s in chosen):
         print("picture      none: every task was too long")
 
 

@@ -57,7 +57,7 @@ def found(name):
 
 def default():
     """The names of all suites that are there, language last: what is asked when nobody says what to ask."""
-    return [name for name in ("arc1", "arc2", *GROUPS["sudoku"], *GROUPS["maze"], "transforms", "logic") if found(name)]
+    return [name for name in ("arc1", "arc2", *GROUPS["sudoku"], *GROUPS["maze"], "transforms", "logic") if found(name)] + ["language"]
 
 
 def names(text):

@@ -1,43 +1,33 @@
-"""The evaluation: what it counts, that the models cannot see what they are asked for, what it writes, and what it refuses."""
+"""The evaluation as a command: what it writes, that runs can be killed, split and repeated, and what it refuses."""
 import json
 import os
 import subprocess
 import sys
+import time
 
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from tiny import grid, make, save
 
 import arc
-import checkpoint
+import candidates
 import eval_arc
 import model_dense
 import model_trm
 import puzzles
-import tokenizer as tok
+import scores
+import suites
+import watch
+from candidates import Candidate, Given
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-FIGURES = {"total", "solved", "too_long", "outputs_total", "outputs_solved", "attempts", "cells_right", "cells_right_by_copying", "seconds"}
-
-
-def make(name, block_size=256):
-    """A tiny model whose answers depend on everything it reads."""
-    torch.manual_seed(1)
-    settings = {"n_layer": 2, "layer_pattern": "ka", "n_head": 2, "n_embd": 16, "n_ff": 24, "block_size": block_size}
-    recursion = {"n_latent": 1, "n_recursion": 1, "n_sup": 3} if name == "trm" else {}
-    model = checkpoint.make_model(name, {**settings, **recursion})
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.3 * torch.randn_like(p)
-    return model.eval()
-
-
-def save(path, name, train, block_size=256):
-    model = make(name, block_size)
-    checkpoint.save({"format": checkpoint.CHECKPOINT_FORMAT, "model": name, "model_config": dict(vars(model.config)),
-                     "weights": model.state_dict(), "ema": None, "tokenizer": tok.fingerprint(), "train": train}, str(path))
-    return str(path)
+FIGURES = {"total", "solved", "interval", "score", "outputs_total", "outputs_solved", "outputs_interval", "attempts", "pass_1", "pass_2",
+           "oracle", "candidates", "unknown", "too_long", "too_long_ids", "by_size", "verdicts", "cells_right", "cells_right_by_copying",
+           "seconds", "available", "against"}
+TESTED = {"input", "expected", "attempts", "right", "solved", "oracle", "verdict", "votes", "scores", "candidates", "programs"}
+RECORD = {"key", "model", "suite", "id", "kind", "solved", "too_long", "seconds", "demonstrations", "test"}
 
 
 @pytest.fixture(scope="module")
@@ -47,104 +37,51 @@ def checkpoints(tmp_path_factory):
     return save(folder / "a" / "ckpt.pt", "dense", train), save(folder / "b" / "ckpt.pt", "trm", {"iter": 8, "val_loss": float("nan")})
 
 
-def grid(text):
-    return np.array([[int(c) for c in row] for row in text.split("/")], np.uint8)
-
-
 def call(monkeypatch, *args):
     monkeypatch.setattr(sys, "argv", ["eval_arc.py", *map(str, args)])
     eval_arc.main()
 
 
-# counting
-
-TASKS = [
-    arc.Task("one", "arc", [(grid("1"), grid("2"))], [(grid("12/34"), grid("12/35"))]),
-    arc.Task("two", "arc", [(grid("1"), grid("2"))], [(grid("111"), grid("222")), (grid("44"), grid("55"))]),
-]
-RIGHT = {task.id: [y for _, y in task.test] for task in TASKS}
+def command(*args, **kw):
+    return subprocess.Popen([sys.executable, "eval_arc.py", *map(str, args), "--device=cpu"], cwd=ROOT, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **kw)
 
 
-def oracle(tasks):
-    return [[[(y, 0.0)] for y in RIGHT[task.id]] for task in tasks]
+def answers(folder):
+    """{(model, suite, id): record} without what differs from run to run."""
+    lines = (folder / "answers.jsonl").read_text().splitlines()
+    records = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    for r in records:
+        del r["seconds"]
+    return {(r["model"], r["suite"], r["id"]): r for r in records}
 
 
-def test_an_oracle_solves_everything():
-    figures, answers = eval_arc.evaluate(TASKS, oracle)
-    assert set(figures) == FIGURES
-    counts = [figures[k] for k in ("solved", "total", "outputs_solved", "outputs_total", "too_long")]
-    assert counts == [2, 2, 3, 3, 0]
-    assert figures["cells_right"] == 1.0
-    assert figures["cells_right_by_copying"] == pytest.approx((3 / 4 + 0 + 0) / 3)
-    assert all(np.array_equal(candidates[0], y) for i in RIGHT for candidates, y in zip(answers[i], RIGHT[i]))
-
-
-def test_one_wrong_cell_or_one_wrong_size_is_wrong():
-    figures, _ = eval_arc.evaluate(TASKS, lambda tasks: [[[((y + 1) % 10, 0.0)] for y in RIGHT[t.id]] for t in tasks])
-    assert (figures["solved"], figures["outputs_solved"], figures["cells_right"]) == (0, 0, 0.0)
-    given = {"one": [grid("12/34")], "two": [grid("2222"), grid("55")]}
-    figures, _ = eval_arc.evaluate(TASKS, lambda tasks: [[[(g, 0.0)] for g in given[t.id]] for t in tasks])
-    assert (figures["solved"], figures["outputs_solved"]) == (0, 1)
-    assert figures["cells_right"] == pytest.approx((3 / 4 + 0 + 1) / 3, abs=1e-6)
-
-
-def test_a_second_attempt_counts_where_two_are_allowed():
-    def late(tasks):
-        return [[[(grid("0"), 1.0), (y, 0.5)] for y in RIGHT[t.id]] for t in tasks]
-
-    assert eval_arc.evaluate(TASKS, late, attempts=1)[0]["solved"] == 0
-    figures, _ = eval_arc.evaluate(TASKS, late, attempts=2)
-    assert (figures["solved"], figures["attempts"], figures["cells_right"]) == (2, 2, 0.0)
-
-
-def test_no_answer_is_wrong_but_not_too_long():
-    figures, _ = eval_arc.evaluate(TASKS, lambda tasks: [[[] for _ in t.test] for t in tasks])
-    assert (figures["solved"], figures["too_long"], figures["cells_right"]) == (0, 0, 0.0)
-
-
-def test_a_task_is_too_long_if_one_of_its_inputs_is():
-    figures, _ = eval_arc.evaluate(TASKS, lambda tasks: [[None if t.id == "two" and j == 1 else [(y, 0.0)]
-                                                          for j, y in enumerate(RIGHT[t.id])] for t in tasks])
-    assert (figures["solved"], figures["too_long"], figures["outputs_solved"], figures["cells_right"]) == (1, 1, 2, 1.0)
-
+# asking
 
 @pytest.mark.parametrize("name", ["dense", "trm"])
 def test_too_long_is_what_does_not_fit_into_block_size(name):
     """The row a model needs is counted here from the document format alone: markers, cells, row ends, and room for the answer."""
     tasks = puzzles.heldout("maze", 2) + puzzles.heldout("sudoku4", 3)   # 7x7: 3 + 56 + 56 tokens; 4x4: 3 + 20 + 20
     for block_size, fits in ((42, 0), (43, 3), (114, 3), (115, 5)):
-        figures, _ = eval_arc.evaluate(tasks, make(name, block_size).answer)
+        model = make(name, block_size)
+        figures = scores.figures(eval_arc.evaluate(tasks, lambda part: candidates.solve(model, part, candidates.Settings())), 1)
         assert figures["total"] - figures["too_long"] == fits
         assert (figures["cells_right"] is None) == (fits == 0)
 
 
-def test_progress_is_told_about_every_task():
-    tasks, done = puzzles.heldout("sudoku4", 70), []
-    eval_arc.evaluate(tasks, lambda part: [[[]] for _ in part], progress=done.append)
-    assert sum(done) == 70 and max(done) <= eval_arc.BATCH
+def test_every_task_is_asked_once_with_others_of_its_length():
+    tasks, asked = suites.load("arc1")[:50] + tuple(puzzles.heldout("sudoku4", 70)), []
 
+    def answer(part):
+        asked.append([t.id for t in part])
+        return [[Given([]) for _ in t.test] for t in part]
 
-# what the models see
-
-@pytest.mark.parametrize("name", ["dense", "trm"])
-def test_answers_do_not_depend_on_the_test_outputs(name):
-    rng, model = np.random.default_rng(3), make(name, 400)
-    tasks = puzzles.heldout("sudoku4", 3) + puzzles.heldout("transforms", 6)
-    noisy = [arc.Task(t.id, t.kind, t.train, [(x, rng.integers(0, 10, rng.integers(1, 31, 2)).astype(np.uint8)) for x, _ in t.test])
-             for t in tasks]
-    seen = []
-
-    def spy(part):
-        seen.extend(y for t in part for _, y in t.test)
-        return model.answer(part)
-
-    (_, a), (_, b) = eval_arc.evaluate(tasks, spy), eval_arc.evaluate(noisy, spy)
-    assert len(seen) == 18 and all(y.shape == (1, 1) and y[0, 0] == 0 for y in seen)
-    assert any(g is not None for given in a.values() for g in given)
-    for task in tasks:
-        for one, other in zip(a[task.id], b[task.id]):
-            assert (one is None) == (other is None)
-            assert one is None or [g.tolist() for g in one] == [g.tolist() for g in other]
+    done = []
+    eval_arc.evaluate(tasks, answer, 1, 4, progress=done.append)
+    assert sorted(i for part in asked for i in part) == sorted(t.id for t in tasks)
+    assert sum(done) == 120 and max(map(len, asked)) == eval_arc.ROWS_AT_ONCE // 4
+    lengths = {t.id: eval_arc.length(t) for t in tasks}
+    assert [lengths[i] for part in asked for i in part] == sorted(lengths.values(), reverse=True)
 
 
 def test_without_answers_leaves_the_tasks_alone():
@@ -152,11 +89,6 @@ def test_without_answers_leaves_the_tasks_alone():
     hidden = eval_arc.without_answers(tasks)
     assert all(puzzles.check(t) for t in tasks)
     assert [h.test[0][0].tolist() for h in hidden] == [t.test[0][0].tolist() for t in tasks]
-
-
-def test_suites_are_the_whole_sets():
-    assert {s: len(eval_arc.load_suite(s)) for s in eval_arc.SUITES} == {
-        "arc1": 400, "arc2": 120, **puzzles.HELD_OUT_N}
 
 
 # names, picture
@@ -168,24 +100,33 @@ def test_names_tell_checkpoints_apart():
     assert eval_arc.name_models(["route_b/1.pt", "x/2.pt", "y/3.pt"], ["route_a", "route_a", "route_b"]) == ["route_b/1.pt", "x", "y/3.pt"]
 
 
+def records_of(tasks, right, given=None):
+    """Records of a model that solves the tasks in `right` and answers the others with their input; given: {id: Given or None}."""
+    out = []
+    for t in tasks:
+        answer = [Given([Candidate(y if t.id in right else x, 1)]) for x, y in t.test]
+        out.append({**scores.judge(t, (given or {}).get(t.id, answer), 1), "suite": "sudoku4"})
+    return out
+
+
 def test_the_picture_shows_right_and_wrong_answers_of_each_model():
     tasks = puzzles.heldout("sudoku4", 20)
     right = [{"sudoku4-0013"}, {"sudoku4-0017", "sudoku4-0018"}]
-    answers = [{t.id: [[t.test[0][1] if t.id in ids else t.test[0][0]]] for t in tasks} for ids in right]
-    chosen = [t.id for t in eval_arc.choose(tasks, answers)]
+    records = [records_of(tasks, ids) for ids in right]
+    chosen = [tasks[i].id for i in eval_arc.choose(records)]
     assert len(chosen) == len(set(chosen)) == eval_arc.SHOWN
     assert all(0 < len(ids & set(chosen)) < len(chosen) for ids in right)
-    assert chosen == [t.id for t in eval_arc.choose(tasks, answers)]
 
 
 def test_the_picture_prefers_what_fits_and_is_legible():
     large = arc.Task("large", "arc", [], [(np.zeros((20, 20), np.uint8), grid("1"))])
     small = [arc.Task(name, "arc", [], [(grid("12"), grid("1"))]) for name in ("small", "long for one", "long for both")]
-    given = {"large": [[grid("2")]], "small": [[grid("2")]], "long for one": [[grid("2")]], "long for both": [None]}
     tasks = [large, *small]
-    assert [t.id for t in eval_arc.choose(tasks, [given, given | {"long for one": [None]}], n=2)] == ["small", "large"]
-    assert [t.id for t in eval_arc.choose(tasks, [given], n=2)] == ["small", "long for one"]
-    assert "long for both" not in [t.id for t in eval_arc.choose(tasks, [given], n=9)]
+    one = records_of(tasks, [], {"long for both": [None]})
+    other = records_of(tasks, [], {"long for both": [None], "long for one": [None]})
+    assert [tasks[i].id for i in eval_arc.choose([one, other], n=2)] == ["small", "large"]
+    assert [tasks[i].id for i in eval_arc.choose([one], n=2)] == ["small", "long for one"]
+    assert "long for both" not in [tasks[i].id for i in eval_arc.choose([one], n=9)]
 
 
 def test_steps_shown():
@@ -194,44 +135,63 @@ def test_steps_shown():
 
 
 def test_a_row_shows_every_step_and_ends_with_the_answer_that_was_scored():
-    model, task = make("trm"), puzzles.heldout("sudoku4", 1)[0]
-    _, answers = eval_arc.evaluate([task], model.answer)
-    title, panels = eval_arc.picture_row("sudoku4", task, {"B": model}, [answers], None)
-    assert title == "sudoku4-0000" and [p[0].split(",")[0] for p in panels] == ["puzzle", "expected", "B step 1", "B step 2", "B step 3"]
-    assert np.array_equal(panels[-1][1], answers[task.id][0][0])
-    assert all(np.array_equal(p[2], task.test[0][1]) for p in panels[2:])
+    model, tasks = make("trm"), puzzles.heldout("sudoku4", 4)
+    for views in (1, 8):
+        settings = candidates.Settings(augment=views)
+        for record in eval_arc.evaluate(tasks, lambda part: candidates.solve(model, part, settings)):
+            title, panels = eval_arc.picture_row(["B"], [{**record, "suite": "sudoku4"}])
+            assert title == record["id"]
+            assert [p[0].split(",")[0] for p in panels][:5] == ["puzzle", "expected", "B step 1", "B step 2", "B step 3"]
+            assert scores.rows_of(panels[-1][1]) == record["test"][0]["attempts"][0]
+            assert all(scores.rows_of(p[2]) == record["test"][0]["expected"] for p in panels[2:])
 
 
 # the command
 
 def test_both_routes_through_the_command_line(checkpoints, tmp_path):
-    done = subprocess.run([sys.executable, "eval_arc.py", *checkpoints, "--suites=sudoku4,transforms,arc1", "--limit=4",
-                           f"--out_dir={tmp_path}", "--json=report.json", "--device=cpu"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = command(*checkpoints, "--suites=sudoku4,transforms,logic,arc1", "--limit=4", f"--out_dir={tmp_path}", "--json=report.json")
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors
     report = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)  # NaN is not JSON
     assert list(report) == ["route_a", "route_b"]
     for name, path, model in zip(report, checkpoints, (model_dense, model_trm)):
         r = report[name]
         assert r["params"] == model.Model(model.Config(**r["model_config"])).num_params()
         assert r["checkpoint"] == path and len(r["sha256"]) == 64
-        assert list(r["suites"]) == ["sudoku4", "transforms", "arc1"]
-        for suite, n in (("sudoku4", 100), ("transforms", 50), ("arc1", 400)):
+        assert list(r["suites"]) == ["sudoku4", "transforms", "logic", "arc1"]
+        for suite, n in (("sudoku4", 100), ("transforms", 50), ("logic", 50), ("arc1", 400)):
             s = r["suites"][suite]
-            assert set(s) == FIGURES | {"available"} and (s["total"], s["available"]) == (4, n)
+            assert set(s) == FIGURES and (s["total"], s["available"]) == (4, n)
             assert s["attempts"] == (2 if suite == "arc1" else 1) and s["solved"] + s["too_long"] <= s["total"]
-        assert r["suites"]["arc1"]["too_long"] > 0 == r["suites"]["sudoku4"]["too_long"]
+        assert r["suites"]["arc1"]["too_long"] == len(r["suites"]["arc1"]["too_long_ids"]) > 0 == r["suites"]["sudoku4"]["too_long"]
+        assert r["protocol"] == "inductive" and r["settings"]["augment"] == 1 and r["gpu_hours"] is None and r["seconds"] > 0
     a, b = report["route_a"], report["route_b"]
     assert (a["train_seconds"], a["tokens_per_second"], a["val_loss"], a["iter"]) == (12.5, 1000.0, 9.25, 7)
     assert a["val_losses"] == {"text": 9.25, "maze": None}
     assert (b["train_seconds"], b["tokens_per_second"], b["val_loss"], b["iter"], b["n_sup"]) == (None, None, None, 8, 3)
     assert a["sha256"] != b["sha256"] and a["n_sup"] is None
+    assert list(a["suites"]["arc1"]["against"]) == ["route_b"]
     assert min(matplotlib.image.imread(tmp_path / "grids.png").shape[:2]) > 100
-    assert sorted(os.listdir(tmp_path)) == ["grids.png", "report.json"]
-    row = next(line for line in done.stdout.splitlines() if line.startswith("route_a") and "9.250" in line)
-    s = a["suites"]["arc1"]
-    assert row.split()[1:5] == [f"{a['params']:,}", "12", "1,000", "9.250"]
-    assert row.endswith(f"{4 - s['too_long']} / {s['solved']} / {s['too_long']}")
-    assert "Limited: arc1 is the first 4 of its 400 tasks." in done.stdout
+    assert "arc1 is the first 4 of its 400 tasks." in out and "9.250" in out
+
+    records = answers(tmp_path)
+    assert len(records) == 32
+    for (model, suite, i), r in records.items():
+        assert set(r) == RECORD - {"seconds"}
+        for t in r["test"]:
+            assert set(t) - {"steps"} == TESTED
+            assert ("steps" in t) == (model == "route_b" and suite != "logic" and not r["too_long"])
+            assert len(t["attempts"]) == len(t["right"]) == len(t["votes"]) == len(t["scores"])
+        tasks = {t.id: t for t in suites.load(suite)}
+        assert [scores.grid_of(t["expected"]) if suite != "logic" else t["expected"] for t in r["test"]][0].__class__ in (np.ndarray, str)
+        assert [t["input"] for t in r["test"]] == [scores.rows_of(x) for x, _ in tasks[i].test]
+        assert [t["expected"] for t in r["test"]] == [scores.rows_of(y) for _, y in tasks[i].test]
+        assert r["demonstrations"] == [[scores.rows_of(x), scores.rows_of(y)] for x, y in tasks[i].train]
+    for name in report:
+        for suite, s in report[name]["suites"].items():
+            part = [r for (m, p, _), r in records.items() if (m, p) == (name, suite)]
+            assert s["solved"] == sum(r["solved"] for r in part)
+    assert sorted(json.loads((tmp_path / "submission_route_a_arc1.json").read_text())) == sorted(t.id for t in suites.load("arc1")[:4])
 
 
 def test_one_checkpoint_is_reported_beside_it(checkpoints, tmp_path, monkeypatch, capsys):
@@ -241,7 +201,8 @@ def test_one_checkpoint_is_reported_beside_it(checkpoints, tmp_path, monkeypatch
     call(monkeypatch, path, "--suites=sudoku4", "--limit=2", "--n_sup=2")
     report = json.loads((path.parent / "eval.json").read_text())
     assert list(report) == ["route_b"] and report["route_b"]["n_sup"] == 2
-    assert sorted(os.listdir(path.parent)) == ["ckpt.pt", "eval.json", "grids.png"]
+    assert {"answers.jsonl", "ckpt.pt", "eval.json", "grids.png"} <= set(os.listdir(path.parent))
+    assert not [name for name in os.listdir(path.parent) if "partial" in name or "tmp" in name]
     assert "-" in capsys.readouterr().out
 
 
@@ -254,6 +215,110 @@ def test_nothing_to_show_is_said(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "grids.png").exists()
 
 
+def test_a_killed_run_goes_on_and_gives_what_it_would_have_given(checkpoints, tmp_path, monkeypatch, capsys):
+    """Killed with SIGKILL as soon as something is on disk."""
+    args = [checkpoints[1], "--suites=sudoku9,sudoku4", "--limit=8", "--augment=32", "--device=cpu"]
+    process = command(*args, f"--out_dir={tmp_path / 'killed'}")
+    partial = tmp_path / "killed" / "answers.partial0.jsonl"
+    while not (partial.exists() and partial.read_text().count("\n") >= 2):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "killed" / "eval.json").exists()
+    with open(partial, "a") as f:
+        f.write('{"key": "cut off in the mid')
+    first = json.loads(partial.read_text().splitlines()[0])
+    call(monkeypatch, *args, f"--out_dir={tmp_path / 'killed'}")
+    assert "have been answered before" in capsys.readouterr().out
+    assert not partial.exists()
+    again = [json.loads(line) for line in (tmp_path / "killed" / "answers.jsonl").read_text().splitlines()]
+    assert first in again   # with the seconds it took then: it was not asked again
+    call(monkeypatch, *args, f"--out_dir={tmp_path / 'whole'}")
+    assert answers(tmp_path / "killed") == answers(tmp_path / "whole")
+
+
+def test_other_settings_another_checkpoint_or_another_task_are_asked_anew(checkpoints, tmp_path, monkeypatch, capsys):
+    def asked_before(*args):
+        call(monkeypatch, *args, f"--out_dir={tmp_path}", "--device=cpu")
+        return "answered before" in capsys.readouterr().out
+
+    args = (checkpoints[0], "--suites=sudoku4", "--limit=2")
+    assert not asked_before(*args) and asked_before(*args) and asked_before(*args[:2], "--limit=3")
+    assert not asked_before(*args, "--seed=2") and not asked_before(checkpoints[1], *args[1:])
+    task = {"train": [], "test": [{"input": [[1]], "output": [[2]]}]}
+    for expected, before in (([[2]], False), ([[2]], True), ([[3]], False)):
+        task["test"][0]["output"] = expected
+        (tmp_path / "own.json").write_text(json.dumps({"own": task}))
+        assert asked_before(checkpoints[0], f"--tasks={tmp_path / 'own.json'}") == before
+
+
+def test_two_processes_give_what_one_gives(checkpoints, tmp_path):
+    args = ["eval_arc.py", *checkpoints, "--suites=sudoku4,transforms", "--limit=7", "--augment=16", "--samples=2", "--device=cpu"]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29577"]
+    for n, first in (("1", []), ("2", launcher)):
+        done = subprocess.run([sys.executable, *first, *args, f"--out_dir={tmp_path / n}"], cwd=ROOT, capture_output=True, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("route_a sudoku4: ") == 1   # one of them speaks
+    one, two = answers(tmp_path / "1"), answers(tmp_path / "2")
+    assert one == two and len(one) == 28
+    assert not [name for name in os.listdir(tmp_path / "2") if "partial" in name]
+
+
+def test_your_own_tasks(checkpoints, tmp_path, monkeypatch, capsys):
+    pair = {"input": [[1, 0], [0, 2]], "output": [[0, 1], [2, 0]]}
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "known.json").write_text(json.dumps({"train": [pair, pair], "test": [pair]}))
+    (folder / "open.json").write_text(json.dumps({"train": [pair, pair], "test": [{"input": pair["input"]}] * 2}))
+    call(monkeypatch, checkpoints[1], f"--tasks={folder}", f"--out_dir={tmp_path}")
+    s = json.loads((tmp_path / "eval.json").read_text())["route_b"]["suites"]
+    assert list(s) == ["tasks"] and (s["tasks"]["total"], s["tasks"]["unknown"], s["tasks"]["attempts"]) == (1, 1, 2)
+    submission = json.loads((tmp_path / "submission.json").read_text())
+    assert {k: len(v) for k, v in submission.items()} == {"known": 1, "open": 2}
+    assert answers(tmp_path)["route_b", "tasks", "open"]["solved"] is None
+
+
+@pytest.mark.parametrize("sources, steps, protocol", [
+    (["arc", "maze"], 0, "inductive"), (["arc", "maze"], 3, "ttt"), (["arc", "arc_eval_demos"], 0, "transductive"), (None, 0, "inductive"),
+])
+def test_the_report_says_what_was_known_of_the_tasks(sources, steps, protocol):
+    ckpt = {"model": "dense", "model_config": {}, "train": {"data": {"stage": "s", "tag": "t", "sources": sources}}}
+    report = eval_arc.report_on(__file__, make("dense"), ckpt, candidates.Settings(ttt_steps=steps), "cpu", "float32")
+    assert report["protocol"] == protocol and report["data"] == {"stage": "s", "tag": "t", "snapshot": None, "sources": sources}
+
+
+def test_watching_a_folder(checkpoints, tmp_path, monkeypatch, capsys):
+    """A checkpoint that is there, one that replaces it, one that is none, and the same again."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    states = iter(["first", "bad", "second", "same", "end"])
+
+    def next_state(seconds):
+        match next(states):
+            case "first":
+                (folder / "ckpt.pt").write_bytes(open(checkpoints[0], "rb").read())
+            case "bad":
+                (folder / "notes.pt").write_text("no checkpoint")
+            case "second":
+                save(folder / "ckpt.pt", "dense", {"iter": 9}, block_size=128)
+            case "same":
+                (folder / "copy.pt").write_bytes((folder / "ckpt.pt").read_bytes())
+            case "end":
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(watch.time, "sleep", next_state)
+    with pytest.raises(SystemExit, match="stopped"):
+        call(monkeypatch, folder, "--watch", "--suites=sudoku4", "--limit=2", "--device=cpu")
+    lines = [json.loads(line) for line in (folder / "evals.jsonl").read_text().splitlines()]
+    assert [line["iter"] for line in lines] == [7, 9] and all(line["suites"]["sudoku4"]["total"] == 2 for line in lines)
+    assert "notes.pt is left out" in capsys.readouterr().out
+    assert matplotlib.image.imread(folder / "evals.png").shape[0] > 100
+    assert len(os.listdir(folder / "evals")) == 2
+    assert not [name for name in os.listdir(folder) if name.startswith("ckpt_eval")]
+
+
 @pytest.mark.parametrize("args, words", [
     (["{bad}"], "not a checkpoint"),
     (["{good}", "{bad}"], "not a checkpoint"),
@@ -261,12 +326,18 @@ def test_nothing_to_show_is_said(tmp_path, monkeypatch, capsys):
     (["{folder}/missing.pt"], "does not exist"),
     (["{good}", "--suites=sudoku4,sudku4"], "did you mean 'sudoku4'"),
     (["{good}", "--suites="], "names no suite"),
+    (["{good}", "--suites=maze_hard"], "test.csv"),
+    (["{good}", "--tasks={folder}/nowhere"], "there is no"),
+    (["{good}", "--tasks={bad}"], "not JSON"),
     (["{good}", "--limit=0"], "1 or more"),
+    (["{good}", "--augment=many"], "1 or more"),
     (["{good}", "--n_sup=4"], "Route B"),
     (["{good}", "--json=../eval.json"], "without a folder"),
     (["{good}", "--device=abacus"], "--device=cpu"),
+    (["{good}", "--dtype=int8"], "float32"),
     (["{good}", "{good}"], "given twice"),
     (["{good}", "--out_dir={bad}"], "notes.txt"),
+    (["{good}", "--watch"], "folder"),
     ([], "CKPT"),
 ])
 def test_bad_input_is_one_line_and_overwrites_nothing(args, words, checkpoints, tmp_path, monkeypatch):

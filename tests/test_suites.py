@@ -1,0 +1,126 @@
+"""The suites: what is in them, what they are called, and tasks that people bring along."""
+import json
+
+import numpy as np
+import pytest
+
+import arc
+import graphs
+import puzzles
+import suites
+
+PAIR = {"input": [[1, 2], [3, 4]], "output": [[4]]}
+
+
+def test_suites_are_the_whole_sets():
+    assert {s: len(suites.load(s)) for s in suites.SUITES if suites.found(s)} == {
+        "arc1": 400, "arc2": 120, **puzzles.HELD_OUT_N, "sudoku9_medium": 50, "sudoku9_hard": 50, "logic": 50}
+    for name in suites.SUITES:
+        if suites.found(name):
+            tasks = suites.load(name)
+            assert len({t.id for t in tasks}) == len(tasks)
+
+
+def test_harder_sudokus_have_more_blanks_and_one_solution():
+    for name, blanks in suites.HARDER.items():
+        for task in suites.load(name)[:5]:
+            puzzle, answer = task.test[0]
+            assert (puzzle == 0).sum() == blanks and puzzles.check(task)
+            assert all(np.array_equal(s, answer) for s in puzzles.solve_sudoku(puzzle)) and len(puzzles.solve_sudoku(puzzle)) == 1
+
+
+def test_logic_puzzles_have_the_answer_that_their_checkers_find():
+    for task in suites.load("logic")[:20]:
+        (question, answer), = task.test
+        check = graphs.check_seating if "chairs" in question else graphs.check_knights
+        assert check(f"{question}\nSolution: -\nAnswer: {answer}")
+        assert not check(f"{question}\nSolution: -\nAnswer: {' '.join(reversed(answer.split()))}")
+
+
+def test_groups_are_what_they_consist_of_and_nothing_comes_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(suites, "RAW", str(tmp_path))
+    assert suites.names("sudoku,maze,sudoku4") == ["sudoku4", "sudoku9", "sudoku9_medium", "sudoku9_hard", "maze"]
+    assert suites.names("arc1,lm_eval:sciq,arc_easy,logic,language") == ["arc1", "lm_eval:sciq,arc_easy", "logic", "language"]
+    with pytest.raises(ValueError, match="maze_hard/test.csv"):
+        suites.names("maze_hard")
+    for text, closest in (("arc_1", "arc1"), ("sudoku_9", "sudoku9"), ("langage", "language")):
+        with pytest.raises(ValueError, match=f"did you mean '{closest}'"):
+            suites.names(text)
+
+
+def test_a_file_of_others_puzzles_is_a_suite_where_it_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(suites, "RAW", str(tmp_path))
+    puzzle, answer = puzzles.heldout("sudoku9", 1)[0].test[0]
+    question = "".join(str(c or ".") for c in puzzle.reshape(-1))
+    folder = tmp_path / "sudoku_extreme"
+    folder.mkdir()
+    rows = ["source,question,answer,rating"] + [f"x,{question},{''.join(map(str, answer.reshape(-1)))},3"] * 2
+    (folder / "test.csv").write_text("\n".join(rows))
+    suites.load.cache_clear()
+    assert suites.names("sudoku")[-1] == "sudoku_extreme"
+    tasks = suites.load("sudoku_extreme")
+    assert [t.id for t in tasks] == ["sudoku_extreme-0000", "sudoku_extreme-0001"] and all(puzzles.check(t) for t in tasks)
+    suites.load.cache_clear()
+    (folder / "test.csv").write_text("\n".join([*rows, "x,too short,1,3"]))
+    with pytest.raises(ValueError, match="row 3: no puzzle of sudoku_extreme"):
+        suites.load("sudoku_extreme")
+    suites.load.cache_clear()
+
+
+# tasks that people bring along
+
+def test_a_folder_and_a_file_of_tasks_are_read_alike(tmp_path):
+    tasks = {f"t{i}": {"train": [PAIR] * 2, "test": [PAIR, {"input": [[i]]}]} for i in range(3)}
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name, task in tasks.items():
+        (folder / f"{name}.json").write_text(json.dumps(task))
+    (tmp_path / "all.json").write_text(json.dumps(tasks))
+    for path in (folder, tmp_path / "all.json"):
+        read = arc.read_tasks(str(path))
+        assert [t.id for t in read] == ["t0", "t1", "t2"] and all(t.kind == "arc" for t in read)
+        assert read[1].train[0][0].tolist() == PAIR["input"] and read[2].test[1][0].tolist() == [[2]] and read[2].test[1][1] is None
+
+
+def test_tasks_of_arc_are_read_as_they_are_loaded(tmp_path):
+    task = arc.load("arc1_eval")[3]
+    pairs = [[{"input": x.tolist(), "output": y.tolist()} for x, y in part] for part in (task.train, task.test)]
+    (tmp_path / f"{task.id}.json").write_text(json.dumps(dict(zip(("train", "test"), pairs))))
+    (read,) = arc.read_tasks(str(tmp_path))
+    assert read.id == task.id
+    assert all(np.array_equal(a, b) for p, q in zip(read.train + read.test, task.train + task.test) for a, b in zip(p, q))
+
+
+@pytest.mark.parametrize("task, words", [
+    ({"train": [{"input": [[1, 2], [3]], "output": [[1]]}], "test": [PAIR]}, "input 1 of 'train' is not a grid: its rows differ in length"),
+    ({"train": [PAIR, {"input": [[1]], "output": [[10]]}], "test": [PAIR]}, "output 2 of .train. is not a grid: cells must be whole"),
+    ({"train": [PAIR], "test": [{"input": [[0] * 31]}]}, r"input 1 of 'test' is not a grid: shape \(1, 31\)"),
+    ({"train": [PAIR], "test": [{"input": [[-1]]}]}, "whole numbers from 0 to 9"),
+    ({"train": [PAIR], "test": [{"input": [[0.5]]}]}, "whole numbers from 0 to 9"),
+    ({"train": [PAIR], "test": [{"input": [["red"]]}]}, "whole numbers from 0 to 9"),
+    ({"train": [PAIR], "test": [{"input": []}]}, "not a grid: shape"),
+    ({"train": [PAIR], "test": [{"input": None}]}, "not a grid"),
+    ({"train": [{"input": [[1]]}], "test": [PAIR]}, "pair 1 of 'train' has no 'output'"),
+    ({"train": [{"input": [[1]], "output": None}], "test": [PAIR]}, "has no 'output'"),
+    ({"train": [PAIR], "test": []}, "no list 'test'"),
+    ({"train": [PAIR]}, "no list 'test'"),
+    ({"train": PAIR, "test": [PAIR]}, "no list 'train'"),
+    ([PAIR], "no list 'train'"),
+    ("text", "no list 'train'"),
+])
+def test_a_bad_task_is_one_line_that_says_where(task, words, tmp_path):
+    (tmp_path / "good.json").write_text(json.dumps({"train": [PAIR], "test": [PAIR]}))
+    (tmp_path / "wrong.json").write_text(json.dumps(task))
+    with pytest.raises(ValueError, match=words) as error:
+        arc.read_tasks(str(tmp_path))
+    assert "\n" not in str(error.value) and "wrong.json" in str(error.value)
+
+
+def test_bad_files_of_tasks_are_one_line(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "cut.json").write_text('{"a": {"train": [')
+    (tmp_path / "list.json").write_text("[]")
+    for name, words in (("folder", "holds no .json file"), ("cut.json", "not JSON"), ("list.json", "no tasks"), ("none", "there is no")):
+        with pytest.raises(ValueError, match=words) as error:
+            arc.read_tasks(str(tmp_path / name))
+        assert "\n" not in str(error.value)
