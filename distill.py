@@ -474,10 +474,10 @@ def on_a_canvas(batch, watch, stats, carry):
             agreed = torch.bincount(rows, differs.float(), minlength=len(idx)) == 0
         stats["unscored"] += int((says.isnan().any(-1)).float().mean().item() * len(idx))
     stats["answers"] += len(idx)
-    if own:  # the answers on the canvas now, taken as the model would give them
-        wanted = torch.where(carry["targets"][cells] == tok.VOID, teachers.OVER, carry["targets"][cells] - tok.CELL0)
-        stats["own"] += len(idx)
-        stats["own_right"] += int((torch.bincount(rows, (student.argmax(-1) != wanted).float(), minlength=len(idx)) == 0).sum())
+    # the answers on the canvas now, as the model would give them: whatever it learns from, it is told about these
+    wanted = torch.where(carry["targets"][cells] == tok.VOID, teachers.OVER, carry["targets"][cells] - tok.CELL0)
+    stats["own"] += len(idx)
+    stats["own_right"] += int((torch.bincount(rows, (student.argmax(-1) != wanted).float(), minlength=len(idx)) == 0).sum())
     with watch.measure("learning"):
         q = net.halt_logit(y)  # learns to tell whether the teacher would say the same, as it learned whether an answer is right
         loss = loss + 0.5 * F.binary_cross_entropy_with_logits(q, agreed.float())
