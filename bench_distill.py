@@ -1,7 +1,7 @@
 """
 Does distillation on a student's own answers pay? The same student and CPU seconds, several ways to go on, held-out puzzles solved.
 
-    python bench_distill.py STUDENT.pt TEACHER.pt --seconds=60 --seeds=1,2,3 --out_dir=out/bench_distill
+    python bench_distill.py out/student{seed}/ckpt.pt TEACHER.pt --seconds=60 --seeds=1,2,3 --out_dir=out/bench_distill
 
 The ways are rows of ARMS, settings of distill.py: everything else is the same for all of them, the prompts too. A run is stopped when its
 process has used that many CPU seconds, teacher, sampling and learning together (log.jsonl counts them), so other work on the machine does
@@ -79,7 +79,7 @@ def draw(results, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("student")
+    parser.add_argument("student", help="its checkpoint; {seed} in it stands for the seed of a run, for students of their own")
     parser.add_argument("teacher")
     parser.add_argument("--seconds", type=float, default=60, help="CPU seconds of a run (default 60)")
     parser.add_argument("--seeds", type=lambda s: [int(n) for n in s.split(",")], default=[1, 2, 3])
@@ -91,14 +91,19 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     results = []
+
+    def student_of(seed):
+        return args.student.replace("{seed}", str(seed))
+
     try:
-        before = [solved(path, args.suite, args.limit) for path in (args.student, args.teacher)]
-        print("{}: student {}/{}, teacher {}/{}, before".format(args.suite, *before[0], *before[1]), flush=True)
+        before = {path: solved(path, args.suite, args.limit) for path in [args.teacher, *map(student_of, args.seeds)]}
+        print(f"{args.suite} before: " + ", ".join(f"{path} {n}/{of}" for path, (n, of) in before.items()), flush=True)
         names = [list(ARMS)[i] for i in args.arms] if args.arms else list(ARMS)
         for seed in tqdm(args.seeds, unit="seed"):
             for arm in names:
                 out = os.path.join(args.out_dir, f"{list(ARMS).index(arm)}_{seed}")
-                run_arm(out, args.student, args.teacher, args.seconds, [*ARMS[arm], f"--seed={seed}", *(f"--{s}" for s in args.settings)])
+                settings = [*ARMS[arm], f"--seed={seed}", *(f"--{s}" for s in args.settings)]
+                run_arm(out, student_of(seed), args.teacher, args.seconds, settings)
                 log = [e for e in logbook.read(os.path.join(out, "log.jsonl")) if "cpu_seconds" in e]
                 right, of = solved(os.path.join(out, "ckpt.pt"), args.suite, args.limit)
                 curve = [(e["cpu_seconds"], e["own_right"]) for e in log if e.get("own_right") is not None]
