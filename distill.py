@@ -102,9 +102,10 @@ dtype = "auto"
 sync_check_interval = 100  # steps between comparisons of all processes' weights; 0 for none
 seed = 1337
 # -----------------------------------------------------------------------------
-recording = sys.argv[1:2] == ["record"]
 defaults = configurator.settings(globals())
-config = configurator.configure(globals(), sys.argv[1 + recording :])
+config = configurator.configure(globals(), sys.argv[2:] if sys.argv[1:2] == ["record"] else sys.argv[1:])
+recording = sys.argv[1:2] == ["record"]
+EVAL_DEMOS = "arc_eval_demos"  # what a source of these is called, in a stage (prepare.py --eval_demos=True) as well
 LANGUAGE_LIMIT = 0.05  # nats by which the validation loss on text may worsen before there is a warning
 
 began = time.monotonic()
@@ -186,8 +187,8 @@ def make_loader():
         loader.sources["recorded"] = RecordedPrompts(guide.documents, batch_size * block_size)
     if eval_demonstrations:
         shares = {name: share * (1 - eval_demonstrations) for name, share in shares.items()}
-        shares["eval_demonstrations"] = eval_demonstrations
-        loader.sources["eval_demonstrations"] = evaluation_demonstrations()
+        shares[EVAL_DEMOS] = eval_demonstrations
+        loader.sources[EVAL_DEMOS] = evaluation_demonstrations()
     loader.sources = {name: loader.sources[name] for name in shares}
     loader.names, loader.shares = list(shares), np.array(list(shares.values()))
     return loader
@@ -201,7 +202,7 @@ def evaluation_demonstrations():
     class Documents:
         n_documents, document = len(documents), staticmethod(lambda i: documents[i])
 
-    source.__dict__.update(name="eval_demonstrations", seed=seed, batch_tokens=batch_size * block_size, block_size=block_size,
+    source.__dict__.update(name=EVAL_DEMOS, seed=seed, batch_tokens=batch_size * block_size, block_size=block_size,
                            puzzle_format=net.puzzle_format, shards=Documents, augment="arc", drawn=0, waiting={}, rows={})  # fmt: skip
     return source
 
@@ -254,7 +255,10 @@ try:
     loader = make_loader()
     optimizers = loop.make_optimizers(net, optimizer, weight_decay, learning_rate, (beta1, beta2))
     pinned = {"stage": data, "tag": data_tag, "snapshot": loader.snapshot, "shards": loader.fingerprint,
-              "teacher": guide and guide.about, "eval_demonstrations": eval_demonstrations}  # fmt: skip
+              "teacher": guide and guide.about}  # fmt: skip
+    # what the weights have seen: here, before, and through the teacher
+    seen = started_from["train"].get("data", {}).get("sources", [])
+    pinned["sources"] = sorted({*loader.names, *seen, *(guide.sources if guide else [])})
     if resumed:
         before = started_from["train"].get("data", {})
         if "student" not in started_from["train"]:
@@ -475,10 +479,10 @@ def on_a_canvas(batch, watch, stats, carry):
             agreed = torch.bincount(rows, differs.float(), minlength=len(idx)) == 0
         stats["unscored"] += int((says.isnan().any(-1)).float().mean().item() * len(idx))
     stats["answers"] += len(idx)
-    if own:  # the answers on the canvas now, taken as the model would give them
-        wanted = torch.where(carry["targets"][cells] == tok.VOID, teachers.OVER, carry["targets"][cells] - tok.CELL0)
-        stats["own"] += len(idx)
-        stats["own_right"] += int((torch.bincount(rows, (student.argmax(-1) != wanted).float(), minlength=len(idx)) == 0).sum())
+    # the answers on the canvas now, as the model would give them: whatever it learns from, it is told about these
+    wanted = torch.where(carry["targets"][cells] == tok.VOID, teachers.OVER, carry["targets"][cells] - tok.CELL0)
+    stats["own"] += len(idx)
+    stats["own_right"] += int((torch.bincount(rows, (student.argmax(-1) != wanted).float(), minlength=len(idx)) == 0).sum())
     with watch.measure("learning"):
         q = net.halt_logit(y)  # learns to tell whether the teacher would say the same, as it learned whether an answer is right
         loss = loss + 0.5 * F.binary_cross_entropy_with_logits(q, agreed.float())
@@ -553,8 +557,8 @@ if master:
     print(configurator.show(config, defaults))
     print(f"student {student_path} ({model}, {net.num_params() / 1e6:.2f}M), {dtype} on {hardware.name(device)}, {optimizer}, {world_size} "
           f"process{'es' * (world_size > 1)}, prompts {', '.join(loader.names)}\nteacher {json.dumps(guide and guide.about)}")  # fmt: skip
-    if eval_demonstrations:
-        print("the demonstrations of ARC's evaluation tasks are among the prompts: say so wherever this student's results are reported")
+    if EVAL_DEMOS in pinned["sources"]:
+        print("the demonstrations of ARC's evaluation tasks are among what it learns from: any report of its results must say so")
     if verified_bonus:
         print("with a bonus for verified answers: this is not distillation alone")
 interrupted = loop.catch_signals()

@@ -7,7 +7,7 @@ From generalised knowledge distillation (Agarwal et al., arXiv 2306.13649), with
     reverse_kl   sum Q log(Q / P)                        Q must keep to what P finds likely; may leave some of it out
     jsd          beta KL(P, M) + (1 - beta) KL(Q, M)     with M = beta P + (1 - beta) Q: between the two, and never above log 2
 
-Everything is in nats and computed from logits in float32. The teacher's side has no gradient.
+Everything is in nats and computed from logits, in float32 at least. The teacher's side has no gradient.
 """
 
 import math
@@ -24,10 +24,10 @@ def kl(p, q):
 
 def divergence(student, teacher, kind="reverse_kl", beta=0.5, temperature=1.0):
     """
-    student, teacher (..., V): logits or log-probabilities, finite for the student -> (...) float32, 0 where they agree. temperature softens
+    student, teacher (..., V): logits or log-probabilities, finite for the student -> (...), 0 where they agree. temperature softens
     both. beta: jsd's, between 0 and 1. ValueError for another kind.
     """
-    q, p = (logits.float().div(temperature).log_softmax(-1) for logits in (student, teacher.detach()))
+    q, p = (t.to(torch.promote_types(t.dtype, torch.float32)).div(temperature).log_softmax(-1) for t in (student, teacher.detach()))
     if kind == "reverse_kl":
         return kl(q, p)
     if kind == "forward_kl":

