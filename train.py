@@ -34,6 +34,7 @@ import hardware
 import logbook
 import loop
 import parallel
+import publish
 import sanity as sanity_checks
 import tokenizer as tok
 from loader import Ahead, Loader
@@ -54,6 +55,8 @@ eval_limit = 20  # tasks of each of these suites
 eval_device = "cpu"  # where that process runs: beside the training, not in its way
 log_interval = 10  # steps between lines in log.jsonl
 max_hours = 0.0  # stop and save after this many hours, whatever max_iters says (a session's limit, less what saving takes); 0 for never
+push_to = ""  # USER/NAME on the hub: each checkpoint is published there, by a process beside the training (publish.py)
+push_full = False  # publish all that --init_from=resume needs, three times as much, instead of the weights alone
 tracker = ""  # 'trackio' or 'wandb' get the same figures as log.jsonl, if installed
 # ---- data
 data_dir = "data"
@@ -161,6 +164,11 @@ if init_from == "scratch" and os.path.exists(ckpt_path) and not (overwrite or sa
 if schedule == "wsd" and decay_iters > max_iters:
     say(f"decay_iters={decay_iters} is longer than max_iters={max_iters}: the rate falls from the start, and never gets above "
         f"{learning_rate * max_iters / decay_iters:.1e} (learning_rate={learning_rate:g})")  # fmt: skip
+if push_to:
+    try:
+        publish.repo_name(push_to)
+    except ValueError as e:
+        stop(f"--push_to: {e}")
 if tracker and master:
     try:
         tracked = importlib.import_module(tracker)
@@ -185,6 +193,9 @@ started_from, problem = None, None
 try:
     if init_from != "scratch":
         started_from = ckpt.load(ckpt_path if init_from == "resume" else init_from)
+        if (init_from == "resume" or init_optimizer) and "optimizers" not in started_from["train"]:
+            raise ValueError(f"{ckpt_path if init_from == 'resume' else init_from} has the weights alone, as published without "
+                             "--push_full=True: start from them with --init_from=PATH --init_optimizer=False")  # fmt: skip
     net = ckpt.make_model(model, config)
     if started_from is not None:
         ckpt.load_weights(net, started_from["weights"], ckpt_path if init_from == "resume" else init_from)
@@ -229,7 +240,7 @@ if init_from == "resume":
     skipped, skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
     if state["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
-    where_it_went = ("init_from", "overwrite", "out_dir", "max_hours", "data_dir", "tracker")
+    where_it_went = ("init_from", "overwrite", "out_dir", "max_hours", "data_dir", "tracker", "push_to", "push_full")
     changed = [f"{k}={v!r} (was {started_from['config'].get(k)!r})" for k, v in config.items()
                if started_from["config"].get(k) != v and k not in where_it_went]  # fmt: skip
     if len(state["rng"]) == world_size:
@@ -309,6 +320,25 @@ def evaluate_beside(start=False, wait=False):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
                                    env={"OMP_NUM_THREADS": "1", **own})  # fmt: skip
         evaluating = process, iteration, link
+
+
+publishing, published = None, None  # a push that goes on; the last step that one was begun for
+
+
+def publish_beside(start=False, wait=0.0):
+    """Say what came of the push that is going on, if it has ended (wait: that many seconds for it); then start one of this step."""
+    global publishing, published
+    if not (master and push_to):
+        return
+    if publishing is not None:
+        message = publish.outcome(publishing, wait)
+        if message is None:
+            return
+        if message:
+            say(message)
+        publishing = None
+    if start and published != iteration:
+        publishing, published = publish.begin(out_dir, push_to, push_full, ckpt_path), iteration
 
 
 def compile_blocks():
@@ -413,6 +443,8 @@ ahead = Ahead(loader, pin=device_type == "cuda")
 progress = tqdm(total=max_iters, initial=iteration, disable=None if master else True, unit="step", dynamic_ncols=True, mininterval=1.0)
 since_log = {"seconds": 0.0, "tokens": 0, "flops": 0.0, "waited": 0.0, "steps": 0}
 run_log, saved, stopping = [], True, False
+if push_to and master:
+    publishing = publish.begin(out_dir, push_to, push_full)  # makes the repository: if the login is wrong, that shows now
 
 # ---- go
 while iteration < max_iters:
@@ -511,6 +543,7 @@ while iteration < max_iters:
     if sync_check_interval and (iteration % sync_check_interval == 0 or iteration == max_iters):
         check_in_sync(loss, grad_norm)
     evaluate_beside()
+    publish_beside()
     if iteration % eval_interval == 0 or iteration == max_iters or stopping:
         if not stopping:
             val_losses, val_loss = loop.validate(net, average, loader, eval_batches, autocast, device)
@@ -524,6 +557,7 @@ while iteration < max_iters:
                 say(f"could not draw loss.png: {e.strerror}")
         if saved and not stopping:
             evaluate_beside(start=evaluating is None)
+            publish_beside(start=True)
     if stopping:
         break
 progress.close()
@@ -533,6 +567,14 @@ if evaluating is not None and stopping:  # there may be little time left
 evaluate_beside(wait=True)
 if tracker and master:
     tracked.finish()
+if saved and not interrupted:  # the step that the run ends with
+    publish_beside(start=True, wait=publish.PATIENCE)
+    publish_beside(wait=publish.PATIENCE)
+elif push_to and master:  # a signal leaves no time for it
+    if publishing is not None:
+        publishing[0].kill()
+        publish.outcome(publishing, wait=publish.PATIENCE)
+    say(f"step {iteration} is not published: python publish.py push {out_dir} --repo={push_to} --full={push_full} does it")
 if stopping:
     why = f"by {interrupted[0][0]}" if interrupted else f"after {max_hours:g} hours" if max_hours else "by another process"
     if not saved:

@@ -1,9 +1,9 @@
 """
 A small hub on localhost, for the real huggingface_hub and datasets clients to talk to through HF_ENDPOINT.
 
-Speaks the part of the protocol that those clients use for datasets: who am I, create, info, refs, tree (in pages), paths-info, preupload,
-LFS batch and upload, commit, tag, resolve with redirects and ranges. Blobs and commits are kept in memory; a commit is a dict of paths.
-`faults` makes it misbehave: a list of Fault, each of which hits the next `times` requests that match.
+Speaks the part of the protocol that those clients use for datasets and models: who am I, create, info, refs, tree (in pages), paths-info,
+preupload, LFS batch and upload, commit, tag, resolve with redirects and ranges. Blobs and commits are kept in memory; a commit is a dict
+of paths. `faults` makes it misbehave: a list of Fault, each of which hits the next `times` requests that match.
 
     python tests/local_hub.py       serves until interrupted, and prints what to set
 
@@ -197,7 +197,7 @@ class LocalHub:
             self.repos[name] = Repo(asked.get("private", False) or asked.get("visibility") == "private")
             self.repos[name].add({".gitattributes": self.blob(b"*.bin filter=lfs\n")})
             return self.answer(http, 200, {"url": f"{self.url}/datasets/{name}", "name": name})
-        if found := re.fullmatch(r"/datasets/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+        if found := re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             if self.repo(http, found[1], write=True) is None:
                 return None
             objects = []
@@ -214,9 +214,9 @@ class LocalHub:
                 self.blob(body, lfs=True)
                 return self.answer(http, 200)
             return self.content(http, found[1], {"ETag": f'"{found[1]}"'})
-        if found := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        if found := re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self.resolve(http, *found.groups())
-        if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/(\w[\w-]*)(?:/([^/]+)(?:/(.+))?)?)?", path):
+        if found := re.fullmatch(r"/api/(?:datasets|models)/([^/]+/[^/]+)(?:/(\w[\w-]*)(?:/([^/]+)(?:/(.+))?)?)?", path):
             return self.api(http, *found.groups(), query, body)
         return self.answer(http, 404, {"error": f"this hub does not know {method} {path}"})
 
@@ -260,7 +260,7 @@ class LocalHub:
             return self.answer(http, 200, out + [{"type": "directory", "path": p, "oid": "0" * 40, "size": 0} for p in folders])
         if what == "preupload":
             def mode(file):
-                large = file["path"].endswith(".bin") or file["size"] > 1000 and file["path"].endswith(".idx")
+                large = file["path"].endswith((".bin", ".pt")) or file["size"] > 1000 and file["path"].endswith(".idx")
                 return "lfs" if large else "regular"
 
             out = [{"path": f["path"], "uploadMode": mode(f), "shouldIgnore": False} for f in json.loads(body)["files"]]
@@ -297,8 +297,7 @@ class LocalHub:
         start = int(query.get("cursor", ["0"])[0])
         headers = {}
         if start + PAGE < len(entries):
-            where = f"{self.url}/api/datasets/{name}/tree/{revision}{'/' + folder if folder else ''}"
-            headers["Link"] = f'<{where}?recursive={recursive}&cursor={start + PAGE}>; rel="next"'
+            headers["Link"] = f'<{self.url}{urlsplit(http.path).path}?recursive={recursive}&cursor={start + PAGE}>; rel="next"'
         return self.answer(http, 200, entries[start : start + PAGE], headers)
 
     def resolve(self, http, name, revision, path):
