@@ -161,9 +161,6 @@ if sanity and init_from == "resume":
     stop("stage 0 is not resumed: run it from the beginning, without --init_from=resume")
 if init_from == "scratch" and os.path.exists(ckpt_path) and not (overwrite or sanity):
     stop(f"{ckpt_path} exists: go on with --init_from=resume, start again with --overwrite=True, or choose another --out_dir")
-if schedule == "wsd" and decay_iters > max_iters:
-    say(f"decay_iters={decay_iters} is longer than max_iters={max_iters}: the rate falls from the start, and never gets above "
-        f"{learning_rate * max_iters / decay_iters:.1e} (learning_rate={learning_rate:g})")  # fmt: skip
 if push_to:
     try:
         publish.repo_name(push_to)
@@ -185,6 +182,9 @@ if optimizer == "auto":
     optimizer = "muon" if hasattr(torch.optim, "Muon") else "adamw"
     if optimizer == "adamw":
         say(f"PyTorch {torch.__version__} has no Muon (2.9 brought it): AdamW for all weights")
+if schedule == "wsd" and decay_iters > max_iters:
+    say(f"decay_iters={decay_iters} is longer than max_iters={max_iters}: the rate falls from the start, and never gets above "
+        f"{learning_rate * max_iters / decay_iters:.1e} (learning_rate={learning_rate:g})")  # fmt: skip
 parallel.start(device_type)
 
 # ---- data, model, optimizer

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 import kda as kda_file
-from kda import MILD, KimiDeltaAttention, ShortConvFunction, kda, kda_step
+from kda import MILD, KimiDeltaAttention, ShortConvFunction, UnitLength, kda, kda_step
+from model_dense import Config, make_blocks, rope_3d, run_blocks, same_document
 
 torch.set_num_threads(1)  # tensors are small here: threads would only wait for each other
 NAMES = ("q", "k", "v", "g", "beta", "initial_state")
@@ -468,6 +469,30 @@ def test_compiles_without_graph_breaks():
     torch.library.opcheck(op, (q[:1], k[:1], v[:1], g[:1], beta[:1], None, torch.tensor([0, 1, 20]), 0.3, False, "chunk"))
 
 
+@pytest.mark.parametrize("post", (False, True))
+def test_a_stack_of_blocks_is_one_graph(post):
+    """What train.py compiles: KDA beside full attention, under autocast, recomputed, documents apart or a canvas read both ways."""
+    torch.manual_seed(0)
+    config = Config(n_layer=4, n_head=2, n_embd=12, n_ff=16)
+    blocks, x = make_blocks(config, post, right_to_left=post), torch.randn(2, 70, 12, requires_grad=True)
+    rope = rope_3d(torch.zeros(2, 70, 3, dtype=torch.long), 6, 100.0)
+    starts = None if post else torch.arange(70).expand(2, 70) % 30 == 0
+    visible = torch.ones(2, 1, 1, 70, dtype=torch.bool) if post else same_document(starts)
+
+    def stack(x):
+        return run_blocks(blocks, x, rope, visible=visible, recompute=post, starts=starts)
+
+    for dtype in (torch.float32, torch.float16):
+        torch._dynamo.reset()
+        results = []
+        for run in (stack, torch.compile(stack, fullgraph=True, backend="aot_eager")):  # fullgraph: a break would be an error
+            with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+                y = run(x)
+            results.append([y, *torch.autograd.grad(y.float().square().sum(), [x, *blocks.parameters()])])
+        for a, b in zip(*results):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 if dtype == torch.float32 else 5e-2)
+
+
 def test_running_the_file_says_what_was_chosen():
     def said(*args, **env):
         return subprocess.run([sys.executable, kda_file.__file__, *args], env={**os.environ, **env}, capture_output=True, text=True)
@@ -616,6 +641,22 @@ def test_initial_gates_forget_slowly():
     A, dt = layer.A_log.exp(), F.softplus(layer.dt_bias)
     assert 1 <= A.min() and A.max() <= 16
     assert 0.000999 <= dt.min() and dt.max() <= 0.1001
+
+
+def test_unit_length():
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, 7, dtype=torch.float64, generator=rng, requires_grad=True)
+    weight = torch.randn(3, 5, 7, dtype=torch.float64, generator=rng)
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        rounded = x.detach().to(dtype).requires_grad_()
+        want = rounded.double() / (rounded.double().square().sum(-1, keepdim=True) + 1e-6).sqrt()
+        got = UnitLength.apply(rounded)
+        (d_want,), (d_got,) = (torch.autograd.grad((y.double() * weight).sum(), rounded) for y in (want, got))
+        assert got.dtype == d_got.dtype == dtype
+        check({"y": got, "dx": d_got}, {"y": want, "dx": d_want}, tolerance, str(dtype))
+    zero = torch.zeros(2, 4, requires_grad=True)  # a row of padding
+    (d,) = torch.autograd.grad(UnitLength.apply(zero).sum(), zero)
+    assert UnitLength.apply(zero).abs().max() == 0 and d.isfinite().all()
 
 
 def test_short_convolution_gradients():
