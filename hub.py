@@ -85,8 +85,8 @@ def repo_name(repo):
     return repo
 
 
-def card(stage, tag, snapshot, mixture):
-    """The dataset card: what is in it, how it is used, under which licences."""
+def card(repo, stage, tag, snapshot, mixture):
+    """The dataset card: what is in it, how it is used, under which licences. No viewer: there are no rows to view, only tokens."""
     sources = snapshot.get("provenance", {}).get("sources", {})
     rows = []
     for name, share in mixture["weights"].items():
@@ -96,7 +96,8 @@ def card(stage, tag, snapshot, mixture):
         revision = f" at `{about['revision'][:12]}`" if about.get("revision") else ""
         rows.append(f"| {name} | {share:.1%} | {train.get('tokens', 0):,} | {where}{revision} | {about.get('licence', '')} |")
     header = {"license": "other", "license_name": "mixed", "pretty_name": f"smol-llm {stage}", "language": ["en"],
-              "task_categories": ["text-generation"], "tags": ["smol-llm", "arc-agi", "pretokenized"]}  # fmt: skip
+              "task_categories": ["text-generation"], "tags": ["smol-llm", "arc-agi", "pretokenized"],
+              "viewer": False}  # fmt: skip
     front = "\n".join(f"{k}: {json.dumps(v)}" for k, v in header.items())
     return f"""---
 {front}
@@ -106,8 +107,8 @@ def card(stage, tag, snapshot, mixture):
 {snapshot['tokens']:,} tokens in {snapshot['documents']:,} documents, ready for training: GPT-2's byte-pair encoding with reserved
 ids for grids, uint16, in shards with document offsets. Shares: {', '.join(f'{g} {s:.1%}' for g, s in mixture['groups'].items())}.
 
-    python prepare.py pull USER/NAME:{tag}
-    python train.py CONFIG --data={stage} --data_tag={tag}
+    python prepare.py pull {repo}:{tag}
+    python train.py config/route_a_{stage}.py --data={stage} --data_tag={tag}
 
 | source | share | training tokens | from | licence |
 |---|---|---|---|---|
@@ -115,7 +116,7 @@ ids for grids, uint16, in shards with document offsets. Shares: {', '.join(f'{g}
 
 Every document was normalised, filtered, deduplicated and kept apart from evaluation data: `snapshot.json` has the counts by rule.
 `manifest.jsonl` lists every shard with its SHA-256; test outputs of ARC-AGI's evaluation sets are in none of them, under any symmetry.
-The licence of a document is that of its source.
+The licence of a document is that of its source; "none given" means that its publisher named none.
 """
 
 
@@ -179,7 +180,7 @@ def push(data, name, repo, private):
     # The stage's own files come in one commit, with which what belongs to earlier tags goes; at those tags it stays.
     stale = [path for path in there if path not in ours and path not in BESIDES]
     operations = [CommitOperationAdd(path_in_repo=n, path_or_fileobj=str(ours[n])) for n in FROZEN_FILES]
-    operations.append(CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=card(stage, tag, snapshot, mixture).encode()))
+    operations.append(CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=card(repo, stage, tag, snapshot, mixture).encode()))
     operations += [CommitOperationDelete(path_in_repo=path) for path in stale]
     with plainly(f"pushing the manifest of {name} to {repo}"):
         commit = api.create_commit(repo, operations, commit_message=f"{name}", repo_type="dataset").oid

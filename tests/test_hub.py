@@ -97,7 +97,7 @@ def test_a_stage_goes_to_the_hub_and_comes_back(hub, data, tmp_path):
     expected = {p for e in entries for p in (e["path"], e["path"][:-4] + ".idx")} | {*stages.FROZEN_FILES, "README.md", ".gitattributes"}
     assert set(there) == expected
     card = there["README.md"].decode()
-    assert card.startswith("---\nlicense:") and "| sudoku4 | 33.3% | 1,240 |" in card
+    assert card.startswith("---\nlicense:") and "| sudoku4 | 33.3% | 1,240 |" in card and "prepare.py pull ada/stage1:v0.1\n" in card
     before = len(hub.log)
     assert push(hub, data)[0] == 0 and not [x for x in hub.log[before:] if x[0] == "PUT" or "commit" in x[1]], "something was sent again"
 
