@@ -8,8 +8,8 @@ What recursion is worth: `bench.py recursion`, experiments that take minutes on 
     python bench.py recursion halting CKPT               accuracy against the average number of supervision steps, from one checkpoint
     python bench.py recursion core                       time per step of a KDA core and of one of attention alone, by sequence length
 
-Puzzles are drawn fresh for every batch, so nothing is seen twice; the held-out ones are those of puzzles.heldout, or, for a harder or
-easier --task than its suites have, the first ones of another seed. A contender is a name, a model and settings of its Config; n_ff
+Puzzles are drawn fresh for every batch, or from a --pool as small as the published experiments have; those of the test are others.
+A contender is a name, a model and settings of its Config; n_ff
 makes up for what they differ in parameters. Figures worth keeping go into LOG.md with their command.
 """
 
@@ -78,17 +78,24 @@ def unseen(task, n):
 
 
 class Puzzles:
-    """Batches of about `tokens` tokens of fresh puzzles in a model's format, by bucket of length."""
+    """
+    Batches of about `tokens` tokens of puzzles in a model's format, by bucket of length: always fresh ones, or with `pool` always of the
+    first `pool` ones, in random order. None of those in `avoid`, hashes.
+    """
 
-    def __init__(self, task, puzzle_format, tokens, seed, avoid):
+    def __init__(self, task, puzzle_format, tokens, seed, avoid, pool=None):
         self.task, self.puzzle_format, self.tokens = task, puzzle_format, tokens
         self.rng, self.avoid, self.waiting = np.random.default_rng(seed), avoid, {}
+        self.pool = [self.draw() for _ in range(pool)] if pool else None
+
+    def draw(self):
+        while puzzles.task_hash(task := draw(self.task, self.rng)) in self.avoid:
+            pass
+        return task
 
     def next_batch(self):
         while True:
-            task = draw(self.task, self.rng)
-            if puzzles.task_hash(task) in self.avoid:
-                continue
+            task = self.pool[self.rng.integers(len(self.pool))] if self.pool else self.draw()
             row = loader.puzzle_row(arc.encode(task.kind, [*task.train, *task.test]), self.puzzle_format, "none")
             length = loader.bucket_length(len(row[0]))
             rows = self.waiting.setdefault(length, [])
@@ -194,10 +201,10 @@ def learn(args):
     for text in args.contender:
         name, net = make_contender(text, params, args.seed)
         params = params or net.num_params()
-        batches = Puzzles(args.task, net.puzzle_format, args.tokens, args.seed, avoid)
+        batches = Puzzles(args.task, net.puzzle_format, args.tokens, args.seed, avoid, args.pool)
         with tqdm(total=round(args.gflops), unit="GFLOP", desc=name, leave=False, disable=None) as progress:
             curve, average = train(net, batches, tasks, args.gflops * 1e9, args.learning_rate, progress=progress)
-        row = {"name": name, "contender": text, "task": args.task, "seed": args.seed, "params": net.num_params(), "n": args.n,
+        row = {"name": name, "contender": text, "task": args.task, "pool": args.pool, "seed": args.seed, "params": net.num_params(), "n": args.n,
                "learning_rate": args.learning_rate, "curve": curve}  # fmt: skip
         net.eval().load_state_dict(average)
         if net.puzzle_format == "canvas" and net.config.n_sup > 1:
@@ -217,6 +224,8 @@ def learn(args):
 def draw_learning(paths, png):
     """Share solved against training FLOPs, one line per contender, one panel per task."""
     rows = [json.loads(line) for path in paths for line in open(path)]
+    for row in rows:
+        row["task"] += f", {row['pool']} puzzles" if row.get("pool") else ""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     with saved_figure(png, 1, len(tasks)) as axes:
         for axis, task in zip(axes, tasks):
@@ -301,8 +310,8 @@ def bounds(args):
                 if name.endswith(("o_proj.weight", "down_proj.weight")):
                     p *= (net.config.n_layer / 2) ** 0.5
         found["branches at full size"] = follow(net, idx, targets, args.n_sup, **kind)
-    print(f"{net.num_params() / 1e6:.1f}M parameters, {net.config.n_layer} layers, {len(idx)} rows of {idx.shape[1]}, {args.dtype}, {args.n_sup} "
-          f"supervision steps of {net.passes('puzzle')[0]} passes, {net.passes('puzzle')[1]} with gradient")  # fmt: skip
+    print(f"{net.num_params() / 1e6:.1f}M parameters, {net.config.n_layer} layers, {len(idx)} rows of {idx.shape[1]}, {args.dtype}, "
+          f"{args.n_sup} supervision steps of {net.passes('puzzle')[0]} passes, {net.passes('puzzle')[1]} with gradient")  # fmt: skip
     for what, steps in found.items():
         sizes, largest = ([x for s in steps for x in s[k]] for k in ("size", "largest"))
         growth = [s["passed_back"][0] / s["passed_back"][-1] for s in steps]
@@ -392,6 +401,7 @@ def main(argv):
     p = commands.add_parser("learn", help="contenders on one task, equal parameters and training FLOPs")
     p.add_argument("--task", default="sudoku4-8")
     p.add_argument("--contender", action="append", required=True, metavar="NAME:MODEL,SETTING=VALUE")
+    p.add_argument("--pool", type=int, metavar="N", help="train on the same N puzzles again and again (default: always fresh ones)")
     p.add_argument("--gflops", type=float, default=4000, help="of training, for each (default 4000)")
     p.add_argument("--tokens", type=int, default=2048, help="per step")
     p.add_argument("--learning_rate", type=float, default=2e-3)

@@ -4,10 +4,11 @@ One checkpoint at work: text from a prompt, or a task solved before your eyes.
     python sample.py out/demo/route_a/ckpt.pt --prompt="Question: Ada has 3"      text, streamed as it is drawn
     python sample.py out/demo/route_b/ckpt.pt --task=sudoku4-0007                 a held-out puzzle (sudoku4, sudoku9, maze, transforms)
     python sample.py out/demo/route_b/ckpt.pt --task=00576224                     a task of ARC-AGI-1 or ARC-AGI-2
+    python sample.py out/demo/route_b/ckpt.pt --task=sudoku4-0007 --gif=out/thinking.gif     the same as a moving picture
 
 A task is printed as coloured grids: its demonstrations, then for each test input what is expected beside what the model answers, with
 wrong cells marked ><. Route B's answer is shown after every supervision step, with the probability that its halting head gives the
-answer of being all right.
+answer of being all right; with --halt=0.9 it stops there once that is above 0.9.
 
 Read next: eval_arc.py, which does this for whole suites and counts.
 """
@@ -23,6 +24,7 @@ import torch
 import arc
 import checkpoint
 import puzzles
+import thinking
 import tokenizer as tok
 from eval_arc import pick_device, positive, without_answers
 
@@ -87,7 +89,7 @@ def verdict(grid, expected):
     return f"wrong in {wrong} of {expected.size} cells" if wrong else "correct"
 
 
-def show_task(model, task, n_sup):
+def show_task(model, task, n_sup, halt=None):
     """Print the task and the model's answers. ValueError, before anything is printed, if it does not fit into block_size."""
     needed = max(len(arc.encode_prompt(task.kind, task.train, x, canvas=arc.canvas_shape(task.train, x))) for x, _ in task.test)
     if needed > model.config.block_size:
@@ -98,7 +100,7 @@ def show_task(model, task, n_sup):
         print(arc.ansi_row([(f"demo {i}", x, None), ("output", y, None)]), flush=True)
     hidden = without_answers([task])
     canvas = model.puzzle_format == "canvas"
-    answers = model.answer(hidden, n_sup=n_sup, trace=True)[0] if canvas else model.answer(hidden)[0]
+    answers = model.answer(hidden, n_sup=n_sup, trace=True, halt=halt)[0] if canvas else model.answer(hidden)[0]
     for j, ((x, y), given) in enumerate(zip(task.test, answers), 1):
         panels = [(f"test {j}" if task.train else "puzzle", x, None), ("expected", y, None)]
         if canvas:
@@ -123,10 +125,18 @@ def run(args):
     model, ckpt = checkpoint.load_model(args.checkpoint, pick_device(args.device))
     if args.n_sup and (task is None or ckpt["model"] != "trm"):
         raise ValueError("--n_sup is about the supervision steps that Route B takes on a --task, and does nothing here")
+    if (args.gif or args.halt) and (task is None or ckpt["model"] != "trm"):
+        raise ValueError("--gif and --halt are about the supervision steps that Route B takes on a --task: give a checkpoint of Route B "
+                         "and a task")  # fmt: skip
+    if args.gif and os.path.isdir(args.gif):
+        raise ValueError(f"--gif={args.gif} is a folder: give the name of the file to write")
     if task is None:
         stream_text(model, args.prompt or "", args)
-    else:
-        show_task(model, task, args.n_sup)
+        return
+    show_task(model, task, args.n_sup, args.halt)
+    if args.gif:
+        thinking.save_gif(task, 0, thinking.thoughts(model, task, 0, args.n_sup, args.halt), args.gif)
+        print(f"moving picture{' of test 1' if len(task.test) > 1 else ''}: {args.gif}")
 
 
 def main():
@@ -144,6 +154,8 @@ def main():
     parser.add_argument("--num_samples", metavar="N", type=positive, default=1, help="how many texts (default 1)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU where there is one)")
     parser.add_argument("--n_sup", metavar="N", type=positive, help="supervision steps of Route B on a task (default: as it was trained)")
+    parser.add_argument("--halt", metavar="P", type=float, help="Route B on a task: stop once it gives its answer more than P")
+    parser.add_argument("--gif", metavar="PATH", help="Route B on a task: write a moving picture of the answer as it forms")
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character gets a question mark, not an exception
     try:

@@ -12,6 +12,7 @@ import arc
 import checkpoint
 import puzzles
 import sample
+import thinking
 import tokenizer as tok
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -225,3 +226,36 @@ def test_the_command_exits_with_1_and_survives_a_reader_that_leaves(checkpoints)
     assert process.stdout.read(10)  # there is text long before it is done
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait(timeout=20) == 0
+
+
+def test_a_moving_picture_of_the_answer(checkpoints, tmp_path, monkeypatch, capsys):
+    """It plays, ends as `answer` ends, is written whole or not at all, and needs Route B and a task."""
+    from PIL import Image
+
+    for task_id, frames in (("sudoku4-0003", 7), ("maze-0001", 12)):
+        path = str(tmp_path / "new" / f"{task_id}.gif")
+        said = call(monkeypatch, capsys, checkpoints["trm"], f"--task={task_id}", f"--gif={path}", f"--n_sup={frames // 5}", "--device=cpu")
+        film = Image.open(path)
+        assert path in said and film.n_frames == frames and film.info["loop"] == 0
+    assert sorted(os.listdir(tmp_path / "new")) == ["maze-0001.gif", "sudoku4-0003.gif"]
+    for args in ((checkpoints["dense"], "--task=maze-0001"), (checkpoints["trm"], "--prompt=a")):
+        with pytest.raises(SystemExit, match="Route B"):
+            call(monkeypatch, capsys, *args, f"--gif={tmp_path / 'no.gif'}", "--device=cpu")
+    with pytest.raises(SystemExit, match="folder"):
+        call(monkeypatch, capsys, checkpoints["trm"], "--task=maze-0001", f"--gif={tmp_path}", "--device=cpu")
+    assert not (tmp_path / "no.gif").exists()
+
+
+def test_what_is_filmed_is_what_is_answered(checkpoints):
+    model, _ = checkpoint.load_model(checkpoints["trm"])
+    task = arc.Task("t", "arc", puzzles.heldout("maze", 2)[0].test, puzzles.heldout("maze", 2)[1].test)
+    steps = thinking.thoughts(model, task)
+    trace = model.answer([task], trace=True)[0][0]
+    assert len(steps) == len(trace) == 3
+    for (p, halt), (grid, probability) in zip(steps, trace):
+        assert np.allclose(p.sum(-1), 1, atol=1e-5) and abs(halt - probability) < 1e-5
+        H, W = p.shape[:2]
+        ids = np.full((H, W + 1), tok.VOID)
+        ids[:, :W] = np.array(thinking.ANSWER_IDS)[p.argmax(-1)]
+        filmed = arc.read_canvas(ids.reshape(-1), (H, W))
+        assert (filmed is None) == (grid is None) and (grid is None or np.array_equal(filmed, grid))
