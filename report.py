@@ -1,0 +1,142 @@
+"""
+report.html: what an evaluation found, to look at: figures with intervals, curves over training, and every task with every answer.
+
+    python report.py out/demo                   draw out/demo/report.html anew from eval.json, answers.jsonl and evals.jsonl
+    python report.py out/route_b_stage3         a folder that was watched (eval_arc.py --watch): its checkpoints side by side
+
+One file that opens from disk and fetches nothing: report_template.html with the data put in. In it: arrow keys or j and k go through the
+tasks, comma and full stop through Route B's supervision steps; the address names the task, so it can be sent to somebody.
+
+eval_arc.py writes it after every evaluation; its docstring says what is in the files it is drawn from.
+"""
+
+import glob
+import html
+import json
+import math
+import os
+import sys
+
+import arc
+import logbook
+
+# Beside this file in a checkout; in the environment when the project is installed
+TEMPLATES = [os.path.join(folder, "report_template.html")
+             for folder in (os.path.dirname(os.path.abspath(__file__)), os.path.join(sys.prefix, "share", "smol-llm"))]
+WATCHED = 6  # checkpoints of a watched folder that are put side by side: the last ones
+LEFT_OUT = ("config", "model_config", "settings", "suites")  # of a model's report: nobody looks for them here
+
+
+def gather(out_dir, json_name="eval.json"):
+    """
+    -> what the page draws: {models: [{name, suites, ...}], tasks: [{suite, id, kind, demonstrations, test, answers: {model: ...}}],
+    history: [{name, points: [{iter, suites: {suite: {solved, total, interval}}}]}], palette}. FileNotFoundError where there is nothing to
+    draw, ValueError for a damaged file, both in one line.
+    """
+    folders = [(out_dir, None)]
+    if not os.path.isfile(os.path.join(out_dir, json_name)):
+        watched = glob.glob(os.path.join(glob.escape(out_dir), "evals", "*", json_name))  # of evals/STEP-HASH/
+        found = [(os.path.basename(path).split("-")[0], path) for path in map(os.path.dirname, watched)]
+        folders = [(path, step) for step, path in sorted((int(step), path) for step, path in found if step.isdecimal())[-WATCHED:]]
+    models, tasks, logs = [], {}, {}
+    for folder, step in folders:
+        report = read_json(os.path.join(folder, json_name))
+        names = {name: f"{name}, step {step}" if step is not None else name for name in report}
+        for name, r in report.items():
+            models.append({**{k: v for k, v in r.items() if k not in LEFT_OUT}, "name": names[name], "suites": r.get("suites") or {}})
+            if step is None and r.get("checkpoint"):
+                logs[name] = os.path.join(os.path.dirname(r["checkpoint"]) or ".", "evals.jsonl")
+        for record in logbook.read(os.path.join(folder, "answers.jsonl")):
+            add(tasks, record, names)
+    if not logs or os.path.join(out_dir, "evals.jsonl") not in logs.values():
+        logs.setdefault(os.path.basename(os.path.abspath(out_dir)), os.path.join(out_dir, "evals.jsonl"))
+    history = [{"name": name, "points": points} for name, path in logs.items() if (points := read_history(path))]
+    if not models and not history:
+        raise FileNotFoundError(f"nothing to draw in {out_dir}: it has no {json_name}, which eval_arc.py writes, and no evals.jsonl")
+    return {"models": models, "tasks": list(tasks.values()), "history": history, "palette": arc.PALETTE}
+
+
+def add(tasks, record, names):
+    """Put a line of answers.jsonl with the other models' answers to the same task. names: {model: the name it is shown under}."""
+    if not {"model", "suite", "id", "test"} <= record.keys() or record["model"] not in names:
+        return
+    task = tasks.setdefault((record["suite"], record["id"]), {
+        "suite": record["suite"], "id": record["id"], "kind": record.get("kind"), "demonstrations": record.get("demonstrations") or [],
+        "test": [{"input": t.get("input"), "expected": t.get("expected")} for t in record["test"]], "answers": {}})  # fmt: skip
+    task["answers"][names[record["model"]]] = {
+        "solved": record.get("solved"), "too_long": record.get("too_long"),
+        "test": [{k: v for k, v in t.items() if k not in ("input", "expected", "right", "candidates")} for t in record["test"]],
+    }  # fmt: skip
+
+
+def read_json(path):
+    try:
+        with open(path, encoding="utf-8") as f:
+            value = json.load(f)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict) or not all(isinstance(v, dict) for v in value.values()):
+        raise ValueError(f"{path} is damaged, or not what eval_arc.py writes: evaluate again")
+    return value
+
+
+def read_history(path):
+    """evals.jsonl -> list of {iter, suites: {suite: {solved, total, interval}}} by step, of suites of tasks; empty if there is no file."""
+    points = {}
+    for entry in logbook.read(path):
+        suites = {suite: {k: s.get(k) for k in ("solved", "total", "interval")}
+                  for suite, s in (entry.get("suites") or {}).items() if isinstance(s, dict) and s.get("total") and "solved" in s}
+        if suites and isinstance(entry.get("iter"), int):
+            points.setdefault(entry["iter"], {"iter": entry["iter"], "suites": {}})["suites"].update(suites)
+    return [points[i] for i in sorted(points)]
+
+
+def finite(value):
+    """The same with None in place of numbers that are none: JSON has no NaN, and a browser would refuse all of it."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def page(data, title):
+    """-> the HTML. Whatever is in `data`, it cannot end the script element that it stands in."""
+    template = next((path for path in TEMPLATES if os.path.isfile(path)), None)
+    if template is None:
+        raise FileNotFoundError(f"the template of the report is missing: {' or '.join(TEMPLATES)}")
+    with open(template, encoding="utf-8") as f:
+        before, after = f.read().replace("$TITLE$", html.escape(title)).split("$DATA$</script>")
+    return before + json.dumps(finite(data), separators=(",", ":")).replace("<", "\\u003c") + "</script>" + after
+
+
+def write(out_dir, json_name="eval.json"):
+    """Draw out_dir/report.html. -> its path. Written whole or not at all; raises as gather() does."""
+    data = gather(out_dir, json_name)
+    text = page(data, " and ".join(m["name"] for m in data["models"][:3]) or os.path.basename(os.path.abspath(out_dir)))
+    path = os.path.join(out_dir, "report.html")
+    beside = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(beside, "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    finally:
+        if os.path.exists(beside):
+            os.remove(beside)
+    return path
+
+
+def main():
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        print(__doc__.strip()) if sys.argv[1:] in (["-h"], ["--help"]) else sys.exit("error: name a folder: python report.py out/demo")
+        return
+    try:
+        print(write(sys.argv[1]))
+    except (OSError, ValueError) as e:
+        sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    main()
