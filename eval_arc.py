@@ -346,10 +346,12 @@ def write_lines(records, path):
     os.replace(beside, path)
 
 
-def ask(name, suite, tasks, model, report, settings, attempts, out_dir):
-    """Have a model solve a suite, with what it has answered before in out_dir -> records, on the first process; prints a line."""
+def ask(name, suite, tasks, model, report, settings, attempts, earlier, out_dir):
+    """
+    Have a model solve a suite -> records, on the first process. earlier: {key: record} of what has been answered before; what is new goes
+    into out_dir as it comes.
+    """
     keys = {t.id: key_of(report["sha256"], suite, t, settings, attempts, report["device"], report["dtype"]) for t in tasks}
-    earlier = {r["key"]: r for path in glob.glob(os.path.join(glob.escape(out_dir), "answers*.jsonl")) for r in logbook.read(path)}
     before = {t.id: {**earlier[keys[t.id]], "model": name} for t in tasks if keys[t.id] in earlier}
     if before and parallel.master:
         print(f"{name} {suite}: {len(before)} of {len(tasks)} have been answered before ({out_dir}/answers*.jsonl) and are not asked again")
@@ -432,6 +434,7 @@ def run(args):
     if parallel.world_size > 1:
         parallel.start(device.split(":")[0])
 
+    earlier = {r.get("key"): r for path in glob.glob(os.path.join(glob.escape(out_dir), "answers*.jsonl")) for r in logbook.read(path)}
     records = {}
     for name, model in models.items():
         report[name]["suites"] = {}
@@ -440,7 +443,7 @@ def run(args):
                 continue
             part = tasks[suite][: args.limit]
             attempts = (args.attempts or ATTEMPTS) if suite in (*suites.ARC_SUITES, "tasks") else 1
-            records[name, suite] = ask(name, suite, part, model, report[name], settings, attempts, out_dir)
+            records[name, suite] = ask(name, suite, part, model, report[name], settings, attempts, earlier, out_dir)
             if parallel.master:
                 report[name]["suites"][suite] = {**scores.figures(records[name, suite], attempts), "available": len(tasks[suite])}
                 say_suite(name, suite, report[name]["suites"][suite])
