@@ -82,6 +82,7 @@ import hardware
 import language
 import logbook
 import parallel
+import report as draw_report
 import scores
 import stages
 import suites
@@ -208,7 +209,7 @@ def table(report):
         for name, r in report.items():
             s = r["suites"][suite]
             if not suites.is_tasks(suite):
-                notes.append(f"\n{suite}, {name}\n{language.table(s)}")
+                notes.append(f"\n{suite}, {name}\n{words(s)}")
                 continue
             low, high = s["interval"]
             rows.append([suite, name, f"{s['solved']}/{s['total']}", f"{s['solved'] / max(1, s['total']):.1%}",
@@ -227,6 +228,17 @@ def table(report):
         allowed = ", ".join(f"{n} attempt{'s' * (n > 1)} as in {suite}" for n, suite in sorted(attempts.items()))
         lines.append(f"solved: tasks with all test outputs right ({allowed}); oracle: with any of the candidates.")
     return "\n".join(lines + notes)
+
+
+def words(s):
+    """Figures of language.py or harness.py as lines of text."""
+    if "error" in s:
+        return f"none: {s['error']}"
+    if "results" not in s:
+        return language.table(s)
+    found = ((task, metric, f) for task, metrics in s["results"].items() for metric, f in metrics.items())
+    return "\n".join(f"{task:32}{metric:24}{f['value']:10.4f}   {'{:.4f} to {:.4f}'.format(*f['interval']) if f['interval'] else ''}"
+                     for task, metric, f in found)  # fmt: skip
 
 
 # -----------------------------------------------------------------------------
@@ -334,10 +346,12 @@ def write_lines(records, path):
     os.replace(beside, path)
 
 
-def ask(name, suite, tasks, model, report, settings, attempts, out_dir):
-    """Have a model solve a suite, with what it has answered before in out_dir -> records, on the first process; prints a line."""
+def ask(name, suite, tasks, model, report, settings, attempts, earlier, out_dir):
+    """
+    Have a model solve a suite -> records, on the first process. earlier: {key: record} of what has been answered before; what is new goes
+    into out_dir as it comes.
+    """
     keys = {t.id: key_of(report["sha256"], suite, t, settings, attempts, report["device"], report["dtype"]) for t in tasks}
-    earlier = {r["key"]: r for path in glob.glob(os.path.join(glob.escape(out_dir), "answers*.jsonl")) for r in logbook.read(path)}
     before = {t.id: {**earlier[keys[t.id]], "model": name} for t in tasks if keys[t.id] in earlier}
     if before and parallel.master:
         print(f"{name} {suite}: {len(before)} of {len(tasks)} have been answered before ({out_dir}/answers*.jsonl) and are not asked again")
@@ -358,7 +372,14 @@ def ask(name, suite, tasks, model, report, settings, attempts, out_dir):
 
 
 def measure(name, suite, model, r, limit):
-    """A suite that is not of tasks -> its figures. r: the model's report, which says what it was trained on."""
+    """A suite that is not of tasks -> its figures, or {"error": why there are none}. r: the report, which says what it was trained on."""
+    if suite.startswith("lm_eval:"):
+        import harness  # here, because lm-eval is optional
+
+        try:
+            return harness.evaluate(model, suite.removeprefix("lm_eval:").split(","), limit)
+        except (OSError, ValueError) as e:  # an unknown task, or no network: no reason to lose what is there
+            return {"error": str(e)}
     config, data = r["config"] or {}, r["data"]
     stage = {"data_dir": config.get("data_dir") or "data", "stage": data["stage"] or config.get("data"), "tag": data["tag"]}
     if stage["stage"]:
@@ -399,6 +420,8 @@ def run(args):
     out_dir = args.out_dir or os.path.dirname(args.checkpoints[0]) or "."
 
     # Everything that can be wrong is found out here, before anything takes long
+    if any(suite.startswith("lm_eval:") for suite in chosen):
+        import harness  # noqa: F401 (says so if lm-eval is not installed)
     loaded = [checkpoint.load_model(path, device) for path in args.checkpoints]
     if settings.n_sup and all(ckpt["model"] != "trm" for _, ckpt in loaded):
         raise ValueError("--n_sup is about Route B's supervision steps, and no checkpoint of Route B is given")
@@ -411,6 +434,7 @@ def run(args):
     if parallel.world_size > 1:
         parallel.start(device.split(":")[0])
 
+    earlier = {r.get("key"): r for path in glob.glob(os.path.join(glob.escape(out_dir), "answers*.jsonl")) for r in logbook.read(path)}
     records = {}
     for name, model in models.items():
         report[name]["suites"] = {}
@@ -419,7 +443,7 @@ def run(args):
                 continue
             part = tasks[suite][: args.limit]
             attempts = (args.attempts or ATTEMPTS) if suite in (*suites.ARC_SUITES, "tasks") else 1
-            records[name, suite] = ask(name, suite, part, model, report[name], settings, attempts, out_dir)
+            records[name, suite] = ask(name, suite, part, model, report[name], settings, attempts, earlier, out_dir)
             if parallel.master:
                 report[name]["suites"][suite] = {**scores.figures(records[name, suite], attempts), "available": len(tasks[suite])}
                 say_suite(name, suite, report[name]["suites"][suite])
@@ -461,6 +485,7 @@ def finish(args, models, chosen, records, report, out_dir):
         paths["picture"] = os.path.join(out_dir, "grids.png")
         halt = "; halt: how likely Route B thinks it is that all is right" if any(r["model"] == "trm" for r in report.values()) else ""
         arc.picture(rows, paths["picture"], f"{', '.join(models)}   (crosses: wrong cells{halt})")
+    paths["report"] = draw_report.write(out_dir, args.json)
     print("\n" + table(report) + "\n")
     for what, path in paths.items():
         print(f"{what:12s} {path}")

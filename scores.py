@@ -113,7 +113,8 @@ def judge(task, given, attempts):
             "input": rows_of(puzzle), "expected": rows_of(expected), "attempts": [rows_of(c.grid) for c in kept],
             "right": right[: len(kept)] if expected is not None else [], "solved": any(right[:attempts]), "oracle": any(right),
             "verdict": None if expected is None else verdict(task.kind, puzzle, first, expected), "votes": [c.votes for c in kept],
-            "scores": [round(float(c.score), 6) for c in kept], "candidates": len(ranked), "programs": [c.program for c in kept],
+            "scores": [round(float(c.score), 6) if math.isfinite(c.score) else None for c in kept], "candidates": len(ranked),
+            "programs": [c.program for c in kept],
             **({"steps": [[rows_of(grid), round(p, 6)] for grid, p in found.steps]} if found and found.steps else {}),
         })  # fmt: skip
     known = all(t["expected"] is not None for t in tests)

@@ -4,8 +4,9 @@ Evaluating each new checkpoint of a folder while it is being written, beside the
     python eval_arc.py out/route_b_stage3 --watch --suites=sudoku4,arc1 --limit=50
 
 Looks at every .pt file of the folder, again and again. A new one, or one that was replaced, is evaluated as eval_arc.py does, into
-FOLDER/evals/ITER-HASH/; its figures become a line of FOLDER/evals.jsonl, where train.py's own eval_suites go as well, and FOLDER/evals.png
-is drawn anew: what share of each suite is solved, by training step, with 95% intervals.
+FOLDER/evals/ITER-HASH/; its figures become a line of FOLDER/evals.jsonl, where train.py's own eval_suites go as well. Drawn anew are
+FOLDER/evals.png, what share of each suite is solved by training step with 95% intervals, and FOLDER/report.html, the last checkpoints side
+by side.
 
 Read next: eval_arc.py, train.py.
 """
@@ -18,6 +19,7 @@ import time
 
 import checkpoint
 import logbook
+import report
 import scores
 import stages
 
@@ -77,6 +79,7 @@ def evaluate(path, args, run, out_dir, evals):
         if problem:
             print(problem)
         draw(evals, os.path.join(out_dir, "evals.png"))
+        print(report.write(out_dir))
     except ValueError as e:  # one bad file is no reason not to look at the next
         print(f"{path} is left out: {e}", flush=True)
     finally:
