@@ -83,6 +83,7 @@ eval_demonstrations = 0.0  # share of steps on ARC's evaluation tasks' demonstra
 batch_size = 8  # rows of text per batch; puzzles come in batches of as many tokens
 block_size: int | None = None  # longest row, and prompt; None: the student's
 gradient_accumulation_steps = 8  # batches per optimizer step, over all processes
+recompute: bool | None = None  # as in train.py; None: as the student was trained
 # ---- optimizer
 optimizer = "auto"
 learning_rate = 1e-4
@@ -227,7 +228,7 @@ try:
     student_path = ckpt_path if init_from == "resume" else init_from
     started_from = ckpt.load(student_path)
     model = started_from["model"]
-    net = ckpt.make_model(model, started_from["model_config"])
+    net = ckpt.make_model(model, started_from["model_config"] | ({} if recompute is None else {"recompute": recompute}))
     resumed = init_from == "resume"
     ckpt.load_weights(net, started_from["weights"] if resumed else started_from["ema"] or started_from["weights"], student_path)
     net.to(device)
