@@ -88,7 +88,7 @@ def main():
     parser.add_argument("--limit", type=int, default=100)
     parser.add_argument("--out_dir", default="out/bench_distill")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="of distill.py, for all runs, without the dashes")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     results = []
 

@@ -28,6 +28,7 @@ import checkpoint
 import configurator
 import hardware
 import logbook
+import model_dense
 import tokenizer as tok
 from model_dense import muon_and_adamw
 
@@ -169,9 +170,23 @@ def bench_train(args):
 
 
 def training_config(config_path, overrides=()):
-    """What train.py would run with a config file, a namespace. ValueError for a mistake in it."""
-    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
-    return SimpleNamespace(**configurator.resolve(configurator.defaults_of(script), [config_path, *overrides]))
+    """
+    What train.py, or distill.py if it is a config of that, would run with a config file, a namespace. Without its checkpoint, the student
+    of a distillation is assumed to be the default model, of Route B if its path says so. ValueError for a mistake in it.
+    """
+    here = os.path.dirname(os.path.abspath(__file__))
+    if not os.path.basename(config_path).startswith("distill"):
+        return SimpleNamespace(**configurator.resolve(configurator.defaults_of(os.path.join(here, "train.py")), [config_path, *overrides]))
+    c = configurator.resolve(configurator.defaults_of(os.path.join(here, "distill.py")), [config_path, *overrides])
+    for name, path in (("model", c["init_from"]), ("teacher_model", c["teacher"])):
+        if os.path.isfile(path):
+            saved = checkpoint.load(path)
+            c |= {name: saved["model"], f"{name}_config": saved["model_config"]}
+        else:
+            c |= {name: "trm" if "route_b" in path else "dense", f"{name}_config": {}}
+            print(f"{path or 'no path'} is not there: a {c[name]!r} of the default size is assumed")
+    c = {**c["model_config"], **{k: v for k, v in c.items() if v is not None}}
+    return SimpleNamespace(**{"recompute": False, "block_size": 1024, **c})
 
 
 def sweep(args):
@@ -233,6 +248,7 @@ def plan(args):
     """Hours and memory of a config's run: from a log of this machine's (--log), or from a card's published peak and an assumed share."""
     c = training_config(args.config, args.overrides)
     net = checkpoint.make_model(c.model, vars(c)).train()
+    taught = hasattr(c, "teacher")  # a config of distill.py
     if args.card not in hardware.CARDS:
         raise ValueError(f"--card={args.card} is not in the table: {', '.join(hardware.CARDS)}")
     peak, memory, _ = hardware.CARDS[args.card]
@@ -256,6 +272,8 @@ def plan(args):
         rate = tokens / (again * flops / (args.cards * peak * 1e12 * args.mfu))
         print(f"  hours: {tokens / rate / 3600:.1f} at {rate:,.0f} tokens/s on {args.cards} x {args.card}, if they do {args.mfu:.0%} of "
               f"their published {peak} TFLOPS (assumed: after a first run, give its --log=OUT_DIR/log.jsonl)")  # fmt: skip
+    if taught:
+        print("  of learning alone: what sampling and scoring add is in the log.jsonl of a first run")
     T = min(c.block_size, 1024)
     idx = torch.randint(0, tok.N_GPT2, (1, T), generator=torch.Generator().manual_seed(0))
     per_token = saved_bytes(net, idx, idx, "text", torch.bfloat16) / T  # as many bytes as float16, which few CPUs can
@@ -265,12 +283,22 @@ def plan(args):
         net.config.recompute = False
         passes = net.passes("text")[1] * net.config.text_n_sup if c.model == "trm" else 1
         per_token += saved_bytes(net, idx, idx, "text", torch.bfloat16) / T / (net.config.n_layer * passes)
+    guide = 0
+    if taught and not os.path.isfile(os.path.join(c.teacher, "teacher.json")):  # a recorded one takes no memory
+        teacher = checkpoint.make_model(c.teacher_model, c.teacher_model_config)
+        halved = sum(p.numel() for p in teacher.blocks.parameters())
+        guide = 2 * halved + 4 * (teacher.num_params() - halved)
+        # It scores without keeping anything: one pass's largest tensors, of 8 * n_embd numbers a token, for a batch at a time
+        guide += 2 * 8 * teacher.config.n_embd * max(model_dense.ANSWER_TOKENS, c.batch_size * c.block_size)
+        if c.model == "dense":  # the caches of its own answers, in float32, before learning begins
+            guide += model_dense.cache_bytes(net.config, c.block_size) * c.batch_size
     fixed = params * (16 + 4 * bool(c.ema) + 4 * (args.cards > 1))  # weights, gradients, two of AdamW's; average; the copy DDP sends
     activations = per_token * c.batch_size * c.block_size
     print(f"  memory per card: {fixed / 1e9:.1f} GB for weights, gradients, optimizer" + (", average" if c.ema else "")
+          + (f"; {guide / 1e9:.1f} GB for the teacher in half precision, its scoring, and the student's caches" if taught else "")
           + f"; {activations / 1e9:.1f} GB for activations ({per_token / 1e3:.0f} kB a token, counted on this machine with the PyTorch "
           f"form of KDA{', recomputed' if c.recompute else ''}); of {memory} GB")  # fmt: skip
-    if fixed + activations > 0.9 * memory * 1e9:
+    if fixed + guide + activations > 0.9 * memory * 1e9:
         print("  that does not fit: lower batch_size (and raise gradient_accumulation_steps), or recompute=True")
 
 

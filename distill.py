@@ -38,6 +38,7 @@ import logbook
 import loop
 import parallel
 import puzzles
+import records
 import teachers
 import tokenizer as tok
 from divergences import DIVERGENCES, divergence
@@ -82,6 +83,7 @@ eval_demonstrations = 0.0  # share of steps on ARC's evaluation tasks' demonstra
 batch_size = 8  # rows of text per batch; puzzles come in batches of as many tokens
 block_size: int | None = None  # longest row, and prompt; None: the student's
 gradient_accumulation_steps = 8  # batches per optimizer step, over all processes
+recompute: bool | None = None  # as in train.py; None: as the student was trained
 # ---- optimizer
 optimizer = "auto"
 learning_rate = 1e-4
@@ -150,23 +152,24 @@ def check_settings():
         raise ValueError("objective='answers' learns given answers, not the student's own: use --on_policy=0")
     if init_from != "resume" and os.path.exists(ckpt_path) and not (overwrite or recording):
         raise ValueError(f"{ckpt_path} exists: go on with --init_from=resume, or start again with --overwrite=True or another --out_dir")
-    if recording and os.path.exists(os.path.join(out_dir, teachers.RECORD)) and not overwrite:
+    if recording and os.path.exists(os.path.join(out_dir, records.RECORD)) and not overwrite:
         raise ValueError(f"{out_dir} holds a record: record it anew with --overwrite=True, or choose another --out_dir")
 
 
 # ---- the prompts
-class RecordedPrompts(Puzzles):
-    """The prompts that a teacher has answered, as they were: a record holds for no other view of them."""
+class EvaluationDemonstrations(Puzzles):
+    """The demonstrations of ARC's evaluation tasks as a source of prompts: one pair of them is the question, a task's test is not read."""
 
-    def __init__(self, documents, batch_tokens):
-        self.name, self.seed, self.batch_tokens, self.block_size = "recorded", seed, batch_tokens, block_size
-        self.documents, self.puzzle_format = documents, net.puzzle_format
+    def __init__(self):
+        self.name, self.seed, self.augment, self.puzzle_format = EVAL_DEMOS, seed, "arc", net.puzzle_format
+        self.batch_tokens, self.block_size = batch_size * block_size, block_size
         self.drawn, self.waiting, self.rows = 0, {}, {}
+        tasks = [task for name in ("arc1_eval", "arc2_eval") for task in arc.load(name)]
+        self.documents = [arc.encode(task.kind, task.train) for task in tasks if len(task.train) > 1]
+        self.n_documents, self.shards = len(self.documents), self
 
-    def row(self, n):
-        epoch, i = divmod(n, len(self.documents))
-        i = draw_rng(seed, self.name, epoch).permutation(len(self.documents))[i]
-        return puzzle_row(self.documents[i], self.puzzle_format, "none")
+    def document(self, i):
+        return self.documents[i]
 
 
 def make_loader():
@@ -181,30 +184,17 @@ def make_loader():
                     batches_per_step=gradient_accumulation_steps, puzzle_format=net.puzzle_format, rank=rank, world_size=world_size,
                     verify=local_rank == 0)  # fmt: skip
     shares = dict(zip(loader.names, loader.shares))
-    if isinstance(guide, teachers.Recorded):
+    if isinstance(guide, records.Recorded):
         shares = {name: share for name, share in shares.items() if kinds[name] == "text"}
         shares["recorded"] = 1 - sum(shares.values()) or 1.0
-        loader.sources["recorded"] = RecordedPrompts(guide.documents, batch_size * block_size)
+        loader.sources["recorded"] = records.Prompts(guide.documents, seed, batch_size * block_size, block_size, net.puzzle_format)
     if eval_demonstrations:
         shares = {name: share * (1 - eval_demonstrations) for name, share in shares.items()}
         shares[EVAL_DEMOS] = eval_demonstrations
-        loader.sources[EVAL_DEMOS] = evaluation_demonstrations()
+        loader.sources[EVAL_DEMOS] = EvaluationDemonstrations()
     loader.sources = {name: loader.sources[name] for name in shares}
     loader.names, loader.shares = list(shares), np.array(list(shares.values()))
     return loader
-
-
-def evaluation_demonstrations():
-    """The demonstrations of ARC's evaluation tasks as a source of prompts: one pair of them is the question, a task's test is not read."""
-    source = object.__new__(Puzzles)
-    documents = [arc.encode(task.kind, task.train) for name in ("arc1_eval", "arc2_eval") for task in arc.load(name) if len(task.train) > 1]
-
-    class Documents:
-        n_documents, document = len(documents), staticmethod(lambda i: documents[i])
-
-    source.__dict__.update(name=EVAL_DEMOS, seed=seed, batch_tokens=batch_size * block_size, block_size=block_size,
-                           puzzle_format=net.puzzle_format, shards=Documents, augment="arc", drawn=0, waiting={}, rows={})  # fmt: skip
-    return source
 
 
 def held_out_tasks(n):
@@ -238,7 +228,7 @@ try:
     student_path = ckpt_path if init_from == "resume" else init_from
     started_from = ckpt.load(student_path)
     model = started_from["model"]
-    net = ckpt.make_model(model, started_from["model_config"])
+    net = ckpt.make_model(model, started_from["model_config"] | ({} if recompute is None else {"recompute": recompute}))
     resumed = init_from == "resume"
     ckpt.load_weights(net, started_from["weights"] if resumed else started_from["ema"] or started_from["weights"], student_path)
     net.to(device)
@@ -249,7 +239,7 @@ try:
         guide = teachers.load(teacher, device, dtype if teacher_dtype == "auto" else teacher_dtype, teacher_vocabulary,
                               n_sup=teacher_n_sup, n_views=teacher_n_views, ttt_steps=teacher_ttt_steps,
                               ttt_learning_rate=teacher_ttt_learning_rate)  # fmt: skip
-        if isinstance(guide, teachers.Recorded) and guide.conditional and on_policy:
+        if isinstance(guide, records.Recorded) and guide.conditional and on_policy:
             raise ValueError(f"{teacher} is of a teacher that writes left to right: what it says holds for its own answers alone, so use "
                              "--on_policy=0 --off_policy=teacher")  # fmt: skip
     loader = make_loader()
@@ -297,44 +287,14 @@ started_from = None  # free its memory
 
 
 # ---- record: the teacher answers, nobody learns
-def record():
-    """Prompts as they would come, answered by the teacher: shards of about 100, each with its hashes, and RECORD last."""
-    if world_size > 1:
-        raise ValueError("record runs in one process")
-    os.makedirs(out_dir, exist_ok=True)
-    with contextlib.suppress(FileNotFoundError):  # what is there of a record is no record until this file is written
-        os.remove(os.path.join(out_dir, teachers.RECORD))
-    shards, seen, waiting = [], set(), []
-    bar = tqdm(total=record_prompts, unit="prompt", dynamic_ncols=True)
-    while bar.n < record_prompts:
-        new = []
-        for batch in loader.next_step():
-            for task in teachers.tasks_of(batch.idx, batch.targets, net.puzzle_format) if batch.mode == "puzzle" else ():
-                key = teachers.prompt(task).numpy().tobytes()
-                if key not in seen:
-                    seen.add(key)
-                    new.append(task)
-        waiting += new
-        bar.set_postfix_str("the stage has no more prompts" if not new else "", refresh=False)
-        while len(waiting) >= min(100, record_prompts - bar.n) and bar.n < record_prompts:
-            part, waiting = waiting[: min(100, record_prompts - bar.n)], waiting[100:]
-            entry = teachers.record_shard(out_dir, f"{len(shards):05d}", part, guide)
-            shards += [entry] if entry else []
-            bar.update(len(part))
-    bar.close()
-    tasks = held_out_tasks(check_tasks)
-    record = {"teacher": guide.about, "conditional": guide.conditional, "tokenizer": tok.fingerprint(), "data": pinned, "seed": seed,
-              "documents": sum(s["documents"] for s in shards), "held_out_solved": teachers.solved(guide, tasks) if tasks else None,
-              "shards": shards}  # fmt: skip
-    configurator.save(record, os.path.join(out_dir, teachers.RECORD))
-    print(f"{record['documents']} of {record_prompts} prompts answered (the others are too long for the teacher), in {out_dir}")
-
-
 if recording:
     try:
-        record()
+        if world_size > 1:
+            raise ValueError("record runs in one process")
+        found = records.record(out_dir, loader, guide, record_prompts, pinned, held_out_tasks(check_tasks))
     except (OSError, ValueError) as e:
         parallel.stop(e)
+    print(f"{found} of {record_prompts} prompts answered (others are too long for the teacher), in {out_dir}")
     sys.exit(0)
 
 
@@ -422,17 +382,6 @@ def given_answers(tasks):
     return [task.test[0][1] for task in tasks] if off_policy == "dataset" else guide.write(tasks)
 
 
-def on_canvas(frames, idx):
-    """Frames (None: no opinion) as (B, L, 11), each place of a canvas at its token; NaN elsewhere."""
-    out = torch.full((*idx.shape, teachers.OUTCOMES), torch.nan)
-    for row, frame, ids in zip(out, frames, idx.cpu()):
-        if frame is not None:
-            start, stop = int((ids == tok.OUTPUT).nonzero()[-1]) + 1, int((ids != tok.PAD).sum())
-            width = int((ids[start:] == tok.ROW).nonzero()[0])
-            row[start:stop] = teachers.fit(frame, (stop - start) // (width + 1), width + 1).view(-1, teachers.OUTCOMES)
-    return out.to(idx.device)
-
-
 def on_a_canvas(batch, watch, stats, carry):
     """
     The loss of a Route B student after one supervision step, and its new carry. A puzzle stays for several steps, and what a teacher says
@@ -454,7 +403,7 @@ def on_a_canvas(batch, watch, stats, carry):
                     targets[i, : len(row[1])] = torch.from_numpy(row[1])
         elif objective != "answers" and not guide.conditional:
             fresh["teacher"] = torch.full((*idx.shape, teachers.OUTCOMES), torch.nan, device=device)
-            fresh["teacher"][new] = on_canvas(guide.frames(tasks, [task.test[0][1] for task in tasks]), idx[new])
+            fresh["teacher"][new] = teachers.on_canvas(guide.frames(tasks, [task.test[0][1] for task in tasks]), idx[new])
     with watch.measure("learning"), autocast:
         y, carry = net.carried_step(fresh, carry)
         cells = carry["idx"] == tok.BLANK
@@ -467,10 +416,14 @@ def on_a_canvas(batch, watch, stats, carry):
     if objective != "answers" and (guide.conditional or own and verified_bonus):
         with watch.measure("sampling"):
             tasks = teachers.tasks_of(carry["idx"].cpu(), carry["targets"].cpu(), net.puzzle_format)
-            answers, outcomes = read_canvases(student, carry["idx"], batch.key[0]) if own else (given_answers(tasks), None)
+            if own:
+                outcomes = sample(student.detach().cpu(), sample_temperature, generator=generator_for(batch.key[0]))
+                answers, outcomes = teachers.read_canvases(outcomes, carry["idx"].cpu()), outcomes.to(device)
+            else:
+                answers = given_answers(tasks)
     if objective != "answers":
         with watch.measure("scoring"), autocast:
-            says = (carry["teacher"] if not guide.conditional else on_canvas(guide.frames(tasks, answers), carry["idx"]))[cells]
+            says = (carry["teacher"] if not guide.conditional else teachers.on_canvas(guide.frames(tasks, answers), carry["idx"]))[cells]
         with watch.measure("learning"):
             loss = distance(student, says, rows, len(idx))
             if verified_bonus and own:
@@ -487,19 +440,6 @@ def on_a_canvas(batch, watch, stats, carry):
         q = net.halt_logit(y)  # learns to tell whether the teacher would say the same, as it learned whether an answer is right
         loss = loss + 0.5 * F.binary_cross_entropy_with_logits(q, agreed.float())
     return loss, {**carry, "halted": net.halts(q, carry)}
-
-
-def read_canvases(student, idx, number):
-    """Draw a colour or void for each canvas cell, student (N, 11) -> (a grid or None for each row of idx, the draws (N,))."""
-    drawn = sample(student.detach().cpu(), sample_temperature, generator=generator_for(number))
-    ids = idx.cpu().clone()
-    ids[ids == tok.BLANK] = torch.tensor(ANSWER_IDS)[drawn]
-    grids = []
-    for row, blank in zip(ids, idx.cpu()):
-        start, stop = int((blank == tok.OUTPUT).nonzero()[-1]) + 1, int((blank != tok.PAD).sum())
-        width = int((blank[start:] == tok.ROW).nonzero()[0])
-        grids.append(arc.read_canvas(row[start:stop].numpy(), ((stop - start) // (width + 1), width)))
-    return grids, drawn.to(student.device)
 
 
 def average_gradients():
@@ -564,7 +504,7 @@ if master:
 interrupted = loop.catch_signals()
 net.train()
 tasks = held_out_tasks(check_tasks)
-if guide is not None and tasks and not resumed and not isinstance(guide, teachers.Recorded):
+if guide is not None and tasks and not resumed and not isinstance(guide, records.Recorded):
     with autocast:
         theirs, ours = teachers.solved(guide, tasks), check_student()
     write_log({"iter": 0, "teacher_solved": theirs, "student_solved": ours, "of": len(tasks)})

@@ -7,5 +7,6 @@ init_from = "out/route_b_stage3/ckpt.pt"
 teacher = "out/route_b_stage3/ckpt.pt"
 teacher_n_views = 16
 ema = 0.999
+recompute = True  # without, a batch is 11.6 GB
 batch_size = 1
 gradient_accumulation_steps = 32

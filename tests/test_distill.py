@@ -17,7 +17,9 @@ import checkpoint
 import loader
 import prepare
 import puzzles
+import records
 import teachers
+import text_teacher
 import tokenizer as tok
 from divergences import divergence
 
@@ -269,7 +271,7 @@ def test_a_text_model_says_of_a_mapped_answer_what_it_says_of_the_rendered_text(
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     for task, answer, log_p, frame in zip(tasks, answers, teacher.log_probs(tasks, answers), teacher.frames(tasks, answers)):
         ids = teachers.document(task, answer)
-        text = teachers.render(ids)
+        text = text_teacher.render(ids)
         rows = "".join("".join(f" {c}" for c in row) + "\n" for row in answer)
         assert text.endswith("Output:\n" + rows)
         own = encoder(text, return_tensors="pt")["input_ids"]  # its own tokenizer, on the text as a whole
@@ -291,7 +293,7 @@ def test_another_vocabulary_is_refused_with_what_differs_or_used_where_the_map_i
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     def folder_with(name, merges):
-        letters = list(teachers.bytes_as_letters().values())
+        letters = list(text_teacher.bytes_as_letters().values())
         words = [*letters, *("".join(m) for m in merges), "<end>"]
         encoder = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, merges))
         encoder.pre_tokenizer, encoder.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -401,7 +403,7 @@ def test_evaluation_demonstrations_only_with_the_switch_and_never_their_tests(da
     for ids in teachers.load(str(tmp_path), "cpu").documents:
         _, pairs = arc.decode(ids)
         assert all((arc.canonical_hash(x), len(pairs)) in known for x, _ in pairs)  # as many pairs as it has demonstrations: no test is one
-    record = json.loads((tmp_path / teachers.RECORD).read_text())
+    record = json.loads((tmp_path / records.RECORD).read_text())
     assert "arc_eval_demos" in record["data"]["sources"]
 
 
