@@ -935,9 +935,14 @@ class KimiDeltaAttention(nn.Module):
         B, T, _ = x.shape
         H, K, W = self.num_heads, self.head_dim, self.q_conv1d.weight.shape[-1]
         tail, state = (None, None) if cache is None else cache
-        # all that x is multiplied by in one product, q, k and v in one convolution: a fraction of the calls, and x is read once
+        # All that x is multiplied by in one product, q, k and v in one convolution: a fraction of the calls, and x is read once.
+        # For one token, putting the weights together would cost more than multiplying by them.
         of_x = (self.q_proj, self.k_proj, self.v_proj, self.f_proj[0], self.g_proj[0], self.b_proj)
-        qkv, f, gate, beta = F.linear(x, torch.cat([m.weight for m in of_x])).split((3 * H * K, K, K, H), -1)
+        if T > 1:
+            projected = F.linear(x, torch.cat([m.weight for m in of_x]))
+        else:
+            projected = torch.cat([m(x) for m in of_x], -1)
+        qkv, f, gate, beta = projected.split((3 * H * K, K, K, H), -1)
         taps = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight]).squeeze(1)
         taps = taps.t().contiguous().to(qkv.dtype)  # (3HK, W) would be read with a stride
         reach = None
