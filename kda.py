@@ -935,9 +935,15 @@ class KimiDeltaAttention(nn.Module):
         B, T, _ = x.shape
         H, K, W = self.num_heads, self.head_dim, self.q_conv1d.weight.shape[-1]
         tail, state = (None, None) if cache is None else cache
-        # all that x is multiplied by in one product, q, k and v in one convolution: a fraction of the calls, and x is read once
-        of_x = (self.q_proj, self.k_proj, self.v_proj, self.f_proj[0], self.g_proj[0], self.b_proj)
-        qkv, f, gate, beta = F.linear(x, torch.cat([m.weight for m in of_x])).split((3 * H * K, K, K, H), -1)
+        # One product for nearly all that x is multiplied by, one convolution for q, k and v: a fraction of the calls, and x is read once.
+        # b_proj stays apart: with its few columns, rows would no longer be multiples of 16 bytes, which tensor cores want. For one token,
+        # putting the weights together would cost more than multiplying by them.
+        of_x = (self.q_proj, self.k_proj, self.v_proj, self.f_proj[0], self.g_proj[0])
+        if T > 1:
+            projected = F.linear(x, torch.cat([m.weight for m in of_x]))
+        else:
+            projected = torch.cat([m(x) for m in of_x], -1)
+        qkv, f, gate = projected.split((3 * H * K, K, K), -1)
         taps = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight]).squeeze(1)
         taps = taps.t().contiguous().to(qkv.dtype)  # (3HK, W) would be read with a stride
         reach = None
@@ -952,7 +958,7 @@ class KimiDeltaAttention(nn.Module):
         q, k = UnitLength.apply(qk).chunk(2, 2)
         g = F.softplus(self.f_proj[1](f).float() + self.dt_bias.float()).view(B, T, H, K)
         g = -self.A_log.float().exp()[:, None] * g
-        beta = beta.float().sigmoid()
+        beta = self.b_proj(x).float().sigmoid()
         if starts is not None:
             g = g.masked_fill(starts[:, :, None, None], -math.inf)
         if T == 1 and cache is not None and not torch.is_grad_enabled():

@@ -194,6 +194,8 @@ def test_long_inputs_go_through_a_stretch_of_tokens_at_a_time(chunks, monkeypatc
         stretches = kda_file.stretches_of_tokens(whole[0], whole[2], 64, None)
         assert len(stretches) == -(-T // (64 * max(1, chunks))) and stretches[-1].stop == T
         compare(whole if state else whole[:5], f"{chunks} chunks at a time, T={T}", final=state)
+    inputs = [t.float().requires_grad_() for t in whole[:5]]
+    torch.library.opcheck(torch.ops.smol_llm.kda.default, (*inputs, None, None, 0.3, False, "chunk"), test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
