@@ -204,8 +204,8 @@ def learn(args):
         batches = Puzzles(args.task, net.puzzle_format, args.tokens, args.seed, avoid, args.pool)
         with tqdm(total=round(args.gflops), unit="GFLOP", desc=name, leave=False, disable=None) as progress:
             curve, average = train(net, batches, tasks, args.gflops * 1e9, args.learning_rate, progress=progress)
-        row = {"name": name, "contender": text, "task": args.task, "pool": args.pool, "seed": args.seed, "params": net.num_params(), "n": args.n,
-               "learning_rate": args.learning_rate, "curve": curve}  # fmt: skip
+        row = {"name": name, "contender": text, "task": args.task, "pool": args.pool, "seed": args.seed, "n": args.n,
+               "params": net.num_params(), "learning_rate": args.learning_rate, "curve": curve}
         net.eval().load_state_dict(average)
         if net.puzzle_format == "canvas" and net.config.n_sup > 1:
             row["solved_by_n_sup"] = {n: solved(net, tasks, n) for n in (1, 2, 4, 8, 16, 32)}

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 import arc
+import sudoku_extreme
 import tokenizer as tok
 from stages import read_manifest
 
@@ -91,11 +92,13 @@ def puzzle_row(document, puzzle_format, augment, rng=None):
 
     puzzle_format "autoregressive": the document shifted by one, with a target at every token of the test output and its end.
     puzzle_format "canvas": the prompt and a blank canvas, with a target at every cell of it.
-    augment: "none", "dihedral" or "arc", as in arc.random_augment; tasks with demonstrations also change their order and which
-    pair is the test. rng None: the document as it is.
+    augment: "none", "dihedral" or "arc", as in arc.random_augment, or "sudoku", as in sudoku_extreme.shuffled; tasks with
+    demonstrations also change their order and which pair is the test. rng None: the document as it is.
     """
     kind, pairs = arc.decode(document)
     if rng is not None:
+        if augment == "sudoku":
+            pairs, augment = [tuple(sudoku_extreme.shuffled(rng, *pair)) for pair in pairs], "none"
         symmetry = arc.random_augment(rng, augment)
         pairs = [pairs[i] for i in rng.permutation(len(pairs))]
         if symmetry != arc.IDENTITY:

@@ -35,7 +35,7 @@ KEYS = {
     "path": str, "sha256": str, "idx_sha256": str, "tokens": int, "documents": int, "bytes": int, "source": str, "group": str,
     "kind": str, "split": str, "augment": str, "tokenizer": str,
 }  # fmt: skip
-VALUES = {"group": GROUPS, "kind": ("text", "puzzle"), "split": ("train", "val"), "augment": ("none", "dihedral", "arc")}
+VALUES = {"group": GROUPS, "kind": ("text", "puzzle"), "split": ("train", "val"), "augment": ("none", "dihedral", "arc", "sudoku")}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
