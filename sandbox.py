@@ -55,6 +55,7 @@ PROGRAMS = 200        # in one process; it starts in a quarter of a second
 MODULES = ("math", "re", "collections", "itertools", "functools", "string", "heapq", "bisect", "operator", "statistics", "fractions",
            "decimal", "random", "typing", "dataclasses", "enum", "copy", "abc", "textwrap")  # what functions may import
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1", "OPENBLAS_NUM_THREADS": "1"}  # sets have the same order every time
+READY = b'{"value": "ready"}\n'  # what the process says when it is confined, before it looks at anything
 FORBIDDEN = ("open", "input", "breakpoint", "exit", "quit", "help", "eval", "exec", "compile", "copyright", "credits", "license")
 
 
@@ -146,15 +147,16 @@ def _short(text):
 
 def _start(kind, job, seconds, output_bytes=OUTPUT_BYTES):
     """
-    Run main_inside() in a process with `job`. -> (list of the JSON lines it wrote, "" or why there are not more). The kernel counts CPU
-    seconds inside; out here, real time is only there to end what sleeps, and generous, so that a busy machine changes no result.
+    Run inside() in a process with `job`. -> (list of the JSON lines it wrote, "" or why there are not more). The kernel counts CPU
+    seconds inside; out here, real time is only there to end what sleeps, and generous, so that a busy machine changes no result. OSError
+    if it fails before it comes to the job: then nothing has been found out about what the model wrote.
     """
-    folder = tempfile.mkdtemp(prefix="sandbox-")
+    folder, errors = tempfile.mkdtemp(prefix="sandbox-"), tempfile.TemporaryFile()
     process = subprocess.Popen(
         [sys.executable, "-s", "-S", "-B", os.path.abspath(__file__), f"--inside={kind}"], cwd=folder, env=ENVIRONMENT,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
     try:
-        output, problem = _talk(process, json.dumps(job).encode(), time.monotonic() + 4 * seconds + 10, output_bytes)
+        output, problem = _talk(process, json.dumps(job).encode(), time.monotonic() + 4 * seconds + 30, output_bytes)
     finally:
         try:
             os.killpg(process.pid, signal.SIGKILL)  # its group, whether or not its leader has ended
@@ -163,8 +165,13 @@ def _start(kind, job, seconds, output_bytes=OUTPUT_BYTES):
         process.wait()
         process.stdout.close()
         shutil.rmtree(folder, ignore_errors=True)
+    with errors:
+        if not output.startswith(READY):
+            errors.seek(0)
+            said = errors.read(100_000).decode(errors="replace").strip().split("\n")[-1]
+            raise OSError(f"the sandbox does not start: {said or problem or 'it ended at once'}")
     lines = []
-    for line in output.split(b"\n")[:-1]:
+    for line in output[len(READY) :].split(b"\n")[:-1]:
         try:
             lines.append(json.loads(line))
         except (ValueError, RecursionError):
@@ -292,11 +299,13 @@ def inside(kind):
 
         programs.run("def solve(grid):\n    grid = crop(grid)\n    return grid\n", __import__("numpy").ones((2, 2), "uint8"))
         confine(job["seconds"] * len(job["jobs"]) + 5, job["memory_mb"])
+        say({"value": "ready"})
         inside_programs(programs, job["jobs"], job["seconds"])
     else:
         modules = {name: importlib.import_module(name) for name in MODULES}
         modules["random"].seed(0)
         held = confine(job["seconds"], job["memory_mb"])
+        say({"value": "ready"})
         if kind == "held":
             say({"value": held})
         else:

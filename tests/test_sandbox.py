@@ -150,6 +150,12 @@ print(sum(i * i for i in range(10)), len([bytearray(1 << 20) for _ in range(50)]
     assert "system call filter" in sandbox.protections()
 
 
+def test_a_sandbox_that_does_not_start_is_no_wrong_answer(monkeypatch):
+    monkeypatch.setattr(sandbox, "__file__", sandbox.__file__ + ".none")
+    with pytest.raises(OSError, match="sandbox does not start: .*No such file"):
+        sandbox.call("x = 1", ["x"])
+
+
 def test_nothing_is_left_behind(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     sandbox.call("x = 1", ["x"])

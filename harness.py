@@ -1,0 +1,174 @@
+"""
+Real benchmarks: our models behind the interface of EleutherAI's lm-eval, which has hundreds of them.
+
+    pip install lm-eval                                                       or the extra: pip install -e '.[lm_eval]'
+    python harness.py out/demo/route_a/ckpt.pt sciq,arc_easy,lambada_openai   one after the other, with 95% intervals
+    python eval_arc.py CKPT --suites=lm_eval:sciq,arc_easy                    the same, in the report beside everything else
+    python harness.py CKPT my_task --include_path=my_tasks                    a task of your own: lm-eval's YAML in my_tasks/
+
+lm-eval asks three things of a model: how likely is this continuation, how likely is this text, what comes next until one of these words.
+Each text begins with <|endoftext|>, as every document does in training. Greedy, one attempt, no fine-tuning.
+
+lm-eval fetches the benchmarks from the Hugging Face hub when they are first used. Read next: language.py, which needs no network.
+"""
+
+import argparse
+import difflib
+import json
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import language
+import tokenizer as tok
+
+try:
+    import lm_eval
+    import lm_eval.utils
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.tasks import TaskManager
+except ImportError:
+    raise ValueError("suites called lm_eval:... need EleutherAI's lm-eval: pip install lm-eval") from None
+
+MAX_TOKENS = 256  # written at most where a task does not say
+SHARES = ("acc", "exact_match", "f1")  # metrics between 0 and 1
+BATCH = 16  # texts that Route A continues at a time
+
+
+class Wrapped(TemplateLM):
+    """A model of ours as lm-eval wants it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    @property
+    def eot_token_id(self):
+        return tok.EOT
+
+    def tok_encode(self, string, add_special_tokens=None, **kwargs):
+        return tok.load().encode_ordinary(string)
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
+        """requests: list of (texts, context ids, continuation ids) -> list of (log-probability, is it what greedy decoding gives)."""
+        rows = [(context if context[:1] == [tok.EOT] else [tok.EOT, *context], continuation) for _, context, continuation in requests]
+        with tqdm(total=len(rows), desc="likelihoods", unit="text", dynamic_ncols=True, leave=False, disable=disable_tqdm) as bar:
+            scores = language.log_probabilities(self.model, rows, bar.update)
+        return [(float(nats.sum(dtype="float64")), bool(greedy.all())) for nats, greedy in scores]
+
+    def loglikelihood_rolling(self, requests, disable_tqdm=False):
+        """-> the log-probability of each text, every token predicted once, from what came before it in its window of block_size."""
+        rows, owners = [], []
+        for n, request in enumerate(requests):
+            windows = lm_eval.utils.get_rolling_token_windows(self.tok_encode(request.args[0]), tok.EOT, self.model.config.block_size, 1)
+            for context, continuation in map(lm_eval.utils.make_disjoint_window, windows):
+                rows.append((context, continuation))
+                owners.append(n)
+        totals = [0.0] * len(requests)
+        for n, (nats, _) in zip(owners, language.log_probabilities(self.model, rows)):
+            totals[n] += float(nats.sum(dtype="float64"))
+        return totals
+
+    def generate_until(self, requests, disable_tqdm=False):
+        """-> what the model writes after each text, greedily, up to the first of the words in `until`."""
+        out, together = [], BATCH if self.model.puzzle_format == "autoregressive" else 1  # Route B's generate() ends with its first row
+        with tqdm(total=len(requests), desc="writing", unit="text", dynamic_ncols=True, leave=False, disable=disable_tqdm) as bar:
+            for start in range(0, len(requests), together):
+                part = [request.args for request in requests[start : start + together]]
+                out += self.write([context for context, _ in part], [settings for _, settings in part])
+                bar.update(len(part))
+        return out
+
+    def write(self, contexts, settings):
+        device = next(self.model.parameters()).device
+        untils = [[s["until"]] if isinstance(s.get("until"), str) else list(s.get("until") or []) for s in settings]
+        most = [s.get("max_gen_toks", MAX_TOKENS) for s in settings]
+        room = max(self.model.config.block_size - max(most), 1)
+        prompts = [torch.tensor([tok.EOT, *self.tok_encode(context)][-room:], device=device) for context in contexts]
+        written = [[] for _ in contexts]
+        for drawn in self.model.generate(torch.stack(prompts) if len(prompts) == 1 else prompts, max(most), temperature=0):
+            for ids, token in zip(written, drawn.tolist()):
+                ids.append(token)
+            if all(len(ids) >= n or cut(ids, words)[1] for ids, n, words in zip(written, most, untils)):
+                break
+        return [cut(ids[:n], words)[0] for ids, n, words in zip(written, most, untils)]
+
+
+def cut(ids, words):
+    """-> (the text of ids up to the first of the words, or to a token that is no text; has it come to that end?)."""
+    end = next((n for n, i in enumerate(ids) if i >= tok.EOT), len(ids))
+    text = tok.load().decode(ids[:end])
+    found = [text.index(word) for word in words if word in text]
+    return text[: min(found, default=len(text))], bool(found) or end < len(ids)
+
+
+def evaluate(model, tasks, limit=None, include_path=None):
+    """
+    tasks: list of names that lm-eval knows, or that YAML files in the folder include_path define. limit: only so many items of each.
+    -> {results: {task: {metric: {value, interval}}}, items: {task: how many}, seconds}; interval: 95%, from lm-eval's standard error, None
+    where it has none. ValueError for an unknown task, OSError where a benchmark cannot be fetched.
+    """
+    started, manager = time.perf_counter(), None
+    if include_path:
+        manager = TaskManager(include_path=include_path, include_defaults=False)
+    if manager is None or not set(tasks) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=include_path)  # with all of lm-eval's own, which takes it ten seconds
+    for task in tasks:
+        if task not in manager.all_tasks:
+            closest = difflib.get_close_matches(task, manager.all_tasks, 3, 0)
+            raise ValueError(f"lm-eval has no task {task!r}: the closest are {', '.join(closest)}")
+    try:
+        found = lm_eval.simple_evaluate(Wrapped(model), tasks=list(tasks), limit=limit, task_manager=manager, bootstrap_iters=1000,
+                                        log_samples=False)  # fmt: skip
+    except (ConnectionError, OSError) as e:
+        raise OSError(f"lm-eval cannot get {', '.join(tasks)}: {str(e).splitlines()[0]}") from None
+    results = {}
+    for task, figures in found["results"].items():
+        for name, value in figures.items():
+            metric, _, how = name.partition(",")  # "acc,none": the filter that answers went through comes after the comma
+            if isinstance(value, (int, float)) and how and not metric.endswith("_stderr"):
+                error = figures.get(f"{metric}_stderr,{how}")
+                interval = [value - 1.959964 * error, value + 1.959964 * error] if isinstance(error, float) else None
+                if interval and metric.startswith(SHARES):
+                    interval = [max(interval[0], 0.0), min(interval[1], 1.0)]
+                shown = metric if how == "none" else f"{metric}, {how}"
+                interval = interval and [round(end, 6) for end in interval]
+                results.setdefault(task, {})[shown] = {"value": round(float(value), 6), "interval": interval}
+    items = {task: counts["effective"] for task, counts in found["n-samples"].items()}
+    return {"results": results, "items": items, "seconds": round(time.perf_counter() - started, 3)}
+
+
+def run(args):
+    model, _ = checkpoint.load_model(args.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+    figures = evaluate(model, args.tasks.split(","), args.limit, args.include_path)
+    for task, metrics in figures["results"].items():
+        for metric, f in metrics.items():
+            interval = "{:.4f} to {:.4f}".format(*f["interval"]) if f["interval"] else ""
+            print(f"{task:32}{metric:24}{f['value']:12.4f}   {interval:20}   {figures['items'].get(task, '')} items")
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as f:
+            json.dump(figures, f, indent=2)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(f"error: {message}; see python harness.py --help")
+    parser.add_argument("checkpoint", metavar="CKPT", help="a ckpt.pt that train.py wrote")
+    parser.add_argument("tasks", help="names of lm-eval's tasks, separated by commas")
+    parser.add_argument("--limit", metavar="N", type=int, help="only the first N items of each task")
+    parser.add_argument("--include_path", metavar="FOLDER", help="where YAML files of more tasks are")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    args = parser.parse_args()
+    try:
+        run(args)
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+
+
+if __name__ == "__main__":
+    main()

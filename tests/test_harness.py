@@ -1,0 +1,103 @@
+"""Our models behind lm-eval's interface: its figures are the ones that are known, on tasks built from local files."""
+import functools
+import json
+import math
+import sys
+
+import pytest
+import torch
+from test_language import Table, tiny
+
+import tokenizer as tok
+
+pytest.importorskip("lm_eval")
+import harness  # noqa: E402 (it says so itself where lm-eval is missing)
+
+CAPITALS = (("France", ("Paris", "Rome")), ("Italy", ("Oslo", "Rome")), ("Norway", ("Oslo", "Bern")), ("Peru", ("Lima", "Quito")))
+RIGHT = (0, 1, 0, 0)
+TEXTS = ("Grids are made of cells.", "Cells have colours, ten of them.")
+TASKS = {
+    "capitals": {"output_type": "multiple_choice", "doc_to_text": "The capital of {{country}} is", "doc_to_choice": "cities",
+                 "doc_to_target": "right", "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]},
+    "sentences": {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+                  "metric_list": [{"metric": "bits_per_byte"}]},
+    "writing": {"output_type": "generate_until", "doc_to_text": "The capital of {{country}} is", "doc_to_target": "{{city}}",
+                "generation_kwargs": {"until": ["."], "max_gen_toks": 8},
+                "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("tasks")
+    rows = {
+        "capitals": [{"country": c, "cities": list(cities), "right": right} for (c, cities), right in zip(CAPITALS, RIGHT)],
+        "sentences": [{"text": text} for text in TEXTS],
+        "writing": [{"country": c, "city": f" {cities[right]}"} for (c, cities), right in zip(CAPITALS, RIGHT)],
+    }
+    for name, task in TASKS.items():
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[name]))
+        files = {"data_files": {"test": str(out / f"{name}.jsonl")}, "cache_dir": str(out / "cache")}
+        task = {"task": name, "dataset_path": "json", "dataset_kwargs": files, "test_split": "test", **task}
+        (out / f"{name}.yaml").write_text(json.dumps(task))  # JSON is YAML too
+    return str(out)
+
+
+def test_three_kinds_of_tasks_give_what_is_known(folder):
+    """A model that knows three of the four capitals by heart, and is sure of the wrong one of the fourth."""
+    known = [f"The capital of {c} is {cities[right]}. And more" for (c, cities), right in zip(CAPITALS[:3], RIGHT)]
+    figures = harness.evaluate(Table([*known, "The capital of Peru is Quito."]), ["capitals", "writing"], include_path=folder)
+    capitals, writing = figures["results"]["capitals"], figures["results"]["writing"]
+    assert capitals["acc"]["value"] == 0.75 and 0 < capitals["acc"]["interval"][0] < 0.75 < capitals["acc"]["interval"][1] <= 1
+    assert writing["exact_match"]["value"] == 0.75
+    assert figures["items"] == {"capitals": 4, "writing": 4} and json.loads(json.dumps(figures)) == figures
+
+    sentences = harness.evaluate(Table(), ["sentences"], include_path=folder)["results"]["sentences"]  # all tokens are equally likely to it
+    tokens = sum(len(tok.load().encode_ordinary(t)) for t in TEXTS)
+    expected = math.log2(tok.VOCAB_SIZE) * tokens / sum(map(len, TEXTS))
+    assert sentences["bits_per_byte"]["value"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dense", "trm"])
+def test_both_routes_go_through(folder, name):
+    figures = harness.evaluate(tiny(name, block_size=24), list(TASKS), limit=2, include_path=folder)
+    assert set(figures["results"]) == set(TASKS) and set(figures["items"].values()) == {2}
+
+
+def test_a_text_longer_than_the_block_is_read_in_windows():
+    """Every token predicted once, and all but a window's first from those before it."""
+    model, ids = tiny("dense", block_size=8), tok.load().encode_ordinary(" ".join(TEXTS) * 2)
+    (got,) = harness.Wrapped(model).loglikelihood_rolling([type("Request", (), {"args": (" ".join(TEXTS) * 2,)})])
+    given, expected = [tok.EOT, *ids], 0.0
+    last = len(ids) - len(ids) % 8 if len(ids) % 8 else len(ids)
+    for start in range(0, last, 8):
+        expected += score(model, given[start : start + 8], ids[start : start + 8])
+    if last < len(ids):  # the last window is a full one, of which only the rest is counted
+        expected += score(model, given[len(ids) - 8 : len(ids)], ids[-8:], count=len(ids) - last)
+    assert got == pytest.approx(expected, rel=1e-4)
+
+
+def score(model, given, wanted, count=None):
+    with torch.no_grad():
+        logs = model(torch.tensor([given]))[0][0].log_softmax(-1)
+    return sum(float(logs[t, wanted[t]]) for t in range(len(wanted) - (count or len(wanted)), len(wanted)))
+
+
+def test_what_is_written_ends_at_the_first_of_the_words():
+    encode = tok.load().encode_ordinary
+    assert harness.cut(encode("one. two\n"), ["\n", "."]) == ("one", True)
+    assert harness.cut(encode("one two"), ["."]) == ("one two", False)
+    assert harness.cut([*encode("one"), tok.EOT, *encode("two")], ["."]) == ("one", True)
+
+
+def test_an_unknown_task_is_an_error_in_a_line(folder, monkeypatch):
+    monkeypatch.setattr(harness, "TaskManager", functools.partial(harness.TaskManager, include_defaults=False))  # thousands of files
+    with pytest.raises(ValueError, match="no task 'capitol': the closest are capitals"):
+        harness.evaluate(Table(), ["capitol"], include_path=folder)
+
+
+def test_without_lm_eval_there_is_one_clear_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "harness")
+    with pytest.raises(ValueError, match="pip install lm-eval"):
+        import harness  # noqa: F401
