@@ -403,6 +403,8 @@ def say_suite(name, suite, s):
 def run(args):
     if os.path.basename(args.json) != args.json or not args.json.endswith(".json"):
         raise ValueError(f"--json={args.json} must be the name of a .json file without a folder: the folder is --out_dir")
+    if not (0 <= args.temperature < math.inf and 0 < args.ttt_lr < math.inf):
+        raise ValueError(f"--temperature={args.temperature} must be 0 or more, and --ttt_lr={args.ttt_lr} above 0")
     if len(set(map(os.path.realpath, args.checkpoints))) < len(args.checkpoints):
         raise ValueError("the same checkpoint is given twice")
     if len(args.checkpoints) > 1 and args.out_dir is None:
@@ -517,6 +519,8 @@ def main():
     parser.add_argument("--watch", action="store_true", help="evaluate every new checkpoint of a folder, until you press Ctrl-C")
     args = parser.parse_args()
     try:
+        if args.watch and parallel.world_size > 1:
+            raise ValueError("--watch is for one process: leave torchrun out")
         if args.watch:
             import watch
 

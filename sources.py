@@ -151,6 +151,11 @@ def arc_task(rng, index, tasks_of=_arc_tasks):
     return arc.Task(task.id, "arc", pairs[:-1], pairs[-1:])
 
 
+def arc_eval_demo(rng, index):
+    """The same from the demonstrations of evaluation tasks."""
+    return arc_task(rng, index, _arc_eval_demos)
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------
 # the table. Columns, splits and licences are those of the datasets' cards on the hub, as far as a copy of the card could be read; where it
 # could not, the entry says what was seen instead. Nothing was downloaded to check. A wrong column stops the build at the first row,
@@ -195,7 +200,7 @@ SOURCES = {
     "arithmetic": Source("math", "generated here", lambda rng, i: puzzles.arithmetic(rng)[0]),
     "arc": Source("arc", "Apache-2.0", arc_task, kind="puzzle", augment="arc"),
     # demonstrations of evaluation tasks, never their tests: only with --eval_demos=True, and every report of eval_arc.py then says so
-    "arc_eval_demos": Source("arc", "Apache-2.0", functools.partial(arc_task, tasks_of=_arc_eval_demos), kind="puzzle", augment="arc"),
+    "arc_eval_demos": Source("arc", "Apache-2.0", arc_eval_demo, kind="puzzle", augment="arc"),
 }
 
 # Texts that models are tested on and that must not be quoted in training: {name: (repo, config, split, columns)}.

@@ -167,8 +167,9 @@ def test_what_is_written_is_what_generate_writes_and_stays_in_its_room(name):
 
 
 @pytest.mark.parametrize("name", ["dense", "trm"])
-def test_nothing_of_the_answers_reaches_the_model(name):
+def test_nothing_of_the_answers_reaches_the_model(name, monkeypatch):
     """With everything on: tasks with noise in place of their test outputs get identical answers."""
+    monkeypatch.setattr(candidates, "PROGRAM_TOKENS", 12)
     rng, model = np.random.default_rng(3), make(name, 400)
     tasks = tasks_of(("transforms", 3), ("sudoku4", 2))
     noisy = [arc.Task(t.id, t.kind, t.train, [(x, rng.integers(0, 10, rng.integers(1, 31, 2)).astype(np.uint8)) for x, _ in t.test])

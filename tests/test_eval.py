@@ -332,6 +332,8 @@ def test_watching_a_folder(checkpoints, tmp_path, monkeypatch, capsys):
     (["{good}", "--limit=0"], "1 or more"),
     (["{good}", "--augment=many"], "1 or more"),
     (["{good}", "--n_sup=4"], "Route B"),
+    (["{good}", "--temperature=-1"], "0 or more"),
+    (["{good}", "--ttt_lr=nan"], "above 0"),
     (["{good}", "--json=../eval.json"], "without a folder"),
     (["{good}", "--device=abacus"], "--device=cpu"),
     (["{good}", "--dtype=int8"], "float32"),

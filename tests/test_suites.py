@@ -6,7 +6,11 @@ import pytest
 
 import arc
 import graphs
+import loader
+import prepare
 import puzzles
+import sources
+import stages
 import suites
 
 PAIR = {"input": [[1, 2], [3, 4]], "output": [[4]]}
@@ -124,3 +128,24 @@ def test_bad_files_of_tasks_are_one_line(tmp_path):
         with pytest.raises(ValueError, match=words) as error:
             arc.read_tasks(str(tmp_path / name))
         assert "\n" not in str(error.value)
+
+
+# the switch for training on demonstrations of the evaluation
+
+def test_demonstrations_of_the_evaluation_are_learned_from_only_where_that_is_asked_for_and_never_its_tests(tmp_path):
+    (tmp_path / "none").mkdir()
+    settings = ["stage3", f"--data_dir={tmp_path / 'data'}", f"--source_dir={tmp_path / 'none'}", "--sources=arc,arc_eval_demos",
+                "--limit_mb=0.4", "--unit_mb=0.4", "--stage_val_every=20", "--num_proc=1"]
+    assert not any("arc_eval_demos" in shares for _, _, shares in sources.STAGES.values())
+    with pytest.raises(SystemExit, match="not a source of stage3"):
+        prepare.main(settings)
+    prepare.main([*settings, "--eval_demos=True"])
+    entries, mixture = stages.read_manifest(tmp_path / "data", "stage3")
+    assert mixture["weights"] == pytest.approx({"arc": 0.5, "arc_eval_demos": 0.5}, abs=0.05)
+    evaluation = [t for name in ("arc1_eval", "arc2_eval") for t in arc.load(name)]
+    demos = {arc.canonical_hash(g) for t in evaluation for pair in t.train for g in pair}
+    shards = loader.Shards(tmp_path / "data", [e for e in entries if e["source"] == "arc_eval_demos" and e["split"] == "train"])
+    assert shards.n_documents > 20
+    for i in range(shards.n_documents):
+        _, pairs = arc.decode(shards.document(i))
+        assert {arc.canonical_hash(g) for pair in pairs for g in pair} <= demos
