@@ -368,6 +368,8 @@ def test_a_later_stage_takes_the_weights(finished, data, tmp_path):
         same_weights(tmp_path, out)
         saved = checkpoint.load(tmp_path / "ckpt.pt")["train"]
         assert saved["iter"] == 2 and {int(s["step"]) for s in saved["optimizers"][-1]["state"].values()} == {steps}
+    if not hasattr(torch.optim, "Muon"):  # PyTorch before 2.9: AdamW is what the checkpoint has
+        return
     run = train(data, tmp_path / "muon", *still, "--init_optimizer=True", "--optimizer=adamw")
     assert run.returncode == 1 and "'adamw'" in run.stderr and "'muon'" in run.stderr and run.stderr.count("\n") == 1, run.stderr
 
