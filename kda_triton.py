@@ -20,6 +20,7 @@ sequences and a row of packed ones are the same thing. With S the state at a chu
 """
 
 import functools
+import os
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,11 @@ try:
     import triton.language as tl
 except ImportError:  # Windows, macOS: kda.py has other backends
     triton = None
+if os.environ.get("TRITON_INTERPRET") == "1" and triton is not None:
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    if not hasattr(InterpreterBuilder, "get_int1_ty"):  # Triton 3.2 forgot it, and cannot interpret `flag & tensor` without
+        InterpreterBuilder.get_int1_ty = lambda self: tl.int1
 
 CHUNK = 64
 
