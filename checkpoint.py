@@ -111,6 +111,14 @@ def load_weights(model, weights, path):
     model.load_state_dict(weights)
 
 
+def load_optimizer(optimizer, state):
+    """What an optimizer has averaged comes back, not its settings (weight decay, betas): those are the config's, which may have changed."""
+    own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, settings in zip(optimizer.param_groups, own):
+        group.update(settings)
+
+
 def load_model(path, device="cpu"):
     """-> (model in evaluation mode with the averaged weights where there are any, checkpoint dict). Raises as `load` does."""
     checkpoint = load(path)
