@@ -12,9 +12,11 @@ A checkpoint is a dict of tensors and plain values, so torch.load(weights_only=T
 Written by train.py. Next to read: sample.py and eval_arc.py, which start with `load_model`.
 """
 
+import contextlib
 import glob
 import importlib
 import os
+import shutil
 import zipfile
 from dataclasses import fields
 
@@ -65,6 +67,16 @@ def save(checkpoint, path):
     finally:
         if os.path.exists(beside):
             os.remove(beside)
+
+
+def second_name(path, other):
+    """The file `path` under the name `other` as well, whatever had it: a link, or a copy where a file has but one name. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(other)
+    try:
+        os.link(path, other)
+    except OSError:
+        shutil.copyfile(path, other)
 
 
 def load(path, map_location="cpu"):

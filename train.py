@@ -22,7 +22,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -373,13 +372,8 @@ def evaluate_beside(start=False, wait=False):
         evaluating = None
     if start:
         link = os.path.join(out_dir, "ckpt_eval.pt")
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(link)
         try:
-            try:
-                os.link(ckpt_path, link)  # a second name: the next checkpoint replaces the first, and takes nothing from under the reader
-            except OSError:  # some file systems have one name per file
-                shutil.copyfile(ckpt_path, link)
+            ckpt.second_name(ckpt_path, link)  # the next checkpoint replaces the first name, and takes nothing from under the reader
         except OSError as e:
             say(f"step {iteration} is not evaluated: {link}: {e.strerror}")
             return
