@@ -215,7 +215,8 @@ def test_an_optimizer_comes_back_without_its_settings():
     ckpt.load_optimizer(optimizer, saved)
     assert equal(optimizer.state_dict()["state"], saved["state"])
     group = optimizer.param_groups[0]
-    assert (group["weight_decay"], group["lr"], group["betas"]) == (0.5, 2e-3, (0.8, 0.9)) and saved["param_groups"][0]["weight_decay"] == 0.1
+    assert (group["weight_decay"], group["lr"], group["betas"]) == (0.5, 2e-3, (0.8, 0.9))
+    assert saved["param_groups"][0]["weight_decay"] == 0.1
 
 
 # ---- files that are no checkpoint
