@@ -12,9 +12,11 @@ A checkpoint is a dict of tensors and plain values, so torch.load(weights_only=T
 Written by train.py. Next to read: sample.py and eval_arc.py, which start with `load_model`.
 """
 
+import contextlib
 import glob
 import importlib
 import os
+import shutil
 import zipfile
 from dataclasses import fields
 
@@ -67,6 +69,16 @@ def save(checkpoint, path):
             os.remove(beside)
 
 
+def second_name(path, other):
+    """The file `path` under the name `other` as well, whatever had it: a link, or a copy where a file has but one name. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(other)
+    try:
+        os.link(path, other)
+    except OSError:
+        shutil.copyfile(path, other)
+
+
 def load(path, map_location="cpu"):
     """
     -> the checkpoint dict. Raises FileNotFoundError or ValueError, in one line, for a missing file, a file that is no checkpoint,
@@ -109,6 +121,14 @@ def load_weights(model, weights, path):
         shown = ", ".join(f"{k} is {shape(weights, k)} there and {shape(own, k)} here" for k in wrong[:3])
         raise ValueError(f"{path} does not fit this model: {len(wrong)} tensors differ, the first: {shown}")
     model.load_state_dict(weights)
+
+
+def load_optimizer(optimizer, state):
+    """What an optimizer has averaged comes back, not its settings (weight decay, betas): those are the config's, which may have changed."""
+    own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, settings in zip(optimizer.param_groups, own):
+        group.update(settings)
 
 
 def load_model(path, device="cpu"):

@@ -11,7 +11,8 @@ A step is: batches from the loader, forward and backward on each, one optimizer 
 of a step over all processes, so the same config sees the same data in the same order and takes the same steps on 1, 2 or 4
 processes. Nothing in a step draws random numbers that are not derived from the data's own, so a resumed run is the same run.
 
-Writes into out_dir: ckpt.pt, log.jsonl (one JSON object per logged step), loss.png (drawn from it), config.json, evals.jsonl.
+Writes into out_dir: ckpt.pt, log.jsonl (one JSON object per logged step), loss.png (drawn from it), config.json, evals.jsonl, and
+eval_step.log, what the last evaluation said.
 Ctrl-C or SIGTERM finishes the step, saves and exits; a second one exits at once. Next to read: eval_arc.py, which judges what this makes.
 """
 
@@ -219,7 +220,7 @@ try:
             raise ValueError(f"the checkpoint has the state of optimizer {started_from['train']['optimizer_name']!r}, this run uses "
                              f"{optimizer!r}: use the same, or its weights alone with --init_from=PATH")  # fmt: skip
         for o, state in zip(optimizers, started_from["train"]["optimizers"]):
-            o.load_state_dict(state)
+            ckpt.load_optimizer(o, state)
 except (OSError, ValueError) as e:
     problem = str(e)
 stop_if(problem)
@@ -297,7 +298,9 @@ def evaluate_beside(start=False, wait=False):
         process, step, link = evaluating
         if process.poll() is None and not wait:
             return
-        output = process.communicate()[0]
+        process.wait()
+        with open(os.path.join(out_dir, "eval_step.log"), encoding="utf-8", errors="replace") as f:
+            output = f.read()
         report = os.path.join(out_dir, "eval_step", "eval.json")
         if process.returncode == 0:
             with open(report) as f:
@@ -311,14 +314,17 @@ def evaluate_beside(start=False, wait=False):
         evaluating = None
     if start:
         link = os.path.join(out_dir, "ckpt_eval.pt")
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(link)
-        os.link(ckpt_path, link)  # a second name: the next checkpoint replaces the first, and takes nothing from under the reader
+        try:
+            ckpt.second_name(ckpt_path, link)  # the next checkpoint replaces the first name, and takes nothing from under the reader
+        except OSError as e:
+            say(f"step {iteration} is not evaluated: {link}: {e.strerror}")
+            return
         command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "eval_arc.py"), link, f"--suites={eval_suites}",
                    f"--limit={eval_limit}", f"--device={eval_device}", f"--out_dir={os.path.join(out_dir, 'eval_step')}"]  # fmt: skip
         own = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE")}
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                                   env={"OMP_NUM_THREADS": "1", **own})  # fmt: skip
+        with open(os.path.join(out_dir, "eval_step.log"), "w") as f:  # a pipe would be full one day, with nobody reading it
+            process = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, start_new_session=True,
+                                       env={"OMP_NUM_THREADS": "1", **own})  # fmt: skip
         evaluating = process, iteration, link
 
 

@@ -197,6 +197,28 @@ def test_a_disk_that_is_full_is_said_and_keeps_what_was_there(tmp_path):
     assert os.listdir(tmp_path) == ["ckpt.pt"]
 
 
+def test_a_second_name_outlives_the_first(tmp_path, monkeypatch):
+    path, other = tmp_path / "ckpt.pt", tmp_path / "other.pt"
+    for links in (True, False):  # some file systems, such as exFAT, have none
+        if not links:
+            monkeypatch.setattr(os, "link", lambda a, b: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")))
+        ckpt.save(make(train={"iter": 1}), path)
+        ckpt.second_name(path, other)
+        ckpt.save(make(train={"iter": 2}), path)
+        assert ckpt.load(other)["train"]["iter"] == 1 and ckpt.load(path)["train"]["iter"] == 2
+
+
+def test_an_optimizer_comes_back_without_its_settings():
+    saved = make()["train"]["optimizer"]
+    net = ckpt.make_model("dense", SMALL)
+    optimizer = net.configure_optimizer(0.5, 2e-3, (0.8, 0.9))
+    ckpt.load_optimizer(optimizer, saved)
+    assert equal(optimizer.state_dict()["state"], saved["state"])
+    group = optimizer.param_groups[0]
+    assert (group["weight_decay"], group["lr"], group["betas"]) == (0.5, 2e-3, (0.8, 0.9))
+    assert saved["param_groups"][0]["weight_decay"] == 0.1
+
+
 # ---- files that are no checkpoint
 
 

@@ -382,8 +382,12 @@ def test_a_later_stage_takes_the_weights(finished, data, tmp_path):
         same_weights(tmp_path, out)
         saved = checkpoint.load(tmp_path / "ckpt.pt")["train"]
         assert saved["iter"] == 2 and {int(s["step"]) for s in saved["optimizers"][-1]["state"].values()} == {steps}
+    assert saved["optimizers"][0]["param_groups"][0]["weight_decay"] == 0.1
     run = train(data, tmp_path, *settings, "--max_iters=2", "--init_from=resume")
     assert run.returncode == 0 and "nothing left to do: max_iters=2" in run.stdout
+    run = train(data, tmp_path, *settings, "--max_iters=3", "--weight_decay=0.0", "--init_from=resume")
+    assert "changed: weight_decay=0.0 (was 0.1)" in run.stdout and "changed: max_iters=3 (was 2)" in run.stdout
+    assert checkpoint.load(tmp_path / "ckpt.pt")["train"]["optimizers"][0]["param_groups"][0]["weight_decay"] == 0  # and it has
     run = train(data, tmp_path / "muon", *still, "--init_optimizer=True", "--optimizer=adamw")
     assert run.returncode == 1 and "'adamw'" in run.stderr and "'muon'" in run.stderr and run.stderr.count("\n") == 1, run.stderr
 
