@@ -36,7 +36,7 @@ import puzzles
 import sources as table
 import tokenizer
 from stages import GROUPS, sha256, sha256_file, to_json, write, write_shard, write_stage
-from units import BYTES_PER_TOKEN, EXAMPLE_CHARS, EXAMPLES, Dropped, evaluation_outputs, judging_hash, read_unit, unit_path
+from units import BYTES_PER_TOKEN, EXAMPLE_CHARS, EXAMPLES, Dropped, evaluation_outputs, judging_hash, puzzle_key, read_unit, unit_path
 from workers import local_workers, ray_workers
 
 BAND_MEMORY = 20_000_000  # documents whose keys of one band are looked at together
@@ -60,7 +60,7 @@ def plan(c, data, stage):
     if c.source_dir:
         if not Path(c.source_dir).is_dir():
             raise ValueError(f"--source_dir={c.source_dir} is not a folder")
-        known = {*table.SOURCES, *table.EVALUATION_TEXTS}
+        known = {*table.SOURCES, *table.EVALUATION_TEXTS, *table.EVALUATION_PUZZLES}
         strangers = sorted(p.name for p in Path(c.source_dir).iterdir() if p.is_dir() and p.name not in known)
         if strangers:
             raise ValueError(f"{c.source_dir} has a folder {strangers[0]!r}, which is not the name of a source: {', '.join(table.SOURCES)}")
@@ -124,7 +124,7 @@ def _arc_tables():
 
 
 def gather_evaluations(c, data, found, notes):
-    """Write the n-grams of all evaluation texts where the workers find them. -> (path, their hash, {name: how many texts})."""
+    """Write what must stay out, as hashes, where the workers find it. -> (path, hash of them all, {name: how many texts or puzzles})."""
     texts, report = {}, {}
     for name, (repo, config, split, columns) in table.EVALUATION_TEXTS.items():
         if c.source_dir:
@@ -145,6 +145,12 @@ def gather_evaluations(c, data, found, notes):
     report.update({name: len(items) for name, items in ours.items()})
     tables = {**curate.text_tables(texts), **_arc_tables()}
     report.update({name: len(tables[n, name]) for n, name in tables if name.startswith("arc_")})
+    for name, (source, file) in table.EVALUATION_PUZZLES.items():
+        if source in found:
+            tables[0, name] = evaluation_puzzles(c, data, name, source, file)
+            report[name] = len(tables[0, name])
+            if not report[name]:
+                notes.append(f"no puzzle of {name} is kept out: no folder {Path(c.source_dir) / name}")
     packed = io.BytesIO()
     np.savez(packed, **{f"{n}:{name}": hashes for (n, name), hashes in sorted(tables.items())})
     digest = sha256(b"".join(f"{key}".encode() + hashes.tobytes() for key, hashes in sorted(tables.items())))
@@ -152,6 +158,27 @@ def gather_evaluations(c, data, found, notes):
     if not path.exists():
         write(path, packed.getvalue())
     return path, digest, report
+
+
+def evaluation_puzzles(c, data, name, source, file):
+    """-> (n,) uint64: puzzle_key of the puzzles that models are tested on. Those of the hub are kept: there can be 400,000."""
+    s = table.SOURCES[source]
+    if c.source_dir:
+        kept, where = None, {"files": None}
+        rows = itertools.chain.from_iterable(table.read_file(p) for p in table.local_files(c.source_dir, name))
+    else:
+        where = {"revision": Revisions(data).of(s.repo)}
+        kept = data / "work" / f"{name}-{where['revision'][:16]}.npy"
+        if kept.exists():
+            return np.load(kept)
+        rows = (row for _, row in table.HubRows(s.repo, None, "test", file, s.columns, where["revision"], 0, None))
+    rows = tqdm(rows, desc=f"reading {name}", unit=" puzzles", leave=False, mininterval=1)
+    keys = np.unique(np.array([puzzle_key(table.to_document(source, where, row)) for row in rows], np.uint64))
+    if kept is not None:
+        packed = io.BytesIO()
+        np.save(packed, keys)
+        write(kept, packed.getvalue())
+    return keys
 
 
 def unit_folder(c, data, name, about, evaluations):

@@ -18,6 +18,8 @@ processes, so that the order of a stage's documents never depends on the machine
 --source_dir=DIR reads DIR/NAME/*.parquet, .jsonl, .json, .csv or .txt (also .gz, .zst) in place of the hub, with the same columns. A .txt
 file is one document, or several between lines that say <|endoftext|>; a very long one is cut at line ends.
 
+DIR/gsm8k_test, DIR/sudoku_extreme_test and DIR/maze_hard_test hold what is evaluated on, to be kept out.
+
 Where a dataset's columns were seen stands beside its entry. Revisions are not in the table: the first build resolves `main` to a commit,
 writes it to data/metadata/revisions.json, and all later builds in that folder use that commit or stop.
 
@@ -205,6 +207,8 @@ SOURCES = {
 
 # Texts that models are tested on and that must not be quoted in training: {name: (repo, config, split, columns)}.
 EVALUATION_TEXTS = {"gsm8k_test": ("openai/gsm8k", "main", "test", ("question", "answer"))}
+# Puzzles that models are tested on: {name: (the source whose dataset has them, file)}; looked at when that source is in the stage.
+EVALUATION_PUZZLES = {"sudoku_extreme_test": ("sudoku_extreme", "test.csv"), "maze_hard_test": ("maze_hard", "test.csv")}
 
 # A stage: megabytes in all, the share of each group, and how the sources of a group divide its share. Sources that cannot fill theirs
 # (GSM8K is small) give what they have, and the others of the group give the rest.

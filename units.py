@@ -63,8 +63,11 @@ def read_unit(folder, lane, number):
 
 @functools.cache
 def _evaluations(path):
+    """-> (curate.TextEvaluations, {puzzle_key: name of the set it is from})"""
     with np.load(path) as arrays:
-        return curate.TextEvaluations({(int(k.split(":")[0]), k.split(":")[1]): arrays[k] for k in arrays.files})
+        tables = {(int(k.split(":")[0]), k.split(":")[1]): arrays[k] for k in arrays.files}
+    puzzle_keys = {key: name for (n, name), keys in tables.items() if n == 0 for key in keys.tolist()}
+    return curate.TextEvaluations({key: hashes for key, hashes in tables.items() if key[0]}), puzzle_keys
 
 
 @functools.cache
@@ -148,6 +151,11 @@ def key_of(data):
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
 
 
+def puzzle_key(task):
+    """One key for all turned and mirrored images of a puzzle."""
+    return int(puzzles.task_hash(task)[:16], 16)
+
+
 def judge_texts(source, documents, dropped, job):
     """-> (token arrays, (key for duplicates, key for the split) of each, band keys or None) of the documents that pass."""
     layout = source.profile in ("code", "dialogue")
@@ -163,7 +171,7 @@ def judge_texts(source, documents, dropped, job):
             texts.append("\n".join(p for p in parts if isinstance(p, str)))
     words = curate.read_words(texts)
     verdicts = curate.judge(words, texts, source.profile)
-    for i, name in _evaluations(job["evaluations"]).quoted(words).items():
+    for i, name in _evaluations(job["evaluations"])[0].quoted(words).items():
         verdicts[i] = verdicts[i] or f"quotes_{name}"
     good = [i for i, rule in enumerate(verdicts) if rule is None]
     for i, rule in enumerate(verdicts):
@@ -186,7 +194,7 @@ def answer_fits(task):
 def judge_puzzles(source, documents, dropped, job):
     """As judge_texts, for puzzles and texts about puzzles."""
     tokens, keys = [], []
-    outputs = evaluation_outputs()
+    outputs, tested_on = evaluation_outputs(), _evaluations(job["evaluations"])[1]
     for origin, task, grids, parts in documents:
         name = f"[{origin}] {task.id}"
         if any(max(grid.shape) > arc.MAX_SIDE for grid in grids):
@@ -195,6 +203,8 @@ def judge_puzzles(source, documents, dropped, job):
             dropped.add("wrong_answer", name)
         elif held_out().has(task, source.augment):
             dropped.add("held_out", name)
+        elif tested_on and (name_of := tested_on.get(puzzle_key(task))):
+            dropped.add(f"is_in_{name_of}", name)
         elif found := outputs.matches([(grid,) for grid in grids]):
             trivial = all(curate.trivial(grid) for grid, _ in found)
             rule = "evaluation_output_9_cells_or_fewer_or_one_colour" if trivial else "evaluation_output"
@@ -203,7 +213,7 @@ def judge_puzzles(source, documents, dropped, job):
             ids = tokenise(parts)
             # An ARC task comes back turned and recoloured, on purpose, and all its images are on the same side of the split. Of other
             # puzzles the images are the same puzzle, because the loader makes them by itself.
-            same = key_of(ids.tobytes()) if source.group == "arc" or source.kind == "text" else int(puzzles.task_hash(task)[:16], 16)
+            same = key_of(ids.tobytes()) if source.group == "arc" or source.kind == "text" else puzzle_key(task)
             tokens.append(ids)
             keys.append((same, key_of(task.id.encode()) if source.group == "arc" else same))
     return tokens, keys, None

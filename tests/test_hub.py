@@ -68,7 +68,7 @@ def command(hub, *words, token=TOKEN, **more):
 def run(hub, *words, **more):
     """-> (exit code, what it printed, the last line of what it complained about)"""
     process = command(hub, *words, **more)
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=900)
     assert TOKEN not in out + err and "Traceback" not in err, err
     return process.returncode, out, err.strip().split("\n")[-1]
 
@@ -277,7 +277,8 @@ def publish(hub):
     for _ in range(30):
         question, answer = puzzles.sudoku(rng, 9, 30).test[0]
         rows.append("x,{},{},7".format("".join(str(v or ".") for v in question.flat), "".join(map(str, answer.flat))))
-    hub.put("sapientinc/sudoku-extreme", {"train.csv": "\n".join(rows).encode() + b"\n", "test.csv": rows[0].encode() + b"\n"})
+    tested_on = "\n".join([rows[0], rows[5]]).encode() + b"\n"
+    hub.put("sapientinc/sudoku-extreme", {"train.csv": "\n".join(rows).encode() + b"\n", "test.csv": tested_on})
 
 
 STREAM = ["stage1", "--sources=fineweb_edu,codeparrot,gsm8k,sudoku_extreme,sudoku9,arc", "--limit_mb=0.5", "--unit_mb=0.05",
@@ -292,6 +293,8 @@ def test_streaming_from_the_hub_survives_kills_and_a_moving_branch(hub, tmp_path
     assert {e["source"] for e in entries} == {"fineweb_edu", "codeparrot", "gsm8k", "sudoku_extreme", "sudoku9", "arc"}
     provenance = json.loads((tmp_path / "one/metadata/stage1/provenance.json").read_text())
     assert provenance["sources"]["gsm8k"]["revision"] == hub.repos["openai/gsm8k"].branches["main"]
+    dropped = json.loads((tmp_path / "one/metadata/stage1/filters.json").read_text())["sudoku_extreme"]["dropped"]
+    assert dropped["is_in_sudoku_extreme_test"]["count"] == 1
 
     # cut connections and a kill on the way; then main moves, but the build goes on with the commit it began with
     hub.faults = [Fault("GET", "parquet|/lfs/|gz", "cut", 2), Fault("GET", "parquet|/lfs/|gz", 503, 1)]

@@ -86,6 +86,9 @@ def write_sources(folder):
         rows.append("x,{},{},7".format("".join(str(v or ".") for v in question.flat), "".join(map(str, answer.flat))))
     rows[4] = rows[4][:-4] + str(9 - int(rows[4][-4])) + rows[4][-3:]  # an answer that is wrong
     (folder / "sudoku_extreme/s.csv").write_text("\n".join(rows) + "\n")
+    turned = ["".join(np.rot90(np.array(list(text)).reshape(9, 9)).flat) for text in rows[7].split(",")[1:3]]
+    (folder / "sudoku_extreme_test").mkdir()  # one of these is a test puzzle, turned
+    (folder / "sudoku_extreme_test/t.csv").write_text("\n".join([rows[0], ",".join(["x", *turned, "7"])]) + "\n")
     (folder / "maze_hard").mkdir()
     question, answer = puzzles.maze(draw, 30, 30).test[0]
     (folder / "maze_hard/m.csv").write_text("source,question,answer,rating\nx,{},{},1\n".format(
@@ -168,7 +171,7 @@ def test_what_must_go_is_gone_and_counted(built):
     assert sum(dropped["wikipedia"].values()) == 3  # and the French one
     assert dropped["codeparrot"]["exact_duplicate"] == 1
     assert dropped["codeparrot"]["quotes_arc_cells"] + dropped["codeparrot"].get("quotes_arc_rows", 0) == 1
-    assert dropped["sudoku_extreme"] == {"wrong_answer": 1}
+    assert dropped["sudoku_extreme"] == {"wrong_answer": 1, "is_in_sudoku_extreme_test": 1}
     encoder = tokenizer.load()
     texts = [encoder.decode(ids.tolist()) for source, _, ids in documents(built) if source in ("fineweb_edu", "wikipedia", "openwebtext2")]
     assert len(texts) > 100 and not [t for t in texts if "417" in t and "crates" in t.lower()]
@@ -184,7 +187,7 @@ def test_examples_of_what_was_dropped_can_be_read(built):
     provenance = json.loads((built / "metadata/stage1/provenance.json").read_text())
     assert provenance["sources"]["wikipedia"]["licence"].startswith("CC-BY-SA") and provenance["inputs"]["evaluations"]["gsm8k_test"] == 1
     (digest,) = provenance["sources"]["wikipedia"]["files"].values()
-    assert len(digest) == 64
+    assert len(digest) == 64 and provenance["inputs"]["evaluations"]["sudoku_extreme_test"] == 1
 
 
 def test_documents_are_what_the_rows_say(built):
