@@ -115,7 +115,7 @@ def bits_per_byte(model, data_dir, stage, tag=None, source_tokens=SOURCE_TOKENS,
             counted.append(int(n_bytes.sum()))
         above, below = np.array(surprise), np.array(counted)
         if below.sum():
-            out[source] = {"bits_per_byte": round(above.sum() / below.sum(), 6), "interval": ratio_interval(above, below),
+            out[source] = {"bits_per_byte": round(float(above.sum() / below.sum()), 6), "interval": ratio_interval(above, below),
                            "bytes": int(below.sum()), "tokens": sum(len(w) - 1 for w in ids)}  # fmt: skip
     return out
 
