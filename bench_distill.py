@@ -27,8 +27,10 @@ import logbook
 HERE = os.path.dirname(os.path.abspath(__file__))
 ARMS = {
     "on-policy, reverse KL": ["--objective=reverse_kl", "--on_policy=1"],
+    "on-policy, JSD": ["--objective=jsd", "--beta=0.5", "--on_policy=1"],
     "supervised": ["--objective=answers", "--on_policy=0", "--off_policy=dataset"],
     "off-policy, teacher's answers": ["--objective=answers", "--on_policy=0", "--off_policy=teacher"],
+    "on-policy, forward KL": ["--objective=forward_kl", "--on_policy=1"],
 }
 
 

@@ -200,7 +200,7 @@ def make_loader():
 def held_out_tasks(n):
     """n of the stage's held-out puzzles, as many of each source as there are."""
     found = [[arc.decode(shards.document(i)) for i in range(min(shards.n_documents, n))]
-             for kind, name, shards in loader.val if kind == "puzzle" and name in loader.names]  # fmt: skip
+             for kind, name, shards in loader.val if kind == "puzzle" and (name in loader.names or "recorded" in loader.names)]  # fmt: skip
     mixed = [source[i] for i in range(n) for source in found if i < len(source)]
     return [arc.Task("", kind, pairs[:-1], pairs[-1:]) for kind, pairs in mixed[:n]]
 
@@ -363,6 +363,8 @@ def left_to_right(batch, watch, stats):
     kept = [i for i in range(len(tasks)) if answers[i] is not None]
     shapes = [answers[i].shape for i in kept]
     stats["answers"], stats["unscored"] = stats["answers"] + len(tasks), stats["unscored"] + sum(f is None for f in frames)
+    if not kept:
+        return 0.0 * sum(p.sum() for p in net.parameters())
     with watch.measure("learning"):
         with autocast:
             student = net.place_logits([teachers.document(tasks[i], answers[i]) for i in kept], shapes)
@@ -428,9 +430,11 @@ def on_a_canvas(batch, watch, stats, carry):
             loss = distance(student, says, rows, len(idx))
             if verified_bonus and own:
                 loss = loss + bonus(student, outcomes, rows, tasks, answers)
-            differs = (student.argmax(-1) != says.argmax(-1)) & ~says.isnan().any(-1)
-            agreed = torch.bincount(rows, differs.float(), minlength=len(idx)) == 0
-        stats["unscored"] += int((says.isnan().any(-1)).float().mean().item() * len(idx))
+            known = ~says.isnan().any(-1)
+            scored = torch.bincount(rows[known], minlength=len(idx)) > 0
+            differs = (student.argmax(-1) != says.argmax(-1)) & known
+            agreed = (torch.bincount(rows, differs.float(), minlength=len(idx)) == 0) & scored
+        stats["unscored"] += int((~scored).sum())
     stats["answers"] += len(idx)
     # the answers on the canvas now, as the model would give them: whatever it learns from, it is told about these
     wanted = torch.where(carry["targets"][cells] == tok.VOID, teachers.OVER, carry["targets"][cells] - tok.CELL0)
@@ -524,7 +528,11 @@ while train["iter"] < max_iters:
                                decay_iters=decay_iters, max_iters=max_iters)  # fmt: skip
     for group in (group for o in optimizers for group in o.param_groups):
         group["lr"] = lr
-    batches, watch, new_carries = ahead.next_step(), Stopwatch(), {}
+    try:
+        batches = ahead.next_step()
+    except ValueError as e:  # no prompt fits into block_size: the same in every process
+        parallel.stop(e)
+    watch, new_carries = Stopwatch(), {}
     stats = {"loss": 0.0, "tokens": 0, "answers": 0, "unscored": 0, "own": 0, "own_right": 0}
     try:
         for batch in batches:

@@ -324,36 +324,33 @@ def test_too_few_outputs_and_too_long_prompts(gpt2, tmp_path):
 # ---- as a user runs it
 
 
-@pytest.mark.parametrize("student, teacher", [("dense", "trm"), ("trm", "dense"), ("dense", "dense"), ("trm", "trm")])
-def test_routes_meet_and_a_stopped_run_goes_on_as_if_it_had_not(data, models, tmp_path, student, teacher):
-    settings = [f"--init_from={models[student, 0]}", f"--teacher={models[teacher, 1]}", "--max_iters=4", "--eval_interval=4", "--ema=0.9",
-                "--on_policy=0.7"]  # fmt: skip
+@pytest.mark.parametrize("route", ["dense", "trm"])
+def test_a_stopped_run_goes_on_as_if_it_had_not(data, models, tmp_path, route):
+    settings = [f"--init_from={models[route, 0]}", f"--teacher={models[route, 1]}", "--max_iters=4", "--eval_interval=4", "--ema=0.9",
+                "--on_policy=0.7", "--objective=jsd", "--temperature=2.0", "--verified_bonus=0.1"]  # fmt: skip
     run = distill(data, tmp_path / "whole", *settings)
-    assert run.returncode == 0, run.stderr
+    assert run.returncode == 0 and "bonus for verified answers" in run.stdout, run.stderr
     whole = checkpoint.load(tmp_path / "whole" / "ckpt.pt")
-    assert whole["model"] == student and whole["train"]["iter"] == 4 and set(whole["train"]["data"]["sources"]) >= {"stdlib", "sudoku4"}
+    assert whole["model"] == route and whole["train"]["iter"] == 4 and set(whole["train"]["data"]["sources"]) >= {"stdlib", "sudoku4"}
     steps = [e for e in log(tmp_path / "whole") if "own_right" in e]
     assert all(math.isfinite(e["loss"]) and abs(e["sampling"] + e["scoring"] + e["learning"] - 1) < 1e-3 for e in steps)
     assert any(e["scoring"] > 0 for e in steps)
-    checkpoint.load_model(tmp_path / "whole" / "ckpt.pt")
-    if student != teacher:  # the others share all of this code
-        return
     parts = tmp_path / "parts"
     run = distill(data, parts, *settings, "--max_hours=1e-9")
     assert run.returncode == 0 and "go on with --init_from=resume" in run.stdout, run.stderr
     assert checkpoint.load(parts / "ckpt.pt")["train"]["iter"] == 1
     run = distill(data, parts, *settings, "--init_from=resume")
     assert run.returncode == 0, run.stderr
-    resumed = checkpoint.load(parts / "ckpt.pt")
-    for part in ("weights", "ema"):
-        assert all(torch.equal(v, whole[part][k]) for k, v in resumed[part].items())
+    resumed, _ = checkpoint.load_model(parts / "ckpt.pt")
+    assert all(torch.equal(v, whole["ema"][k]) for k, v in resumed.state_dict().items())
     assert [e["loss"] for e in log(parts) if "loss" in e] == [e["loss"] for e in log(tmp_path / "whole") if "loss" in e]
-    fails(distill(data, parts, f"--teacher={models[teacher, 0]}", "--init_from=resume"), "other teacher")
+    if route == "dense":
+        fails(distill(data, parts, f"--teacher={models[route, 0]}", "--init_from=resume"), "other teacher")
 
 
-@pytest.mark.parametrize("student", ["dense", "trm"])
-def test_two_processes_take_the_same_steps_as_one(data, models, tmp_path, student):
-    settings = [f"--init_from={models[student, 0]}", f"--teacher={models['trm', 1]}", "--max_iters=3", "--eval_interval=3",
+@pytest.mark.parametrize("student, teacher", [("dense", "trm"), ("trm", "dense")])
+def test_routes_meet_and_two_processes_take_the_same_steps_as_one(data, models, tmp_path, student, teacher):
+    settings = [f"--init_from={models[student, 0]}", f"--teacher={models[teacher, 1]}", "--max_iters=3", "--eval_interval=3",
                 "--sync_check_interval=1", "--mixture={'sudoku4': 1}"]  # fmt: skip
     for n in (1, 2):
         run = distill(data, tmp_path / str(n), *settings, processes=n)
@@ -383,7 +380,8 @@ def test_recorded_answers_teach_as_their_teacher_does(data, models, tmp_path):
     damaged = bytearray(shard.read_bytes())
     damaged[-1] ^= 1
     shard.write_bytes(damaged)
-    fails(distill(data, tmp_path / "out2", student, f"--teacher={said}"), f"{shard.name} is damaged.*record again")
+    with pytest.raises(ValueError, match=f"{shard.name} is damaged.*record again"):
+        teachers.load(str(said), "cpu")
 
 
 def test_a_record_of_left_to_right_answers_is_off_policy_only(data, models, tmp_path):
@@ -391,7 +389,8 @@ def test_a_record_of_left_to_right_answers_is_off_policy_only(data, models, tmp_
     run = distill(data, tmp_path / "said", student, f"--teacher={models['dense', 1]}", "--record_prompts=20", before=["record"])
     assert run.returncode == 0, run.stderr
     fails(distill(data, tmp_path / "a", student, f"--teacher={tmp_path / 'said'}"), "--on_policy=0 --off_policy=teacher")
-    run = distill(data, tmp_path / "b", student, f"--teacher={tmp_path / 'said'}", "--on_policy=0", "--off_policy=teacher", "--max_iters=1")
+    run = distill(data, tmp_path / "b", student, f"--teacher={tmp_path / 'said'}", "--on_policy=0", "--off_policy=teacher", "--max_iters=1",
+                  "--check_tasks=0")  # fmt: skip
     assert run.returncode == 0, run.stderr
 
 
@@ -409,15 +408,15 @@ def test_evaluation_demonstrations_only_with_the_switch_and_never_their_tests(da
 
 def test_warnings_have_their_figures(data, models, tmp_path):
     """A teacher that knows less than its student, and language that suffers: made by hand."""
-    net = small("trm")
-    tasks = [arc.Task("", k, p[:-1], p[-1:]) for k, p in (arc.decode(d) for d in held_out(data))]
-    idx, targets = loader.pad_rows([loader.puzzle_row(arc.encode(t.kind, t.test), "canvas", "none") for t in tasks], 48)
+    torch.manual_seed(0)
+    net = checkpoint.make_model("dense", SMALL)  # as it begins: every word alike, so that text cannot but get worse
+    idx, targets = loader.pad_rows([loader.puzzle_row(d, "autoregressive", "none") for d in held_out(data)], 48)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
-    for _ in range(60):  # the student learns the very puzzles of the quick check by heart
+    for _ in range(220):  # the student learns the very puzzles of the quick check by heart
         net(idx, targets, mode="puzzle")[1].backward()
         optimizer.step()
         optimizer.zero_grad()
-    checkpoint.save({"format": 1, "model": "trm", "model_config": dict(vars(net.config)), "weights": net.state_dict(), "ema": None,
+    checkpoint.save({"format": 1, "model": "dense", "model_config": dict(vars(net.config)), "weights": net.state_dict(), "ema": None,
                      "tokenizer": tok.fingerprint(), "train": {"iter": 0}}, tmp_path / "student.pt")  # fmt: skip
     run = distill(data, tmp_path / "out", f"--init_from={tmp_path / 'student.pt'}", f"--teacher={models['trm', 1]}", "--max_iters=4",
                   "--eval_interval=4", "--mixture={'sudoku4': 1}", "--learning_rate=0.05", "--optimizer=adamw")  # fmt: skip
@@ -461,8 +460,7 @@ def test_the_shipped_configs_are_settings_of_distill():
 
 
 def test_half_precision_students_and_teachers(data, models, tmp_path):
-    run = distill(data, tmp_path, f"--init_from={models['dense', 0]}", f"--teacher={models['trm', 1]}", "--dtype=bfloat16", "--max_iters=2",
-                  "--verified_bonus=0.1", "--objective=jsd", "--temperature=2.0")  # fmt: skip
-    assert run.returncode == 0 and "bonus for verified answers" in run.stdout, run.stderr
+    run = distill(data, tmp_path, f"--init_from={models['dense', 0]}", f"--teacher={models['trm', 1]}", "--dtype=bfloat16", "--max_iters=2")
+    assert run.returncode == 0, run.stderr
     teacher = teachers.load(str(models["trm", 1]), "cpu", "bfloat16")
     assert teacher.model.blocks[0].mlp.up_proj.weight.dtype == torch.bfloat16 and teacher.model.wte.weight.dtype == torch.float32
