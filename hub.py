@@ -73,9 +73,9 @@ def git_hash(path):
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def files_of(api, repo, revision):
+def files_of(api, repo, revision, repo_type="dataset"):
     """{path: what the hub says of that file}"""
-    entries = api.list_repo_tree(repo, recursive=True, repo_type="dataset", revision=revision)
+    entries = api.list_repo_tree(repo, recursive=True, repo_type=repo_type, revision=revision)
     return {entry.path: entry for entry in entries if hasattr(entry, "size")}  # folders have none
 
 

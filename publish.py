@@ -27,7 +27,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import configurator
-from hub import git_hash, plainly, repo_name
+from hub import files_of, git_hash, plainly, repo_name
 from stages import sha256_file
 
 repo = ""  # USER/NAME on the hub
@@ -67,11 +67,6 @@ of `{data["stage"]}`, {f"tag `{data['tag']}`, snapshot `{data['snapshot'][:12]}`
 {losses}
 `config.json` has every setting of the run, `log.jsonl` every figure.
 """
-
-
-def files_of(api, repo, revision=None):
-    """{path: what the hub says of that file}"""
-    return {f.path: f for f in api.list_repo_tree(repo, recursive=True, repo_type="model", revision=revision) if hasattr(f, "size")}
 
 
 def same(file, path):
@@ -120,7 +115,7 @@ def push(folder, repo, full, private, path=""):
         ours = {"ckpt.pt": path, "README.md": os.path.join(work, "README.md")}
         ours |= {name: os.path.join(folder, name) for name in BESIDES if os.path.isfile(os.path.join(folder, name))}
         with plainly(f"cannot read {repo}"):
-            there = files_of(api, repo)
+            there = files_of(api, repo, None, "model")
         operations = [CommitOperationAdd(path_in_repo=n, path_or_fileobj=p) for n, p in ours.items() if not same(there.get(n), p)]
         if not operations:
             print(f"step {step} is at {repo} already")
@@ -147,7 +142,7 @@ def pull(name, out_dir, overwrite):
     api = HfApi()
     with plainly(f"cannot find {name}"):
         commit = api.model_info(repo, revision=revision or None).sha
-        files = files_of(api, repo, commit)
+        files = files_of(api, repo, commit, "model")
     if "ckpt.pt" not in files:
         raise ValueError(f"{name} has no ckpt.pt: it is not a repository that publish.py made")
     place = Path(out_dir) / "ckpt.pt"

@@ -1,0 +1,43 @@
+"""What is written twice because packaging wants it so, and must agree."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def pins(name):
+    """{package and environment marker: version} of a requirements file."""
+    found = {}
+    for line in (ROOT / name).read_text().splitlines():
+        if match := re.match(r"([\w-]+)([=><~].*?)(?:;\s*(.*?))?\s*(?:#.*)?$", line):
+            found[match[1], match[3]] = match[2].strip()
+    return found
+
+
+def test_a_wheel_has_every_file_and_every_config():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert sorted(setuptools["py-modules"]) == sorted(path.stem for path in ROOT.glob("*.py"))
+    shipped = {file for patterns in setuptools["data-files"].values() for pattern in patterns for file in ROOT.glob(pattern)}
+    needed = {*ROOT.glob("config/*.py"), *ROOT.glob("*.html")}
+    assert shipped == needed
+
+
+def test_kaggle_has_the_same_versions_but_for_pytorch():
+    usual, kaggle = pins("requirements.txt"), pins("requirements-kaggle.txt")
+    differ = {package for package, marker in usual.keys() ^ kaggle.keys()}
+    differ |= {package for (package, marker), version in usual.items() if kaggle.get((package, marker), version) != version}
+    assert differ == {"torch", "triton", "numpy"}
+    assert kaggle["torch", None] == "==2.6.0" and kaggle["numpy", None] in usual.values()
+
+
+def test_what_is_required_is_pinned():
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = {package.lower().replace("-", "_") for package, _ in pins("requirements.txt")}
+    for requirement in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+        name = re.match(r"[\w-]+", requirement)[0].lower().replace("-", "_")
+        assert name in pinned, f"{name} is in pyproject.toml and not in requirements.txt"
