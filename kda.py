@@ -662,8 +662,8 @@ def chunk_op(q, k, v, g, beta, initial_state, cu_seqlens, scale, want_state):
     if len(parts) == 1:
         o, X, Q, S = parts[0]
     else:
-        os, *saved = zip(*parts)
-        o, (X, Q, S) = torch.cat(os, 1), map(torch.cat, saved)
+        outputs, *saved = zip(*parts)
+        o, (X, Q, S) = torch.cat(outputs, 1), map(torch.cat, saved)
     if plan.order:
         state = state[torch.tensor(plan.order).argsort()] if want_state else None
         extra = saved_chunks(B, T, C, cu_seqlens) * H - len(X)

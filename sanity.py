@@ -10,8 +10,10 @@ log, the checkpoint and the speed are looked at. A check is (what, whether it pa
 import math
 
 import torch
+from tqdm import tqdm
 
 import checkpoint as ckpt
+import parallel
 
 
 def show(checks, out_dir):
@@ -35,7 +37,8 @@ def by_heart(net, batch, *, mode, steps, tokens, autocast, scaled, device):
     before = {k: v.detach().clone() for k, v in net.state_dict().items()}
     optimizer = net.configure_optimizer(0.0, 1e-3, (0.9, 0.95))
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=scaled)
-    for i in range(steps):
+    progress = tqdm(range(steps), desc=f"one {mode} batch by heart", leave=False, disable=None if parallel.master else True)
+    for i in progress:
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1, (i + 1) / 10)
         with autocast:
@@ -46,6 +49,7 @@ def by_heart(net, batch, *, mode, steps, tokens, autocast, scaled, device):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        progress.set_postfix_str(f"loss {loss.item():.3f}")
     net.load_state_dict(before)
     how = f"{tuple(idx.shape)} of {source}, loss {loss.item():.3f} after {steps} steps"
     return f"one {mode} batch by heart", loss.item() < 0.1, how
