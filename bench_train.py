@@ -29,6 +29,7 @@ import configurator
 import hardware
 import logbook
 import tokenizer as tok
+from loader import BUCKETS
 from model_dense import muon_and_adamw
 
 TRAIN_LENGTHS = (1024, 4096, 8192)
@@ -267,10 +268,15 @@ def plan(args):
         per_token += saved_bytes(net, idx, idx, "text", torch.bfloat16) / T / (net.config.n_layer * passes)
     fixed = params * (16 + 4 * bool(c.ema) + 4 * (args.cards > 1))  # weights, gradients, two of AdamW's; average; the copy DDP sends
     activations = per_token * c.batch_size * c.block_size
+    carried = 0
+    if c.model == "trm":  # y and z of the puzzles that are being thought about, in float16: for every batch and length, if all occur
+        kept = sum(length <= c.block_size for length in BUCKETS) * c.gradient_accumulation_steps // args.cards
+        carried = 2 * 2 * net.config.n_embd * c.batch_size * c.block_size * kept
+    thinking = f"; at most {carried / 1e9:.1f} GB for puzzles being thought about" if carried else ""
     print(f"  memory per card: {fixed / 1e9:.1f} GB for weights, gradients, optimizer" + (", average" if c.ema else "")
           + f"; {activations / 1e9:.1f} GB for activations ({per_token / 1e3:.0f} kB a token, counted on this machine with the PyTorch "
-          f"form of KDA{', recomputed' if c.recompute else ''}); of {memory} GB")  # fmt: skip
-    if fixed + activations > 0.9 * memory * 1e9:
+          f"form of KDA{', recomputed' if c.recompute else ''}){thinking}; of {memory} GB")  # fmt: skip
+    if fixed + activations + carried > 0.9 * memory * 1e9:
         print("  that does not fit: lower batch_size (and raise gradient_accumulation_steps), or recompute=True")
 
 

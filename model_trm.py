@@ -281,7 +281,7 @@ class Model(nn.Module):
         loss = loss + 0.5 * F.binary_cross_entropy_with_logits(q, correct.float())
         with torch.no_grad():
             halted = (steps >= self.config.n_sup) | ((q > 0) & (steps >= self.steps_to_stay(idx)))
-        carry = {"idx": idx, "targets": targets, "y": y.detach(), "z": z.detach(), "steps": steps, "halted": halted}
+        carry = {"idx": idx, "targets": targets, "y": at_rest(y), "z": at_rest(z), "steps": steps, "halted": halted}
         return None, loss, carry
 
     def steps_to_stay(self, idx):
@@ -388,6 +388,14 @@ class Model(nn.Module):
                 h, w = grid.shape
                 out[i][j] = np.take_along_axis(canvas[:h, :w], grid[..., None].astype(np.int64), -1)[..., 0]
         return out
+
+
+def at_rest(t):
+    """
+    y or z as the carry keeps it until the next step: detached, and where numbers are multiplied in half precision, in float16, which has
+    room for them (none is beyond sqrt(n_embd) or so). A run holds a carry for every batch of a step and every length: gigabytes.
+    """
+    return t.detach().to(torch.float16 if torch.is_autocast_enabled(t.device.type) else t.dtype)
 
 
 def describe_recursion(model, context=1024):
