@@ -8,6 +8,8 @@ Every speed claim, measured beside what it is compared with, in the same run.
     python bench.py plan config/route_a_stage1.py       tokens, hours and memory of that run (train, sweep and plan have a --help)
     python bench.py prepare         tokenising, and the whole of prepare.py, beside nanoGPT's way to prepare text
     python bench.py decode          milliseconds per token and bytes of cache, by context
+    python bench.py answer          tasks per second of both routes, and what thinking longer costs Route B
+    python bench.py recursion       what recursion is worth (it has a --help)
     python bench.py learn           loss by seconds and by tokens, beside nanoGPT and other settings
 
 Milliseconds are medians, contenders take turns. Runs on the GPU where there is one, else on all CPU cores; with OMP_NUM_THREADS=1

@@ -30,6 +30,7 @@ import hardware
 import logbook
 import model_dense
 import tokenizer as tok
+from loader import BUCKETS
 from model_dense import muon_and_adamw
 
 TRAIN_LENGTHS = (1024, 4096, 8192)
@@ -300,11 +301,16 @@ def plan(args):
             guide += model_dense.cache_bytes(net.config, c.block_size) * c.batch_size
     fixed = params * (16 + 4 * bool(c.ema) + 4 * (args.cards > 1))  # weights, gradients, two of AdamW's; average; the copy DDP sends
     activations = per_token * c.batch_size * c.block_size
+    carried = 0
+    if c.model == "trm":  # y and z of the puzzles that are being thought about, in float16: for every batch and length, if all occur
+        kept = sum(length <= c.block_size for length in BUCKETS) * c.gradient_accumulation_steps // args.cards
+        carried = 2 * 2 * net.config.n_embd * c.batch_size * c.block_size * kept
+    thinking = f"; at most {carried / 1e9:.1f} GB for puzzles being thought about" if carried else ""
     print(f"  memory per card: {fixed / 1e9:.1f} GB for weights, gradients, optimizer" + (", average" if c.ema else "")
           + (f"; {guide / 1e9:.1f} GB for the teacher in half precision, its scoring, and the student's caches" if taught else "")
           + f"; {activations / 1e9:.1f} GB for activations ({per_token / 1e3:.0f} kB a token, counted on this machine with the PyTorch "
-          f"form of KDA{', recomputed' if c.recompute else ''}); of {memory} GB")  # fmt: skip
-    if fixed + guide + activations > 0.9 * memory * 1e9:
+          f"form of KDA{', recomputed' if c.recompute else ''}){thinking}; of {memory} GB")  # fmt: skip
+    if fixed + guide + activations + carried > 0.9 * memory * 1e9:
         print("  that does not fit: lower batch_size (and raise gradient_accumulation_steps), or recompute=True")
 
 

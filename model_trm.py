@@ -286,7 +286,7 @@ class Model(nn.Module):
         if "y" in carry:
             y, z = (torch.where(new[:, None, None], first, carry[k].to(x.dtype)) for first, k in ((y, "y"), (z, "z")))
         y, z = self.supervision_step(x, y, z, "puzzle", rope, visible)
-        return y, {**rows, "y": y.detach(), "z": z.detach(), "steps": steps}
+        return y, {**rows, "y": at_rest(y), "z": at_rest(z), "steps": steps}
 
     @torch.no_grad()
     def halts(self, q, carry):
@@ -397,6 +397,14 @@ class Model(nn.Module):
                 h, w = grid.shape
                 out[i][j] = np.take_along_axis(canvas[:h, :w], grid[..., None].astype(np.int64), -1)[..., 0]
         return out
+
+
+def at_rest(t):
+    """
+    y or z as the carry keeps it until the next step: detached, and where numbers are multiplied in half precision, in float16, which has
+    room for them (none is beyond sqrt(n_embd) or so). A run holds a carry for every batch of a step and every length: gigabytes.
+    """
+    return t.detach().to(torch.float16 if torch.is_autocast_enabled(t.device.type) else t.dtype)
 
 
 def describe_recursion(model, context=1024):

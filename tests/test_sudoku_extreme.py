@@ -87,8 +87,8 @@ def test_the_recipe_runs(tmp_path):
     manifest, mixture = stages.read_manifest(tmp_path / "data", "sudoku_extreme")
     assert {e["split"]: (e["documents"], e["augment"]) for e in manifest} == {"train": (4, "sudoku"), "val": (2, "none")}
     assert "generated" in mixture["origin"]
-    small = [f"--{s}" for s in ("n_layer=2", "layer_pattern=ka", "n_head=2", "n_embd=32", "n_ff=48", "n_latent=1", "n_recursion=1", "n_sup=2",
-                                "batch_size=2", "gradient_accumulation_steps=2", "max_iters=2", "eval_interval=2", "device=cpu")]  # fmt: skip
+    small = ["--n_layer=2", "--layer_pattern=ka", "--n_head=2", "--n_embd=32", "--n_ff=48", "--n_latent=1", "--n_recursion=1", "--n_sup=2",
+             "--batch_size=2", "--gradient_accumulation_steps=2", "--max_iters=2", "--eval_interval=2", "--device=cpu"]  # fmt: skip
     trained = run(str(ROOT / "train.py"), str(ROOT / "config/sudoku_extreme.py"), *small)
     assert trained.returncode == 0, trained.stderr
     evaluated = run(here, "out/sudoku_extreme/ckpt.pt")

@@ -151,6 +151,16 @@ def test_float16_has_room_for_its_loss_scale():
     assert 0.01 < step["gradient"] < 100 and all(np.isfinite(step["passed_back"]))
 
 
+def test_carries_wait_in_half_precision_where_that_is_multiplied_in():
+    model, batch = trm().train(), puzzle_batch("canvas", range(3))
+    _, _, carry = model(*batch, mode="puzzle")
+    assert carry["y"].dtype == carry["z"].dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        _, _, carry = model(*batch, mode="puzzle")
+        _, loss, again = model(*batch, mode="puzzle", carry=carry)
+    assert carry["y"].dtype == again["z"].dtype == torch.float16 and loss.isfinite()
+
+
 # ---- halting early
 
 
