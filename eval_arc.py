@@ -203,7 +203,8 @@ def table(report):
     lines = columns([["", "parameters", "training s", "tokens/s", "loss (text)", "protocol"]] + [
         [name, f"{r['params']:,}", shown(r["train_seconds"], ",.0f"), shown(r["tokens_per_second"], ",.0f"), shown(r["val_loss"], ".3f"),
          r["protocol"]] for name, r in report.items()]) + [""]
-    rows, notes = [["", "", "solved", "", "95%", "outputs", "pass@1", "pass@2", "oracle", "too long", "seconds"]], []
+    limited, notes = [], []
+    rows = [["", "", "solved", "", "95%", "outputs", "pass@1", "pass@2", "oracle", "too long", "seconds"]]
     first = next(iter(report.values()))["suites"]
     for suite in first:
         for name, r in report.items():
@@ -221,12 +222,14 @@ def table(report):
                     notes.append(f"{suite}: {name} is better than {other}: {tally} (p = {p['p']:.2g})")
         s = first[suite]
         if s.get("total", 0) + s.get("unknown", 0) < s.get("available", 0):
-            notes.append(f"Limited: {suite} is the first {s['total'] + s['unknown']} of its {s['available']} tasks.")
+            limited.append(f"{suite} is the first {s['total'] + s['unknown']} of its {s['available']} tasks")
     if len(rows) > 1:
         lines += columns(rows) + [""]
         attempts = {s["attempts"]: suite for suite, s in first.items() if "solved" in s}
         allowed = ", ".join(f"{n} attempt{'s' * (n > 1)} as in {suite}" for n, suite in sorted(attempts.items()))
         lines.append(f"solved: tasks with all test outputs right ({allowed}); oracle: with any of the candidates.")
+    if limited:
+        lines.append(f"Limited: {'; '.join(limited)}.")
     return "\n".join(lines + notes)
 
 
@@ -471,25 +474,25 @@ def finish(args, models, chosen, records, report, out_dir):
     write_lines([record for part in records.values() for record in part], answers)
     for path in glob.glob(os.path.join(glob.escape(out_dir), "answers.partial*.jsonl")):
         os.remove(path)
-    paths = {"figures": os.path.join(out_dir, args.json), "answers": answers}
-    configurator.save(report, paths["figures"])
+    written = [("figures", os.path.join(out_dir, args.json)), ("answers", answers)]
+    configurator.save(report, written[0][1])
     for_prize = [key for key in records if key[1] in (*suites.ARC_SUITES, "tasks")]
     for name, suite in for_prize:
         which = "" if len(for_prize) == 1 else f"_{name}_{suite}".replace(os.sep, "-")
-        paths[f"submission{which.replace('_', ' ')}"] = path = os.path.join(out_dir, f"submission{which}.json")
-        configurator.save(scores.submission(records[name, suite]), path)
+        written.append(("submission", os.path.join(out_dir, f"submission{which}.json")))
+        configurator.save(scores.submission(records[name, suite]), written[-1][1])
 
     rows = []
     for suite in (s for s in chosen if suites.is_tasks(s) and s not in suites.IN_WORDS):
         per_model = [records[name, suite] for name in models]
         rows += [picture_row(list(models), [part[i] for part in per_model]) for i in choose(per_model)]
     if rows:
-        paths["picture"] = os.path.join(out_dir, "grids.png")
+        written.append(("picture", os.path.join(out_dir, "grids.png")))
         halt = "; halt: how likely Route B thinks it is that all is right" if any(r["model"] == "trm" for r in report.values()) else ""
-        arc.picture(rows, paths["picture"], f"{', '.join(models)}   (crosses: wrong cells{halt})")
-    paths["report"] = draw_report.write(out_dir, args.json)
+        arc.picture(rows, written[-1][1], f"{', '.join(models)}   (crosses: wrong cells{halt})")
+    written.append(("report", draw_report.write(out_dir, args.json)))
     print("\n" + table(report) + "\n")
-    for what, path in paths.items():
+    for what, path in written:
         print(f"{what:12s} {path}")
     if not rows and any(suites.is_tasks(s) and s not in suites.IN_WORDS for s in chosen):
         print("picture      none: every task was too long")
