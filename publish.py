@@ -179,7 +179,7 @@ def begin(out_dir, repo, full, ckpt_path=None):
     command = [sys.executable, os.path.abspath(__file__), *what, f"--repo={repo}"]
     link = None
     if ckpt_path:
-        link = os.path.join(out_dir, "ckpt_push.pt")
+        link = os.path.join(out_dir, "ckpt.push")
         with contextlib.suppress(FileNotFoundError):
             os.remove(link)
         os.link(ckpt_path, link)  # a second name: the next checkpoint replaces the first, and takes nothing from under the reader
@@ -203,6 +203,7 @@ def outcome(begun, wait=0.0):
     if link:
         with contextlib.suppress(FileNotFoundError):
             os.remove(link)
+        shutil.rmtree(os.path.join(os.path.dirname(link), ".push"), ignore_errors=True)  # where it was killed
     if process.returncode == 0:
         return lines[-1] if lines else ""
     return f"not published: {lines[-1].removeprefix('error: ') if lines else f'exit code {process.returncode}'}"

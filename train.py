@@ -6,6 +6,7 @@ The one training loop: both routes, every stage, one process or many.
     python train.py config/route_a_demo.py --max_iters=50 --out_dir=out/try  any setting below, overridden
     python train.py config/route_a_demo.py --init_from=resume                go on from out_dir/ckpt.pt
     python train.py config/route_a_stage0.py                                 is everything in order? a table of PASS and FAIL
+    python train.py config/route_a_stage1.py --push_to=USER/NAME             each checkpoint also goes to the hub (publish.py)
 
 A step is: batches from the loader, forward and backward on each, one optimizer step. gradient_accumulation_steps counts the batches
 of a step over all processes, so the same config sees the same data in the same order and takes the same steps on 1, 2 or 4

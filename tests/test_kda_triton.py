@@ -43,6 +43,8 @@ def test_in_the_interpreter():
 
 @pytest.mark.parametrize("capability, dtype", [(80, "bf16"), (86, "fp16"), (90, "bf16"), (100, "bf16")])
 def test_compiles(capability, dtype):
+    if capability == 100 and kt.triton.__version__.startswith("3.2"):
+        pytest.skip("Triton 3.2 does not know this capability")
     check(capability, dtype, "64", spills=64 * (capability == 100))
 
 

@@ -21,7 +21,7 @@ NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
 def copy_of_the_repository(folder):
     """What git tracks of it, as far as commands need it, and a small demo stage."""
     for path in ROOT.glob("*.*"):
-        if path.suffix in (".py", ".toml", ".txt", ".md"):
+        if path.suffix in (".py", ".toml", ".txt", ".md", ".html"):
             shutil.copy(path, folder)
     for name in ("config", "notebooks"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
