@@ -20,6 +20,17 @@ def documents(lengths, seed=0):
     return torch.cat(parts)[None], np.cumsum([0] + [n + 1 for n in lengths]).tolist()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("n_embd", (64, 640, 1024))
+def test_an_untrained_model_knows_nothing(n_embd):
+    """However wide: also not that a token comes again, which a tied embedding too large would have it say."""
+    torch.manual_seed(0)
+    model = Model(Config(n_layer=1, n_head=n_embd // 32, n_embd=n_embd, n_ff=64))
+    idx = torch.randint(50257, (1, 64))
+    loss = model(idx, idx.roll(-1, 1))[1]
+    assert abs(loss.item() - np.log(tok.VOCAB_SIZE)) < 0.1
+
+
 # ---- documents
 
 
