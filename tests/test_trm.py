@@ -1,5 +1,7 @@
 """Route B beyond what both routes share (test_models.py): documents in a row, decoding, costs, gradients, halting early."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,9 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import arc
 import bench_recursion
+import bench_train
+import checkpoint
 import kda
 import model_trm
 import tokenizer as tok
+
+ROOT = Path(__file__).parent.parent
 
 
 def reader(**settings):
@@ -241,3 +247,16 @@ def test_test_puzzles_are_never_trained_on():
         return {row[row != tok.PAD].numpy().astype(np.uint16).tobytes() for _ in range(10) for row in batches.next_batch()[0]}
 
     assert len(tests) == 12 and tests & drawn(set()) and not tests & drawn(avoid)
+
+
+# ---- configs
+
+
+@pytest.mark.parametrize("stage", (0, 1, 2, 3))
+def test_configs_of_all_stages_build_the_100m_model(stage):
+    c = bench_train.training_config(str(ROOT / f"config/route_b_stage{stage}.py"))
+    with torch.device("meta"):
+        model = checkpoint.make_model(c.model, vars(c))
+    assert 98e6 <= model.num_params() <= 102e6
+    assert (model.recursion("puzzle"), model.config.n_sup) == ((6, 3, 1), 16) and model.config.block_size == c.block_size
+    assert "".join(block.kind for block in model.blocks) == "kkkakkka"
