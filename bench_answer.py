@@ -85,7 +85,7 @@ def measure(net, tasks, n_sup, device, autocast):
     taken = seconds(lambda: think(n_sup), device, 1)
     found["steps_per_second"] = n_sup / taken  # of the whole batch
     found["tasks_per_second"] = len(tasks) / taken
-    found["memory_mb"] = {n: peak_mb(lambda n=n: think(n), device) for n in (1, 4, n_sup)}
+    found["memory_mb"] = {n: peak_mb(lambda n=n: think(n), device) for n in (1, n_sup)}
     found["memory_mb_all_kept"] = {n: peak_mb(lambda n=n: think(n, grad=True), device) for n in (1, 2)}
 
     step = training_step(net, idx, targets, autocast)
@@ -122,8 +122,8 @@ def main(argv):
     parser = argparse.ArgumentParser(prog="bench.py answer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--size", choices=("auto", "full", "small"), default="auto", help="full: 100M; small: 16M; auto: full on a GPU")
-    parser.add_argument("--side", type=int, default=10, help="of the mazes (default 10: 223 tokens)")
-    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--side", type=int, help="of the mazes (default: 20 on a GPU, 5 else)")
+    parser.add_argument("--rows", type=int, help="tasks at a time (default: 16 on a GPU, 2 else)")
     parser.add_argument("--n_sup", type=int, default=16)
     parser.add_argument("--views", type=int, default=16, help="ways in which the projection sees every task")
     parser.add_argument("--card", choices=tuple(hardware.CARDS), default="T4")
@@ -131,6 +131,7 @@ def main(argv):
     parser.add_argument("--mfu", type=float, default=0.25)
     args = parser.parse_args(argv[1:])
     device = hardware.pick_device("auto")
+    args.side, args.rows = args.side or (5 if device == "cpu" else 20), args.rows or (2 if device == "cpu" else 16)
     dtype = hardware.pick_dtype("auto", device)
     autocast = contextlib.nullcontext() if dtype == "float32" else torch.autocast(device, dtype=getattr(torch, dtype))
     small = args.size == "small" or (args.size == "auto" and device == "cpu")
