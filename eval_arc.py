@@ -43,7 +43,7 @@ answers.jsonl: a line for every model, suite and task tried, {...}:
     demonstrations                  [[input, output], ...]: grids; a grid is a list of strings, a row each, a digit each cell
     test                            for each test input {
         input, expected             grids (expected: null where nobody knows it). Text in suites of text (logic): there, strings
-        attempts                    [grid or null, ...], best first, as many as count; strings in suites of text
+        attempts                    [grid, ...], best first: as many as count, and two at least; strings in suites of text
         right                       [bool, ...] of each attempt
         solved, oracle, verdict     one of the attempts right; any candidate right; what the first attempt is, as in `verdicts`
         votes, scores               of each attempt: views and samples that gave it; the model's own score (Route A: mean log-probability
@@ -55,7 +55,7 @@ answers.jsonl: a line for every model, suite and task tried, {...}:
     key                             what the answer depends on, hashed: a run that was killed goes on after the tasks with its own keys
 
 Suites of text (logic) have no demonstrations. Figures of suites that are not tasks (language, lm_eval:...) are in eval.json alone, as
-language.py gives them.
+language.py and harness.py give them.
 
 Read next: candidates.py (how a model comes to its attempts), scores.py (what counts as right), sample.py (one task, in the terminal).
 """

@@ -192,7 +192,7 @@ def against(records, others):
     others = {r["id"]: r["solved"] for r in others}
     pairs = [(r["solved"], others[r["id"]]) for r in records if r["solved"] is not None and r["id"] in others]
     this, other = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
-    return {"only_this": this, "only_other": other, "p": round(mcnemar(this, other), 6)}
+    return {"only_this": this, "only_other": other, "p": float(f"{mcnemar(this, other):.3g}")}
 
 
 # -----------------------------------------------------------------------------
