@@ -28,6 +28,7 @@ import language_items
 import loader
 import sandbox
 import tokenizer as tok
+from scores import interval
 
 BATCH_TOKENS = 2048    # in one pass through the model: its logits are 50,304 numbers for each
 SOURCE_TOKENS = 65536  # read of each source, in windows of block_size spread evenly over it
@@ -37,13 +38,6 @@ CODE_BATCH = 14        # functions that Route A writes at a time
 
 # -----------------------------------------------------------------------------
 # figures
-
-
-def share_interval(right, total):
-    """-> [low, high], the 95% interval of Wilson (1927) for a share: it stays within 0..1 and means something at 0 and at few tries."""
-    z = 1.959964
-    middle, width = (right + z * z / 2) / (total + z * z), z * math.sqrt(right * (total - right) / total + z * z / 4) / (total + z * z)
-    return [round(max(middle - width, 0.0), 6), round(min(middle + width, 1.0), 6)]
 
 
 def ratio_interval(above, below):
@@ -142,8 +136,8 @@ def answer_questions(model, limit=None, progress=lambda n: None):
                         "picked": int(given.argmax()), "log_probabilities": given.round(4).tolist()})  # fmt: skip
     n = len(items)
     return {
-        "total": n, "right": sum(points), "accuracy": round(sum(points) / n, 6), "interval": share_interval(sum(points), n), "chance": 0.25,
-        "accuracy_per_byte": round(sum(per_byte) / n, 6), "interval_per_byte": share_interval(sum(per_byte), n),
+        "total": n, "right": sum(points), "accuracy": round(sum(points) / n, 6), "interval": interval(sum(points), n), "chance": 0.25,
+        "accuracy_per_byte": round(sum(per_byte) / n, 6), "interval_per_byte": interval(sum(per_byte), n),
         "by_category": categories, "answers": answers,
     }  # fmt: skip
 
@@ -173,7 +167,7 @@ def write_code(model, limit=None, progress=lambda n: None):
             answers.append({"name": name, "stub": stub, "written": written, "solved": result.ok, "reason": result.reason})
         progress(len(part))
     solved, n = sum(a["solved"] for a in answers), len(items)
-    return {"total": n, "solved": solved, "accuracy": round(solved / n, 6), "interval": share_interval(solved, n), "answers": answers}
+    return {"total": n, "solved": solved, "accuracy": round(solved / n, 6), "interval": interval(solved, n), "answers": answers}
 
 
 def complete(model, stubs, max_new_tokens=CODE_TOKENS):
