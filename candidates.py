@@ -39,6 +39,7 @@ class Settings:
     temperature: float = 0.8  # of the others, and of programs
     programs: int = 0  # programs written for each ARC task
     n_sup: int | None = None  # Route B: supervision steps, None: as it was trained
+    halt: float | None = None  # Route B: a puzzle whose halting probability has passed this is thought about no more; None: none is
     ttt_steps: int = 0  # test-time training, see ttt.py
     ttt_rank: int = 8
     ttt_lr: float = 1e-3
@@ -190,7 +191,7 @@ def solve_grids(model, tasks, settings):
     asked = [look(view, tasks[i]) for i, view in flat]
     canvas = model.puzzle_format == "canvas"
     if canvas:
-        answers = model.answer(asked, n_sup=settings.n_sup, trace=True)
+        answers = model.answer(asked, n_sup=settings.n_sup, trace=True, halt=settings.halt)
     else:
         answers = model.answer(asked, samples=settings.samples, temperature=settings.temperature, seed=settings.seed)
     found = [[[] for _ in task.test] for task in tasks]

@@ -428,8 +428,8 @@ def run(args):
     if any(suite.startswith("lm_eval:") for suite in chosen):
         import harness  # noqa: F401 (says so if lm-eval is not installed)
     loaded = [checkpoint.load_model(path, device) for path in args.checkpoints]
-    if settings.n_sup and all(ckpt["model"] != "trm" for _, ckpt in loaded):
-        raise ValueError("--n_sup is about Route B's supervision steps, and no checkpoint of Route B is given")
+    if (settings.n_sup or settings.halt is not None) and all(ckpt["model"] != "trm" for _, ckpt in loaded):
+        raise ValueError("--n_sup and --halt are about Route B's supervision steps, and no checkpoint of Route B is given")
     names = name_models(args.checkpoints, [ROUTES[ckpt["model"]] for _, ckpt in loaded])
     report = {name: report_on(path, model, ckpt, settings, device, dtype)
               for name, path, (model, ckpt) in zip(names, args.checkpoints, loaded)}  # fmt: skip
@@ -518,6 +518,7 @@ def main():
     parser.add_argument("--ttt_rank", metavar="N", type=whole, default=8, help="its rank; 0 tunes all weights (default 8)")
     parser.add_argument("--ttt_lr", type=float, default=1e-3, help="its learning rate (default 1e-3)")
     parser.add_argument("--n_sup", metavar="N", type=positive, help="supervision steps of Route B (default: as it was trained)")
+    parser.add_argument("--halt", metavar="P", type=float, help="Route B: stop thinking once it is more than P sure (default: never)")
     parser.add_argument("--seed", type=whole, default=1337, help="of views, draws and test-time training (default 1337)")
     parser.add_argument("--watch", action="store_true", help="evaluate every new checkpoint of a folder, until you press Ctrl-C")
     args = parser.parse_args()

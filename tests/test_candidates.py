@@ -115,6 +115,12 @@ def test_route_b_keeps_every_step_of_the_task_as_it_is():
         assert [(g.tolist(), pytest.approx(p, abs=1e-5)) for g, p in given[0].steps] == [(g.tolist(), p) for g, p in trace]
 
 
+def test_route_b_stops_where_it_is_sure_enough():
+    model, tasks = make("trm"), tasks_of(("sudoku4", 3))
+    for halt, n in ((0.0, 1), (1.0, model.config.n_sup)):  # any probability is above 0, and none above 1
+        assert [len(given[0].steps) for given in solve(model, tasks, Settings(halt=halt))] == [n] * 3
+
+
 def test_a_score_of_route_a_is_the_mean_over_views_of_what_its_cells_are_likely():
     model, tasks = make("dense", 400), tasks_of(("sudoku4", 2))
     settings = Settings(augment=3, samples=2)
