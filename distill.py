@@ -1,7 +1,7 @@
 """
 On-policy distillation: a student answers puzzles, a teacher says at every place of these answers what it would have written there.
 
-    python distill.py config/distill_demo.py                                 after the demo: its Route B teaches its own beginnings
+    python distill.py config/distill_demo.py                                 after `make demo`: its Route B teaches its Route A
     torchrun --nproc_per_node=2 distill.py config/distill_route_b.py         two processes share the same global batch
     python distill.py config/distill_route_a.py --teacher=hf:gpt2            any of the teachers in teachers.py
     python distill.py config/distill_route_a.py --init_from=resume           go on from out_dir/ckpt.pt
