@@ -305,12 +305,13 @@ def plan(args):
     if c.model == "trm":  # y and z of the puzzles that are being thought about, in float16: for every batch and length, if all occur
         kept = sum(length <= c.block_size for length in BUCKETS) * c.gradient_accumulation_steps // args.cards
         carried = 2 * 2 * net.config.n_embd * c.batch_size * c.block_size * kept
-    thinking = f"; at most {carried / 1e9:.1f} GB for puzzles being thought about" if carried else ""
     print(f"  memory per card: {fixed / 1e9:.1f} GB for weights, gradients, optimizer" + (", average" if c.ema else "")
           + (f"; {guide / 1e9:.1f} GB for the teacher in half precision, its scoring, and the student's caches" if taught else "")
           + f"; {activations / 1e9:.1f} GB for activations ({per_token / 1e3:.0f} kB a token, counted on this machine with the PyTorch "
-          f"form of KDA{', recomputed' if c.recompute else ''}){thinking}; of {memory} GB")  # fmt: skip
-    if fixed + guide + activations + carried > 0.9 * memory * 1e9:
+          f"form of KDA{', recomputed' if c.recompute else ''}); of {memory} GB")  # fmt: skip
+    if carried:
+        print(f"  memory of the host: at most {carried * args.cards / 1e9:.1f} GB for puzzles that are being thought about")
+    if fixed + guide + activations > 0.9 * memory * 1e9:
         print("  that does not fit: lower batch_size (and raise gradient_accumulation_steps), or recompute=True")
 
 

@@ -260,7 +260,7 @@ try:
         if started_from["train"]["optimizer_name"] != optimizer:
             raise ValueError(f"{ckpt_path} has the state of optimizer {started_from['train']['optimizer_name']!r}, not {optimizer!r}")
         for o, state in zip(optimizers, started_from["train"]["optimizers"]):
-            o.load_state_dict(state)
+            ckpt.load_optimizer(o, state)
 except (OSError, ValueError) as e:
     problem = str(e)
 stop_if(problem)
@@ -282,7 +282,7 @@ if resumed:
     if len(state["rng"]) == world_size:
         loop.restore_random_state(state["rng"], device_type)
     if all(started_from["config"][k] == config[k] for k in ("batch_size", "block_size", "gradient_accumulation_steps")):
-        carries = loop.own_carries(state["carries"], device)
+        carries = loop.own_carries(state["carries"])
 started_from = None  # free its memory
 
 
@@ -540,7 +540,8 @@ while train["iter"] < max_iters:
                 with watch.measure("learning"), autocast:
                     loss = net(batch.idx.to(device), batch.targets.to(device), mode="text")[1]
             elif net.puzzle_format == "canvas":
-                loss, new_carries[batch.key] = on_a_canvas(batch, watch, stats, carries.get(batch.key))
+                loss, carry = on_a_canvas(batch, watch, stats, loop.moved(carries.get(batch.key), device))
+                new_carries[batch.key] = loop.moved(carry, "cpu")
             else:
                 loss = left_to_right(batch, watch, stats)
             with watch.measure("learning"):

@@ -88,25 +88,29 @@ def validate(net, average, loader, eval_batches, autocast, device):
 # checkpoints: what the rest of a run depends on. All processes call these, and the first one writes.
 
 
+def moved(carry, device):
+    """
+    A carry (dict of tensors, or None) on another device. Between steps carries wait in the host's memory: one for every batch of a step and
+    every length of puzzle would not fit beside the model on a T4, and 25 MB each way are nothing to a batch that takes a second.
+    """
+    return carry and {k: v.to(device) for k, v in carry.items()}
+
+
 def everyones_carries(carries, device):
-    """carries: {(number, length): dict of tensors} of this process -> {'number/length': on the CPU} of all processes, on the first."""
+    """carries: {(number, length): dict of tensors} of this process -> {'number/length': ...} of all processes, on the first."""
     mine, everyones = sorted(carries), {}
     for i in range(int(max(parallel.sums([len(mine) * (r == rank) for r in range(world_size)], device)))):
         # one by one: all carries of all processes at once can be gigabytes
-        part = {f"{mine[i][0]}/{mine[i][1]}": {k: v.cpu() for k, v in carries[mine[i]].items()}} if i < len(mine) else {}
+        part = {f"{mine[i][0]}/{mine[i][1]}": carries[mine[i]]} if i < len(mine) else {}
         for some in gather(part):
             everyones.update(some)
     return everyones
 
 
-def own_carries(everyones, device):
+def own_carries(everyones):
     """The inverse: each process takes those of the batches that are now its own."""
-    carries = {}
-    for key, carry in everyones.items():
-        number, length = map(int, key.split("/"))
-        if number % world_size == rank:
-            carries[number, length] = {k: v.to(device) for k, v in carry.items()}
-    return carries
+    carries = {tuple(map(int, key.split("/"))): carry for key, carry in everyones.items()}
+    return {key: carry for key, carry in carries.items() if key[0] % world_size == rank}
 
 
 def random_states(device_type):

@@ -250,7 +250,7 @@ if init_from == "resume":
     else:
         changed.append(f"{world_size} processes (were {len(state['rng'])}: the same data in the same order, losses equal but for rounding)")
     if all(started_from["config"][k] == config[k] for k in ("batch_size", "block_size", "gradient_accumulation_steps")):
-        carries = loop.own_carries(state["carries"], device)
+        carries = loop.own_carries(state["carries"])
     elif state["carries"]:
         changed.append("puzzles that were being thought about begin anew, as batches have another shape now")
 started_from = None  # free its memory
@@ -415,7 +415,8 @@ if sanity:
     for mode in ("text", "puzzle"):
         batch = next(loader.val_batches(mode, 1), None)
         if batch is not None:
-            checks.append(sanity_checks.by_heart(net, batch, mode=mode, steps=sanity_steps, tokens=sanity_tokens, autocast=autocast,
+            checks.append(sanity_checks.by_heart(net, batch, mode=mode, steps=sanity_steps, tokens=sanity_tokens, optimizer=optimizer,
+                                                 learning_rate=learning_rate, betas=(beta1, beta2), autocast=autocast,
                                                  scaled=scaler.is_enabled(), device=device))  # fmt: skip
 wrapped = net
 if world_size > 1:
@@ -468,7 +469,7 @@ while iteration < max_iters:
             idx, targets = batch.idx.to(device, non_blocking=True), batch.targets.to(device, non_blocking=True)
             with contextlib.nullcontext() if world_size == 1 or last else wrapped.no_sync():
                 with autocast:  # the forward alone: inside, the backward's own float32 products would overflow as float16 (LOG.md)
-                    _, loss, carry = wrapped(idx, targets, mode=batch.mode, carry=carries.get(batch.key))
+                    _, loss, carry = wrapped(idx, targets, mode=batch.mode, carry=loop.moved(carries.get(batch.key), device))
                 scaler.scale(loss / len(batches)).backward()
         except RuntimeError as e:
             if not hardware.out_of_memory(e):
@@ -476,7 +477,7 @@ while iteration < max_iters:
             too_much = batch  # handled below: here, the exception still holds on to memory
             break
         if carry is not None:
-            new_carries[batch.key] = carry
+            new_carries[batch.key] = loop.moved(carry, "cpu")
         losses.append(loss.detach())
         tokens += batch.tokens
         flops += batch.tokens * net.flops_per_token(idx.shape[1], batch.mode, training=True)

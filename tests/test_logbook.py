@@ -142,4 +142,5 @@ def test_freed_memory_is_kept_for_the_next_tensor():
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}  # what the C library starts from; it may raise it by itself later
     run = subprocess.run([sys.executable, "-c", FAULTS], env=env, capture_output=True, text=True, cwd=ROOT)
     given_back, kept = map(int, run.stdout.split())
-    assert given_back > 5000 and kept < 500, run.stdout  # 8 MB are 2,000 pages
+    # Five tensors of 8 MB, 2,000 pages each. What lies on the heap by chance may keep one of them from an old place
+    assert given_back > 5000 and kept < given_back / 4, run.stdout

@@ -286,7 +286,8 @@ def test_check_maze_by_hand(puzzle, answer, right):
 
 def test_one_of_several_shortest_ways():
     room = grid("200/000/003")
-    assert check_maze(room, grid("244/004/003"), only=False) and check_maze(room, grid("200/444/003"), only=False) is False
+    assert check_maze(room, grid("244/004/003"), only=False) and check_maze(room, grid("200/444/003"), only=False)
+    assert not check_maze(room, grid("200/440/003"), only=False)                  # an end that leads nowhere
     assert not check_maze(room, grid("244/004/003")) and check_maze(room, grid("200/440/043"), only=False)
     assert not check_maze(grid("200/000/300"), grid("244/004/344"), only=False)    # a way, but not a shortest one
 
