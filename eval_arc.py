@@ -321,17 +321,6 @@ def whole(text):
     return int(text)
 
 
-def pick_device(name):
-    """'auto' is the GPU where there is one. ValueError for a device that cannot be used here."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"device {name!r} cannot be used on this machine: leave --device out, or try --device=cpu") from None
-    return name
-
-
 def key_of(sha256, suite, task, settings, attempts, device, dtype):
     """What a task's record depends on, hashed: the checkpoint, how it is asked, and the task."""
     pairs = [[scores.rows_of(grid) for grid in pair] for pair in task.train + task.test]
@@ -417,7 +406,7 @@ def run(args):
     if args.tasks:
         tasks["tasks"] = arc.read_tasks(args.tasks)
         chosen.append("tasks")
-    device = pick_device(args.device)
+    device = hardware.pick_device(args.device)
     if device == "cuda" and parallel.world_size > 1:
         device = f"cuda:{parallel.local_rank}"
     dtype = hardware.pick_dtype(args.dtype, device)

@@ -26,7 +26,8 @@ import checkpoint
 import puzzles
 import thinking
 import tokenizer as tok
-from eval_arc import pick_device, positive, without_answers
+from eval_arc import positive, without_answers
+from hardware import pick_device
 
 # -----------------------------------------------------------------------------
 # text
