@@ -18,6 +18,7 @@ Read next: pipeline.py, which runs documents through this.
 """
 
 import functools
+import hashlib
 import re
 import sys
 import unicodedata
@@ -28,6 +29,7 @@ import rensa
 
 import arc
 import puzzles
+import suites
 
 SHINGLE = 5  # words, as in OpenWebText2 and FineWeb
 # 14 bands of 8: two documents that share 80% of their shingles share a band with a chance of 92%, at 60% of 21% (FineWeb's choice)
@@ -498,11 +500,13 @@ def trivial(grid):
 
 
 class HeldOut:
-    """The held-out puzzles of all suites, to be recognised among training puzzles, also behind an augmentation of the loader's."""
+    """The generated puzzles that evaluation asks, to be recognised among training puzzles, also behind an augmentation of the loader's."""
 
     def __init__(self):
-        tasks = [task for suite in puzzles.SUITES for task in puzzles.heldout(suite)]
+        tasks = [task for suite in (*puzzles.SUITES, *suites.HARDER) for task in suites.load(suite)]
+        self.questions = {question for task in suites.load("logic") for question, _ in task.test}
         self.hashes = {puzzles.task_hash(task) for task in tasks}
+        self.digest = hashlib.sha256("\n".join(sorted(self.hashes | self.questions)).encode()).hexdigest()
         # whoever knows the 288 filled 4x4 grids by heart solves any sudoku of them, so no answer may be shared
         self.answers = {task.test[0][1].tobytes() for task in tasks if task.kind == "sudoku" and task.test[0][1].shape == (4, 4)}
         self.outlines = {self.both(outline, task) for task in tasks}
@@ -512,6 +516,10 @@ class HeldOut:
     def both(f, task):
         question, answer = task.test[0]
         return task.kind, f(question), f(answer)
+
+    def asks(self, text):
+        """Does the text begin with the question of one of them that is in words?"""
+        return text.split("\nSolution:")[0] in self.questions
 
     def has(self, task, augment):
         """Is it one of them, or can the loader's augmentation (as in the manifest) make one of it?"""

