@@ -132,7 +132,8 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 given_back = faults()
 hardware.keep_freed_memory()
-faults()
+for _ in range(4):  # until tensors have found their places on the heap
+    faults()
 print(given_back, faults())
 """
 
@@ -142,5 +143,4 @@ def test_freed_memory_is_kept_for_the_next_tensor():
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}  # what the C library starts from; it may raise it by itself later
     run = subprocess.run([sys.executable, "-c", FAULTS], env=env, capture_output=True, text=True, cwd=ROOT)
     given_back, kept = map(int, run.stdout.split())
-    # Five tensors of 8 MB, 2,000 pages each. What lies on the heap by chance may keep one of them from an old place
-    assert given_back > 5000 and kept < given_back / 4, run.stdout
+    assert given_back > 5000 and kept < 500, run.stdout  # 8 MB are 2,000 pages
