@@ -428,6 +428,23 @@ def ansi_row(panels, width=None):
     return "\n".join(out)
 
 
+def write_whole(data, path):
+    """bytes -> a file, whole or not at all: beside, to disk, renamed. OSError where it cannot be."""
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{path} is a folder: give the name of the file to write")
+    beside = f"{path}.{os.getpid()}.tmp"
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    try:
+        with open(beside, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    finally:
+        if os.path.exists(beside):
+            os.remove(beside)
+
+
 def picture(rows, path, title=None):
     """Draw grids to a png. rows: list of (row title, [(column title, grid or None, expected or None), ...]). Where `expected` is given,
     wrong cells are crossed out and a line below says how the answer did; None is drawn as "no answer". Cells are square, and of one
@@ -511,19 +528,7 @@ def picture(rows, path, title=None):
         y += height + gap
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=min(160, 60000 / max(W, H)))  # an image may have at most 65,536 pixels a side
-    if os.path.isdir(path):
-        raise IsADirectoryError(f"{path} is a folder: give the name of the png to write")
-    beside = f"{path}.{os.getpid()}.tmp"
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    try:
-        with open(beside, "wb") as f:
-            f.write(buffer.getvalue())
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    finally:
-        if os.path.exists(beside):
-            os.remove(beside)
+    write_whole(buffer.getvalue(), path)
 
 
 def main():

@@ -201,14 +201,4 @@ def save_gif(task, test, steps, path):
     frames = [frame.quantize(palette=shared, dither=Image.Dither.NONE) for frame in frames]
     buffer = io.BytesIO()
     frames[0].save(buffer, "gif", save_all=True, append_images=frames[1:], duration=times, loop=0, optimize=False)
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    beside = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(beside, "wb") as f:
-            f.write(buffer.getvalue())
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    finally:
-        if os.path.exists(beside):
-            os.remove(beside)
+    arc.write_whole(buffer.getvalue(), path)
