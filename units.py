@@ -75,14 +75,9 @@ def evaluation_outputs():
     return curate.EvaluationOutputs({name: arc.load(name) for name in curate.EVALUATION_SETS})
 
 
-@functools.cache
-def held_out():
-    return curate.HeldOut()
-
-
 def judging_hash():
     """Of all that decides which documents are kept, and how; of suites.py, what is asked is what counts."""
-    return table.code_hash(curate, sys.modules[__name__]) + held_out().digest
+    return table.code_hash(curate, sys.modules[__name__]) + curate.held_out().digest
 
 
 def make_units(job, report):
@@ -174,7 +169,7 @@ def judge_texts(source, documents, dropped, job):
     for i, name in _evaluations(job["evaluations"])[0].quoted(words).items():
         verdicts[i] = verdicts[i] or f"quotes_{name}"
     if source.profile == "none":  # generated, as the suites of puzzles in words are
-        verdicts = [rule or ("held_out" if held_out().asks(text) else None) for rule, text in zip(verdicts, texts)]
+        verdicts = [rule or ("held_out" if curate.held_out().asks(text) else None) for rule, text in zip(verdicts, texts)]
     good = [i for i, rule in enumerate(verdicts) if rule is None]
     for i, rule in enumerate(verdicts):
         if rule is not None:
@@ -203,7 +198,7 @@ def judge_puzzles(source, documents, dropped, job):
             dropped.add("larger_than_30", name)
         elif source.repo and not answer_fits(task):
             dropped.add("wrong_answer", name)
-        elif held_out().has(task, source.augment):
+        elif curate.held_out().has(task, source.augment):
             dropped.add("held_out", name)
         elif tested_on and (name_of := tested_on.get(puzzle_key(task))):
             dropped.add(f"is_in_{name_of}", name)
