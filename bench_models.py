@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 import tokenizer as tok
 from loader import Loader
-from model_dense import Config, Model, cache_bytes, muon_and_adamw, sample
+from model_dense import Config, Model, cache_bytes, sample
+from muon import muon_and_adamw
 
 
 def clock(device):

@@ -31,7 +31,7 @@ import logbook
 import model_dense
 import tokenizer as tok
 from loader import BUCKETS
-from model_dense import muon_and_adamw
+from muon import muon_and_adamw
 
 TRAIN_LENGTHS = (1024, 4096, 8192)
 SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 256, "n_ff": 688}  # on a CPU: 16M parameters, and a table before lunch

@@ -85,7 +85,7 @@ block_size: int | None = None  # longest row, and prompt; None: the student's
 gradient_accumulation_steps = 8  # batches per optimizer step, over all processes
 recompute: bool | None = None  # as in train.py; None: as the student was trained
 # ---- optimizer
-optimizer = "auto"
+optimizer = "muon"
 learning_rate = 1e-4
 max_iters = 1000
 weight_decay = 0.1
@@ -130,7 +130,7 @@ def say(text):
 def check_settings():
     """Raises ValueError, in one line, for settings that cannot be."""
     for name, allowed in (("objective", (*DIVERGENCES, "answers")), ("off_policy", ("dataset", "teacher")), ("schedule", ("wsd", "cosine")),
-                          ("optimizer", ("auto", "muon", "adamw")), ("teacher_vocabulary", ("same", "cells"))):  # fmt: skip
+                          ("optimizer", ("muon", "adamw")), ("teacher_vocabulary", ("same", "cells"))):  # fmt: skip
         if config[name] not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {config[name]!r}")
     for name in ("beta", "on_policy"):
@@ -220,8 +220,6 @@ if device_type == "cuda":
     torch.set_float32_matmul_precision("high")
 elif world_size == 1 and "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(os.cpu_count() or 1)
-if optimizer == "auto":
-    optimizer = "muon" if hasattr(torch.optim, "Muon") else "adamw"
 parallel.start(device_type)
 torch.manual_seed(seed)
 try:

@@ -18,7 +18,7 @@ import torch
 import checkpoint as ckpt
 import parallel
 import tokenizer as tok
-from model_dense import muon_and_adamw
+from muon import muon_and_adamw
 from parallel import gather, master, rank, world_size
 
 

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 import arc
 import tokenizer as tok
 from kda import KimiDeltaAttention
+from muon import split_parameters
 
 LOGITS_AT_ONCE = 2**23  # the loss over the vocabulary is computed in slices of this many logits (32 MB in float32)
 CACHE_ROOM = 256  # tokens by which the memory for keys and values grows
@@ -286,32 +287,6 @@ def row_shares(rows, n_rows):
     row's mean. A big grid then counts as much as a small one, and two processes with half the rows each agree with one.
     """
     return 1.0 / (torch.bincount(rows, minlength=n_rows)[rows] * n_rows)
-
-
-def split_parameters(model, weight_decay):
-    """
-    Two groups for an optimizer: the blocks' large matrices are decayed; embeddings, norms, short convolutions, biases, A_log, and what
-    makes gates (forgetting, beta, output, halting) are not: towards zero, a gate does not do less, it does something else.
-    """
-    decayed, kept = [], []
-    for name, p in model.named_parameters():
-        gate = any(part in name for part in ("f_proj", "g_proj", "b_proj", "q_head"))
-        matrix = p.ndim == 2 and not gate and not name.startswith("wte")
-        (decayed if matrix else kept).append(p)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-
-
-def muon_and_adamw(model, weight_decay, learning_rate, betas):
-    """
-    [Muon for the matrices that are decayed, AdamW for the rest]: Muon makes every singular value of an update alike, and scaled by
-    0.2 * sqrt(larger side) (Liu et al., arXiv 2502.16982) its updates are as large as AdamW's, so one learning rate serves both.
-    ValueError where PyTorch has no Muon (before 2.9).
-    """
-    if not hasattr(torch.optim, "Muon"):
-        raise ValueError(f"PyTorch {torch.__version__} has no Muon (2.9 brought it): use --optimizer=adamw")
-    matrices, rest = split_parameters(model, weight_decay)
-    muon = torch.optim.Muon(matrices["params"], lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-    return [muon, torch.optim.AdamW(rest["params"], lr=learning_rate, betas=betas, weight_decay=0.0, fused=True)]
 
 
 def sample(logits, temperature, top_k=None, top_p=None, generator=None):

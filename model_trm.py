@@ -44,9 +44,9 @@ from model_dense import (
     row_shares,
     run_blocks,
     same_document,
-    split_parameters,
 )  # fmt: skip
 from model_dense import Model as RouteA
+from muon import split_parameters
 
 ANSWER_IDS = [*range(tok.CELL0, tok.CELL0 + 10), tok.VOID]  # what a canvas cell can become
 ANSWER_TOKENS = 8192  # positions per batch when answering: memory stays the same for short and long tasks

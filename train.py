@@ -89,7 +89,7 @@ n_kv_head: int | None = None  # heads of keys and values in full attention, shar
 separate_documents: bool | None = None  # documents that are packed into one row know nothing of each other
 recompute: bool | None = None  # go through each block again in the backward: a third more work, a fraction of the memory
 # ---- optimizer
-optimizer = "auto"  # 'muon' for the blocks' matrices and AdamW for the rest; 'adamw' for all; auto: muon where PyTorch has it (2.9)
+optimizer = "muon"  # for the blocks' matrices, and AdamW for the rest (muon.py); 'adamw' for all
 learning_rate = 6e-4
 max_iters = 10000
 weight_decay = 0.1
@@ -151,7 +151,7 @@ try:
 except ValueError as e:
     stop(e)
 device_type = device.split(":")[0]
-for name, allowed in (("optimizer", ("auto", "muon", "adamw")), ("schedule", ("wsd", "cosine")), ("tracker", ("", "trackio", "wandb")),
+for name, allowed in (("optimizer", ("muon", "adamw")), ("schedule", ("wsd", "cosine")), ("tracker", ("", "trackio", "wandb")),
                       ("compile", ("auto", True, False))):  # fmt: skip
     if config[name] not in allowed:
         stop(f"{name} must be one of {', '.join(map(repr, allowed))}, got {config[name]!r}")
@@ -180,10 +180,6 @@ else:
     hardware.keep_freed_memory()
     if world_size == 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(os.cpu_count() or 1)
-if optimizer == "auto":
-    optimizer = "muon" if hasattr(torch.optim, "Muon") else "adamw"
-    if optimizer == "adamw":
-        say(f"PyTorch {torch.__version__} has no Muon (2.9 brought it): AdamW for all weights")
 if schedule == "wsd" and decay_iters > max_iters:
     say(f"decay_iters={decay_iters} is longer than max_iters={max_iters}: the rate falls from the start, and never gets above "
         f"{learning_rate * max_iters / decay_iters:.1e} (learning_rate={learning_rate:g})")  # fmt: skip

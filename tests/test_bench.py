@@ -14,7 +14,6 @@ import bench_train
 import checkpoint
 
 ROOT = Path(__file__).parent.parent
-MUON = "muon" if hasattr(torch.optim, "Muon") else "adamw"  # PyTorch before 2.9 has none
 CONFIG = """
 model = "dense"
 n_layer, n_head, n_embd, n_ff = 4, 2, 16, 24
@@ -62,7 +61,7 @@ def test_the_plain_gpt_is_as_large_as_route_a():
 
 def test_a_training_step_is_timed_in_a_process_of_its_own():
     spec = {"model": "trm", "settings": {"n_layer": 4, "n_head": 2, "n_embd": 16, "n_ff": 24}, "rows": 2, "T": 16, "steps": 1,
-            "dtype": "float32", "device": "cpu", "optimizer": MUON, "recompute": True, "batches": 2}  # fmt: skip
+            "dtype": "float32", "device": "cpu", "optimizer": "muon", "recompute": True, "batches": 2}  # fmt: skip
     figures = bench_train.apart(spec)
     assert figures["tokens_per_second"] == pytest.approx(2 * 2 * 16 / (figures["ms"] / 1000))
     assert figures["params"] > 800_000 and figures["memory_gb"] > 0.1

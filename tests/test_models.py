@@ -12,8 +12,9 @@ import model_dense
 import model_trm
 import tokenizer as tok
 from loader import pad_rows, puzzle_row
-from model_dense import IGNORE, LinearCrossEntropy, muon_and_adamw, rope_3d, rotate
+from model_dense import IGNORE, LinearCrossEntropy, rope_3d, rotate
 from model_trm import ANSWER_IDS
+from muon import Muon, muon_and_adamw, orthogonal
 
 torch.set_num_threads(1)  # tensors are small here: threads would only wait for each other
 SHAPE = dict(block_size=256, n_layer=4, n_head=2, n_embd=24, n_ff=32)
@@ -153,7 +154,6 @@ def test_optimizer_holds_every_parameter_once_and_decays_matrices_only():
         assert {n for n, _ in model.named_parameters() if n.endswith("_proj.weight") and "b_proj" not in n} == names
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch has Muon from 2.9 on")
 def test_muon_takes_the_decayed_matrices_and_adamw_the_rest():
     for name, model in both():
         muon, adamw = muon_and_adamw(model, 0.1, 1e-3, (0.9, 0.95))
@@ -162,6 +162,33 @@ def test_muon_takes_the_decayed_matrices_and_adamw_the_rest():
         decayed = model.configure_optimizer(0.1, 1e-3, (0.9, 0.95)).param_groups[0]["params"]
         assert [id(p) for p in muon.param_groups[0]["params"]] == [id(p) for p in decayed]
         assert all(p.ndim == 2 for p in decayed) and not any(group["weight_decay"] for group in adamw.param_groups)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch has one to compare with from 2.9 on")
+def test_our_muon_is_pytorchs():
+    rng = torch.Generator().manual_seed(0)
+    weights = [[torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(((24, 40), (40, 24), (32, 32)))]
+               for _ in range(2)]  # fmt: skip
+    ours = Muon(weights[0], lr=1e-2, weight_decay=0.1)
+    theirs = torch.optim.Muon(weights[1], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    start = [w.clone() for w in weights[0]]
+    for _ in range(6):
+        for a, b in zip(*weights):
+            a.grad = torch.randn(a.shape, generator=rng)
+            b.grad = a.grad.clone()
+        ours.step()
+        theirs.step()
+    for a, b, old in zip(*weights, start):
+        assert (a - b).norm() < 0.02 * (a - old).norm()  # bfloat16 has 8 bits
+    theirs.load_state_dict({**theirs.state_dict(), "state": ours.state_dict()["state"]})  # a run may go on with the other one
+
+
+def test_an_update_of_muon_has_singular_values_near_one():
+    for shape in ((30, 50), (50, 30)):
+        u, _, v = torch.linalg.svd(torch.randn(shape, generator=torch.Generator().manual_seed(1)), full_matrices=False)
+        s = torch.logspace(0, -2, 30)
+        values = torch.linalg.svdvals(orthogonal((u * s) @ v).float())
+        assert values.min() > 0.3 and values.max() < 1.3, values
 
 
 def test_recomputed_activations_give_the_same_gradients():
