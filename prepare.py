@@ -41,7 +41,7 @@ import configurator
 import demo
 import stages
 import tokenizer
-from stages import read_manifest  # loader.py takes it from here
+from stages import read_manifest
 
 # ---- where and how
 data_dir = "data"
@@ -141,7 +141,7 @@ def build(c, stage):
             return
         make = lambda: demo.build_demo(c)  # noqa: E731
     else:
-        import pipeline  # here, because loader.py imports this file for read_manifest alone
+        import pipeline  # takes a second that the other commands can do without
 
         tokens, found, notes = pipeline.plan(c, data, stage)
         if c.dry_run:

@@ -173,16 +173,16 @@ def pull(name, out_dir, overwrite):
 def begin(out_dir, repo, full, ckpt_path=None):
     """
     Start a push of the checkpoint at ckpt_path (None: make the repository, so that a wrong login shows at once) in a process of its own,
-    which a training need not wait for. -> (process, the name under which it reads the checkpoint)
+    which a training need not wait for. -> (process, the name under which it reads the checkpoint). Raises OSError where it cannot have one.
     """
     what = ["push", out_dir, f"--full={full}"] if ckpt_path else ["create"]
     command = [sys.executable, os.path.abspath(__file__), *what, f"--repo={repo}"]
     link = None
     if ckpt_path:
+        import checkpoint as ckpt
+
         link = os.path.join(out_dir, "ckpt.push")
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(link)
-        os.link(ckpt_path, link)  # a second name: the next checkpoint replaces the first, and takes nothing from under the reader
+        ckpt.second_name(ckpt_path, link)  # the next checkpoint replaces the first name, and takes nothing from under the reader
         command.append(f"--checkpoint={link}")
     own = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE")}
     own |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

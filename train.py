@@ -341,7 +341,10 @@ def publish_beside(start=False, wait=0.0):
             say(message)
         publishing = None
     if start and published != iteration:
-        publishing, published = publish.begin(out_dir, push_to, push_full, ckpt_path), iteration
+        try:
+            publishing, published = publish.begin(out_dir, push_to, push_full, ckpt_path), iteration
+        except OSError as e:
+            say(f"step {iteration} is not published: {e.filename}: {e.strerror}")
 
 
 def compile_blocks():
