@@ -281,7 +281,7 @@ def publish(hub):
     hub.put("sapientinc/sudoku-extreme", {"train.csv": "\n".join(rows).encode() + b"\n", "test.csv": tested_on})
 
 
-STREAM = ["stage1", "--sources=fineweb_edu,codeparrot,gsm8k,sudoku_extreme,sudoku9,arc", "--limit_mb=0.5", "--unit_mb=0.05",
+STREAM = ["stage1", "--sources=fineweb_edu,codeparrot,gsm8k,sudoku_extreme,sudoku9,arc", "--limit_mb=0.25", "--unit_mb=0.03",
           "--stage_val_every=20", "--num_proc=1"]  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """train.py as a user runs it: real processes on a small real stage."""
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -177,18 +178,27 @@ def test_two_machines_are_two_torchruns(finished_by_two, data, tmp_path):
     assert losses(tmp_path) == losses(out)
 
 
+def killed_after_step_4(out, words):
+    """Run until the checkpoint of step 4 is there, and kill -9. On a busy machine the run can end before we see that: then once more."""
+    for _ in range(5):
+        process = subprocess.Popen(words, env=ENV, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+        while not (out / "ckpt.pt").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()
+        for pid in [process.pid, *map(int, children)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+        if checkpoint.load(out / "ckpt.pt")["train"]["iter"] == 4:
+            return
+        shutil.rmtree(out)
+    raise AssertionError("five runs have ended before they could be killed")
+
+
 def test_two_processes_killed_and_resumed_are_the_same_run_to_the_last_bit(finished_by_two, data, tmp_path):
     settings, out = finished_by_two
-    process = subprocess.Popen(command(data, tmp_path, *settings, processes=2), env=ENV, cwd=ROOT, stderr=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
-    while not (tmp_path / "ckpt.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()
-    for pid in [process.pid, *map(int, children)]:
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
-    assert checkpoint.load(tmp_path / "ckpt.pt")["train"]["iter"] == 4
+    killed_after_step_4(tmp_path, command(data, tmp_path, *settings, processes=2))
     run = train(data, tmp_path, *settings, "--init_from=resume", processes=2)
     assert run.returncode == 0, run.stderr
     assert losses(tmp_path) == losses(out)
@@ -227,13 +237,7 @@ def test_killed_at_any_moment_again_and_again(finished, data, tmp_path):
 
 def test_resumed_from_a_checkpoint_the_run_is_the_same_to_the_last_bit(finished, data, tmp_path):
     settings, out = finished
-    process = subprocess.Popen(command(data, tmp_path, *settings), env=ENV, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    while not (tmp_path / "ckpt.pt").exists():  # saved after step 4; killed somewhere later
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert checkpoint.load(tmp_path / "ckpt.pt")["train"]["iter"] == 4
+    killed_after_step_4(tmp_path, command(data, tmp_path, *settings))
     run = train(data, tmp_path, *settings, "--init_from=resume")
     assert run.returncode == 0, run.stderr
     assert losses(tmp_path) == losses(out)
@@ -396,7 +400,8 @@ def test_a_later_stage_takes_the_weights(finished, data, tmp_path):
 
 
 def test_adamw_and_cosine(data, tmp_path):
-    settings = ["--optimizer=adamw", "--schedule=cosine", "--max_iters=6", "--eval_interval=3", "--learning_rate=1e-2", "--min_lr=1e-3"]
+    settings = ["--optimizer=adamw", "--schedule=cosine", "--max_iters=6", "--eval_interval=3", "--learning_rate=1e-2", "--min_lr=1e-3",
+                "--mixture={'sudoku4': 1}"]  # fmt: skip
     assert train(data, tmp_path / "whole", *settings).returncode == 0
     rates = [json.loads(line)["lr"] for line in open(tmp_path / "whole" / "log.jsonl") if '"lr"' in line]
     assert rates[:3] == pytest.approx([5.5e-3, 1e-2, 1e-2]) and rates == sorted(rates[:2]) + sorted(rates[2:], reverse=True)
@@ -407,13 +412,13 @@ def test_adamw_and_cosine(data, tmp_path):
 
 
 def test_a_plateau_without_end_is_for_stages_that_are_followed(data, tmp_path):
-    assert train(data, tmp_path, "--decay_iters=0", "--max_iters=4").returncode == 0
+    assert train(data, tmp_path, "--decay_iters=0", "--max_iters=4", "--mixture={'sudoku4': 1}").returncode == 0
     rates = [json.loads(line)["lr"] for line in open(tmp_path / "log.jsonl") if '"lr"' in line]
     assert rates == pytest.approx([1.5e-3, 3e-3, 3e-3, 3e-3])
 
 
 def test_a_run_shorter_than_its_decay_says_so(data, tmp_path):
-    run = train(data, tmp_path, "--max_iters=1", "--warmup_iters=0", "--decay_iters=10")
+    run = train(data, tmp_path, "--max_iters=1", "--warmup_iters=0", "--decay_iters=10", "--mixture={'sudoku4': 1}")
     assert "decay_iters=10 is longer than max_iters=1" in run.stdout and "never gets above 3.0e-04" in run.stdout, run.stdout
     assert '"lr": 0.0003' in (tmp_path / "log.jsonl").read_text()
 
@@ -482,7 +487,7 @@ def test_an_evaluation_runs_beside_and_is_kept(finished, data, tmp_path):
     assert entries[0]["iter"] == 4 and all(e["suites"]["sudoku4"]["total"] == 2 for e in entries)
     assert losses(tmp_path) == losses(out)
     assert not (tmp_path / "ckpt_eval.pt").exists()
-    run = train(data, tmp_path, *settings, "--eval_suites=chess", "--overwrite=True")
+    run = train(data, tmp_path, *settings, "--eval_suites=chess", "--overwrite=True", "--max_iters=4")
     assert run.returncode == 0 and "the evaluation of step 4 failed: error: unknown suite 'chess'" in run.stdout, run.stdout
 
 
@@ -528,12 +533,9 @@ def test_mistakes_are_one_line_and_cost_nothing(data, tmp_path):
         (["--overwrite=False", f"--out_dir={kept}"], ["ckpt.pt exists", "--init_from=resume"]),
         ([f"--init_from={text}"], ["notes.txt", "not a checkpoint"]),
         (["--init_from=resume"], ["ckpt.pt does not exist"]),
-        (["--data=stage9"], ["stage9", "demo"]),
         ([f"--data_dir={broken}"], [shard.name]),
         (["--mixture={'wikipedia': 1}"], ["wikipedia", "stdlib"]),
         (["--max_itres=3"], ["max_itres", "max_iters"]),
-        (["--max_iters=soon"], ["max_iters", "int", "str"]),
-        (["config/route_c_demo.py"], ["config/route_c_demo.py", "route_"]),
         (["--model=transformer"], ["transformer", "dense", "trm"]),
         (["--n_head=3"], ["n_embd=16", "n_head=3"]),
         (["--dtype=int8"], ["int8", "bfloat16"]),
