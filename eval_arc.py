@@ -19,8 +19,8 @@ What is written, all of it into --out_dir: eval.json, answers.jsonl, grids.png, 
 ARC Prize (where there are several models or suites: submission_MODEL_SUITE.json).
 
 eval.json: {model name: report}. A report says which checkpoint it is (params, checkpoint, sha256, iter, model, config, data: {stage, tag,
-sources}, ...), how it was evaluated (settings, device, seconds, gpu_hours, protocol: 'inductive', 'ttt' or 'transductive') and what came
-out, suites: {suite: figures}:
+sources}, ...), how it was evaluated (settings, device, seconds, gpu_hours, protocol: 'inductive', 'ttt', 'transductive', or
+'transductive + ttt') and what came out, suites: {suite: figures}:
 
     total, solved, interval         tasks; interval: 95% of solved / total, [low, high], by Wilson's score
     score                           mean over tasks of the share of their test outputs that are solved: what ARC Prize ranks by
@@ -177,12 +177,13 @@ def trained_on(ckpt):
 def report_on(path, model, ckpt, settings, device, dtype):
     """What a report says about a checkpoint besides its suites: which it is, how it was trained, how it is evaluated."""
     train, data = ckpt.get("train") or {}, trained_on(ckpt)
-    protocol = "transductive" if EVAL_DEMOS in (data["sources"] or []) else "ttt" if settings.ttt_steps else "inductive"
+    was_on = ["transductive"] * (EVAL_DEMOS in (data["sources"] or [])) + ["ttt"] * (settings.ttt_steps > 0)
     return {
         "params": model.num_params(), "train_seconds": number(train, "seconds"), "tokens_per_second": number(train, "tokens_per_second"),
         "val_loss": number(train, "val_loss"), "val_losses": {k: number(train["val_losses"], k) for k in train.get("val_losses") or {}},
         "checkpoint": path, "sha256": stages.sha256_file(path), "iter": train.get("iter"), "model": ckpt["model"],
-        "model_config": dict(ckpt["model_config"]), "config": ckpt.get("config"), "data": data, "protocol": protocol,
+        "model_config": dict(ckpt["model_config"]), "config": ckpt.get("config"), "data": data,
+        "protocol": " + ".join(was_on) or "inductive",
         "settings": dataclasses.asdict(settings), "device": device, "card": hardware.name(device), "dtype": dtype,
         "n_sup": (settings.n_sup or model.config.n_sup) if ckpt["model"] == "trm" else None,
     }  # fmt: skip

@@ -282,6 +282,7 @@ def test_your_own_tasks(checkpoints, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("sources, steps, protocol", [
     (["arc", "maze"], 0, "inductive"), (["arc", "maze"], 3, "ttt"), (["arc", "arc_eval_demos"], 0, "transductive"), (None, 0, "inductive"),
+    (["arc_eval_demos"], 3, "transductive + ttt"),
 ])
 def test_the_report_says_what_was_known_of_the_tasks(sources, steps, protocol):
     ckpt = {"model": "dense", "model_config": {}, "train": {"data": {"stage": "s", "tag": "t", "sources": sources}}}
@@ -322,7 +323,9 @@ def test_watching_a_folder(checkpoints, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("args, words", [
     (["{bad}"], "not a checkpoint"),
     (["{good}", "{bad}"], "not a checkpoint"),
-    (["{torch}"], "not a checkpoint that train.py wrote"),
+    (["{torch}"], "bare state dict"),
+    (["{newer}"], "update smol-llm"),
+    (["{nano}"], "nanoGPT"),
     (["{folder}/missing.pt"], "does not exist"),
     (["{good}", "--suites=sudoku4,sudku4"], "did you mean 'sudoku4'"),
     (["{good}", "--suites="], "names no suite"),
@@ -345,10 +348,13 @@ def test_watching_a_folder(checkpoints, tmp_path, monkeypatch, capsys):
 def test_bad_input_is_one_line_and_overwrites_nothing(args, words, checkpoints, tmp_path, monkeypatch):
     (tmp_path / "notes.txt").write_text("text, no checkpoint\n" * 20)
     torch.save({"a": torch.zeros(2)}, tmp_path / "torch.pt")
+    torch.save({**torch.load(checkpoints[0]), "format": 2}, tmp_path / "newer.pt")
+    torch.save({"model": {"a": torch.zeros(2)}, "model_args": {}, "iter_num": 1}, tmp_path / "nano.pt")
     for name in ("eval.json", "grids.png"):
         (tmp_path / name).write_text("from before")
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    names = {"bad": tmp_path / "notes.txt", "torch": tmp_path / "torch.pt", "good": checkpoints[0], "folder": tmp_path}
+    names = {"bad": tmp_path / "notes.txt", "good": checkpoints[0], "folder": tmp_path,
+             **{name: tmp_path / f"{name}.pt" for name in ("torch", "newer", "nano")}}
     args = [a.format(**names) for a in args]
     if not any(a.startswith("--out_dir") for a in args) and args:
         args.append(f"--out_dir={tmp_path}")
