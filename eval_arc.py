@@ -54,8 +54,8 @@ answers.jsonl: a line for every model, suite and task tried, {...}:
     }
     key                             what the answer depends on, hashed: a run that was killed goes on after the tasks with its own keys
 
-Suites of text (logic) have no demonstrations. Figures of suites that are not tasks (language, lm_eval:...) are in eval.json alone, as
-language.py and harness.py give them.
+Suites of text (logic) have no demonstrations. Figures of suites that are not tasks (language, lm_eval:...) are in eval.json as language.py
+and harness.py give them, and part by part in measured.jsonl, for a run that is killed.
 
 Read next: candidates.py (how a model comes to its attempts), scores.py (what counts as right), sample.py (one task, in the terminal).
 """
@@ -325,7 +325,10 @@ def whole(text):
 def key_of(sha256, suite, task, settings, attempts, device, dtype):
     """What a task's record depends on, hashed: the checkpoint, how it is asked, and the task."""
     pairs = [[scores.rows_of(grid) for grid in pair] for pair in task.train + task.test]
-    what = [sha256, suite, task.id, pairs, dataclasses.asdict(settings), attempts, device.split(":")[0], dtype]
+    return hashed([sha256, suite, task.id, pairs, dataclasses.asdict(settings), attempts, device.split(":")[0], dtype])
+
+
+def hashed(what):
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
 
 
@@ -364,25 +367,42 @@ def ask(name, suite, tasks, model, report, settings, attempts, earlier, out_dir)
                             keep=keep, progress=bar.update)  # fmt: skip
 
 
-def measure(name, suite, model, r, limit):
-    """A suite that is not of tasks -> its figures, or {"error": why there are none}. r: the report, which says what it was trained on."""
+def measure(name, suite, model, r, limit, out_dir):
+    """
+    A suite that is not of tasks -> its figures, or {"error": why there are none}. r: the report, which says what it was trained on. What
+    has been measured before stands in out_dir/measured.jsonl, and is not measured again; what is new goes there as it comes.
+    """
+    path = os.path.join(out_dir, "measured.jsonl")
+    config, data = r["config"] or {}, r["data"]
+    stage = {"data_dir": config.get("data_dir") or "data", "stage": data["stage"] or config.get("data"), "tag": data["tag"]}
+    texts = None
+    if suite == "language" and stage["stage"]:
+        try:
+            texts = language.held_out(**stage)
+        except (OSError, ValueError) as e:
+            print(f"{name} {suite}: no bits per byte: {e}")
+            stage["stage"] = None
+    key = hashed([r["sha256"], suite, limit, r["device"].split(":")[0], texts])
+    before = {line["part"]: line["found"] for line in logbook.read(path) if line.get("key") == key}
+    if before:
+        print(f"{name} {suite}: {len(before)} parts of it have been measured before ({path}) and are not measured again")
+
+    def keep(part, found):
+        problem = logbook.append({"key": key, "model": name, "suite": suite, "part": part, "found": found}, path)
+        if problem:
+            print(problem)
+
     if suite.startswith("lm_eval:"):
         import harness  # here, because lm-eval is optional
 
         try:
-            return harness.evaluate(model, suite.removeprefix("lm_eval:").split(","), limit)
+            if suite not in before:
+                keep(suite, before.setdefault(suite, harness.evaluate(model, suite.removeprefix("lm_eval:").split(","), limit)))
+            return before[suite]
         except (OSError, ValueError) as e:  # an unknown task, or no network: no reason to lose what is there
             return {"error": str(e)}
-    config, data = r["config"] or {}, r["data"]
-    stage = {"data_dir": config.get("data_dir") or "data", "stage": data["stage"] or config.get("data"), "tag": data["tag"]}
-    if stage["stage"]:
-        try:
-            stages.read_manifest(*stage.values(), verify=False)
-        except (OSError, ValueError) as e:
-            print(f"{name} {suite}: no bits per byte: {e}")
-            stage["stage"] = None
     with tqdm(desc=f"{name} {suite}", unit="row", dynamic_ncols=True, leave=False) as bar:
-        return language.evaluate(model, **stage, limit=limit, progress=bar.update)
+        return language.evaluate(model, **stage, limit=limit, progress=bar.update, before=before, keep=keep)
 
 
 def say_suite(name, suite, s):
@@ -453,7 +473,7 @@ def finish(args, models, chosen, records, report, out_dir):
     for name, r in report.items():
         for suite in chosen:
             if not suites.is_tasks(suite):
-                r["suites"][suite] = measure(name, suite, models[name], r, args.limit)
+                r["suites"][suite] = measure(name, suite, models[name], r, args.limit, out_dir)
             else:
                 others = {other: records[other, suite] for other in models if other != name}
                 r["suites"][suite]["against"] = {other: scores.against(records[name, suite], them) for other, them in others.items()}

@@ -216,26 +216,33 @@ def test_nothing_to_show_is_said(tmp_path, monkeypatch, capsys):
 
 
 def test_a_killed_run_goes_on_and_gives_what_it_would_have_given(checkpoints, tmp_path, monkeypatch, capsys):
-    """Killed with SIGKILL as soon as something is on disk."""
-    args = [checkpoints[1], "--suites=maze,sudoku9", "--limit=6", "--augment=32", "--device=cpu"]
-    process = command(*args, f"--out_dir={tmp_path / 'killed'}")
-    partial = tmp_path / "killed" / "answers.partial0.jsonl"
-    while not (partial.exists() and partial.read_text().count("\n") >= 2):
+    """Killed with SIGKILL while it measures `language`, and of the tasks' answers, two and a half have reached the disk."""
+    args = [checkpoints[1], "--suites=sudoku4,language", "--limit=4", "--augment=32", "--device=cpu"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = command(*args, f"--out_dir={killed}")
+    partial, measured = killed / "answers.partial0.jsonl", killed / "measured.jsonl"
+    while not (measured.exists() and measured.read_text().endswith("\n")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     process.kill()
     process.communicate()
-    assert not (tmp_path / "killed" / "eval.json").exists()
-    with open(partial, "a") as f:
+    assert not (killed / "eval.json").exists()
+    lines = partial.read_text().splitlines(keepends=True)
+    partial.write_text("".join(lines[:2]) + lines[2][:50])
+    first, (found, *_) = json.loads(lines[0]), [json.loads(line) for line in measured.read_text().splitlines()]
+    with open(measured, "a") as f:
         f.write('{"key": "cut off in the mid')
-    first = json.loads(partial.read_text().splitlines()[0])
-    call(monkeypatch, *args, f"--out_dir={tmp_path / 'killed'}")
-    assert "have been answered before" in capsys.readouterr().out
+    call(monkeypatch, *args, f"--out_dir={killed}")
+    said = capsys.readouterr().out
+    assert "2 of 4 have been answered before" in said and "parts of it have been measured before" in said
     assert not partial.exists()
-    again = [json.loads(line) for line in (tmp_path / "killed" / "answers.jsonl").read_text().splitlines()]
+    again = [json.loads(line) for line in (killed / "answers.jsonl").read_text().splitlines()]
     assert first in again   # with the seconds it took then: it was not asked again
-    call(monkeypatch, *args, f"--out_dir={tmp_path / 'whole'}")
-    assert answers(tmp_path / "killed") == answers(tmp_path / "whole")
+    call(monkeypatch, *args, f"--out_dir={whole}")
+    assert answers(killed) == answers(whole)
+    a, b = (json.loads((folder / "eval.json").read_text())["route_b"]["suites"]["language"] for folder in (killed, whole))
+    assert a.pop("seconds") >= found["found"]["seconds"] and b.pop("seconds") > 0 and a == b
+    assert a["questions"] == found["found"]["figures"]
 
 
 def test_other_settings_another_checkpoint_or_another_task_are_asked_anew(checkpoints, tmp_path, monkeypatch, capsys):
