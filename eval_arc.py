@@ -322,6 +322,16 @@ def whole(text):
     return int(text)
 
 
+def share(text):
+    """For argparse: a number between 0 and 1."""
+    try:
+        if 0 <= float(text) <= 1:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, not {text!r}")
+
+
 def key_of(sha256, suite, task, settings, attempts, device, dtype):
     """What a task's record depends on, hashed: the checkpoint, how it is asked, and the task."""
     pairs = [[scores.rows_of(grid) for grid in pair] for pair in task.train + task.test]
@@ -509,28 +519,33 @@ def finish(args, models, chosen, records, report, out_dir):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    about = __doc__[: __doc__.index("eval.json: {model name")] + "The top of eval_arc.py tells what these files hold, field by field."
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"error: {message}; see python eval_arc.py --help")
     parser.add_argument("checkpoints", metavar="CKPT", nargs="+", help="a ckpt.pt that train.py wrote; with --watch, a folder of them")
-    parser.add_argument("--suites", help=f"separated by commas (default: all that are there): {suites.ALL}")
-    parser.add_argument("--tasks", metavar="PATH", help="your own tasks: a folder of ARC-style .json files, or one file of many")
-    parser.add_argument("--limit", metavar="N", type=positive, help="only the first N tasks of each suite (default all)")
-    parser.add_argument("--out_dir", metavar="FOLDER", help="where the results go (default: beside the checkpoint)")
-    parser.add_argument("--json", metavar="NAME", default="eval.json", help="file name of the figures (default eval.json)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU where there is one)")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 (default: as in training: float32 on a CPU)")
-    parser.add_argument("--attempts", metavar="N", type=positive, help=f"answers that count in ARC suites (default {ATTEMPTS})")
-    parser.add_argument("--augment", metavar="N", type=positive, default=1, help="views of each task that vote (default 1: as it is)")
-    parser.add_argument("--samples", metavar="N", type=positive, default=1, help="Route A: answers to each view (default 1)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="of answers that are drawn (default 0.8)")
-    parser.add_argument("--programs", metavar="N", type=whole, default=0, help="programs written for each ARC task (default 0)")
-    parser.add_argument("--ttt_steps", metavar="N", type=whole, default=0, help="test-time training: steps on each task (default 0)")
-    parser.add_argument("--ttt_rank", metavar="N", type=whole, default=8, help="its rank; 0 tunes all weights (default 8)")
-    parser.add_argument("--ttt_lr", type=float, default=1e-3, help="its learning rate (default 1e-3)")
-    parser.add_argument("--n_sup", metavar="N", type=positive, help="supervision steps of Route B (default: as it was trained)")
-    parser.add_argument("--halt", metavar="P", type=float, help="Route B: stop thinking once it is more than P sure (default: never)")
-    parser.add_argument("--seed", type=whole, default=1337, help="of views, draws and test-time training (default 1337)")
-    parser.add_argument("--watch", action="store_true", help="evaluate every new checkpoint of a folder, until you press Ctrl-C")
+    group = parser.add_argument_group("what is asked")
+    group.add_argument("--suites", metavar="NAMES", help=f"separated by commas (default: all that are there): {suites.ALL}")
+    group.add_argument("--tasks", metavar="PATH", help="your own tasks: a folder of ARC-style .json files, or one file of many")
+    group.add_argument("--limit", metavar="N", type=positive, help="only the first N tasks of each suite (default: all)")
+    group.add_argument("--attempts", metavar="N", type=positive, help=f"answers that count in ARC suites (default {ATTEMPTS})")
+    group = parser.add_argument_group("how it is asked (more of anything takes longer)")
+    group.add_argument("--augment", metavar="N", type=positive, default=1, help="views of each task that vote (default 1: as it is)")
+    group.add_argument("--samples", metavar="N", type=positive, default=1, help="Route A: answers to each view (default 1)")
+    group.add_argument("--temperature", metavar="T", type=float, default=0.8, help="of answers that are drawn (default 0.8)")
+    group.add_argument("--programs", metavar="N", type=whole, default=0, help="programs written for each ARC task (default 0)")
+    group.add_argument("--n_sup", metavar="N", type=positive, help="Route B: supervision steps, at most (default: as it was trained)")
+    group.add_argument("--halt", metavar="P", type=share, help="Route B: stop thinking once it is more than P sure (default: never)")
+    group.add_argument("--ttt_steps", metavar="N", type=whole, default=0, help="test-time training: steps on each task (default 0)")
+    group.add_argument("--ttt_rank", metavar="N", type=whole, default=8, help="its rank; 0 tunes all weights (default 8)")
+    group.add_argument("--ttt_lr", metavar="RATE", type=float, default=1e-3, help="its learning rate (default 1e-3)")
+    group.add_argument("--seed", metavar="N", type=whole, default=1337, help="of views, draws and test-time training (default 1337)")
+    group = parser.add_argument_group("where")
+    group.add_argument("--out_dir", metavar="FOLDER", help="where the results go (default: beside the checkpoint)")
+    group.add_argument("--json", metavar="NAME", default="eval.json", help="file name of the figures (default eval.json)")
+    group.add_argument("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU where there is one)")
+    group.add_argument("--dtype", metavar="NAME", default="auto",
+                       help="float32, bfloat16, float16 (default: as train.py would choose; float32 on a CPU)")  # fmt: skip
+    group.add_argument("--watch", action="store_true", help="evaluate every new checkpoint of a folder, until you press Ctrl-C")
     args = parser.parse_args()
     try:
         if args.watch and parallel.world_size > 1:

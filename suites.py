@@ -89,7 +89,8 @@ def names(text):
 @functools.cache
 def load(name):
     """-> tuple of arc.Task, always the same ones in the same order. ValueError as `names`, or saying which line of a file is wrong."""
-    names(name)
+    if names(name) != [name] or not is_tasks(name):
+        raise ValueError(f"{name!r} is not one suite of tasks: there are {', '.join(SUITES)}")
     if name in ARC_SUITES:
         return tuple(arc.load(ARC_SUITES[name]))
     if name in puzzles.SUITES:
@@ -135,10 +136,7 @@ def main():
             print(f"{name:16s} {len(load(name)):4d} tasks" if found(name) else f"{name:16s} not there: put its test.csv into {RAW}/{name}")
         return
     try:
-        (name, *more) = names(args.suite)
-        if more or not is_tasks(name):
-            raise ValueError(f"{args.suite!r} is not one suite of tasks: there are {', '.join(SUITES)}")
-        tasks = load(name)
+        tasks = load(args.suite)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     for task in tasks[:3]:

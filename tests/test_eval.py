@@ -342,6 +342,7 @@ def test_watching_a_folder(checkpoints, tmp_path, monkeypatch, capsys):
     (["{good}", "--limit=0"], "1 or more"),
     (["{good}", "--augment=many"], "1 or more"),
     (["{good}", "--n_sup=4"], "Route B"),
+    (["{good}", "--halt=90"], "between 0 and 1"),
     (["{good}", "--temperature=-1"], "0 or more"),
     (["{good}", "--ttt_lr=nan"], "above 0"),
     (["{good}", "--json=../eval.json"], "without a folder"),
