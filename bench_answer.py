@@ -17,6 +17,7 @@ bench_recursion.py, which asks what all this is worth.
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import sys
 
@@ -200,15 +201,20 @@ class Recorded:
 
     puzzle_format = "canvas"
 
-    def __init__(self, traces):
-        self.traces, self.steps = traces, []
+    def __init__(self, said):
+        self.said, self.steps = said, []  # {a task as it was seen: its steps}; how many were left each time
 
     def answer(self, tasks, n_sup, trace, halt):
         out = []
-        for given in self.traces:
-            out.append([None if steps is None else stopped(steps[:n_sup], halt) for steps in given])
+        for task in tasks:
+            out.append([None if steps is None else stopped(steps[:n_sup], halt) for steps in self.said[seen(task)]])
             self.steps += [len(steps) for steps in out[-1] if steps is not None]
         return out
+
+
+def seen(task):
+    """A task's id and all of its grids that a model is shown, as one text."""
+    return repr([task.id, *(scores.rows_of(grid) for pair in task.train for grid in pair), *(scores.rows_of(x) for x, _ in task.test)])
 
 
 def stopped(steps, halt):
@@ -219,39 +225,45 @@ def stopped(steps, halt):
 
 def halting(net, tasks, views, n_sup):
     """
-    Route B on tasks in `views` ways, thinking n_sup steps once -> for every limit 1, 2, 4, ... n_sup on its steps and every threshold of
-    HALTS a dict {n_sup, halt, steps: on average, solved: after voting, pass_2, total}: as eval_arc.py would have it, without asking again.
+    Route B on tasks in `views` ways, thinking n_sup steps once -> for 1, 2, 4, ... views, as many limits on the steps and every threshold
+    of HALTS a dict {views, n_sup, halt, steps: on average, solved: after voting, pass_2, total}: what eval_arc.py would give, without
+    asking again. Thresholds that no answer passes are left out.
     """
     settings = candidates.Settings(augment=views)
-    chunks, found = eval_arc.chunks(candidates.without_answers(tasks), views), {}
-    by_id = {task.id: task for task in tasks}
-    limits = [n for n in (2**i for i in range(n_sup.bit_length())) if n < n_sup] + [n_sup]
-    records, steps = {}, {}
-    for part in tqdm(chunks, desc="thinking", unit="batch", dynamic_ncols=True, leave=False):
-        asked = [candidates.look(view, task) for task in part for view in candidates.views(task, views, settings.seed)]
-        recorded = Recorded(net.answer(asked, n_sup=n_sup, trace=True))
-        for limit in limits:
-            for halt in HALTS:
-                recorded.steps = steps.setdefault((limit, halt), [])
-                given = candidates.solve(recorded, part, dataclasses.replace(settings, n_sup=limit, halt=halt))
-                records.setdefault((limit, halt), []).extend(scores.judge(by_id[t.id], g, 2) for t, g in zip(part, given))
-    for (limit, halt), judged in records.items():
-        figures = scores.figures(judged, 2)
-        found[limit, halt] = {"n_sup": limit, "halt": halt, "steps": float(np.mean(steps[limit, halt])) if steps[limit, halt] else None,
-                              "solved": figures["pass_1"], "pass_2": figures["pass_2"], "total": figures["total"]}  # fmt: skip
-    return list(found.values())
+    said = {}
+    for part in tqdm(eval_arc.chunks(tasks, views), desc="thinking", unit="batch", dynamic_ncols=True, leave=False):
+        hidden = candidates.without_answers(part)
+        asked = [candidates.look(view, task) for task in hidden for view in candidates.views(task, views, settings.seed)]
+        said.update(zip(map(seen, asked), net.answer(asked, n_sup=n_sup, trace=True)))
+    found = []
+    for n_views, limit, halt in itertools.product(doubled(views), doubled(n_sup), HALTS):
+        recorded, some = Recorded(said), dataclasses.replace(settings, augment=n_views, n_sup=limit, halt=halt)
+        given = candidates.solve(recorded, candidates.without_answers(tasks), some)
+        figures = scores.figures([scores.judge(task, g, 2) for task, g in zip(tasks, given)], 2)
+        steps = float(np.mean(recorded.steps)) if recorded.steps else 0.0
+        if halt is None or steps < limit:
+            found.append({"views": n_views, "n_sup": limit, "halt": halt, "steps": steps, "solved": figures["pass_1"],
+                          "pass_2": figures["pass_2"], "total": figures["total"]})  # fmt: skip
+    return found
+
+
+def doubled(most):
+    """1, 2, 4, ..., most."""
+    return [n for n in (2**i for i in range(most.bit_length())) if n < most] + [most]
 
 
 def print_halting(rows, full, args):
-    """The figures of `halting`, and what they would make of ARC-AGI-1."""
-    print(f"{args.checkpoint} on {rows[0]['total']} tasks of {args.suite} in {args.views} views. Hours: what the 100M model would take for "
-          f"arc1 if it took\nas many steps there, on {args.cards} x {args.card} at {args.mfu:.0%} of its peak.\n")  # fmt: skip
-    print(f"{'steps at most':>13s} {'halting above':>14s} {'steps on average':>17s} {'solved':>7s} {'in two attempts':>16s} {'hours':>7s}")
-    per_step = projection(full, args.views, args.card, args.cards, args.mfu, 1)["hours"]
-    for r in rows:
-        hours = per_step * r["steps"]
+    """The figures of `halting`, cheap ones first, and what they would make of ARC-AGI-1. Marked: no cheaper one solves as many."""
+    print(f"{args.checkpoint} on {rows[0]['total']} tasks of {args.suite}. Minutes: what the 100M model would take for arc1 with as many\n"
+          f"steps on average, on {args.cards} x {args.card} at {args.mfu:.0%} of its peak. *: none that costs less solves as many.\n")
+    print(f"{'views':>7s} {'steps at most':>14s} {'halting above':>14s} {'steps on average':>17s} {'solved':>7s} {'in two attempts':>16s} "
+          f"{'minutes':>8s}")  # fmt: skip
+    minutes, best = 60 * projection(full, 1, args.card, args.cards, args.mfu, 1)["hours"], -1
+    for r in sorted(rows, key=lambda r: (r["views"] * r["steps"], -r["solved"])):
         halt = "never" if r["halt"] is None else f"{r['halt']:g}"
-        print(f"{r['n_sup']:13d} {halt:>14s} {r['steps']:17.2f} {r['solved']:7d} {r['pass_2']:16d} {hours:7.2f}")
+        print(f"{'* ' if r['solved'] > best else '  '}{r['views']:5d} {r['n_sup']:14d} {halt:>14s} {r['steps']:17.2f} {r['solved']:7d} "
+              f"{r['pass_2']:16d} {minutes * r['views'] * r['steps']:8.0f}")
+        best = max(best, r["solved"])
 
 
 def main(argv):

@@ -1,5 +1,6 @@
 """bench.py answer: its figures are of what they say, on a model of a few thousand parameters."""
 
+import itertools
 import json
 
 import numpy as np
@@ -76,11 +77,11 @@ def test_fewer_steps_and_halting_are_read_off_as_they_would_be_asked():
     with torch.no_grad():
         net.q_head.weight *= 3
     rows = bench_answer.halting(net, tasks, 3, 3)
-    assert [(r["n_sup"], r["halt"]) for r in rows] == [(n, halt) for n in (1, 2, 3) for halt in bench_answer.HALTS]
-    for r in rows[::4]:
-        settings, asked = candidates.Settings(augment=3, n_sup=r["n_sup"], halt=r["halt"]), []
+    assert {(r["views"], r["n_sup"]) for r in rows if r["halt"] is None} == set(itertools.product((1, 2, 3), (1, 2, 3)))
+    for r in rows[::6]:
+        settings, asked = candidates.Settings(augment=r["views"], n_sup=r["n_sup"], halt=r["halt"]), []
         for task in tasks:
-            part = [candidates.look(view, task) for view in candidates.views(task, 3, settings.seed)]
+            part = [candidates.look(view, task) for view in candidates.views(task, r["views"], settings.seed)]
             asked += [len(steps) for (steps,) in net.answer(part, n_sup=r["n_sup"], halt=r["halt"], trace=True)]
         records = eval_arc.evaluate(tasks, lambda part, s=settings: candidates.solve(net, part, s), 2, 3)
         figures = scores.figures(records, 2)
@@ -92,7 +93,7 @@ def test_a_checkpoint_is_asked_by_the_command(tmp_path, capsys, monkeypatch):
     path = tiny.save(tmp_path / "b.pt", "trm", {})
     bench_answer.main(["answer", f"--checkpoint={path}", "--limit=2", "--views=2", "--n_sup=2"])
     lines = capsys.readouterr().out.splitlines()
-    assert "on 2 tasks of sudoku4 in 2 views" in lines[0] and len(lines) == 4 + 2 * len(bench_answer.HALTS)
+    assert "on 2 tasks of sudoku4" in lines[0] and lines[4].startswith("* ") and len(lines) >= 4 + 2 * 2
     for args, words in (([f"--checkpoint={tmp_path}/c.pt"], "does not exist"), ([f"--checkpoint={path}", "--suite=sudku4"], "sudoku4"),
                         ([f"--checkpoint={path}", "--suite=logic"], "in words"),
                         ([f"--checkpoint={tiny.save(tmp_path / 'a.pt', 'dense', {})}"], "Route A")):  # fmt: skip
