@@ -223,14 +223,14 @@ def table(report):
                     notes.append(f"{suite}: {name} is better than {other}: {tally} (p = {p['p']:.2g})")
         s = first[suite]
         if s.get("total", 0) + s.get("unknown", 0) < s.get("available", 0):
-            limited.append(f"{suite} is the first {s['total'] + s['unknown']} of its {s['available']} tasks")
+            limited.append(f"{s['total'] + s['unknown']} of {s['available']} in {suite}")
     if len(rows) > 1:
         lines += columns(rows) + [""]
         attempts = {s["attempts"]: suite for suite, s in first.items() if "solved" in s}
         allowed = ", ".join(f"{n} attempt{'s' * (n > 1)} as in {suite}" for n, suite in sorted(attempts.items()))
         lines.append(f"solved: tasks with all test outputs right ({allowed}); oracle: with any of the candidates.")
     if limited:
-        lines.append(f"Limited: {'; '.join(limited)}.")
+        lines.append(f"Limited to the first tasks: {', '.join(limited)}.")
     return "\n".join(lines + notes)
 
 
