@@ -16,6 +16,7 @@ import contextlib
 import glob
 import importlib
 import os
+import pickle
 import shutil
 import zipfile
 from dataclasses import fields
@@ -94,12 +95,17 @@ def load(path, map_location="cpu"):
             if f.testzip() is not None:
                 raise ValueError("checksum")
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} is not a checkpoint that train.py wrote: it holds Python objects besides tensors and plain values, which "
+                         "are not loaded because loading them can run code") from None  # fmt: skip
     except Exception as e:  # bytes that are no checkpoint fail in any way they like
         raise ValueError(f"{path} is not a checkpoint that can be read, or it is damaged ({type(e).__name__})") from None
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
-        raise ValueError(f"{path} is a file of PyTorch's, but not a checkpoint that train.py wrote")
+        raise ValueError(f"{path} is {what_else(checkpoint)}, not a checkpoint that train.py wrote")
     if checkpoint["format"] != CHECKPOINT_FORMAT:
-        raise ValueError(f"{path} has checkpoint format {checkpoint['format']}, this version reads {CHECKPOINT_FORMAT}")
+        newer = isinstance(checkpoint["format"], int) and checkpoint["format"] > CHECKPOINT_FORMAT
+        advice = "update smol-llm to read it" if newer else "no version of smol-llm has written that"  # there is no older one than 1
+        raise ValueError(f"{path} has checkpoint format {checkpoint['format']!r}, and this version reads {CHECKPOINT_FORMAT}: {advice}")
     missing = [k for k in ("model", "model_config", "weights", "ema", "tokenizer", "train") if k not in checkpoint]
     if missing:
         raise ValueError(f"{path} is not a checkpoint that train.py wrote: it has no {', '.join(missing)}")
@@ -107,6 +113,15 @@ def load(path, map_location="cpu"):
         raise ValueError(f"{path} was trained with another tokenizer ({str(checkpoint['tokenizer'])[:12]}...) than this one "
                          f"({tok.fingerprint()[:12]}...): its token ids mean something else")  # fmt: skip
     return checkpoint
+
+
+def what_else(value):
+    """What a file of PyTorch's without a format may be, in words: checkpoints that people have at hand."""
+    if isinstance(value, dict) and {"model", "model_args"} <= value.keys():
+        return "a checkpoint of nanoGPT, whose model is another than the two here,"
+    if isinstance(value, dict) and value and all(isinstance(v, torch.Tensor) for v in value.values()):
+        return "a bare state dict, which says neither which model nor which tokenizer its weights are for,"
+    return "a file of PyTorch's"
 
 
 def load_weights(model, weights, path):

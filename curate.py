@@ -540,7 +540,8 @@ def held_out():
 
 def main(argv):
     if not argv or argv[0] in ("-h", "--help"):
-        sys.exit(__doc__)
+        print(__doc__.strip())
+        return
     profile = argv[1] if argv[1:] else "prose"
     if profile not in PROFILES:
         sys.exit(f"error: no profile {profile!r}: there are {', '.join(PROFILES)}")

@@ -19,8 +19,8 @@ What is written, all of it into --out_dir: eval.json, answers.jsonl, grids.png, 
 ARC Prize (where there are several models or suites: submission_MODEL_SUITE.json).
 
 eval.json: {model name: report}. A report says which checkpoint it is (params, checkpoint, sha256, iter, model, config, data: {stage, tag,
-sources}, ...), how it was evaluated (settings, device, seconds, gpu_hours, protocol: 'inductive', 'ttt' or 'transductive') and what came
-out, suites: {suite: figures}:
+sources}, ...), how it was evaluated (settings, device, seconds, gpu_hours, protocol: 'inductive', 'ttt', 'transductive', or
+'transductive + ttt') and what came out, suites: {suite: figures}:
 
     total, solved, interval         tasks; interval: 95% of solved / total, [low, high], by Wilson's score
     score                           mean over tasks of the share of their test outputs that are solved: what ARC Prize ranks by
@@ -54,8 +54,8 @@ answers.jsonl: a line for every model, suite and task tried, {...}:
     }
     key                             what the answer depends on, hashed: a run that was killed goes on after the tasks with its own keys
 
-Suites of text (logic) have no demonstrations. Figures of suites that are not tasks (language, lm_eval:...) are in eval.json alone, as
-language.py and harness.py give them.
+Suites of text (logic) have no demonstrations. Figures of suites that are not tasks (language, lm_eval:...) are in eval.json as language.py
+and harness.py give them, and part by part in measured.jsonl, for a run that is killed.
 
 Read next: candidates.py (how a model comes to its attempts), scores.py (what counts as right), sample.py (one task, in the terminal).
 """
@@ -177,12 +177,13 @@ def trained_on(ckpt):
 def report_on(path, model, ckpt, settings, device, dtype):
     """What a report says about a checkpoint besides its suites: which it is, how it was trained, how it is evaluated."""
     train, data = ckpt.get("train") or {}, trained_on(ckpt)
-    protocol = "transductive" if EVAL_DEMOS in (data["sources"] or []) else "ttt" if settings.ttt_steps else "inductive"
+    was_on = ["transductive"] * (EVAL_DEMOS in (data["sources"] or [])) + ["ttt"] * (settings.ttt_steps > 0)
     return {
         "params": model.num_params(), "train_seconds": number(train, "seconds"), "tokens_per_second": number(train, "tokens_per_second"),
         "val_loss": number(train, "val_loss"), "val_losses": {k: number(train["val_losses"], k) for k in train.get("val_losses") or {}},
         "checkpoint": path, "sha256": stages.sha256_file(path), "iter": train.get("iter"), "model": ckpt["model"],
-        "model_config": dict(ckpt["model_config"]), "config": ckpt.get("config"), "data": data, "protocol": protocol,
+        "model_config": dict(ckpt["model_config"]), "config": ckpt.get("config"), "data": data,
+        "protocol": " + ".join(was_on) or "inductive",
         "settings": dataclasses.asdict(settings), "device": device, "card": hardware.name(device), "dtype": dtype,
         "n_sup": (settings.n_sup or model.config.n_sup) if ckpt["model"] == "trm" else None,
     }  # fmt: skip
@@ -222,14 +223,14 @@ def table(report):
                     notes.append(f"{suite}: {name} is better than {other}: {tally} (p = {p['p']:.2g})")
         s = first[suite]
         if s.get("total", 0) + s.get("unknown", 0) < s.get("available", 0):
-            limited.append(f"{suite} is the first {s['total'] + s['unknown']} of its {s['available']} tasks")
+            limited.append(f"{s['total'] + s['unknown']} of {s['available']} in {suite}")
     if len(rows) > 1:
         lines += columns(rows) + [""]
         attempts = {s["attempts"]: suite for suite, s in first.items() if "solved" in s}
         allowed = ", ".join(f"{n} attempt{'s' * (n > 1)} as in {suite}" for n, suite in sorted(attempts.items()))
         lines.append(f"solved: tasks with all test outputs right ({allowed}); oracle: with any of the candidates.")
     if limited:
-        lines.append(f"Limited: {'; '.join(limited)}.")
+        lines.append(f"Limited to the first tasks: {', '.join(limited)}.")
     return "\n".join(lines + notes)
 
 
@@ -321,10 +322,23 @@ def whole(text):
     return int(text)
 
 
+def share(text):
+    """For argparse: a number between 0 and 1."""
+    try:
+        if 0 <= float(text) <= 1:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, not {text!r}")
+
+
 def key_of(sha256, suite, task, settings, attempts, device, dtype):
     """What a task's record depends on, hashed: the checkpoint, how it is asked, and the task."""
     pairs = [[scores.rows_of(grid) for grid in pair] for pair in task.train + task.test]
-    what = [sha256, suite, task.id, pairs, dataclasses.asdict(settings), attempts, device.split(":")[0], dtype]
+    return hashed([sha256, suite, task.id, pairs, dataclasses.asdict(settings), attempts, device.split(":")[0], dtype])
+
+
+def hashed(what):
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
 
 
@@ -363,25 +377,42 @@ def ask(name, suite, tasks, model, report, settings, attempts, earlier, out_dir)
                             keep=keep, progress=bar.update)  # fmt: skip
 
 
-def measure(name, suite, model, r, limit):
-    """A suite that is not of tasks -> its figures, or {"error": why there are none}. r: the report, which says what it was trained on."""
+def measure(name, suite, model, r, limit, out_dir):
+    """
+    A suite that is not of tasks -> its figures, or {"error": why there are none}. r: the report, which says what it was trained on. What
+    has been measured before stands in out_dir/measured.jsonl, and is not measured again; what is new goes there as it comes.
+    """
+    path = os.path.join(out_dir, "measured.jsonl")
+    config, data = r["config"] or {}, r["data"]
+    stage = {"data_dir": config.get("data_dir") or "data", "stage": data["stage"] or config.get("data"), "tag": data["tag"]}
+    texts = None
+    if suite == "language" and stage["stage"]:
+        try:
+            texts = language.held_out(**stage)
+        except (OSError, ValueError) as e:
+            print(f"{name} {suite}: no bits per byte: {e}")
+            stage["stage"] = None
+    key = hashed([r["sha256"], suite, limit, r["device"].split(":")[0], texts])
+    before = {line["part"]: line["found"] for line in logbook.read(path) if line.get("key") == key}
+    if before:
+        print(f"{name} {suite}: {len(before)} parts of it have been measured before ({path}) and are not measured again")
+
+    def keep(part, found):
+        problem = logbook.append({"key": key, "model": name, "suite": suite, "part": part, "found": found}, path)
+        if problem:
+            print(problem)
+
     if suite.startswith("lm_eval:"):
         import harness  # here, because lm-eval is optional
 
         try:
-            return harness.evaluate(model, suite.removeprefix("lm_eval:").split(","), limit)
+            if suite not in before:
+                keep(suite, before.setdefault(suite, harness.evaluate(model, suite.removeprefix("lm_eval:").split(","), limit)))
+            return before[suite]
         except (OSError, ValueError) as e:  # an unknown task, or no network: no reason to lose what is there
             return {"error": str(e)}
-    config, data = r["config"] or {}, r["data"]
-    stage = {"data_dir": config.get("data_dir") or "data", "stage": data["stage"] or config.get("data"), "tag": data["tag"]}
-    if stage["stage"]:
-        try:
-            stages.read_manifest(*stage.values(), verify=False)
-        except (OSError, ValueError) as e:
-            print(f"{name} {suite}: no bits per byte: {e}")
-            stage["stage"] = None
     with tqdm(desc=f"{name} {suite}", unit="row", dynamic_ncols=True, leave=False) as bar:
-        return language.evaluate(model, **stage, limit=limit, progress=bar.update)
+        return language.evaluate(model, **stage, limit=limit, progress=bar.update, before=before, keep=keep)
 
 
 def say_suite(name, suite, s):
@@ -452,7 +483,7 @@ def finish(args, models, chosen, records, report, out_dir):
     for name, r in report.items():
         for suite in chosen:
             if not suites.is_tasks(suite):
-                r["suites"][suite] = measure(name, suite, models[name], r, args.limit)
+                r["suites"][suite] = measure(name, suite, models[name], r, args.limit, out_dir)
             else:
                 others = {other: records[other, suite] for other in models if other != name}
                 r["suites"][suite]["against"] = {other: scores.against(records[name, suite], them) for other, them in others.items()}
@@ -488,28 +519,33 @@ def finish(args, models, chosen, records, report, out_dir):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    about = __doc__[: __doc__.index("eval.json: {model name")] + "The top of eval_arc.py tells what these files hold, field by field."
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"error: {message}; see python eval_arc.py --help")
     parser.add_argument("checkpoints", metavar="CKPT", nargs="+", help="a ckpt.pt that train.py wrote; with --watch, a folder of them")
-    parser.add_argument("--suites", help=f"separated by commas (default: all that are there): {suites.ALL}")
-    parser.add_argument("--tasks", metavar="PATH", help="your own tasks: a folder of ARC-style .json files, or one file of many")
-    parser.add_argument("--limit", metavar="N", type=positive, help="only the first N tasks of each suite (default all)")
-    parser.add_argument("--out_dir", metavar="FOLDER", help="where the results go (default: beside the checkpoint)")
-    parser.add_argument("--json", metavar="NAME", default="eval.json", help="file name of the figures (default eval.json)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU where there is one)")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 (default: as in training: float32 on a CPU)")
-    parser.add_argument("--attempts", metavar="N", type=positive, help=f"answers that count in ARC suites (default {ATTEMPTS})")
-    parser.add_argument("--augment", metavar="N", type=positive, default=1, help="views of each task that vote (default 1: as it is)")
-    parser.add_argument("--samples", metavar="N", type=positive, default=1, help="Route A: answers to each view (default 1)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="of answers that are drawn (default 0.8)")
-    parser.add_argument("--programs", metavar="N", type=whole, default=0, help="programs written for each ARC task (default 0)")
-    parser.add_argument("--ttt_steps", metavar="N", type=whole, default=0, help="test-time training: steps on each task (default 0)")
-    parser.add_argument("--ttt_rank", metavar="N", type=whole, default=8, help="its rank; 0 tunes all weights (default 8)")
-    parser.add_argument("--ttt_lr", type=float, default=1e-3, help="its learning rate (default 1e-3)")
-    parser.add_argument("--n_sup", metavar="N", type=positive, help="supervision steps of Route B (default: as it was trained)")
-    parser.add_argument("--halt", metavar="P", type=float, help="Route B: stop thinking once it is more than P sure (default: never)")
-    parser.add_argument("--seed", type=whole, default=1337, help="of views, draws and test-time training (default 1337)")
-    parser.add_argument("--watch", action="store_true", help="evaluate every new checkpoint of a folder, until you press Ctrl-C")
+    group = parser.add_argument_group("what is asked")
+    group.add_argument("--suites", metavar="NAMES", help=f"separated by commas (default: all that are there): {suites.ALL}")
+    group.add_argument("--tasks", metavar="PATH", help="your own tasks: a folder of ARC-style .json files, or one file of many")
+    group.add_argument("--limit", metavar="N", type=positive, help="only the first N tasks of each suite (default: all)")
+    group.add_argument("--attempts", metavar="N", type=positive, help=f"answers that count in ARC suites (default {ATTEMPTS})")
+    group = parser.add_argument_group("how it is asked (more of anything takes longer)")
+    group.add_argument("--augment", metavar="N", type=positive, default=1, help="views of each task that vote (default 1: as it is)")
+    group.add_argument("--samples", metavar="N", type=positive, default=1, help="Route A: answers to each view (default 1)")
+    group.add_argument("--temperature", metavar="T", type=float, default=0.8, help="of answers that are drawn (default 0.8)")
+    group.add_argument("--programs", metavar="N", type=whole, default=0, help="programs written for each ARC task (default 0)")
+    group.add_argument("--n_sup", metavar="N", type=positive, help="Route B: supervision steps, at most (default: as it was trained)")
+    group.add_argument("--halt", metavar="P", type=share, help="Route B: stop thinking once it is more than P sure (default: never)")
+    group.add_argument("--ttt_steps", metavar="N", type=whole, default=0, help="test-time training: steps on each task (default 0)")
+    group.add_argument("--ttt_rank", metavar="N", type=whole, default=8, help="its rank; 0 tunes all weights (default 8)")
+    group.add_argument("--ttt_lr", metavar="RATE", type=float, default=1e-3, help="its learning rate (default 1e-3)")
+    group.add_argument("--seed", metavar="N", type=whole, default=1337, help="of views, draws and test-time training (default 1337)")
+    group = parser.add_argument_group("where")
+    group.add_argument("--out_dir", metavar="FOLDER", help="where the results go (default: beside the checkpoint)")
+    group.add_argument("--json", metavar="NAME", default="eval.json", help="file name of the figures (default eval.json)")
+    group.add_argument("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU where there is one)")
+    group.add_argument("--dtype", metavar="NAME", default="auto",
+                       help="float32, bfloat16, float16 (default: as train.py would choose; float32 on a CPU)")  # fmt: skip
+    group.add_argument("--watch", action="store_true", help="evaluate every new checkpoint of a folder, until you press Ctrl-C")
     args = parser.parse_args()
     try:
         if args.watch and parallel.world_size > 1:

@@ -33,7 +33,7 @@ from scores import interval
 BATCH_TOKENS = 2048    # in one pass through the model: its logits are 50,304 numbers for each
 SOURCE_TOKENS = 65536  # read of each source, in windows of block_size spread evenly over it
 CODE_TOKENS = 96       # a function may have
-CODE_BATCH = 14        # functions that Route A writes at a time
+CODE_BATCH = 14        # functions that Route A writes at a time, and that are lost when a run is killed
 
 
 # -----------------------------------------------------------------------------
@@ -86,32 +86,35 @@ def log_probabilities(model, rows, progress=lambda n: None):
 # the three parts
 
 
-def bits_per_byte(model, data_dir, stage, tag=None, source_tokens=SOURCE_TOKENS, progress=lambda n: None):
-    """
-    -> {source: {bits_per_byte, interval, bytes, tokens}} for the text sources of a prepared stage that have validation shards. Ends of
-    documents and reserved ids are read but not counted: they are no text. FileNotFoundError or ValueError if the stage is not there.
-    """
-    manifest = loader.read_stage(data_dir, stage, tag, verify=False)[0]
-    bytes_of = np.array([len(tok.load().decode_single_token_bytes(i)) if i < tok.EOT else 0 for i in range(tok.VOCAB_SIZE)])
-    held_out, out = {}, {}
-    for entry in manifest:
+def held_out(data_dir, stage, tag=None):
+    """-> {text source: its validation shards, as the manifest has them} of a stage. FileNotFoundError or ValueError if it is not there."""
+    out = {}
+    for entry in sorted(loader.read_stage(data_dir, stage, tag, verify=False)[0], key=lambda entry: entry["source"]):
         if entry["kind"] == "text" and entry["split"] == "val":
-            held_out.setdefault(entry["source"], []).append(entry)
-    for source, entries in sorted(held_out.items()):
-        shards, size = loader.Shards(data_dir, entries), model.config.block_size
-        windows = max((shards.n_tokens - 1) // size, 1)
-        picks = np.linspace(0, windows - 1, min(windows, max(source_tokens // size, 1))).astype(int)
-        ids = [shards.slice(i * size, min((i + 1) * size + 1, shards.n_tokens)) for i in picks]
-        surprise, counted = [], []
-        for (nats, _), window in zip(log_probabilities(model, [(w[:1], w[1:]) for w in ids], progress), ids):
-            n_bytes = bytes_of[window[1:]]
-            surprise.append(-float(nats[n_bytes > 0].sum(dtype=np.float64)) / math.log(2))
-            counted.append(int(n_bytes.sum()))
-        above, below = np.array(surprise), np.array(counted)
-        if below.sum():
-            out[source] = {"bits_per_byte": round(float(above.sum() / below.sum()), 6), "interval": ratio_interval(above, below),
-                           "bytes": int(below.sum()), "tokens": sum(len(w) - 1 for w in ids)}  # fmt: skip
+            out.setdefault(entry["source"], []).append(entry)
     return out
+
+
+def bits_per_byte(model, data_dir, entries, source_tokens=SOURCE_TOKENS, progress=lambda n: None):
+    """
+    -> {bits_per_byte, interval, bytes, tokens} of the shards `entries` of one source, None where they have no text. Ends of documents and
+    reserved ids are read but not counted: they are no text.
+    """
+    bytes_of = np.array([len(tok.load().decode_single_token_bytes(i)) if i < tok.EOT else 0 for i in range(tok.VOCAB_SIZE)])
+    shards, size = loader.Shards(data_dir, entries), model.config.block_size
+    windows = max((shards.n_tokens - 1) // size, 1)
+    picks = np.linspace(0, windows - 1, min(windows, max(source_tokens // size, 1))).astype(int)
+    ids = [shards.slice(i * size, min((i + 1) * size + 1, shards.n_tokens)) for i in picks]
+    surprise, counted = [], []
+    for (nats, _), window in zip(log_probabilities(model, [(w[:1], w[1:]) for w in ids], progress), ids):
+        n_bytes = bytes_of[window[1:]]
+        surprise.append(-float(nats[n_bytes > 0].sum(dtype=np.float64)) / math.log(2))
+        counted.append(int(n_bytes.sum()))
+    above, below = np.array(surprise), np.array(counted)
+    if not below.sum():
+        return None
+    return {"bits_per_byte": round(float(above.sum() / below.sum()), 6), "interval": ratio_interval(above, below),
+            "bytes": int(below.sum()), "tokens": sum(len(w) - 1 for w in ids)}  # fmt: skip
 
 
 def answer_questions(model, limit=None, progress=lambda n: None):
@@ -153,12 +156,12 @@ def best_is(scores, right):
     return 1 / len(best) if right in best else 0
 
 
-def write_code(model, limit=None, progress=lambda n: None):
+def write_code(model, items, progress=lambda n: None):
     """
-    -> {total, solved, accuracy, interval, answers: [{name, stub, written, solved, reason}, ...]}. One greedy attempt at each function.
+    items of language_items.functions() -> [{name, stub, written, solved, reason}, ...]: one greedy attempt at each, run on its tests.
     There is no chance level: a function that returns nothing passes no test.
     """
-    items, answers = spread(language_items.functions(), limit), []
+    answers = []
     together = CODE_BATCH if model.puzzle_format == "autoregressive" else 1  # Route B's generate() ends when its first row does
     for start in range(0, len(items), together):
         part = items[start : start + together]
@@ -166,8 +169,7 @@ def write_code(model, limit=None, progress=lambda n: None):
             result = sandbox.run_tests(stub + written, tests)
             answers.append({"name": name, "stub": stub, "written": written, "solved": result.ok, "reason": result.reason})
         progress(len(part))
-    solved, n = sum(a["solved"] for a in answers), len(items)
-    return {"total": n, "solved": solved, "accuracy": round(solved / n, 6), "interval": interval(solved, n), "answers": answers}
+    return answers
 
 
 def complete(model, stubs, max_new_tokens=CODE_TOKENS):
@@ -194,17 +196,39 @@ def body(ids):
     return text, end < len(ids)
 
 
-def evaluate(model, data_dir="data", stage=None, tag=None, limit=None, progress=lambda n: None):
+def evaluate(model, data_dir="data", stage=None, tag=None, limit=None, progress=lambda n: None, before=None, keep=lambda part, found: None):
     """
-    -> {bits_per_byte, questions, code, seconds}: as the functions above give them; bits_per_byte is {} where no stage is named. limit: only
-    so many questions and functions, and a share of the text to match. progress is told of every row and function that is done.
+    -> {bits_per_byte: {source: figures}, questions, code: {total, solved, accuracy, interval, answers}, seconds}: as the functions above
+    give them; bits_per_byte is {} where no stage is named. limit: only so many questions and functions, and a share of the text to match.
+    progress is told of every row and function that is done. keep(name of a part, what was found) is called after each part, and parts that
+    are in `before`, {name: what keep was given}, are not measured again.
     """
-    started = time.perf_counter()
+    before, seconds = before or {}, 0.0
+
+    def measured(part, measure):
+        nonlocal seconds
+        found = before.get(part)
+        if found is None:
+            started = time.perf_counter()
+            found = {"figures": measure(), "seconds": round(time.perf_counter() - started, 3)}
+            keep(part, found)
+        seconds += found["seconds"]
+        return found["figures"]
+
     share = 1 if limit is None else min(limit / len(language_items.QUESTIONS), 1)
+    bits = {source: measured(f"bits per byte of {source}",
+                             lambda e=entries: bits_per_byte(model, data_dir, e, int(SOURCE_TOKENS * share), progress))
+            for source, entries in (held_out(data_dir, stage, tag) if stage else {}).items()}  # fmt: skip
+    questions = measured("questions", lambda: answer_questions(model, limit, progress))
+    functions, answers = spread(language_items.functions(), limit), []
+    for start in range(0, len(functions), CODE_BATCH):
+        part = functions[start : start + CODE_BATCH]
+        answers += measured(f"code from {part[0][0]} on", lambda part=part: write_code(model, part, progress))
+    solved, n = sum(a["solved"] for a in answers), len(answers)
     return {
-        "bits_per_byte": bits_per_byte(model, data_dir, stage, tag, int(SOURCE_TOKENS * share), progress) if stage else {},
-        "questions": answer_questions(model, limit, progress), "code": write_code(model, limit, progress),
-        "seconds": round(time.perf_counter() - started, 3),
+        "bits_per_byte": {source: figures for source, figures in bits.items() if figures}, "questions": questions,
+        "code": {"total": n, "solved": solved, "accuracy": round(solved / n, 6), "interval": interval(solved, n), "answers": answers},
+        "seconds": round(seconds, 3),
     }  # fmt: skip
 
 

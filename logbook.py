@@ -70,6 +70,9 @@ def draw_losses(out_dir):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(__doc__.strip())
+        sys.exit()
     if len(sys.argv) != 2 or not os.path.isfile(os.path.join(sys.argv[1], "log.jsonl")):
         sys.exit("error: name a folder that train.py wrote a log.jsonl into: python logbook.py out/demo/route_a")
     draw_losses(sys.argv[1])

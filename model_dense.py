@@ -281,6 +281,13 @@ class LinearCrossEntropy(torch.autograd.Function):
         return d_x * d_loss.to(d_x.dtype), d_weight * d_loss, None, None
 
 
+def linear_cross_entropy(x, weight, targets, share):
+    """LinearCrossEntropy, without its gradients where nobody asks for them: under no_grad a weight still says that it needs one."""
+    if not torch.is_grad_enabled():
+        x, weight = x.detach(), weight.detach()
+    return LinearCrossEntropy.apply(x, weight, targets, share)
+
+
 def row_shares(rows, n_rows):
     """
     rows (N,): the row of a batch that each answer token belongs to -> its share (N,) of a loss that is the mean over rows of each
@@ -503,7 +510,7 @@ class Model(nn.Module):
         keep = targets != IGNORE
         x, targets = x[keep], targets[keep]
         share = row_shares(keep.nonzero()[:, 0], len(idx)) if mode == "puzzle" else torch.ones_like(x[:, 0]).float() / len(x)
-        return None, LinearCrossEntropy.apply(x, self.wte.weight, targets, share), None
+        return None, linear_cross_entropy(x, self.wte.weight, targets, share), None
 
     # -------------------------------------------------------------------------
     # decoding

@@ -22,7 +22,6 @@ import io
 import itertools
 import json
 import math
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -539,7 +538,7 @@ def dropped_page(stage, filters):
 
 
 def main():
-    sys.exit(__doc__ + "\nThis file has no command of its own: see python prepare.py --help")
+    print(__doc__.strip() + "\n\nThis file has no command of its own: see python prepare.py --help")
 
 
 if __name__ == "__main__":

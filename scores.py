@@ -9,11 +9,14 @@ Figures are computed from records alone, so it makes no difference to them which
 Read next: candidates.py (how a model comes to its attempts), eval_arc.py (the command).
 """
 
+import argparse
 import json
 import math
 import sys
 
 import numpy as np
+
+import logbook
 
 VERDICTS = ("right", "differs", "breaks a rule", "unfinished", "wrong size", "no answer")
 SIZES = (25, 100, 225, 400, 900)  # cells: borders between the bins of accuracy by size
@@ -213,18 +216,23 @@ def submission(records):
 
 
 def main():
-    if len(sys.argv) != 2:
-        sys.exit("error: name an answers.jsonl that eval_arc.py wrote: python scores.py out/demo/answers.jsonl")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(f"error: {message}; see python scores.py --help")
+    parser.add_argument("answers", metavar="FILE", help="an answers.jsonl, or answers.partial0.jsonl of a run that goes on, of eval_arc.py")
+    args = parser.parse_args()
     try:
-        with open(sys.argv[1], encoding="utf-8") as f:
-            records = [json.loads(line) for line in f]
+        with open(args.answers, encoding="utf-8"):  # a file that is not there is no empty one
+            records = logbook.read(args.answers)
+        if not records:
+            raise ValueError("there is no answer in it")
         suites = {}
         for r in records:
             suites.setdefault((r["model"], r["suite"]), []).append(r)
+        found = {names: figures(part, 2 if part[0]["kind"] == "arc" else 1) for names, part in suites.items()}
     except (OSError, ValueError, KeyError, TypeError) as e:
-        sys.exit(f"error: {sys.argv[1]} cannot be read as answers ({type(e).__name__}: {e})")
-    for (model, suite), part in suites.items():
-        print(model, suite, json.dumps(figures(part, 2 if part[0]["kind"] == "arc" else 1)))
+        sys.exit(f"error: {args.answers} cannot be read as answers ({type(e).__name__}: {e})")
+    for (model, suite), figure in found.items():
+        print(model, suite, json.dumps(figure))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ A task of a suite in words is an arc.Task with texts in place of grids: test = [
 Read next: puzzles.py and graphs.py, which make most of these; eval_arc.py, which asks.
 """
 
+import argparse
 import csv
 import difflib
 import functools
@@ -88,7 +89,8 @@ def names(text):
 @functools.cache
 def load(name):
     """-> tuple of arc.Task, always the same ones in the same order. ValueError as `names`, or saying which line of a file is wrong."""
-    names(name)
+    if names(name) != [name] or not is_tasks(name):
+        raise ValueError(f"{name!r} is not one suite of tasks: there are {', '.join(SUITES)}")
     if name in ARC_SUITES:
         return tuple(arc.load(ARC_SUITES[name]))
     if name in puzzles.SUITES:
@@ -125,13 +127,17 @@ def logic():
 
 
 def main():
-    if len(sys.argv) == 1:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(f"error: {message}; see python suites.py --help")
+    parser.add_argument("suite", nargs="?", help="whose first tasks are shown (default: a list of all suites)")
+    args = parser.parse_args()
+    if args.suite is None:
         for name in SUITES:
             print(f"{name:16s} {len(load(name)):4d} tasks" if found(name) else f"{name:16s} not there: put its test.csv into {RAW}/{name}")
         return
     try:
-        tasks = load(sys.argv[1])
-    except ValueError as e:
+        tasks = load(args.suite)
+    except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     for task in tasks[:3]:
         print(f"\n{task.id}")

@@ -107,3 +107,7 @@ def draw(evals, path):
         axes.legend(fontsize=8)
     figure.savefig(path + ".tmp", format="png", dpi=110)
     os.replace(path + ".tmp", path)
+
+
+if __name__ == "__main__":
+    print(__doc__.strip() + "\n\nThis file has no command of its own: see python eval_arc.py --help")

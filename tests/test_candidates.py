@@ -19,7 +19,8 @@ from candidates import Settings, solve
 
 
 def tasks_of(*suites_and_counts):
-    return [task for suite, n in suites_and_counts for task in suites.load(suite)[:n]]
+    """So many of each suite, the smallest: an untrained model writes until there is no room left."""
+    return [task for suite, n in suites_and_counts for task in sorted(suites.load(suite), key=eval_arc.length)[:n]]
 
 
 def plain(given):
@@ -98,7 +99,7 @@ def test_votes_come_before_scores_and_a_program_before_both():
 
 
 def test_one_view_is_what_the_model_answers_by_itself():
-    tasks = tasks_of(("sudoku4", 4), ("transforms", 6))
+    tasks = tasks_of(("sudoku4", 2), ("transforms", 4))
     for name in ("dense", "trm"):
         model = make(name, 400)
         for task, given, by_itself in zip(tasks, solve(model, tasks, Settings()), model.answer(eval_arc.without_answers(tasks))):
@@ -154,7 +155,7 @@ def test_samples_are_drawn_from_one_reading_as_if_each_had_read_alone():
 @pytest.mark.parametrize("name", ["dense", "trm"])
 def test_answers_do_not_depend_on_what_else_is_asked(name):
     model, settings = make(name, 400), Settings(augment=3, samples=2)
-    tasks = tasks_of(("sudoku4", 3), ("transforms", 4))
+    tasks = tasks_of(("sudoku4", 2), ("transforms", 3))
     together = plain(solve(model, tasks, settings))
     assert together == [plain(solve(model, [task], settings))[0] for task in tasks]
     assert together == plain(solve(model, tasks[::-1], settings))[::-1]
@@ -177,7 +178,7 @@ def test_nothing_of_the_answers_reaches_the_model(name, monkeypatch):
     """With everything on: tasks with noise in place of their test outputs get identical answers."""
     monkeypatch.setattr(candidates, "PROGRAM_TOKENS", 12)
     rng, model = np.random.default_rng(3), make(name, 400)
-    tasks = tasks_of(("transforms", 3), ("sudoku4", 2))
+    tasks = tasks_of(("transforms", 2), ("sudoku4", 1))
     noisy = [arc.Task(t.id, t.kind, t.train, [(x, rng.integers(0, 10, rng.integers(1, 31, 2)).astype(np.uint8)) for x, _ in t.test])
              for t in tasks]
     settings = Settings(augment=2, samples=2, ttt_steps=2, programs=2)
@@ -192,7 +193,7 @@ def test_nothing_of_the_answers_reaches_the_model(name, monkeypatch):
     for some in (tasks, noisy):
         eval_arc.evaluate(some, answer)
     half = len(given) // 2
-    assert given[:half] == given[half:] and half == 5 and any(g for task in given for g in task)
+    assert given[:half] == given[half:] and half == 3 and any(g for task in given for g in task)
     assert all(y.tolist() == [[0]] for y in seen)
 
 

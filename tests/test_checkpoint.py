@@ -1,11 +1,13 @@
 """checkpoint.py: what was saved comes back, a crash never costs the last good file, and nothing in a file can run."""
 
+import argparse
 import os
 import pickle
 import re
 import signal
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -237,6 +239,15 @@ def test_not_a_checkpoint(tmp_path):
         refused(path, "not a checkpoint")
 
 
+def test_what_people_have_at_hand_is_named(tmp_path):
+    path, weights = tmp_path / "ckpt.pt", {"transformer.wte.weight": torch.zeros(3, 2), "lm_head.weight": torch.zeros(3, 2)}
+    nano = {"model": weights, "optimizer": {}, "model_args": {"n_layer": 2}, "iter_num": 5, "config": {}}
+    for value, words in ((nano, "nanoGPT"), (weights, "bare state dict"), (OrderedDict(weights), "bare state dict"),
+                         ({**nano, "config": argparse.Namespace(n_layer=2)}, "Python objects"), (torch.nn.Linear(2, 2), "Python objects")):
+        torch.save(value, path)
+        refused(path, words, "not a checkpoint that train.py wrote")
+
+
 def test_truncated_or_damaged(tmp_path):
     path = tmp_path / "ckpt.pt"
     ckpt.save(make(), path)
@@ -275,8 +286,11 @@ def test_code_in_a_file_does_not_run(tmp_path):
 
 def test_another_format_or_tokenizer(tmp_path):
     path = tmp_path / "ckpt.pt"
-    torch.save(make(format=2), path)
-    refused(path, "format 2")
+    torch.save(make(format=ckpt.CHECKPOINT_FORMAT + 1), path)
+    refused(path, "format 2", "update smol-llm")
+    for old in (0, "0.9", None, [1]):
+        torch.save(make(format=old), path)
+        refused(path, re.escape(f"format {old!r}"), "reads 1: no version")
     torch.save(make(tokenizer="0" * 64), path)
     refused(path, "tokenizer", "000000000000")
     torch.save(make(tokenizer=None), path)

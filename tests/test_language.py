@@ -128,19 +128,19 @@ def test_documents_that_quote_an_item_are_recognised():
 def test_who_knows_everything_is_always_right():
     model = Table([f"{beginning} {choices[right]}" for _, beginning, choices, right in QUESTIONS]
                   + [f"{stub}{solution}\nprint(1)\n" for _, stub, _, solution, _ in FUNCTIONS])  # fmt: skip
-    questions, code = language.answer_questions(model), language.write_code(model, limit=20)
+    questions, code = language.answer_questions(model), language.write_code(model, FUNCTIONS[:20])
     assert (questions["right"], questions["accuracy"], questions["interval"][1]) == (len(QUESTIONS), 1.0, 1.0)
     assert all(a["picked"] == a["right"] for a in questions["answers"])
-    assert [a["reason"] for a in code["answers"]] == [""] * 20 and code["solved"] == code["total"] == 20
-    assert code["answers"][0]["written"].rstrip() == FUNCTIONS[0][3].rstrip()  # and not the print after it
+    assert [(a["solved"], a["reason"]) for a in code] == [(True, "")] * 20
+    assert code[0]["written"].rstrip() == FUNCTIONS[0][3].rstrip()  # and not the print after it
 
 
 def test_who_knows_only_what_is_wrong_is_never_right():
     model = Table([f"{beginning} {choices[right - 1]}" for _, beginning, choices, right in QUESTIONS]
                   + [stub + mistake for _, stub, _, _, mistake in FUNCTIONS])  # fmt: skip
-    questions, code = language.answer_questions(model), language.write_code(model, limit=10)
-    assert (questions["right"], questions["interval"][0], code["solved"]) == (0, 0.0, 0)
-    assert all(a["reason"] for a in code["answers"])
+    questions, code = language.answer_questions(model), language.write_code(model, FUNCTIONS[:10])
+    assert (questions["right"], questions["interval"][0]) == (0, 0.0)
+    assert not any(a["solved"] for a in code) and all(a["reason"] for a in code)
 
 
 def test_who_knows_nothing_is_at_chance_and_as_surprised_as_can_be(tmp_path):
@@ -150,7 +150,8 @@ def test_who_knows_nothing_is_at_chance_and_as_surprised_as_can_be(tmp_path):
     assert len(even) > 60 and questions["chance"] == 0.25 and questions["interval"][0] < 0.25 < questions["interval"][1]
     data, text = tmp_path / "data", "Grids are made of cells, and cells have colours.\n"
     write_stage(data, [text] * 40)
-    (figures,) = language.bits_per_byte(Table(block_size=64), data, "s").values()
+    (entries,) = language.held_out(data, "s").values()
+    figures = language.bits_per_byte(Table(block_size=64), data, entries)
     tokens, n_bytes = len(tok.load().encode_ordinary(text)), len(text)
     assert figures["bits_per_byte"] == pytest.approx(math.log2(tok.VOCAB_SIZE) * tokens / n_bytes, rel=0.02)
     low, high = figures["interval"]
@@ -184,13 +185,29 @@ def test_log_probabilities_are_those_of_one_row_at_a_time(name):
 
 
 @pytest.mark.parametrize("name", ["dense", "trm"])
-def test_both_routes_go_through_the_whole_suite(name, tmp_path):
+def test_both_routes_go_through_the_whole_suite(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(language.complete, "__defaults__", (12,))  # tokens: an untrained model uses them all
     write_stage(tmp_path, ["Grids are made of cells, and cells have colours.\n"] * 20)
     done = []
     figures = language.evaluate(tiny(name), tmp_path, "s", limit=3, progress=done.append)
     assert figures["bits_per_byte"]["words"]["bits_per_byte"] > 2 and figures["seconds"] > 0
     assert (figures["questions"]["total"], figures["code"]["total"]) == (3, 3) and sum(done) >= 3 * 4 + 3
     assert json.loads(json.dumps(figures)) == figures and len(language.table(figures).splitlines()) >= 6
+
+
+def test_parts_that_were_measured_before_are_not_measured_again(tmp_path, monkeypatch):
+    """Cut off after any part, the rest gives what the whole gives: its figures, and its seconds."""
+    write_stage(tmp_path, ["Grids are made of cells, and cells have colours.\n"] * 20)
+    monkeypatch.setattr(language, "CODE_BATCH", 1)
+    model, kept = Table(), {}
+    whole = language.evaluate(model, tmp_path, "s", limit=2, keep=kept.__setitem__)
+    assert list(kept) == ["bits per byte of words", "questions", *(f"code from {FUNCTIONS[i][0]} on" for i in (0, -1))]
+    for n in (1, 3, 4):
+        new = []
+        before = json.loads(json.dumps(dict(list(kept.items())[:n])))
+        again = language.evaluate(model, tmp_path, "s", limit=2, before=before, keep=lambda part, found: new.append(part))
+        assert new == list(kept)[n:] and (n < 4 or again == whole)
+        assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in whole.items() if k != "seconds"}
 
 
 def test_what_is_written_ends_with_the_function():

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import arc
 import model_dense
 import model_trm
 import tokenizer as tok
 from loader import pad_rows, puzzle_row
-from model_dense import IGNORE, LinearCrossEntropy, rope_3d, rotate
+from model_dense import IGNORE, LinearCrossEntropy, linear_cross_entropy, rope_3d, rotate
 from model_trm import ANSWER_IDS
 from muon import Muon, muon_and_adamw, orthogonal
 
@@ -228,6 +229,23 @@ def test_linear_cross_entropy(at_once, monkeypatch):
     assert got.dtype == torch.float32 and abs(got - want) < 0.02
     for a, b in zip(torch.autograd.grad(got, (x, weight)), wanted):
         assert a.dtype == torch.float32 and (a - b).norm() < 0.02 * b.norm()
+
+
+def test_without_gradients_only_the_logits_are_computed():
+    """Three products for loss and gradients, one for the loss alone; the loss is the same."""
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count = getattr(self, "count", 0) + (func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out))
+            return func(*args, **(kwargs or {}))
+
+    x, weight = torch.randn(5, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    targets, share = torch.arange(5), torch.full((5,), 0.2)
+    with Products() as learning:
+        want = linear_cross_entropy(x, weight, targets, share)
+    with Products() as looking, torch.no_grad():
+        got = linear_cross_entropy(x, weight, targets, share)
+    assert got == want and (learning.count, looking.count) == (3, 1)
+    assert want.requires_grad and not got.requires_grad
 
 
 def test_extreme_logits():

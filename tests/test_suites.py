@@ -1,5 +1,9 @@
 """The suites: what is in them, what they are called, and tasks that people bring along."""
+import importlib
 import json
+import os
+import runpy
+import sys
 
 import numpy as np
 import pytest
@@ -149,3 +153,29 @@ def test_demonstrations_of_the_evaluation_are_learned_from_only_where_that_is_as
     for i in range(shards.n_documents):
         _, pairs = arc.decode(shards.document(i))
         assert {arc.canonical_hash(g) for pair in pairs for g in pair} <= demos
+
+
+# the files of the evaluation as commands
+
+@pytest.mark.parametrize("name", ["suites", "scores", "candidates", "ttt", "watch", "report", "language", "language_items", "sandbox"])
+def test_every_file_says_what_it_is(name, monkeypatch, capsys):
+    path = os.path.join(os.path.dirname(os.path.abspath(suites.__file__)), f"{name}.py")
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    monkeypatch.setattr(sys, "path", [os.path.dirname(path), *sys.path])
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as stopped:  # argparse's way to end
+        assert stopped.code in (None, 0)
+    said = capsys.readouterr()
+    assert importlib.import_module(name).__doc__.strip() in said.out and not said.err
+
+
+def test_suites_as_a_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["suites.py", "logic"])
+    suites.main()
+    assert capsys.readouterr().out.count("Question:") == 3
+    for name, words in (("lgic", "'logic'"), ("sudoku", "not one suite"), ("language", "not one suite"), ("maze_hard", "test.csv")):
+        monkeypatch.setattr(sys, "argv", ["suites.py", name])
+        with pytest.raises(SystemExit, match=words) as error:
+            suites.main()
+        assert error.value.code.startswith("error: ") and "\n" not in error.value.code
