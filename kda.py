@@ -18,6 +18,7 @@ Run `python kda.py` to see which form was chosen on this machine and why, and wh
 Next to read: model_dense.py, which stacks the layer.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -88,7 +89,7 @@ def kda_step(q, k, v, g, beta, state, scale=None):
 # a GPU wait, so there, as near a reset, blocks are the smallest, whose few pairs are computed one by one.
 #
 # Tensors of chunks are (M, C, D): the chunks of all sequences and heads, first chunks first, so that a step of the loop over a
-# sequence works on one slice. `low` is the type of the factors of matrix products: half precision where tensor cores want it.
+# sequence works on one slice. `low` is the type of the factors of matrix products: float16 where tensor cores want it.
 
 
 class Plan(NamedTuple):
@@ -552,9 +553,28 @@ def chunk_backward(q, k, v, g, beta, scale, plan, low, X, Q, S, do, d_state):
 
 
 def precision(q, k, v, g, beta):
-    """(what sums and states are in, what the factors of matrix products are rounded to)"""
+    """
+    (what sums and states are in, what the factors of matrix products are rounded to). bfloat16 is too coarse for them: with beta = 2 and
+    no decay, nothing forgets their rounding. So it is multiplied as float32, on tensor cores as TF32 (`as_tf32`).
+    """
     wide = torch.float64 if torch.float64 in (q.dtype, k.dtype, v.dtype, g.dtype, beta.dtype) else torch.float32
-    return wide, v.dtype if v.is_cuda and v.dtype in (torch.float16, torch.bfloat16) else wide
+    return wide, torch.float16 if v.is_cuda and v.dtype == torch.float16 else wide
+
+
+@contextlib.contextmanager
+def as_tf32(v):
+    """float32 products on a GPU use tensor cores here if v is bfloat16, whatever the process wants elsewhere."""
+    if not (v.is_cuda and v.dtype == torch.bfloat16):
+        yield
+        return
+    settings = torch.backends.cuda.matmul
+    name, value = ("fp32_precision", "tf32") if hasattr(settings, "fp32_precision") else ("allow_tf32", True)  # PyTorch before 2.9
+    before = getattr(settings, name)
+    setattr(settings, name, value)
+    try:
+        yield
+    finally:
+        setattr(settings, name, before)
 
 
 def saved_chunks(B, T, C, cu_seqlens):
@@ -649,7 +669,7 @@ def chunk_op(q, k, v, g, beta, initial_state, cu_seqlens, scale, want_state):
     all_tokens = stretches_of_tokens(q, v, C, cu_seqlens)
     if state is None and len(all_tokens) > 1:
         state = q.new_zeros(B, H, K, V, dtype=wide)
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast(q.device.type, enabled=False), as_tf32(v):
         for part in all_tokens:
             inputs = [t[:, part].to(wide) for t in (q, k, v, g, beta.unsqueeze(-1))]
             length = inputs[0].shape[1]
@@ -678,8 +698,8 @@ def _(q, k, v, g, beta, initial_state, cu_seqlens, scale, want_state, backend):
     wide, low = precision(q, k, v, g, beta)
     final = q.new_empty((N, H, K, V) if want_state else (0,), dtype=wide)
     if resolve(backend, q, v) == "triton":
-        X = v.new_empty(B, T, H, CHUNK)
-        return v.new_empty(v.shape), final, X, torch.empty_like(X), v.new_empty(saved_chunks(B, T, CHUNK, cu_seqlens), H, K, V)
+        X = v.new_empty(B, T, H, CHUNK, dtype=kda_triton.inverse_dtype(v.dtype))
+        return v.new_empty(v.shape), final, X, v.new_empty(X.shape), v.new_empty(saved_chunks(B, T, CHUNK, cu_seqlens), H, K, V)
     C, _ = chunk_length(T, q.device)
     M = saved_chunks(B, T, C, cu_seqlens) * H
     X = q.new_empty(M, C, C, dtype=low)
@@ -711,7 +731,7 @@ def chunk_backward_op(q, k, v, g, beta, initial_state, cu_seqlens, scale, X, Q, 
     (wide, low), (C, _) = precision(q, k, v, g, beta), chunk_length(T, q.device)
     parts, d_state = [], d_final
     all_tokens = stretches_of_tokens(q, v, C, cu_seqlens)
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast(q.device.type, enabled=False), as_tf32(v):
         for part in reversed(all_tokens):
             d_o = do[:, part].to(wide)
             if low == torch.float16:

@@ -72,7 +72,7 @@ LAUNCH = {
     (8, 0): ((16, 4, 1), (32, 4, 1), (32, 4, 2), (32, 4, 2), (32, 4, 2), (16, 4, 2), (32, 4, 2), (16, 4, 1), (16, 4, 2)),
     (8, 6): ((16, 4, 1), (32, 4, 1), (32, 4, 2), (32, 4, 1), (32, 4, 1), (16, 4, 2), (32, 4, 1), (16, 4, 1), (16, 4, 1)),
     (9, 0): ((16, 4, 1), (32, 4, 1), (32, 4, 2), (64, 4, 2), (64, 4, 2), (32, 4, 2), (32, 4, 2), (16, 4, 1), (16, 4, 2)),
-    (10, 0): ((16, 4, 1), (32, 4, 1), (32, 4, 2), (64, 4, 2), (64, 4, 2), (32, 4, 2), (32, 4, 2), (16, 4, 1), (16, 4, 2)),
+    (10, 0): ((16, 4, 1), (32, 4, 1), (32, 4, 2), (64, 4, 2), (64, 4, 2), (32, 4, 2), (32, 4, 2), (32, 8, 1), (16, 4, 2)),
     (12, 0): ((16, 4, 1), (32, 4, 1), (32, 4, 2), (32, 4, 1), (32, 4, 1), (16, 4, 2), (32, 4, 1), (16, 4, 1), (16, 4, 1)),
 }
 KERNELS = ("pairs", "prepare", "states", "outputs", "renew", "dstates", "dsolve", "dpairs", "dinputs")
@@ -229,6 +229,8 @@ if triton is not None:
                 X -= tl.dot(tl.dot(X.to(tl.float16), L.to(tl.float16)).to(tl.float16), X.to(tl.float16))
             else:
                 X -= tl.dot(tl.dot(X, L, input_precision=MERGE), X, input_precision=MERGE)
+        if X_ptr.dtype.element_ty == tl.float16:  # entries beyond 2 are for keys of very different lengths only
+            X = tl.minimum(tl.maximum(X, -65504.0), 65504.0)
         write(X_ptr, rows, H, h, c, C, inside, X)
 
     @triton.jit
@@ -243,11 +245,12 @@ if triton is not None:
         rows, inside = start + c, start + c < end
         dtype = q_ptr.dtype.element_ty
         beta = tl.load(beta_ptr + rows * H + h, mask=inside, other=0.0)[:, None]
-        X = read(X_ptr, rows, H, h, c, C, inside)
+        fine: tl.constexpr = tl.float32 if dtype == tl.bfloat16 else dtype
+        X = read(X_ptr, rows, H, h, c, C, inside).to(fine)
         for step in range(0, V, STEP):
             vs = step + tl.arange(0, STEP)
             v = read(v_ptr, rows, H, h, vs, V, inside).to(tl.float32)
-            write(U_ptr, rows, H, h, vs, V, inside, tl.dot(X, (beta * v).to(dtype), input_precision=DOT))
+            write(U_ptr, rows, H, h, vs, V, inside, tl.dot(X, (beta * v).to(fine), input_precision=DOT))
         for step in range(0, K, STEP):
             ks = step + tl.arange(0, STEP)
             q = read(q_ptr, rows, H, h, ks, K, inside).to(tl.float32) * scale
@@ -255,7 +258,7 @@ if triton is not None:
             g = read(g_ptr, rows, H, h, ks, K, inside)
             after = read(g_ptr, rows + 1, H, h, ks, K, rows + 1 < end)
             from_start = tl.exp(tl.cumsum(g, 0))
-            write(W_ptr, rows, H, h, ks, K, inside, tl.dot(X, (beta * k * from_start).to(dtype), input_precision=DOT))
+            write(W_ptr, rows, H, h, ks, K, inside, tl.dot(X, (beta * k * from_start).to(fine), input_precision=DOT))
             write(qG_ptr, rows, H, h, ks, K, inside, q * from_start)
             write(kE_ptr, rows, H, h, ks, K, inside, k * tl.exp(tl.cumsum(after, 0, reverse=True)))
             tl.store(decay_ptr + (chunk * H + h) * K + ks, tl.exp(tl.sum(g, 0)), mask=ks < K)
@@ -368,12 +371,13 @@ if triton is not None:
         dtype = v_ptr.dtype.element_ty
         unit = tl.load(unit_ptr)
         beta = tl.load(beta_ptr + rows * H + h, mask=inside, other=0.0)[:, None]
-        X = tl.trans(read(X_ptr, rows, H, h, c, C, inside))
+        fine: tl.constexpr = tl.float32 if dtype == tl.bfloat16 else dtype
+        X = tl.trans(read(X_ptr, rows, H, h, c, C, inside)).to(fine)
         dP, dQ = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
         dbeta = tl.zeros((C,), tl.float32)
         for step in range(0, V, STEP):
             vs = step + tl.arange(0, STEP)
-            dR = tl.dot(X, read(dnew_ptr, rows, H, h, vs, V, inside), input_precision=DOT)
+            dR = tl.dot(X, read(dnew_ptr, rows, H, h, vs, V, inside).to(fine), input_precision=DOT)
             v = read(v_ptr, rows, H, h, vs, V, inside).to(tl.float32)
             write(dR_ptr, rows, H, h, vs, V, inside, dR)
             write(dv_ptr, rows, H, h, vs, V, inside, dR * (beta * unit))
@@ -405,6 +409,8 @@ if triton is not None:
             dk += column
             dE = x * row + k * tl.where(block, -column, column)
             dg += tl.dot(runs, dE.to(dtype), input_precision=DOT)
+            if dtype == tl.bfloat16:  # and what that rounded away
+                dg += tl.dot(runs, (dE - dE.to(dtype).to(tl.float32)).to(dtype))
         return dx, dk, dg
 
     @triton.jit
@@ -542,6 +548,14 @@ class Launcher:
         kernel[grid](*args, **constants, **options)
 
 
+def inverse_dtype(dtype):
+    """
+    What X is kept in. Its signs alternate where beta is near 2, so that its rounding is what is left of sums that cancel, and it is all
+    but never larger than 2: bfloat16's range is of no use to it, float16's resolution is. It is multiplied as TF32, which has both.
+    """
+    return torch.float16 if dtype == torch.bfloat16 else dtype
+
+
 def _prepare(run, q, k, v, g, beta, X, scale):
     """Launch `prepare` -> U, W, qG, kE, decay."""
     U, W, qG, kE = torch.empty_like(v), torch.empty_like(k), torch.empty_like(q), torch.empty_like(k)
@@ -563,7 +577,7 @@ def triton_forward(q, k, v, g, beta, scale, state, table):
     shape = (len(first) - 1, run.H, run.K, run.V)
     state = torch.zeros(shape, device=q.device) if state is None else state.float().contiguous()
     final = torch.empty_like(state)
-    X, Q = q.new_empty(*q.shape[:3], CHUNK), q.new_empty(*q.shape[:3], CHUNK)
+    X, Q = q.new_empty(*q.shape[:3], CHUNK, dtype=inverse_dtype(q.dtype)), q.new_empty(*q.shape[:3], CHUNK)
     S = q.new_empty(len(start), run.H, run.K, run.V)
     new, o = torch.empty_like(v), torch.empty_like(v)
     with torch.cuda.device_of(q):
@@ -602,7 +616,7 @@ def triton_backward(q, k, v, g, beta, scale, state, table, saved, do, dstate):
         dS, dnew, dinitial = torch.empty_like(S), torch.empty_like(v), torch.empty_like(dstate)
         run(dstates, W, qG, kE, decay, do, Qdo, start, end, first, dstate, dS, dnew, dinitial)
         del W, qG, kE, Qdo
-        dR, dv, dP, dQ = torch.empty_like(v), torch.empty_like(v), torch.empty_like(X), torch.empty_like(Q)
+        dR, dv, dP, dQ = torch.empty_like(v), torch.empty_like(v), torch.empty_like(Q), torch.empty_like(Q)
         steps = -(-run.K // run.parameters(dpairs)[0]["STEP"])
         dbeta = beta.new_empty(steps + 2, *beta.shape)  # from each step of dpairs, dsolve, dinputs
         run(dsolve, v, beta, X, new, do, dnew, start, end, unit, dR, dP, dQ, dv, dbeta[steps])

@@ -49,6 +49,8 @@ def compile_kernel(name, capability, dtype, size, **overrides):
             signature[arg] = "fp32"
         else:
             signature[arg] = "*i32" if stem in ("start", "end", "first") else "*fp32" if stem in FLOAT32 else "*" + dtype
+            if stem == "X" and dtype == "bf16":
+                signature[arg] = "*fp16"
             aligned[i,] = [["tt.divisibility", 16]]
     began = time.time()
     if triton.__version__ < "3.3":

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -399,21 +400,38 @@ def test_wrong_cu_seqlens_are_named():
         kda(*one, cu_seqlens=torch.tensor([0, 3, 6]), initial_state=S[:1])
 
 
-@pytest.mark.parametrize("low", (torch.float16, torch.bfloat16))
-@pytest.mark.parametrize("gate", ("mild", "outside", "largest A", "resets"))
-def test_products_in_half_precision(gate, low, monkeypatch):
-    """What a GPU does, on the CPU: factors of products in half precision, gates never looked at, chunks of a power of two."""
+def to_tf32(x):
+    """x rounded to the 10 bits that a tensor core looks at in a float32."""
+    return ((x.float().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_products_on_tensor_cores(dtype, monkeypatch):
+    """What a GPU does, on the CPU: factors of products in float16 or TF32, gates never looked at, chunks of a power of two."""
+    low = torch.float16 if dtype == torch.float16 else torch.float32
     monkeypatch.setattr(kda_file, "precision", lambda *inputs: (torch.float32, low))
     monkeypatch.setattr(kda_file, "choose_blocks", lambda g, few: [(slice(None), few, None)])
-    for T in (17, 64, 130):
-        inputs = [t.to(low).double() for t in make(gate, T, K=16, V=16)]
-        # the last row, beta = 2, reflects for ever and forgets no rounding; bfloat16 has eight bits of them
-        for rows, room in ((slice(0, 3), 1e-2), (slice(3, 4), 1e-2 if low == torch.float16 else 3e-2)):
-            part = [t[rows] for t in inputs]
-            want, d_want = run(by_reference, part, torch.float64, True)
-            got, d_got = run(by_kda, part, low, True)
-            check(got, want, room, f"{gate}, T={T}")
-            check(d_got, d_want, room, f"{gate}, T={T}")
+    if dtype == torch.bfloat16:
+        monkeypatch.setattr(kda_file, "mm", lambda a, b, low: to_tf32(a) @ to_tf32(b))
+        monkeypatch.setattr(kda_file, "addmm", lambda c, a, b, low, alpha=1: c + alpha * (to_tf32(a) @ to_tf32(b)))
+    for gate, T in (("none", 257), ("mild", 17), ("outside", 64), ("largest A", 130), ("resets", 130)):
+        # all four rows: the last, beta = 2, reflects for ever and forgets no rounding
+        inputs = [t.to(dtype).double() for t in make(gate, T, H=1, K=16, V=16)]
+        want, d_want = run(by_reference, inputs, torch.float64, True)
+        got, d_got = run(by_kda, inputs, dtype, True)
+        check(got, want, 1e-2, f"{gate}, T={T}")
+        check(d_got, d_want, 1e-2, f"{gate}, T={T}")
+
+
+def test_tf32_is_given_back():
+    settings = torch.backends.cuda.matmul
+    name = "fp32_precision" if hasattr(settings, "fp32_precision") else "allow_tf32"
+    before = getattr(settings, name)
+    for v in (torch.zeros(1), types.SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)):
+        with pytest.raises(ZeroDivisionError), kda_file.as_tf32(v):
+            assert getattr(settings, name) == (before if isinstance(v, torch.Tensor) else type(before)("tf32"))
+            1 / 0
+        assert getattr(settings, name) == before
 
 
 def test_large_and_small_gradients_survive_float16(monkeypatch):
