@@ -20,9 +20,11 @@ import time
 import torch
 from tqdm import tqdm
 
+import candidates
 import checkpoint
 import eval_arc
 import logbook
+import suites
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ARMS = {
@@ -37,8 +39,8 @@ ARMS = {
 def solved(path, suite, limit):
     """(solved, of) of a suite's first tasks, by a checkpoint's averaged weights."""
     model, _ = checkpoint.load_model(path)
-    figures, _ = eval_arc.evaluate(eval_arc.load_suite(suite)[:limit], model.answer)
-    return figures["solved"], figures["total"]
+    found = eval_arc.evaluate(suites.load(suite)[:limit], lambda tasks: candidates.solve(model, tasks, candidates.Settings()))
+    return sum(r["solved"] for r in found), len(found)
 
 
 def run_arm(out, student, teacher, seconds, settings):

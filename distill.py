@@ -37,6 +37,7 @@ import hardware
 import logbook
 import loop
 import parallel
+import publish
 import puzzles
 import records
 import teachers
@@ -54,15 +55,21 @@ init_from = ""  # the student: path of a checkpoint (its averaged weights are wh
 overwrite = False  # distil anew into an out_dir that already holds a checkpoint
 eval_interval = 100  # steps between validations, each of which also saves a checkpoint
 eval_batches = 8  # validation batches per source, at most
+eval_suites = ""  # as in train.py: suites of eval_arc.py, run in a process of their own after each checkpoint; '' for none
+eval_limit = 20
+eval_device = "cpu"
 log_interval = 10  # steps between lines in log.jsonl
 max_hours = 0.0  # stop and save after this many hours; 0 for never
+push_to = ""  # as in train.py: USER/NAME on the hub, where each checkpoint is published
+push_full = False
+tracker = ""  # 'trackio' or 'wandb' get the same figures as log.jsonl, if installed
 check_tasks = 32  # held-out puzzles that teacher and student solve beforehand, and the student afterwards; 0 for none
 # ---- teacher
 teacher = ""  # path of a checkpoint, of a folder that `record` wrote, of a Hugging Face model, or hf:NAME
 teacher_n_sup: int | None = None  # Route B: supervision steps (None: its own)
 teacher_n_views = 1  # votes over this many views of each puzzle
 teacher_ttt_steps = 0  # test-time training: steps on each task's demonstrations before it answers
-teacher_ttt_learning_rate = 1e-4
+teacher_ttt_learning_rate = 1e-3
 teacher_dtype = "auto"  # of its matrices; auto: dtype
 teacher_vocabulary = "same"  # of a Hugging Face model: 'same' as GPT-2's, or 'cells', another one where the cell map is exact
 record_prompts = 1000  # `record`: how many
@@ -101,6 +108,7 @@ min_lr = 0.0
 # ---- system
 device = "auto"
 dtype = "auto"
+compile = False  # torch.compile the blocks. Route A also writes its answers through them, token by token: there it may not pay
 sync_check_interval = 100  # steps between comparisons of all processes' weights; 0 for none
 seed = 1337
 # -----------------------------------------------------------------------------
@@ -111,7 +119,7 @@ EVAL_DEMOS = "arc_eval_demos"  # what a source of these is called, in a stage (p
 LANGUAGE_LIMIT = 0.05  # nats by which the validation loss on text may worsen before there is a warning
 
 began = time.monotonic()
-ckpt_path, log_path = (os.path.join(out_dir, name) for name in ("ckpt.pt", "log.jsonl"))
+ckpt_path, log_path, evals_path = (os.path.join(out_dir, name) for name in ("ckpt.pt", "log.jsonl", "evals.jsonl"))
 
 
 def stop_if(problem):
@@ -130,7 +138,8 @@ def say(text):
 def check_settings():
     """Raises ValueError, in one line, for settings that cannot be."""
     for name, allowed in (("objective", (*DIVERGENCES, "answers")), ("off_policy", ("dataset", "teacher")), ("schedule", ("wsd", "cosine")),
-                          ("optimizer", ("muon", "adamw")), ("teacher_vocabulary", ("same", "cells"))):  # fmt: skip
+                          ("optimizer", ("muon", "adamw")), ("teacher_vocabulary", ("same", "cells")),
+                          ("tracker", ("", "trackio", "wandb"))):  # fmt: skip
         if config[name] not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {config[name]!r}")
     for name in ("beta", "on_policy"):
@@ -144,6 +153,8 @@ def check_settings():
         raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps} cannot be shared evenly by {world_size} processes")
     if min(batch_size, log_interval, eval_interval, max_skipped, record_prompts, teacher_n_views) < 1:
         raise ValueError("batch_size, log_interval, eval_interval, max_skipped, record_prompts and teacher_n_views must be at least 1")
+    if push_to:
+        publish.repo_name(push_to)
     if not init_from:
         raise ValueError("no student: name its checkpoint with --init_from=PATH")
     if not teacher and (objective != "answers" or off_policy == "teacher"):
@@ -209,6 +220,7 @@ def held_out_tasks(n):
 started_from, problem = None, None
 try:
     check_settings()
+    tracked = loop.tracker_module(tracker if master and not recording else "")
     device = hardware.pick_device(device)
     device = f"cuda:{local_rank}" if device == "cuda" else device
     dtype = hardware.pick_dtype(dtype, device)
@@ -332,6 +344,9 @@ def distance(student, teacher_says, rows, n_rows):
     if not known.any():
         return 0.0 * student.sum()
     each = divergence(student[known], teacher_says[known], objective, beta, temperature)
+    if os.environ.get("WHOLE"):
+        full = torch.zeros(len(known)).masked_scatter(known, each)
+        return (full * row_shares(rows, n_rows)).sum()
     return (each * row_shares(rows[known], n_rows)).sum()
 
 
@@ -367,13 +382,16 @@ def left_to_right(batch, watch, stats):
         with autocast:
             student = net.place_logits([teachers.document(tasks[i], answers[i]) for i in kept], shapes)
         rows = torch.repeat_interleave(torch.tensor(kept), torch.tensor([h * (w + 1) + 1 for h, w in shapes])).to(device)
-        outcomes = torch.cat([teachers.places_of_answer(teachers.outcomes_of(answers[i], h + 1, w + 1)[..., None], h, w)[:, 0]
-                              for i, (h, w) in zip(kept, shapes)]).long().to(device)  # fmt: skip
+        said = [teachers.places_of_answer(teachers.outcomes_of(answers[i], h + 1, w + 1)[..., None], h, w)[:, 0].long()
+                for i, (h, w) in zip(kept, shapes)]  # fmt: skip
+        outcomes = torch.cat(said).to(device)
         if objective == "answers":
             return (F.cross_entropy(student, outcomes, reduction="none") * row_shares(rows, len(tasks))).sum()
         nothing = torch.full((1, 1, teachers.OUTCOMES), torch.nan)
-        says = torch.cat([teachers.places_of_answer(nothing if frames[i] is None else frames[i], *shape) for i, shape in zip(kept, shapes)])
-        loss = distance(student, says.to(device), rows, len(tasks))
+        says = [teachers.places_of_answer(nothing if frames[i] is None else frames[i], *shape) for i, shape in zip(kept, shapes)]
+        if not guide.conditional:
+            says = [teachers.until_they_part(*both) for both in zip(says, said)]
+        loss = distance(student, torch.cat(says).to(device), rows, len(tasks))
         return loss + (bonus(student, outcomes, rows, tasks, answers) if verified_bonus and own else 0.0)
 
 
@@ -464,8 +482,8 @@ def save_checkpoint():
 
 
 def write_log(entry):
-    if master and (problem := logbook.append(entry, log_path)):
-        say(problem)
+    if master:
+        loop.write_log(entry, log_path, say, tracked)
 
 
 def validate():
@@ -490,7 +508,8 @@ def check_student():
 if master:
     try:
         os.makedirs(out_dir, exist_ok=True)
-        logbook.cut_back(log_path, train["iter"] if resumed else -1)
+        for path in (log_path, evals_path):
+            logbook.cut_back(path, train["iter"] if resumed else -1)
         configurator.save(config, os.path.join(out_dir, "config.json"))
     except OSError as e:
         problem = f"cannot write to {out_dir}: {e.strerror}"
@@ -503,7 +522,13 @@ if master:
         print("the demonstrations of ARC's evaluation tasks are among what it learns from: any report of its results must say so")
     if verified_bonus:
         print("with a bonus for verified answers: this is not distillation alone")
+    if tracked:
+        tracked.init(project="smol-llm", name=os.path.basename(os.path.normpath(out_dir)), config=config, resume="allow")
+if compile:
+    compile = loop.compile_blocks(net, loader, autocast, scaler, device, say)
 interrupted = loop.catch_signals()
+evaluation = loop.Evaluation(out_dir, eval_suites if master else "", eval_limit, eval_device, say)
+publication = loop.Publication(out_dir, push_to if master else "", push_full, say)
 net.train()
 tasks = held_out_tasks(check_tasks)
 if guide is not None and tasks and not resumed and not isinstance(guide, records.Recorded):
@@ -608,6 +633,8 @@ while train["iter"] < max_iters:
                               "the loss": both[:1], "the gradient norm": both[1:]})  # fmt: skip
         if problem:
             parallel.stop(f"processes are out of sync at step {train['iter']}: {problem}; go on from {ckpt_path} with --init_from=resume")
+    evaluation.collect()
+    publication.collect()
     if train["iter"] % eval_interval == 0 or train["iter"] == max_iters or stopping:
         if not stopping:
             validate()
@@ -617,10 +644,14 @@ while train["iter"] < max_iters:
                 logbook.draw_losses(out_dir)
             except OSError as e:
                 say(f"could not draw loss.png: {e.strerror}")
+        if saved and not stopping:
+            evaluation.start(train["iter"])
+            publication.start(train["iter"])
     if stopping:
         break
 progress.close()
 ahead.close()
+evaluation.end(at_once=stopping)
 if not saved:
     parallel.stop(f"step {train['iter']} could not be saved to {ckpt_path}")
 if stopping:
@@ -634,5 +665,8 @@ else:
         say(f"held-out puzzles solved: student {ours:.1%}, of {len(tasks)}")
     if train["val_loss"] is not None:
         say(f"text: validation loss {train['text_before']:.3f} before, {train['val_loss']:.3f} after")
+if tracked:
+    tracked.finish()
+publication.end(train["iter"], at_once=bool(interrupted))
 if world_size > 1:
     torch.distributed.destroy_process_group()

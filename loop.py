@@ -1,22 +1,29 @@
 """
 What a training loop needs whatever it trains on: train.py and distill.py share it.
 
-The learning rate's schedule, optimizers, averaged weights, validation, what a checkpoint holds, signals. Each is a function of what it is
-given and keeps nothing; the loops themselves are in the two scripts, from top to bottom.
+The learning rate's schedule, optimizers, averaged weights, validation, what a checkpoint holds, signals: each a function of what it is
+given, that keeps nothing. Evaluation and publication go on in processes of their own, and these are remembered by two small classes. The
+loops themselves are in the two scripts, from top to bottom.
 """
 
 import contextlib
+import importlib
+import json
 import math
 import os
 import platform
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
 import torch
 
 import checkpoint as ckpt
+import logbook
 import parallel
+import publish
 import tokenizer as tok
 from muon import muon_and_adamw
 from parallel import gather, master, rank, world_size
@@ -167,3 +174,141 @@ def catch_signals():
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     return interrupted
+
+
+# -----------------------------------------------------------------------------
+# before and beside the steps
+
+
+def compile_blocks(net, loader, autocast, scaler, device, say):
+    """torch.compile every block, try them on real batches, and say so and take it back if that fails in any process. -> whether it works"""
+    problem = None
+    try:
+        for block in net.blocks:
+            block.forward = torch.compile(block.forward)
+        for mode in ("text", "puzzle"):
+            for _, _, idx, targets in loader.val_batches(mode, 1):
+                with autocast:
+                    loss = net(idx.to(device), targets.to(device), mode=mode)[1]
+                scaler.scale(loss).backward()
+                break
+    except Exception as e:  # noqa: BLE001 (a compiler fails in any way it likes)
+        problem = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]:.200}"
+    net.zero_grad(set_to_none=True)
+    failed = parallel.sums([problem is not None], device)[0]
+    if failed:
+        for block in net.blocks:
+            block.__dict__.pop("forward", None)
+        torch._dynamo.reset()
+        say(f"torch.compile does not work here, going on without it ({problem or 'it failed in another process'})")
+    return not failed
+
+
+def tracker_module(tracker):
+    """The module of 'trackio' or 'wandb' ('' -> None). ValueError, in one line, where it is not installed."""
+    try:
+        return importlib.import_module(tracker) if tracker else None
+    except ImportError:
+        raise ValueError(f"--tracker={tracker} needs a package that is not installed: pip install {tracker}") from None
+
+
+def write_log(entry, path, say, tracked=None):
+    """Append to log.jsonl; the figures also go to `tracked`, the module of a tracker, if there is one."""
+    problem = logbook.append(entry, path)
+    if problem:
+        say(problem)
+    if tracked:
+        figures = {**entry, **{f"val_loss/{k}": v for k, v in entry.get("val_losses", {}).items()}}
+        tracked.log({k: v for k, v in figures.items() if k != "iter" and isinstance(v, (int, float))}, step=entry["iter"])
+
+
+class Evaluation:
+    """
+    eval_arc.py on the run's checkpoints, in a process beside it; one at a time, so a checkpoint may go without. What it finds is appended
+    to evals.jsonl and said. suites "": there is none, and nothing is done.
+    """
+
+    def __init__(self, out_dir, suites, limit, device, say):
+        self.out_dir, self.suites, self.limit, self.device, self.say = out_dir, suites, limit, device, say
+        self.process, self.link = None, os.path.join(out_dir, "ckpt_eval.pt")
+
+    def collect(self, wait=False):
+        """What has come of it, if it has ended (wait: when it does)."""
+        if self.process is None or (self.process.poll() is None and not wait):
+            return
+        self.process.wait()
+        if self.process.returncode == 0:
+            with open(os.path.join(self.out_dir, "eval_step", "eval.json")) as f:
+                (figures,) = json.load(f).values()
+            solved = {suite: f"{r['solved']}/{r['total']}" for suite, r in figures["suites"].items() if "solved" in r}
+            self.say(f"step {self.step}: solved " + ", ".join(f"{suite} {n}" for suite, n in solved.items()))
+            write_log({"iter": self.step, **figures}, os.path.join(self.out_dir, "evals.jsonl"), self.say)
+        else:
+            with open(os.path.join(self.out_dir, "eval_step.log"), encoding="utf-8", errors="replace") as f:
+                lines = f.read().strip().splitlines()
+            self.say(f"the evaluation of step {self.step} failed: {lines[-1] if lines else self.process.returncode}")
+        os.remove(self.link)
+        self.process = None
+
+    def start(self, step):
+        """Of the checkpoint that is there now, of this step, unless another is still being evaluated."""
+        if not self.suites or self.process is not None:
+            return
+        try:  # the next checkpoint replaces the first name, and takes nothing from under the reader
+            ckpt.second_name(os.path.join(self.out_dir, "ckpt.pt"), self.link)
+        except OSError as e:
+            self.say(f"step {step} is not evaluated: {self.link}: {e.strerror}")
+            return
+        command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "eval_arc.py"), self.link,
+                   f"--suites={self.suites}", f"--limit={self.limit}", f"--device={self.device}",
+                   f"--out_dir={os.path.join(self.out_dir, 'eval_step')}"]  # fmt: skip
+        own = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE")}
+        with open(os.path.join(self.out_dir, "eval_step.log"), "w") as f:  # a pipe would be full one day, with nobody reading it
+            self.process = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, start_new_session=True,
+                                            env={"OMP_NUM_THREADS": "1", **own})  # fmt: skip
+        self.step = step
+
+    def end(self, at_once):
+        """The run is over: wait for the last evaluation, unless there may be little time left."""
+        if self.process is not None and at_once:
+            self.process.terminate()
+        self.collect(wait=True)
+
+
+class Publication:
+    """Pushes of the run's checkpoints to the hub (publish.py), in a process beside it, one at a time. repo "": nothing is done."""
+
+    def __init__(self, out_dir, repo, full, say):
+        self.out_dir, self.repo, self.full, self.say = out_dir, repo, full, say
+        self.step = None  # the last one that a push was begun for
+        self.going_on = publish.begin(out_dir, repo, full) if repo else None  # makes the repository: a wrong login shows now
+
+    def collect(self, wait=0.0):
+        """What has come of the push that is going on, if it has ended (wait: that many seconds for it)."""
+        message = publish.outcome(self.going_on, wait) if self.going_on is not None else None
+        if message is not None:
+            self.going_on = None
+            if message:
+                self.say(message)
+
+    def start(self, step, wait=0.0):
+        self.collect(wait)
+        if self.repo and self.going_on is None and self.step != step:
+            try:
+                self.going_on = publish.begin(self.out_dir, self.repo, self.full, os.path.join(self.out_dir, "ckpt.pt"))
+                self.step = step
+            except OSError as e:
+                self.say(f"step {step} is not published: {e.filename}: {e.strerror}")
+
+    def end(self, step, at_once):
+        """The run is over: push the step that it ends with, unless it was interrupted, which leaves no time for it."""
+        if not self.repo:
+            return
+        if not at_once:
+            self.start(step, wait=publish.PATIENCE)
+            self.collect(wait=publish.PATIENCE)
+            return
+        if self.going_on is not None:
+            self.going_on[0].kill()
+            publish.outcome(self.going_on, wait=publish.PATIENCE)
+        self.say(f"step {step} is not published: python publish.py push {self.out_dir} --repo={self.repo} --full={self.full} does it")

@@ -19,6 +19,7 @@ Next to read: text_teacher.py and records.py, two more kinds of teacher, and dis
 test-time training on a task's demonstrations, arXiv 2411.07279.
 """
 
+import dataclasses
 import hashlib
 import os
 
@@ -27,9 +28,10 @@ import torch
 import torch.nn.functional as F
 
 import arc
+import candidates
 import checkpoint
 import tokenizer as tok
-from loader import bucket_length, pad_rows, puzzle_row
+import ttt
 from model_dense import batches_by_length
 from model_trm import ANSWER_IDS
 
@@ -58,6 +60,16 @@ def places_of_answer(frame, h, w):
     """The inverse: (h * (w + 1) + 1, 11) of any frame, NaN where it says nothing."""
     frame = fit(frame, h + 1, w + 1)
     return torch.cat([frame[:h].reshape(-1, OUTCOMES), frame[h, :1]])
+
+
+def until_they_part(places, outcomes):
+    """
+    places (P, 11), of a teacher to whom the answer does not matter; outcomes (P,), what the answer says -> the same, NaN after the first
+    place at which the teacher would have said something else: from there on it speaks of another answer, and whoever goes on from this
+    one would learn to disregard what it has written.
+    """
+    parts = (places.argmax(-1) != outcomes) & ~places.isnan().any(-1)
+    return torch.where((parts.cumsum(0) - parts.long() > 0)[:, None], torch.nan, places)
 
 
 def canvas_of(ids):
@@ -137,169 +149,83 @@ def prompt(task):
     return torch.from_numpy(arc.encode_prompt(task.kind, task.train, task.test[0][0]).astype(np.int64))
 
 
-# -----------------------------------------------------------------------------
-# views of a task
-
-
-def views(kind, side, n, rng):
-    """
-    n symmetries that turn a task of this kind into another that is right, the first of them none at all; fewer where there are no more.
-    side: rows of a sudoku. rng: np.random.Generator.
-    """
-    found = {arc.IDENTITY: None}
-    for _ in range(20 * n):
-        if len(found) == n:
-            break
-        if kind == "sudoku":  # 0 is a blank; the numbers may change places
-            renamed = (0, *(1 + rng.permutation(side)).tolist(), *range(side + 1, 10))
-            found[arc.Augment(int(rng.integers(8)), renamed)] = None
-        else:
-            found[arc.random_augment(rng, {"arc": "arc", "maze": "dihedral"}.get(kind, "none"))] = None
-    return list(found)
-
-
-def view_of(task, symmetry, rng):
-    """The task through a symmetry, its demonstrations in another order (the first view, IDENTITY, keeps theirs)."""
-    order = range(len(task.train)) if symmetry == arc.IDENTITY else rng.permutation(len(task.train))
-    pairs = [*(task.train[i] for i in order), *task.test]
-    pairs = [(arc.augment(symmetry, x), arc.augment(symmetry, y)) for x, y in pairs]
-    return arc.Task(task.id, task.kind, pairs[:-1], pairs[-1:])
-
-
-def votes(write, tasks, n):
-    """write: tasks -> grids. -> for each task, the answers to its n views, turned back: a list of grids, empty where none fits."""
-    asked, whose, symmetries = [], [], []
-    for i, task in enumerate(tasks):
-        rng = np.random.default_rng(np.frombuffer(hashlib.sha256(prompt(task).numpy().tobytes()).digest(), dtype=np.uint32))
-        for symmetry in views(task.kind, len(task.test[0][0]), n, rng):
-            asked.append(view_of(task, symmetry, rng))
-            whose.append(i)
-            symmetries.append(symmetry)
-    given = [[] for _ in tasks]
-    for i, symmetry, grid in zip(whose, symmetries, write(asked)):
-        if grid is not None:
-            given[i].append(arc.invert(symmetry, grid))
-    return given
-
-
-def frame_of_votes(grids, shape):
-    """Shares of votes as a frame of (rows + 1, columns + 1): what each answer says at each place, outside it that it is over."""
-    rows, columns = np.max([shape, *(g.shape for g in grids)], axis=0) + 1
-    shares = torch.zeros(rows, columns, OUTCOMES)
-    for grid in grids:
-        shares += F.one_hot(outcomes_of(grid, rows, columns), OUTCOMES)
-    return ((1 - VOTE_FLOOR) * shares / len(grids) + VOTE_FLOOR / OUTCOMES).log()
-
-
-def most_voted(grids):
-    """The answer given most often, of equals the one given first; None of none."""
-    count = {}
-    for grid in grids:
-        count.setdefault((grid.shape, grid.tobytes()), []).append(grid)
-    return max(count.values(), key=len)[0] if count else None
+def with_id(task):
+    """The task with an id that its prompt alone decides: what views it is looked at from, and how it is adapted to, follow from the id."""
+    return dataclasses.replace(task, id=hashlib.sha256(prompt(task).numpy().tobytes()).hexdigest())
 
 
 # -----------------------------------------------------------------------------
 # a model of ours
 
 
+def frame_of_votes(candidates, shape):
+    """Shares of votes as a frame of (rows + 1, columns + 1): what each answer says at each place, outside it that it is over."""
+    voted = [c for c in candidates if c.votes]
+    rows, columns = np.max([shape, *(c.grid.shape for c in voted)], axis=0) + 1
+    shares = torch.zeros(rows, columns, OUTCOMES)
+    for c in voted:
+        shares += c.votes * F.one_hot(outcomes_of(c.grid, rows, columns), OUTCOMES)
+    return ((1 - VOTE_FLOOR) * shares / sum(c.votes for c in voted) + VOTE_FLOOR / OUTCOMES).log()
+
+
 class Ours:
     """
-    A model of either route as a teacher. n_sup: Route B's supervision steps (None: its own). n_views > 1: votes over that many views.
-    ttt_steps > 0: before a task, that many steps on its demonstrations at ttt_learning_rate, after it the weights are what they were.
+    A model of either route as a teacher. n_sup: Route B's supervision steps (None: its own). n_views > 1: votes over that many views
+    (candidates.py). ttt_steps > 0: before a task, that many steps on its demonstrations at ttt_learning_rate, by a copy (ttt.py).
     """
 
-    def __init__(self, model, about, sources=(), n_sup=None, n_views=1, ttt_steps=0, ttt_learning_rate=1e-4):
-        self.model, self.sources, self.n_sup, self.n_views = model, sources, n_sup, n_views
-        self.ttt_steps, self.ttt_learning_rate = ttt_steps, ttt_learning_rate
+    def __init__(self, model, about, sources=(), n_sup=None, n_views=1, ttt_steps=0, ttt_learning_rate=candidates.Settings.ttt_lr):
+        self.model, self.sources = model, sources
+        self.settings = candidates.Settings(augment=n_views, n_sup=n_sup, ttt_steps=ttt_steps, ttt_lr=ttt_learning_rate)
         self.canvas = model.puzzle_format == "canvas"
         self.conditional = not self.canvas and n_views == 1
         self.about = {**about, "n_sup": (n_sup or model.config.n_sup) if self.canvas else None, "views": n_views, "ttt_steps": ttt_steps}
 
     def frames(self, tasks, answers):
-        if self.ttt_steps and len(tasks) > 1:
-            return [self.frames([task], [answer])[0] for task, answer in zip(tasks, answers)]
+        if self.settings.augment > 1:
+            return [frame_of_votes(c, arc.canvas_shape(t.train, t.test[0][0])) if any(x.votes for x in c) else None
+                    for c, t in zip(self.solve(tasks), tasks)]  # fmt: skip
+        frames, plain = [None] * len(tasks), []
+        for i, task in enumerate(tasks):
+            if self.settings.ttt_steps and len(task.train) > 1:
+                (frames[i],) = self.frames_of(ttt.tune(self.model, with_id(task), self.settings), [task], [answers[i]])
+            else:
+                plain.append(i)
+        for i, frame in zip(plain, self.frames_of(self.model, [tasks[i] for i in plain], [answers[i] for i in plain])):
+            frames[i] = frame
+        return frames
+
+    @torch.no_grad()
+    def frames_of(self, model, tasks, answers):
+        training, frames = model.training, [None] * len(tasks)
+        model.eval()
+        if self.canvas:
+            for where, idx in model.canvases(tasks):
+                for _, y, _ in model.think(idx, self.settings.n_sup):
+                    pass
+                log_p = F.linear(y, model.wte.weight[ANSWER_IDS]).float().log_softmax(-1).cpu()
+                for row, (i, _, (h, w), start) in zip(log_p, where):
+                    frames[i] = row[start : start + h * (w + 1)].view(h, w + 1, OUTCOMES)[:, :w]
+        else:
+            rows = [(i, document(t, a), a.shape) for i, (t, a) in enumerate(zip(tasks, answers)) if a is not None]
+            rows = [row for row in rows if len(row[1]) - 1 <= model.config.block_size]
+            for part in batches_by_length(rows, lambda row: len(row[1])):
+                log_p = model.place_logits([ids for _, ids, _ in part], [shape for *_, shape in part]).log_softmax(-1).cpu()
+                for (i, _, (h, w)), places in zip(part, log_p.split([h * (w + 1) + 1 for *_, (h, w) in part])):
+                    frames[i] = frame_of_answer(places, h, w)
+        model.train(training)
+        return frames
+
+    def solve(self, tasks):
+        """For each task its list of candidates.Candidate, best first; empty where it is too long."""
         training = self.model.training
         self.model.eval()
-        with adapted(self, tasks), torch.no_grad():
-            if self.n_views > 1:
-                given = votes(self.write_plainly, tasks, self.n_views)
-                frames = [frame_of_votes(g, arc.canvas_shape(t.train, t.test[0][0])) if g else None for g, t in zip(given, tasks)]
-            elif self.canvas:
-                frames = self.canvas_frames(tasks)
-            else:
-                frames = self.answer_frames(tasks, answers)
+        given = candidates.solve(self.model, candidates.without_answers([with_id(task) for task in tasks]), self.settings)
         self.model.train(training)
-        return frames
-
-    def canvas_frames(self, tasks):
-        frames = [None] * len(tasks)
-        for where, idx in self.model.canvases(tasks):
-            for _, y, _ in self.model.think(idx, self.n_sup):
-                pass
-            log_p = F.linear(y, self.model.wte.weight[ANSWER_IDS]).float().log_softmax(-1).cpu()
-            for row, (i, _, (h, w), start) in zip(log_p, where):
-                frames[i] = row[start : start + h * (w + 1)].view(h, w + 1, OUTCOMES)[:, :w]
-        return frames
-
-    def answer_frames(self, tasks, answers):
-        frames = [None] * len(tasks)
-        rows = [(i, document(t, a), a.shape) for i, (t, a) in enumerate(zip(tasks, answers)) if a is not None]
-        rows = [row for row in rows if len(row[1]) - 1 <= self.model.config.block_size]
-        for part in batches_by_length(rows, lambda row: len(row[1])):
-            log_p = self.model.place_logits([ids for _, ids, _ in part], [shape for *_, shape in part]).log_softmax(-1).cpu()
-            for (i, _, (h, w)), places in zip(part, log_p.split([h * (w + 1) + 1 for *_, (h, w) in part])):
-                frames[i] = frame_of_answer(places, h, w)
-        return frames
+        return [g.candidates if g is not None else [] for (g,) in given]
 
     def write(self, tasks):
-        if self.ttt_steps and len(tasks) > 1:
-            return [self.write([task])[0] for task in tasks]
-        training = self.model.training
-        self.model.eval()
-        with adapted(self, tasks), torch.no_grad():
-            grids = [most_voted(g) for g in votes(self.write_plainly, tasks, self.n_views)]
-        self.model.train(training)
-        return grids
-
-    def write_plainly(self, tasks):
-        """One answer each, without votes."""
-        given = self.model.answer(tasks, **({"n_sup": self.n_sup} if self.canvas else {}))
-        return [candidates[0][0] if candidates else None for (candidates,) in given]
-
-
-class adapted:
-    """
-    Inside, the teacher's model has learned from the demonstrations of the one task it is asked about: each in turn is the question and
-    the others its demonstrations, through random symmetries. Tasks of fewer than two demonstrations teach nothing.
-    """
-
-    def __init__(self, teacher, tasks):
-        self.teacher, self.task = teacher, tasks[0] if teacher.ttt_steps and len(tasks) == 1 and len(tasks[0].train) > 1 else None
-
-    def __enter__(self):
-        if self.task is None:
-            return
-        model, task = self.teacher.model, self.task
-        self.before = {k: v.clone() for k, v in model.state_dict().items()}
-        rng = np.random.default_rng(np.frombuffer(hashlib.sha256(prompt(task).numpy().tobytes()).digest(), dtype=np.uint32))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=self.teacher.ttt_learning_rate, weight_decay=0.0)
-        demonstrations, device = arc.encode(task.kind, task.train), model.wte.weight.device
-        model.requires_grad_(True).train()
-        with torch.enable_grad():
-            for _ in range(self.teacher.ttt_steps):
-                row = puzzle_row(demonstrations, model.puzzle_format, {"arc": "arc", "maze": "dihedral"}.get(task.kind, "none"), rng)
-                if len(row[0]) > model.config.block_size:
-                    continue
-                idx, targets = pad_rows([row], min(bucket_length(len(row[0])), model.config.block_size))
-                model(idx.to(device), targets.to(device), mode="puzzle")[1].backward()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-        model.eval()
-
-    def __exit__(self, *_):
-        if self.task is not None:
-            self.teacher.model.load_state_dict(self.before)
+        return [c[0].grid if c else None for c in self.solve(tasks)]
 
 
 def load_ours(path, device, dtype="float32", **options):

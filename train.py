@@ -18,11 +18,8 @@ Ctrl-C or SIGTERM finishes the step, saves and exits; a second one exits at once
 """
 
 import contextlib
-import importlib
-import json
 import math
 import os
-import subprocess
 import sys
 import time
 
@@ -168,11 +165,10 @@ if push_to:
         publish.repo_name(push_to)
     except ValueError as e:
         stop(f"--push_to: {e}")
-if tracker and master:
-    try:
-        tracked = importlib.import_module(tracker)
-    except ImportError:
-        stop(f"--tracker={tracker} needs a package that is not installed: pip install {tracker}")
+try:
+    tracked = loop.tracker_module(tracker if master else "")
+except ValueError as e:
+    stop(e)
 if device_type == "cuda":
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing
@@ -272,103 +268,9 @@ def save_checkpoint():
     return loop.save_checkpoint(ckpt_path, net, model, config, average, train, device, say)
 
 
-def write_log(entry, path=log_path):
-    if not master:
-        return
-    problem = logbook.append(entry, path)
-    if problem:
-        say(problem)
-    if tracker and path == log_path:
-        figures = {**entry, **{f"val_loss/{k}": v for k, v in entry.get("val_losses", {}).items()}}
-        tracked.log({k: v for k, v in figures.items() if k != "iter" and isinstance(v, (int, float))}, step=entry["iter"])
-
-
-evaluating = None  # (process, step, link to the checkpoint it reads)
-
-
-def evaluate_beside(start=False, wait=False):
-    """Collect the evaluation that is running, if it has ended (wait: when it does), into evals.jsonl; then start one of this step."""
-    global evaluating
-    if not (master and eval_suites):
-        return
-    if evaluating is not None:
-        process, step, link = evaluating
-        if process.poll() is None and not wait:
-            return
-        process.wait()
-        with open(os.path.join(out_dir, "eval_step.log"), encoding="utf-8", errors="replace") as f:
-            output = f.read()
-        report = os.path.join(out_dir, "eval_step", "eval.json")
-        if process.returncode == 0:
-            with open(report) as f:
-                (figures,) = json.load(f).values()
-            solved = {suite: f"{r['solved']}/{r['total']}" for suite, r in figures["suites"].items() if "solved" in r}
-            say(f"step {step}: solved " + ", ".join(f"{suite} {n}" for suite, n in solved.items()))
-            write_log({"iter": step, **figures}, evals_path)
-        else:
-            say(f"the evaluation of step {step} failed: {output.strip().splitlines()[-1] if output.strip() else process.returncode}")
-        os.remove(link)
-        evaluating = None
-    if start:
-        link = os.path.join(out_dir, "ckpt_eval.pt")
-        try:
-            ckpt.second_name(ckpt_path, link)  # the next checkpoint replaces the first name, and takes nothing from under the reader
-        except OSError as e:
-            say(f"step {iteration} is not evaluated: {link}: {e.strerror}")
-            return
-        command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "eval_arc.py"), link, f"--suites={eval_suites}",
-                   f"--limit={eval_limit}", f"--device={eval_device}", f"--out_dir={os.path.join(out_dir, 'eval_step')}"]  # fmt: skip
-        own = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE")}
-        with open(os.path.join(out_dir, "eval_step.log"), "w") as f:  # a pipe would be full one day, with nobody reading it
-            process = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, start_new_session=True,
-                                       env={"OMP_NUM_THREADS": "1", **own})  # fmt: skip
-        evaluating = process, iteration, link
-
-
-publishing, published = None, None  # a push that goes on; the last step that one was begun for
-
-
-def publish_beside(start=False, wait=0.0):
-    """Say what came of the push that is going on, if it has ended (wait: that many seconds for it); then start one of this step."""
-    global publishing, published
-    if not (master and push_to):
-        return
-    if publishing is not None:
-        message = publish.outcome(publishing, wait)
-        if message is None:
-            return
-        if message:
-            say(message)
-        publishing = None
-    if start and published != iteration:
-        try:
-            publishing, published = publish.begin(out_dir, push_to, push_full, ckpt_path), iteration
-        except OSError as e:
-            say(f"step {iteration} is not published: {e.filename}: {e.strerror}")
-
-
-def compile_blocks():
-    """torch.compile every block, try them on real batches, and say so and take it back if that fails in any process."""
-    problem = None
-    try:
-        for block in net.blocks:
-            block.forward = torch.compile(block.forward)
-        for mode in ("text", "puzzle"):
-            for _, _, idx, targets in loader.val_batches(mode, 1):
-                with autocast:
-                    loss = net(idx.to(device), targets.to(device), mode=mode)[1]
-                scaler.scale(loss).backward()
-                break
-    except Exception as e:  # noqa: BLE001 (a compiler fails in any way it likes)
-        problem = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]:.200}"
-    net.zero_grad(set_to_none=True)
-    failed = parallel.sums([problem is not None], device)[0]
-    if failed:
-        for block in net.blocks:
-            block.__dict__.pop("forward", None)
-        torch._dynamo.reset()
-        say(f"torch.compile does not work here, going on without it ({problem or 'it failed in another process'})")
-    return not failed
+def write_log(entry):
+    if master:
+        loop.write_log(entry, log_path, say, tracked)
 
 
 def advice_on_memory(batch):
@@ -404,7 +306,7 @@ def advice_on_memory(batch):
 
 # ---- ready
 if compile is True or (compile == "auto" and device_type == "cuda"):
-    compile = compile_blocks()
+    compile = loop.compile_blocks(net, loader, autocast, scaler, device, say)
 else:
     compile = False
 if sanity:
@@ -441,7 +343,7 @@ if master:
         print(f"going on after step {iteration}" + "".join(f"\n  changed: {c}" for c in changed))
         if iteration >= max_iters:
             print(f"there is nothing left to do: max_iters={max_iters}; a larger one goes on")
-    if tracker:
+    if tracked:
         tracked.init(project="smol-llm", name=os.path.basename(os.path.normpath(out_dir)), config=config, resume="allow")
 
 interrupted = loop.catch_signals()
@@ -450,8 +352,8 @@ ahead = Ahead(loader, pin=device_type == "cuda")
 progress = tqdm(total=max_iters, initial=iteration, disable=None if master else True, unit="step", dynamic_ncols=True, mininterval=1.0)
 since_log = {"seconds": 0.0, "tokens": 0, "flops": 0.0, "waited": 0.0, "steps": 0}
 run_log, saved, stopping = [], True, False
-if push_to and master:
-    publishing = publish.begin(out_dir, push_to, push_full)  # makes the repository: if the login is wrong, that shows now
+evaluation = loop.Evaluation(out_dir, eval_suites if master else "", eval_limit, eval_device, say)
+publication = loop.Publication(out_dir, push_to if master else "", push_full, say)
 
 # ---- go
 while iteration < max_iters:
@@ -549,8 +451,8 @@ while iteration < max_iters:
             since_log = dict.fromkeys(since_log, 0)
     if sync_check_interval and (iteration % sync_check_interval == 0 or iteration == max_iters):
         check_in_sync(loss, grad_norm)
-    evaluate_beside()
-    publish_beside()
+    evaluation.collect()
+    publication.collect()
     if iteration % eval_interval == 0 or iteration == max_iters or stopping:
         if not stopping:
             val_losses, val_loss = loop.validate(net, average, loader, eval_batches, autocast, device)
@@ -563,25 +465,16 @@ while iteration < max_iters:
             except OSError as e:
                 say(f"could not draw loss.png: {e.strerror}")
         if saved and not stopping:
-            evaluate_beside(start=evaluating is None)
-            publish_beside(start=True)
+            evaluation.start(iteration)
+            publication.start(iteration)
     if stopping:
         break
 progress.close()
 ahead.close()
-if evaluating is not None and stopping:  # there may be little time left
-    evaluating[0].terminate()
-evaluate_beside(wait=True)
-if tracker and master:
+evaluation.end(at_once=stopping)
+if tracked:
     tracked.finish()
-if saved and not interrupted:  # the step that the run ends with
-    publish_beside(start=True, wait=publish.PATIENCE)
-    publish_beside(wait=publish.PATIENCE)
-elif push_to and master:  # a signal leaves no time for it
-    if publishing is not None:
-        publishing[0].kill()
-        publish.outcome(publishing, wait=publish.PATIENCE)
-    say(f"step {iteration} is not published: python publish.py push {out_dir} --repo={push_to} --full={push_full} does it")
+publication.end(iteration, at_once=bool(interrupted) or not saved)
 if stopping:
     why = f"by {interrupted[0][0]}" if interrupted else f"after {max_hours:g} hours" if max_hours else "by another process"
     if not saved:
