@@ -49,15 +49,20 @@ NARROW = {"n_head": 2, "n_embd": 16, "n_ff": 16, "vocab_size": 50304}
 FREE = ("view", "unsqueeze", "transpose", "slice", "select", "split", "detach", "expand")  # start nothing on the card
 HALTS = (None, 0.99, 0.95, 0.9, 0.7, 0.5)  # thresholds that are tried
 
+TURNS = 8  # of a training step, one of its passes, and one with its backward: the least of each counts
 
-def seconds(run, device, times=3):
-    """The least that run() takes, of `times` after one to warm up."""
-    taken = []
+def seconds(*runs, device, times=3):
+    """
+    For each of the runs the least that it takes, of `times` after one to warm up. They take turns, so that whatever else the machine is
+    busy with, and the clock it runs at, are the same for all: a step beside its passes is a ratio, which one slow minute would spoil.
+    """
+    taken = [[] for _ in runs]
     for _ in range(times + 1):
-        start = clock(device)
-        run()
-        taken.append(clock(device) - start)
-    return min(taken[1:])
+        for run, times_taken in zip(runs, taken):
+            start = clock(device)
+            run()
+            times_taken.append(clock(device) - start)
+    return [min(t[1:]) for t in taken]
 
 
 def training_step(net, idx, targets, autocast):
@@ -102,20 +107,22 @@ def measure(net, tasks, n_sup, device, autocast):
             for _ in net.eval().think(idx, n):
                 pass
 
-    taken = seconds(lambda: think(n_sup), device, 1)
+    (taken,) = seconds(lambda: think(n_sup), device=device, times=1)
     found["steps_per_second"] = n_sup / taken  # of the whole batch
     found["tasks_per_second"] = len(tasks) / taken
     found["memory_mb"] = {n: peak_mb(lambda n=n: think(n), device) for n in (1, n_sup)}
     found["memory_mb_all_kept"] = {n: peak_mb(lambda n=n: think(n, grad=True), device) for n in (1, 2)}
 
     step = training_step(net, idx, targets, autocast)
-    found["training_ms"], found["training_mb"] = 1000 * seconds(step, device), peak_mb(step, device)
-    forward, both = (seconds(run, device) for run in passes_apart(net, idx, autocast))
+    found["training_mb"] = peak_mb(step, device)
+    taken, forward, both = seconds(step, *passes_apart(net, idx, autocast), device=device, times=TURNS)
     all_passes, kept = net.passes("puzzle")
+    found["training_ms"] = 1000 * taken
     found["pass_ms"], found["pass_both_ms"] = 1000 * forward, 1000 * both
     found["predicted_ms"] = 1000 * ((all_passes - kept) * forward + kept * both)
     own, net.config.n_grad = net.config.n_grad, net.config.n_recursion
-    found["training_ms_all_kept"], found["training_mb_all_kept"] = 1000 * seconds(step, device, 1), peak_mb(step, device)
+    (taken,) = seconds(step, device=device, times=1)
+    found["training_ms_all_kept"], found["training_mb_all_kept"] = 1000 * taken, peak_mb(step, device)
     net.config.n_grad = own
     return found
 
@@ -310,7 +317,7 @@ def main(argv):
              "route_b": measure(b, tasks, args.n_sup, device, autocast)}  # fmt: skip
     a = checkpoint.make_model("dense", SMALL if small else {}).to(device).eval()
     with autocast:
-        taken = seconds(lambda: a.answer(tasks), device, 1)
+        (taken,) = seconds(lambda: a.answer(tasks), device=device, times=1)
     found["route_a"] = {"tasks_per_second": len(tasks) / taken, "memory_mb": peak_mb(lambda: a.answer(tasks), device)}
     found["route_a"]["projection"] = projection(full["route_a"], *elsewhere)
     found["route_b"]["projection"] = {steps: projection(full["route_b"], *elsewhere, steps) for steps in (16, 4, 2, 1)}

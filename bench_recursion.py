@@ -14,6 +14,7 @@ makes up for what they differ in parameters. Figures worth keeping go into LOG.m
 """
 
 import argparse
+import ast
 import contextlib
 import json
 import os
@@ -30,9 +31,10 @@ import loader
 import puzzles
 import tokenizer as tok
 from bench_models import schedule
+from model_dense import muon_and_adamw
 
 SMALL = dict(n_layer=4, n_head=2, n_embd=64, n_ff=172, block_size=1024)  # the demo's model
-POINTS = 8  # of a curve
+RECIPE = ("learning_rate", "optimizer", "carry_turns", "shallow")  # settings of a contender that are of its training
 EMA = 0.99
 
 # -----------------------------------------------------------------------------
@@ -108,26 +110,37 @@ class Puzzles:
 # learn
 
 
+def literal(text):
+    """'2e-3' -> 0.002, '8' -> 8, 'True' -> True, anything else as it is."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
 def make_contender(text, params, seed):
-    """'name:model,setting=value,...' -> name, Model with about `params` parameters (None: as its n_ff says). ValueError for a mistake."""
+    """
+    'name:model,setting=value,...' -> name, Model with about `params` parameters (None: as its n_ff says), and how to train it: those of the
+    settings that are in RECIPE. ValueError for a mistake.
+    """
     name, _, rest = text.partition(":")
     model, *parts = rest.split(",")
     if model not in ("dense", "trm"):
         raise ValueError(f"--contender={text}: it is NAME:dense or NAME:trm, then ,setting=value")
-    settings = dict(SMALL)
+    settings, recipe = dict(SMALL), {}
     for part in parts:
         key, _, value = part.partition("=")
-        settings[key] = {"True": True, "False": False}.get(value, int(value) if value.isdigit() else value)
+        (recipe if key in RECIPE else settings)[key] = literal(value)
 
     def build(**other):
         torch.manual_seed(seed)
         return checkpoint.make_model(model, {**settings, **other})
 
     if params is None:
-        return name, build()
+        return name, build(), recipe
     with torch.device("meta"):
         few, more = (build(n_ff=n).num_params() for n in (8, 16))
-    return name, build(n_ff=max(8, round(8 + 8 * (params - few) / (more - few))))
+    return name, build(n_ff=max(8, round(8 + 8 * (params - few) / (more - few)))), recipe
 
 
 def loss_of(net, idx, targets, carry):
@@ -142,35 +155,51 @@ def loss_of(net, idx, targets, carry):
     return torch.nn.functional.cross_entropy(net.hidden(idx)[keep] @ weight.T, targets[keep] - tok.EOT), None
 
 
-@torch.no_grad()
-def solved(net, tasks, n_sup=None):
+def hidden(tasks):
+    """The tasks without their answers."""
+    return [arc.Task(t.id, t.kind, t.train, [(x, np.zeros((1, 1), np.uint8)) for x, _ in t.test]) for t in tasks]
+
+
+def solved(net, tasks):
     """How many of the tasks the model answers exactly, first answers only."""
-    hidden = [arc.Task(t.id, t.kind, t.train, [(x, np.zeros((1, 1), np.uint8)) for x, _ in t.test]) for t in tasks]
-    answers = net.answer(hidden) if n_sup is None else net.answer(hidden, n_sup=n_sup)
-    return sum(bool(a[0]) and np.array_equal(a[0][0][0], t.test[0][1]) for a, t in zip(answers, tasks))
+    return sum(bool(a[0]) and np.array_equal(a[0][0][0], t.test[0][1]) for a, t in zip(net.answer(hidden(tasks)), tasks))
 
 
-def train(net, batches, tasks, flops, learning_rate, points=POINTS, progress=None):
+def solved_by_steps(net, tasks, n_sup):
+    """(n_sup,): how many of the tasks Route B has answered exactly after 1, 2, ... supervision steps. Thinking on changes no thought."""
+    traces = [a[0] for a in net.answer(hidden(tasks), n_sup=n_sup, trace=True)]
+    return np.array([[g is not None and np.array_equal(g, t.test[0][1]) for g, _ in trace] for t, trace in zip(tasks, traces)]).sum(0)
+
+
+def train(net, batches, tasks, flops, learning_rate, optimizer="adamw", carry_turns=1, shallow=0.0, points=8, progress=None):
     """
     Train on `batches` until `flops` have been spent. -> (curve, average weights): curve has {flops, seconds (of the processor), steps,
     puzzles (seen), loss, gradient (largest norm before clipping since the last point), solved} at evenly spaced points.
     """
-    optimizer = net.configure_optimizer(0.1, learning_rate, (0.9, 0.95))
+    if optimizer == "muon":
+        optimizers = muon_and_adamw(net, 0.1, learning_rate, (0.9, 0.95))
+    else:
+        optimizers = [net.configure_optimizer(0.1, learning_rate, (0.9, 0.95))]
     average = {k: v.detach().clone() for k, v in net.state_dict().items()}
     spent, seconds, steps, seen, carries, curve, recent, largest = 0.0, 0.0, 0, 0, {}, [], [], 0.0
+    depth = {k: getattr(net.config, k) for k in ("n_latent", "n_recursion", "n_sup") if hasattr(net.config, k)}
     while spent < flops:
+        for k, v in depth.items():
+            setattr(net.config, k, 1 if spent < shallow * flops else v)
         idx, targets = batches.next_batch()
         start = time.process_time()
         net.train()
-        for group in optimizer.param_groups:
+        for group in (group for o in optimizers for group in o.param_groups):
             group["lr"] = learning_rate * schedule(spent / flops)
-        loss, carry = loss_of(net, idx, targets, carries.get(idx.shape[1]))
+        key = steps % carry_turns, idx.shape[1]
+        loss, carry = loss_of(net, idx, targets, carries.get(key))
         loss.backward()
         largest = max(largest, torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0).item())
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for o in optimizers:
+            o.step()
+            o.zero_grad(set_to_none=True)
         if carry is not None:
-            carries[idx.shape[1]] = carry
+            carries[key] = carry
         steps += 1
         seen += len(idx) if carry is None else int(carry["halted"].sum())
         with torch.no_grad():
@@ -183,6 +212,8 @@ def train(net, batches, tasks, flops, learning_rate, points=POINTS, progress=Non
             progress.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
             progress.update(min(spent, flops) / 1e9 - progress.n)
         if spent >= flops * (len(curve) + 1) / points or spent >= flops:
+            for k, v in depth.items():
+                setattr(net.config, k, v)
             own = {k: v.detach().clone() for k, v in net.state_dict().items()}
             net.eval().load_state_dict(average)
             curve.append({"flops": spent, "seconds": round(seconds, 1), "steps": steps, "puzzles": seen, "solved": solved(net, tasks),
@@ -199,16 +230,17 @@ def learn(args):
     params, rows = None, []
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     for text in args.contender:
-        name, net = make_contender(text, params, args.seed)
+        name, net, recipe = make_contender(text, params, args.seed)
+        recipe = {"learning_rate": args.learning_rate, "optimizer": args.optimizer, **recipe}
         params = params or net.num_params()
         batches = Puzzles(args.task, net.puzzle_format, args.tokens, args.seed, avoid, args.pool)
         with tqdm(total=round(args.gflops), unit="GFLOP", desc=name, leave=False, disable=None) as progress:
-            curve, average = train(net, batches, tasks, args.gflops * 1e9, args.learning_rate, progress=progress)
+            curve, average = train(net, batches, tasks, args.gflops * 1e9, **recipe, points=args.points, progress=progress)
         row = {"name": name, "contender": text, "task": args.task, "pool": args.pool, "seed": args.seed, "n": args.n,
-               "params": net.num_params(), "learning_rate": args.learning_rate, "curve": curve}
+               "params": net.num_params(), **recipe, "curve": curve}
         net.eval().load_state_dict(average)
         if net.puzzle_format == "canvas" and net.config.n_sup > 1:
-            row["solved_by_n_sup"] = {n: solved(net, tasks, n) for n in (1, 2, 4, 8, 16, 32)}
+            row["solved_by_n_sup"] = dict(zip((1, 2, 4, 8, 16, 32), solved_by_steps(net, tasks, 32)[[0, 1, 3, 7, 15, 31]].tolist()))
         rows.append(row)
         with open(args.out, "a") as f:
             f.write(json.dumps(row) + "\n")
@@ -345,8 +377,7 @@ def halting(args):
     if net.puzzle_format != "canvas":
         raise ValueError(f"{args.checkpoint} is of Route A, which takes no supervision steps")
     tasks = puzzles.heldout(args.suite, args.n) if args.suite in puzzles.SUITES else unseen(args.suite, args.n)[0]
-    hidden = [arc.Task(t.id, t.kind, t.train, [(x, np.zeros((1, 1), np.uint8)) for x, _ in t.test]) for t in tasks]
-    traces = [a[0] for a in net.answer(hidden, n_sup=args.n_sup, trace=True)]
+    traces = [a[0] for a in net.answer(hidden(tasks), n_sup=args.n_sup, trace=True)]
     right = np.array([[g is not None and np.array_equal(g, t.test[0][1]) for g, _ in trace] for t, trace in zip(tasks, traces)])
     p = np.array([[p for _, p in trace] for trace in traces])
     fixed = [(n, 100 * right[:, n - 1].mean()) for n in range(1, args.n_sup + 1)]
@@ -405,7 +436,9 @@ def main(argv):
     p.add_argument("--gflops", type=float, default=4000, help="of training, for each (default 4000)")
     p.add_argument("--tokens", type=int, default=2048, help="per step")
     p.add_argument("--learning_rate", type=float, default=2e-3)
+    p.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     p.add_argument("--n", type=int, default=100, help="held-out puzzles")
+    p.add_argument("--points", type=int, default=8, help="of the curve")
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--out", default="out/recursion/learn.jsonl")
     p.add_argument("--save", metavar="PREFIX", help="keep the averaged weights of contender 1, 2, ... as PREFIX1.pt, ...")

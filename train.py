@@ -76,6 +76,7 @@ n_latent: int | None = None  # Route B: latent updates per recursion, in puzzles
 n_recursion: int | None = None  # Route B: recursions per supervision step
 n_grad: int | None = None  # Route B: recursions with gradient, the last ones
 n_sup: int | None = None  # Route B: supervision steps per puzzle, at most
+carry_turns = 1  # Route B: a puzzle takes a supervision step every so many steps; 1 shows small batches the same rows on end (LOG.md)
 text_n_latent: int | None = None  # Route B: the same four for text
 text_n_recursion: int | None = None
 text_n_grad: int | None = None
@@ -152,6 +153,8 @@ for name, allowed in (("optimizer", ("muon", "adamw")), ("schedule", ("wsd", "co
                       ("compile", ("auto", True, False))):  # fmt: skip
     if config[name] not in allowed:
         stop(f"{name} must be one of {', '.join(map(repr, allowed))}, got {config[name]!r}")
+if carry_turns < 1:
+    stop(f"carry_turns={carry_turns} must be at least 1")
 if gradient_accumulation_steps < 1 or gradient_accumulation_steps % world_size:
     stop(f"gradient_accumulation_steps={gradient_accumulation_steps} batches cannot be shared evenly by {world_size} processes")
 if min(max_iters, batch_size, block_size, log_interval, eval_interval, max_skipped) < 1:
@@ -241,7 +244,7 @@ if init_from == "resume":
         loop.restore_random_state(state["rng"], device_type)
     else:
         changed.append(f"{world_size} processes (were {len(state['rng'])}: the same data in the same order, losses equal but for rounding)")
-    if all(started_from["config"][k] == config[k] for k in ("batch_size", "block_size", "gradient_accumulation_steps")):
+    if all(started_from["config"].get(k) == config[k] for k in ("batch_size", "block_size", "gradient_accumulation_steps", "carry_turns")):
         carries = loop.own_carries(state["carries"])
     elif state["carries"]:
         changed.append("puzzles that were being thought about begin anew, as batches have another shape now")
@@ -366,11 +369,13 @@ while iteration < max_iters:
     losses, tokens, flops, new_carries, too_much = [], 0, 0.0, {}, None
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1  # gradients of the processes are averaged once, after the last batch
+        number, length = batch.key
+        key = iteration % carry_turns * gradient_accumulation_steps + number, length  # of the carry that this batch goes on with
         try:
             idx, targets = batch.idx.to(device, non_blocking=True), batch.targets.to(device, non_blocking=True)
             with contextlib.nullcontext() if world_size == 1 or last else wrapped.no_sync():
                 with autocast:  # the forward alone: inside, the backward's own float32 products would overflow as float16 (LOG.md)
-                    _, loss, carry = wrapped(idx, targets, mode=batch.mode, carry=loop.moved(carries.get(batch.key), device))
+                    _, loss, carry = wrapped(idx, targets, mode=batch.mode, carry=loop.moved(carries.get(key), device))
                 scaler.scale(loss / len(batches)).backward()
         except RuntimeError as e:
             if not hardware.out_of_memory(e):
@@ -378,7 +383,7 @@ while iteration < max_iters:
             too_much = batch  # handled below: here, the exception still holds on to memory
             break
         if carry is not None:
-            new_carries[batch.key] = loop.moved(carry, "cpu")
+            new_carries[key] = loop.moved(carry, "cpu")
         losses.append(loss.detach())
         tokens += batch.tokens
         flops += batch.tokens * net.flops_per_token(idx.shape[1], batch.mode, training=True)

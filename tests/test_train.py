@@ -30,7 +30,7 @@ SHAPE = ["--n_layer=4", "--n_head=2", "--n_embd=16", "--n_ff=24", "--block_size=
          "--mixture={'stdlib': 1, 'sudoku4': 1, 'maze': 1}"]  # fmt: skip
 ROUTES = {
     "dense": [],
-    "trm": ["--model=trm", "--n_latent=1", "--n_recursion=2", "--n_sup=3", "--ema=0.9"],
+    "trm": ["--model=trm", "--n_latent=1", "--n_recursion=2", "--n_sup=3", "--carry_turns=2", "--ema=0.9"],
 }
 
 
@@ -261,6 +261,9 @@ def test_sigterm_saves_and_the_rest_is_the_same_run(finished, data, tmp_path):
     assert run.returncode == 0, run.stderr
     assert losses(tmp_path)[0] == losses(out)[0]
     assert losses(tmp_path)[1][8] == losses(out)[1][8]
+    if "--model=trm" in settings:  # puzzles of both turns wait, two batches of each
+        carries = checkpoint.load(tmp_path / "ckpt.pt")["train"]["carries"]
+        assert {int(key.split("/")[0]) for key in carries} == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("finished", ["trm"], indirect=True)
