@@ -31,7 +31,7 @@ import loader
 import puzzles
 import tokenizer as tok
 from bench_models import schedule
-from model_dense import muon_and_adamw
+from muon import muon_and_adamw
 
 SMALL = dict(n_layer=4, n_head=2, n_embd=64, n_ff=172, block_size=1024)  # the demo's model
 RECIPE = ("learning_rate", "optimizer", "carry_turns", "shallow")  # settings of a contender that are of its training
