@@ -531,7 +531,7 @@ def main():
     parser.add_argument("checkpoints", metavar="CKPT", nargs="+", help="a ckpt.pt that train.py wrote; with --watch, a folder of them")
     group = parser.add_argument_group("what is asked")
     group.add_argument("--suites", metavar="NAMES", help=f"separated by commas (default: all that are there): {suites.ALL}")
-    group.add_argument("--tasks", metavar="PATH", help="your own tasks: a folder of ARC-style .json files, or one file of many")
+    group.add_argument("--tasks", metavar="PATH", help="your own tasks: a folder of ARC-style .json files, or one file, of one or many")
     group.add_argument("--limit", metavar="N", type=positive, help="only the first N tasks of each suite (default: all)")
     group.add_argument("--attempts", metavar="N", type=positive, help=f"answers that count in ARC suites (default {ATTEMPTS})")
     group = parser.add_argument_group("how it is asked (more of anything takes longer)")
