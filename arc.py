@@ -96,8 +96,9 @@ def find(task_id):
 
 def read_tasks(path):
     """
-    Tasks from elsewhere -> list[Task], sorted by id: a folder of ARC-style JSON files, one task each, named by its id; one such
-    file; or a JSON file of many, {id: task}. A test input may come without its output, which is None then. ValueError, naming file, pair and mistake, in one line.
+    Tasks from elsewhere -> list[Task], sorted by id: a folder of ARC-style JSON files, one task each, named by its id; one such file; or a
+    JSON file of many, {id: task}. A test input may come without its output, which is None then. ValueError, naming file, pair and mistake,
+    in one line.
     """
     if not os.path.exists(path):
         raise ValueError(f"there is no {path}: name a folder of ARC-style .json files, or one file")
