@@ -96,11 +96,12 @@ def find(task_id):
 
 def read_tasks(path):
     """
-    Tasks from elsewhere -> list[Task], sorted by id: a folder of ARC-style JSON files, one task each, named by its id; or one JSON file of
-    many, {id: task}. A test input may come without its output, which is None then. ValueError, naming file, pair and mistake, in one line.
+    Tasks from elsewhere -> list[Task], sorted by id: a folder of ARC-style JSON files, one task each, named by its id; one such file; or a
+    JSON file of many, {id: task}. A test input may come without its output, which is None then. ValueError, naming file, pair and mistake,
+    in one line.
     """
     if not os.path.exists(path):
-        raise ValueError(f"there is no {path}: name a folder of ARC-style .json files, or one file of many tasks")
+        raise ValueError(f"there is no {path}: name a folder of ARC-style .json files, or one file")
     one_each = os.path.isdir(path)
     files = sorted(f for f in os.listdir(path) if f.endswith(".json")) if one_each else [path]
     if not files:
@@ -113,7 +114,8 @@ def read_tasks(path):
                 content = json.load(f)
         except (ValueError, RecursionError) as e:
             raise ValueError(f"{file} is not JSON: {e}") from None
-        found = {name[: -len(".json")]: content} if one_each else content
+        alone = one_each or (isinstance(content, dict) and isinstance(content.get("test"), list))  # of many, "test" would be a task
+        found = {os.path.basename(file).removesuffix(".json"): content} if alone else content
         if not isinstance(found, dict) or not found:
             raise ValueError(f"{file} holds no tasks: {{id: task}} is wanted")
         raw.update({task_id: (file, task) for task_id, task in found.items()})

@@ -101,7 +101,7 @@ def load(path, map_location="cpu"):
     except Exception as e:  # bytes that are no checkpoint fail in any way they like
         raise ValueError(f"{path} is not a checkpoint that can be read, or it is damaged ({type(e).__name__})") from None
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
-        raise ValueError(f"{path} is {what_else(checkpoint)}, not a checkpoint that train.py wrote")
+        raise ValueError(f"{path} is {what_else(checkpoint)} not a checkpoint that train.py wrote")
     if checkpoint["format"] != CHECKPOINT_FORMAT:
         newer = isinstance(checkpoint["format"], int) and checkpoint["format"] > CHECKPOINT_FORMAT
         advice = "update smol-llm to read it" if newer else "no version of smol-llm has written that"  # there is no older one than 1
@@ -118,10 +118,10 @@ def load(path, map_location="cpu"):
 def what_else(value):
     """What a file of PyTorch's without a format may be, in words: checkpoints that people have at hand."""
     if isinstance(value, dict) and {"model", "model_args"} <= value.keys():
-        return "a checkpoint of nanoGPT, whose model is another than the two here,"
+        return "a checkpoint of nanoGPT, whose model is another than the two here; it is"
     if isinstance(value, dict) and value and all(isinstance(v, torch.Tensor) for v in value.values()):
-        return "a bare state dict, which says neither which model nor which tokenizer its weights are for,"
-    return "a file of PyTorch's"
+        return "a bare state dict, which says neither which model nor which tokenizer its weights are for; it is"
+    return "a file of PyTorch's, but"
 
 
 def load_weights(model, weights, path):

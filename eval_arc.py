@@ -5,6 +5,7 @@ The evaluation: how many unseen tasks does a checkpoint solve, exactly, and what
     python eval_arc.py A/ckpt.pt B/ckpt.pt --out_dir=out/compare       several, on the same tasks, side by side, with a paired test
     python eval_arc.py CKPT --suites=sudoku4,arc1 --limit=20           a quick look: the first 20 tasks of two suites
     python eval_arc.py CKPT --suites=arc1 --augment=16 --ttt_steps=32  all that helps: 16 views of each task, a model tuned to each
+    python eval_arc.py CKPT --suites=arc1 --augment=16 --n_sup=2 --halt=0.9      Route B, 16 views, at an eighth of the cost or less
     python eval_arc.py CKPT --tasks=my_tasks                           your own ARC-style JSON files
     python eval_arc.py out/route_b_stage3 --watch                      every new checkpoint of a folder; curves in evals.png
     torchrun --nproc_per_node=2 eval_arc.py CKPT ...                   the same answers from two GPUs
@@ -12,6 +13,11 @@ The evaluation: how many unseen tasks does a checkpoint solve, exactly, and what
 The suites are in suites.py. A task is solved when all its test outputs are right in every cell and in size; two attempts at each output
 in arc1 and arc2, as ARC's rules allow, one in puzzles. A task that does not fit into the model's block_size is not solved and is
 counted in `too_long` as well. The model is handed tasks with their test outputs taken out.
+
+All of arc1 in 16 views, the 100M models on two T4s (projected, `bench.py answer`): Route A 20 minutes; Route B 5.7 hours with its 16
+supervision steps, 21 to 43 minutes with --n_sup=2 --halt=0.9, by how often it is sure after one step. --augment=11 with these stays under
+30. In LOG.md two steps were as good as more, and many views were worth more than many steps: ask your checkpoint with
+`python bench.py answer --checkpoint=CKPT`.
 
 A run that was killed goes on where it was: what has been answered, by the same checkpoint with the same settings, is not asked again.
 
@@ -525,7 +531,7 @@ def main():
     parser.add_argument("checkpoints", metavar="CKPT", nargs="+", help="a ckpt.pt that train.py wrote; with --watch, a folder of them")
     group = parser.add_argument_group("what is asked")
     group.add_argument("--suites", metavar="NAMES", help=f"separated by commas (default: all that are there): {suites.ALL}")
-    group.add_argument("--tasks", metavar="PATH", help="your own tasks: a folder of ARC-style .json files, or one file of many")
+    group.add_argument("--tasks", metavar="PATH", help="your own tasks: a folder of ARC-style .json files, or one file, of one or many")
     group.add_argument("--limit", metavar="N", type=positive, help="only the first N tasks of each suite (default: all)")
     group.add_argument("--attempts", metavar="N", type=positive, help=f"answers that count in ARC suites (default {ATTEMPTS})")
     group = parser.add_argument_group("how it is asked (more of anything takes longer)")

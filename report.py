@@ -24,7 +24,7 @@ import logbook
 TEMPLATES = [os.path.join(folder, "report_template.html")
              for folder in (os.path.dirname(os.path.abspath(__file__)), os.path.join(sys.prefix, "share", "smol-llm"))]
 WATCHED = 6  # checkpoints of a watched folder that are put side by side: the last ones
-LEFT_OUT = ("config", "model_config", "settings", "suites")  # of a model's report: nobody looks for them here
+LEFT_OUT = ("config", "model_config", "suites")  # of a model's report: nobody looks for them here
 
 
 def gather(out_dir, json_name="eval.json"):

@@ -88,6 +88,8 @@ def test_a_folder_and_a_file_of_tasks_are_read_alike(tmp_path):
         read = arc.read_tasks(str(path))
         assert [t.id for t in read] == ["t0", "t1", "t2"] and all(t.kind == "arc" for t in read)
         assert read[1].train[0][0].tolist() == PAIR["input"] and read[2].test[1][0].tolist() == [[2]] and read[2].test[1][1] is None
+    (alone,) = arc.read_tasks(str(folder / "t1.json"))
+    assert (alone.id, alone.test[1][0].tolist()) == ("t1", [[1]])
 
 
 def test_tasks_of_arc_are_read_as_they_are_loaded(tmp_path):
