@@ -361,14 +361,13 @@ def factors_in_blocks_grad(x, k, g, block, resets, ways, few, low, x_in, k_out, 
                 dk_out[which] *= in_last
         dA, k_mid, x_in = dA.view(M, R * C, C), k * early, x_in.view(M, R * C, K)
         dx_in = torch.bmm(dA, k_mid) if dx_in is None else dx_in.view(M, R * C, K).baddbmm_(dA, k_mid)
-        if dk_out is None:
-            dk_mid = torch.bmm(dA.mT, x_in)
-        else:
-            d_decay = d_decay + (dk_out * k_out).sum(1, keepdim=True)
-            dk_mid = dk_out.mul_(half).baddbmm_(dA.mT, x_in)
+        dk_mid = torch.bmm(dA.mT, x_in)
         dG = (x_in * dx_in).view(M, R, C, K).sum(1).addcmul_(k_mid, dk_mid, value=-1)
-        total = dG.sum(1, keepdim=True) if d_decay is None else d_decay + dG.sum(1, keepdim=True)
-        dg = dG.sub_(dG.cumsum(1)).add_(total)
+        dg = from_here(dG)
+        if dk_out is not None:  # apart: what k_out leaves to later chunks is large, what it has of the gates before may be e^-50
+            dg += d_decay
+            dg[:, 1:] += (dk_out * k_out)[:, :-1].cumsum(1)
+            dk_mid.addcmul_(dk_out, half)
         if resets is not None:
             dg[which] = dg[which].masked_fill_(gone.unsqueeze(-1), 0)
         return dx_in.view(M, R, C, K).mul_(late.unsqueeze(1)), dk_mid.mul_(early), dg
@@ -421,8 +420,10 @@ def pairs_in_blocks_grad(x, k, g, block, few, low, dA):
 def unit_lower_inverse(P, few, low):
     """
     (I + P)^-1 for strictly lower-triangular P (M, C, C), by merging: if X1 and X2 invert the blocks on the diagonal and L stands
-    below them, then [[X1, 0], [-X2 L X1, X2]] inverts the whole. As exact as substitution, but all matmuls.
+    below them, then [[X1, 0], [-X2 L X1, X2]] inverts the whole. As exact as substitution, but all matmuls. On a CPU the largest one is
+    in float64, for 3% of the time: where beta = 2 and nothing decays, it leaves a quarter less error in everything.
     """
+    largest = torch.float64 if P.device.type == "cpu" and low == P.dtype else low
     X, size = torch.zeros_like(P), few
     X.diagonal(dim1=-2, dim2=-1).fill_(1)
     A, blocks = on_diagonal(P, few), on_diagonal(X, few)
@@ -431,7 +432,7 @@ def unit_lower_inverse(P, few, low):
             blocks[..., i, :].addcmul_(A[..., i, j, None], blocks[..., j, :], value=-1)
     while size < P.shape[-1]:
         X1, X2 = on_diagonal(X, size).unflatten(-3, (-1, 2)).unbind(-3)
-        narrow = low if size >= 16 else P.dtype
+        narrow = P.dtype if size < 16 else low if size < 32 else largest
         below(X, size).copy_(mm(mm(X2, below(P, size), narrow), X1, narrow).neg_())
         size *= 2
     return X
@@ -998,8 +999,8 @@ def check():
     print("against the float64 recurrence, relative error of outputs and gradients:")
     torch.manual_seed(0)
     for name, gate in (("mild gates", 0.1), ("strong gates", 8.0), ("resets", None)):
-        q, k, v = torch.randn(3, 2, 100, 2, 32, device=device).unbind(0)
-        k, g, beta = F.normalize(k, dim=-1), -torch.rand(2, 100, 2, 32, device=device) * (gate or 0.1), torch.rand(2, 100, 2, device=device)
+        q, k, v = torch.randn(3, 1, 70, 2, 32, device=device).unbind(0)  # a chunk and a bit
+        k, g, beta = F.normalize(k, dim=-1), -torch.rand(1, 70, 2, 32, device=device) * (gate or 0.1), torch.rand(1, 70, 2, device=device)
         if gate is None:
             g = g.masked_fill(torch.rand_like(g) < 0.05, -math.inf)
         results = []
