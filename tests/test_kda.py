@@ -180,6 +180,14 @@ def test_float64_is_exact():
     compare({gate: make(gate, 70) for gate in GATES}, dtype=torch.float64, forward=1e-12, backward=1e-11)
 
 
+def test_flash_linear_attention_means_the_same():
+    """Its definition of KDA, where it is installed: the same arguments in, the same outputs and state out."""
+    naive = pytest.importorskip("fla.ops.kda.naive")
+    inputs = [t.float() for t in make("mild", 70)]
+    want = naive.naive_recurrent_kda(*inputs[:5], initial_state=inputs[5], output_final_state=True)
+    check(dict(zip(("o", "state"), by_kda(inputs))), dict(zip(("o", "state"), want)), 1e-5, "flash-linear-attention")
+
+
 def test_whole_size_heads():
     """Head sizes and lengths of the 100M model, a mild gate as at initialisation."""
     rng = torch.Generator().manual_seed(0)
@@ -347,6 +355,8 @@ def test_a_wrong_argument_is_named(at, name):
     if name != "q":  # what the others are measured by
         refused(good[at][:2])
         refused(F.pad(good[at], (0, 1)) if name != "v" else good[at][:, :5])
+    if name == "v":
+        refused(good[at][0, 0, 0, 0])
     refused(good[at][..., 0] if name != "v" else good[at][:, :, 0])
     refused(good[at].long())
 
