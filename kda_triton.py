@@ -64,8 +64,8 @@ def chunk_table(cu_seqlens, C=CHUNK):
 
 # Launch parameters by compute capability: (channels of K or V per step, warps, pipeline stages), chosen so that nothing spills and
 # shared memory stays under 64 KB on a T4 (7.5) and 99 KB on an RTX 30, 40 or 50 (8.6, 8.9, 12.0); tests/test_kda_triton.py looks at both.
-# A capability that is not in the table uses the next lower one. float32 inputs, and K above 128, take half the channels and no
-# pipelining; even so some registers spill there.
+# A capability that is not in the table uses the next lower one. float32 inputs, and K above 128, take half the channels, no pipelining,
+# and on 10.x, whose tensor cores serve all warps at once, eight warps; elsewhere some registers spill even so.
 LAUNCH = {
     #        pairs       prepare     states      outputs     renew       dstates     dsolve      dpairs      dinputs
     (7, 5): ((16, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1), (16, 4, 1), (16, 4, 1)),
@@ -108,6 +108,7 @@ def launch_parameters(kernel, capability, dtype, constants):
         step, warps, stages = row[KERNELS.index(kernel.__name__)]
         if dtype == torch.float32 or constants["WIDTH"] > 128:  # twice the registers and shared memory for the same number of columns
             step, stages = step // 2, 1
+            warps = 8 if (10, 0) <= capability < (12, 0) and kernel.__name__ != "dinputs" else warps
     width = constants["K"] if kernel.__name__ in ("pairs", "dpairs", "dinputs") else constants["V"]
     constants = constants | {"STEP": max(16, min(step, padded(width))), "STEP_V": max(16, min(step, padded(constants["V"])))}
     return {name: constants[name] for name in kernel.__code__.co_varnames[: kernel.__code__.co_argcount] if name in constants}, {

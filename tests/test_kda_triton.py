@@ -45,7 +45,7 @@ def test_in_the_interpreter():
 def test_compiles(capability, dtype):
     if capability == 100 and kt.triton.__version__.startswith("3.2"):
         pytest.skip("Triton 3.2 does not know this capability")
-    check(capability, dtype, "64", spills=64 * (capability == 100))
+    check(capability, dtype, "64")
 
 
 def test_compiles_for_turing_if_only_to_multiply_adds():
@@ -60,8 +60,8 @@ def test_compiles_for_turing_if_only_to_multiply_adds():
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 86, 90, 100])
 def test_everything_compiles(capability):
-    check(capability, "fp16,bf16", "64,128", spills=64 * (capability == 100))
-    check(capability, "fp32", "64,128", spills=1024)  # float32 inputs are for tests, not for speed
+    check(capability, "fp16,bf16", "64,128")
+    check(capability, "fp32", "64,128", spills=0 if capability == 100 else 512)  # float32 inputs are for tests, not for speed
 
 
 @pytest.mark.slow
