@@ -63,7 +63,7 @@ max_hours = 0.0  # stop and save after this many hours; 0 for never
 push_to = ""  # as in train.py: USER/NAME on the hub, where each checkpoint is published
 push_full = False
 tracker = ""  # 'trackio' or 'wandb' get the same figures as log.jsonl, if installed
-check_tasks = 32  # held-out puzzles that teacher and student solve beforehand, and the student afterwards; 0 for none
+check_tasks = 32  # held-out puzzles that the teacher solves beforehand, and the student at each validation; 0 for none
 # ---- teacher
 teacher = ""  # path of a checkpoint, of a folder that `record` wrote, of a Hugging Face model, or hf:NAME
 teacher_n_sup: int | None = None  # Route B: supervision steps (None: its own)
@@ -154,7 +154,10 @@ def check_settings():
     if min(batch_size, log_interval, eval_interval, max_skipped, record_prompts, teacher_n_views) < 1:
         raise ValueError("batch_size, log_interval, eval_interval, max_skipped, record_prompts and teacher_n_views must be at least 1")
     if push_to:
-        publish.repo_name(push_to)
+        try:
+            publish.repo_name(push_to)
+        except ValueError as e:
+            raise ValueError(f"--push_to: {e}") from None
     if not init_from:
         raise ValueError("no student: name its checkpoint with --init_from=PATH")
     if not teacher and (objective != "answers" or off_policy == "teacher"):
@@ -281,7 +284,8 @@ average = {k: v.detach().clone() for k, v in net.state_dict().items()} if ema el
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 autocast = torch.autocast(device_type, dtype=getattr(torch, dtype)) if dtype != "float32" else contextlib.nullcontext()
 train = {"iter": 0, "seconds": 0.0, "cpu_seconds": 0.0, "tokens": 0, "val_losses": {}, "val_loss": None, "skipped": 0,
-         "skipped_in_a_row": 0, "student": student_path, "text_before": None}  # fmt: skip
+         "skipped_in_a_row": 0, "student": student_path, "text_before": None,
+         "solved": None}  # fmt: skip
 carries = {}
 if resumed:
     state = started_from["train"]
@@ -489,21 +493,21 @@ def write_log(entry):
 
 
 def validate():
-    """As train.py does, and language is guarded."""
+    """As train.py does, and held-out puzzles, solved by the averaged weights; language is guarded."""
     train["val_losses"], train["val_loss"] = loop.validate(net, average, loader, eval_batches, autocast, device)
-    write_log({"iter": train["iter"], "val_loss": train["val_loss"], "val_losses": train["val_losses"]})
-    say(f"step {train['iter']}: validation " + ", ".join(f"{k} {v:.3f}" for k, v in train["val_losses"].items()))
+    entry = {"iter": train["iter"], "val_loss": train["val_loss"], "val_losses": train["val_losses"]}
+    if tasks:
+        with loop.averaged_weights(net, average), autocast:
+            entry |= {"student_solved": teachers.solved(teachers.Ours(net, {}), tasks), "of": len(tasks)}
+        train["solved"] = entry["student_solved"]
+    write_log(entry)
+    say(f"step {train['iter']}: validation " + ", ".join(f"{k} {v:.3f}" for k, v in train["val_losses"].items())
+        + (f"; solved {train['solved']:.1%} of {len(tasks)} held-out puzzles" if tasks else ""))  # fmt: skip
     if train["text_before"] is None:
         train["text_before"] = train["val_loss"]
     elif train["text_before"] is not None and train["val_loss"] > train["text_before"] + LANGUAGE_LIMIT:
         say(f"warning: the loss on text is {train['val_loss']:.3f}, {train['val_loss'] - train['text_before']:.3f} nats above the "
             f"{train['text_before']:.3f} before distillation: give text a larger share of the mixture, or lower learning_rate")  # fmt: skip
-
-
-def check_student():
-    """Share of the held-out tasks that the student solves, with its averaged weights."""
-    with loop.averaged_weights(net, average):
-        return teachers.solved(teachers.Ours(net, {}), tasks)
 
 
 # ---- ready
@@ -533,15 +537,15 @@ evaluation = loop.Evaluation(out_dir, eval_suites if master else "", eval_limit,
 publication = loop.Publication(out_dir, push_to if master else "", push_full, say)
 net.train()
 tasks = held_out_tasks(check_tasks)
-if guide is not None and tasks and not resumed and not isinstance(guide, records.Recorded):
-    with autocast:
-        theirs, ours = teachers.solved(guide, tasks), check_student()
-    write_log({"iter": 0, "teacher_solved": theirs, "student_solved": ours, "of": len(tasks)})
-    say(f"held-out puzzles solved: teacher {theirs:.1%}, student {ours:.1%}, of {len(tasks)}")
-    if theirs < ours:
-        say(f"warning: the teacher ({theirs:.1%}) is weaker than the student ({ours:.1%}) on {len(tasks)} held-out puzzles")
 if not resumed:
     validate()
+    if guide is not None and tasks and not isinstance(guide, records.Recorded):
+        with autocast:
+            theirs = teachers.solved(guide, tasks)
+        write_log({"iter": 0, "teacher_solved": theirs, "of": len(tasks)})
+        say(f"held-out puzzles solved: teacher {theirs:.1%}, student {train['solved']:.1%}, of {len(tasks)}")
+        if theirs < train["solved"]:
+            say(f"warning: the teacher ({theirs:.1%}) is weaker than the student ({train['solved']:.1%}) on {len(tasks)} held-out puzzles")
 ahead = Ahead(loader, pin=device_type == "cuda")
 progress = tqdm(total=max_iters, initial=train["iter"], disable=None if master else True, unit="step", dynamic_ncols=True, mininterval=1.0)
 since_log, stopping, saved = {}, False, True
@@ -661,10 +665,7 @@ if stopping:
     say(f"stopped {why} after step {train['iter']}; go on with --init_from=resume (saved to {ckpt_path})")
 else:
     if tasks:
-        with autocast:
-            ours = check_student()
-        write_log({"iter": train["iter"], "student_solved": ours, "of": len(tasks)})
-        say(f"held-out puzzles solved: student {ours:.1%}, of {len(tasks)}")
+        say(f"held-out puzzles solved: student {train['solved']:.1%}, of {len(tasks)}")
     if train["val_loss"] is not None:
         say(f"text: validation loss {train['text_before']:.3f} before, {train['val_loss']:.3f} after")
 if tracked:
