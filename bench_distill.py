@@ -127,7 +127,9 @@ def main():
                 before[path] = solved(path, suite), solved(path, others)
                 print(f"before: {path}, {before[path][0]} of {len(suite)}, {before[path][1]} of {len(others)} others", flush=True)
         for arm in tqdm(names, unit="way"):
-            tried = {rate: solved(os.path.join(run(arm, args.seeds[0], rate), "ckpt.pt"), others) for rate in args.rates}
+            tried = dict.fromkeys(args.rates, 0)
+            for rate in args.rates if len(args.rates) > 1 else ():
+                tried[rate] = solved(os.path.join(run(arm, args.seeds[0], rate), "ckpt.pt"), others)
             rate = max(tried, key=tried.get)
             print(f"{arm}: {', '.join(f'{n} at {r:g}' for r, n in tried.items())}", flush=True)
             for seed in args.seeds:
@@ -137,9 +139,11 @@ def main():
                 used = {0: 0.0, **{e["iter"]: e["cpu_seconds"] for e in steps}}
                 curve = [(used[e["iter"]], e["student_solved"]) for e in log if "student_solved" in e]
                 path = os.path.join(out, "ckpt.pt")
+                right, right_of_others = solved(path, suite), solved(path, others)
+                curve.append((steps[-1]["cpu_seconds"], right / len(suite)))
                 shares = {k: round(statistics.mean(e[k] for e in steps), 3) for k in ("sampling", "scoring", "learning")}
-                results.append({"arm": arm, "seed": seed, "rate": rate, "tried": tried, "solved": solved(path, suite),
-                                "others": solved(path, others), "steps": steps[-1]["iter"], "cpu_seconds": steps[-1]["cpu_seconds"],
+                results.append({"arm": arm, "seed": seed, "rate": rate, "tried": tried, "solved": right,
+                                "others": right_of_others, "steps": steps[-1]["iter"], "cpu_seconds": steps[-1]["cpu_seconds"],
                                 **shares, "curve": curve})  # fmt: skip
                 print(json.dumps({k: v for k, v in results[-1].items() if k not in ("curve", "tried")}), flush=True)
                 with open(os.path.join(args.out_dir, "results.json"), "w", encoding="utf-8") as f:

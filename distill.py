@@ -11,7 +11,8 @@ On-policy distillation: a student answers puzzles, a teacher says at every place
 A step is as train.py's, on the same batches from the loader. A batch of text is learned as there. On a batch of puzzles
     sampling   the student writes answers (Route A, with caches) or has them on its canvas (Route B, at each supervision step); for a share
                of 1 - on_policy of the batches they are the data's, or the teacher's. No gradient goes through this
-    scoring    the teacher gives its distribution at each place of these answers
+    scoring    the teacher gives its distribution at each place of these answers; one that does not read them (Route B, votes) is heard
+               by Route A up to the first place where it would have written something else
     learning   the divergence between the two, mean over the places of an answer, then over answers; only the answer counts
 
 Writes ckpt.pt (which train.py, eval_arc.py and sample.py read), log.jsonl, loss.png, config.json. Random draws follow from the seed,
@@ -43,7 +44,7 @@ import records
 import teachers
 import tokenizer as tok
 from divergences import DIVERGENCES, divergence
-from loader import Ahead, Loader, Puzzles, draw_rng, puzzle_row, read_stage
+from loader import Ahead, Loader, draw_rng, puzzle_row, read_stage
 from model_dense import IGNORE, row_shares, sample
 from model_trm import ANSWER_IDS
 from parallel import all_agree, difference, local_rank, master, rank, world_size
@@ -74,7 +75,8 @@ teacher_dtype = "auto"  # of its matrices; auto: dtype
 teacher_vocabulary = "same"  # of a Hugging Face model: 'same' as GPT-2's, or 'cells', another one where the cell map is exact
 record_prompts = 1000  # `record`: how many
 # ---- what is learned
-objective = "reverse_kl"  # 'reverse_kl', 'forward_kl', 'jsd', or 'answers': cross-entropy on the answers, whatever the teacher's odds
+objective = "forward_kl"  # 'forward_kl', 'reverse_kl', 'jsd', or 'answers': cross-entropy on the answers, whatever the teacher's odds.
+# reverse_kl and jsd are all but blind where teacher and student are certain of different things; at temperature 2, reverse_kl sees it
 beta = 0.5  # of jsd: 0 leans to forward, 1 to reverse
 temperature = 1.0  # softens both distributions
 on_policy = 1.0  # lambda: share of the batches whose answers are the student's own
@@ -115,7 +117,6 @@ seed = 1337
 defaults = configurator.settings(globals())
 config = configurator.configure(globals(), sys.argv[2:] if sys.argv[1:2] == ["record"] else sys.argv[1:])
 recording = sys.argv[1:2] == ["record"]
-EVAL_DEMOS = "arc_eval_demos"  # what a source of these is called, in a stage (prepare.py --eval_demos=True) as well
 LANGUAGE_LIMIT = 0.05  # nats by which the validation loss on text may worsen before there is a warning
 
 began = time.monotonic()
@@ -171,21 +172,6 @@ def check_settings():
 
 
 # ---- the prompts
-class EvaluationDemonstrations(Puzzles):
-    """The demonstrations of ARC's evaluation tasks as a source of prompts: one pair of them is the question, a task's test is not read."""
-
-    def __init__(self):
-        self.name, self.seed, self.augment, self.puzzle_format = EVAL_DEMOS, seed, "arc", net.puzzle_format
-        self.batch_tokens, self.block_size = batch_size * block_size, block_size
-        self.drawn, self.waiting, self.rows = 0, {}, {}
-        tasks = [task for name in ("arc1_eval", "arc2_eval") for task in arc.load(name)]
-        self.documents = [arc.encode(task.kind, task.train) for task in tasks if len(task.train) > 1]
-        self.n_documents, self.shards = len(self.documents), self
-
-    def document(self, i):
-        return self.documents[i]
-
-
 def make_loader():
     """train.py's, with every source of text read for validation at least, and the prompts that a stage does not hold."""
     manifest, own, _ = read_stage(data_dir, data, data_tag, verify=False)
@@ -197,15 +183,17 @@ def make_loader():
     loader = Loader(data_dir, data, tag=data_tag, weights=weights, seed=seed, batch_size=batch_size, block_size=block_size,
                     batches_per_step=gradient_accumulation_steps, puzzle_format=net.puzzle_format, rank=rank, world_size=world_size,
                     verify=local_rank == 0)  # fmt: skip
-    shares = dict(zip(loader.names, loader.shares))
+    shares, shape = dict(zip(loader.names, loader.shares)), (batch_size * block_size, block_size, net.puzzle_format)
     if isinstance(guide, records.Recorded):
         shares = {name: share for name, share in shares.items() if kinds[name] == "text"}
         shares["recorded"] = 1 - sum(shares.values()) or 1.0
-        loader.sources["recorded"] = records.Prompts(guide.documents, seed, batch_size * block_size, block_size, net.puzzle_format)
+        loader.sources["recorded"] = records.Prompts("recorded", guide.documents, seed, *shape)
     if eval_demonstrations:
         shares = {name: share * (1 - eval_demonstrations) for name, share in shares.items()}
-        shares[EVAL_DEMOS] = eval_demonstrations
-        loader.sources[EVAL_DEMOS] = EvaluationDemonstrations()
+        shares[records.EVAL_DEMOS] = eval_demonstrations
+        tasks = [task for name in ("arc1_eval", "arc2_eval") for task in arc.load(name)]
+        documents = [arc.encode(task.kind, task.train) for task in tasks if len(task.train) > 1]  # one pair asks; a test is not read
+        loader.sources[records.EVAL_DEMOS] = records.Prompts(records.EVAL_DEMOS, documents, seed, *shape, augment="arc")
     loader.sources = {name: loader.sources[name] for name in shares}
     loader.names, loader.shares = list(shares), np.array(list(shares.values()))
     return loader
@@ -350,9 +338,6 @@ def distance(student, teacher_says, rows, n_rows):
     if not known.any():
         return 0.0 * student.sum()
     each = divergence(student[known], teacher_says[known], objective, beta, temperature)
-    if os.environ.get("WHOLE"):
-        full = torch.zeros(len(known)).masked_scatter(known, each)
-        return (full * row_shares(rows, n_rows)).sum()
     return (each * row_shares(rows[known], n_rows)).sum()
 
 
@@ -524,7 +509,7 @@ if master:
     print(configurator.show(config, defaults))
     print(f"student {student_path} ({model}, {net.num_params() / 1e6:.2f}M), {dtype} on {hardware.name(device)}, {optimizer}, {world_size} "
           f"process{'es' * (world_size > 1)}, prompts {', '.join(loader.names)}\nteacher {json.dumps(guide and guide.about)}")  # fmt: skip
-    if EVAL_DEMOS in pinned["sources"]:
+    if records.EVAL_DEMOS in pinned["sources"]:
         print("the demonstrations of ARC's evaluation tasks are among what it learns from: any report of its results must say so")
     if verified_bonus:
         print("with a bonus for verified answers: this is not distillation alone")
