@@ -1,11 +1,12 @@
 """
 Does distillation on a student's own answers pay? The same student and CPU seconds, several ways to go on, held-out puzzles solved.
 
-    python bench_distill.py out/student{seed}/ckpt.pt TEACHER.pt --seconds=60 --seeds=1,2,3 --out_dir=out/bench_distill
+    python bench_distill.py out/student{seed}/ckpt.pt TEACHER.pt --seconds=60 --seeds=1,2,3 --rates=5e-4,1e-3,2e-3
 
 The ways are rows of ARMS, settings of distill.py: everything else is the same for all of them, the prompts too. A run is stopped when its
 process has used that many CPU seconds, teacher, sampling and learning together (log.jsonl counts them), so other work on the machine does
-not matter. Prints a table, and writes it with all curves to results.json and curves.png in out_dir. Runs that are there already are kept.
+not matter. Every way has the best of the same learning rates, chosen with the first seed on puzzles that are not in the suite. Prints a
+table, and writes it with all curves to results.json and curves.png in out_dir. Runs that are there already are kept.
 """
 
 import argparse
@@ -17,30 +18,46 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
+import arc
 import candidates
 import checkpoint
 import eval_arc
 import logbook
-import suites
+import puzzles
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ARMS = {
-    "on-policy, reverse KL": ["--objective=reverse_kl", "--on_policy=1"],
-    "on-policy, JSD": ["--objective=jsd", "--beta=0.5", "--on_policy=1"],
     "supervised": ["--objective=answers", "--on_policy=0", "--off_policy=dataset"],
     "off-policy, teacher's answers": ["--objective=answers", "--on_policy=0", "--off_policy=teacher"],
     "on-policy, forward KL": ["--objective=forward_kl", "--on_policy=1"],
+    "on-policy, reverse KL, temperature 2": ["--objective=reverse_kl", "--temperature=2", "--on_policy=1"],
+    "on-policy, reverse KL": ["--objective=reverse_kl", "--on_policy=1"],
+    "on-policy, JSD": ["--objective=jsd", "--beta=0.5", "--on_policy=1"],
+    "off-policy, forward KL": ["--objective=forward_kl", "--on_policy=0", "--off_policy=teacher"],
 }
+CHECK = 100  # puzzles of each point of a curve, at most
 
 
-def solved(path, suite, limit):
-    """(solved, of) of a suite's first tasks, by a checkpoint's averaged weights."""
+def other_sudokus(n):
+    """n puzzles like the suite's sudoku4, none of them in it: answers that are never trained on, as the suite's are."""
+    in_suite = {puzzles.task_hash(task) for task in puzzles.heldout("sudoku4")}
+    rng, found = np.random.default_rng(4005), []
+    while len(found) < n:
+        task = puzzles.sudoku(rng, 4, 6, "test")
+        if puzzles.task_hash(task) not in in_suite:
+            found.append(arc.Task(f"other-{len(found)}", task.kind, task.train, task.test))
+    return found
+
+
+def solved(path, tasks):
+    """How many tasks a checkpoint's averaged weights solve, asked as eval_arc.py asks."""
     model, _ = checkpoint.load_model(path)
-    found = eval_arc.evaluate(suites.load(suite)[:limit], lambda tasks: candidates.solve(model, tasks, candidates.Settings()))
-    return sum(r["solved"] for r in found), len(found)
+    found = eval_arc.evaluate(tasks, lambda tasks: candidates.solve(model, tasks, candidates.Settings()))
+    return sum(r["solved"] for r in found)
 
 
 def run_arm(out, student, teacher, seconds, settings):
@@ -48,7 +65,7 @@ def run_arm(out, student, teacher, seconds, settings):
     if os.path.exists(os.path.join(out, "ckpt.pt")):
         return
     command = [sys.executable, os.path.join(HERE, "distill.py"), f"--out_dir={out}", f"--init_from={student}", f"--teacher={teacher}",
-               "--log_interval=1", "--check_tasks=0", "--max_iters=1000000", "--eval_interval=1000000", "--decay_iters=0",
+               "--log_interval=1", f"--check_tasks={CHECK}", "--max_iters=1000000", "--eval_interval=50", "--decay_iters=0",
                *settings]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while process.poll() is None:
@@ -63,19 +80,18 @@ def run_arm(out, student, teacher, seconds, settings):
 
 
 def draw(results, path):
-    """Own answers right on training prompts (smoothed) by CPU seconds, one line a run."""
+    """Held-out puzzles solved by CPU seconds: one line a way, the mean over seeds, and a dot for every measurement."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     for number, arm in enumerate(dict.fromkeys(r["arm"] for r in results)):
-        for r in (r for r in results if r["arm"] == arm):
-            smooth, points = None, []
-            for x, y in r["curve"]:
-                smooth = y if smooth is None else 0.8 * smooth + 0.2 * y
-                points.append((x, smooth))
-            axes.plot(*zip(*points), color=f"C{number}", lw=1.2, label=arm if r["seed"] == results[0]["seed"] else None)
-    axes.set(xlabel="CPU seconds", ylabel="share of answers right, training prompts, smoothed")
+        runs = [r for r in results if r["arm"] == arm]
+        for r in runs:
+            axes.plot(*zip(*r["curve"]), ".", color=f"C{number}", ms=4, alpha=0.5)
+        at = np.linspace(0, max(x for r in runs for x, _ in r["curve"]), 100)
+        axes.plot(at, np.mean([np.interp(at, *zip(*r["curve"])) for r in runs], 0), color=f"C{number}", lw=1.6, label=arm)
+    axes.set(xlabel="CPU seconds, teacher and sampling included", ylabel="share of held-out puzzles solved")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
@@ -88,44 +104,61 @@ def main():
     parser.add_argument("--seconds", type=float, default=60, help="CPU seconds of a run (default 60)")
     parser.add_argument("--seeds", type=lambda s: [int(n) for n in s.split(",")], default=[1, 2, 3])
     parser.add_argument("--arms", type=lambda s: [int(n) for n in s.split(",")], help="numbers of ARMS' rows, from 0 (default: all)")
-    parser.add_argument("--suite", default="sudoku4")
-    parser.add_argument("--limit", type=int, default=100)
+    parser.add_argument("--rates", type=lambda s: [float(x) for x in s.split(",")], default=[1e-3], help="learning rates (default 1e-3)")
+    parser.add_argument("--others", type=int, default=200, help="held-out puzzles that choose the rate, beside the suite's (default 200)")
+    parser.add_argument("--said", help="a record of the teacher (distill.py record), for the off-policy ways: they need not ask it twice")
     parser.add_argument("--out_dir", default="out/bench_distill")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="of distill.py, for all runs, without the dashes")
     args = parser.parse_intermixed_args()
     torch.set_num_threads(1)
-    results = []
+    before = {}
+    results, suite, others = [], puzzles.heldout("sudoku4"), other_sudokus(args.others)
+    names = [list(ARMS)[i] for i in args.arms] if args.arms else list(ARMS)[:4]
 
-    def student_of(seed):
-        return args.student.replace("{seed}", str(seed))
+    def run(arm, seed, rate):
+        out, student = os.path.join(args.out_dir, f"{list(ARMS).index(arm)}_{seed}_{rate:g}"), args.student.replace("{seed}", str(seed))
+        settings = [*(f"--{s}" for s in args.settings), *ARMS[arm], f"--seed={seed}", f"--learning_rate={rate}"]
+        run_arm(out, student, args.said if args.said and "--off_policy=teacher" in settings else args.teacher, args.seconds, settings)
+        return out
 
     try:
-        before = {path: solved(path, args.suite, args.limit) for path in [args.teacher, *map(student_of, args.seeds)]}
-        print(f"{args.suite} before: " + ", ".join(f"{path} {n}/{of}" for path, (n, of) in before.items()), flush=True)
-        names = [list(ARMS)[i] for i in args.arms] if args.arms else list(ARMS)
-        for seed in tqdm(args.seeds, unit="seed"):
-            for arm in names:
-                out = os.path.join(args.out_dir, f"{list(ARMS).index(arm)}_{seed}")
-                settings = [*ARMS[arm], f"--seed={seed}", *(f"--{s}" for s in args.settings)]
-                run_arm(out, student_of(seed), args.teacher, args.seconds, settings)
-                log = [e for e in logbook.read(os.path.join(out, "log.jsonl")) if "cpu_seconds" in e]
-                right, of = solved(os.path.join(out, "ckpt.pt"), args.suite, args.limit)
-                curve = [(e["cpu_seconds"], e["own_right"]) for e in log if e.get("own_right") is not None]
-                shares = {k: round(statistics.mean(e[k] for e in log), 3) for k in ("sampling", "scoring", "learning")}
-                results.append({"arm": arm, "seed": seed, "solved": right, "of": of, "steps": log[-1]["iter"],
-                                "cpu_seconds": log[-1]["cpu_seconds"], **shares, "curve": curve})  # fmt: skip
-                print(json.dumps({k: v for k, v in results[-1].items() if k != "curve"}), flush=True)
+        for path in (args.teacher, *(args.student.replace("{seed}", str(seed)) for seed in args.seeds)):
+            if os.path.isfile(path):
+                before[path] = solved(path, suite), solved(path, others)
+                print(f"before: {path}, {before[path][0]} of {len(suite)}, {before[path][1]} of {len(others)} others", flush=True)
+        for arm in tqdm(names, unit="way"):
+            tried = dict.fromkeys(args.rates, 0)
+            for rate in args.rates if len(args.rates) > 1 else ():
+                tried[rate] = solved(os.path.join(run(arm, args.seeds[0], rate), "ckpt.pt"), others)
+            rate = max(tried, key=tried.get)
+            print(f"{arm}: {', '.join(f'{n} at {r:g}' for r, n in tried.items())}", flush=True)
+            for seed in args.seeds:
+                out = run(arm, seed, rate)
+                log = logbook.read(os.path.join(out, "log.jsonl"))
+                steps = [e for e in log if "cpu_seconds" in e]
+                used = {0: 0.0, **{e["iter"]: e["cpu_seconds"] for e in steps}}
+                curve = [(used[e["iter"]], e["student_solved"]) for e in log if "student_solved" in e]
+                path = os.path.join(out, "ckpt.pt")
+                right, right_of_others = solved(path, suite), solved(path, others)
+                curve.append((steps[-1]["cpu_seconds"], right / len(suite)))
+                shares = {k: round(statistics.mean(e[k] for e in steps), 3) for k in ("sampling", "scoring", "learning")}
+                results.append({"arm": arm, "seed": seed, "rate": rate, "tried": tried, "solved": right,
+                                "others": right_of_others, "steps": steps[-1]["iter"], "cpu_seconds": steps[-1]["cpu_seconds"],
+                                **shares, "curve": curve})  # fmt: skip
+                print(json.dumps({k: v for k, v in results[-1].items() if k not in ("curve", "tried")}), flush=True)
                 with open(os.path.join(args.out_dir, "results.json"), "w", encoding="utf-8") as f:
                     json.dump({"before": before, "results": results}, f)
                 draw(results, os.path.join(args.out_dir, "curves.png"))
     except (OSError, ValueError) as e:
         sys.exit(f"error: {e}")
-    print("\n| way | solved, by seed | mean | steps | sampling, scoring, learning |\n|---|---|---|---|---|")
+    print(f"\n| way | rate | solved of {len(suite)} | mean | of {len(others)} others | mean | steps | sampling, scoring, learning |")
+    print("|---" * 8 + "|")
     for arm in names:
         rows = [r for r in results if r["arm"] == arm]
-        print(f"| {arm} | {', '.join(str(r['solved']) for r in rows)} of {rows[0]['of']} | "
-              f"{statistics.mean(r['solved'] for r in rows):.1f} | {', '.join(str(r['steps']) for r in rows)} | "
-              f"{', '.join(f'{statistics.mean(r[k] for r in rows):.0%}' for k in ('sampling', 'scoring', 'learning'))} |")  # fmt: skip
+        by_seed = {k: ", ".join(str(r[k]) for r in rows) for k in ("solved", "others", "steps")}
+        mean = {k: statistics.mean(r[k] for r in rows) for k in ("solved", "others", "sampling", "scoring", "learning")}
+        print(f"| {arm} | {rows[0]['rate']:g} | {by_seed['solved']} | {mean['solved']:.1f} | {by_seed['others']} | {mean['others']:.1f} | "
+              f"{by_seed['steps']} | {mean['sampling']:.0%}, {mean['scoring']:.0%}, {mean['learning']:.0%} |")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ On-policy distillation: a student answers puzzles, a teacher says at every place
 A step is as train.py's, on the same batches from the loader. A batch of text is learned as there. On a batch of puzzles
     sampling   the student writes answers (Route A, with caches) or has them on its canvas (Route B, at each supervision step); for a share
                of 1 - on_policy of the batches they are the data's, or the teacher's. No gradient goes through this
-    scoring    the teacher gives its distribution at each place of these answers
+    scoring    the teacher gives its distribution at each place of these answers; one that does not read them (Route B, votes) is heard
+               by Route A up to the first place where it would have written something else
     learning   the divergence between the two, mean over the places of an answer, then over answers; only the answer counts
 
 Writes ckpt.pt (which train.py, eval_arc.py and sample.py read), log.jsonl, loss.png, config.json. Random draws follow from the seed,
@@ -43,7 +44,7 @@ import records
 import teachers
 import tokenizer as tok
 from divergences import DIVERGENCES, divergence
-from loader import Ahead, Loader, Puzzles, draw_rng, puzzle_row, read_stage
+from loader import Ahead, Loader, draw_rng, puzzle_row, read_stage
 from model_dense import IGNORE, row_shares, sample
 from model_trm import ANSWER_IDS
 from parallel import all_agree, difference, local_rank, master, rank, world_size
@@ -63,7 +64,7 @@ max_hours = 0.0  # stop and save after this many hours; 0 for never
 push_to = ""  # as in train.py: USER/NAME on the hub, where each checkpoint is published
 push_full = False
 tracker = ""  # 'trackio' or 'wandb' get the same figures as log.jsonl, if installed
-check_tasks = 32  # held-out puzzles that teacher and student solve beforehand, and the student afterwards; 0 for none
+check_tasks = 32  # held-out puzzles that the teacher solves beforehand, and the student at each validation; 0 for none
 # ---- teacher
 teacher = ""  # path of a checkpoint, of a folder that `record` wrote, of a Hugging Face model, or hf:NAME
 teacher_n_sup: int | None = None  # Route B: supervision steps (None: its own)
@@ -74,7 +75,8 @@ teacher_dtype = "auto"  # of its matrices; auto: dtype
 teacher_vocabulary = "same"  # of a Hugging Face model: 'same' as GPT-2's, or 'cells', another one where the cell map is exact
 record_prompts = 1000  # `record`: how many
 # ---- what is learned
-objective = "reverse_kl"  # 'reverse_kl', 'forward_kl', 'jsd', or 'answers': cross-entropy on the answers, whatever the teacher's odds
+objective = "forward_kl"  # 'forward_kl', 'reverse_kl', 'jsd', or 'answers': cross-entropy on the answers, whatever the teacher's odds.
+# reverse_kl and jsd are all but blind where teacher and student are certain of different things; at temperature 2, reverse_kl sees it
 beta = 0.5  # of jsd: 0 leans to forward, 1 to reverse
 temperature = 1.0  # softens both distributions
 on_policy = 1.0  # lambda: share of the batches whose answers are the student's own
@@ -115,7 +117,6 @@ seed = 1337
 defaults = configurator.settings(globals())
 config = configurator.configure(globals(), sys.argv[2:] if sys.argv[1:2] == ["record"] else sys.argv[1:])
 recording = sys.argv[1:2] == ["record"]
-EVAL_DEMOS = "arc_eval_demos"  # what a source of these is called, in a stage (prepare.py --eval_demos=True) as well
 LANGUAGE_LIMIT = 0.05  # nats by which the validation loss on text may worsen before there is a warning
 
 began = time.monotonic()
@@ -154,7 +155,10 @@ def check_settings():
     if min(batch_size, log_interval, eval_interval, max_skipped, record_prompts, teacher_n_views) < 1:
         raise ValueError("batch_size, log_interval, eval_interval, max_skipped, record_prompts and teacher_n_views must be at least 1")
     if push_to:
-        publish.repo_name(push_to)
+        try:
+            publish.repo_name(push_to)
+        except ValueError as e:
+            raise ValueError(f"--push_to: {e}") from None
     if not init_from:
         raise ValueError("no student: name its checkpoint with --init_from=PATH")
     if not teacher and (objective != "answers" or off_policy == "teacher"):
@@ -168,21 +172,6 @@ def check_settings():
 
 
 # ---- the prompts
-class EvaluationDemonstrations(Puzzles):
-    """The demonstrations of ARC's evaluation tasks as a source of prompts: one pair of them is the question, a task's test is not read."""
-
-    def __init__(self):
-        self.name, self.seed, self.augment, self.puzzle_format = EVAL_DEMOS, seed, "arc", net.puzzle_format
-        self.batch_tokens, self.block_size = batch_size * block_size, block_size
-        self.drawn, self.waiting, self.rows = 0, {}, {}
-        tasks = [task for name in ("arc1_eval", "arc2_eval") for task in arc.load(name)]
-        self.documents = [arc.encode(task.kind, task.train) for task in tasks if len(task.train) > 1]
-        self.n_documents, self.shards = len(self.documents), self
-
-    def document(self, i):
-        return self.documents[i]
-
-
 def make_loader():
     """train.py's, with every source of text read for validation at least, and the prompts that a stage does not hold."""
     manifest, own, _ = read_stage(data_dir, data, data_tag, verify=False)
@@ -194,15 +183,17 @@ def make_loader():
     loader = Loader(data_dir, data, tag=data_tag, weights=weights, seed=seed, batch_size=batch_size, block_size=block_size,
                     batches_per_step=gradient_accumulation_steps, puzzle_format=net.puzzle_format, rank=rank, world_size=world_size,
                     verify=local_rank == 0)  # fmt: skip
-    shares = dict(zip(loader.names, loader.shares))
+    shares, shape = dict(zip(loader.names, loader.shares)), (batch_size * block_size, block_size, net.puzzle_format)
     if isinstance(guide, records.Recorded):
         shares = {name: share for name, share in shares.items() if kinds[name] == "text"}
         shares["recorded"] = 1 - sum(shares.values()) or 1.0
-        loader.sources["recorded"] = records.Prompts(guide.documents, seed, batch_size * block_size, block_size, net.puzzle_format)
+        loader.sources["recorded"] = records.Prompts("recorded", guide.documents, seed, *shape)
     if eval_demonstrations:
         shares = {name: share * (1 - eval_demonstrations) for name, share in shares.items()}
-        shares[EVAL_DEMOS] = eval_demonstrations
-        loader.sources[EVAL_DEMOS] = EvaluationDemonstrations()
+        shares[records.EVAL_DEMOS] = eval_demonstrations
+        tasks = [task for name in ("arc1_eval", "arc2_eval") for task in arc.load(name)]
+        documents = [arc.encode(task.kind, task.train) for task in tasks if len(task.train) > 1]  # one pair asks; a test is not read
+        loader.sources[records.EVAL_DEMOS] = records.Prompts(records.EVAL_DEMOS, documents, seed, *shape, augment="arc")
     loader.sources = {name: loader.sources[name] for name in shares}
     loader.names, loader.shares = list(shares), np.array(list(shares.values()))
     return loader
@@ -279,7 +270,8 @@ average = {k: v.detach().clone() for k, v in net.state_dict().items()} if ema el
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 autocast = torch.autocast(device_type, dtype=getattr(torch, dtype)) if dtype != "float32" else contextlib.nullcontext()
 train = {"iter": 0, "seconds": 0.0, "cpu_seconds": 0.0, "tokens": 0, "val_losses": {}, "val_loss": None, "skipped": 0,
-         "skipped_in_a_row": 0, "student": student_path, "text_before": None}  # fmt: skip
+         "skipped_in_a_row": 0, "student": student_path, "text_before": None,
+         "solved": None}  # fmt: skip
 carries = {}
 if resumed:
     state = started_from["train"]
@@ -344,9 +336,6 @@ def distance(student, teacher_says, rows, n_rows):
     if not known.any():
         return 0.0 * student.sum()
     each = divergence(student[known], teacher_says[known], objective, beta, temperature)
-    if os.environ.get("WHOLE"):
-        full = torch.zeros(len(known)).masked_scatter(known, each)
-        return (full * row_shares(rows, n_rows)).sum()
     return (each * row_shares(rows[known], n_rows)).sum()
 
 
@@ -487,21 +476,21 @@ def write_log(entry):
 
 
 def validate():
-    """As train.py does, and language is guarded."""
+    """As train.py does, and held-out puzzles, solved by the averaged weights; language is guarded."""
     train["val_losses"], train["val_loss"] = loop.validate(net, average, loader, eval_batches, autocast, device)
-    write_log({"iter": train["iter"], "val_loss": train["val_loss"], "val_losses": train["val_losses"]})
-    say(f"step {train['iter']}: validation " + ", ".join(f"{k} {v:.3f}" for k, v in train["val_losses"].items()))
+    entry = {"iter": train["iter"], "val_loss": train["val_loss"], "val_losses": train["val_losses"]}
+    if tasks:
+        with loop.averaged_weights(net, average), autocast:
+            entry |= {"student_solved": teachers.solved(teachers.Ours(net, {}), tasks), "of": len(tasks)}
+        train["solved"] = entry["student_solved"]
+    write_log(entry)
+    say(f"step {train['iter']}: validation " + ", ".join(f"{k} {v:.3f}" for k, v in train["val_losses"].items())
+        + (f"; solved {train['solved']:.1%} of {len(tasks)} held-out puzzles" if tasks else ""))  # fmt: skip
     if train["text_before"] is None:
         train["text_before"] = train["val_loss"]
     elif train["text_before"] is not None and train["val_loss"] > train["text_before"] + LANGUAGE_LIMIT:
         say(f"warning: the loss on text is {train['val_loss']:.3f}, {train['val_loss'] - train['text_before']:.3f} nats above the "
             f"{train['text_before']:.3f} before distillation: give text a larger share of the mixture, or lower learning_rate")  # fmt: skip
-
-
-def check_student():
-    """Share of the held-out tasks that the student solves, with its averaged weights."""
-    with loop.averaged_weights(net, average):
-        return teachers.solved(teachers.Ours(net, {}), tasks)
 
 
 # ---- ready
@@ -518,7 +507,7 @@ if master:
     print(configurator.show(config, defaults))
     print(f"student {student_path} ({model}, {net.num_params() / 1e6:.2f}M), {dtype} on {hardware.name(device)}, {optimizer}, {world_size} "
           f"process{'es' * (world_size > 1)}, prompts {', '.join(loader.names)}\nteacher {json.dumps(guide and guide.about)}")  # fmt: skip
-    if EVAL_DEMOS in pinned["sources"]:
+    if records.EVAL_DEMOS in pinned["sources"]:
         print("the demonstrations of ARC's evaluation tasks are among what it learns from: any report of its results must say so")
     if verified_bonus:
         print("with a bonus for verified answers: this is not distillation alone")
@@ -531,15 +520,15 @@ evaluation = loop.Evaluation(out_dir, eval_suites if master else "", eval_limit,
 publication = loop.Publication(out_dir, push_to if master else "", push_full, say)
 net.train()
 tasks = held_out_tasks(check_tasks)
-if guide is not None and tasks and not resumed and not isinstance(guide, records.Recorded):
-    with autocast:
-        theirs, ours = teachers.solved(guide, tasks), check_student()
-    write_log({"iter": 0, "teacher_solved": theirs, "student_solved": ours, "of": len(tasks)})
-    say(f"held-out puzzles solved: teacher {theirs:.1%}, student {ours:.1%}, of {len(tasks)}")
-    if theirs < ours:
-        say(f"warning: the teacher ({theirs:.1%}) is weaker than the student ({ours:.1%}) on {len(tasks)} held-out puzzles")
 if not resumed:
     validate()
+    if guide is not None and tasks and not isinstance(guide, records.Recorded):
+        with autocast:
+            theirs = teachers.solved(guide, tasks)
+        write_log({"iter": 0, "teacher_solved": theirs, "of": len(tasks)})
+        say(f"held-out puzzles solved: teacher {theirs:.1%}, student {train['solved']:.1%}, of {len(tasks)}")
+        if theirs < train["solved"]:
+            say(f"warning: the teacher ({theirs:.1%}) is weaker than the student ({train['solved']:.1%}) on {len(tasks)} held-out puzzles")
 ahead = Ahead(loader, pin=device_type == "cuda")
 progress = tqdm(total=max_iters, initial=train["iter"], disable=None if master else True, unit="step", dynamic_ncols=True, mininterval=1.0)
 since_log, stopping, saved = {}, False, True
@@ -659,10 +648,7 @@ if stopping:
     say(f"stopped {why} after step {train['iter']}; go on with --init_from=resume (saved to {ckpt_path})")
 else:
     if tasks:
-        with autocast:
-            ours = check_student()
-        write_log({"iter": train["iter"], "student_solved": ours, "of": len(tasks)})
-        say(f"held-out puzzles solved: student {ours:.1%}, of {len(tasks)}")
+        say(f"held-out puzzles solved: student {train['solved']:.1%}, of {len(tasks)}")
     if train["val_loss"] is not None:
         say(f"text: validation loss {train['text_before']:.3f} before, {train['val_loss']:.3f} after")
 if tracked:

@@ -7,6 +7,10 @@ From generalised knowledge distillation (Agarwal et al., arXiv 2306.13649), with
     reverse_kl   sum Q log(Q / P)                        Q must keep to what P finds likely; may leave some of it out
     jsd          beta KL(P, M) + (1 - beta) KL(Q, M)     with M = beta P + (1 - beta) Q: between the two, and never above log 2
 
+A teacher that is certain of one outcome while the student is certain of another, 0.99 to 0.999, moves the student's logits by a gradient
+of norm 1.41 with forward_kl, 0.08 with reverse_kl and 0.005 with jsd: what Q finds unlikely has no weight in the last two, however wrong
+that is. At temperature 2, reverse_kl has 0.38. Such teachers are common where a puzzle has one answer (LOG.md).
+
 Everything is in nats and computed from logits, in float32 at least. The teacher's side has no gradient.
 """
 

@@ -26,6 +26,7 @@ from teachers import OUTCOMES, document, prompt, solved, tasks_of
 
 RECORD = "teacher.json"
 SHARD = 100  # prompts
+EVAL_DEMOS = "arc_eval_demos"  # the demonstrations of ARC's evaluation tasks as a source; prepare.py --eval_demos=True calls it so as well
 
 
 class Recorded:
@@ -150,14 +151,18 @@ def record(folder, loader, teacher, n, data, held_out):
 
 
 class Prompts(Puzzles):
-    """The prompts of a record as a source of the loader's, as they were: what was said holds for no other view of them."""
+    """
+    Documents that are in no stage as a source of the loader's: a record's as they were (augment "none"), since what was said holds for no
+    other view of them, or the demonstrations of ARC's evaluation tasks.
+    """
 
-    def __init__(self, documents, seed, batch_tokens, block_size, puzzle_format):
-        self.name, self.documents, self.seed = "recorded", documents, seed
+    def __init__(self, name, documents, seed, batch_tokens, block_size, puzzle_format, augment="none"):
+        self.name, self.documents, self.seed, self.augment = name, documents, seed, augment
         self.batch_tokens, self.block_size, self.puzzle_format = batch_tokens, block_size, puzzle_format
         self.drawn, self.waiting, self.rows = 0, {}, {}
 
     def row(self, n):
         epoch, i = divmod(n, len(self.documents))
         i = draw_rng(self.seed, self.name, epoch).permutation(len(self.documents))[i]
-        return puzzle_row(self.documents[i], self.puzzle_format, "none")
+        rng = draw_rng(self.seed, self.name, f"view {n}") if self.augment != "none" else None
+        return puzzle_row(self.documents[i], self.puzzle_format, self.augment, rng)

@@ -20,7 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["torch", "torch.distributed", "numpy", "tiktoken", "tqdm", "matplotlib.figure"])
+server.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "numpy", "tiktoken", "tqdm", "matplotlib.figure",
+                               "matplotlib.backends.backend_agg"])  # fmt: skip
 
 
 def as_script(script, arguments, out, env):
