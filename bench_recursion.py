@@ -1,7 +1,7 @@
 """
 What recursion is worth: `bench.py recursion`, experiments that take minutes on one CPU core.
 
-    python bench.py recursion learn --task=sudoku9 --contender="Route A:dense" --contender="Route B:trm,n_latent=2,n_recursion=1,n_sup=8"
+    python bench.py recursion learn --task=sudoku4-10 --contender=A:dense --contender="B:trm,n_latent=1,n_recursion=1,n_sup=4"
                                                          exact answers to unseen puzzles by training FLOPs, everyone given as many
     python bench.py recursion draw out/recursion/learn.jsonl     what that has written, as a picture
     python bench.py recursion bounds                     sizes of vectors and gradients through n_sup x T x n passes: a picture
@@ -9,8 +9,9 @@ What recursion is worth: `bench.py recursion`, experiments that take minutes on 
     python bench.py recursion core                       time per step of a KDA core and of one of attention alone, by sequence length
 
 Puzzles are drawn fresh for every batch, or from a --pool as small as the published experiments have; those of the test are others.
-A contender is a name, a model and settings of its Config; n_ff
-makes up for what they differ in parameters. Figures worth keeping go into LOG.md with their command.
+A contender is a name, a model, settings of its Config, and, if it is not to be trained like the others, learning_rate, optimizer and
+carry_turns (as in train.py; see LOG.md for what it decides). n_ff makes up for what they differ in parameters. Figures worth keeping go
+into LOG.md with their command.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from bench_models import schedule
 from muon import muon_and_adamw
 
 SMALL = dict(n_layer=4, n_head=2, n_embd=64, n_ff=172, block_size=1024)  # the demo's model
-RECIPE = ("learning_rate", "optimizer", "carry_turns", "shallow")  # settings of a contender that are of its training
+RECIPE = ("learning_rate", "optimizer", "carry_turns")  # settings of a contender that are of its training
 EMA = 0.99
 
 # -----------------------------------------------------------------------------
@@ -171,10 +172,11 @@ def solved_by_steps(net, tasks, n_sup):
     return np.array([[g is not None and np.array_equal(g, t.test[0][1]) for g, _ in trace] for t, trace in zip(tasks, traces)]).sum(0)
 
 
-def train(net, batches, tasks, flops, learning_rate, optimizer="adamw", carry_turns=1, shallow=0.0, points=8, progress=None):
+def train(net, batches, tasks, flops, learning_rate, optimizer="adamw", carry_turns=1, points=8, progress=None):
     """
-    Train on `batches` until `flops` have been spent. -> (curve, average weights): curve has {flops, seconds (of the processor), steps,
-    puzzles (seen), loss, gradient (largest norm before clipping since the last point), solved} at evenly spaced points.
+    Train on `batches` until `flops` have been spent. carry_turns: a puzzle of Route B takes a supervision step every so many steps, so that
+    a batch of eight rows does not show the same ones on end. -> (curve, average weights): curve has {flops, seconds (of the processor),
+    steps, puzzles (seen), loss, gradient (largest norm before clipping since the last point), solved} at evenly spaced points.
     """
     if optimizer == "muon":
         optimizers = muon_and_adamw(net, 0.1, learning_rate, (0.9, 0.95))
@@ -182,10 +184,7 @@ def train(net, batches, tasks, flops, learning_rate, optimizer="adamw", carry_tu
         optimizers = [net.configure_optimizer(0.1, learning_rate, (0.9, 0.95))]
     average = {k: v.detach().clone() for k, v in net.state_dict().items()}
     spent, seconds, steps, seen, carries, curve, recent, largest = 0.0, 0.0, 0, 0, {}, [], [], 0.0
-    depth = {k: getattr(net.config, k) for k in ("n_latent", "n_recursion", "n_sup") if hasattr(net.config, k)}
     while spent < flops:
-        for k, v in depth.items():
-            setattr(net.config, k, 1 if spent < shallow * flops else v)
         idx, targets = batches.next_batch()
         start = time.process_time()
         net.train()
@@ -212,8 +211,6 @@ def train(net, batches, tasks, flops, learning_rate, optimizer="adamw", carry_tu
             progress.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
             progress.update(min(spent, flops) / 1e9 - progress.n)
         if spent >= flops * (len(curve) + 1) / points or spent >= flops:
-            for k, v in depth.items():
-                setattr(net.config, k, v)
             own = {k: v.detach().clone() for k, v in net.state_dict().items()}
             net.eval().load_state_dict(average)
             curve.append({"flops": spent, "seconds": round(seconds, 1), "steps": steps, "puzzles": seen, "solved": solved(net, tasks),
