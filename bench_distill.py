@@ -39,7 +39,7 @@ ARMS = {
     "on-policy, JSD": ["--objective=jsd", "--beta=0.5", "--on_policy=1"],
     "off-policy, forward KL": ["--objective=forward_kl", "--on_policy=0", "--off_policy=teacher"],
 }
-CHECK = 100  # puzzles of each point of a curve, at most
+CHECK = 100  # held-out puzzles of each point of a curve, as many of these as the stage has
 
 
 def other_sudokus(n):
@@ -61,17 +61,21 @@ def solved(path, tasks):
 
 
 def run_arm(out, student, teacher, seconds, settings):
-    """Distil until the process has used `seconds` of CPU, by its own count; a finished run is not done again."""
+    """Distil until the process has used `seconds` of CPU, by its own count; a run that is there already goes on from where it is."""
+    def used():
+        return max((e["cpu_seconds"] for e in logbook.read(os.path.join(out, "log.jsonl")) if "cpu_seconds" in e), default=0.0)
+
     if os.path.exists(os.path.join(out, "ckpt.pt")):
-        return
+        if used() >= seconds:
+            return
+        student = "resume"
     command = [sys.executable, os.path.join(HERE, "distill.py"), f"--out_dir={out}", f"--init_from={student}", f"--teacher={teacher}",
                "--log_interval=1", f"--check_tasks={CHECK}", "--max_iters=1000000", "--eval_interval=50", "--decay_iters=0",
                *settings]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while process.poll() is None:
         time.sleep(0.5)
-        entries = [e for e in logbook.read(os.path.join(out, "log.jsonl")) if "cpu_seconds" in e]
-        if entries and entries[-1]["cpu_seconds"] >= seconds:
+        if used() >= seconds:
             process.send_signal(signal.SIGTERM)
             break
     errors = process.communicate()[1]
@@ -140,7 +144,6 @@ def main():
                 curve = [(used[e["iter"]], e["student_solved"]) for e in log if "student_solved" in e]
                 path = os.path.join(out, "ckpt.pt")
                 right, right_of_others = solved(path, suite), solved(path, others)
-                curve.append((steps[-1]["cpu_seconds"], right / len(suite)))
                 shares = {k: round(statistics.mean(e[k] for e in steps), 3) for k in ("sampling", "scoring", "learning")}
                 results.append({"arm": arm, "seed": seed, "rate": rate, "tried": tried, "solved": right,
                                 "others": right_of_others, "steps": steps[-1]["iter"], "cpu_seconds": steps[-1]["cpu_seconds"],

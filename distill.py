@@ -195,7 +195,7 @@ def make_loader():
         documents = [arc.encode(task.kind, task.train) for task in tasks if len(task.train) > 1]  # one pair asks; a test is not read
         loader.sources[records.EVAL_DEMOS] = records.Prompts(records.EVAL_DEMOS, documents, seed, *shape, augment="arc")
     loader.sources = {name: loader.sources[name] for name in shares}
-    loader.names, loader.shares = list(shares), np.array(list(shares.values()))
+    loader.names, loader.shares = list(shares), np.array(list(shares.values())) / sum(shares.values())
     return loader
 
 
