@@ -5,6 +5,6 @@ base = "route_a_stage1.py"
 out_dir = "out/route_b_stage1"
 model = "trm"
 max_iters = 4000
-learning_rate = 4e-4  # with Muon. AdamW, which PyTorch before 2.9 takes instead, falls apart at it: --learning_rate=1e-4 (LOG.md)
+learning_rate = 4e-4
 ema = 0.999
 recompute = True  # without, the seven passes of a puzzle keep 8 MB a token, and a batch is 34 GB
