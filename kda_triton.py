@@ -464,9 +464,9 @@ if triton is not None:
             runs, here = neighbours(level + block.to(tl.int32), block, C, dtype)
             E = tl.dot(tl.trans(runs), g, input_precision=DOT)
             late, early = tl.exp(E), tl.exp(tl.where(block, -E, E))
-            N = as_factor(tl.where(here, M, 0.0).to(tl.float32), dtype)
-            row = late * tl.dot(N, as_factor(k * early, dtype), input_precision=DOT)
+            N = tl.where(here, M, 0.0).to(tl.float32 if dtype == tl.bfloat16 else dtype)  # float16 is exact in TF32
             column = early * tl.dot(tl.trans(N), as_factor(x * late, dtype), input_precision=DOT)
+            row = late * tl.dot(N, as_factor(k * early, dtype), input_precision=DOT)
             dx += row
             dk += column
             dE = x * row + k * tl.where(block, -column, column)
