@@ -73,7 +73,7 @@ def chunk_table(cu_seqlens, C=CHUNK):
 LAUNCH = {
     #        pairs       prepare     states      outputs     renew       dstates     dsolve      dpairs      dinputs
     (7, 5): ((16, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1), (16, 4, 1), (16, 4, 1)),
-    (8, 0): ((16, 4, 1), (32, 4, 1), (32, 4, 2), (32, 4, 2), (32, 4, 2), (16, 4, 2), (32, 4, 2), (16, 4, 1), (16, 4, 2)),
+    (8, 0): ((16, 4, 1), (32, 4, 1), (32, 4, 2), (32, 4, 2), (32, 4, 2), (16, 4, 2), (32, 4, 2), (16, 8, 1), (16, 4, 2)),
     (8, 6): ((16, 4, 1), (32, 4, 1), (32, 4, 2), (32, 4, 1), (32, 4, 1), (16, 4, 2), (32, 4, 1), (16, 4, 1), (16, 4, 1)),
     (9, 0): ((16, 4, 1), (32, 4, 1), (32, 4, 2), (64, 4, 2), (64, 4, 2), (32, 4, 2), (32, 4, 2), (16, 4, 1), (16, 4, 2)),
     (10, 0): ((16, 4, 1), (32, 4, 1), (32, 4, 2), (64, 4, 2), (64, 4, 2), (32, 4, 2), (32, 4, 2), (32, 8, 1), (16, 4, 2)),
@@ -184,7 +184,7 @@ if triton is not None:
             b, b_rest = halves(b)
             c = tl.dot(a, b_rest, tl.dot(a, b, tl.dot(a_rest, b, c)))
         elif MERGE == "fp16":
-            c = tl.dot(a.to(tl.float16), b.to(tl.float16), c)
+            c += tl.dot(a.to(tl.float16), b.to(tl.float16))
         else:
             c = tl.dot(a, b, c, input_precision=MERGE)
         return c
@@ -267,12 +267,11 @@ if triton is not None:
         c = tl.arange(0, C)
         rows, inside = start + c, start + c < end
         dtype = q_ptr.dtype.element_ty
-        scale = tl.load(units_ptr)
         P, Q = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
         diagonal = tl.zeros((C,), tl.float32)
         for step in range(0, K, STEP):
             ks = step + tl.arange(0, STEP)
-            q = read(q_ptr, rows, H, h, ks, K, inside).to(tl.float32) * scale
+            q = read(q_ptr, rows, H, h, ks, K, inside).to(tl.float32) * tl.load(units_ptr)
             k = read(k_ptr, rows, H, h, ks, K, inside).to(tl.float32)
             g = read(g_ptr, rows, H, h, ks, K, inside)
             first = first_level(g, C, STEP, LEVEL, MILD)
@@ -290,11 +289,11 @@ if triton is not None:
         write(Q_ptr, rows, H, h, c, C, inside, tl.where(i > j, Q, tl.where(i == j, diagonal[:, None], 0.0)))
 
         # If X1 and X2 invert the halves of a segment and L stands below them, [[X1, 0], [-X2 L X1, X2]] inverts the segment.
-        A = tl.where(i > j, P, 0.0) * tl.load(beta_ptr + rows * H + h, mask=inside, other=0.0)[:, None]
-        X = tl.where(i == j, 1.0, 0.0) - tl.where(neighbours(0, False, C, dtype)[1], A, 0.0)
+        A = -tl.where(i > j, P, 0.0) * tl.load(beta_ptr + rows * H + h, mask=inside, other=0.0)[:, None]
+        X = tl.where(i == j, 1.0, tl.where(neighbours(0, False, C, dtype)[1], A, 0.0))
         for level in range(1, 6):
             L = tl.where(neighbours(level, False, C, dtype)[1], A, 0.0)
-            X = add_product(X, add_product(tl.zeros((C, C), tl.float32), X, -L, MERGE), X, MERGE)
+            X = add_product(X, add_product(tl.zeros((C, C), tl.float32), X, L, MERGE), X, MERGE)
         write_inverse(X_ptr, rows, h, inside, X, H, C, MERGE)
 
     @triton.jit
@@ -465,8 +464,8 @@ if triton is not None:
             E = tl.dot(tl.trans(runs), g, input_precision=DOT)
             late, early = tl.exp(E), tl.exp(tl.where(block, -E, E))
             N = tl.where(here, M, 0.0).to(tl.float32 if dtype == tl.bfloat16 else dtype)  # float16 is exact in TF32
-            column = early * tl.dot(tl.trans(N), as_factor(x * late, dtype), input_precision=DOT)
             row = late * tl.dot(N, as_factor(k * early, dtype), input_precision=DOT)
+            column = early * tl.dot(tl.trans(N), as_factor(x * late, dtype), input_precision=DOT)
             dx += row
             dk += column
             dE = x * row + k * tl.where(block, -column, column)
