@@ -600,8 +600,8 @@ def choose_backend(device, dtype):
         return "triton", f"Triton knows this {card}"
     if capability < (7, 5):
         return "chunk", f"Triton has no tensor cores for this {card}"
-    if dtype == torch.float32:
-        return "chunk", f"on this {card} only half precision reaches tensor cores"
+    if dtype != torch.float16:
+        return "chunk", f"on this {card} only float16 reaches tensor cores"
     if kda_triton.tensor_cores_on_turing():
         return "triton", f"Triton {kda_triton.triton.__version__} still compiles for the tensor cores of this {card}"
     return "chunk", f"Triton {kda_triton.triton.__version__} no longer compiles for the tensor cores of this {card}, cuBLAS does"
@@ -699,8 +699,8 @@ def _(q, k, v, g, beta, initial_state, cu_seqlens, scale, want_state, backend):
     wide, low = precision(q, k, v, g, beta)
     final = q.new_empty((N, H, K, V) if want_state else (0,), dtype=wide)
     if resolve(backend, q, v) == "triton":
-        X = v.new_empty(B, T, H, CHUNK, dtype=kda_triton.inverse_dtype(v.dtype))
-        return v.new_empty(v.shape), final, X, v.new_empty(X.shape), v.new_empty(saved_chunks(B, T, CHUNK, cu_seqlens), H, K, V)
+        X = v.new_empty(B, T, H, CHUNK, dtype=kda_triton.low_dtype(v.dtype))
+        return v.new_empty(v.shape), final, X, X.new_empty(X.shape), X.new_empty(saved_chunks(B, T, CHUNK, cu_seqlens), H, K, V)
     C, _ = chunk_length(T, q.device)
     M = saved_chunks(B, T, C, cu_seqlens) * H
     X = q.new_empty(M, C, C, dtype=low)

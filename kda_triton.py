@@ -16,10 +16,14 @@ sequences and a row of packed ones are the same thing. With S the state at a chu
                 dpairs    gradients of q, k, g, beta through P and Q
                 dinputs   and through the states
 
+Tensor cores take what they multiply as float16, for bfloat16 inputs too: those lose nothing by it (`low_dtype`). Where beta = 2 and
+nothing decays, no rounding is ever forgotten; the inverse X needs more bits than float16 has, so it is made and kept as two of them.
+
 `python -m pytest tests/test_kda_triton.py` runs all of it on a CPU, in Triton's interpreter, and compiles it for GPUs that are not there.
 """
 
 import functools
+import math
 import os
 from typing import NamedTuple
 
@@ -69,7 +73,7 @@ def chunk_table(cu_seqlens, C=CHUNK):
 LAUNCH = {
     #        pairs       prepare     states      outputs     renew       dstates     dsolve      dpairs      dinputs
     (7, 5): ((16, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1), (16, 4, 1), (16, 4, 1)),
-    (8, 0): ((16, 4, 1), (32, 4, 1), (32, 4, 2), (32, 4, 2), (32, 4, 2), (16, 4, 2), (32, 4, 2), (16, 4, 1), (16, 4, 2)),
+    (8, 0): ((16, 4, 1), (32, 4, 1), (32, 4, 2), (32, 4, 2), (32, 4, 2), (16, 4, 2), (32, 4, 2), (16, 8, 1), (16, 4, 2)),
     (8, 6): ((16, 4, 1), (32, 4, 1), (32, 4, 2), (32, 4, 1), (32, 4, 1), (16, 4, 2), (32, 4, 1), (16, 4, 1), (16, 4, 1)),
     (9, 0): ((16, 4, 1), (32, 4, 1), (32, 4, 2), (64, 4, 2), (64, 4, 2), (32, 4, 2), (32, 4, 2), (16, 4, 1), (16, 4, 2)),
     (10, 0): ((16, 4, 1), (32, 4, 1), (32, 4, 2), (64, 4, 2), (64, 4, 2), (32, 4, 2), (32, 4, 2), (32, 8, 1), (16, 4, 2)),
@@ -86,15 +90,15 @@ def padded(width):
 def launch_constants(capability, dtype, H, K, V):
     """
     Constants of the kernels that follow from sizes and hardware. float32 inputs are multiplied as three tf32 products, which are as good
-    as one in float32. Otherwise the inverse uses tf32; Turing has no tf32 (Triton 3.2 crashes on any float32 product there), but float16
-    has as many bits. Blocks of 2^LEVEL tokens that forget less than exp(-MILD) take a short way in `pairs`, with factors up to
-    exp(MILD / 2). bfloat16 reaches as far as float32; float16 does not, so there it is short blocks that may forget little.
+    as one in float32. Otherwise the inverse is made of bfloat16 halves (`add_product`), on Turing, which has no bfloat16, in float16.
+    Blocks of 2^LEVEL tokens that forget less than exp(-MILD) take a short way in `pairs`, with factors up to exp(MILD / 2). bfloat16
+    and tf32 reach as far as float32; float16 does not, so for float16 inputs it is short blocks that may forget little.
     """
     exact, half = dtype == torch.float32, dtype == torch.float16
     exact_dot = "tf32x3" if capability >= (8, 0) else "ieee"
     return {
         "H": H, "K": K, "V": V, "C": CHUNK, "WIDTH": padded(K), "DOT": exact_dot if exact else "tf32",
-        "MERGE": exact_dot if exact else "tf32" if capability >= (8, 0) else "fp16",
+        "MERGE": exact_dot if exact else "halves" if capability >= (8, 0) else "fp16",
         "LEVEL": 4 if half else 6, "MILD": 12.0 if half else 120.0,
     }  # fmt: skip
 
@@ -155,6 +159,69 @@ if triton is not None:
         return tl.maximum(g, -10000.0).to(like.dtype.element_ty)
 
     @triton.jit
+    def as_factor(x, dtype: tl.constexpr):
+        """
+        float32 x as a factor of a product, for inputs of this dtype. For bfloat16 inputs that is TF32, float32 without its last 13 bits.
+        Tensor cores cut them off; where errors add up, as with beta = 2, a common sign is far worse than their size: round first.
+        """
+        if dtype == tl.bfloat16:
+            x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        else:
+            x = x.to(dtype)
+        return x
+
+    @triton.jit
+    def halves(x):
+        """float32 x as the sum of two bfloat16: 16 bits and float32's range, for products at full speed."""
+        high = x.to(tl.bfloat16)
+        return high, (x - high.to(tl.float32)).to(tl.bfloat16)
+
+    @triton.jit
+    def add_product(c, a, b, MERGE: tl.constexpr):
+        """c + a @ b, all float32; factors in bfloat16 halves, in float16, or as `input_precision` says."""
+        if MERGE == "halves":
+            a, a_rest = halves(a)
+            b, b_rest = halves(b)
+            c = tl.dot(a, b_rest, tl.dot(a, b, tl.dot(a_rest, b, c)))
+        elif MERGE == "fp16":
+            c += tl.dot(a.to(tl.float16), b.to(tl.float16))
+        else:
+            c = tl.dot(a, b, c, input_precision=MERGE)
+        return c
+
+    @triton.jit
+    def write_inverse(X_ptr, rows, h, inside, X, H: tl.constexpr, C: tl.constexpr, MERGE: tl.constexpr):
+        """
+        float16 has too few bits for X where beta is near 2: its signs alternate there, and its rounding is what is left of sums that
+        cancel. With "halves", what float16 rounds away stands mirrored above the diagonal, where X has nothing. The diagonal is exactly 1.
+        """
+        c = tl.arange(0, C)
+        if X_ptr.dtype.element_ty == tl.float16:  # entries beyond 2 are for keys of very different lengths only
+            X = tl.minimum(tl.maximum(X, -65504.0), 65504.0)
+        if MERGE == "halves":
+            X += tl.trans(X - X.to(tl.float16).to(tl.float32))
+        write(X_ptr, rows, H, h, c, C, inside, X)
+
+    @triton.jit
+    def read_inverse(X_ptr, rows, h, inside, H: tl.constexpr, C: tl.constexpr, MERGE: tl.constexpr):
+        """X in two parts, for `times`."""
+        c = tl.arange(0, C)
+        X = read(X_ptr, rows, H, h, c, C, inside)
+        rest = X
+        if MERGE == "halves":
+            above = c[:, None] < c[None, :]
+            X, rest = tl.where(above, 0.0, X).to(X.dtype), tl.trans(tl.where(above, X, 0.0).to(X.dtype))
+        return X, rest
+
+    @triton.jit
+    def times(X, rest, r, DOT: tl.constexpr, MERGE: tl.constexpr):
+        r = r.to(X.dtype)
+        y = tl.dot(X, r, input_precision=DOT)
+        if MERGE == "halves":
+            y = tl.dot(rest, r, y)
+        return y
+
+    @triton.jit
     def neighbours(level, block, C: tl.constexpr, dtype: tl.constexpr):
         """
         Parts of 2^level tokens, and exponents that are sums of g: exponent_i = sum_s runs[s, i] g_s. -> runs (C, C), pairs (C, C) bool.
@@ -187,7 +254,7 @@ if triton is not None:
 
     @triton.jit
     def pairs(
-        q_ptr, k_ptr, g_ptr, beta_ptr, start_ptr, end_ptr, X_ptr, Q_ptr, scale,
+        q_ptr, k_ptr, g_ptr, beta_ptr, start_ptr, end_ptr, units_ptr, X_ptr, Q_ptr,
         H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr,
         LEVEL: tl.constexpr, MILD: tl.constexpr, DOT: tl.constexpr, MERGE: tl.constexpr,
     ):  # fmt: skip
@@ -204,7 +271,7 @@ if triton is not None:
         diagonal = tl.zeros((C,), tl.float32)
         for step in range(0, K, STEP):
             ks = step + tl.arange(0, STEP)
-            q = read(q_ptr, rows, H, h, ks, K, inside).to(tl.float32) * scale
+            q = read(q_ptr, rows, H, h, ks, K, inside).to(tl.float32) * tl.load(units_ptr)
             k = read(k_ptr, rows, H, h, ks, K, inside).to(tl.float32)
             g = read(g_ptr, rows, H, h, ks, K, inside)
             first = first_level(g, C, STEP, LEVEL, MILD)
@@ -215,43 +282,37 @@ if triton is not None:
                 runs, here = neighbours(level + block.to(tl.int32), block, C, dtype)
                 E = tl.dot(tl.trans(runs), g, input_precision=DOT)
                 late = tl.exp(E)
-                early = tl.trans((k * tl.exp(tl.where(block, -E, E))).to(dtype))
-                P += tl.where(here, tl.dot((k * late).to(dtype), early, input_precision=DOT), 0.0)
-                Q += tl.where(here, tl.dot((q * late).to(dtype), early, input_precision=DOT), 0.0)
+                early = tl.trans(as_factor(k * tl.exp(tl.where(block, -E, E)), dtype))
+                P += tl.where(here, tl.dot(as_factor(k * late, dtype), early, input_precision=DOT), 0.0)
+                Q += tl.where(here, tl.dot(as_factor(q * late, dtype), early, input_precision=DOT), 0.0)
         i, j = c[:, None], c[None, :]
         write(Q_ptr, rows, H, h, c, C, inside, tl.where(i > j, Q, tl.where(i == j, diagonal[:, None], 0.0)))
 
         # If X1 and X2 invert the halves of a segment and L stands below them, [[X1, 0], [-X2 L X1, X2]] inverts the segment.
-        A = tl.where(i > j, P, 0.0) * tl.load(beta_ptr + rows * H + h, mask=inside, other=0.0)[:, None]
-        X = tl.where(i == j, 1.0, 0.0) - tl.where(neighbours(0, False, C, dtype)[1], A, 0.0)
+        A = -tl.where(i > j, P, 0.0) * tl.load(beta_ptr + rows * H + h, mask=inside, other=0.0)[:, None]
+        X = tl.where(i == j, 1.0, tl.where(neighbours(0, False, C, dtype)[1], A, 0.0))
         for level in range(1, 6):
             L = tl.where(neighbours(level, False, C, dtype)[1], A, 0.0)
-            if MERGE == "fp16":
-                X -= tl.dot(tl.dot(X.to(tl.float16), L.to(tl.float16)).to(tl.float16), X.to(tl.float16))
-            else:
-                X -= tl.dot(tl.dot(X, L, input_precision=MERGE), X, input_precision=MERGE)
-        if X_ptr.dtype.element_ty == tl.float16:  # entries beyond 2 are for keys of very different lengths only
-            X = tl.minimum(tl.maximum(X, -65504.0), 65504.0)
-        write(X_ptr, rows, H, h, c, C, inside, X)
+            X = add_product(X, add_product(tl.zeros((C, C), tl.float32), X, L, MERGE), X, MERGE)
+        write_inverse(X_ptr, rows, h, inside, X, H, C, MERGE)
 
     @triton.jit
     def prepare(
-        q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, start_ptr, end_ptr, X_ptr, U_ptr, W_ptr, qG_ptr, kE_ptr, decay_ptr, scale,
-        H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, DOT: tl.constexpr,
+        q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, start_ptr, end_ptr, units_ptr, X_ptr, U_ptr, W_ptr, qG_ptr, kE_ptr, decay_ptr,
+        H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, DOT: tl.constexpr, MERGE: tl.constexpr,
     ):  # fmt: skip
         """U (tokens, H, V); W, qG, kE (tokens, H, K); decay (chunks, H, K), float32."""
         chunk, h = tl.program_id(0) // H, tl.program_id(0) % H
         start, end = tl.load(start_ptr + chunk), tl.load(end_ptr + chunk)
         c = tl.arange(0, C)
         rows, inside = start + c, start + c < end
-        dtype = q_ptr.dtype.element_ty
+        scale, shrink = tl.load(units_ptr), tl.load(units_ptr + 1)
         beta = tl.load(beta_ptr + rows * H + h, mask=inside, other=0.0)[:, None]
-        fine: tl.constexpr = tl.float32 if dtype == tl.bfloat16 else dtype
-        X = read(X_ptr, rows, H, h, c, C, inside).to(fine)
+        X, rest = read_inverse(X_ptr, rows, h, inside, H, C, MERGE)
         for step in range(0, V, STEP):
             vs = step + tl.arange(0, STEP)
-            v = read(v_ptr, rows, H, h, vs, V, inside).to(tl.float32)
-            write(U_ptr, rows, H, h, vs, V, inside, tl.dot(X, (beta * v).to(fine), input_precision=DOT))
+            v = read(v_ptr, rows, H, h, vs, V, inside).to(tl.float32) * shrink
+            write(U_ptr, rows, H, h, vs, V, inside, times(X, rest, beta * v, DOT, MERGE))
         for step in range(0, K, STEP):
             ks = step + tl.arange(0, STEP)
             q = read(q_ptr, rows, H, h, ks, K, inside).to(tl.float32) * scale
@@ -259,7 +320,7 @@ if triton is not None:
             g = read(g_ptr, rows, H, h, ks, K, inside)
             after = read(g_ptr, rows + 1, H, h, ks, K, rows + 1 < end)
             from_start = tl.exp(tl.cumsum(g, 0))
-            write(W_ptr, rows, H, h, ks, K, inside, tl.dot(X, (beta * k * from_start).to(fine), input_precision=DOT))
+            write(W_ptr, rows, H, h, ks, K, inside, times(X, rest, beta * k * from_start, DOT, MERGE))
             write(qG_ptr, rows, H, h, ks, K, inside, q * from_start)
             write(kE_ptr, rows, H, h, ks, K, inside, k * tl.exp(tl.cumsum(after, 0, reverse=True)))
             tl.store(decay_ptr + (chunk * H + h) * K + ks, tl.exp(tl.sum(g, 0)), mask=ks < K)
@@ -293,7 +354,7 @@ if triton is not None:
 
     @triton.jit
     def outputs(
-        qG_ptr, Q_ptr, S_ptr, new_ptr, start_ptr, end_ptr, o_ptr,
+        qG_ptr, Q_ptr, S_ptr, new_ptr, start_ptr, end_ptr, units_ptr, o_ptr,
         H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr, DOT: tl.constexpr,
     ):  # fmt: skip
         chunk, h = tl.program_id(0) // H, tl.program_id(0) % H
@@ -305,7 +366,7 @@ if triton is not None:
         o = tl.dot(qG, read_state(S_ptr, chunk * H + h, ks, vs, K, V), input_precision=DOT)
         Q = read(Q_ptr, rows, H, h, c, C, inside)
         o += tl.dot(Q, read(new_ptr, rows, H, h, vs, V, inside), input_precision=DOT)
-        write(o_ptr, rows, H, h, vs, V, inside, o)
+        write(o_ptr, rows, H, h, vs, V, inside, o * tl.load(units_ptr + 2))
 
     # -------------------------------------------------------------------------
     # backward
@@ -361,30 +422,29 @@ if triton is not None:
 
     @triton.jit
     def dsolve(
-        v_ptr, beta_ptr, X_ptr, new_ptr, do_ptr, dnew_ptr, start_ptr, end_ptr, unit_ptr, dR_ptr, dP_ptr, dQ_ptr, dv_ptr, dbeta_ptr,
-        H: tl.constexpr, V: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, DOT: tl.constexpr,
+        v_ptr, beta_ptr, X_ptr, new_ptr, do_ptr, dnew_ptr, start_ptr, end_ptr, units_ptr, dR_ptr, dP_ptr, dQ_ptr, dv_ptr, dbeta_ptr,
+        H: tl.constexpr, V: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, DOT: tl.constexpr, MERGE: tl.constexpr,
     ):  # fmt: skip
         """dR (tokens, H, V), the gradient of beta (v - k e^G S); of beta P and Q, (tokens, H, C); of v; of beta, as far as v goes."""
         chunk, h = tl.program_id(0) // H, tl.program_id(0) % H
         start, end = tl.load(start_ptr + chunk), tl.load(end_ptr + chunk)
         c = tl.arange(0, C)
         rows, inside = start + c, start + c < end
-        dtype = v_ptr.dtype.element_ty
-        unit = tl.load(unit_ptr)
+        shrink, unit = tl.load(units_ptr + 1), tl.load(units_ptr + 2)
         beta = tl.load(beta_ptr + rows * H + h, mask=inside, other=0.0)[:, None]
-        fine: tl.constexpr = tl.float32 if dtype == tl.bfloat16 else dtype
-        X = tl.trans(read(X_ptr, rows, H, h, c, C, inside)).to(fine)
+        X, rest = read_inverse(X_ptr, rows, h, inside, H, C, MERGE)
+        X, rest = tl.trans(X), tl.trans(rest)
         dP, dQ = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
         dbeta = tl.zeros((C,), tl.float32)
         for step in range(0, V, STEP):
             vs = step + tl.arange(0, STEP)
-            dR = tl.dot(X, read(dnew_ptr, rows, H, h, vs, V, inside).to(fine), input_precision=DOT)
-            v = read(v_ptr, rows, H, h, vs, V, inside).to(tl.float32)
+            dR = times(X, rest, read(dnew_ptr, rows, H, h, vs, V, inside), DOT, MERGE)
+            v = read(v_ptr, rows, H, h, vs, V, inside).to(tl.float32) * shrink
             write(dR_ptr, rows, H, h, vs, V, inside, dR)
-            write(dv_ptr, rows, H, h, vs, V, inside, dR * (beta * unit))
+            write(dv_ptr, rows, H, h, vs, V, inside, dR * (beta * (shrink * unit)))
             dbeta += tl.sum(dR * v, 1)
             new = tl.trans(read(new_ptr, rows, H, h, vs, V, inside))
-            dP -= tl.dot(dR.to(dtype), new, input_precision=DOT)
+            dP -= tl.dot(dR.to(new.dtype), new, input_precision=DOT)
             dQ += tl.dot(read(do_ptr, rows, H, h, vs, V, inside), new, input_precision=DOT)
         i, j = c[:, None], c[None, :]
         write(dP_ptr, rows, H, h, c, C, inside, tl.where(i > j, dP, 0.0))
@@ -397,26 +457,27 @@ if triton is not None:
         Adds to the gradients of x, k, g those through M_ij = sum_c x_ic k_jc e^(..), given the gradient M of that. The levels are those of
         `pairs`. As e = exp(runs^T @ g), with de the gradient of e, g gets runs @ (e de): sums over runs of tokens, nothing cancels.
         """
-        dtype: tl.constexpr = M.dtype
+        dtype: tl.constexpr = g.dtype
         for level in range(first, 6):
             block = (level == LEVEL - 1) & (first > 0)
             runs, here = neighbours(level + block.to(tl.int32), block, C, dtype)
             E = tl.dot(tl.trans(runs), g, input_precision=DOT)
             late, early = tl.exp(E), tl.exp(tl.where(block, -E, E))
-            N = tl.where(here, M, 0.0).to(dtype)
-            row = late * tl.dot(N, (k * early).to(dtype), input_precision=DOT)
-            column = early * tl.dot(tl.trans(N), (x * late).to(dtype), input_precision=DOT)
+            N = tl.where(here, M, 0.0).to(tl.float32 if dtype == tl.bfloat16 else dtype)  # float16 is exact in TF32
+            row = late * tl.dot(N, as_factor(k * early, dtype), input_precision=DOT)
+            column = early * tl.dot(tl.trans(N), as_factor(x * late, dtype), input_precision=DOT)
             dx += row
             dk += column
             dE = x * row + k * tl.where(block, -column, column)
+            if dtype == tl.bfloat16:
+                dE, rest = halves(dE)
+                dg += tl.dot(runs, rest)
             dg += tl.dot(runs, dE.to(dtype), input_precision=DOT)
-            if dtype == tl.bfloat16:  # and what that rounded away
-                dg += tl.dot(runs, (dE - dE.to(dtype).to(tl.float32)).to(dtype))
         return dx, dk, dg
 
     @triton.jit
     def dpairs(
-        q_ptr, k_ptr, g_ptr, beta_ptr, dP_ptr, dQ_ptr, start_ptr, end_ptr, dq_ptr, dk_ptr, dg_ptr, dbeta_ptr, scale, tokens,
+        q_ptr, k_ptr, g_ptr, beta_ptr, dP_ptr, dQ_ptr, start_ptr, end_ptr, units_ptr, dq_ptr, dk_ptr, dg_ptr, dbeta_ptr, tokens,
         H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr,
         LEVEL: tl.constexpr, MILD: tl.constexpr, DOT: tl.constexpr,
     ):  # fmt: skip
@@ -440,7 +501,7 @@ if triton is not None:
         tl.store(dbeta_ptr + (step * tokens + rows).to(tl.int64) * H + h, tl.sum(k * row, 1), mask=inside)
         dk += beta * row
 
-        q = read(q_ptr, rows, H, h, ks, K, inside).to(tl.float32) * scale
+        q = read(q_ptr, rows, H, h, ks, K, inside).to(tl.float32) * tl.load(units_ptr)
         dQ = read(dQ_ptr, rows, H, h, c, C, inside)
         diagonal = tl.load(dQ_ptr + (rows.to(tl.int64) * H + h) * C + c, mask=inside, other=0.0).to(tl.float32)
         diagonal = tl.where(first > 0, 0.0, diagonal)[:, None]  # a token and itself: no border between them, but one block
@@ -451,8 +512,8 @@ if triton is not None:
 
     @triton.jit
     def dinputs(
-        q_ptr, k_ptr, g_ptr, beta_ptr, S_ptr, new_ptr, do_ptr, dS_ptr, dR_ptr, start_ptr, end_ptr, unit_ptr,
-        dq_ptr, dk_ptr, dg_ptr, dbeta_ptr, scale,
+        q_ptr, k_ptr, g_ptr, beta_ptr, S_ptr, new_ptr, do_ptr, dS_ptr, dR_ptr, start_ptr, end_ptr, units_ptr,
+        dq_ptr, dk_ptr, dg_ptr, dbeta_ptr,
         H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, STEP_V: tl.constexpr, DOT: tl.constexpr,
     ):  # fmt: skip
         """What the states contribute, added to what `dpairs` left there: the gradients of q, k, g, beta."""
@@ -460,7 +521,7 @@ if triton is not None:
         start, end = tl.load(start_ptr + chunk), tl.load(end_ptr + chunk)
         c = tl.arange(0, C)
         rows, inside = start + c, start + c < end
-        unit = tl.load(unit_ptr)
+        scale, unit = tl.load(units_ptr), tl.load(units_ptr + 2)
         beta = tl.load(beta_ptr + rows * H + h, mask=inside, other=0.0)[:, None]
         dbeta = tl.zeros((C,), tl.float32)
         for step in range(0, K, STEP):
@@ -549,19 +610,39 @@ class Launcher:
         kernel[grid](*args, **constants, **options)
 
 
-def inverse_dtype(dtype):
+def low_dtype(dtype):
     """
-    What X is kept in. Its signs alternate where beta is near 2, so that its rounding is what is left of sums that cancel, and it is all
-    but never larger than 2: bfloat16's range is of no use to it, float16's resolution is. It is multiplied as TF32, which has both.
+    What is kept, and multiplied, by the kernels. For bfloat16 inputs that is float16: as fast, and with eight times the resolution. Its
+    range is no limit, since q, v, the states and their gradients are brought near 1 first (`find_units`), and k has unit length.
     """
     return torch.float16 if dtype == torch.bfloat16 else dtype
 
 
-def _prepare(run, q, k, v, g, beta, X, scale):
+def largest(t):
+    return torch.linalg.vector_norm(t, math.inf, dtype=torch.float32)
+
+
+def power_of_two(size):
+    """From `size` on, a tensor of one number; 1 for zero. Between 2^-100 and 2^60, so that quotients of a few are float32."""
+    return torch.exp2(torch.where(size > 0, size, 1.0).clamp(2.0**-100, 2.0**60).log2().ceil())
+
+
+def find_units(q, v, state):
+    """
+    Powers of two that q, and v and the initial states, are divided by. o is linear in q, and in v and the initial states together, so
+    bfloat16 inputs of any size make states that fit in float16. 1 for other inputs.
+    """
+    if q.dtype != torch.bfloat16 or not q.numel():
+        return torch.ones(2, device=q.device).unbind()
+    return power_of_two(largest(q)), power_of_two(torch.maximum(largest(v), largest(state)))
+
+
+def _prepare(run, q, k, v, g, beta, units, X):
     """Launch `prepare` -> U, W, qG, kE, decay."""
-    U, W, qG, kE = torch.empty_like(v), torch.empty_like(k), torch.empty_like(q), torch.empty_like(k)
+    low = X.dtype
+    U, W, qG, kE = (torch.empty_like(t, dtype=low) for t in (v, k, q, k))
     decay = torch.empty(len(run.table.start), run.H, run.K, dtype=torch.float32, device=q.device)
-    run(prepare, q, k, v, g, beta, run.table.start, run.table.end, X, U, W, qG, kE, decay, scale)
+    run(prepare, q, k, v, g, beta, run.table.start, run.table.end, units, X, U, W, qG, kE, decay)
     return U, W, qG, kE, decay
 
 
@@ -578,15 +659,17 @@ def triton_forward(q, k, v, g, beta, scale, state, table):
     shape = (len(first) - 1, run.H, run.K, run.V)
     state = torch.zeros(shape, device=q.device) if state is None else state.float().contiguous()
     final = torch.empty_like(state)
-    X, Q = q.new_empty(*q.shape[:3], CHUNK, dtype=inverse_dtype(q.dtype)), q.new_empty(*q.shape[:3], CHUNK)
-    S = q.new_empty(len(start), run.H, run.K, run.V)
-    new, o = torch.empty_like(v), torch.empty_like(v)
+    low, (unit_q, unit_v) = low_dtype(q.dtype), find_units(q, v, state)
+    units = torch.stack([scale / unit_q, 1 / unit_v, unit_q * unit_v])
+    X, Q = (q.new_empty(*q.shape[:3], CHUNK, dtype=low) for _ in "XQ")
+    S = q.new_empty(len(start), run.H, run.K, run.V, dtype=low)
+    new, o = torch.empty_like(v, dtype=low), torch.empty_like(v)
     with torch.cuda.device_of(q):
-        run(pairs, q, k, g, beta, start, end, X, Q, scale)
-        U, W, qG, kE, decay = _prepare(run, q, k, v, g, beta, X, scale)
-        run(states, U, W, kE, decay, start, end, first, state, S, new, final)
-        run(outputs, qG, Q, S, new, start, end, o)
-    return o, final, (X, Q, S)
+        run(pairs, q, k, g, beta, start, end, units, X, Q)
+        U, W, qG, kE, decay = _prepare(run, q, k, v, g, beta, units, X)
+        run(states, U, W, kE, decay, start, end, first, state / unit_v, S, new, final)
+        run(outputs, qG, Q, S, new, start, end, units, o)
+    return o, final * unit_v, (X, Q, S)
 
 
 def triton_backward(q, k, v, g, beta, scale, state, table, saved, do, dstate):
@@ -600,32 +683,33 @@ def triton_backward(q, k, v, g, beta, scale, state, table, saved, do, dstate):
     g, beta = g.float().contiguous(), beta.float().contiguous()
     run, (start, end, first) = Launcher(q, v, table), table
     X, Q, S = saved
+    low, (unit_q, unit_v) = X.dtype, find_units(q, v, state)
+    unit = unit_q * unit_v
     do = torch.zeros_like(v) if do is None else do
     dstate = torch.zeros(len(first) - 1, run.H, run.K, run.V, device=q.device) if dstate is None else dstate.float()
-    unit = torch.ones((), device=q.device)
-    if q.dtype == torch.float16 and do.numel():
-        largest = torch.maximum(do.abs().amax().float(), dstate.abs().amax())
-        unit = torch.exp2(largest.clamp(min=2.0**-100).log2().ceil())
-        do, dstate = do.float() / unit, dstate / unit
-    do, dstate = do.to(v.dtype).contiguous(), dstate.contiguous()
+    if low == torch.float16 and do.numel():
+        unit = (unit_v * power_of_two(torch.maximum(unit_q * largest(do), largest(dstate)))).clamp(min=2.0**-120)
+        do, dstate = do.float() * (unit_q * unit_v / unit), dstate * (unit_v / unit)
+    units = torch.stack([scale / unit_q, 1 / unit_v, unit])
+    do, dstate = do.to(low).contiguous(), dstate.contiguous()
 
     with torch.cuda.device_of(q):
-        U, W, qG, kE, decay = _prepare(run, q, k, v, g, beta, X, scale)
-        new, Qdo = torch.empty_like(v), torch.empty_like(v)
+        U, W, qG, kE, decay = _prepare(run, q, k, v, g, beta, units, X)
+        new, Qdo = torch.empty_like(U), torch.empty_like(U)
         run(renew, U, W, Q, S, do, start, end, new, Qdo)
         del U
-        dS, dnew, dinitial = torch.empty_like(S), torch.empty_like(v), torch.empty_like(dstate)
+        dS, dnew, dinitial = torch.empty_like(S), torch.empty_like(new), torch.empty_like(dstate)
         run(dstates, W, qG, kE, decay, do, Qdo, start, end, first, dstate, dS, dnew, dinitial)
         del W, qG, kE, Qdo
-        dR, dv, dP, dQ = torch.empty_like(v), torch.empty_like(v), torch.empty_like(Q), torch.empty_like(Q)
+        dR, dv, dP, dQ = torch.empty_like(new), torch.empty_like(v), torch.empty_like(Q), torch.empty_like(Q)
         steps = -(-run.K // run.parameters(dpairs)[0]["STEP"])
         dbeta = beta.new_empty(steps + 2, *beta.shape)  # from each step of dpairs, dsolve, dinputs
-        run(dsolve, v, beta, X, new, do, dnew, start, end, unit, dR, dP, dQ, dv, dbeta[steps])
+        run(dsolve, v, beta, X, new, do, dnew, start, end, units, dR, dP, dQ, dv, dbeta[steps])
         del dnew
         dq, dk, dg = torch.empty_like(q), torch.empty_like(k), torch.empty_like(g)
-        run(dpairs, q, k, g, beta, dP, dQ, start, end, dq, dk, dg, dbeta, scale, beta.shape[0] * beta.shape[1])
-        run(dinputs, q, k, g, beta, S, new, do, dS, dR, start, end, unit, dq, dk, dg, dbeta[steps + 1], scale)
-    return dq, dk, dv, dg, dbeta.sum(0) * unit, dinitial * unit
+        run(dpairs, q, k, g, beta, dP, dQ, start, end, units, dq, dk, dg, dbeta, beta.shape[0] * beta.shape[1])
+        run(dinputs, q, k, g, beta, S, new, do, dS, dR, start, end, units, dq, dk, dg, dbeta[steps + 1])
+    return dq, dk, dv, dg, dbeta.sum(0) * unit, dinitial * (unit / unit_v)
 
 
 def triton_step(q, k, v, g, beta, state, scale):

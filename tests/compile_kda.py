@@ -27,7 +27,8 @@ from triton.compiler import ASTSource  # noqa: E402
 import kda_triton as kt  # noqa: E402
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-FLOAT32 = "g beta decay initial final dfinal dinitial unit dg dbeta state".split()
+FLOAT32 = "g beta decay initial final dfinal dinitial units dg dbeta state".split()
+AS_INPUTS = "q k v o dq dk dv".split()  # the rest is what kt.low_dtype says
 TENSOR_CORE = re.compile(r"\bmma\.sync|\bwgmma\.mma_async|\btcgen05\.mma\b")
 
 
@@ -49,7 +50,7 @@ def compile_kernel(name, capability, dtype, size, **overrides):
             signature[arg] = "fp32"
         else:
             signature[arg] = "*i32" if stem in ("start", "end", "first") else "*fp32" if stem in FLOAT32 else "*" + dtype
-            if stem == "X" and dtype == "bf16":
+            if dtype == "bf16" and stem not in FLOAT32 + AS_INPUTS and signature[arg] == "*bf16":
                 signature[arg] = "*fp16"
             aligned[i,] = [["tt.divisibility", 16]]
     began = time.time()
