@@ -267,7 +267,7 @@ def test_a_tuned_model_has_learned_its_task_and_the_model_itself_is_untouched(na
         with torch.no_grad():
             return m(idx, targets, mode="puzzle")[1].item()
 
-    assert loss(tuned) < loss(model) - 0.05
+    assert loss(tuned) < loss(model) - 0.02
 
 
 def test_tuning_depends_on_the_seed_and_on_nothing_else():
