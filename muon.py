@@ -13,6 +13,8 @@ Used by train.py and distill.py through loop.make_optimizers. Next to read: loop
 
 import torch
 
+import hardware
+
 
 def split_parameters(model, weight_decay):
     """
@@ -53,7 +55,9 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                if p not in self.state:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                average = self.state[p]["momentum_buffer"]
                 average.lerp_(p.grad, 1 - group["momentum"])
                 ahead = p.grad.lerp(average, group["momentum"])
                 p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -62,8 +66,7 @@ class Muon(torch.optim.Optimizer):
 
 def half(device):
     """The number format with tensor cores that is cheap on `device`: bfloat16, and float16 on a GPU that is older than it (Turing)."""
-    device = torch.device(device)
-    return torch.float16 if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0) else torch.bfloat16
+    return torch.float16 if hardware.pick_dtype("auto", str(device)) == "float16" else torch.bfloat16
 
 
 def orthogonal(m):
