@@ -262,10 +262,9 @@ class Evaluation:
         command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "eval_arc.py"), self.link,
                    f"--suites={self.suites}", f"--limit={self.limit}", f"--device={self.device}",
                    f"--out_dir={os.path.join(self.out_dir, 'eval_step')}"]  # fmt: skip
-        own = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE")}
         with open(os.path.join(self.out_dir, "eval_step.log"), "w") as f:  # a pipe would be full one day, with nobody reading it
             self.process = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, start_new_session=True,
-                                            env={"OMP_NUM_THREADS": "1", **own})  # fmt: skip
+                                            env={"OMP_NUM_THREADS": "1", **publish.environment_alone()})  # fmt: skip
         self.step = step
 
     def end(self, at_once):

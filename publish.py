@@ -170,6 +170,11 @@ def pull(name, out_dir, overwrite):
 # for train.py: a process beside the training
 
 
+def environment_alone():
+    """Ours, for a process that is not one of torchrun's."""
+    return {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE")}
+
+
 def begin(out_dir, repo, full, ckpt_path=None):
     """
     Start a push of the checkpoint at ckpt_path (None: make the repository, so that a wrong login shows at once) in a process of its own,
@@ -184,8 +189,7 @@ def begin(out_dir, repo, full, ckpt_path=None):
         link = os.path.join(out_dir, "ckpt.push")
         ckpt.second_name(ckpt_path, link)  # the next checkpoint replaces the first name, and takes nothing from under the reader
         command.append(f"--checkpoint={link}")
-    own = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE")}
-    own |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    own = environment_alone() | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=own)
     return process, link
 
