@@ -27,6 +27,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from files import write_whole
 from tokenizer import ARC, BLANK, CELL0, EOT, INPUT, LOGIC, MAZE, OUTPUT, PROGRAM, ROW, SUDOKU, VOID
 
 SETS = ("arc1_train", "arc1_eval", "arc2_train", "arc2_eval")
@@ -428,23 +429,6 @@ def ansi_row(panels, width=None):
         for i in range(max(map(len, band))):
             out.append("   ".join(block[i] if i < len(block) else block[-1] for block in band).rstrip())
     return "\n".join(out)
-
-
-def write_whole(data, path):
-    """bytes -> a file, whole or not at all: beside, to disk, renamed. OSError where it cannot be."""
-    if os.path.isdir(path):
-        raise IsADirectoryError(f"{path} is a folder: give the name of the file to write")
-    beside = f"{path}.{os.getpid()}.tmp"
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    try:
-        with open(beside, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    finally:
-        if os.path.exists(beside):
-            os.remove(beside)
 
 
 def picture(rows, path, title=None):

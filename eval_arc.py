@@ -93,6 +93,7 @@ import scores
 import stages
 import suites
 from candidates import without_answers
+from files import write_whole
 
 ROUTES = {"dense": "route_a", "trm": "route_b"}  # what the models are called in reports
 ATTEMPTS = 2  # that count in ARC suites; in puzzles, which have one solution by their rules, it is 1
@@ -349,13 +350,7 @@ def hashed(what):
 
 
 def write_lines(records, path):
-    """Write beside, rename: a reader sees the old file or the new one."""
-    beside = f"{path}.{os.getpid()}.tmp"
-    with open(beside, "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(record) + "\n" for record in records)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(beside, path)
+    write_whole("".join(json.dumps(record) + "\n" for record in records).encode(), path)
 
 
 def ask(name, suite, tasks, model, report, settings, attempts, earlier, out_dir):

@@ -19,6 +19,7 @@ import sys
 
 import arc
 import logbook
+from files import write_whole
 
 # Beside this file in a checkout; in the environment when the project is installed
 TEMPLATES = [os.path.join(folder, "report_template.html")
@@ -115,16 +116,7 @@ def write(out_dir, json_name="eval.json"):
     data = gather(out_dir, json_name)
     text = page(data, " and ".join(m["name"] for m in data["models"][:3]) or os.path.basename(os.path.abspath(out_dir)))
     path = os.path.join(out_dir, "report.html")
-    beside = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(beside, "w", encoding="utf-8") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    finally:
-        if os.path.exists(beside):
-            os.remove(beside)
+    write_whole(text.encode(), path)
     return path
 
 

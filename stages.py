@@ -25,6 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 import tokenizer
+from files import write_whole
 
 GROUPS = ("web", "code", "math", "synth", "arc")
 BUILDABLE = ("demo", "stage1", "stage2", "stage3")  # what `prepare.py STAGE` can build anew
@@ -57,18 +58,7 @@ def write(path, data):
     data = data.encode() if isinstance(data, str) else data
     if path.exists() and path.stat().st_size == len(data) and path.read_bytes() == data:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # with the process in its name: a worker that outlived a killed build may be writing the same bytes to the same place
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(beside, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    except OSError:  # a full disk: leave room for whoever tries to save something
-        beside.unlink(missing_ok=True)
-        raise
+    write_whole(data, path)
 
 
 def to_json(value):

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import arc
+from files import write_whole
 from model_trm import ANSWER_IDS
 
 WIDTH = 640  # pixels of the picture
@@ -201,4 +202,4 @@ def save_gif(task, test, steps, path):
     frames = [frame.quantize(palette=shared, dither=Image.Dither.NONE) for frame in frames]
     buffer = io.BytesIO()
     frames[0].save(buffer, "gif", save_all=True, append_images=frames[1:], duration=times, loop=0, optimize=False)
-    arc.write_whole(buffer.getvalue(), path)
+    write_whole(buffer.getvalue(), path)
