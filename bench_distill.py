@@ -7,6 +7,7 @@ The ways are rows of ARMS, settings of distill.py: everything else is the same f
 process has used that many CPU seconds, teacher, sampling and learning together (log.jsonl counts them), so other work on the machine does
 not matter. Every way has the best of the same learning rates, chosen with the first seed on puzzles that are not in the suite. Prints a
 table, and writes it with all curves to results.json and curves.png in out_dir. Runs that are there already are kept.
+Before this: distill.py.
 """
 
 import argparse

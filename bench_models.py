@@ -7,6 +7,7 @@ The models as wholes, measured beside others: how fast they decode, how fast the
 
 Learning is measured in turns: all contenders are in one process and train a few steps each, over and over, each on its own clock, so
 that whatever else the machine is busy with slows all of them alike. On one CPU thread the clock counts the processor's time.
+Before this: bench.py.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import tokenizer as tok
+from files import save_picture
 from loader import Loader
 from model_dense import Config, Model, cache_bytes, sample
 from muon import muon_and_adamw
@@ -239,12 +241,10 @@ def print_learn(rows):
 
 def plot_learn(rows, path):
     """Validation loss against seconds and against tokens, as a picture."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, (which, label) in zip(axes, ((0, "seconds of training"), (1, "tokens"))):
         for row in rows:
             axis.plot([p[which] for p in row["curve"]], [p[2] for p in row["curve"]], marker=".", label=row["name"])
@@ -252,11 +252,7 @@ def plot_learn(rows, path):
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("validation loss, nats per token")
     axes[0].legend()
-    figure.tight_layout()
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    figure.savefig(f"{path}.tmp", format="png", dpi=130)
-    os.replace(f"{path}.tmp", path)
-    plt.close(figure)
+    save_picture(figure, path)
 
 
 # -----------------------------------------------------------------------------

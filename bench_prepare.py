@@ -3,6 +3,8 @@ How fast text is prepared, beside nanoGPT's way to do it, on the same text with 
 
     python bench.py prepare         tokenising alone, and the whole of prepare.py; hours for a stage
     python bench.py prepare --json  the same as JSON
+
+Before this: prepare.py, bench.py.
 """
 
 import argparse

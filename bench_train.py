@@ -7,6 +7,7 @@ What training costs on this machine: `bench.py train`, `sweep` and `plan`.
 
 Every measurement is a process of its own (`bench_train.py step '{...}'`): its peak memory is its own, and when it runs out of it, only it
 ends. On a CPU with one thread (OMP_NUM_THREADS=1) seconds are those that the process has had, so that other jobs beside it count less.
+Before this: train.py, bench.py.
 """
 
 import argparse

@@ -9,7 +9,7 @@ A checkpoint is a dict of tensors and plain values, so torch.load(weights_only=T
     tokenizer    fingerprint of the tokenizer it was trained with
     train        what train.py needs to go on: iter, optimizer, scaler, loader, carries, ... and the figures it reports
 
-Written by train.py. Next to read: sample.py and eval_arc.py, which start with `load_model`.
+Written by train.py. Read next: sample.py and eval_arc.py, which start with `load_model`.
 """
 
 import contextlib

@@ -19,6 +19,7 @@ then only what it changes. Config files are executed, so run only those you trus
 
 A setting is a lowercase global that holds an int, float, bool, str, None, or a tuple or dict of these. It keeps the type of its default;
 a default of None takes any of these types, unless an annotation (`seed: int | None = None`) says which.
+Read next: train.py, which has the most settings.
 """
 
 import ast
@@ -34,6 +35,8 @@ import tokenize
 import traceback
 import types
 from pathlib import Path
+
+from files import write_whole
 
 PLAIN = (int, float, bool, str, type(None))
 TYPE_NAMES = {"int": int, "float": float, "bool": bool, "str": str, "tuple": tuple, "dict": dict, "None": type(None)}
@@ -320,13 +323,5 @@ def show(config, defaults, width=120):
 
 
 def save(config, path):
-    """Write the config as JSON, atomically: a reader (or a crash) sees the old file or the new one, never half of one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(beside, "w", encoding="utf-8") as f:
-        json.dump(config, f, indent=2)
-        f.write("\n")
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(beside, path)
+    """Write the config as JSON: a reader (or a crash) sees the old file or the new one, never half of one."""
+    write_whole((json.dumps(config, indent=2) + "\n").encode(), path)

@@ -548,8 +548,10 @@ def main(argv):
     try:
         with open(argv[0], encoding="utf-8") as f:
             text = normalise(f.read(), profile == "code")
+    except FileNotFoundError:
+        sys.exit(f"error: {argv[0]} does not exist")
     except (OSError, UnicodeDecodeError) as e:
-        sys.exit(f"error: {e}")
+        sys.exit(f"error: {argv[0]} cannot be read as text: {e}")
     if text is None:
         sys.exit(f"error: {argv[0]} is not text")
     found = measure(read_words([text]), [text], profile)

@@ -30,6 +30,7 @@ import tokenizer
 from curate import EvaluationOutputs, trivial
 from sources import code_hash, generators_hash
 from stages import GROUPS, sha256, write, write_shard, write_stage
+from units import Dropped
 
 LIMIT_MB = 4.0  # a source of text gets no more documents once it has this much
 # what decides about the demo stage, of all the settings of prepare.py
@@ -60,19 +61,6 @@ STDLIB_LEFT_OUT = {
 
 def bar(items, source, total=None):
     return tqdm(items, desc=f"{source:>11}", total=total, unit=" docs", mininterval=0.3)
-
-
-class Dropped:
-    """How many documents each rule took out of a source, and the ids of the first few, to look at."""
-
-    def __init__(self):
-        self.rules = {}
-
-    def add(self, rule, document):
-        entry = self.rules.setdefault(rule, {"count": 0, "examples": []})
-        entry["count"] += 1
-        if len(entry["examples"]) < 5:
-            entry["examples"].append(document)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ A step is as train.py's, on the same batches from the loader. A batch of text is
     learning   the divergence between the two, mean over the places of an answer, then over answers; only the answer counts
 
 Writes ckpt.pt (which train.py, eval_arc.py and sample.py read), log.jsonl, loss.png, config.json. Random draws follow from the seed,
-the step and the batch alone, so a resumed run is the same run. Read before this: train.py, teachers.py, divergences.py.
+the step and the batch alone, so a resumed run is the same run. Before this: train.py, teachers.py, divergences.py.
 """
 
 import contextlib

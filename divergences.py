@@ -11,7 +11,7 @@ A teacher that is certain of one outcome while the student is certain of another
 of norm 1.41 with forward_kl, 0.08 with reverse_kl and 0.005 with jsd: what Q finds unlikely has no weight in the last two, however wrong
 that is. At temperature 2, reverse_kl has 0.38. Such teachers are common where a puzzle has one answer (LOG.md).
 
-Everything is in nats and computed from logits, in float32 at least. The teacher's side has no gradient.
+Everything is in nats and computed from logits, in float32 at least. The teacher's side has no gradient. Read next: distill.py.
 """
 
 import math

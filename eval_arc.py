@@ -65,6 +65,7 @@ and harness.py give them, and part by part in measured.jsonl, for a run that is 
 
 Read next: candidates.py (how a model comes to its attempts), scores.py (what counts as right), sample.py (one task, in the terminal).
 """
+
 import argparse
 import contextlib
 import dataclasses

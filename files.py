@@ -1,9 +1,11 @@
 """
 Writing a file so that whoever looks, and whoever comes after a crash, sees the old one or the whole new one.
 
-Used by everything that writes reports, pictures, settings and stages. checkpoint.py does the same for what is too large to hold twice.
+Used by everything that writes reports, pictures, settings and stages. checkpoint.py does the same for what is too large to hold twice:
+read it next.
 """
 
+import io
 import os
 
 
@@ -23,3 +25,10 @@ def write_whole(data, path):
     finally:
         if os.path.exists(beside):  # a full disk: leave room for whoever tries to save something
             os.remove(beside)
+
+
+def save_picture(figure, path, dpi=130):
+    """A matplotlib Figure -> a png. OSError as above."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    write_whole(buffer.getvalue(), path)

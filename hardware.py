@@ -3,9 +3,10 @@ The machine: which device and number format to use on it, how fast it could be, 
 
     python hardware.py        what train.py would choose here
 
-Next to read: train.py, which asks, and bench.py, which measures against the same table.
+Read next: train.py, which asks, and bench.py, which measures against the same table.
 """
 
+import argparse
 import contextlib
 import ctypes
 import re
@@ -96,6 +97,7 @@ def out_of_memory(error):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()  # --help
     device = pick_device("auto")
     peak = peak_flops(name(device))
     print(f"{name(device)}, dtype {pick_dtype('auto', device)}, peak {f'{peak / 1e12:g} TFLOPS' if peak else 'not in the table'}")

@@ -14,9 +14,10 @@ Every batch has about batch_size * block_size tokens, however long its rows: sho
 Every process goes through the same draws and keeps the batches that are its own, so the batches of a step do not depend on how
 many processes share them. A thread makes the next steps ready while the current one computes (`Ahead`).
 
-Run `python loader.py` to look at a few rows of the demo stage. Before this: prepare.py. Next to read: train.py.
+Run `python loader.py` to look at a few rows of the demo stage. Before this: prepare.py. Read next: train.py.
 """
 
+import argparse
 import contextlib
 import hashlib
 import os
@@ -391,6 +392,7 @@ def main():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()  # --help
     try:
         main()
     except (FileNotFoundError, ValueError) as e:

@@ -3,13 +3,15 @@ log.jsonl: one JSON object a line, each with the step it is of, and the picture 
 
     python logbook.py out/demo/route_a        draw out/demo/route_a/loss.png anew
 
-train.py writes it; anything that reads JSON can read it.
+train.py writes it; anything that reads JSON can read it. Read next: loop.py, which calls this.
 """
 
 import contextlib
 import json
 import os
 import sys
+
+from files import save_picture, write_whole
 
 
 def append(entry, path):
@@ -39,9 +41,7 @@ def cut_back(path, last_step):
         with contextlib.suppress(FileNotFoundError):
             os.remove(path)
         return
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(entry) + "\n" for entry in kept)
-    os.replace(path + ".tmp", path)
+    write_whole("".join(json.dumps(entry) + "\n" for entry in kept).encode(), path)
 
 
 def draw_losses(out_dir):
@@ -64,9 +64,7 @@ def draw_losses(out_dir):
     axes.set(xlabel="step", ylabel="loss in nats", title=out_dir)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    path = os.path.join(out_dir, "loss.png")
-    figure.savefig(path + ".tmp", format="png", dpi=110)
-    os.replace(path + ".tmp", path)
+    save_picture(figure, os.path.join(out_dir, "loss.png"))
 
 
 if __name__ == "__main__":

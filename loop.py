@@ -3,7 +3,7 @@ What a training loop needs whatever it trains on: train.py and distill.py share 
 
 The learning rate's schedule, optimizers, averaged weights, validation, what a checkpoint holds, signals: each a function of what it is
 given, that keeps nothing. Evaluation and publication go on in processes of their own, and these are remembered by two small classes. The
-loops themselves are in the two scripts, from top to bottom.
+loops themselves are in the two scripts, from top to bottom. Before this: train.py. Read next: checkpoint.py, parallel.py, publish.py.
 """
 
 import contextlib

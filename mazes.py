@@ -3,8 +3,9 @@ Mazes with one shortest way: 0 free, 1 wall, 2 start, 3 goal; in the answer 4 on
 
 The checker counts shortest ways layer by layer over the whole grid; the generator follows parents in a breadth-first search.
 
-Next: puzzles.py, the suites that models are evaluated on.
+Read next: puzzles.py, the suites that models are evaluated on.
 """
+
 import numpy as np
 
 from arc import Task

@@ -11,10 +11,11 @@ Decoding keeps a state of constant size in each KDA layer, and keys and values i
 
 The file in order: the block; what both routes share besides it (loss, optimizers, sampling, costs); decoding; the model.
 
-Run `python model_dense.py` to see the 100M model described. Before this: kda.py. Next to read: model_trm.py, which builds its
+Run `python model_dense.py` to see the 100M model described. Before this: kda.py. Read next: model_trm.py, which builds its
 recursive core out of the same Block, then train.py.
 """
 
+import argparse
 import dataclasses
 import hashlib
 from dataclasses import dataclass
@@ -670,4 +671,5 @@ def describe(model, passes=1):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()  # --help
     describe(Model(Config()))

@@ -20,9 +20,10 @@ The published model learns an embedding per task, and cannot touch a task it was
 
 The file in order: settings; the recursion; reading text; learning puzzles; answering them.
 
-Run `python model_trm.py` to see the 100M model described, and what a token costs. Before this: model_dense.py. Next to read: train.py.
+Run `python model_trm.py` to see the 100M model described, and what a token costs. Before this: model_dense.py. Read next: train.py.
 """
 
+import argparse
 from dataclasses import dataclass
 
 import numpy as np
@@ -423,6 +424,7 @@ def describe_recursion(model, context=1024):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()  # --help
     model = Model(Config())
     describe(model, passes=model.config.text_n_sup * model.passes("text")[0])
     describe_recursion(model)

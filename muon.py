@@ -8,7 +8,7 @@ it brings is in LOG.md: less loss for the same seconds in Route A, and a Route B
 `torch.optim.Muon` does it where there is one. PyTorch has it from 2.9 on, and it multiplies in bfloat16; Kaggle's T4s want PyTorch 2.6
 (requirements-kaggle.txt) and have no bfloat16. For them there is the same optimizer here, with the same state in a checkpoint.
 
-Used by train.py and distill.py through loop.make_optimizers. Next to read: loop.py.
+Used by train.py and distill.py through loop.make_optimizers. Read next: loop.py.
 """
 
 import torch

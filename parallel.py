@@ -1,7 +1,7 @@
 """
 Several processes as one: who am I, do all of us hold the same, and how do we all stop together with one line for the person?
 
-torchrun starts the processes and tells each its number; without it there is one. train.py is the place to see this used.
+torchrun starts the processes and tells each its number; without it there is one. Read next: train.py, the place to see this used.
 """
 
 import contextlib

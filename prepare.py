@@ -41,6 +41,7 @@ import configurator
 import demo
 import stages
 import tokenizer
+from files import save_picture
 from stages import read_manifest
 
 # ---- where and how
@@ -256,11 +257,7 @@ def picture(data, names):
     ax.set_xlim(0, 1)
     ax.set_xlabel("share of the training examples")
     ax.legend([ax.barh(0, 0, color=colour) for colour in colours.values()], colours, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1))
-    path = data / "metadata" / "mixture.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"mixture.{os.getpid()}.tmp")
-    fig.savefig(beside, format="png", dpi=130)
-    os.replace(beside, path)
+    save_picture(fig, data / "metadata" / "mixture.png")
 
 
 PER_PAGE = 8  # families on one page of pictures

@@ -14,7 +14,7 @@ steps stay in the repository's history. A checkpoint of weights alone is a check
 Pulling believes nothing: the file must have the hash that the hub announced, and be a checkpoint that opens without running code from it,
 before it takes its place. Tokens are the hub client's business (`hf auth login`, or HF_TOKEN); nothing here reads or shows them.
 
-Next to read: hub.py, which does the same for data; checkpoint.py, what is in the file.
+Read next: hub.py, which does the same for data; checkpoint.py, what is in the file.
 """
 
 import contextlib

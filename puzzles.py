@@ -12,8 +12,9 @@ reading its program back from the task's id and running it on every input.
 
 What is never trained on: the grids in SUDOKU4_HELD_OUT, and the puzzles that heldout() lists (compare with task_hash()).
 
-Next: arc.py (how a task becomes tokens), prepare.py (how these puzzles become shards), eval_arc.py (how they are scored).
+Read next: arc.py (how a task becomes tokens), prepare.py (how these puzzles become shards), eval_arc.py (how they are scored).
 """
+
 import argparse
 import difflib
 import hashlib

@@ -11,6 +11,7 @@ and columns of each frame), log_p (the frames, in float16: 11 numbers for each p
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 
@@ -21,6 +22,7 @@ from tqdm import tqdm
 import arc
 import configurator
 import tokenizer as tok
+from files import write_whole
 from loader import Puzzles, draw_rng, puzzle_row
 from teachers import OUTCOMES, document, prompt, solved, tasks_of
 
@@ -103,14 +105,10 @@ def record_shard(folder, name, tasks, teacher):
     }
     digests = {}
     for part, array in parts.items():
-        path = os.path.join(folder, f"{name}.{part}.npy")
-        with open(path + ".tmp", "wb") as f:
-            np.save(f, array, allow_pickle=False)
-            f.flush()
-            os.fsync(f.fileno())
-        with open(path + ".tmp", "rb") as f:
-            digests[part] = hashlib.sha256(f.read()).hexdigest()
-        os.replace(path + ".tmp", path)
+        buffer = io.BytesIO()
+        np.save(buffer, array, allow_pickle=False)
+        digests[part] = hashlib.sha256(buffer.getbuffer()).hexdigest()
+        write_whole(buffer.getbuffer(), os.path.join(folder, f"{name}.{part}.npy"))
     return {"name": name, "documents": len(rows), "tokens": int(parts["length"].sum()), "sha256": digests}
 
 

@@ -7,7 +7,7 @@ report.html: what an evaluation found, to look at: figures with intervals, curve
 One file that opens from disk and fetches nothing: report_template.html with the data put in. In it: arrow keys or j and k go through the
 tasks, comma and full stop through Route B's supervision steps; the address names the task, so it can be sent to somebody.
 
-eval_arc.py writes it after every evaluation; its docstring says what is in the files it is drawn from.
+eval_arc.py writes it after every evaluation; its docstring says what is in the files it is drawn from. Read next: report_template.html.
 """
 
 import glob

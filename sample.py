@@ -12,6 +12,7 @@ answer of being all right; with --halt=0.9 it stops there once that is above 0.9
 
 Read next: eval_arc.py, which does this for whole suites and counts.
 """
+
 import argparse
 import codecs
 import math

@@ -4,7 +4,7 @@ Stage 0: is everything in order for a long run? What train.py checks beyond trai
     python train.py config/route_a_stage0.py        the real model, data and batch for a few steps, then a table of PASS and FAIL
 
 Before its first step train.py verifies the data as always, and here one batch of each kind is learned by heart; after its last step the
-log, the checkpoint and the speed are looked at. A check is (what, whether it passed, how it was). Next to read: train.py, which calls this.
+log, the checkpoint and the speed are looked at. A check is (what, whether it passed, how it was). Read next: train.py, which calls this.
 """
 
 import math

@@ -26,6 +26,7 @@ writes it to data/metadata/revisions.json, and all later builds in that folder u
 Read next: curate.py, what is kept of these; pipeline.py, how it becomes shards.
 """
 
+import argparse
 import ast
 import contextlib
 import csv
@@ -444,22 +445,24 @@ def to_document(name, where, row):
     return "" if document is None else document
 
 
-def main(argv):
-    words = [a for a in argv if not a.startswith("-")]
-    source_dir = next((a.split("=", 1)[1] for a in argv if a.startswith("--source_dir=")), None)
-    if not words:
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", metavar="NAME", help="of a source; without it, the table")
+    parser.add_argument("--source_dir", metavar="DIR", help="read DIR/NAME/* in place of the hub")
+    args = parser.parse_args()
+    if args.name is None:
         for name, s in SOURCES.items():
             print(f"{name:18}{s.group:7}{s.kind:8}{s.profile:10}{s.repo or 'generated':50}{s.licence}")
         return
-    if words[0] not in SOURCES:
-        sys.exit(f"error: no source {words[0]!r}: there are {', '.join(SOURCES)}")
+    if args.name not in SOURCES:
+        sys.exit(f"error: no source {args.name!r}: there are {', '.join(SOURCES)}")
     try:
-        files = local_files(source_dir, words[0]) if source_dir else []
+        files = local_files(args.source_dir, args.name) if args.source_dir else []
         where = {"files": files} if files else {"revision": "main"}
         encoder = tok.load()
-        for origin, row in itertools.islice(open_rows(words[0], where, 1, 0, None), 3):
-            _, task, parts = instantiate(to_document(words[0], where, row))
-            print(f"--- {words[0]} {origin}")
+        for origin, row in itertools.islice(open_rows(args.name, where, 1, 0, None), 3):
+            task, _, parts = instantiate(to_document(args.name, where, row))
+            print(f"--- {args.name} {origin}")
             if task is not None:
                 for x, y in task.train + task.test:
                     print(arc.ansi_row([("input", x, None), ("output", y, None)]))
@@ -469,4 +472,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

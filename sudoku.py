@@ -3,8 +3,9 @@ Sudoku, 4x4 and 9x9: filled grids, puzzles with exactly one solution, a solver, 
 
 The checker looks at rows, columns and boxes and does not solve, so neither the generator nor the solver can hide a mistake from it.
 
-What is never trained on: the 4x4 grids in SUDOKU4_HELD_OUT. Next: puzzles.py, the suites that models are evaluated on.
+What is never trained on: the 4x4 grids in SUDOKU4_HELD_OUT. Read next: puzzles.py, the suites that models are evaluated on.
 """
+
 import functools
 import hashlib
 import math

@@ -13,7 +13,7 @@ Published on the hub's: TRM 87.4% with an MLP as mixer, about 75% with attention
 
 A sudoku stays one when digits change names, when rows change places within their band, bands, columns and stacks likewise, and when it
 is transposed: 3,359,232 * 9! ways to see each. `shuffled` draws one; loader.py does so at every draw of a source whose augment is
-"sudoku". Before this: puzzles.py (easier ones). Next to read: config/sudoku_extreme.py.
+"sudoku". Before this: puzzles.py (easier ones). Read next: config/sudoku_extreme.py.
 """
 
 import argparse

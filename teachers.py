@@ -9,13 +9,11 @@ is over here", at row r and column c. NaN where the teacher has no opinion. Both
   canvas (Route B)                          all cells of the canvas, the eleventh outcome is <|void|>; the answer given does not matter
   votes (either route)                      shares of the answers to several views of the task; the answer given does not matter
 
-A teacher is any object with: about (a dict that says what it is), sources (names of those
-it has learned from), conditional (whether a frame depends on the answer it is asked
-about), frames(tasks, answers) -> list of frames, None where a task is too long for it, and write(tasks) -> list of its own grids, None
-likewise. A task is an arc.Task of one test pair, whose output no teacher
-reads.
+A teacher is any object with: about (a dict that says what it is), sources (names of those it has learned from), conditional (whether a
+frame depends on the answer it is asked about), frames(tasks, answers) -> list of frames, None where a task is too long for it, and
+write(tasks) -> list of its own grids, None likewise. A task is an arc.Task of one test pair, whose output no teacher reads.
 
-Next to read: text_teacher.py and records.py, two more kinds of teacher, and distill.py. Sources: on-policy distillation, arXiv 2306.13649;
+Read next: text_teacher.py and records.py, two more kinds of teacher, and distill.py. Sources: on-policy distillation, arXiv 2306.13649;
 test-time training on a task's demonstrations, arXiv 2411.07279.
 """
 
@@ -34,6 +32,7 @@ import tokenizer as tok
 import ttt
 from model_dense import batches_by_length
 from model_trm import ANSWER_IDS
+from stages import sha256_file
 
 OUTCOMES = 11  # ten colours, and "over"
 OVER = 10
@@ -238,10 +237,8 @@ def load_ours(path, device, dtype="float32", **options):
             if isinstance(module, torch.nn.Linear):
                 module.to(getattr(torch, dtype))
     model.requires_grad_(False)
-    with open(path, "rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read()).hexdigest()
-    about = {"kind": "checkpoint", "path": str(path), "sha256": digest, "model": saved["model"], "iter": saved["train"].get("iter"),
-             "tokenizer": saved["tokenizer"]}  # fmt: skip
+    about = {"kind": "checkpoint", "path": str(path), "sha256": sha256_file(path), "model": saved["model"],
+             "iter": saved["train"].get("iter"), "tokenizer": saved["tokenizer"]}  # fmt: skip
     return Ours(model, about, saved["train"].get("data", {}).get("sources", []), **options)
 
 

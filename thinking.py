@@ -7,7 +7,7 @@ Every frame is drawn from the probabilities of all values in all cells, so doubt
 a colour as pure. Between two supervision steps the picture glides from one to the other; below it are the steps taken and the
 probability that the halting head gives the answer of being all right. Where the answer is known, cells still wrong at the end are framed.
 
-`thoughts` asks the model, `draw` makes one picture, `save_gif` the film. Before this: model_trm.py (`think`). Next to read: sample.py.
+`thoughts` asks the model, `draw` makes one picture, `save_gif` the film. Before this: model_trm.py (`think`). Read next: sample.py.
 """
 
 import functools

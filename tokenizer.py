@@ -14,6 +14,7 @@ package, which ships the same two files. Their hashes are checked wherever they 
 
 Read next: arc.py, which writes grids with these ids.
 """
+
 import argparse
 import hashlib
 import importlib.util

@@ -14,7 +14,7 @@ processes. Nothing in a step draws random numbers that are not derived from the 
 
 Writes into out_dir: ckpt.pt, log.jsonl (one JSON object per logged step), loss.png (drawn from it), config.json, evals.jsonl, and
 eval_step.log, what the last evaluation said.
-Ctrl-C or SIGTERM finishes the step, saves and exits; a second one exits at once. Next to read: eval_arc.py, which judges what this makes.
+Ctrl-C or SIGTERM finishes the step, saves and exits; a second one exits at once. Read next: eval_arc.py, which judges what this makes.
 """
 
 import contextlib

@@ -4,8 +4,9 @@ transform in the style of ARC. They accept any grid of 3x3 or more.
 
 A task is checked by reading its program back from the task's id and running it on every input.
 
-Next: programs.py, a larger language of such functions, and programs of several steps; puzzles.py, the suite that is evaluated on.
+Read next: programs.py, a larger language of such functions, and programs of several steps; puzzles.py, the suite that is evaluated on.
 """
+
 import itertools
 import re
 
@@ -15,14 +16,17 @@ from arc import Task
 
 
 def flip(grid, axis):
+    """Upside down (axis 0) or left to right (1)."""
     return np.flip(grid, axis)
 
 
 def rotate(grid, k):
+    """k quarter turns counter-clockwise."""
     return np.rot90(grid, k)
 
 
 def transpose(grid, anti):
+    """Rows become columns: mirrored at the diagonal from the top left, or (anti=1) from the top right."""
     return np.rot90(grid, 2).T if anti else grid.T
 
 
@@ -69,10 +73,12 @@ def crop_colour(grid, a):
 
 
 def scale(grid, k):
+    """Every cell becomes k x k cells."""
     return grid.repeat(k, 0).repeat(k, 1)
 
 
 def tile(grid, ny, nx):
+    """The grid ny times below itself and nx times beside itself."""
     return np.tile(grid, (ny, nx))
 
 

@@ -5,8 +5,9 @@ In a template {a} is a number, {A} and {B} are people, {things} is what it is ab
 "3 * 4 = 12", and s1, s2 are the results of the steps before. Every number of the question is written in digits and used once, and no
 other number is: so check_arithmetic() can hold the solution against the question. It reads the finished text and knows no template.
 
-Next: graphs.py, more puzzles in words.
+Read next: graphs.py, more puzzles in words.
 """
+
 import ast
 import operator
 import re

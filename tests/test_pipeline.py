@@ -505,6 +505,15 @@ def test_what_is_generated_needs_no_network(tmp_path, capsys, monkeypatch):
     assert {e["source"] for e in prepare.read_manifest(tmp_path, "stage1")[0]} == {"sudoku4", "maze", "logic"}
 
 
+@pytest.mark.parametrize("name, shows",
+                         [("graphs", "Question:"), ("sudoku4", "<|sudoku|><|input|>"), ("traces", "<|program|>"), ("wikipedia", "pont")])
+def test_the_first_documents_of_a_source(name, shows, source_dir, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sources.py", name, f"--source_dir={source_dir}"])
+    sources.main()
+    out = capsys.readouterr().out
+    assert out.count(f"--- {name} ") == 3 and shows in out
+
+
 def test_long_text_files_are_cut(monkeypatch):
     monkeypatch.setattr(sources, "TEXT_FILE_CHARS", 50)
     lines = [f"line number {i}\n" for i in range(20)]
