@@ -267,48 +267,52 @@ SAYS = {"knave": "{0} is a knave", "knight": "{0} is a knight", "same": "{0} and
         "either": "at least one of {0} and {1} is a knight"}  # fmt: skip
 
 
+def _suppose(assumed, people, claims):
+    """
+    The argument from what the first speaker is assumed to be, one person's words at a time: (its text, how it ends: "That fits." with
+    everyone known, "... could not have spoken so.", or "" where no single person's words lead further).
+    """
+    known, line = {0: assumed}, [f"Suppose {people[0]} is a {'knight' if assumed else 'knave'}."]
+    while True:
+        found = None
+        for i, (kind, who) in enumerate(claims):
+            free = [j for j in {i, *who} if j not in known]
+            fits = []
+            for values in itertools.product((True, False), repeat=len(free)):
+                trial = {**known, **dict(zip(free, values))}
+                if _claim(kind, who, trial) == trial[i]:
+                    fits.append(values)
+            if not fits:
+                end = f"Then {people[i]} could not have spoken so."
+                return " ".join([*line, end]), end
+            sure = [(j, fits[0][x]) for x, j in enumerate(free) if len({f[x] for f in fits}) == 1]
+            if sure and found is None:
+                found = i, *sure[0]
+        if found is None:
+            end = "That fits." if len(known) == len(people) else ""
+            return " ".join([*line, end]), end
+        i, j, knight = found
+        known[j] = knight
+        line.append(f"By the words of {people[i]}, {people[j]} is a {'knight' if knight else 'knave'}.")
+
+
 def knights(rng):
-    """Knights tell the truth, knaves lie: who is what, uniquely. -> (text, answer)"""
+    """Knights tell the truth, knaves lie: who is what, uniquely, and to be found without more than one assumption. -> (text, answer)"""
     while True:
         n = int(rng.integers(3, 6))
         people = [NAMES[i] for i in rng.permutation(len(NAMES))[:n]]
         claims = [_statement(rng, i, n) for i in range(n)]
         kinds = [k for k in itertools.product((True, False), repeat=n) if all(_claim(*claims[i], k) == k[i] for i in range(n))]
-        if len(kinds) == 1:
+        if len(kinds) != 1:
+            continue
+        knight = kinds[0]
+        (refuted, no), (found, yes) = _suppose(not knight[0], people, claims), _suppose(knight[0], people, claims)
+        if no.endswith("could not have spoken so.") and yes == "That fits.":
             break
-    knight, steps = kinds[0], []
-    for assumed in (not knight[0], knight[0]):
-        # try both for the first speaker and follow what that says about one person at a time, as far as it goes
-        known, line = {0: assumed}, [f"Suppose {people[0]} is a {'knight' if assumed else 'knave'}."]
-        conflict = None
-        while conflict is None:
-            for i, (kind, who) in enumerate(claims):
-                free = [j for j in {i, *who} if j not in known]
-                fits = []
-                for values in itertools.product((True, False), repeat=len(free)):
-                    trial = {**known, **dict(zip(free, values))}
-                    if _claim(kind, who, trial) == trial[i]:
-                        fits.append(values)
-                if not fits:
-                    conflict = i
-                    break
-                sure = [(j, fits[0][x]) for x, j in enumerate(free) if len({f[x] for f in fits}) == 1]
-                if sure:
-                    known.update(sure[:1])
-                    what = "knight" if sure[0][1] else "knave"
-                    line.append(f"By the words of {people[i]}, {people[sure[0][0]]} is a {what}.")
-                    break
-            else:
-                break
-        if conflict is not None:
-            line.append(f"Then {people[conflict]} could not have spoken so.")
-        elif len(known) == n:
-            line.append("That fits.")
-        steps.append(" ".join(line))
     answer = ", ".join(f"{p} {'knight' if k else 'knave'}" for p, k in sorted(zip(people, knight)))
     words = " ".join(f'{p} says: "{SAYS[kind].format(*(people[j] for j in who))}."' for p, (kind, who) in zip(people, claims))
     question = f"Knights always tell the truth, knaves always lie. {words} Who is a knight, and who is a knave?"
-    return f"Question: {question}\nSolution: {' '.join(steps)}\nAnswer: {answer}", answer
+    return f"Question: {question}\nSolution: {refuted} {found}\nAnswer: {answer}", answer
 
 
 def check_knights(text):

@@ -269,6 +269,17 @@ def test_puzzles_in_words_have_one_answer(kind):
         assert text.endswith(f"\nAnswer: {answer}") and check(text), text
 
 
+def test_an_argument_about_knights_is_whole():
+    """One assumption ends in a contradiction, the other in everyone's kind, as in the answer: nothing is found without a reason."""
+    draw = rng(13)
+    for _ in range(40):
+        text, answer = graphs.knights(draw)
+        refuted, found = text.split("Solution: ")[1].split("\nAnswer")[0].split(" Suppose ")
+        assert refuted.endswith("could not have spoken so.") and found.endswith(" That fits."), text
+        said = sorted(f"{who} {what}" for who, what in re.findall(r"(\w+) is a (knight|knave)\.", found))
+        assert ", ".join(said) == answer, text
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkers_refuse_wrong_answers(kind):
     make, check = KINDS[kind]
