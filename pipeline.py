@@ -356,16 +356,15 @@ def build_with_workers(c, data, stage, tokens, found, evaluations, provenance, r
 
     def make(wanted):
         """wanted: {source: tokens}; until each has that many, or no more."""
-        bar = tqdm(desc=f"{stage}, reading", unit="B", unit_scale=True, total=0, mininterval=0.5)
+        with tqdm(desc=f"{stage}, reading", unit="B", unit_scale=True, total=0, mininterval=0.5) as bar:
 
-        def report(record):
-            units[record["source"]].add(record)
-            bar.update(record["bytes"])
+            def report(record):
+                units[record["source"]].add(record)
+                bar.update(record["bytes"])
 
-        while jobs := [job(name, span) for name, n in wanted.items() for span in units[name].missing(n)]:
-            bar.total += sum((j["last"] - j["first"] + 1) * j["unit_bytes"] for j in jobs)
-            run(jobs, report)
-        bar.close()
+            while jobs := [job(name, span) for name, n in wanted.items() for span in units[name].missing(n)]:
+                bar.total += sum((j["last"] - j["first"] + 1) * j["unit_bytes"] for j in jobs)
+                run(jobs, report)
 
     # A source that is too small gives all it has, its group's other sources give more, and if a whole group is too small, the stage is.
     budget, given, chosen = tokens, {}, {}

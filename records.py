@@ -121,24 +121,23 @@ def record(folder, loader, teacher, n, data, held_out):
     with contextlib.suppress(FileNotFoundError):
         os.remove(os.path.join(folder, RECORD))
     shards, seen, waiting, barren = [], set(), [], 0
-    bar = tqdm(total=n, unit="prompt", dynamic_ncols=True)
-    while bar.n < n:
-        before = len(seen)
-        for batch in loader.next_step():
-            for task in tasks_of(batch.idx, batch.targets, loader.puzzle_format) if batch.mode == "puzzle" else ():
-                key = prompt(task).numpy().tobytes()
-                if key not in seen:
-                    seen.add(key)
-                    waiting.append(task)
-        barren = 0 if len(seen) > before else barren + 1
-        if barren == 1000:
-            raise ValueError(f"the stage has only {len(seen)} different prompts: ask for --record_prompts={len(seen)}")
-        while bar.n < n and len(waiting) >= min(SHARD, n - bar.n):
-            part, waiting = waiting[: min(SHARD, n - bar.n)], waiting[min(SHARD, n - bar.n) :]
-            entry = record_shard(folder, f"{len(shards):05d}", part, teacher)
-            shards += [entry] if entry else []
-            bar.update(len(part))
-    bar.close()
+    with tqdm(total=n, unit="prompt", dynamic_ncols=True) as bar:
+        while bar.n < n:
+            before = len(seen)
+            for batch in loader.next_step():
+                for task in tasks_of(batch.idx, batch.targets, loader.puzzle_format) if batch.mode == "puzzle" else ():
+                    key = prompt(task).numpy().tobytes()
+                    if key not in seen:
+                        seen.add(key)
+                        waiting.append(task)
+            barren = 0 if len(seen) > before else barren + 1
+            if barren == 1000:
+                raise ValueError(f"the stage has only {len(seen)} different prompts: ask for --record_prompts={len(seen)}")
+            while bar.n < n and len(waiting) >= min(SHARD, n - bar.n):
+                part, waiting = waiting[: min(SHARD, n - bar.n)], waiting[min(SHARD, n - bar.n) :]
+                entry = record_shard(folder, f"{len(shards):05d}", part, teacher)
+                shards += [entry] if entry else []
+                bar.update(len(part))
     found = sum(s["documents"] for s in shards)
     if not found:
         raise ValueError("every prompt is too long for the teacher: there is nothing to record")
