@@ -69,9 +69,9 @@ def draw(task, rng, train=True):
     return puzzles.sudoku(rng, int(kind[-1]), n, "train" if train else "test")
 
 
-def unseen(task, n):
-    """-> n different tasks for the test, and the hashes that training must avoid."""
-    rng, tasks, hashes = np.random.default_rng(31337), [], set()
+def unseen(task, n, seed=31337):
+    """-> n different tasks for the test, others with another seed, and the hashes that training must avoid."""
+    rng, tasks, hashes = np.random.default_rng(seed), [], set()
     while len(tasks) < n:
         made = draw(task, rng, train=False)
         if puzzles.task_hash(made) not in hashes:
@@ -223,7 +223,7 @@ def train(net, batches, tasks, flops, learning_rate, optimizer="adamw", carry_tu
 
 def learn(args):
     """Train every contender on a task with equal FLOPs; one JSON object per contender goes into --out, a picture beside it."""
-    tasks, avoid = unseen(args.task, args.n)
+    tasks, avoid = unseen(args.task, args.n, args.test_seed)
     params, rows = None, []
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     for text in args.contender:
@@ -234,7 +234,7 @@ def learn(args):
         with tqdm(total=round(args.gflops), unit="GFLOP", desc=name, leave=False, disable=None) as progress:
             curve, average = train(net, batches, tasks, args.gflops * 1e9, **recipe, points=args.points, progress=progress)
         row = {"name": name, "contender": text, "task": args.task, "pool": args.pool, "seed": args.seed, "n": args.n,
-               "params": net.num_params(), **recipe, "curve": curve}
+               "test_seed": args.test_seed, "params": net.num_params(), **recipe, "curve": curve}
         net.eval().load_state_dict(average)
         if net.puzzle_format == "canvas" and net.config.n_sup > 1:
             row["solved_by_n_sup"] = dict(zip((1, 2, 4, 8, 16, 32), solved_by_steps(net, tasks, 32)[[0, 1, 3, 7, 15, 31]].tolist()))
@@ -435,6 +435,7 @@ def main(argv):
     p.add_argument("--learning_rate", type=float, default=2e-3)
     p.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     p.add_argument("--n", type=int, default=100, help="held-out puzzles")
+    p.add_argument("--test_seed", type=int, default=31337, help="draws them: a recipe chosen on some must prove itself on others")
     p.add_argument("--points", type=int, default=8, help="of the curve")
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--out", default="out/recursion/learn.jsonl")

@@ -46,7 +46,7 @@ import tokenizer as tok
 from divergences import DIVERGENCES, divergence
 from loader import Ahead, Loader, draw_rng, puzzle_row, read_stage
 from model_dense import IGNORE, row_shares, sample
-from model_trm import ANSWER_IDS
+from model_trm import ANSWER_ROWS
 from parallel import all_agree, difference, local_rank, master, rank, world_size
 
 # -----------------------------------------------------------------------------
@@ -412,12 +412,13 @@ def on_a_canvas(batch, watch, stats, carry):
             fresh["teacher"] = torch.full((*idx.shape, teachers.OUTCOMES), torch.nan, device=device)
             fresh["teacher"][new] = teachers.on_canvas(guide.frames(tasks, [task.test[0][1] for task in tasks]), idx[new])
     with watch.measure("learning"), autocast:
-        y, carry = net.carried_step(fresh, carry)
+        words = net.puzzle_words()
+        y, carry = net.carried_step(fresh, carry, words)
         cells = carry["idx"] == tok.BLANK
         rows = cells.nonzero()[:, 0]
-        student = F.linear(y[cells], net.wte.weight[ANSWER_IDS]).float()
+        student = F.linear(y[cells], words[ANSWER_ROWS]).float()
         if objective == "answers":
-            loss, agreed = net.canvas_loss(y, carry["targets"], carry["targets"] != IGNORE)
+            loss, agreed = net.canvas_loss(y, carry["targets"], carry["targets"] != IGNORE, words)
     own = objective != "answers" and draw_rng(seed, f"policy {train['iter']}", batch.key[0]).random() < on_policy
     answers, tasks = None, None
     if objective != "answers" and (guide.conditional or own and verified_bonus):

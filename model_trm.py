@@ -50,6 +50,7 @@ from model_dense import Model as RouteA
 from muon import split_parameters
 
 ANSWER_IDS = [*range(tok.CELL0, tok.CELL0 + 10), tok.VOID]  # what a canvas cell can become
+ANSWER_ROWS = [i - tok.EOT for i in ANSWER_IDS]  # their rows in Model.puzzle_words
 ANSWER_TOKENS = 8192  # positions per batch when answering: memory stays the same for short and long tasks
 
 
@@ -189,7 +190,7 @@ class Model(nn.Module):
             pass
         if targets is None:
             return F.linear(y, self.wte.weight[ANSWER_IDS]), None, None
-        return None, self.canvas_loss(y, targets, targets != IGNORE)[0], None
+        return None, self.canvas_loss(y, targets, targets != IGNORE, self.puzzle_words())[0], None
 
     # -------------------------------------------------------------------------
     # reading text
@@ -235,16 +236,24 @@ class Model(nn.Module):
     # -------------------------------------------------------------------------
     # learning puzzles
 
-    def embed_canvas(self, idx):
+    def puzzle_words(self):
         """
-        idx (B, L) -> x (B, L, n_embd) of about unit size per channel, the rotation of its positions, and who can be seen.
+        (number of reserved ids, n_embd): of the embedding what puzzles are written with and answered in, <|endoftext|> first. A step
+        takes it once and looks everything up in it: each look-up in the embedding itself would have a gradient of 50,304 rows, as much
+        work as a pass through a small core.
+        """
+        return self.wte.weight[tok.EOT : tok.END + 1]
+
+    def embed_canvas(self, idx, words):
+        """
+        idx (B, L), puzzle_words -> x (B, L, n_embd) of about unit size per channel, the rotation of its positions, and who can be seen.
 
         A blank cell of the canvas also gets the embedding of the test input's cell at the same place. Most puzzles keep most
         cells; without this the core must first discover how to look up one cell among all (measured in LOG.md).
         """
         positions = arc.positions(idx)
         above = arc.same_place(idx, positions)
-        x = self.wte(idx) + self.wte(above) * (above != tok.BLANK).unsqueeze(-1)
+        x = F.embedding(idx - tok.EOT, words) + F.embedding(above - tok.EOT, words) * (above != tok.BLANK).unsqueeze(-1)
         # Everyone sees everyone, padding excepted. Never None, even without padding: None is causal.
         return x * self.config.n_embd**0.5, self.rope(positions), (idx != tok.PAD)[:, None, None, :]
 
@@ -252,9 +261,9 @@ class Model(nn.Module):
         """y (B, L, n_embd) -> (B,): above 0, the model thinks the answer is all correct. Read at the first token."""
         return self.q_head(y[:, 0]).squeeze(-1).float()
 
-    def canvas_loss(self, y, targets, keep):
+    def canvas_loss(self, y, targets, keep, words):
         """The loss at the canvas cells keep (B, L), and for each row whether all of them are right (B,)."""
-        logits = F.linear(y[keep], self.wte.weight[ANSWER_IDS])
+        logits = F.linear(y[keep], words[ANSWER_ROWS])
         wanted = torch.where(targets[keep] == tok.VOID, len(ANSWER_IDS) - 1, targets[keep] - tok.CELL0)
         rows = keep.nonzero()[:, 0]
         wrong = torch.bincount(rows, (logits.argmax(-1) != wanted).to(logits.dtype), minlength=len(y))
@@ -262,17 +271,19 @@ class Model(nn.Module):
         return (loss * row_shares(rows, len(y))).sum(), wrong == 0
 
     def forward_carried(self, idx, targets, carry):
-        y, carry = self.carried_step({"idx": idx, "targets": targets}, carry)
-        loss, correct = self.canvas_loss(y, carry["targets"], carry["targets"] != IGNORE)
+        words = self.puzzle_words()
+        y, carry = self.carried_step({"idx": idx, "targets": targets}, carry, words)
+        loss, correct = self.canvas_loss(y, carry["targets"], carry["targets"] != IGNORE, words)
         q = self.halt_logit(y)
         loss = loss + 0.5 * F.binary_cross_entropy_with_logits(q, correct.float())
         return None, loss, {**carry, "halted": self.halts(q, carry)}
 
-    def carried_step(self, fresh, carry):
+    def carried_step(self, fresh, carry, words):
         """
         One supervision step of training. fresh: tensors (B, ...) of which each row belongs to a puzzle, "idx" (B, L) among them; carry:
-        the same ones as the step before left them, with y, z, steps and halted, or None. Rows that have halted give way to those of
-        fresh. -> y (B, L, n_embd) with gradient, the new carry but for `halted`. ValueError if the carry is of other shape than idx.
+        the same ones as the step before left them, with y, z, steps and halted, or None; words: puzzle_words. Rows that have halted give
+        way to those of fresh. -> y (B, L, n_embd) with gradient, the new carry but for `halted`. ValueError if the carry is of other
+        shape than idx.
         """
         idx = fresh["idx"]
         if carry is None:
@@ -283,7 +294,7 @@ class Model(nn.Module):
         new = carry["halted"]
         rows = {k: torch.where(new.view(-1, *[1] * (v.ndim - 1)), v, carry[k]) for k, v in fresh.items()}
         steps = torch.where(new, 0, carry["steps"]) + 1
-        x, rope, visible = self.embed_canvas(rows["idx"])
+        x, rope, visible = self.embed_canvas(rows["idx"], words)
         y, z = self.start(x)
         if "y" in carry:
             y, z = (torch.where(new[:, None, None], first, carry[k].to(x.dtype)) for first, k in ((y, "y"), (z, "z")))
@@ -316,7 +327,7 @@ class Model(nn.Module):
         thought about, y (R, L, n_embd) is what they say, with probability (R,) all correct. A row whose probability has passed
         `halt` leaves the batch, so it costs nothing any more; None: all rows take all n_sup steps.
         """
-        x, rope, visible = self.embed_canvas(idx)
+        x, rope, visible = self.embed_canvas(idx, self.puzzle_words())
         y, z = self.start(x)
         rows = torch.arange(len(idx), device=idx.device)
         for _ in range(n_sup or self.config.n_sup):
