@@ -183,12 +183,19 @@ def encode(kind, pairs):
 
 
 def encode_prompt(kind, demos, test_input, canvas=None):
-    """What is given before the answer: ids up to and including the last OUTPUT, np.uint16 (T,). With canvas=(h, w), also h rows of
-    w BLANK cells each ended by ROW, for the model that fills in all cells at once."""
-    parts = _encode(kind, [grid for pair in demos for grid in pair] + [test_input]) + [[OUTPUT]]
-    if canvas is not None:
-        parts.append(([BLANK] * canvas[1] + [ROW]) * canvas[0])
-    return np.concatenate(parts).astype(np.uint16)
+    """What is given before the answer: ids up to and including the last OUTPUT, np.uint16 (T,). With canvas=(h, w), for the model that
+    fills in all cells at once, the test input is no grid before that OUTPUT but lies after it, in the top left corner of h rows of w BLANK
+    cells each ended by ROW. ValueError if it does not fit."""
+    seen = [grid for pair in demos for grid in pair]
+    if canvas is None:
+        return np.concatenate([*_encode(kind, [*seen, test_input]), [OUTPUT]]).astype(np.uint16)
+    (h, w), (H, W) = np.shape(test_input), canvas
+    if h > H or w > W:
+        raise ValueError(f"a test input of {h}x{w} does not fit on a canvas of {H}x{W}")
+    out = np.full((H, W + 1), BLANK)
+    out[:, W] = ROW
+    out[:h, :w] = np.asarray(test_input).astype(np.int64) + CELL0
+    return np.concatenate([*_encode(kind, seen), [OUTPUT], out.reshape(-1)]).astype(np.uint16)
 
 
 def _decode_grid(ids, start, stop):
@@ -232,7 +239,7 @@ def decode(ids):
 
 
 # -----------------------------------------------------------------------------
-# the canvas: a blank grid, hopefully large enough, that Route B writes its answer on
+# the canvas: a grid, hopefully large enough, that Route B finds the test input on and writes its answer over
 
 
 def canvas_shape(demos, test_input):
@@ -302,18 +309,11 @@ def positions(idx):
     return torch.stack([row, col, grid], -1) * in_grid[..., None]
 
 
-def same_place(idx, positions):
-    """idx: (B, T) long, positions: (B, T, 3) as above -> (B, T) long: at a BLANK cell of the last grid, the id of the cell at the same
-    row and column of the grid before it, which for a canvas is the test input; BLANK where there is none, and at all other tokens."""
-    side = MAX_SIDE + 2
-    row, col, grid = positions.unbind(-1)
-    place = row.clamp(max=side - 1) * side + col.clamp(max=side - 1)
-    last = grid.amax(1, keepdim=True)
-    nowhere = side * side
-    source = (grid == last - 1) & (last > 1) & (idx >= CELL0) & (idx < CELL0 + 10)
-    table = torch.full((len(idx), nowhere + 1), BLANK, device=idx.device)
-    table.scatter_(1, torch.where(source, place, nowhere), torch.where(source, idx, BLANK))
-    return table.gather(1, torch.where((grid == last) & (idx == BLANK), place, nowhere))
+def canvas_cells(idx, positions):
+    """idx: (B, T) long, rows that end in a canvas, padded or not; positions: (B, T, 3) as above -> (B, T) bool: the canvas's cells."""
+    grid = positions[..., 2]
+    cell = ((idx >= CELL0) & (idx < CELL0 + 10)) | (idx == BLANK)
+    return cell & (grid > 0) & (grid == grid.amax(1, keepdim=True))
 
 
 # -----------------------------------------------------------------------------

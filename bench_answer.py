@@ -132,12 +132,17 @@ def measure(net, tasks, n_sup, device, autocast):
 
 
 def questions(net, set_name="arc1_eval"):
-    """-> (a list of (task, tokens of prompt, answer and canvas), of every test input of an ARC set that fits into net; how many do not)."""
+    """
+    -> (a list of (task, tokens of the prompt, of the answer, room for an answer after the prompt), of every test input of an ARC set that
+    fits into net; how many do not). Route B's prompt has the canvas in it, and needs no other room.
+    """
     found, left_out = [], 0
     for task in arc.load(set_name):
         for x, y in task.test:
             canvas = arc.canvas_shape(task.train, x)
             length, room = len(arc.encode_prompt(task.kind, task.train, x)), canvas[0] * (canvas[1] + 1)
+            if net.puzzle_format == "canvas":
+                length, room = len(arc.encode_prompt(task.kind, task.train, x, canvas)), 0
             if length + room > net.config.block_size:
                 left_out += 1
             else:
@@ -152,7 +157,7 @@ def projection(net, views, card, cards, mfu, steps=None, set_name="arc1_eval"):
     """
     asked, left_out = questions(net, set_name)
     if net.puzzle_format == "canvas":
-        flops = (steps or net.config.n_sup) * sum((n + room) * net.flops_per_token(n + room, "puzzle") for _, n, _, room in asked)
+        flops = (steps or net.config.n_sup) * sum(n * net.flops_per_token(n, "puzzle") for _, n, _, _ in asked)
         written = 0.0
     else:
         read = 1 + (candidates.RESCORED * min(views, candidates.RESCORING_VIEWS) / views if views > 1 else 0)  # and read again, at most

@@ -25,7 +25,7 @@ import torch
 
 import tokenizer as tok
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2  # 1: Route B's test input was a grid of its own, beside the canvas; Route A is the same in both
 MODEL_FILES = {"dense": "model_dense", "trm": "model_trm"}
 
 
@@ -102,9 +102,13 @@ def load(path, map_location="cpu"):
         raise ValueError(f"{path} is not a checkpoint that can be read, or it is damaged ({type(e).__name__})") from None
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise ValueError(f"{path} is {what_else(checkpoint)} not a checkpoint that train.py wrote")
+    if checkpoint["format"] == 1 and checkpoint.get("model") == "dense":
+        checkpoint["format"] = CHECKPOINT_FORMAT
     if checkpoint["format"] != CHECKPOINT_FORMAT:
         newer = isinstance(checkpoint["format"], int) and checkpoint["format"] > CHECKPOINT_FORMAT
-        advice = "update smol-llm to read it" if newer else "no version of smol-llm has written that"  # there is no older one than 1
+        advice = "update smol-llm to read it" if newer else "that is not a checkpoint of smol-llm"
+        if checkpoint["format"] == 1 and checkpoint.get("model") == "trm":
+            advice = "its Route B was trained on puzzles in another form (the test input beside the canvas), so train it again"
         raise ValueError(f"{path} has checkpoint format {checkpoint['format']!r}, and this version reads {CHECKPOINT_FORMAT}: {advice}")
     missing = [k for k in ("model", "model_config", "weights", "ema", "tokenizer", "train") if k not in checkpoint]
     if missing:

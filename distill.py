@@ -414,7 +414,7 @@ def on_a_canvas(batch, watch, stats, carry):
     with watch.measure("learning"), autocast:
         words = net.puzzle_words()
         y, carry = net.carried_step(fresh, carry, words)
-        cells = carry["idx"] == tok.BLANK
+        cells = arc.canvas_cells(carry["idx"], arc.positions(carry["idx"]))
         rows = cells.nonzero()[:, 0]
         student = F.linear(y[cells], words[ANSWER_ROWS]).float()
         if objective == "answers":

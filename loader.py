@@ -92,7 +92,7 @@ def puzzle_row(document, puzzle_format, augment, rng=None):
     One document (uint16 ids of a task) as a row: (idx, targets), int64 of equal length, the loss on the answer alone.
 
     puzzle_format "autoregressive": the document shifted by one, with a target at every token of the test output and its end.
-    puzzle_format "canvas": the prompt and a blank canvas, with a target at every cell of it.
+    puzzle_format "canvas": the demonstrations and the test input on a canvas, with a target at every cell of it.
     augment: "none", "dihedral" or "arc", as in arc.random_augment, or "sudoku", as in sudoku_extreme.shuffled; tasks with
     demonstrations also change their order and which pair is the test. rng None: the document as it is.
     """

@@ -12,9 +12,10 @@ of KDA to one of full attention):
 
 So a puzzle gets n_sup * T * (n + 1) passes through the core, and training keeps the activations of only n_grad * (n + 1) of them.
 
-Puzzles are answered on a canvas: the answer's place is written into the row as blank cells, and every cell is predicted at once,
-again and again. Full attention then sees both ways, and one in three KDA layers reads from the end. Text is causal and asks for
-the next token, as in Route A; each of the passes through the core keeps its own cache, so decoding works token by token as well.
+Puzzles are answered on a canvas: a grid that has the test input on it, and blank cells where the answer may be larger; what is to
+stand there is predicted for every cell at once, again and again. Full attention then sees both ways, and one in three KDA layers reads
+from the end. Text is causal and asks for the next token, as in Route A; each of the passes through the core keeps its own cache, so
+decoding works token by token as well.
 
 The published model learns an embedding per task, and cannot touch a task it was not trained on. Here the task is in the row.
 
@@ -248,12 +249,13 @@ class Model(nn.Module):
         """
         idx (B, L), puzzle_words -> x (B, L, n_embd) of about unit size per channel, the rotation of its positions, and who can be seen.
 
-        A blank cell of the canvas also gets the embedding of the test input's cell at the same place. Most puzzles keep most
-        cells; without this the core must first discover how to look up one cell among all (measured in LOG.md).
+        The test input's cells on the canvas also get the embedding of a blank one: they are to be answered. That they lie where their
+        answer goes, and not in a grid of their own, spares half of a sudoku's or maze's row, and the core the discovery of how to look up
+        one cell among all (measured in LOG.md).
         """
         positions = arc.positions(idx)
-        above = arc.same_place(idx, positions)
-        x = F.embedding(idx - tok.EOT, words) + F.embedding(above - tok.EOT, words) * (above != tok.BLANK).unsqueeze(-1)
+        given = arc.canvas_cells(idx, positions) & (idx != tok.BLANK)
+        x = F.embedding(idx - tok.EOT, words) + given.unsqueeze(-1) * words[tok.BLANK - tok.EOT]
         # Everyone sees everyone, padding excepted. Never None, even without padding: None is causal.
         return x * self.config.n_embd**0.5, self.rope(positions), (idx != tok.PAD)[:, None, None, :]
 

@@ -93,7 +93,12 @@ def verdict(grid, expected):
 
 def show_task(model, task, n_sup, halt=None):
     """Print the task and the model's answers. ValueError, before anything is printed, if it does not fit into block_size."""
-    needed = max(len(arc.encode_prompt(task.kind, task.train, x, canvas=arc.canvas_shape(task.train, x))) for x, _ in task.test)
+    canvas = model.puzzle_format == "canvas"
+    needed = 0
+    for x, _ in task.test:
+        h, w = arc.canvas_shape(task.train, x)
+        row = len(arc.encode_prompt(task.kind, task.train, x, (h, w) if canvas else None))
+        needed = max(needed, row if canvas else row + h * (w + 1))
     if needed > model.config.block_size:
         raise ValueError(f"task {task.id} takes {needed:,} tokens with room for the answer, and this checkpoint reads at most "
                          f"{model.config.block_size:,} (its block_size)")
@@ -101,7 +106,6 @@ def show_task(model, task, n_sup, halt=None):
     for i, (x, y) in enumerate(task.train, 1):
         print(arc.ansi_row([(f"demo {i}", x, None), ("output", y, None)]), flush=True)
     hidden = without_answers([task])
-    canvas = model.puzzle_format == "canvas"
     answers = model.answer(hidden, n_sup=n_sup, trace=True, halt=halt)[0] if canvas else model.answer(hidden)[0]
     for j, ((x, y), given) in enumerate(zip(task.test, answers), 1):
         panels = [(f"test {j}" if task.train else "puzzle", x, None), ("expected", y, None)]

@@ -89,11 +89,11 @@ def on_canvas(frames, idx):
 
 
 def read_canvases(outcomes, idx):
-    """outcomes (N,) of all blank cells of rows idx (B, L), in their order -> the grid on each canvas, None where all of it is void."""
+    """outcomes (N,) of all canvas cells of rows idx (B, L), in their order -> the grid on each canvas, None where all of it is void."""
     ids, grids = idx.clone(), []
-    ids[idx == tok.BLANK] = torch.tensor(ANSWER_IDS)[outcomes]
-    for row, blank in zip(ids, idx):
-        start, (h, w) = canvas_of(blank)
+    ids[arc.canvas_cells(idx, arc.positions(idx))] = torch.tensor(ANSWER_IDS)[outcomes]
+    for row, before in zip(ids, idx):
+        start, (h, w) = canvas_of(before)
         grids.append(arc.read_canvas(row[start : start + h * (w + 1)].numpy(), (h, w)))
     return grids
 
@@ -110,8 +110,8 @@ def task_of_row(idx, targets, puzzle_format):
     if puzzle_format == "canvas":
         start = np.flatnonzero(idx == tok.OUTPUT)[-1] + 1
         width = np.flatnonzero(idx[start:] == tok.ROW)[0]
-        answer = arc.read_canvas(targets[start:], ((n - start) // (width + 1), width))
-        ids = np.concatenate([idx[:start], arc.encode_grid(answer), [tok.EOT]])
+        question, answer = (arc.read_canvas(ids[start:], ((n - start) // (width + 1), width)) for ids in (idx, targets))
+        ids = np.concatenate([idx[: start - 1], [tok.INPUT], arc.encode_grid(question), [tok.OUTPUT], arc.encode_grid(answer), [tok.EOT]])
     else:
         ids = np.append(idx, targets[-1])
     kind, pairs = arc.decode(ids)

@@ -77,7 +77,11 @@ def test_known_encoding():
     assert arc.encode("program", [(x, y)]).tolist() == want
     assert arc.encode_prompt("program", [], x).tolist() == want[:9]
     assert arc.encode_prompt("program", [(x, y)], x).tolist() == want[:-1] + want[1:9]
-    assert arc.encode_prompt("program", [], x, canvas=(2, 3)).tolist() == want[:9] + ([BLANK] * 3 + [ROW]) * 2
+    canvas = [CELL0 + 1, CELL0 + 2, BLANK, ROW, CELL0 + 3, CELL0 + 4, BLANK, ROW, BLANK, BLANK, BLANK, ROW]  # x in its corner
+    assert arc.encode_prompt("program", [], x, canvas=(3, 3)).tolist() == [PROGRAM, OUTPUT, *canvas]
+    assert arc.encode_prompt("program", [(x, y)], x, canvas=(3, 3)).tolist() == [*want[:-1], OUTPUT, *canvas]
+    with pytest.raises(ValueError, match="2x2 does not fit on a canvas of 2x1"):
+        arc.encode_prompt("program", [], x, canvas=(2, 1))
     assert arc.encode_prompt("program", [], x).dtype == np.uint16
     big = np.zeros((40, 2), np.uint8)
     assert same(arc.decode(arc.encode("maze", [(big, big)]))[1][0][0], big)  # the limit of 30 is ARC's, not the format's
@@ -161,7 +165,7 @@ def test_canvas_round_trip():
         target = arc.canvas_target(answer, shape)
         assert target.dtype == np.int64 and len(target) == shape[0] * (shape[1] + 1)
         canvas = arc.encode_prompt("arc", [], answer, canvas=shape)[-len(target):]
-        assert np.array_equal(target == -100, canvas == ROW) and np.array_equal(target != -100, canvas == BLANK)
+        assert np.array_equal(target == -100, canvas == ROW) and same(arc.read_canvas(canvas, shape), answer)
         assert same(arc.read_canvas(target, shape), answer)
         assert same(arc.read_canvas(np.where(target == -100, CELL0 + 5, target), shape), answer)  # whatever is predicted at ROW
         assert same(arc.read_canvas(torch.from_numpy(target), shape), answer)
@@ -215,7 +219,7 @@ def test_positions_match_the_loop():
         parts = []
         for task in rng.choice(TASKS["arc1_train"], size=6):
             parts += [arc.encode("arc", task.train + task.test[:1]), rng.integers(0, 50256, size=rng.integers(0, 30)), [EOT][:i % 2],
-                      arc.encode_prompt("maze", [], random_grid(rng, 6), canvas=(3, 4)), [PAD] * int(rng.integers(0, 4))]
+                      arc.encode_prompt("maze", [], random_grid(rng, 6), canvas=(7, 8)), [PAD] * int(rng.integers(0, 4))]
         start = int(rng.integers(0, 300))
         rows.append(np.concatenate(parts)[start:start + 2000].astype(np.int64))
     noise = rng.choice([5, EOT, ARC, INPUT, OUTPUT, ROW, CELL0, CELL0 + 9, BLANK, VOID, PAD], size=(20, 1000))  # no sense at all

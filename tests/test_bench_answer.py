@@ -28,7 +28,7 @@ def test_figures(monkeypatch, capsys):
     bench_answer.main(["answer", "--json", "--side=3", "--rows=2", "--n_sup=3", "--size=small"])
     found = json.loads(capsys.readouterr().out)
     b = found["route_b"]
-    assert b["rows"] == 2 and b["length"] == 2 + 2 * 12 + 1
+    assert b["rows"] == 2 and b["length"] == 2 + 12
     assert b["tasks_per_second"] > 0 and abs(b["tasks_per_second"] / b["steps_per_second"] - 2 / 3) < 1e-6
     assert abs(b["predicted_ms"] - 3 * b["pass_ms"] - 3 * b["pass_both_ms"]) < 1e-6
     assert found["route_a"]["tasks_per_second"] > 0

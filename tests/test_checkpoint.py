@@ -287,10 +287,14 @@ def test_code_in_a_file_does_not_run(tmp_path):
 def test_another_format_or_tokenizer(tmp_path):
     path = tmp_path / "ckpt.pt"
     torch.save(make(format=ckpt.CHECKPOINT_FORMAT + 1), path)
-    refused(path, "format 2", "update smol-llm")
+    refused(path, f"format {ckpt.CHECKPOINT_FORMAT + 1}", "update smol-llm")
     for old in (0, "0.9", None, [1]):
         torch.save(make(format=old), path)
-        refused(path, re.escape(f"format {old!r}"), "reads 1: no version")
+        refused(path, re.escape(f"format {old!r}"), "reads 2: that is not a checkpoint")
+    torch.save(make(format=1), path)  # before the test input lay on the canvas: nothing has changed for Route A
+    assert ckpt.load(path)["model"] == "dense"
+    torch.save(make(format=1, model="trm"), path)
+    refused(path, "format 1", "train it again")
     torch.save(make(tokenizer="0" * 64), path)
     refused(path, "tokenizer", "000000000000")
     torch.save(make(tokenizer=None), path)

@@ -43,8 +43,9 @@ def small(route, seed=0, **changes):
 def saved(folder, route, seed=0):
     net = small(route, seed)
     path = folder / f"{route}{seed}.pt"
-    checkpoint.save({"format": 1, "model": route, "model_config": dict(vars(net.config)), "weights": net.state_dict(), "ema": None,
-                     "tokenizer": tok.fingerprint(), "train": {"iter": 0, "data": {"sources": ["sudoku4"]}}}, path)  # fmt: skip
+    checkpoint.save({"format": checkpoint.CHECKPOINT_FORMAT, "model": route, "model_config": dict(vars(net.config)),
+                     "weights": net.state_dict(), "ema": None, "tokenizer": tok.fingerprint(),
+                     "train": {"iter": 0, "data": {"sources": ["sudoku4"]}}}, path)  # fmt: skip
     return path
 
 
@@ -414,8 +415,9 @@ def test_warnings_have_their_figures(data, models, tmp_path):
         net(idx, targets, mode="puzzle")[1].backward()
         optimizer.step()
         optimizer.zero_grad()
-    checkpoint.save({"format": 1, "model": "dense", "model_config": dict(vars(net.config)), "weights": net.state_dict(), "ema": None,
-                     "tokenizer": tok.fingerprint(), "train": {"iter": 0}}, tmp_path / "student.pt")  # fmt: skip
+    checkpoint.save({"format": checkpoint.CHECKPOINT_FORMAT, "model": "dense", "model_config": dict(vars(net.config)),
+                     "weights": net.state_dict(), "ema": None, "tokenizer": tok.fingerprint(),
+                     "train": {"iter": 0}}, tmp_path / "student.pt")  # fmt: skip
     run = distill(data, tmp_path / "out", f"--init_from={tmp_path / 'student.pt'}", f"--teacher={models['trm', 1]}", "--max_iters=4",
                   "--eval_interval=4", "--mixture={'sudoku4': 1}", "--learning_rate=1", "--optimizer=adamw", "--decay_iters=0",
                   "--check_tasks=1")  # fmt: skip

@@ -356,7 +356,7 @@ def test_watching_a_folder(checkpoints, tmp_path, monkeypatch, capsys):
 def test_bad_input_is_one_line_and_overwrites_nothing(args, words, checkpoints, tmp_path, monkeypatch):
     (tmp_path / "notes.txt").write_text("text, no checkpoint\n" * 20)
     torch.save({"a": torch.zeros(2)}, tmp_path / "torch.pt")
-    torch.save({**torch.load(checkpoints[0]), "format": 2}, tmp_path / "newer.pt")
+    torch.save({**torch.load(checkpoints[0]), "format": 99}, tmp_path / "newer.pt")
     torch.save({"model": {"a": torch.zeros(2)}, "model_args": {}, "iter_num": 1}, tmp_path / "nano.pt")
     for name in ("eval.json", "grids.png"):
         (tmp_path / name).write_text("from before")

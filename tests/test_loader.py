@@ -225,10 +225,15 @@ def test_a_canvas_row_shows_nothing_of_the_answer():
         *demos, (test_input, answer) = pairs
         idx, targets = puzzle_row(document, "canvas", "none")
         H, W = np.maximum(arc.canvas_shape(demos, test_input), answer.shape)
-        prompt = arc.encode_prompt(kind, demos, test_input)
+        seen = np.concatenate([[arc.KINDS[kind]], *([m, *arc.encode_grid(g)] for p in demos for m, g in zip((tok.INPUT, tok.OUTPUT), p))])
+        prompt = [*seen, tok.OUTPUT]
         assert np.array_equal(idx[: len(prompt)], prompt)
-        assert idx[len(prompt) :].reshape(H, W + 1).tolist() == [[tok.BLANK] * W + [tok.ROW]] * H
-        assert (targets[: len(prompt)] == IGNORE).all()
+        shown = idx[len(prompt) :].reshape(H, W + 1)
+        for r in range(H):
+            for c in range(W):
+                given = r < test_input.shape[0] and c < test_input.shape[1]
+                assert shown[r, c] == (tok.CELL0 + int(test_input[r, c]) if given else tok.BLANK)
+        assert (shown[:, W] == tok.ROW).all() and (targets[: len(prompt)] == IGNORE).all()
         canvas = targets[len(prompt) :].reshape(H, W + 1)
         assert (canvas[:, W] == IGNORE).all()
         h, w = answer.shape
@@ -281,8 +286,9 @@ def test_both_formats_see_the_same_puzzles(data):
     a, b = (make(data, weights={"sudoku": 1}, puzzle_format=f) for f in ("autoregressive", "canvas"))
     for n in range(10):
         (x, _), (y, _) = a.sources["sudoku"].row(n), b.sources["sudoku"].row(n)
-        at = np.flatnonzero(x == tok.OUTPUT)[-1]
-        assert np.array_equal(x[: at + 1], y[: at + 1])
+        at, start = (np.flatnonzero(ids == tok.OUTPUT)[-1] for ids in (x, y))
+        asked = y[start + 1 :][y[start + 1 :] != tok.BLANK]  # a sudoku's canvas is as large as its question
+        assert np.array_equal(x[:at], [*y[:start], tok.INPUT, *asked])
 
 
 # ---- batches of puzzles

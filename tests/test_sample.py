@@ -209,8 +209,9 @@ def test_mistakes_are_one_line(args, words, checkpoints, tmp_path, monkeypatch, 
 @pytest.mark.parametrize("name", ["dense", "trm"])
 def test_too_long_says_both_numbers(name, checkpoints, monkeypatch, capsys):
     task = next(t for t in arc.load("arc1_eval") if len(arc.encode("arc", t.train)) > 1000)
-    longest = max(len(arc.encode_prompt("arc", task.train, x)) + h * (w + 1) for x, _ in task.test
-                  for h, w in [arc.canvas_shape(task.train, x)])
+    shapes = [(x, *arc.canvas_shape(task.train, x)) for x, _ in task.test]
+    longest = max(len(arc.encode_prompt("arc", task.train, x, (h, w))) if name == "trm"
+                  else len(arc.encode_prompt("arc", task.train, x)) + h * (w + 1) for x, h, w in shapes)
     with pytest.raises(SystemExit) as stopped:
         call(monkeypatch, capsys, checkpoints[name], f"--task={task.id}")
     assert f"{longest:,} tokens" in stopped.value.code and "at most 300" in stopped.value.code
