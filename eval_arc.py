@@ -231,14 +231,15 @@ def table(report):
                     notes.append(f"{suite}: {name} is better than {other}: {tally} (p = {p['p']:.2g})")
         s = first[suite]
         if s.get("total", 0) + s.get("unknown", 0) < s.get("available", 0):
-            limited.append(f"{s['total'] + s['unknown']} of {s['available']} in {suite}")
+            limited.append(f"{s['available']} in {suite}")
+            tried = s["total"] + s["unknown"]
     if len(rows) > 1:
         lines += columns(rows) + [""]
-        attempts = {s["attempts"]: suite for suite, s in first.items() if "solved" in s}
-        allowed = ", ".join(f"{n} attempt{'s' * (n > 1)} as in {suite}" for n, suite in sorted(attempts.items()))
+        more = {suite: s["attempts"] for suite, s in first.items() if s.get("attempts", 1) > 1}
+        allowed = f"{max(more.values())} attempts in {', '.join(more)}, 1 in puzzles" if more else "1 attempt"
         lines.append(f"solved: tasks with all test outputs right ({allowed}); oracle: with any of the candidates.")
     if limited:
-        lines.append(f"Limited to the first tasks: {', '.join(limited)}.")
+        lines.append(f"Limited to the first {tried} tasks of each; there are {', '.join(limited)}.")
     return "\n".join(lines + notes)
 
 
@@ -414,8 +415,7 @@ def measure(name, suite, model, r, limit, out_dir):
             return before[suite], key
         except (OSError, ValueError) as e:  # no network: no reason to lose what is there
             return {"error": str(e)}, key
-    with tqdm(desc=f"{name} {suite}", unit="row", dynamic_ncols=True, leave=False) as bar:
-        return language.evaluate(model, **stage, limit=limit, progress=bar.update, before=before, keep=keep), key
+    return language.evaluate(model, **stage, limit=limit, desc=f"{name} {suite}", before=before, keep=keep), key
 
 
 def say_suite(name, suite, s):
