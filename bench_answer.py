@@ -38,7 +38,7 @@ import suites
 from bench import peak_mb
 from bench_models import clock
 from bench_train import SMALL
-from model_dense import batches_by_length, cache_bytes, run_blocks
+from model_dense import batches_by_length, cache_bytes, run_blocks, tokens_at_once
 
 # Memory of the cards of hardware.py, GB/s, from NVIDIA's data sheets
 GB_PER_S = {"T4": 320, "V100": 900, "P100": 732, "RTX 3060": 360, "RTX 3090": 936, "RTX 4090": 1008, "A10": 600, "L4": 300, "L40S": 864,
@@ -171,12 +171,13 @@ def decoding(net, asked, views, card):
     """
     started = operations(net) * LAUNCH_US / 1e6
     fetched = BANDWIDTH_SHARE * GB_PER_S[card] * 1e9
+    tokens = tokens_at_once(net.config, hardware.CARDS[card][1] * 1e9 - 4 * net.num_params())  # of a card that does nothing else
     by_task, total = {}, 0.0
     for task, *rest in asked:
         by_task.setdefault(task.id, (task, []))[1].append(rest)
     for part in eval_arc.chunks([task for task, _ in by_task.values()], views):
         rows = [row for task in part for row in by_task[task.id][1] for _ in range(views)]
-        for batch in batches_by_length(rows, lambda row: row[0] + row[2]):
+        for batch in batches_by_length(rows, lambda row: row[0] + row[2], tokens):
             held = 2 * net.num_params() + len(batch) * cache_bytes(net.config, batch[-1][0] + batch[-1][2], 2)
             total += max(written for _, written, _ in batch) * max(started, held / fetched)
     return total
