@@ -38,6 +38,7 @@ import suites
 from bench import peak_mb
 from bench_models import clock
 from bench_train import SMALL
+from configurator import positive
 from model_dense import batches_by_length, cache_bytes, run_blocks, tokens_at_once
 
 # Memory of the cards of hardware.py, GB/s, from NVIDIA's data sheets
@@ -50,6 +51,7 @@ FREE = ("view", "unsqueeze", "transpose", "slice", "select", "split", "detach", 
 HALTS = (None, 0.99, 0.95, 0.9, 0.7, 0.5)  # thresholds that are tried
 
 TURNS = 8  # of a training step, one of its passes, and one with its backward: the least of each counts
+
 
 def seconds(*runs, device, times=3):
     """
@@ -276,18 +278,20 @@ def print_halting(rows, full, args):
 
 def main(argv):
     parser = argparse.ArgumentParser(prog="bench.py answer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
+    parser.error = lambda message: sys.exit(f"error: {message}; see python bench.py answer --help")
+    parser.add_argument("--json", action="store_true", help="the figures as JSON")
     parser.add_argument("--size", choices=("auto", "full", "small"), default="auto", help="full: 100M; small: 16M; auto: full on a GPU")
-    parser.add_argument("--side", type=int, help="of the mazes (default: 20 on a GPU, 5 else)")
-    parser.add_argument("--rows", type=int, help="tasks at a time (default: 16 on a GPU, 2 else)")
-    parser.add_argument("--n_sup", type=int, default=16)
-    parser.add_argument("--views", type=int, default=16, help="ways in which the projection sees every task")
-    parser.add_argument("--card", choices=tuple(hardware.CARDS), default="T4")
-    parser.add_argument("--cards", type=int, default=2)
-    parser.add_argument("--mfu", type=float, default=0.25)
+    parser.add_argument("--side", metavar="N", type=positive, help="of the mazes (default: 20 on a GPU, 5 else)")
+    parser.add_argument("--rows", metavar="N", type=positive, help="tasks at a time (default: 16 on a GPU, 2 else)")
+    parser.add_argument("--n_sup", metavar="N", type=positive, default=16, help="supervision steps, at most (default 16)")
+    parser.add_argument("--views", metavar="N", type=positive, default=16, help="ways in which every task is seen, at most (default 16)")
+    parser.add_argument("--card", metavar="NAME", choices=tuple(hardware.CARDS), default="T4",
+                        help=f"of the projection (default T4): {', '.join(hardware.CARDS)}")  # fmt: skip
+    parser.add_argument("--cards", metavar="N", type=positive, default=2, help="how many of them (default 2)")
+    parser.add_argument("--mfu", metavar="SHARE", type=float, default=0.25, help="of their peak that is reached, assumed (default 0.25)")
     parser.add_argument("--checkpoint", metavar="CKPT", help="of Route B: what fewer steps and halting cost it, and nothing else")
     parser.add_argument("--suite", default="sudoku4", help="with --checkpoint: of eval_arc.py, which is asked (default sudoku4)")
-    parser.add_argument("--limit", type=int, help="with --checkpoint: the first N tasks of it (default all)")
+    parser.add_argument("--limit", metavar="N", type=positive, help="with --checkpoint: the first N tasks of it (default all)")
     args = parser.parse_args(argv[1:])
     with torch.device("meta"):
         full = {name: checkpoint.make_model(model, {"block_size": 10240}) for name, model in (("route_a", "dense"), ("route_b", "trm"))}

@@ -21,6 +21,7 @@ A setting is a lowercase global that holds an int, float, bool, str, None, or a 
 a default of None takes any of these types, unless an annotation (`seed: int | None = None`) says which.
 """
 
+import argparse
 import ast
 import difflib
 import io
@@ -34,6 +35,8 @@ import tokenize
 import traceback
 import types
 from pathlib import Path
+
+from files import write_whole
 
 PLAIN = (int, float, bool, str, type(None))
 TYPE_NAMES = {"int": int, "float": float, "bool": bool, "str": str, "tuple": tuple, "dict": dict, "None": type(None)}
@@ -321,12 +324,15 @@ def show(config, defaults, width=120):
 
 def save(config, path):
     """Write the config as JSON, atomically: a reader (or a crash) sees the old file or the new one, never half of one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(beside, "w", encoding="utf-8") as f:
-        json.dump(config, f, indent=2)
-        f.write("\n")
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(beside, path)
+    write_whole((json.dumps(config, indent=2) + "\n").encode(), path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# for scripts whose settings are few, with argparse
+
+
+def positive(text):
+    """For argparse: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, not {text!r}")
+    return int(text)

@@ -93,6 +93,7 @@ import scores
 import stages
 import suites
 from candidates import without_answers
+from configurator import positive
 from files import write_whole
 
 ROUTES = {"dense": "route_a", "trm": "route_b"}  # what the models are called in reports
@@ -315,13 +316,6 @@ def picture_row(names, records):
 
 # -----------------------------------------------------------------------------
 # the command
-
-
-def positive(text):
-    """For argparse: a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, not {text!r}")
-    return int(text)
 
 
 def whole(text):

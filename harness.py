@@ -16,6 +16,7 @@ import argparse
 import difflib
 import functools
 import json
+import os
 import sys
 import time
 
@@ -25,6 +26,7 @@ from tqdm import tqdm
 import checkpoint
 import language
 import tokenizer as tok
+from configurator import positive
 
 try:
     import lm_eval
@@ -114,6 +116,8 @@ def manager(include_path=None, include_defaults=True):
 
 def check(tasks, include_path=None):
     """-> the TaskManager that knows all of these tasks by name. ValueError, with the closest names, for one that there is not."""
+    if include_path and not os.path.isdir(include_path):
+        raise ValueError(f"--include_path={include_path} is no folder: it is where YAML files of lm-eval's tasks lie")
     if include_path and set(tasks) <= set(manager(include_path, include_defaults=False).all_tasks):
         return manager(include_path, include_defaults=False)
     known = manager(include_path)
@@ -168,8 +172,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"error: {message}; see python harness.py --help")
     parser.add_argument("checkpoint", metavar="CKPT", help="a ckpt.pt that train.py wrote")
-    parser.add_argument("tasks", help="names of lm-eval's tasks, separated by commas")
-    parser.add_argument("--limit", metavar="N", type=int, help="only the first N items of each task")
+    parser.add_argument("tasks", metavar="TASKS", help="names of lm-eval's tasks, separated by commas")
+    parser.add_argument("--limit", metavar="N", type=positive, help="only the first N items of each task")
     parser.add_argument("--include_path", metavar="FOLDER", help="where YAML files of more tasks are")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     args = parser.parse_args()

@@ -28,6 +28,7 @@ import language_items
 import loader
 import sandbox
 import tokenizer as tok
+from configurator import positive
 from scores import interval
 
 BATCH_TOKENS = 2048    # in one pass through the model: its logits are 50,304 numbers for each
@@ -282,7 +283,7 @@ def main():
     parser.add_argument("--data_dir", help="where the stages are (default: as in training)")
     parser.add_argument("--stage", help="whose validation texts are read (default: the one it was trained on)")
     parser.add_argument("--tag", help="of that stage (default: as in training)")
-    parser.add_argument("--limit", metavar="N", type=int, help="only N questions and functions, of all kinds")
+    parser.add_argument("--limit", metavar="N", type=positive, help="only N questions and functions, of all kinds")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     args = parser.parse_args()
     try:
