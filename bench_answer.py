@@ -38,7 +38,8 @@ import suites
 from bench import peak_mb
 from bench_models import clock
 from bench_train import SMALL
-from model_dense import batches_by_length, cache_bytes, run_blocks
+from configurator import positive
+from model_dense import batches_by_length, cache_bytes, run_blocks, tokens_at_once
 
 # Memory of the cards of hardware.py, GB/s, from NVIDIA's data sheets
 GB_PER_S = {"T4": 320, "V100": 900, "P100": 732, "RTX 3060": 360, "RTX 3090": 936, "RTX 4090": 1008, "A10": 600, "L4": 300, "L40S": 864,
@@ -50,6 +51,7 @@ FREE = ("view", "unsqueeze", "transpose", "slice", "select", "split", "detach", 
 HALTS = (None, 0.99, 0.95, 0.9, 0.7, 0.5)  # thresholds that are tried
 
 TURNS = 8  # of a training step, one of its passes, and one with its backward: the least of each counts
+
 
 def seconds(*runs, device, times=3):
     """
@@ -176,12 +178,13 @@ def decoding(net, asked, views, card):
     """
     started = operations(net) * LAUNCH_US / 1e6
     fetched = BANDWIDTH_SHARE * GB_PER_S[card] * 1e9
+    tokens = tokens_at_once(net.config, hardware.CARDS[card][1] * 1e9 - 4 * net.num_params())  # of a card that does nothing else
     by_task, total = {}, 0.0
     for task, *rest in asked:
         by_task.setdefault(task.id, (task, []))[1].append(rest)
     for part in eval_arc.chunks([task for task, _ in by_task.values()], views):
         rows = [row for task in part for row in by_task[task.id][1] for _ in range(views)]
-        for batch in batches_by_length(rows, lambda row: row[0] + row[2]):
+        for batch in batches_by_length(rows, lambda row: row[0] + row[2], tokens):
             held = 2 * net.num_params() + len(batch) * cache_bytes(net.config, batch[-1][0] + batch[-1][2], 2)
             total += max(written for _, written, _ in batch) * max(started, held / fetched)
     return total
@@ -280,18 +283,20 @@ def print_halting(rows, full, args):
 
 def main(argv):
     parser = argparse.ArgumentParser(prog="bench.py answer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
+    parser.error = lambda message: sys.exit(f"error: {message}; see python bench.py answer --help")
+    parser.add_argument("--json", action="store_true", help="the figures as JSON")
     parser.add_argument("--size", choices=("auto", "full", "small"), default="auto", help="full: 100M; small: 16M; auto: full on a GPU")
-    parser.add_argument("--side", type=int, help="of the mazes (default: 20 on a GPU, 5 else)")
-    parser.add_argument("--rows", type=int, help="tasks at a time (default: 16 on a GPU, 2 else)")
-    parser.add_argument("--n_sup", type=int, default=16)
-    parser.add_argument("--views", type=int, default=16, help="ways in which the projection sees every task")
-    parser.add_argument("--card", choices=tuple(hardware.CARDS), default="T4")
-    parser.add_argument("--cards", type=int, default=2)
-    parser.add_argument("--mfu", type=float, default=0.25)
+    parser.add_argument("--side", metavar="N", type=positive, help="of the mazes (default: 20 on a GPU, 5 else)")
+    parser.add_argument("--rows", metavar="N", type=positive, help="tasks at a time (default: 16 on a GPU, 2 else)")
+    parser.add_argument("--n_sup", metavar="N", type=positive, default=16, help="supervision steps, at most (default 16)")
+    parser.add_argument("--views", metavar="N", type=positive, default=16, help="ways in which every task is seen, at most (default 16)")
+    parser.add_argument("--card", metavar="NAME", choices=tuple(hardware.CARDS), default="T4",
+                        help=f"of the projection (default T4): {', '.join(hardware.CARDS)}")  # fmt: skip
+    parser.add_argument("--cards", metavar="N", type=positive, default=2, help="how many of them (default 2)")
+    parser.add_argument("--mfu", metavar="SHARE", type=float, default=0.25, help="of their peak that is reached, assumed (default 0.25)")
     parser.add_argument("--checkpoint", metavar="CKPT", help="of Route B: what fewer steps and halting cost it, and nothing else")
     parser.add_argument("--suite", default="sudoku4", help="with --checkpoint: of eval_arc.py, which is asked (default sudoku4)")
-    parser.add_argument("--limit", type=int, help="with --checkpoint: the first N tasks of it (default all)")
+    parser.add_argument("--limit", metavar="N", type=positive, help="with --checkpoint: the first N tasks of it (default all)")
     args = parser.parse_args(argv[1:])
     with torch.device("meta"):
         full = {name: checkpoint.make_model(model, {"block_size": 10240}) for name, model in (("route_a", "dense"), ("route_b", "trm"))}

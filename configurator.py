@@ -22,6 +22,7 @@ a default of None takes any of these types, unless an annotation (`seed: int | N
 Read next: train.py, which has the most settings.
 """
 
+import argparse
 import ast
 import difflib
 import io
@@ -325,3 +326,14 @@ def show(config, defaults, width=120):
 def save(config, path):
     """Write the config as JSON: a reader (or a crash) sees the old file or the new one, never half of one."""
     write_whole((json.dumps(config, indent=2) + "\n").encode(), path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# for scripts whose settings are few, with argparse
+
+
+def positive(text):
+    """For argparse: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, not {text!r}")
+    return int(text)

@@ -94,11 +94,13 @@ import scores
 import stages
 import suites
 from candidates import without_answers
+from configurator import positive
 from files import write_whole
 
 ROUTES = {"dense": "route_a", "trm": "route_b"}  # what the models are called in reports
 ATTEMPTS = 2  # that count in ARC suites; in puzzles, which have one solution by their rules, it is 1
 ROWS_AT_ONCE = 64  # views of tasks handed to a model at a time: bounds what is lost when killed, and the progress bar moves
+MEASURED = "measured.jsonl"  # in out_dir: parts of the suites that are no tasks, as they are done
 EVAL_DEMOS = "arc_eval_demos"  # the source of demonstrations (never test outputs) of evaluation tasks: whoever trains on it is transductive
 SHOWN = 3  # tasks of each suite in the picture
 LEGIBLE = 12  # grids with longer sides are only shown where there is nothing smaller to show
@@ -231,14 +233,15 @@ def table(report):
                     notes.append(f"{suite}: {name} is better than {other}: {tally} (p = {p['p']:.2g})")
         s = first[suite]
         if s.get("total", 0) + s.get("unknown", 0) < s.get("available", 0):
-            limited.append(f"{s['total'] + s['unknown']} of {s['available']} in {suite}")
+            limited.append(f"{s['available']} in {suite}")
+            tried = s["total"] + s["unknown"]
     if len(rows) > 1:
         lines += columns(rows) + [""]
-        attempts = {s["attempts"]: suite for suite, s in first.items() if "solved" in s}
-        allowed = ", ".join(f"{n} attempt{'s' * (n > 1)} as in {suite}" for n, suite in sorted(attempts.items()))
+        more = {suite: s["attempts"] for suite, s in first.items() if s.get("attempts", 1) > 1}
+        allowed = f"{max(more.values())} attempts in {', '.join(more)}, 1 in puzzles" if more else "1 attempt"
         lines.append(f"solved: tasks with all test outputs right ({allowed}); oracle: with any of the candidates.")
     if limited:
-        lines.append(f"Limited to the first tasks: {', '.join(limited)}.")
+        lines.append(f"Limited to the first {tried} tasks of each; there are {', '.join(limited)}.")
     return "\n".join(lines + notes)
 
 
@@ -316,13 +319,6 @@ def picture_row(names, records):
 # the command
 
 
-def positive(text):
-    """For argparse: a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, not {text!r}")
-    return int(text)
-
-
 def whole(text):
     """For argparse: a whole number, 0 or more."""
     if not text.isdecimal():
@@ -367,8 +363,9 @@ def ask(name, suite, tasks, model, report, settings, attempts, earlier, out_dir)
     def keep(records):
         for record in records:
             record.update(model=name, suite=suite, key=keys[record["id"]])
-        with open(os.path.join(out_dir, f"answers.partial{parallel.rank}.jsonl"), "a", encoding="utf-8") as f:
-            f.write("".join(json.dumps(record) + "\n" for record in records))
+            problem = logbook.append(record, os.path.join(out_dir, f"answers.partial{parallel.rank}.jsonl"))
+            if problem:
+                raise OSError(problem)
 
     device_type = report["device"].split(":")[0]
     half = report["dtype"] != "float32"
@@ -381,10 +378,10 @@ def ask(name, suite, tasks, model, report, settings, attempts, earlier, out_dir)
 
 def measure(name, suite, model, r, limit, out_dir):
     """
-    A suite that is not of tasks -> its figures, or {"error": why there are none}. r: the report, which says what it was trained on. What
-    has been measured before stands in out_dir/measured.jsonl, and is not measured again; what is new goes there as it comes.
+    A suite that is not of tasks -> (its figures, or {"error": why there are none}; the key of its lines in out_dir/measured.jsonl). r: the
+    report, which says what it was trained on. What stands in that file is not measured again; what is new goes there as it comes.
     """
-    path = os.path.join(out_dir, "measured.jsonl")
+    path = os.path.join(out_dir, MEASURED)
     config, data = r["config"] or {}, r["data"]
     stage = {"data_dir": config.get("data_dir") or "data", "stage": data["stage"] or config.get("data"), "tag": data["tag"]}
     texts = None
@@ -409,12 +406,11 @@ def measure(name, suite, model, r, limit, out_dir):
 
         try:
             if suite not in before:
-                keep(suite, before.setdefault(suite, harness.evaluate(model, suite.removeprefix("lm_eval:").split(","), limit)))
-            return before[suite]
-        except (OSError, ValueError) as e:  # an unknown task, or no network: no reason to lose what is there
-            return {"error": str(e)}
-    with tqdm(desc=f"{name} {suite}", unit="row", dynamic_ncols=True, leave=False) as bar:
-        return language.evaluate(model, **stage, limit=limit, progress=bar.update, before=before, keep=keep)
+                keep(suite, before.setdefault(suite, harness.evaluate(model, benchmarks(suite), limit)))
+            return before[suite], key
+        except (OSError, ValueError) as e:  # no network: no reason to lose what is there
+            return {"error": str(e)}, key
+    return language.evaluate(model, **stage, limit=limit, desc=f"{name} {suite}", before=before, keep=keep), key
 
 
 def say_suite(name, suite, s):
@@ -425,15 +421,15 @@ def say_suite(name, suite, s):
           + f"; {s['seconds']:.1f} s", flush=True)  # fmt: skip
 
 
-def run(args):
+def what_is_asked(args):
+    """
+    The command line -> (names of the suites in order, {suite of tasks: its tasks}, device, dtype). Whatever can be wrong with it, whichever
+    the checkpoint is, is a ValueError or OSError in here, before anything takes long.
+    """
     if os.path.basename(args.json) != args.json or not args.json.endswith(".json"):
         raise ValueError(f"--json={args.json} must be the name of a .json file without a folder: the folder is --out_dir")
     if not (0 <= args.temperature < math.inf and 0 < args.ttt_lr < math.inf):
         raise ValueError(f"--temperature={args.temperature} must be 0 or more, and --ttt_lr={args.ttt_lr} above 0")
-    if len(set(map(os.path.realpath, args.checkpoints))) < len(args.checkpoints):
-        raise ValueError("the same checkpoint is given twice")
-    if len(args.checkpoints) > 1 and args.out_dir is None:
-        raise ValueError("with several checkpoints, say with --out_dir=FOLDER where the results go")
     chosen = suites.names(args.suites) if args.suites is not None else [] if args.tasks else suites.default()
     tasks = {suite: suites.load(suite) for suite in chosen if suites.is_tasks(suite)}
     if args.tasks:
@@ -443,12 +439,28 @@ def run(args):
     if device == "cuda" and parallel.world_size > 1:
         device = f"cuda:{parallel.local_rank}"
     dtype = hardware.pick_dtype(args.dtype, device)
+    for suite in chosen:
+        if suite.startswith("lm_eval:"):
+            import harness  # here, because lm-eval is optional: this says so where it is not installed
+
+            harness.check(benchmarks(suite))
+    return chosen, tasks, device, dtype
+
+
+def benchmarks(suite):
+    """'lm_eval:sciq,arc_easy' -> ['sciq', 'arc_easy']."""
+    return suite.removeprefix("lm_eval:").split(",")
+
+
+def run(args):
+    if len(set(map(os.path.realpath, args.checkpoints))) < len(args.checkpoints):
+        raise ValueError("the same checkpoint is given twice")
+    if len(args.checkpoints) > 1 and args.out_dir is None:
+        raise ValueError("with several checkpoints, say with --out_dir=FOLDER where the results go")
+    chosen, tasks, device, dtype = what_is_asked(args)
     settings = candidates.Settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(candidates.Settings)})
     out_dir = args.out_dir or os.path.dirname(args.checkpoints[0]) or "."
 
-    # Everything that can be wrong is found out here, before anything takes long
-    if any(suite.startswith("lm_eval:") for suite in chosen):
-        import harness  # noqa: F401 (says so if lm-eval is not installed)
     loaded = [checkpoint.load_model(path, device) for path in args.checkpoints]
     if (settings.n_sup or settings.halt is not None) and all(ckpt["model"] != "trm" for _, ckpt in loaded):
         raise ValueError("--n_sup and --halt are about Route B's supervision steps, and no checkpoint of Route B is given")
@@ -482,10 +494,12 @@ def run(args):
 
 def finish(args, models, chosen, records, report, out_dir):
     """The suites that are no tasks, comparisons, and all that is written. On the first process."""
+    keys = set()  # of the lines of measured.jsonl that are in these figures
     for name, r in report.items():
         for suite in chosen:
             if not suites.is_tasks(suite):
-                r["suites"][suite] = measure(name, suite, models[name], r, args.limit, out_dir)
+                r["suites"][suite], key = measure(name, suite, models[name], r, args.limit, out_dir)
+                keys.add(key)
             else:
                 others = {other: records[other, suite] for other in models if other != name}
                 r["suites"][suite]["against"] = {other: scores.against(records[name, suite], them) for other, them in others.items()}
@@ -496,6 +510,10 @@ def finish(args, models, chosen, records, report, out_dir):
     write_lines([record for part in records.values() for record in part], answers)
     for path in glob.glob(os.path.join(glob.escape(out_dir), "answers.partial*.jsonl")):
         os.remove(path)
+    measured = os.path.join(out_dir, MEASURED)
+    if os.path.exists(measured):  # like answers.jsonl, it keeps what this evaluation has found and nothing older
+        kept = [line for line in logbook.read(measured) if line.get("key") in keys]
+        write_lines(kept, measured) if kept else os.remove(measured)
     written = [("figures", os.path.join(out_dir, args.json)), ("answers", answers)]
     configurator.save(report, written[0][1])
     for_prize = [key for key in records if key[1] in (*suites.ARC_SUITES, "tasks")]
@@ -555,6 +573,7 @@ def main():
         if args.watch:
             import watch
 
+            what_is_asked(args)  # a mistake ends the command, and not one evaluation after the other
             watch.watch(args, run)
         else:
             run(args)

@@ -14,7 +14,9 @@ lm-eval fetches the benchmarks from the Hugging Face hub when they are first use
 
 import argparse
 import difflib
+import functools
 import json
+import os
 import sys
 import time
 
@@ -24,6 +26,7 @@ from tqdm import tqdm
 import checkpoint
 import language
 import tokenizer as tok
+from configurator import positive
 
 try:
     import lm_eval
@@ -105,23 +108,35 @@ def cut(ids, words):
     return text[: min(found, default=len(text))], bool(found) or end < len(ids)
 
 
+@functools.cache
+def manager(include_path=None, include_defaults=True):
+    """lm-eval's list of the tasks that there are. With all of lm-eval's own it takes ten seconds to make, so it is made once."""
+    return TaskManager(include_path=include_path, include_defaults=include_defaults)
+
+
+def check(tasks, include_path=None):
+    """-> the TaskManager that knows all of these tasks by name. ValueError, with the closest names, for one that there is not."""
+    if include_path and not os.path.isdir(include_path):
+        raise ValueError(f"--include_path={include_path} is no folder: it is where YAML files of lm-eval's tasks lie")
+    if include_path and set(tasks) <= set(manager(include_path, include_defaults=False).all_tasks):
+        return manager(include_path, include_defaults=False)
+    known = manager(include_path)
+    for task in tasks:
+        if task not in known.all_tasks:
+            closest = difflib.get_close_matches(task, known.all_tasks, 3, 0)
+            raise ValueError(f"lm-eval has no task {task!r}: the closest are {', '.join(closest)}")
+    return known
+
+
 def evaluate(model, tasks, limit=None, include_path=None):
     """
     tasks: list of names that lm-eval knows, or that YAML files in the folder include_path define. limit: only so many items of each.
     -> {results: {task: {metric: {value, interval}}}, items: {task: how many}, seconds}; interval: 95%, from lm-eval's standard error, None
     where it has none. ValueError for an unknown task, OSError where a benchmark cannot be fetched.
     """
-    started, manager = time.perf_counter(), None
-    if include_path:
-        manager = TaskManager(include_path=include_path, include_defaults=False)
-    if manager is None or not set(tasks) <= set(manager.all_tasks):
-        manager = TaskManager(include_path=include_path)  # with all of lm-eval's own, which takes it ten seconds
-    for task in tasks:
-        if task not in manager.all_tasks:
-            closest = difflib.get_close_matches(task, manager.all_tasks, 3, 0)
-            raise ValueError(f"lm-eval has no task {task!r}: the closest are {', '.join(closest)}")
+    started, known = time.perf_counter(), check(tasks, include_path)
     try:
-        found = lm_eval.simple_evaluate(Wrapped(model), tasks=list(tasks), limit=limit, task_manager=manager, bootstrap_iters=1000,
+        found = lm_eval.simple_evaluate(Wrapped(model), tasks=list(tasks), limit=limit, task_manager=known, bootstrap_iters=1000,
                                         log_samples=False)  # fmt: skip
     except (ConnectionError, OSError) as e:
         raise OSError(f"lm-eval cannot get {', '.join(tasks)}: {str(e).splitlines()[0]}") from None
@@ -157,8 +172,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"error: {message}; see python harness.py --help")
     parser.add_argument("checkpoint", metavar="CKPT", help="a ckpt.pt that train.py wrote")
-    parser.add_argument("tasks", help="names of lm-eval's tasks, separated by commas")
-    parser.add_argument("--limit", metavar="N", type=int, help="only the first N items of each task")
+    parser.add_argument("tasks", metavar="TASKS", help="names of lm-eval's tasks, separated by commas")
+    parser.add_argument("--limit", metavar="N", type=positive, help="only the first N items of each task")
     parser.add_argument("--include_path", metavar="FOLDER", help="where YAML files of more tasks are")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     args = parser.parse_args()

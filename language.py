@@ -28,6 +28,7 @@ import language_items
 import loader
 import sandbox
 import tokenizer as tok
+from configurator import positive
 from scores import interval
 
 BATCH_TOKENS = 2048    # in one pass through the model: its logits are 50,304 numbers for each
@@ -95,6 +96,12 @@ def held_out(data_dir, stage, tag=None):
     return out
 
 
+def windows(n_tokens, size, source_tokens):
+    """The numbers of the windows of `size` tokens that are read of a source of n_tokens: evenly spread, source_tokens of them together."""
+    there = max((n_tokens - 1) // size, 1)
+    return np.linspace(0, there - 1, min(there, max(source_tokens // size, 1))).astype(int)
+
+
 def bits_per_byte(model, data_dir, entries, source_tokens=SOURCE_TOKENS, progress=lambda n: None):
     """
     -> {bits_per_byte, interval, bytes, tokens} of the shards `entries` of one source, None where they have no text. Ends of documents and
@@ -102,8 +109,7 @@ def bits_per_byte(model, data_dir, entries, source_tokens=SOURCE_TOKENS, progres
     """
     bytes_of = np.array([len(tok.load().decode_single_token_bytes(i)) if i < tok.EOT else 0 for i in range(tok.VOCAB_SIZE)])
     shards, size = loader.Shards(data_dir, entries), model.config.block_size
-    windows = max((shards.n_tokens - 1) // size, 1)
-    picks = np.linspace(0, windows - 1, min(windows, max(source_tokens // size, 1))).astype(int)
+    picks = windows(shards.n_tokens, size, source_tokens)
     ids = [shards.slice(i * size, min((i + 1) * size + 1, shards.n_tokens)) for i in picks]
     surprise, counted = [], []
     for (nats, _), window in zip(log_probabilities(model, [(w[:1], w[1:]) for w in ids], progress), ids):
@@ -196,34 +202,38 @@ def body(ids):
     return text, end < len(ids)
 
 
-def evaluate(model, data_dir="data", stage=None, tag=None, limit=None, progress=lambda n: None, before=None, keep=lambda part, found: None):
+def evaluate(model, data_dir="data", stage=None, tag=None, limit=None, desc="language", before=None, keep=lambda part, found: None):
     """
     -> {bits_per_byte: {source: figures}, questions, code: {total, solved, accuracy, interval, answers}, seconds}: as the functions above
     give them; bits_per_byte is {} where no stage is named. limit: only so many questions and functions, and a share of the text to match.
-    progress is told of every row and function that is done. keep(name of a part, what was found) is called after each part, and parts that
-    are in `before`, {name: what keep was given}, are not measured again.
+    desc: what the progress bar is called. keep(name of a part, what was found) is called after each part, and parts that are in `before`,
+    {name: what keep was given}, are not measured again.
     """
     before, seconds = before or {}, 0.0
 
-    def measured(part, measure):
+    def measured(part, measure, rows):
         nonlocal seconds
         found = before.get(part)
         if found is None:
             started = time.perf_counter()
-            found = {"figures": measure(), "seconds": round(time.perf_counter() - started, 3)}
+            with tqdm(total=rows, desc=f"{desc}, {part}", unit="row", dynamic_ncols=True, leave=False) as bar:
+                found = {"figures": measure(bar.update), "seconds": round(time.perf_counter() - started, 3)}
             keep(part, found)
         seconds += found["seconds"]
         return found["figures"]
 
     share = 1 if limit is None else min(limit / len(language_items.QUESTIONS), 1)
-    bits = {source: measured(f"bits per byte of {source}",
-                             lambda e=entries: bits_per_byte(model, data_dir, e, int(SOURCE_TOKENS * share), progress))
-            for source, entries in (held_out(data_dir, stage, tag) if stage else {}).items()}  # fmt: skip
-    questions = measured("questions", lambda: answer_questions(model, limit, progress))
+    bits, source_tokens = {}, int(SOURCE_TOKENS * share)
+    for source, entries in (held_out(data_dir, stage, tag) if stage else {}).items():
+        rows = len(windows(sum(entry["tokens"] for entry in entries), model.config.block_size, source_tokens))
+        bits[source] = measured(f"bits per byte of {source}",
+                                lambda progress, e=entries: bits_per_byte(model, data_dir, e, source_tokens, progress), rows)  # fmt: skip
+    rows = sum(len(choices) for _, _, choices, _ in spread(language_items.questions(), limit))
+    questions = measured("questions", lambda progress: answer_questions(model, limit, progress), rows)
     functions, answers = spread(language_items.functions(), limit), []
     for start in range(0, len(functions), CODE_BATCH):
         part = functions[start : start + CODE_BATCH]
-        answers += measured(f"code from {part[0][0]} on", lambda part=part: write_code(model, part, progress))
+        answers += measured(f"code from {part[0][0]} on", lambda progress, part=part: write_code(model, part, progress), len(part))
     solved, n = sum(a["solved"] for a in answers), len(answers)
     return {
         "bits_per_byte": {source: figures for source, figures in bits.items() if figures}, "questions": questions,
@@ -259,8 +269,7 @@ def run(args):
     trained = ckpt.get("config") or {}
     stage = args.stage or trained.get("data")
     tag = args.tag or (None if args.stage else trained.get("data_tag"))
-    with tqdm(desc="language", unit="row", dynamic_ncols=True, leave=False) as bar:
-        figures = evaluate(model, args.data_dir or trained.get("data_dir") or "data", stage, tag, args.limit, bar.update)
+    figures = evaluate(model, args.data_dir or trained.get("data_dir") or "data", stage, tag, args.limit)
     print(table(figures))
     if args.json:
         with open(args.json, "w", encoding="utf-8") as f:
@@ -274,7 +283,7 @@ def main():
     parser.add_argument("--data_dir", help="where the stages are (default: as in training)")
     parser.add_argument("--stage", help="whose validation texts are read (default: the one it was trained on)")
     parser.add_argument("--tag", help="of that stage (default: as in training)")
-    parser.add_argument("--limit", metavar="N", type=int, help="only N questions and functions, of all kinds")
+    parser.add_argument("--limit", metavar="N", type=positive, help="only N questions and functions, of all kinds")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     args = parser.parse_args()
     try:

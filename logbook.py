@@ -15,10 +15,16 @@ from files import save_picture, write_whole
 
 
 def append(entry, path):
-    """Add a line. Returns what went wrong (a disk that is full), or None: a lost line is no reason to lose a run."""
+    """
+    Add a line, after a new line where a crash has cut off the last one. Returns what went wrong (a disk that is full), or None: a lost line
+    is no reason to lose a run.
+    """
     try:
-        with open(path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(entry) + "\n")
+        with open(path, "ab+") as f:  # writes go to the end, wherever one has read
+            if f.tell():
+                f.seek(-1, os.SEEK_END)
+                f.write(b"" if f.read(1) == b"\n" else b"\n")
+            f.write(json.dumps(entry).encode() + b"\n")
     except OSError as e:
         return f"could not write to {path}: {e.strerror}"
     return None

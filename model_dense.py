@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import arc
+import hardware
 import tokenizer as tok
 from kda import KimiDeltaAttention
 from muon import split_parameters
@@ -334,11 +335,11 @@ def core_flops_per_token(config, context):
     return total
 
 
-def batches_by_length(items, length):
-    """items in batches of similar length(item), about ANSWER_TOKENS with padding, short ones first."""
+def batches_by_length(items, length, tokens=None):
+    """items in batches of similar length(item), about `tokens` (None: ANSWER_TOKENS) with padding, short ones first."""
     items, batch = sorted(items, key=length), []
     for item in items:
-        if batch and (len(batch) + 1) * length(item) > ANSWER_TOKENS:
+        if batch and (len(batch) + 1) * length(item) > (tokens or ANSWER_TOKENS):
             yield batch
             batch = []
         batch.append(item)
@@ -355,6 +356,18 @@ def cache_bytes(config, context, bytes_per_number=4):
         else:
             total += 3 * 3 * config.n_embd * bytes_per_number + config.n_embd * head_dim * 4  # the state is always float32
     return total
+
+
+def tokens_at_once(config, free):
+    """
+    How many tokens of prompts and answers are written together, where a GPU has `free` bytes left: up to four times ANSWER_TOKENS, as long
+    as their caches take a quarter of that. A step of decoding takes a GPU as long as starting its operations does, however many rows
+    there are. On a CPU (0 bytes) it takes as long as the arithmetic, and larger batches would bring nothing.
+    """
+    tokens = ANSWER_TOKENS
+    while tokens < 4 * ANSWER_TOKENS and 4 * (2 * tokens / 1024) * cache_bytes(config, 1024) <= free:  # counted in rows of 1,024
+        tokens *= 2
+    return tokens
 
 
 # -----------------------------------------------------------------------------
@@ -381,6 +394,16 @@ class Past:
             return tuple(map(rows, value)) if isinstance(value, tuple) else value
 
         return Past(*(([rows(c) for c in v] if isinstance(v, list) else rows(v)) for v in vars(self).values()))
+
+    @staticmethod
+    def join(parts):
+        """What several lots of rows have read, all up to the same length, as one."""
+        def rows(values):
+            if isinstance(values[0], torch.Tensor):
+                return torch.cat(values)
+            return type(values[0])(map(rows, zip(*values))) if isinstance(values[0], (tuple, list)) else max(values)
+
+        return Past(*map(rows, zip(*(vars(part).values() for part in parts))))
 
 
 def next_place(grids, place, before, token):
@@ -521,8 +544,18 @@ class Model(nn.Module):
         return [block.mixer.empty_cache(batch_size) for block in self.blocks]
 
     def read(self, prompts):
-        """prompts: (B, T) long, or a list of (T_b,) long, none empty -> what the head reads after their last tokens (B, n_embd), a Past."""
-        device, T = self.wte.weight.device, max(len(p) for p in prompts)
+        """
+        prompts: (B, T) long, or a list of (T_b,) long, none empty -> what the head reads after their last tokens (B, n_embd), a Past.
+        About ANSWER_TOKENS are read at a time: that takes ten times the memory of what is kept of them.
+        """
+        T = max(map(len, prompts))
+        rows = max(1, ANSWER_TOKENS // T)
+        parts = [self.read_padded(prompts[start : start + rows], T) for start in range(0, len(prompts), rows)]
+        return parts[0] if len(parts) == 1 else (torch.cat([x for x, _ in parts]), Past.join([past for _, past in parts]))
+
+    def read_padded(self, prompts, T):
+        """`read`, all of them at once, padded to T tokens."""
+        device = self.wte.weight.device
         idx = torch.full((len(prompts), T), tok.PAD, device=device)
         for row, p in zip(idx, prompts):
             row[T - len(p) :] = p
@@ -587,7 +620,8 @@ class Model(nn.Module):
                 limit = arc.canvas_shape(task.train, test_input)
                 if len(prompt) + limit[0] * (limit[1] + 1) <= self.config.block_size:
                     questions.append((i, j, torch.from_numpy(prompt.astype(np.int64)), limit))
-        for part in batches_by_length(questions, lambda q: samples * (len(q[2]) + q[3][0] * (q[3][1] + 1))):
+        tokens = tokens_at_once(self.config, hardware.free_memory(self.wte.weight.device))
+        for part in batches_by_length(questions, lambda q: samples * (len(q[2]) + q[3][0] * (q[3][1] + 1)), tokens):
             noise = [None if n == 0 else np.random.default_rng([seed, n, *np.frombuffer(hashlib.sha256(q[2].numpy()).digest(), "<u4")])
                      for q in part for n in range(samples)]  # fmt: skip
             drawn = self.decode_grids([q[2] for q in part], [q[3] for q in part], samples, temperature, noise)

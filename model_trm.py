@@ -223,7 +223,7 @@ class Model(nn.Module):
 
     # Decoding is Route A's, word for word. Only its hidden() is another: every pass through the core has caches of its own, since what a
     # position held in pass 5 is what later positions look up in pass 5.
-    read, read_on, generate = RouteA.read, RouteA.read_on, RouteA.generate
+    read, read_padded, read_on, generate = RouteA.read, RouteA.read_padded, RouteA.read_on, RouteA.generate
 
     def hidden(self, idx, positions=None, caches=None, visible=None, starts=None):
         *_, y = self.read_steps(idx, positions, caches, visible, starts)

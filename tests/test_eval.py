@@ -245,6 +245,10 @@ def test_a_killed_run_goes_on_and_gives_what_it_would_have_given(checkpoints, tm
     a, b = (json.loads((folder / "eval.json").read_text())["route_b"]["suites"]["language"] for folder in (killed, whole))
     assert a.pop("seconds") >= found["found"]["seconds"] and b.pop("seconds") > 0 and a == b
     assert a["questions"] == found["found"]["figures"]
+    lines = [json.loads(line) for line in measured.read_text().splitlines()]  # what this evaluation has found, and nothing older
+    assert {line["part"] for line in lines} > {"questions"} and len({line["key"] for line in lines}) == 1
+    call(monkeypatch, checkpoints[1], "--suites=sudoku4", "--limit=1", f"--out_dir={killed}")
+    assert not measured.exists()
 
 
 def test_other_settings_another_checkpoint_or_another_task_are_asked_anew(checkpoints, tmp_path, monkeypatch, capsys):

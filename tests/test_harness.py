@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_language import Table, tiny
 
+import eval_arc
 import tokenizer as tok
 
 pytest.importorskip("lm_eval")
@@ -90,10 +91,18 @@ def test_what_is_written_ends_at_the_first_of_the_words():
     assert harness.cut([*encode("one"), tok.EOT, *encode("two")], ["."]) == ("one", True)
 
 
-def test_an_unknown_task_is_an_error_in_a_line(folder, monkeypatch):
-    monkeypatch.setattr(harness, "TaskManager", functools.partial(harness.TaskManager, include_defaults=False))  # thousands of files
+def test_an_unknown_task_is_an_error_in_a_line_before_anything_is_measured(folder, tmp_path, monkeypatch):
+    few = functools.partial(harness.TaskManager, include_defaults=False)  # lm-eval's own are thousands of files
+    monkeypatch.setattr(harness, "TaskManager", lambda **kw: few(include_path=folder))
+    harness.manager.cache_clear()
     with pytest.raises(ValueError, match="no task 'capitol': the closest are capitals"):
         harness.evaluate(Table(), ["capitol"], include_path=folder)
+    for args in (["ckpt.pt"], [str(tmp_path), "--watch"]):
+        monkeypatch.setattr(sys, "argv", ["eval_arc.py", *args, "--suites=sudoku4,lm_eval:capitals,sentense", f"--out_dir={tmp_path}"])
+        with pytest.raises(SystemExit, match="^error: lm-eval has no task 'sentense': the closest are sentences"):
+            eval_arc.main()
+    assert not list(tmp_path.iterdir())
+    harness.manager.cache_clear()
 
 
 def test_without_lm_eval_there_is_one_clear_line(monkeypatch):

@@ -24,6 +24,8 @@ def test_a_log_is_cut_back_to_a_step_and_cut_lines_are_dropped(tmp_path):
     with open(path, "a") as f:
         f.write('{"iter": 6, "lo')  # a process was killed here
     assert [e["iter"] for e in logbook.read(path)] == [1, 2, 3, 4, 5]
+    logbook.append({"iter": 7}, path)  # and is not cut off with it
+    assert [e["iter"] for e in logbook.read(path)] == [1, 2, 3, 4, 5, 7]
     logbook.cut_back(path, 3)
     assert [json.loads(line) for line in open(path)] == [{"iter": i, "loss": 1.0 / i} for i in (1, 2, 3)]
     logbook.append({"iter": 4}, path)

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from test_models import TASKS, dense, make_task, text
 
 import arc
+import hardware
 import model_dense
 import tokenizer as tok
-from model_dense import Config, Model, cache_bytes, document_starts, next_place, sample
+from model_dense import Config, Model, cache_bytes, document_starts, next_place, sample, tokens_at_once
 
 PATTERNS = ("kkka", "a", "k", "kkkkkkka")
 
@@ -253,12 +254,23 @@ def test_the_description_adds_up(capsys):
 # ---- answers
 
 
+def test_a_gpu_writes_as_much_together_as_its_memory_holds():
+    assert [tokens_at_once(Config(), free) for free in (0, 3e9, 5e9, 15e9)] == [2**15, 2**15, 2**16, 2**17]
+
+
 def test_batches_by_length_do_not_change_answers(monkeypatch):
+    """Nor does reading a batch in parts, where a GPU writes more rows together than it could read."""
     model = dense(1, size=0.3)
     whole, given = model.answer(TASKS), [[y for _, y in task.test] for task in TASKS]
-    rescored = model.answer_logits(TASKS, given)
+    rescored, batches, write = model.answer_logits(TASKS, given), [], model_dense.write_grids
+    monkeypatch.setattr(model_dense, "write_grids", lambda *args: batches.append(len(args[2])) or write(*args))
     monkeypatch.setattr(model_dense, "ANSWER_TOKENS", 150)
-    for a, b in zip(whole, model.answer(TASKS)):
-        assert all(np.array_equal(x[0][0], y[0][0]) and abs(x[0][1] - y[0][1]) < 1e-3 for x, y in zip(a, b))
+    for free in (0, 1e9):
+        monkeypatch.setattr(hardware, "free_memory", lambda device, free=free: free)
+        for a, b in zip(whole, model.answer(TASKS)):
+            assert all(np.array_equal(x[0][0], y[0][0]) and abs(x[0][1] - y[0][1]) < 1e-3 for x, y in zip(a, b))
+        batches.append(None)
+    small, large = batches[: batches.index(None)], batches[batches.index(None) + 1 : -1]
+    assert sum(small) == sum(large) and len(small) > len(large)
     for a, b in zip(rescored, model.answer_logits(TASKS, given)):
         assert all(np.allclose(x, y, atol=1e-4) for x, y in zip(a, b))
