@@ -158,11 +158,11 @@ def shuffled(rng, *grids):
 # the stage
 
 
-def from_hub(split, n, rng):
-    """n puzzles of the hub's train.csv or test.csv, drawn at random. Raises whatever the hub's client raises where it cannot be reached."""
+def from_hub(split, n, rng, revision):
+    """n puzzles of train.csv or test.csv in that commit of REPO, drawn at random. Raises whatever the hub's client raises."""
     from huggingface_hub import hf_hub_download
 
-    with open(hf_hub_download(REPO, f"{split}.csv", repo_type="dataset"), encoding="utf-8", newline="") as f:
+    with open(hf_hub_download(REPO, f"{split}.csv", repo_type="dataset", revision=revision), encoding="utf-8", newline="") as f:
         rows = [(r["question"], r["answer"]) for r in csv.DictReader(f)]
     grids = [[np.array([0 if c == "." else int(c) for c in text], np.uint8).reshape(9, 9) for text in rows[i]]
              for i in rng.choice(len(rows), min(n, len(rows)), replace=False)]  # fmt: skip
@@ -175,7 +175,10 @@ def prepare(args):
     tasks = {}
     if source != "generated":
         try:
-            tasks = {"train": from_hub("train", args.n, rng), "val": from_hub("test", args.n_test, rng)}
+            from pipeline import Revisions  # a second that generated puzzles can do without
+
+            revision = Revisions(Path(args.data_dir)).of(REPO)  # the one that all of this data folder is built from
+            tasks = {"train": from_hub("train", args.n, rng, revision), "val": from_hub("test", args.n_test, rng, revision)}
             source = "hub"
         except Exception as e:  # noqa: BLE001 (no network, no package, no permission: the hub's client raises many kinds)
             why = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]:.100}"
@@ -199,7 +202,8 @@ def prepare(args):
     entries = [stages.write_shard(Path(args.data_dir), about, split, [arc.encode(t.kind, t.test) for t in part])
                for split, part in tasks.items()]  # fmt: skip
     mixture = {"stage": STAGE, "seed": SEED, "tokenizer": tokenizer.fingerprint(), "weights": {STAGE: 1.0}, "groups": {"synth": 1.0},
-               "origin": REPO if source == "hub" else f"generated, at least {args.backtracks} backtracks"}  # fmt: skip
+               "origin": f"{REPO}, commit {revision}" if source == "hub"
+               else f"generated, at least {args.backtracks} backtracks"}  # fmt: skip
     stages.write_stage(Path(args.data_dir), STAGE, entries, mixture, {})
     givens = [int((t.test[0][0] > 0).sum()) for t in tasks["train"]]
     turns = [solve(t.test[0][0], limit=1, most_backtracks=1000)[1] for t in tasks["train"][:100]]

@@ -328,3 +328,23 @@ def test_without_a_network_it_says_what_to_do(hub, tmp_path):
     code_, _, error = run(hub, "stage1", f"--data_dir={tmp_path}", HF_HUB_DOWNLOAD_TIMEOUT="2")
     assert code_ == 1 and error.startswith("error: cannot look up the dataset") and "--source_dir" in error
     assert os.listdir(tmp_path) == [".lock"] or not list(tmp_path.glob("stages/*"))
+
+
+def test_a_thousand_hard_sudokus_come_from_one_commit(hub, tmp_path):
+    rng = np.random.default_rng(5)
+
+    def rows(n):
+        made = [puzzles.sudoku(rng, 9, 30).test[0] for _ in range(n)]
+        lines = [",".join(["kaggle", *("".join(map(str, grid.reshape(-1))).replace("0", ".") for grid in pair), "3"]) for pair in made]
+        return "\n".join(["source,question,answer,rating", *lines, ""]).encode()
+
+    hub.put("sapientinc/sudoku-extreme", {"train.csv": rows(6), "test.csv": rows(4)})
+    first = hub.repos["sapientinc/sudoku-extreme"].branches["main"]
+    command = [sys.executable, str(ROOT / "sudoku_extreme.py"), "--source=hub", "--n=5", "--n_test=3", "--data_dir=data"]
+    for _ in range(2):  # and again, when main has moved
+        done = subprocess.run(command, cwd=tmp_path, env=hub.env(hub.home, TOKEN), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        manifest, mixture = stages.read_manifest(tmp_path / "data", "sudoku_extreme")
+        assert {e["split"]: e["documents"] for e in manifest} == {"train": 5, "val": 3}
+        assert mixture["origin"] == f"sapientinc/sudoku-extreme, commit {first}"
+        hub.put("sapientinc/sudoku-extreme", {"train.csv": rows(6), "test.csv": rows(4)})
