@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from files import write_whole
-from tokenizer import ARC, BLANK, CELL0, EOT, INPUT, LOGIC, MAZE, OUTPUT, PROGRAM, ROW, SUDOKU, VOID
+from tokenizer import ARC, BLANK, CELL0, EOT, INPUT, LOGIC, MAZE, OUTPUT, PAD, PROGRAM, ROW, SUDOKU, VOID
 
 SETS = ("arc1_train", "arc1_eval", "arc2_train", "arc2_eval")
 KINDS = {"arc": ARC, "sudoku": SUDOKU, "maze": MAZE, "logic": LOGIC, "program": PROGRAM}
@@ -314,6 +314,13 @@ def same_place(idx, positions):
     table = torch.full((len(idx), nowhere + 1), BLANK, device=idx.device)
     table.scatter_(1, torch.where(source, place, nowhere), torch.where(source, idx, BLANK))
     return table.gather(1, torch.where((grid == last) & (idx == BLANK), place, nowhere))
+
+
+def without_input(idx, positions):
+    """idx: (B, T) long, positions: (B, T, 3) as above -> (B, T) bool: every token but padding and the grid before the last one, which
+    for a canvas is the test input."""
+    grid = positions[..., 2]
+    return (idx != PAD) & ((grid != grid.amax(1, keepdim=True) - 1) | (grid == 0))
 
 
 # -----------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def training_step(net, idx, targets, autocast):
 
 def passes_apart(net, idx, autocast):
     """Two functions: one pass through the core without gradient; one forward and backward."""
-    x, rope, visible = net.embed_canvas(idx, net.puzzle_words())
+    x, rope, visible, _ = net.embed_canvas(idx, net.puzzle_words())
     x = x.detach()
 
     def forward():

@@ -206,7 +206,8 @@ def train(net, batches, tasks, flops, learning_rate, optimizer="adamw", carry_tu
                 average[k].lerp_(v, 1 - min(EMA, (1 + steps) / (10 + steps)))
         seconds += time.process_time() - start
         recent.append(loss.item())
-        spent += idx.numel() * net.flops_per_token(idx.shape[1], "puzzle", training=True)
+        length = net.core_length(idx) if net.puzzle_format == "canvas" else idx.shape[1]
+        spent += len(idx) * length * net.flops_per_token(length, "puzzle", training=True)
         if progress is not None:
             progress.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
             progress.update(min(spent, flops) / 1e9 - progress.n)

@@ -76,6 +76,7 @@ class Config:
     text_n_grad: int = 1
     text_n_sup: int = 1
     right_to_left: bool = True  # in puzzles, the second of every three KDA layers reads from the end (measured in LOG.md)
+    fold_input: bool = False  # in puzzles, read the test input on the canvas alone: a sudoku is then half as many tokens (LOG.md)
     separate_documents: bool = True  # text: as in Route A
     recompute: bool = False  # as in Route A
     halt_exploration: float = 0.1  # share of puzzles that must go on for a random number of steps whatever the halting head says
@@ -165,9 +166,9 @@ class Model(nn.Module):
                 y = f(y + z)
         return y, z
 
-    def start(self, x):
-        """The first y and z, for every position alike."""
-        return self.y_init.to(x.dtype).expand_as(x), self.z_init.to(x.dtype).expand_as(x)
+    def start(self, x, length):
+        """The first y and z of rows x, (B, length, n_embd), for every position alike."""
+        return (v.to(x.dtype).expand(len(x), length, -1) for v in (self.y_init, self.z_init))
 
     def rope(self, positions):
         return rope_3d(positions, self.config.n_embd // self.config.n_head, self.config.rope_base)
@@ -198,7 +199,7 @@ class Model(nn.Module):
         """idx (B, T) of text -> y (B, T, n_embd), which the head reads, after each of text_n_sup supervision steps."""
         x = self.wte(idx) * self.config.n_embd**0.5
         rope = self.rope(arc.positions(idx) if positions is None else positions)
-        y, z = self.start(x)
+        y, z = self.start(x, x.shape[1])
         each_pass = None if caches is None else iter(caches)
         for _ in range(self.config.text_n_sup):
             y, z = self.supervision_step(x, y.detach(), z.detach(), "text", rope, visible, starts, each_pass)
@@ -245,16 +246,36 @@ class Model(nn.Module):
 
     def embed_canvas(self, idx, words):
         """
-        idx (B, L), puzzle_words -> x (B, L, n_embd) of about unit size per channel, the rotation of its positions, and who can be seen.
+        idx (B, L), puzzle_words -> x (B, L, n_embd) of about unit size per channel, the rotation of its positions, who can be seen, and
+        None. With fold_input there are fewer than L, and instead of None (B, n) their places in the row.
 
         A blank cell of the canvas also gets the embedding of the test input's cell at the same place. Most puzzles keep most
-        cells; without this the core must first discover how to look up one cell among all (measured in LOG.md).
+        cells; without this the core must first discover how to look up one cell among all (measured in LOG.md). A canvas is never smaller
+        than the test input, so all of it is there: with fold_input the core does not get it a second time.
         """
         positions = arc.positions(idx)
         above = arc.same_place(idx, positions)
         x = F.embedding(idx - tok.EOT, words) + F.embedding(above - tok.EOT, words) * (above != tok.BLANK).unsqueeze(-1)
+        x, seen, places = x * self.config.n_embd**0.5, idx != tok.PAD, None
+        if self.config.fold_input:
+            folded = arc.without_input(idx, positions)
+            places = (~folded).byte().argsort(dim=1, stable=True)[:, : int(folded.sum(1).max())]  # what shorter rows lack, nobody sees
+            x, positions = (t.gather(1, places.unsqueeze(-1).expand(-1, -1, t.shape[-1])) for t in (x, positions))
+            seen = folded.gather(1, places)
         # Everyone sees everyone, padding excepted. Never None, even without padding: None is causal.
-        return x * self.config.n_embd**0.5, self.rope(positions), (idx != tok.PAD)[:, None, None, :]
+        return x, self.rope(positions), seen[:, None, None, :], places
+
+    def core_length(self, idx):
+        """How many places of each row of puzzles idx (B, L) go through the core."""
+        return int(arc.without_input(idx, arc.positions(idx)).sum(1).max()) if self.config.fold_input else idx.shape[1]
+
+    def puzzle_step(self, x, y, z, rope, visible, places):
+        """A supervision step: x and what comes with it as from embed_canvas, y and z (B, L, n_embd) of whole rows."""
+        if places is None:
+            return self.supervision_step(x, y, z, "puzzle", rope, visible)
+        at = places.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+        new = self.supervision_step(x, y.gather(1, at), z.gather(1, at), "puzzle", rope, visible)
+        return tuple(t.new_zeros(y.shape).scatter(1, at, t) for t in new)
 
     def halt_logit(self, y):
         """y (B, L, n_embd) -> (B,): above 0, the model thinks the answer is all correct. Read at the first token."""
@@ -293,11 +314,11 @@ class Model(nn.Module):
         new = carry["halted"]
         rows = {k: torch.where(new.view(-1, *[1] * (v.ndim - 1)), v, carry[k]) for k, v in fresh.items()}
         steps = torch.where(new, 0, carry["steps"]) + 1
-        x, rope, visible = self.embed_canvas(rows["idx"], words)
-        y, z = self.start(x)
+        x, rope, visible, places = self.embed_canvas(rows["idx"], words)
+        y, z = self.start(x, idx.shape[1])
         if "y" in carry:
             y, z = (torch.where(new[:, None, None], first, carry[k].to(x.dtype)) for first, k in ((y, "y"), (z, "z")))
-        y, z = self.supervision_step(x, y, z, "puzzle", rope, visible)
+        y, z = self.puzzle_step(x, y, z, rope, visible, places)
         return y, {**rows, "y": at_rest(y), "z": at_rest(z), "steps": steps}
 
     @torch.no_grad()
@@ -326,11 +347,11 @@ class Model(nn.Module):
         thought about, y (R, L, n_embd) is what they say, with probability (R,) all correct. A row whose probability has passed
         `halt` leaves the batch, so it costs nothing any more; None: all rows take all n_sup steps.
         """
-        x, rope, visible = self.embed_canvas(idx, self.puzzle_words())
-        y, z = self.start(x)
+        x, rope, visible, places = self.embed_canvas(idx, self.puzzle_words())
+        y, z = self.start(x, idx.shape[1])
         rows = torch.arange(len(idx), device=idx.device)
         for _ in range(n_sup or self.config.n_sup):
-            y, z = self.supervision_step(x, y, z, "puzzle", rope, visible)
+            y, z = self.puzzle_step(x, y, z, rope, visible, places)
             p = self.halt_logit(y).sigmoid()
             yield rows, y, p
             if halt is not None and (p > halt).any():
@@ -338,6 +359,7 @@ class Model(nn.Module):
                 if not on.any():
                     return
                 rows, x, y, z, visible, rope = rows[on], x[on], y[on], z[on], visible[on], tuple(t[on] for t in rope)
+                places = None if places is None else places[on]
 
     def canvases(self, tasks):
         """

@@ -84,6 +84,7 @@ text_n_sup: int | None = None
 right_to_left: bool | None = None  # Route B: in puzzles, the second of every three KDA layers reads from the end
 halt_exploration: float | None = None  # Route B: share of puzzles made to go on whatever the halting head says
 n_kv_head: int | None = None  # heads of keys and values in full attention, shared by groups of queries; None: as many as n_head
+fold_input: bool | None = None  # Route B: in puzzles, read the test input on the canvas alone
 separate_documents: bool | None = None  # documents that are packed into one row know nothing of each other
 recompute: bool | None = None  # go through each block again in the backward: a third more work, a fraction of the memory
 # ---- optimizer
@@ -386,7 +387,11 @@ while iteration < max_iters:
             new_carries[key] = loop.moved(carry, "cpu")
         losses.append(loss.detach())
         tokens += batch.tokens
-        flops += batch.tokens * net.flops_per_token(idx.shape[1], batch.mode, training=True)
+        length, computed = idx.shape[1], batch.tokens
+        if batch.mode == "puzzle" and net.puzzle_format == "canvas" and net.config.fold_input:
+            length = net.core_length(batch.idx)
+            computed = len(batch.idx) * length
+        flops += computed * net.flops_per_token(length, batch.mode, training=True)
     if too_much is not None:
         idx = targets = loss = carry = None
         new_carries.clear()

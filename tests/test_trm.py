@@ -209,6 +209,35 @@ def test_all_rows_may_halt_at_once():
     assert all(len(trace) == 5 for per_task in model.answer(TASKS, trace=True) for trace in per_task)
 
 
+# ---- reading the test input on the canvas alone
+
+
+def test_a_folded_row_is_the_row_without_its_test_input():
+    """By hand: each row by itself, what embed_canvas says of it, less the second last grid and the padding."""
+    model = trm(fold_input=True, n_sup=2, halt_exploration=0.0).train()
+    idx, targets = puzzle_batch("canvas", range(2))
+    idx = F.pad(idx, (0, 3), value=tok.PAD)
+    rows = [arc.without_input(row[None], arc.positions(row[None]))[0] for row in idx]
+    assert len({int(kept.sum()) for kept in rows}) > 1 and not any(kept[-3:].any() for kept in rows)
+    _, loss, carry = model(idx, F.pad(targets, (0, 3), value=-100), mode="puzzle")
+    _, y, _ = next(model.think(idx))
+    whole = trm(n_sup=2)
+    whole.load_state_dict(model.state_dict())
+    for b, kept in enumerate(rows):
+        marks = ((idx[b] == tok.INPUT) | (idx[b] == tok.OUTPUT)).cumsum(0)
+        assert torch.equal(kept, (idx[b] != tok.PAD) & (marks != marks.max() - 1) | (marks == 0))
+        x, _, _, _ = whole.embed_canvas(idx[b : b + 1], whole.puzzle_words())
+        rope = whole.rope(arc.positions(idx[b : b + 1])[:, kept])
+        first = whole.start(x, int(kept.sum()))
+        by_hand, _ = whole.supervision_step(x[:, kept], *first, "puzzle", rope, torch.ones(1, 1, 1, int(kept.sum()), dtype=torch.bool))
+        torch.testing.assert_close(y[b, kept], by_hand[0], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(carry["y"][b, kept], by_hand[0], rtol=1e-3, atol=1e-4)
+    assert model.core_length(idx) == max(int(kept.sum()) for kept in rows) < idx.shape[1] == whole.core_length(idx)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert [len(trace) for per_task in model.answer(TASKS, trace=True) for trace in per_task] == [2] * sum(len(t.test) for t in TASKS)
+
+
 # ---- the experiments
 
 
@@ -248,6 +277,8 @@ def test_test_puzzles_are_never_trained_on():
         return {row[row != tok.PAD].numpy().astype(np.uint16).tobytes() for _ in range(10) for row in batches.next_batch()[0]}
 
     assert len(tests) == 12 and tests & drawn(set()) and not tests & drawn(avoid)
+    others = {arc.encode("maze", t.test)[:-1].tobytes() for t in bench_recursion.unseen("maze-3", 12, seed=7)[0]}
+    assert len(others) == 12 and others != tests
 
 
 # ---- configs
