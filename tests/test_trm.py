@@ -248,6 +248,8 @@ def test_test_puzzles_are_never_trained_on():
         return {row[row != tok.PAD].numpy().astype(np.uint16).tobytes() for _ in range(10) for row in batches.next_batch()[0]}
 
     assert len(tests) == 12 and tests & drawn(set()) and not tests & drawn(avoid)
+    others = {arc.encode("maze", t.test)[:-1].tobytes() for t in bench_recursion.unseen("maze-3", 12, seed=7)[0]}
+    assert len(others) == 12 and others != tests
 
 
 # ---- configs
