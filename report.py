@@ -7,7 +7,7 @@ report.html: what an evaluation found, to look at: figures with intervals, curve
 One file that opens from disk and fetches nothing: report_template.html with the data put in. In it: arrow keys or j and k go through the
 tasks, comma and full stop through Route B's supervision steps; the address names the task, so it can be sent to somebody.
 
-eval_arc.py writes it after every evaluation; its docstring says what is in the files it is drawn from.
+eval_arc.py writes it after every evaluation; its docstring says what is in the files it is drawn from. Read next: report_template.html.
 """
 
 import glob
@@ -114,7 +114,8 @@ def page(data, title):
 def write(out_dir, json_name="eval.json"):
     """Draw out_dir/report.html. -> its path. Written whole or not at all; raises as gather() does."""
     data = gather(out_dir, json_name)
-    text = page(data, " and ".join(m["name"] for m in data["models"][:3]) or os.path.basename(os.path.abspath(out_dir)))
+    title = " and ".join(m["name"] for m in data["models"])
+    text = page(data, title if 0 < len(title) < 60 else os.path.basename(os.path.abspath(out_dir)))
     path = os.path.join(out_dir, "report.html")
     write_whole(text.encode(), path)
     return path
