@@ -5,7 +5,7 @@ The evaluation: how many unseen tasks does a checkpoint solve, exactly, and what
     python eval_arc.py A/ckpt.pt B/ckpt.pt --out_dir=out/compare       several, on the same tasks, side by side, with a paired test
     python eval_arc.py CKPT --suites=sudoku4,arc1 --limit=20           a quick look: the first 20 tasks of two suites
     python eval_arc.py CKPT --suites=arc1 --augment=16 --ttt_steps=32  all that helps: 16 views of each task, a model tuned to each
-    python eval_arc.py CKPT --suites=arc1 --augment=16 --n_sup=2 --halt=0.9      Route B, 16 views, at an eighth of the cost or less
+    python eval_arc.py CKPT --suites=arc1 --augment=11 --n_sup=2 --halt=0.9      Route B: many views, few steps, the cheapest votes
     python eval_arc.py CKPT --tasks=my_tasks                           your own ARC-style JSON files
     python eval_arc.py out/route_b_stage3 --watch                      every new checkpoint of a folder; curves in evals.png
     torchrun --nproc_per_node=2 eval_arc.py CKPT ...                   the same answers from two GPUs
@@ -14,9 +14,9 @@ The suites are in suites.py. A task is solved when all its test outputs are righ
 in arc1 and arc2, as ARC's rules allow, one in puzzles. A task that does not fit into the model's block_size is not solved and is
 counted in `too_long` as well. The model is handed tasks with their test outputs taken out.
 
-All of arc1 in 16 views, the 100M models on two T4s (projected, `bench.py answer`): Route A 20 minutes; Route B 5.7 hours with its 16
-supervision steps, 21 to 43 minutes with --n_sup=2 --halt=0.9, by how often it is sure after one step. --augment=11 with these stays under
-30. In LOG.md two steps were as good as more, and many views were worth more than many steps: ask your checkpoint with
+All of arc1, the 100M models on two T4s (projected, `bench.py answer`): Route A in 16 views 8 minutes; Route B in 16 views 5.7 hours with
+its 16 supervision steps, 21 to 43 minutes with --n_sup=2 --halt=0.9, by how often it is sure after one step, and 15 to 29 in 11 views. In
+LOG.md two steps were as good as more, and many views were worth more than many steps: ask your checkpoint with
 `python bench.py answer --checkpoint=CKPT`.
 
 A run that was killed goes on where it was: what has been answered, by the same checkpoint with the same settings, is not asked again.
@@ -40,7 +40,7 @@ sources}, ...), how it was evaluated (settings, device, seconds, gpu_hours, prot
     verdicts                        {'right', 'differs', 'breaks a rule', 'unfinished', 'wrong size', 'no answer': count}, first attempts
     cells_right, cells_right_by_copying     share of cells right in the first attempt, and if the input itself were the answer
     against                         {other model: {only_this, only_other, p}}: tasks that one solves and the other does not, exact McNemar
-    seconds, available              time taken; tasks that the suite has, of which --limit may have taken the first
+    seconds, available              time taken, of all processes together; tasks that the suite has, of which --limit may take the first
 
 answers.jsonl: a line for every model, suite and task tried, {...}:
 
@@ -238,7 +238,7 @@ def table(report):
     if len(rows) > 1:
         lines += columns(rows) + [""]
         more = {suite: s["attempts"] for suite, s in first.items() if s.get("attempts", 1) > 1}
-        allowed = f"{max(more.values())} attempts in {', '.join(more)}, 1 in puzzles" if more else "1 attempt"
+        allowed = f"{max(more.values())} attempts in {', '.join(more)}, 1 in others" if more else "1 attempt"
         lines.append(f"solved: tasks with all test outputs right ({allowed}); oracle: with any of the candidates.")
     if limited:
         lines.append(f"Limited to the first {tried} tasks of each; there are {', '.join(limited)}.")
@@ -417,6 +417,7 @@ def say_suite(name, suite, s):
     """A line on one model and suite, as soon as it is known."""
     cells, copied = s["cells_right"], s["cells_right_by_copying"]
     print(f"{name} {suite}: {s['solved']} of {s['total']} solved, {s['too_long']} too long"
+          + (f", {s['unknown']} more answered whose outputs nobody gave" if s["unknown"] else "")
           + ("" if cells is None else f"; {cells:.1%} of cells right (copying the input: {copied:.1%})")
           + f"; {s['seconds']:.1f} s", flush=True)  # fmt: skip
 

@@ -240,6 +240,7 @@ class Evaluation:
         if self.process.returncode == 0:
             with open(os.path.join(self.out_dir, "eval_step", "eval.json")) as f:
                 (figures,) = json.load(f).values()
+            figures["checkpoint"] = os.path.join(self.out_dir, "ckpt.pt")  # the second name is soon gone
             solved = {suite: f"{r['solved']}/{r['total']}" for suite, r in figures["suites"].items() if "solved" in r}
             self.say(f"step {self.step}: solved " + ", ".join(f"{suite} {n}" for suite, n in solved.items()))
             write_log({"iter": self.step, **figures}, os.path.join(self.out_dir, "evals.jsonl"), self.say)

@@ -114,7 +114,8 @@ def page(data, title):
 def write(out_dir, json_name="eval.json"):
     """Draw out_dir/report.html. -> its path. Written whole or not at all; raises as gather() does."""
     data = gather(out_dir, json_name)
-    text = page(data, " and ".join(m["name"] for m in data["models"][:3]) or os.path.basename(os.path.abspath(out_dir)))
+    title = " and ".join(m["name"] for m in data["models"])
+    text = page(data, title if 0 < len(title) < 60 else os.path.basename(os.path.abspath(out_dir)))
     path = os.path.join(out_dir, "report.html")
     write_whole(text.encode(), path)
     return path

@@ -18,6 +18,7 @@ import os
 import time
 
 import checkpoint
+import configurator
 import logbook
 import report
 import scores
@@ -74,8 +75,12 @@ def evaluate(path, args, run, out_dir, evals):
         print(f"\n{path}, step {step}", flush=True)
         run(argparse.Namespace(**{**vars(args), "checkpoints": [link], "out_dir": into, "json": "eval.json"}))
         with open(os.path.join(into, "eval.json"), encoding="utf-8") as f:
-            (figures,) = json.load(f).values()
-        problem = logbook.append({"iter": step, **figures, "checkpoint": path}, evals)
+            found = json.load(f)
+        (figures,) = found.values()
+        figures["checkpoint"] = path
+        configurator.save(found, f.name)
+        report.write(into)
+        problem = logbook.append({"iter": step, **figures}, evals)
         if problem:
             print(problem)
         draw(evals, os.path.join(out_dir, "evals.png"))

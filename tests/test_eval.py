@@ -174,7 +174,7 @@ def test_both_routes_through_the_command_line(checkpoints, tmp_path, monkeypatch
     assert a["sha256"] != b["sha256"] and a["n_sup"] is None
     assert list(a["suites"]["arc1"]["against"]) == ["route_b"]
     assert min(matplotlib.image.imread(tmp_path / "grids.png").shape[:2]) > 100
-    assert "2 of 400 in arc1" in out and "9.250" in out
+    assert "first 2 tasks" in out and "400 in arc1" in out and "9.250" in out
 
     records = answers(tmp_path)
     assert len(records) == 16
@@ -326,6 +326,7 @@ def test_watching_a_folder(checkpoints, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="stopped"):
         call(monkeypatch, folder, "--watch", "--suites=sudoku4", "--limit=2", "--device=cpu")
     lines = [json.loads(line) for line in (folder / "evals.jsonl").read_text().splitlines()]
+    assert {line["checkpoint"] for line in lines} == {str(folder / "ckpt.pt")}
     assert [line["iter"] for line in lines] == [7, 9] and all(line["suites"]["sudoku4"]["total"] == 2 for line in lines)
     assert "notes.pt is left out" in capsys.readouterr().out
     assert matplotlib.image.imread(folder / "evals.png").shape[0] > 100
