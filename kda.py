@@ -88,18 +88,8 @@ def kda_step(q, k, v, g, beta, state, scale=None):
 # On a CPU the gates are looked at and each chunk's blocks made as large as they allow, usually the whole chunk. Looking would make
 # a GPU wait, so there, as near a reset, blocks are the smallest, whose few pairs are computed one by one.
 #
-# Tensors of chunks are (M, C, D): the chunks of all sequences and heads, first chunks first, so that a step of the loop over a
-# sequence works on one slice. `low` is the type of the factors of matrix products: float16 where tensor cores want it.
-
-
-class Plan(NamedTuple):
-    """How tokens are cut into chunks: `active` sequences have an n-th chunk, for n = 0, 1, ...; the rest only for packed sequences."""
-
-    C: int
-    active: list  # falls, since packed sequences are put in order of length
-    order: list | None = None  # of the packed sequences, longest first
-    index: torch.Tensor | None = None  # (chunks * C,) the token of each place, T for padding
-    place: torch.Tensor | None = None  # (T,) the place of each token
+# Tensors of chunks are (M, C, D): the first chunks of all sequences and heads, then the second ones, so that a step of the loop over
+# sequences, all of one length, works on one slice. `low` is the type of the factors of matrix products: float16 where tensor cores want it.
 
 
 def chunk_length(T, device):
@@ -125,42 +115,18 @@ def sequence_bounds(cu_seqlens, T):
     return bounds
 
 
-def make_plan(B, T, C, device, cu_seqlens):
-    if cu_seqlens is None:
-        return Plan(C, [B] * -(-T // C))
-    starts = sequence_bounds(cu_seqlens, T)
-    lengths = [b - a for a, b in zip(starts, starts[1:])]
-    order = sorted(range(len(lengths)), key=lambda n: -lengths[n])
-    active = [sum(length > n * C for length in lengths) for n in range(-(-max(lengths) // C))]
-    index = torch.full((sum(active), C), T)
-    at = 0
-    for n, count in enumerate(active):
-        for row, s in enumerate(order[:count]):
-            tokens = torch.arange(starts[s] + n * C, min(starts[s] + (n + 1) * C, starts[s + 1]))
-            index[at + row, : len(tokens)] = tokens
-        at += count
-    index = index.flatten()
-    place = torch.empty(T + 1, dtype=torch.long)
-    place[index] = torch.arange(len(index))
-    return Plan(C, active, order, index.to(device), place[:T].to(device))
-
-
-def to_chunks(t, plan):
+def to_chunks(t, C):
     """(B, T, H, D) -> (M, C, D). Padding tokens are all zeros: with k = beta = g = 0 they leave the state alone."""
     B, T, H, D = t.shape
-    C, N = plan.C, len(plan.active)
-    if plan.index is None:
-        t = F.pad(t, (0, 0, 0, 0, 0, N * C - T)) if N * C > T else t
-        return t.reshape(B, N, C, H, D).permute(1, 0, 3, 2, 4).reshape(N * B * H, C, D)
-    return F.pad(t[0], (0, 0, 0, 0, 0, 1))[plan.index].view(-1, C, H, D).transpose(1, 2).reshape(-1, C, D)
+    N = -(-T // C)
+    t = F.pad(t, (0, 0, 0, 0, 0, N * C - T)) if N * C > T else t
+    return t.reshape(B, N, C, H, D).permute(1, 0, 3, 2, 4).reshape(N * B * H, C, D)
 
 
-def from_chunks(x, plan, B, T, H):
+def from_chunks(x, B, T, H):
     """The inverse: (M, C, D) -> (B, T, H, D)."""
-    C, N, D = plan.C, len(plan.active), x.shape[-1]
-    if plan.index is None:
-        return x.view(N, B, H, C, D).permute(1, 0, 3, 2, 4).reshape(B, N * C, H, D)[:, :T]
-    return x.view(-1, H, C, D).transpose(1, 2).reshape(-1, H, D)[plan.place].unsqueeze(0)
+    _, C, D = x.shape
+    return x.view(-1, B, H, C, D).permute(1, 0, 3, 2, 4).reshape(B, -1, H, D)[:, :T]
 
 
 def mm(a, b, low):
@@ -454,42 +420,35 @@ def opposite_beside(dR, do):
     return rows
 
 
-def chunk_forward(q, k, v, g, beta, scale, state, want_state, plan, low):
+def chunk_forward(q, k, v, g, beta, scale, state, want_state, heads, low):
     """
-    q, k, g (M, C, K); v (M, C, V); beta (M, C, 1), all float32 or float64; state (N, H, K, V) or None for zeros, sequences longest
-    first. Returns o (M, C, V), the final state or None, and for the backward X, Q (M, C, C) and the state that every chunk reads
-    (M, K, V), None if there is only one chunk and no state before it.
+    q, k, g (M, C, K); v (M, C, V); beta (M, C, 1), all float32 or float64; state (heads, K, V) or None for zeros, `heads` being those of
+    all sequences together. Returns o (M, C, V), the final state or None, and for the backward X, Q (M, C, C) and the state that every
+    chunk reads (M, K, V), None if there is only one chunk and no state before it.
     """
     M, C, K = q.shape
-    V, H, few = v.shape[-1], M // sum(plan.active), chunk_length(C, q.device)[1]
+    V, few = v.shape[-1], chunk_length(C, q.device)[1]
     x = with_beta_and_scale(k, beta, q, scale)
     f = factors(x, k, g, few, low)
     X, Q = unit_lower_inverse(f.A[:, 0], few, low).to(low), f.A[:, 1].to(low, copy=True)
     Q.diagonal(dim1=-2, dim2=-1).copy_((x[:, 1] * k).sum(-1))
     new = beta * v
-    if state is None and not plan.order and len(plan.active) == 1:
+    if state is None and M == heads:
         new = mm(X, new, low)
-        return mm(Q, new, low), torch.bmm(f.k_out.mT, new).unflatten(0, (-1, H)) if want_state else None, X, Q, None
-    N = len(plan.order) if plan.order else plan.active[0]
-    state = q.new_zeros(N * H, K, V) if state is None else state.flatten(0, 1)
+        return mm(Q, new, low), torch.bmm(f.k_out.mT, new) if want_state else None, X, Q, None
+    state = q.new_zeros(heads, K, V) if state is None else state
     k_in, q_in, k_out, S = f.x_in[:, 0].to(low), f.x_in[:, 1], f.k_out.mT.to(low), q.new_empty(M, K, V)
-    final, a = [], 0
-    for count in plan.active:
-        b = a + count * H
-        if b - a < len(state):  # packed sequences that have ended; they are the shortest, so the last
-            final.append(state[b - a :])
-            state = state[: b - a]
+    for a in range(0, M, heads):
+        b = a + heads
         read = torch.mul(f.pre[a:b], state, out=S[a:b])
         new[a:b] = mm(X[a:b], addmm(new[a:b], k_in[a:b], read, low, alpha=-1), low)
         state = addmm(f.decay[a:b] * read, k_out[a:b], new[a:b], low)
-        a = b
-    final = torch.cat([state, *reversed(final)]).unflatten(0, (-1, H)) if want_state else None
-    return addmm(mm(Q.to(v.dtype), new, low), q_in, S, low), final, X, Q, S
+    return addmm(mm(Q.to(v.dtype), new, low), q_in, S, low), state, X, Q, S
 
 
-def chunk_backward(q, k, v, g, beta, scale, plan, low, X, Q, S, do, d_state):
+def chunk_backward(q, k, v, g, beta, scale, heads, low, X, Q, S, do, d_state):
     """
-    Gradients of `chunk_forward` in q, k, v, g, beta and the initial state (None if S is), from do (M, C, V) and d_state (N, H, K, V)
+    Gradients of `chunk_forward` in q, k, v, g, beta and the initial state (None if S is), from do (M, C, V) and d_state (heads, K, V)
     or None for zeros. With dR the gradient of R = beta (v - (k e^G) S), which X was multiplied by:
 
         d_new = Q^T do + k_out dS'        dR = X^T d_new        dS = decay dS' + q_in^T do - k_in^T dR        last chunk to first
@@ -498,7 +457,7 @@ def chunk_backward(q, k, v, g, beta, scale, plan, low, X, Q, S, do, d_state):
     because X = (I + beta P)^-1 gives dX = X^T (..) X^T: the gradient of beta P is -X^T (d_new R^T) X^T = -dR new^T.
     """
     M, C, K = q.shape
-    V, H, few = v.shape[-1], M // sum(plan.active), chunk_length(C, q.device)[1]
+    V, few = v.shape[-1], chunk_length(C, q.device)[1]
     x = with_beta_and_scale(k, beta, q, scale)
     f = factors(x, k, g, few, low, pairs=False)
     X, Q = X.to(v.dtype), Q.to(v.dtype)
@@ -511,7 +470,6 @@ def chunk_backward(q, k, v, g, beta, scale, plan, low, X, Q, S, do, d_state):
     dx_in = dk_out = d_decay = None
     if S is None:
         if d_state is not None:
-            d_state = d_state.flatten(0, 1)
             dR = addmm(dR, f.k_out, d_state, low)
             dk_out, dx_in, d_decay = mm(new, d_state.mT, low), torch.zeros_like(x), torch.zeros_like(k[:, :1])
         d_first, dR = None, mm(X.mT, dR, low)
@@ -519,18 +477,13 @@ def chunk_backward(q, k, v, g, beta, scale, plan, low, X, Q, S, do, d_state):
     else:  # from the last chunk to the first; d_state is the gradient of the state that leaves a chunk
         k_in, k_out, Xt, dS = f.x_in[:, 0].mT.to(low), f.k_out.to(low), X.mT.to(low), torch.empty_like(S)
         d_read = mm(f.x_in[:, 1].mT, do, low)
-        N = len(plan.order) if plan.order else plan.active[0]
-        waiting = q.new_zeros(N * H, K, V) if d_state is None else d_state.flatten(0, 1)
-        d_state, b = waiting[: plan.active[-1] * H], M
-        for count in reversed(plan.active):
-            a = b - count * H
-            if b - a > len(d_state):  # shorter packed sequences end with this chunk
-                d_state = torch.cat([d_state, waiting[len(d_state) : b - a]])
+        d_state = q.new_zeros(heads, K, V) if d_state is None else d_state
+        for a in range(M - heads, -1, -heads):
+            b = a + heads
             dS[a:b] = d_state
             dR[a:b] = mm(Xt[a:b], addmm(dR[a:b], k_out[a:b], d_state, low), low)
             d_state = addmm(d_read[a:b].addcmul_(f.decay[a:b], d_state), k_in[a:b], dR[a:b], low, alpha=-1).mul_(f.pre[a:b])
-            b = a
-        d_first = torch.cat([d_state, waiting[len(d_state) :]]).unflatten(0, (-1, H))  # packed sequences without a token come last
+        d_first = d_state
         rows = opposite_beside(dR, do)
         dx_in, dk_out = mm(rows, S.mT, low).view(M, 2, C, K), mm(new, dS.mT, low)
         d_decay = (dS.mul_(S) @ torch.ones_like(S[0, 0, :, None])).mul_(f.decay).mT
@@ -650,46 +603,70 @@ def kda_op(
     return chunk_op(q, k, v, g, beta, initial_state, cu_seqlens, scale, want_state)
 
 
-def stretches_of_tokens(q, v, C, cu_seqlens):
+def parts_of(q, v, C, cu_seqlens):
     """
-    Slices of the T tokens, whole chunks each, that are worked through one after the other, the state passed on. On a CPU, where a tensor
-    from 32 MB on is fresh pages from the system every time, long inputs make several; elsewhere, and for packed sequences, one.
+    What is worked through one after the other: [(tokens, sequences, chunks)]. t[tokens] is (b, L, H, D) of the inputs, state[sequences] are
+    the b states that go with them, X[chunks] is what is kept for the backward. Packed sequences are sorted by their number of chunks; where
+    they end before others of their part, there is padding, token T. Otherwise a part is a stretch of tokens of all sequences: on
+    a CPU, where a tensor from 32 MB on is fresh pages from the system every time, long inputs have several.
     """
     B, T, H, K = q.shape
-    if q.device.type != "cpu" or cu_seqlens is not None:
-        return [slice(0, T)]
-    n = C * max(1, AT_ONCE // (B * C * H * max(K, v.shape[-1])))
-    return [slice(a, min(a + n, T)) for a in range(0, T, n)]
+    if cu_seqlens is None:
+        n = max(1, AT_ONCE // (B * C * H * max(K, v.shape[-1]))) if q.device.type == "cpu" else -(-T // C)
+        starts = range(0, T, n * C)
+        return [((slice(None), slice(a, min(a + n * C, T))), slice(None), slice(a // C * B * H, (a // C + n) * B * H)) for a in starts]
+    bounds, parts, first = torch.tensor(sequence_bounds(cu_seqlens, T)), [], 0
+    chunks = (bounds.diff() + C - 1) // C
+    for n in chunks[chunks > 0].unique().tolist():
+        sequences = (chunks == n).nonzero().squeeze(1)
+        tokens = bounds[sequences, None] + torch.arange(n * C)
+        tokens[tokens >= bounds[sequences + 1, None]] = T
+        own = slice(first, first + len(sequences) * n * H)
+        parts.append(((0, tokens.to(q.device)), sequences.to(q.device), own))
+        first = own.stop
+    return parts
+
+
+def with_padding(t, cu_seqlens):
+    """(B, T, H, D), and after packed sequences a token of zeros."""
+    return t if cu_seqlens is None else F.pad(t, (0, 0, 0, 0, 0, 1))
+
+
+def put_together(pieces, parts, T, cu_seqlens):
+    """pieces[i] (b, L, H, D), what parts[i] made of its tokens -> (B, T, H, D)."""
+    if cu_seqlens is None:
+        return pieces[0] if len(parts) == 1 else torch.cat(pieces, 1)
+    whole = pieces[0].new_empty(1, T + 1, *pieces[0].shape[2:])
+    for (tokens, *_), piece in zip(parts, pieces):
+        whole[tokens] = piece
+    return whole[:, :T]
 
 
 def chunk_op(q, k, v, g, beta, initial_state, cu_seqlens, scale, want_state):
     """`kda_op` in the chunked form."""
     B, T, H, K = q.shape
     V, (wide, low), (C, _) = v.shape[-1], precision(q, k, v, g, beta), chunk_length(T, q.device)
-    parts, state = [], None if initial_state is None else initial_state.to(wide)
-    all_tokens = stretches_of_tokens(q, v, C, cu_seqlens)
-    if state is None and len(all_tokens) > 1:
-        state = q.new_zeros(B, H, K, V, dtype=wide)
+    parts, outputs, saved = parts_of(q, v, C, cu_seqlens), [], []
+    inputs = [with_padding(t, cu_seqlens) for t in (q, k, v, g, beta.unsqueeze(-1))]
+    nothing_before = initial_state is None and cu_seqlens is None and T <= C  # then no chunk reads a state, and S is empty
+    state = None if initial_state is None else initial_state.to(wide, copy=True)
+    if state is None and (want_state or not nothing_before):
+        state = q.new_zeros(B if cu_seqlens is None else len(cu_seqlens) - 1, H, K, V, dtype=wide)
     with torch.autocast(q.device.type, enabled=False), as_tf32(v):
-        for part in all_tokens:
-            inputs = [t[:, part].to(wide) for t in (q, k, v, g, beta.unsqueeze(-1))]
-            length = inputs[0].shape[1]
-            plan = make_plan(B, length, C, q.device, cu_seqlens)
-            if state is not None and plan.order:
-                state = state[plan.order]
-            want = want_state or part.stop < T
-            o, state, X, Q, S = chunk_forward(*(to_chunks(t, plan) for t in inputs), scale, state, want, plan, low)
-            parts.append((from_chunks(o, plan, B, length, H).to(v.dtype), X, Q, q.new_empty(0, dtype=wide) if S is None else S))
-    if len(parts) == 1:
-        o, X, Q, S = parts[0]
-    else:
-        outputs, *saved = zip(*parts)
-        o, (X, Q, S) = torch.cat(outputs, 1), map(torch.cat, saved)
-    if plan.order:
-        state = state[torch.tensor(plan.order).argsort()] if want_state else None
-        extra = saved_chunks(B, T, C, cu_seqlens) * H - len(X)
-        X, Q, S = (F.pad(t, (0, 0, 0, 0, 0, extra)) for t in (X, Q, S))
-    return o.contiguous(), state if want_state else q.new_empty(0, dtype=wide), X, Q, S
+        for tokens, sequences, _ in parts:
+            part = [t[tokens].to(wide) for t in inputs]
+            b, L = part[0].shape[:2]
+            before = None if nothing_before else state[sequences].flatten(0, 1)
+            o, after, X, Q, S = chunk_forward(*(to_chunks(t, C) for t in part), scale, before, state is not None, b * H, low)
+            if state is not None:
+                state[sequences] = after.unflatten(0, (b, H))
+            outputs.append(from_chunks(o, b, L, H).to(v.dtype))
+            saved.append((X, Q, q.new_empty(0, dtype=wide) if S is None else S))
+    o = put_together(outputs, parts, T, cu_seqlens).contiguous()
+    X, Q, S = saved[0] if len(saved) == 1 else map(torch.cat, zip(*saved))
+    if cu_seqlens is not None:
+        X, Q, S = (F.pad(t, (0, 0, 0, 0, 0, saved_chunks(B, T, C, cu_seqlens) * H - len(t))) for t in (X, Q, S))
+    return o, state if want_state else q.new_empty(0, dtype=wide), X, Q, S
 
 
 @kda_op.register_fake
@@ -730,32 +707,29 @@ def chunk_backward_op(q, k, v, g, beta, initial_state, cu_seqlens, scale, X, Q, 
     """`kda_backward_op` in the chunked form."""
     B, T, H, K = q.shape
     (wide, low), (C, _) = precision(q, k, v, g, beta), chunk_length(T, q.device)
-    parts, d_state = [], d_final
-    all_tokens = stretches_of_tokens(q, v, C, cu_seqlens)
+    parts, pieces = parts_of(q, v, C, cu_seqlens), []
+    *inputs, do = (with_padding(t, cu_seqlens) for t in (q, k, v, g, beta.unsqueeze(-1), do))
+    d_state = None if d_final is None else d_final.to(wide, copy=True)
+    if d_state is None and S.numel():
+        d_state = q.new_zeros(B if cu_seqlens is None else len(cu_seqlens) - 1, H, K, v.shape[-1], dtype=wide)
     with torch.autocast(q.device.type, enabled=False), as_tf32(v):
-        for part in reversed(all_tokens):
-            d_o = do[:, part].to(wide)
+        for tokens, sequences, own in reversed(parts):
+            *part, d_o = (t[tokens].to(wide) for t in (*inputs, do))
+            b, L = d_o.shape[:2]
+            d_after = None if d_state is None else d_state[sequences].flatten(0, 1)
             if low == torch.float16:
                 # A scaled loss makes large gradients, and the backward is linear in them: near one, float16 neither overflows nor vanishes.
                 size = d_o.abs().amax()
-                size = (size if d_state is None else torch.maximum(size, d_state.abs().amax())).clamp(min=1e-30)
-                d_o, d_state = d_o / size, None if d_state is None else d_state / size
-            inputs = [t[:, part].to(wide) for t in (q, k, v, g, beta.unsqueeze(-1))]
-            length = inputs[0].shape[1]
-            plan = make_plan(B, length, C, q.device, cu_seqlens)
-            if plan.order and d_state is not None:
-                d_state = d_state[plan.order]
-            first = part.start // C * B * H
-            own = slice(first, first + sum(plan.active) * H)
+                size = (size if d_after is None else torch.maximum(size, d_after.abs().amax())).clamp(min=1e-30)
+                d_o, d_after = d_o / size, None if d_after is None else d_after / size
             saved = X[own], Q[own], S[own] if S.numel() else None
-            chunks = (to_chunks(t, plan) for t in inputs)
-            *grads, d_state = chunk_backward(*chunks, scale, plan, low, *saved, to_chunks(d_o, plan), d_state)
-            if plan.order:
-                d_state = d_state[torch.tensor(plan.order).argsort()]
+            *grads, d_before = chunk_backward(*(to_chunks(t, C) for t in part), scale, b * H, low, *saved, to_chunks(d_o, C), d_after)
             if low == torch.float16:
-                grads, d_state = [t * size for t in grads], None if d_state is None else d_state * size
-            parts.append([from_chunks(t, plan, B, length, H).to(like.dtype) for t, like in zip(grads, (q, k, v, g, beta))])
-    grads = parts[0] if len(parts) == 1 else [torch.cat(t, 1) for t in zip(*reversed(parts))]
+                grads, d_before = [t * size for t in grads], None if d_before is None else d_before * size
+            if d_before is not None:
+                d_state[sequences] = d_before.unflatten(0, (b, H))
+            pieces.append([from_chunks(d, b, L, H).to(t.dtype) for d, t in zip(grads, inputs)])
+    grads = [put_together(d, parts, T, cu_seqlens) for d in zip(*reversed(pieces))]
     grads[4] = grads[4].squeeze(-1)
     d_state = q.new_empty(0) if initial_state is None else d_state.to(initial_state.dtype)
     return *(t.contiguous() for t in grads), d_state

@@ -212,8 +212,8 @@ def test_long_inputs_go_through_a_stretch_of_tokens_at_a_time(monkeypatch):
         want, d_want = run(by_reference, inputs, torch.float64, state, weights)
         for chunks in (0, 1, 2):
             monkeypatch.setattr(kda_file, "AT_ONCE", chunks * 64 * whole[0][:, 0].numel())
-            stretches = kda_file.stretches_of_tokens(whole[0], whole[2], 64, None)
-            assert len(stretches) == -(-T // (64 * max(1, chunks))) and stretches[-1].stop == T
+            parts = kda_file.parts_of(whole[0], whole[2], 64, None)
+            assert len(parts) == -(-T // (64 * max(1, chunks))) and parts[-1][0][1].stop == T
             got, d_got = run(lambda i: by_kda(i, state), inputs, torch.float32, state, weights)
             check(got, want, 1e-5, f"{chunks} chunks at a time, T={T}")
             check(d_got, d_want, 1e-4, f"{chunks} chunks at a time, T={T}")
