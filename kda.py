@@ -80,13 +80,12 @@ def kda_step(q, k, v, g, beta, state, scale=None):
 #     X = (I + beta P)^-1        new = X beta (v - (k e^G) S)        o = (q e^G) S + Q new        S' = e^{G_C} S + (k e^{G_C - G})^T new
 #
 # The one difficulty is exp(G_i - G_j) under a sum over channels: as a product of two factors, exp(G_i - ref) exp(ref - G_j), it is a
-# matmul, but the second factor overflows where a chunk forgets a lot. So P and Q are built in two ways at once:
-#   - blocks of tokens on the diagonal whose whole decay is mild: one matmul each, with ref half-way;
-#   - pairs of tokens in different blocks, by merging neighbouring blocks: a pair across a border decays from j to the border, then
-#     from the border to i. Both factors are <= 1. The exponents are sums, never differences, so nothing cancels, and g = -inf
-#     (a reset) gives exp(-inf) = 0 exactly, never inf - inf.
-# On a CPU the gates are looked at and each chunk's blocks made as large as they allow, usually the whole chunk. Looking would make
-# a GPU wait, so there, as near a reset, blocks are the smallest, whose few pairs are computed one by one.
+# matmul, but the second factor overflows where a chunk forgets a lot. So P and Q are built in one of two ways:
+#   - `mild_factors`, for chunks whose whole decay is mild: one matmul, with ref half-way;
+#   - `steep_factors`, for any: pairs of tokens in different blocks, by merging neighbouring blocks. A pair across a border decays from j
+#     to the border, then from the border to i. Both factors are <= 1. The exponents are sums, never differences, so nothing cancels, and
+#     g = -inf (a reset) gives exp(-inf) = 0 exactly, never inf - inf. The few pairs in the smallest blocks are computed one by one.
+# On a CPU the gates are looked at, and nearly all chunks are mild. Looking would make a GPU wait, so there all chunks count as steep.
 #
 # Tensors of chunks are (M, C, D): the first chunks of all sequences and heads, then the second ones, so that a step of the loop over
 # sequences, all of one length, works on one slice. `low` is the type of the factors of matrix products: float16 where tensor cores want it.
@@ -163,13 +162,6 @@ def halves(t, block):
     return t.unflatten(-2, (-1, 2, block)).unbind(-3)
 
 
-def mild_factors(g):
-    """g (..., C, K) with a mild sum -> late, early, whose product for tokens i >= j is exp(G_i - G_j)."""
-    G = g.cumsum(-2)
-    late = (G - G[..., -1:, :] / 2).exp_()
-    return late, late.reciprocal()
-
-
 def from_here(t):
     """(..., C, K) -> sums over each token and all after it."""
     return t.flip(-2).cumsum(-2).flip(-2)
@@ -180,33 +172,26 @@ def before_here(t):
     return F.pad(t[..., :-1, :].cumsum(-2), (0, 0, 1, 0))
 
 
-def choose_blocks(g, few):
+def mild_and_steep(g):
     """
-    g (M, C, K) -> [(which chunks, length of the blocks on their diagonal, resets)]; `which` indexes the first dimension. Tokens that
-    forget everything, as where a document starts, do not keep a chunk from being mild: resets is None or (which of the group's
-    chunks have them, booleans (., C)).
+    g (M, C, K) -> [(which chunks, whether they are mild, resets)]; `which` indexes the first dimension. Tokens that
+    forget everything, as where a document starts, do not keep a chunk from being mild: resets is None or (which of the mild chunks have
+    them, booleans (., C)).
     """
-    M, C, K = g.shape
-    if g.is_cuda:
-        return [(slice(None), few, None)]
-    groups, rest, block = [], slice(None), C
-    while block > few:
-        mild, resets = g[rest].unflatten(1, (-1, block)).sum(2).amin((1, 2)) > -MILD, None
-        if block == C and not mild.all():
-            hard = (~mild).nonzero().squeeze(1)
-            all_gone = g[hard].amax(-1) == -math.inf
-            only_resets = g[hard].masked_fill(all_gone.unsqueeze(-1), 0).sum(1).amin(1) > -MILD
-            if only_resets.any():
-                mild[hard[only_resets]] = True
-                resets = (mild.cumsum(0) - 1)[hard[only_resets]], all_gone[only_resets]
-        if mild.all():
-            return groups + [(rest, block, resets)]
-        if mild.any():
-            here = torch.arange(M)[rest]
-            groups.append((here[mild], block, resets))
-            rest = here[~mild]
-        block //= 2
-    return groups + [(rest, few, None)]
+    everything = slice(None)
+    if g.is_cuda or g.shape[1] <= FEW:
+        return [(everything, False, None)]
+    mild, resets = g.sum(1).amin(1) > -MILD, None
+    if not mild.all():
+        steep = (~mild).nonzero().squeeze(1)
+        all_gone = g[steep].amax(-1) == -math.inf
+        only_resets = g[steep].masked_fill(all_gone.unsqueeze(-1), 0).sum(1).amin(1) > -MILD
+        if only_resets.any():
+            mild[steep[only_resets]] = True
+            resets = (mild.cumsum(0) - 1)[steep[only_resets]], all_gone[only_resets]
+    if mild.all() or not mild.any():
+        return [(everything, bool(mild.all()), resets)]
+    return [(mild.nonzero().squeeze(1), True, resets), ((~mild).nonzero().squeeze(1), False, None)]
 
 
 class Factors(NamedTuple):
@@ -226,19 +211,38 @@ class Factors(NamedTuple):
 def factors(x, k, g, few, low, pairs=True):
     """x (M, 2, C, K), k and g (M, C, K) -> Factors, with A None unless `pairs`."""
     M, R, C, K = x.shape
-    groups = choose_blocks(g, few)
+    groups = mild_and_steep(g)
     if len(groups) == 1:
-        *parts, exps = factors_in_blocks(x, k, g, *groups[0][1:], few, low, pairs)
+        _, mild, resets = groups[0]
+        *parts, exps = mild_factors(x, k, g, resets, pairs) if mild else steep_factors(x, k, g, few, low, pairs)
         return Factors(*parts, [(*groups[0], exps)])
     full = Factors(x.new_empty(M, R, C, C) if pairs else None, torch.empty_like(x), torch.empty_like(k), x.new_empty(M, K, 1),
                    x.new_empty(M, K, 1), [])  # fmt: skip
-    for rows, block, resets in groups:
-        *parts, exps = factors_in_blocks(x[rows], k[rows], g[rows], block, resets, few, low, pairs)
+    for rows, mild, resets in groups:
+        of_group = x[rows], k[rows], g[rows]
+        *parts, exps = mild_factors(*of_group, resets, pairs) if mild else steep_factors(*of_group, few, low, pairs)
         for whole, part in zip(full, parts):
             if part is not None:
                 whole[rows] = part
-        full.groups.append((rows, block, resets, exps))
+        full.groups.append((rows, mild, resets, exps))
     return full
+
+
+def factors_grad(x, k, g, few, low, f, dA, dx_in, dk_out, d_decay):
+    """
+    Gradients (dx, dk, dg) of `factors` from those of its parts; dA is zero where A is, d_decay (M, 1, K) multiplied by decay
+    already. dx_in, dk_out and d_decay may be None.
+    """
+    parts = f.x_in, f.k_out, dA, dx_in, dk_out, d_decay
+    if len(f.groups) == 1:
+        _, mild, resets, exps = f.groups[0]
+        return mild_factors_grad(x, k, g, resets, exps, *parts) if mild else steep_factors_grad(x, k, g, few, low, exps, *parts)
+    dx, dk, dg = torch.empty_like(x), torch.empty_like(k), torch.empty_like(g)
+    for rows, mild, resets, exps in f.groups:
+        of_group, own = (x[rows], k[rows], g[rows]), [None if t is None else t[rows] for t in parts]
+        grads = mild_factors_grad(*of_group, resets, exps, *own) if mild else steep_factors_grad(*of_group, few, low, exps, *own)
+        dx[rows], dk[rows], dg[rows] = grads
+    return dx, dk, dg
 
 
 def between_resets(resets):
@@ -248,47 +252,83 @@ def between_resets(resets):
     return same.unsqueeze(1).float(), (n == 0).unsqueeze(-1).float(), (n == n[:, -1:]).unsqueeze(-1).float()
 
 
-def factors_in_blocks(x, k, g, block, resets, few, low, pairs):
+def mild_factors(x, k, g, resets, pairs):
     """A, x_in, k_out, pre, decay, and the exps that the backward uses again."""
     M, R, C, K = x.shape
-    if block == C and block > few:  # the usual case on a CPU
-        if resets is not None:
-            which, gone = resets
-            g = g.index_copy(0, which, g[which].masked_fill_(gone.unsqueeze(-1), 0))
-        G = g.cumsum(1)
-        half = G[:, -1:] / 2
-        late = (G - half).exp_()
-        early, half = late.reciprocal(), half.exp_()
-        x_in, k_mid = x * late.unsqueeze(1), k * early
-        A = torch.bmm(x_in.view(M, R * C, K), k_mid.mT).view(M, R, C, C).tril_(-1) if pairs else None
-        k_out, decay = k_mid.mul_(half), half.mT
-        pre = decay
-        if resets is not None:  # nothing passes from before a reset to after it
-            same, in_first, in_last = between_resets(gone)
-            if pairs:
-                A[which] *= same
-            x_in[which] *= in_first.unsqueeze(1)
-            k_out[which] *= in_last
-            decay = decay.index_fill(0, which, 0)
-        return A, x_in, k_out, pre, decay, (late, early, half)
+    if resets is not None:
+        which, gone = resets
+        g = g.index_copy(0, which, g[which].masked_fill_(gone.unsqueeze(-1), 0))
+    G = g.cumsum(1)
+    half = G[:, -1:] / 2
+    late = (G - half).exp_()
+    early, half = late.reciprocal(), half.exp_()
+    x_in, k_mid = x * late.unsqueeze(1), k * early
+    A = torch.bmm(x_in.view(M, R * C, K), k_mid.mT).view(M, R, C, C).tril_(-1) if pairs else None
+    k_out, decay = k_mid.mul_(half), half.mT
+    pre = decay
+    if resets is not None:  # nothing passes from before a reset to after it
+        same, in_first, in_last = between_resets(gone)
+        if pairs:
+            A[which] *= same
+        x_in[which] *= in_first.unsqueeze(1)
+        k_out[which] *= in_last
+        decay = decay.index_fill(0, which, 0)
+    return A, x_in, k_out, pre, decay, (late, early, half)
+
+
+def mild_factors_grad(x, k, g, resets, exps, x_in, k_out, dA, dx_in, dk_out, d_decay):
+    """x_in and k_mid carry exp(G) and exp(-G), so x_in dx_in - k_mid dk_mid is the gradient of G, whatever they were used for."""
+    M, R, C, K = x.shape
+    late, early, half = exps
+    if resets is not None:
+        which, gone = resets
+        same, in_first, in_last = between_resets(gone)
+        x_in[which] = x[which] * late[which].unsqueeze(1)
+        dA[which] *= same
+        if dx_in is not None:
+            dx_in[which] *= in_first.unsqueeze(1)
+            dk_out[which] *= in_last
+    dA, k_mid, x_in = dA.view(M, R * C, C), k * early, x_in.view(M, R * C, K)
+    dx_in = torch.bmm(dA, k_mid) if dx_in is None else dx_in.view(M, R * C, K).baddbmm_(dA, k_mid)
+    dk_mid = torch.bmm(dA.mT, x_in)
+    dG = (x_in * dx_in).view(M, R, C, K).sum(1).addcmul_(k_mid, dk_mid, value=-1)
+    dg = from_here(dG)
+    if dk_out is not None:  # apart: what k_out leaves to later chunks is large, what it has of the gates before may be e^-50
+        dg += d_decay
+        dg[:, 1:] += (dk_out * k_out)[:, :-1].cumsum(1)
+        dk_mid.addcmul_(dk_out, half)
+    if resets is not None:
+        dg[which] = dg[which].masked_fill_(gone.unsqueeze(-1), 0)
+    return dx_in.view(M, R, C, K).mul_(late.unsqueeze(1)), dk_mid.mul_(early), dg
+
+
+def steep_factors(x, k, g, few, low, pairs):
+    """A, x_in, k_out, pre, decay, and the exps that the backward uses again."""
     start, end = g.cumsum(1).exp_(), to_end(g).exp_()
-    A = pairs_in_blocks(x, k, g, block, few, low) if pairs else None
+    A = steep_pairs(x, k, g, few, low) if pairs else None
     return A, x * start.unsqueeze(1), k * end, torch.ones_like(start[:, -1, :, None]), start[:, -1, :, None], (start, end)
 
 
-def pairs_in_blocks(x, k, g, block, few, low):
+def steep_factors_grad(x, k, g, few, low, exps, x_in, k_out, dA, dx_in, dk_out, d_decay):
+    dx, dk, dg = steep_pairs_grad(x, k, g, few, low, dA)
+    if dx_in is not None:
+        start, end = exps
+        dg += from_here((x_in * dx_in).sum(1)) + before_here(k_out * dk_out) + d_decay
+        dx.addcmul_(dx_in, start.unsqueeze(1))
+        dk.addcmul_(dk_out, end)
+    return dx, dk, dg
+
+
+def steep_pairs(x, k, g, few, low):
     M, R, C, K = x.shape
     A = x.new_zeros(M, R, C, C)
-    x_b, k_b, g_b = (t.unflatten(-2, (-1, block)) for t in (x, k, g))  # (M, n, block, K)
-    if block > few:
-        late, early = mild_factors(g_b)
-        on_diagonal(A, block).copy_(mm(x_b * late.unsqueeze(1), (k_b * early).mT.unsqueeze(1), low).tril_(-1))
-    else:
-        diagonal, decay = on_diagonal(A, block), torch.zeros_like(g_b)
-        for d in range(1, block):  # pairs of tokens that are d apart; decay (M, n, block - d, K) goes with the later token
-            decay = decay[..., :-1, :] + g_b[..., d:, :]
-            pairs = (x_b[..., d:, :] * (k_b[..., : block - d, :] * decay.exp()).unsqueeze(1)).sum(-1)
-            diagonal.diagonal(-d, -2, -1).copy_(pairs)
+    x_b, k_b, g_b = (t.unflatten(-2, (-1, few)) for t in (x, k, g))  # (M, n, few, K)
+    diagonal, decay = on_diagonal(A, few), torch.zeros_like(g_b)
+    for d in range(1, few):  # pairs of tokens that are d apart; decay (M, n, few - d, K) goes with the later token
+        decay = decay[..., :-1, :] + g_b[..., d:, :]
+        pairs = (x_b[..., d:, :] * (k_b[..., : few - d, :] * decay.exp()).unsqueeze(1)).sum(-1)
+        diagonal.diagonal(-d, -2, -1).copy_(pairs)
+    block = few
     while block < C:
         first, second = halves(g, block)
         late = halves(x, block)[1] * second.cumsum(-2).exp_().unsqueeze(1)  # (M, R, n, block, K)
@@ -298,76 +338,21 @@ def pairs_in_blocks(x, k, g, block, few, low):
     return A
 
 
-def factors_grad(x, k, g, few, low, f, dA, dx_in, dk_out, d_decay):
-    """
-    Gradients (dx, dk, dg) of `factors` from those of its parts; dA is zero where A is, d_decay (M, 1, K) multiplied by decay
-    already. dx_in, dk_out and d_decay may be None.
-    """
-    if len(f.groups) == 1:
-        return factors_in_blocks_grad(x, k, g, *f.groups[0][1:], few, low, f.x_in, f.k_out, dA, dx_in, dk_out, d_decay)
-    dx, dk, dg = torch.empty_like(x), torch.empty_like(k), torch.empty_like(g)
-    for rows, *how in f.groups:
-        parts = (None if t is None else t[rows] for t in (f.x_in, f.k_out, dA, dx_in, dk_out, d_decay))
-        dx[rows], dk[rows], dg[rows] = factors_in_blocks_grad(x[rows], k[rows], g[rows], *how, few, low, *parts)
-    return dx, dk, dg
-
-
-def factors_in_blocks_grad(x, k, g, block, resets, exps, few, low, x_in, k_out, dA, dx_in, dk_out, d_decay):
-    M, R, C, K = x.shape
-    if block == C and block > few:
-        # x_in and k_mid carry exp(G) and exp(-G), so x_in dx_in - k_mid dk_mid is the gradient of G, whatever they were used for
-        late, early, half = exps
-        if resets is not None:
-            which, gone = resets
-            same, in_first, in_last = between_resets(gone)
-            x_in[which] = x[which] * late[which].unsqueeze(1)
-            dA[which] *= same
-            if dx_in is not None:
-                dx_in[which] *= in_first.unsqueeze(1)
-                dk_out[which] *= in_last
-        dA, k_mid, x_in = dA.view(M, R * C, C), k * early, x_in.view(M, R * C, K)
-        dx_in = torch.bmm(dA, k_mid) if dx_in is None else dx_in.view(M, R * C, K).baddbmm_(dA, k_mid)
-        dk_mid = torch.bmm(dA.mT, x_in)
-        dG = (x_in * dx_in).view(M, R, C, K).sum(1).addcmul_(k_mid, dk_mid, value=-1)
-        dg = from_here(dG)
-        if dk_out is not None:  # apart: what k_out leaves to later chunks is large, what it has of the gates before may be e^-50
-            dg += d_decay
-            dg[:, 1:] += (dk_out * k_out)[:, :-1].cumsum(1)
-            dk_mid.addcmul_(dk_out, half)
-        if resets is not None:
-            dg[which] = dg[which].masked_fill_(gone.unsqueeze(-1), 0)
-        return dx_in.view(M, R, C, K).mul_(late.unsqueeze(1)), dk_mid.mul_(early), dg
-    dx, dk, dg = pairs_in_blocks_grad(x, k, g, block, few, low, dA)
-    if dx_in is not None:
-        start, end = exps
-        dg += from_here((x_in * dx_in).sum(1)) + before_here(k_out * dk_out) + d_decay
-        dx.addcmul_(dx_in, start.unsqueeze(1))
-        dk.addcmul_(dk_out, end)
-    return dx, dk, dg
-
-
-def pairs_in_blocks_grad(x, k, g, block, few, low, dA):
+def steep_pairs_grad(x, k, g, few, low, dA):
     dx, dk, dg = torch.zeros_like(x), torch.zeros_like(k), torch.zeros_like(g)
-    C = x.shape[-2]
-    x_b, k_b, g_b, dx_b, dk_b, dg_b = (t.unflatten(-2, (-1, block)) for t in (x, k, g, dx, dk, dg))
-    diagonal = on_diagonal(dA, block)
-    if block > few:
-        late, early = mild_factors(g_b)
-        dx_b += mm(diagonal, (k_b * early).unsqueeze(1), low) * late.unsqueeze(1)
-        dk_b += mm(diagonal.mT, x_b * late.unsqueeze(1), low).sum(1) * early
-        dg_b += from_here((x_b * dx_b).sum(1) - k_b * dk_b)
-    else:
-        decay = torch.zeros_like(g_b)
-        for d in range(1, block):
-            decay = decay[..., :-1, :] + g_b[..., d:, :]
-            k_now = k_b[..., : block - d, :] * decay.exp()
-            d_pairs = diagonal.diagonal(-d, -2, -1).unsqueeze(-1)  # (M, R, n, block - d, 1)
-            dx_b[..., d:, :] += d_pairs * k_now.unsqueeze(1)
-            dk_now = (d_pairs * x_b[..., d:, :]).sum(1)
-            dk_b[..., : block - d, :] += dk_now * decay.exp()
-            for i in range(1, d + 1):  # every gate between the two tokens, the later one's included
-                dg_b[..., i : block - d + i, :] += dk_now * k_now
-    while block < C:
+    x_b, k_b, g_b, dx_b, dk_b, dg_b = (t.unflatten(-2, (-1, few)) for t in (x, k, g, dx, dk, dg))
+    diagonal, decay = on_diagonal(dA, few), torch.zeros_like(g_b)
+    for d in range(1, few):
+        decay = decay[..., :-1, :] + g_b[..., d:, :]
+        k_now = k_b[..., : few - d, :] * decay.exp()
+        d_pairs = diagonal.diagonal(-d, -2, -1).unsqueeze(-1)  # (M, R, n, few - d, 1)
+        dx_b[..., d:, :] += d_pairs * k_now.unsqueeze(1)
+        dk_now = (d_pairs * x_b[..., d:, :]).sum(1)
+        dk_b[..., : few - d, :] += dk_now * decay.exp()
+        for i in range(1, d + 1):  # every gate between the two tokens, the later one's included
+            dg_b[..., i : few - d + i, :] += dk_now * k_now
+    block = few
+    while block < x.shape[-2]:
         (first, second), (dg_first, dg_second) = halves(g, block), halves(dg, block)
         (k_first, _), (dk_first, _) = halves(k, block), halves(dk, block)
         (_, x_second), (_, dx_second) = halves(x, block), halves(dx, block)

@@ -199,7 +199,7 @@ def test_whole_size_heads():
 
 def test_single_token_blocks_are_right_for_any_gate(monkeypatch):
     """On a GPU the gates are not looked at, and blocks are single tokens: that path has to be right for mild gates too."""
-    monkeypatch.setattr(kda_file, "choose_blocks", lambda g, few: [(slice(None), few, None)])
+    monkeypatch.setattr(kda_file, "mild_and_steep", lambda g: [(slice(None), False, None)])
     for T in (1, 3, 43, 64, 100):
         compare({f"{gate}, T={T}": make(gate, T) for gate in ("none", "mild", "inside", "outside", "resets")})
 
@@ -441,7 +441,7 @@ def test_products_on_tensor_cores(dtype, monkeypatch):
     """What a GPU does, on the CPU: factors of products in float16 or TF32, gates never looked at, chunks of a power of two."""
     low = torch.float16 if dtype == torch.float16 else torch.float32
     monkeypatch.setattr(kda_file, "precision", lambda *inputs: (torch.float32, low))
-    monkeypatch.setattr(kda_file, "choose_blocks", lambda g, few: [(slice(None), few, None)])
+    monkeypatch.setattr(kda_file, "mild_and_steep", lambda g: [(slice(None), False, None)])
     if dtype == torch.bfloat16:
         monkeypatch.setattr(kda_file, "mm", lambda a, b, low: to_tf32(a) @ to_tf32(b))
         monkeypatch.setattr(kda_file, "addmm", lambda c, a, b, low, alpha=1: c + alpha * (to_tf32(a) @ to_tf32(b)))
