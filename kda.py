@@ -197,7 +197,7 @@ def mild_and_steep(g):
 class Factors(NamedTuple):
     """
     What a chunk's gates make of x = (beta k, scale q) and k. The state at the chunk's start S is read by x_in @ (pre * S), and the
-    state at its end is decay * (pre * S) + k_out^T new. `groups` is for the backward.
+    state at its end is decay * (pre * S) + k_out^T new. `groups` and `exps` are for the backward.
     """
 
     A: torch.Tensor  # (M, 2, C, C): sum_c x_ic k_jc exp(g_{j+1,c} + ... + g_ic) for j < i, else zero
@@ -206,26 +206,18 @@ class Factors(NamedTuple):
     pre: torch.Tensor  # (M, K, 1)
     decay: torch.Tensor  # (M, K, 1)
     groups: list
+    exps: list
 
 
 def factors(x, k, g, few, low, pairs=True):
     """x (M, 2, C, K), k and g (M, C, K) -> Factors, with A None unless `pairs`."""
-    M, R, C, K = x.shape
-    groups = mild_and_steep(g)
-    if len(groups) == 1:
-        _, mild, resets = groups[0]
-        *parts, exps = mild_factors(x, k, g, resets, pairs) if mild else steep_factors(x, k, g, few, low, pairs)
-        return Factors(*parts, [(*groups[0], exps)])
-    full = Factors(x.new_empty(M, R, C, C) if pairs else None, torch.empty_like(x), torch.empty_like(k), x.new_empty(M, K, 1),
-                   x.new_empty(M, K, 1), [])  # fmt: skip
-    for rows, mild, resets in groups:
-        of_group = x[rows], k[rows], g[rows]
-        *parts, exps = mild_factors(*of_group, resets, pairs) if mild else steep_factors(*of_group, few, low, pairs)
-        for whole, part in zip(full, parts):
-            if part is not None:
-                whole[rows] = part
-        full.groups.append((rows, mild, resets, exps))
-    return full
+    groups, parts, exps = mild_and_steep(g), [], []
+    for which, mild, resets in groups:
+        own = x[which], k[which], g[which]
+        *part, e = mild_factors(*own, resets, pairs) if mild else steep_factors(*own, few, low, pairs)
+        parts.append(part)
+        exps.append(e)
+    return Factors(*all_chunks(parts, groups), groups, exps)
 
 
 def factors_grad(x, k, g, few, low, f, dA, dx_in, dk_out, d_decay):
@@ -233,16 +225,19 @@ def factors_grad(x, k, g, few, low, f, dA, dx_in, dk_out, d_decay):
     Gradients (dx, dk, dg) of `factors` from those of its parts; dA is zero where A is, d_decay (M, 1, K) multiplied by decay
     already. dx_in, dk_out and d_decay may be None.
     """
-    parts = f.x_in, f.k_out, dA, dx_in, dk_out, d_decay
-    if len(f.groups) == 1:
-        _, mild, resets, exps = f.groups[0]
-        return mild_factors_grad(x, k, g, resets, exps, *parts) if mild else steep_factors_grad(x, k, g, few, low, exps, *parts)
-    dx, dk, dg = torch.empty_like(x), torch.empty_like(k), torch.empty_like(g)
-    for rows, mild, resets, exps in f.groups:
-        of_group, own = (x[rows], k[rows], g[rows]), [None if t is None else t[rows] for t in parts]
-        grads = mild_factors_grad(*of_group, resets, exps, *own) if mild else steep_factors_grad(*of_group, few, low, exps, *own)
-        dx[rows], dk[rows], dg[rows] = grads
-    return dx, dk, dg
+    parts = []
+    for (which, mild, resets), exps in zip(f.groups, f.exps):
+        own = [None if t is None else t[which] for t in (x, k, g, f.x_in, f.k_out, dA, dx_in, dk_out, d_decay)]
+        parts.append(mild_factors_grad(resets, exps, *own) if mild else steep_factors_grad(few, low, exps, *own))
+    return all_chunks(parts, f.groups)
+
+
+def all_chunks(parts, groups):
+    """parts[i]: some tensors for the chunks of groups[i] -> the same for all chunks."""
+    if len(groups) == 1:
+        return parts[0]
+    at = torch.cat([which for which, *_ in groups]).argsort()
+    return [None if t[0] is None else torch.cat(t)[at] for t in zip(*parts)]
 
 
 def between_resets(resets):
@@ -276,7 +271,7 @@ def mild_factors(x, k, g, resets, pairs):
     return A, x_in, k_out, pre, decay, (late, early, half)
 
 
-def mild_factors_grad(x, k, g, resets, exps, x_in, k_out, dA, dx_in, dk_out, d_decay):
+def mild_factors_grad(resets, exps, x, k, g, x_in, k_out, dA, dx_in, dk_out, d_decay):
     """x_in and k_mid carry exp(G) and exp(-G), so x_in dx_in - k_mid dk_mid is the gradient of G, whatever they were used for."""
     M, R, C, K = x.shape
     late, early, half = exps
@@ -309,7 +304,7 @@ def steep_factors(x, k, g, few, low, pairs):
     return A, x * start.unsqueeze(1), k * end, torch.ones_like(start[:, -1, :, None]), start[:, -1, :, None], (start, end)
 
 
-def steep_factors_grad(x, k, g, few, low, exps, x_in, k_out, dA, dx_in, dk_out, d_decay):
+def steep_factors_grad(few, low, exps, x, k, g, x_in, k_out, dA, dx_in, dk_out, d_decay):
     dx, dk, dg = steep_pairs_grad(x, k, g, few, low, dA)
     if dx_in is not None:
         start, end = exps
@@ -389,22 +384,6 @@ def unit_lower_inverse(P, few, low):
     return X
 
 
-def with_beta_and_scale(k, beta, q, scale):
-    """x (M, 2, C, K): beta k and scale q, side by side, since all that gates do to one they do to the other."""
-    x = k.new_empty(k.shape[0], 2, *k.shape[1:])
-    torch.mul(k, beta, out=x[:, 0])
-    torch.mul(q, scale, out=x[:, 1])
-    return x
-
-
-def opposite_beside(dR, do):
-    """(M, 2C, V): -dR and do, the factors that meet the same other ones."""
-    rows = do.new_empty(do.shape[0], 2 * do.shape[1], do.shape[2])
-    torch.neg(dR, out=rows[:, : do.shape[1]])
-    rows[:, do.shape[1] :] = do
-    return rows
-
-
 def chunk_forward(q, k, v, g, beta, scale, state, want_state, heads, low):
     """
     q, k, g (M, C, K); v (M, C, V); beta (M, C, 1), all float32 or float64; state (heads, K, V) or None for zeros, `heads` being those of
@@ -413,7 +392,7 @@ def chunk_forward(q, k, v, g, beta, scale, state, want_state, heads, low):
     """
     M, C, K = q.shape
     V, few = v.shape[-1], chunk_length(C, q.device)[1]
-    x = with_beta_and_scale(k, beta, q, scale)
+    x = torch.stack((beta * k, scale * q), 1)  # side by side, since all that gates do to one they do to the other
     f = factors(x, k, g, few, low)
     X, Q = unit_lower_inverse(f.A[:, 0], few, low).to(low), f.A[:, 1].to(low, copy=True)
     Q.diagonal(dim1=-2, dim2=-1).copy_((x[:, 1] * k).sum(-1))
@@ -443,7 +422,7 @@ def chunk_backward(q, k, v, g, beta, scale, heads, low, X, Q, S, do, d_state):
     """
     M, C, K = q.shape
     V, few = v.shape[-1], chunk_length(C, q.device)[1]
-    x = with_beta_and_scale(k, beta, q, scale)
+    x = torch.stack((beta * k, scale * q), 1)  # side by side, since all that gates do to one they do to the other
     f = factors(x, k, g, few, low, pairs=False)
     X, Q = X.to(v.dtype), Q.to(v.dtype)
     new = beta * v  # becomes what it was in the forward
@@ -458,7 +437,6 @@ def chunk_backward(q, k, v, g, beta, scale, heads, low, X, Q, S, do, d_state):
             dR = addmm(dR, f.k_out, d_state, low)
             dk_out, dx_in, d_decay = mm(new, d_state.mT, low), torch.zeros_like(x), torch.zeros_like(k[:, :1])
         d_first, dR = None, mm(X.mT, dR, low)
-        rows = opposite_beside(dR, do)
     else:  # from the last chunk to the first; d_state is the gradient of the state that leaves a chunk
         k_in, k_out, Xt, dS = f.x_in[:, 0].mT.to(low), f.k_out.to(low), X.mT.to(low), torch.empty_like(S)
         d_read = mm(f.x_in[:, 1].mT, do, low)
@@ -469,7 +447,8 @@ def chunk_backward(q, k, v, g, beta, scale, heads, low, X, Q, S, do, d_state):
             dR[a:b] = mm(Xt[a:b], addmm(dR[a:b], k_out[a:b], d_state, low), low)
             d_state = addmm(d_read[a:b].addcmul_(f.decay[a:b], d_state), k_in[a:b], dR[a:b], low, alpha=-1).mul_(f.pre[a:b])
         d_first = d_state
-        rows = opposite_beside(dR, do)
+    rows = torch.cat((-dR, do), 1)  # (M, 2C, V): the factors that meet the same other ones
+    if S is not None:
         dx_in, dk_out = mm(rows, S.mT, low).view(M, 2, C, K), mm(new, dS.mT, low)
         d_decay = (dS.mul_(S) @ torch.ones_like(S[0, 0, :, None])).mul_(f.decay).mT
 

@@ -625,8 +625,8 @@ def largest(t):
 
 
 def power_of_two(size):
-    """From `size` on, a tensor of one number; 1 for zero. Between 2^-100 and 2^60, so that quotients of a few are float32."""
-    return torch.exp2(torch.where(size > 0, size, 1.0).clamp(2.0**-100, 2.0**60).log2().ceil())
+    """The next one above each of `size`; 1 for zero. Between 2^-100 and 2^60, so that quotients of a few are float32."""
+    return torch.exp2(torch.frexp(size).exponent.clamp(-100, 60))
 
 
 def find_units(q, v, state):
@@ -636,7 +636,7 @@ def find_units(q, v, state):
     """
     if q.dtype != torch.bfloat16 or not q.numel():
         return torch.ones(2, device=q.device).unbind()
-    return power_of_two(largest(q)), power_of_two(torch.maximum(largest(v), largest(state)))
+    return power_of_two(torch.stack((largest(q), torch.maximum(largest(v), largest(state))))).unbind()
 
 
 def _prepare(run, q, k, v, g, beta, units, X):
