@@ -80,26 +80,15 @@ def kda_step(q, k, v, g, beta, state, scale=None):
 #     X = (I + beta P)^-1        new = X beta (v - (k e^G) S)        o = (q e^G) S + Q new        S' = e^{G_C} S + (k e^{G_C - G})^T new
 #
 # The one difficulty is exp(G_i - G_j) under a sum over channels: as a product of two factors, exp(G_i - ref) exp(ref - G_j), it is a
-# matmul, but the second factor overflows where a chunk forgets a lot. So P and Q are built in two ways at once:
-#   - blocks of tokens on the diagonal whose whole decay is mild: one matmul each, with ref half-way;
-#   - pairs of tokens in different blocks, by merging neighbouring blocks: a pair across a border decays from j to the border, then
-#     from the border to i. Both factors are <= 1. The exponents are sums, never differences, so nothing cancels, and g = -inf
-#     (a reset) gives exp(-inf) = 0 exactly, never inf - inf.
-# On a CPU the gates are looked at and each chunk's blocks made as large as they allow, usually the whole chunk. Looking would make
-# a GPU wait, so there, as near a reset, blocks are the smallest, whose few pairs are computed one by one.
+# matmul, but the second factor overflows where a chunk forgets a lot. So P and Q are built in one of two ways:
+#   - `mild_factors`, for chunks whose whole decay is mild: one matmul, with ref half-way;
+#   - `steep_factors`, for any: pairs of tokens in different blocks, by merging neighbouring blocks. A pair across a border decays from j
+#     to the border, then from the border to i. Both factors are <= 1. The exponents are sums, never differences, so nothing cancels, and
+#     g = -inf (a reset) gives exp(-inf) = 0 exactly, never inf - inf. The few pairs in the smallest blocks are computed one by one.
+# On a CPU the gates are looked at, and nearly all chunks are mild. Looking would make a GPU wait, so there all chunks count as steep.
 #
-# Tensors of chunks are (M, C, D): the chunks of all sequences and heads, first chunks first, so that a step of the loop over a
-# sequence works on one slice. `low` is the type of the factors of matrix products: float16 where tensor cores want it.
-
-
-class Plan(NamedTuple):
-    """How tokens are cut into chunks: `active` sequences have an n-th chunk, for n = 0, 1, ...; the rest only for packed sequences."""
-
-    C: int
-    active: list  # falls, since packed sequences are put in order of length
-    order: list | None = None  # of the packed sequences, longest first
-    index: torch.Tensor | None = None  # (chunks * C,) the token of each place, T for padding
-    place: torch.Tensor | None = None  # (T,) the place of each token
+# Tensors of chunks are (M, C, D): the first chunks of all sequences and heads, then the second ones, so that a step of the loop over
+# sequences, all of one length, works on one slice. `low` is the type of the factors of matrix products: float16 where tensor cores want it.
 
 
 def chunk_length(T, device):
@@ -125,42 +114,18 @@ def sequence_bounds(cu_seqlens, T):
     return bounds
 
 
-def make_plan(B, T, C, device, cu_seqlens):
-    if cu_seqlens is None:
-        return Plan(C, [B] * -(-T // C))
-    starts = sequence_bounds(cu_seqlens, T)
-    lengths = [b - a for a, b in zip(starts, starts[1:])]
-    order = sorted(range(len(lengths)), key=lambda n: -lengths[n])
-    active = [sum(length > n * C for length in lengths) for n in range(-(-max(lengths) // C))]
-    index = torch.full((sum(active), C), T)
-    at = 0
-    for n, count in enumerate(active):
-        for row, s in enumerate(order[:count]):
-            tokens = torch.arange(starts[s] + n * C, min(starts[s] + (n + 1) * C, starts[s + 1]))
-            index[at + row, : len(tokens)] = tokens
-        at += count
-    index = index.flatten()
-    place = torch.empty(T + 1, dtype=torch.long)
-    place[index] = torch.arange(len(index))
-    return Plan(C, active, order, index.to(device), place[:T].to(device))
-
-
-def to_chunks(t, plan):
+def to_chunks(t, C):
     """(B, T, H, D) -> (M, C, D). Padding tokens are all zeros: with k = beta = g = 0 they leave the state alone."""
     B, T, H, D = t.shape
-    C, N = plan.C, len(plan.active)
-    if plan.index is None:
-        t = F.pad(t, (0, 0, 0, 0, 0, N * C - T)) if N * C > T else t
-        return t.reshape(B, N, C, H, D).permute(1, 0, 3, 2, 4).reshape(N * B * H, C, D)
-    return F.pad(t[0], (0, 0, 0, 0, 0, 1))[plan.index].view(-1, C, H, D).transpose(1, 2).reshape(-1, C, D)
+    N = -(-T // C)
+    t = F.pad(t, (0, 0, 0, 0, 0, N * C - T)) if N * C > T else t
+    return t.reshape(B, N, C, H, D).permute(1, 0, 3, 2, 4).reshape(N * B * H, C, D)
 
 
-def from_chunks(x, plan, B, T, H):
+def from_chunks(x, B, T, H):
     """The inverse: (M, C, D) -> (B, T, H, D)."""
-    C, N, D = plan.C, len(plan.active), x.shape[-1]
-    if plan.index is None:
-        return x.view(N, B, H, C, D).permute(1, 0, 3, 2, 4).reshape(B, N * C, H, D)[:, :T]
-    return x.view(-1, H, C, D).transpose(1, 2).reshape(-1, H, D)[plan.place].unsqueeze(0)
+    _, C, D = x.shape
+    return x.view(-1, B, H, C, D).permute(1, 0, 3, 2, 4).reshape(B, -1, H, D)[:, :T]
 
 
 def mm(a, b, low):
@@ -197,13 +162,6 @@ def halves(t, block):
     return t.unflatten(-2, (-1, 2, block)).unbind(-3)
 
 
-def mild_factors(g):
-    """g (..., C, K) with a mild sum -> late, early, whose product for tokens i >= j is exp(G_i - G_j)."""
-    G = g.cumsum(-2)
-    late = (G - G[..., -1:, :] / 2).exp_()
-    return late, late.reciprocal()
-
-
 def from_here(t):
     """(..., C, K) -> sums over each token and all after it."""
     return t.flip(-2).cumsum(-2).flip(-2)
@@ -214,39 +172,32 @@ def before_here(t):
     return F.pad(t[..., :-1, :].cumsum(-2), (0, 0, 1, 0))
 
 
-def choose_blocks(g, few):
+def mild_and_steep(g):
     """
-    g (M, C, K) -> [(which chunks, length of the blocks on their diagonal, resets)]; `which` indexes the first dimension. Tokens that
-    forget everything, as where a document starts, do not keep a chunk from being mild: resets is None or (which of the group's
-    chunks have them, booleans (., C)).
+    g (M, C, K) -> [(which chunks, whether they are mild, resets)]; `which` indexes the first dimension. Tokens that
+    forget everything, as where a document starts, do not keep a chunk from being mild: resets is None or (which of the mild chunks have
+    them, booleans (., C)).
     """
-    M, C, K = g.shape
-    if g.is_cuda:
-        return [(slice(None), few, None)]
-    groups, rest, block = [], slice(None), C
-    while block > few:
-        mild, resets = g[rest].unflatten(1, (-1, block)).sum(2).amin((1, 2)) > -MILD, None
-        if block == C and not mild.all():
-            hard = (~mild).nonzero().squeeze(1)
-            all_gone = g[hard].amax(-1) == -math.inf
-            only_resets = g[hard].masked_fill(all_gone.unsqueeze(-1), 0).sum(1).amin(1) > -MILD
-            if only_resets.any():
-                mild[hard[only_resets]] = True
-                resets = (mild.cumsum(0) - 1)[hard[only_resets]], all_gone[only_resets]
-        if mild.all():
-            return groups + [(rest, block, resets)]
-        if mild.any():
-            here = torch.arange(M)[rest]
-            groups.append((here[mild], block, resets))
-            rest = here[~mild]
-        block //= 2
-    return groups + [(rest, few, None)]
+    everything = slice(None)
+    if g.is_cuda or g.shape[1] <= FEW:
+        return [(everything, False, None)]
+    mild, resets = g.sum(1).amin(1) > -MILD, None
+    if not mild.all():
+        steep = (~mild).nonzero().squeeze(1)
+        all_gone = g[steep].amax(-1) == -math.inf
+        only_resets = g[steep].masked_fill(all_gone.unsqueeze(-1), 0).sum(1).amin(1) > -MILD
+        if only_resets.any():
+            mild[steep[only_resets]] = True
+            resets = (mild.cumsum(0) - 1)[steep[only_resets]], all_gone[only_resets]
+    if mild.all() or not mild.any():
+        return [(everything, bool(mild.all()), resets)]
+    return [(mild.nonzero().squeeze(1), True, resets), ((~mild).nonzero().squeeze(1), False, None)]
 
 
 class Factors(NamedTuple):
     """
     What a chunk's gates make of x = (beta k, scale q) and k. The state at the chunk's start S is read by x_in @ (pre * S), and the
-    state at its end is decay * (pre * S) + k_out^T new. `groups` is for the backward.
+    state at its end is decay * (pre * S) + k_out^T new. `groups` and `exps` are for the backward.
     """
 
     A: torch.Tensor  # (M, 2, C, C): sum_c x_ic k_jc exp(g_{j+1,c} + ... + g_ic) for j < i, else zero
@@ -255,24 +206,38 @@ class Factors(NamedTuple):
     pre: torch.Tensor  # (M, K, 1)
     decay: torch.Tensor  # (M, K, 1)
     groups: list
+    exps: list
 
 
 def factors(x, k, g, few, low, pairs=True):
     """x (M, 2, C, K), k and g (M, C, K) -> Factors, with A None unless `pairs`."""
-    M, R, C, K = x.shape
-    groups = choose_blocks(g, few)
+    groups, parts, exps = mild_and_steep(g), [], []
+    for which, mild, resets in groups:
+        own = x[which], k[which], g[which]
+        *part, e = mild_factors(*own, resets, pairs) if mild else steep_factors(*own, few, low, pairs)
+        parts.append(part)
+        exps.append(e)
+    return Factors(*all_chunks(parts, groups), groups, exps)
+
+
+def factors_grad(x, k, g, few, low, f, dA, dx_in, dk_out, d_decay):
+    """
+    Gradients (dx, dk, dg) of `factors` from those of its parts; dA is zero where A is, d_decay (M, 1, K) multiplied by decay
+    already. dx_in, dk_out and d_decay may be None.
+    """
+    parts = []
+    for (which, mild, resets), exps in zip(f.groups, f.exps):
+        own = [None if t is None else t[which] for t in (x, k, g, f.x_in, f.k_out, dA, dx_in, dk_out, d_decay)]
+        parts.append(mild_factors_grad(resets, exps, *own) if mild else steep_factors_grad(few, low, exps, *own))
+    return all_chunks(parts, f.groups)
+
+
+def all_chunks(parts, groups):
+    """parts[i]: some tensors for the chunks of groups[i] -> the same for all chunks."""
     if len(groups) == 1:
-        *parts, exps = factors_in_blocks(x, k, g, *groups[0][1:], few, low, pairs)
-        return Factors(*parts, [(*groups[0], exps)])
-    full = Factors(x.new_empty(M, R, C, C) if pairs else None, torch.empty_like(x), torch.empty_like(k), x.new_empty(M, K, 1),
-                   x.new_empty(M, K, 1), [])  # fmt: skip
-    for rows, block, resets in groups:
-        *parts, exps = factors_in_blocks(x[rows], k[rows], g[rows], block, resets, few, low, pairs)
-        for whole, part in zip(full, parts):
-            if part is not None:
-                whole[rows] = part
-        full.groups.append((rows, block, resets, exps))
-    return full
+        return parts[0]
+    at = torch.cat([which for which, *_ in groups]).argsort()
+    return [None if t[0] is None else torch.cat(t)[at] for t in zip(*parts)]
 
 
 def between_resets(resets):
@@ -282,47 +247,83 @@ def between_resets(resets):
     return same.unsqueeze(1).float(), (n == 0).unsqueeze(-1).float(), (n == n[:, -1:]).unsqueeze(-1).float()
 
 
-def factors_in_blocks(x, k, g, block, resets, few, low, pairs):
+def mild_factors(x, k, g, resets, pairs):
     """A, x_in, k_out, pre, decay, and the exps that the backward uses again."""
     M, R, C, K = x.shape
-    if block == C and block > few:  # the usual case on a CPU
-        if resets is not None:
-            which, gone = resets
-            g = g.index_copy(0, which, g[which].masked_fill_(gone.unsqueeze(-1), 0))
-        G = g.cumsum(1)
-        half = G[:, -1:] / 2
-        late = (G - half).exp_()
-        early, half = late.reciprocal(), half.exp_()
-        x_in, k_mid = x * late.unsqueeze(1), k * early
-        A = torch.bmm(x_in.view(M, R * C, K), k_mid.mT).view(M, R, C, C).tril_(-1) if pairs else None
-        k_out, decay = k_mid.mul_(half), half.mT
-        pre = decay
-        if resets is not None:  # nothing passes from before a reset to after it
-            same, in_first, in_last = between_resets(gone)
-            if pairs:
-                A[which] *= same
-            x_in[which] *= in_first.unsqueeze(1)
-            k_out[which] *= in_last
-            decay = decay.index_fill(0, which, 0)
-        return A, x_in, k_out, pre, decay, (late, early, half)
+    if resets is not None:
+        which, gone = resets
+        g = g.index_copy(0, which, g[which].masked_fill_(gone.unsqueeze(-1), 0))
+    G = g.cumsum(1)
+    half = G[:, -1:] / 2
+    late = (G - half).exp_()
+    early, half = late.reciprocal(), half.exp_()
+    x_in, k_mid = x * late.unsqueeze(1), k * early
+    A = torch.bmm(x_in.view(M, R * C, K), k_mid.mT).view(M, R, C, C).tril_(-1) if pairs else None
+    k_out, decay = k_mid.mul_(half), half.mT
+    pre = decay
+    if resets is not None:  # nothing passes from before a reset to after it
+        same, in_first, in_last = between_resets(gone)
+        if pairs:
+            A[which] *= same
+        x_in[which] *= in_first.unsqueeze(1)
+        k_out[which] *= in_last
+        decay = decay.index_fill(0, which, 0)
+    return A, x_in, k_out, pre, decay, (late, early, half)
+
+
+def mild_factors_grad(resets, exps, x, k, g, x_in, k_out, dA, dx_in, dk_out, d_decay):
+    """x_in and k_mid carry exp(G) and exp(-G), so x_in dx_in - k_mid dk_mid is the gradient of G, whatever they were used for."""
+    M, R, C, K = x.shape
+    late, early, half = exps
+    if resets is not None:
+        which, gone = resets
+        same, in_first, in_last = between_resets(gone)
+        x_in[which] = x[which] * late[which].unsqueeze(1)
+        dA[which] *= same
+        if dx_in is not None:
+            dx_in[which] *= in_first.unsqueeze(1)
+            dk_out[which] *= in_last
+    dA, k_mid, x_in = dA.view(M, R * C, C), k * early, x_in.view(M, R * C, K)
+    dx_in = torch.bmm(dA, k_mid) if dx_in is None else dx_in.view(M, R * C, K).baddbmm_(dA, k_mid)
+    dk_mid = torch.bmm(dA.mT, x_in)
+    dG = (x_in * dx_in).view(M, R, C, K).sum(1).addcmul_(k_mid, dk_mid, value=-1)
+    dg = from_here(dG)
+    if dk_out is not None:  # apart: what k_out leaves to later chunks is large, what it has of the gates before may be e^-50
+        dg += d_decay
+        dg[:, 1:] += (dk_out * k_out)[:, :-1].cumsum(1)
+        dk_mid.addcmul_(dk_out, half)
+    if resets is not None:
+        dg[which] = dg[which].masked_fill_(gone.unsqueeze(-1), 0)
+    return dx_in.view(M, R, C, K).mul_(late.unsqueeze(1)), dk_mid.mul_(early), dg
+
+
+def steep_factors(x, k, g, few, low, pairs):
+    """A, x_in, k_out, pre, decay, and the exps that the backward uses again."""
     start, end = g.cumsum(1).exp_(), to_end(g).exp_()
-    A = pairs_in_blocks(x, k, g, block, few, low) if pairs else None
+    A = steep_pairs(x, k, g, few, low) if pairs else None
     return A, x * start.unsqueeze(1), k * end, torch.ones_like(start[:, -1, :, None]), start[:, -1, :, None], (start, end)
 
 
-def pairs_in_blocks(x, k, g, block, few, low):
+def steep_factors_grad(few, low, exps, x, k, g, x_in, k_out, dA, dx_in, dk_out, d_decay):
+    dx, dk, dg = steep_pairs_grad(x, k, g, few, low, dA)
+    if dx_in is not None:
+        start, end = exps
+        dg += from_here((x_in * dx_in).sum(1)) + before_here(k_out * dk_out) + d_decay
+        dx.addcmul_(dx_in, start.unsqueeze(1))
+        dk.addcmul_(dk_out, end)
+    return dx, dk, dg
+
+
+def steep_pairs(x, k, g, few, low):
     M, R, C, K = x.shape
     A = x.new_zeros(M, R, C, C)
-    x_b, k_b, g_b = (t.unflatten(-2, (-1, block)) for t in (x, k, g))  # (M, n, block, K)
-    if block > few:
-        late, early = mild_factors(g_b)
-        on_diagonal(A, block).copy_(mm(x_b * late.unsqueeze(1), (k_b * early).mT.unsqueeze(1), low).tril_(-1))
-    else:
-        diagonal, decay = on_diagonal(A, block), torch.zeros_like(g_b)
-        for d in range(1, block):  # pairs of tokens that are d apart; decay (M, n, block - d, K) goes with the later token
-            decay = decay[..., :-1, :] + g_b[..., d:, :]
-            pairs = (x_b[..., d:, :] * (k_b[..., : block - d, :] * decay.exp()).unsqueeze(1)).sum(-1)
-            diagonal.diagonal(-d, -2, -1).copy_(pairs)
+    x_b, k_b, g_b = (t.unflatten(-2, (-1, few)) for t in (x, k, g))  # (M, n, few, K)
+    diagonal, decay = on_diagonal(A, few), torch.zeros_like(g_b)
+    for d in range(1, few):  # pairs of tokens that are d apart; decay (M, n, few - d, K) goes with the later token
+        decay = decay[..., :-1, :] + g_b[..., d:, :]
+        pairs = (x_b[..., d:, :] * (k_b[..., : few - d, :] * decay.exp()).unsqueeze(1)).sum(-1)
+        diagonal.diagonal(-d, -2, -1).copy_(pairs)
+    block = few
     while block < C:
         first, second = halves(g, block)
         late = halves(x, block)[1] * second.cumsum(-2).exp_().unsqueeze(1)  # (M, R, n, block, K)
@@ -332,76 +333,21 @@ def pairs_in_blocks(x, k, g, block, few, low):
     return A
 
 
-def factors_grad(x, k, g, few, low, f, dA, dx_in, dk_out, d_decay):
-    """
-    Gradients (dx, dk, dg) of `factors` from those of its parts; dA is zero where A is, d_decay (M, 1, K) multiplied by decay
-    already. dx_in, dk_out and d_decay may be None.
-    """
-    if len(f.groups) == 1:
-        return factors_in_blocks_grad(x, k, g, *f.groups[0][1:], few, low, f.x_in, f.k_out, dA, dx_in, dk_out, d_decay)
-    dx, dk, dg = torch.empty_like(x), torch.empty_like(k), torch.empty_like(g)
-    for rows, *how in f.groups:
-        parts = (None if t is None else t[rows] for t in (f.x_in, f.k_out, dA, dx_in, dk_out, d_decay))
-        dx[rows], dk[rows], dg[rows] = factors_in_blocks_grad(x[rows], k[rows], g[rows], *how, few, low, *parts)
-    return dx, dk, dg
-
-
-def factors_in_blocks_grad(x, k, g, block, resets, exps, few, low, x_in, k_out, dA, dx_in, dk_out, d_decay):
-    M, R, C, K = x.shape
-    if block == C and block > few:
-        # x_in and k_mid carry exp(G) and exp(-G), so x_in dx_in - k_mid dk_mid is the gradient of G, whatever they were used for
-        late, early, half = exps
-        if resets is not None:
-            which, gone = resets
-            same, in_first, in_last = between_resets(gone)
-            x_in[which] = x[which] * late[which].unsqueeze(1)
-            dA[which] *= same
-            if dx_in is not None:
-                dx_in[which] *= in_first.unsqueeze(1)
-                dk_out[which] *= in_last
-        dA, k_mid, x_in = dA.view(M, R * C, C), k * early, x_in.view(M, R * C, K)
-        dx_in = torch.bmm(dA, k_mid) if dx_in is None else dx_in.view(M, R * C, K).baddbmm_(dA, k_mid)
-        dk_mid = torch.bmm(dA.mT, x_in)
-        dG = (x_in * dx_in).view(M, R, C, K).sum(1).addcmul_(k_mid, dk_mid, value=-1)
-        dg = from_here(dG)
-        if dk_out is not None:  # apart: what k_out leaves to later chunks is large, what it has of the gates before may be e^-50
-            dg += d_decay
-            dg[:, 1:] += (dk_out * k_out)[:, :-1].cumsum(1)
-            dk_mid.addcmul_(dk_out, half)
-        if resets is not None:
-            dg[which] = dg[which].masked_fill_(gone.unsqueeze(-1), 0)
-        return dx_in.view(M, R, C, K).mul_(late.unsqueeze(1)), dk_mid.mul_(early), dg
-    dx, dk, dg = pairs_in_blocks_grad(x, k, g, block, few, low, dA)
-    if dx_in is not None:
-        start, end = exps
-        dg += from_here((x_in * dx_in).sum(1)) + before_here(k_out * dk_out) + d_decay
-        dx.addcmul_(dx_in, start.unsqueeze(1))
-        dk.addcmul_(dk_out, end)
-    return dx, dk, dg
-
-
-def pairs_in_blocks_grad(x, k, g, block, few, low, dA):
+def steep_pairs_grad(x, k, g, few, low, dA):
     dx, dk, dg = torch.zeros_like(x), torch.zeros_like(k), torch.zeros_like(g)
-    C = x.shape[-2]
-    x_b, k_b, g_b, dx_b, dk_b, dg_b = (t.unflatten(-2, (-1, block)) for t in (x, k, g, dx, dk, dg))
-    diagonal = on_diagonal(dA, block)
-    if block > few:
-        late, early = mild_factors(g_b)
-        dx_b += mm(diagonal, (k_b * early).unsqueeze(1), low) * late.unsqueeze(1)
-        dk_b += mm(diagonal.mT, x_b * late.unsqueeze(1), low).sum(1) * early
-        dg_b += from_here((x_b * dx_b).sum(1) - k_b * dk_b)
-    else:
-        decay = torch.zeros_like(g_b)
-        for d in range(1, block):
-            decay = decay[..., :-1, :] + g_b[..., d:, :]
-            k_now = k_b[..., : block - d, :] * decay.exp()
-            d_pairs = diagonal.diagonal(-d, -2, -1).unsqueeze(-1)  # (M, R, n, block - d, 1)
-            dx_b[..., d:, :] += d_pairs * k_now.unsqueeze(1)
-            dk_now = (d_pairs * x_b[..., d:, :]).sum(1)
-            dk_b[..., : block - d, :] += dk_now * decay.exp()
-            for i in range(1, d + 1):  # every gate between the two tokens, the later one's included
-                dg_b[..., i : block - d + i, :] += dk_now * k_now
-    while block < C:
+    x_b, k_b, g_b, dx_b, dk_b, dg_b = (t.unflatten(-2, (-1, few)) for t in (x, k, g, dx, dk, dg))
+    diagonal, decay = on_diagonal(dA, few), torch.zeros_like(g_b)
+    for d in range(1, few):
+        decay = decay[..., :-1, :] + g_b[..., d:, :]
+        k_now = k_b[..., : few - d, :] * decay.exp()
+        d_pairs = diagonal.diagonal(-d, -2, -1).unsqueeze(-1)  # (M, R, n, few - d, 1)
+        dx_b[..., d:, :] += d_pairs * k_now.unsqueeze(1)
+        dk_now = (d_pairs * x_b[..., d:, :]).sum(1)
+        dk_b[..., : few - d, :] += dk_now * decay.exp()
+        for i in range(1, d + 1):  # every gate between the two tokens, the later one's included
+            dg_b[..., i : few - d + i, :] += dk_now * k_now
+    block = few
+    while block < x.shape[-2]:
         (first, second), (dg_first, dg_second) = halves(g, block), halves(dg, block)
         (k_first, _), (dk_first, _) = halves(k, block), halves(dk, block)
         (_, x_second), (_, dx_second) = halves(x, block), halves(dx, block)
@@ -438,58 +384,35 @@ def unit_lower_inverse(P, few, low):
     return X
 
 
-def with_beta_and_scale(k, beta, q, scale):
-    """x (M, 2, C, K): beta k and scale q, side by side, since all that gates do to one they do to the other."""
-    x = k.new_empty(k.shape[0], 2, *k.shape[1:])
-    torch.mul(k, beta, out=x[:, 0])
-    torch.mul(q, scale, out=x[:, 1])
-    return x
-
-
-def opposite_beside(dR, do):
-    """(M, 2C, V): -dR and do, the factors that meet the same other ones."""
-    rows = do.new_empty(do.shape[0], 2 * do.shape[1], do.shape[2])
-    torch.neg(dR, out=rows[:, : do.shape[1]])
-    rows[:, do.shape[1] :] = do
-    return rows
-
-
-def chunk_forward(q, k, v, g, beta, scale, state, want_state, plan, low):
+def chunk_forward(q, k, v, g, beta, scale, state, want_state, heads, low):
     """
-    q, k, g (M, C, K); v (M, C, V); beta (M, C, 1), all float32 or float64; state (N, H, K, V) or None for zeros, sequences longest
-    first. Returns o (M, C, V), the final state or None, and for the backward X, Q (M, C, C) and the state that every chunk reads
-    (M, K, V), None if there is only one chunk and no state before it.
+    q, k, g (M, C, K); v (M, C, V); beta (M, C, 1), all float32 or float64; state (heads, K, V) or None for zeros, `heads` being those of
+    all sequences together. Returns o (M, C, V), the final state or None, and for the backward X, Q (M, C, C) and the state that every
+    chunk reads (M, K, V), None if there is only one chunk and no state before it.
     """
     M, C, K = q.shape
-    V, H, few = v.shape[-1], M // sum(plan.active), chunk_length(C, q.device)[1]
-    x = with_beta_and_scale(k, beta, q, scale)
+    V, few = v.shape[-1], chunk_length(C, q.device)[1]
+    x = torch.stack((beta * k, scale * q), 1)  # side by side, since all that gates do to one they do to the other
     f = factors(x, k, g, few, low)
     X, Q = unit_lower_inverse(f.A[:, 0], few, low).to(low), f.A[:, 1].to(low, copy=True)
     Q.diagonal(dim1=-2, dim2=-1).copy_((x[:, 1] * k).sum(-1))
     new = beta * v
-    if state is None and not plan.order and len(plan.active) == 1:
+    if state is None and M == heads:
         new = mm(X, new, low)
-        return mm(Q, new, low), torch.bmm(f.k_out.mT, new).unflatten(0, (-1, H)) if want_state else None, X, Q, None
-    N = len(plan.order) if plan.order else plan.active[0]
-    state = q.new_zeros(N * H, K, V) if state is None else state.flatten(0, 1)
+        return mm(Q, new, low), torch.bmm(f.k_out.mT, new) if want_state else None, X, Q, None
+    state = q.new_zeros(heads, K, V) if state is None else state
     k_in, q_in, k_out, S = f.x_in[:, 0].to(low), f.x_in[:, 1], f.k_out.mT.to(low), q.new_empty(M, K, V)
-    final, a = [], 0
-    for count in plan.active:
-        b = a + count * H
-        if b - a < len(state):  # packed sequences that have ended; they are the shortest, so the last
-            final.append(state[b - a :])
-            state = state[: b - a]
+    for a in range(0, M, heads):
+        b = a + heads
         read = torch.mul(f.pre[a:b], state, out=S[a:b])
         new[a:b] = mm(X[a:b], addmm(new[a:b], k_in[a:b], read, low, alpha=-1), low)
         state = addmm(f.decay[a:b] * read, k_out[a:b], new[a:b], low)
-        a = b
-    final = torch.cat([state, *reversed(final)]).unflatten(0, (-1, H)) if want_state else None
-    return addmm(mm(Q.to(v.dtype), new, low), q_in, S, low), final, X, Q, S
+    return addmm(mm(Q.to(v.dtype), new, low), q_in, S, low), state, X, Q, S
 
 
-def chunk_backward(q, k, v, g, beta, scale, plan, low, X, Q, S, do, d_state):
+def chunk_backward(q, k, v, g, beta, scale, heads, low, X, Q, S, do, d_state):
     """
-    Gradients of `chunk_forward` in q, k, v, g, beta and the initial state (None if S is), from do (M, C, V) and d_state (N, H, K, V)
+    Gradients of `chunk_forward` in q, k, v, g, beta and the initial state (None if S is), from do (M, C, V) and d_state (heads, K, V)
     or None for zeros. With dR the gradient of R = beta (v - (k e^G) S), which X was multiplied by:
 
         d_new = Q^T do + k_out dS'        dR = X^T d_new        dS = decay dS' + q_in^T do - k_in^T dR        last chunk to first
@@ -498,8 +421,8 @@ def chunk_backward(q, k, v, g, beta, scale, plan, low, X, Q, S, do, d_state):
     because X = (I + beta P)^-1 gives dX = X^T (..) X^T: the gradient of beta P is -X^T (d_new R^T) X^T = -dR new^T.
     """
     M, C, K = q.shape
-    V, H, few = v.shape[-1], M // sum(plan.active), chunk_length(C, q.device)[1]
-    x = with_beta_and_scale(k, beta, q, scale)
+    V, few = v.shape[-1], chunk_length(C, q.device)[1]
+    x = torch.stack((beta * k, scale * q), 1)  # side by side, since all that gates do to one they do to the other
     f = factors(x, k, g, few, low, pairs=False)
     X, Q = X.to(v.dtype), Q.to(v.dtype)
     new = beta * v  # becomes what it was in the forward
@@ -511,27 +434,21 @@ def chunk_backward(q, k, v, g, beta, scale, plan, low, X, Q, S, do, d_state):
     dx_in = dk_out = d_decay = None
     if S is None:
         if d_state is not None:
-            d_state = d_state.flatten(0, 1)
             dR = addmm(dR, f.k_out, d_state, low)
             dk_out, dx_in, d_decay = mm(new, d_state.mT, low), torch.zeros_like(x), torch.zeros_like(k[:, :1])
         d_first, dR = None, mm(X.mT, dR, low)
-        rows = opposite_beside(dR, do)
     else:  # from the last chunk to the first; d_state is the gradient of the state that leaves a chunk
         k_in, k_out, Xt, dS = f.x_in[:, 0].mT.to(low), f.k_out.to(low), X.mT.to(low), torch.empty_like(S)
         d_read = mm(f.x_in[:, 1].mT, do, low)
-        N = len(plan.order) if plan.order else plan.active[0]
-        waiting = q.new_zeros(N * H, K, V) if d_state is None else d_state.flatten(0, 1)
-        d_state, b = waiting[: plan.active[-1] * H], M
-        for count in reversed(plan.active):
-            a = b - count * H
-            if b - a > len(d_state):  # shorter packed sequences end with this chunk
-                d_state = torch.cat([d_state, waiting[len(d_state) : b - a]])
+        d_state = q.new_zeros(heads, K, V) if d_state is None else d_state
+        for a in range(M - heads, -1, -heads):
+            b = a + heads
             dS[a:b] = d_state
             dR[a:b] = mm(Xt[a:b], addmm(dR[a:b], k_out[a:b], d_state, low), low)
             d_state = addmm(d_read[a:b].addcmul_(f.decay[a:b], d_state), k_in[a:b], dR[a:b], low, alpha=-1).mul_(f.pre[a:b])
-            b = a
-        d_first = torch.cat([d_state, waiting[len(d_state) :]]).unflatten(0, (-1, H))  # packed sequences without a token come last
-        rows = opposite_beside(dR, do)
+        d_first = d_state
+    rows = torch.cat((-dR, do), 1)  # (M, 2C, V): the factors that meet the same other ones
+    if S is not None:
         dx_in, dk_out = mm(rows, S.mT, low).view(M, 2, C, K), mm(new, dS.mT, low)
         d_decay = (dS.mul_(S) @ torch.ones_like(S[0, 0, :, None])).mul_(f.decay).mT
 
@@ -650,46 +567,70 @@ def kda_op(
     return chunk_op(q, k, v, g, beta, initial_state, cu_seqlens, scale, want_state)
 
 
-def stretches_of_tokens(q, v, C, cu_seqlens):
+def parts_of(q, v, C, cu_seqlens):
     """
-    Slices of the T tokens, whole chunks each, that are worked through one after the other, the state passed on. On a CPU, where a tensor
-    from 32 MB on is fresh pages from the system every time, long inputs make several; elsewhere, and for packed sequences, one.
+    What is worked through one after the other: [(tokens, sequences, chunks)]. t[tokens] is (b, L, H, D) of the inputs, state[sequences] are
+    the b states that go with them, X[chunks] is what is kept for the backward. Packed sequences are sorted by their number of chunks; where
+    they end before others of their part, there is padding, token T. Otherwise a part is a stretch of tokens of all sequences: on
+    a CPU, where a tensor from 32 MB on is fresh pages from the system every time, long inputs have several.
     """
     B, T, H, K = q.shape
-    if q.device.type != "cpu" or cu_seqlens is not None:
-        return [slice(0, T)]
-    n = C * max(1, AT_ONCE // (B * C * H * max(K, v.shape[-1])))
-    return [slice(a, min(a + n, T)) for a in range(0, T, n)]
+    if cu_seqlens is None:
+        n = max(1, AT_ONCE // (B * C * H * max(K, v.shape[-1]))) if q.device.type == "cpu" else -(-T // C)
+        starts = range(0, T, n * C)
+        return [((slice(None), slice(a, min(a + n * C, T))), slice(None), slice(a // C * B * H, (a // C + n) * B * H)) for a in starts]
+    bounds, parts, first = torch.tensor(sequence_bounds(cu_seqlens, T)), [], 0
+    chunks = (bounds.diff() + C - 1) // C
+    for n in chunks[chunks > 0].unique().tolist():
+        sequences = (chunks == n).nonzero().squeeze(1)
+        tokens = bounds[sequences, None] + torch.arange(n * C)
+        tokens[tokens >= bounds[sequences + 1, None]] = T
+        own = slice(first, first + len(sequences) * n * H)
+        parts.append(((0, tokens.to(q.device)), sequences.to(q.device), own))
+        first = own.stop
+    return parts
+
+
+def with_padding(t, cu_seqlens):
+    """(B, T, H, D), and after packed sequences a token of zeros."""
+    return t if cu_seqlens is None else F.pad(t, (0, 0, 0, 0, 0, 1))
+
+
+def put_together(pieces, parts, T, cu_seqlens):
+    """pieces[i] (b, L, H, D), what parts[i] made of its tokens -> (B, T, H, D)."""
+    if cu_seqlens is None:
+        return pieces[0] if len(parts) == 1 else torch.cat(pieces, 1)
+    whole = pieces[0].new_empty(1, T + 1, *pieces[0].shape[2:])
+    for (tokens, *_), piece in zip(parts, pieces):
+        whole[tokens] = piece
+    return whole[:, :T]
 
 
 def chunk_op(q, k, v, g, beta, initial_state, cu_seqlens, scale, want_state):
     """`kda_op` in the chunked form."""
     B, T, H, K = q.shape
     V, (wide, low), (C, _) = v.shape[-1], precision(q, k, v, g, beta), chunk_length(T, q.device)
-    parts, state = [], None if initial_state is None else initial_state.to(wide)
-    all_tokens = stretches_of_tokens(q, v, C, cu_seqlens)
-    if state is None and len(all_tokens) > 1:
-        state = q.new_zeros(B, H, K, V, dtype=wide)
+    parts, outputs, saved = parts_of(q, v, C, cu_seqlens), [], []
+    inputs = [with_padding(t, cu_seqlens) for t in (q, k, v, g, beta.unsqueeze(-1))]
+    nothing_before = initial_state is None and cu_seqlens is None and T <= C  # then no chunk reads a state, and S is empty
+    state = None if initial_state is None else initial_state.to(wide, copy=True)
+    if state is None and (want_state or not nothing_before):
+        state = q.new_zeros(B if cu_seqlens is None else len(cu_seqlens) - 1, H, K, V, dtype=wide)
     with torch.autocast(q.device.type, enabled=False), as_tf32(v):
-        for part in all_tokens:
-            inputs = [t[:, part].to(wide) for t in (q, k, v, g, beta.unsqueeze(-1))]
-            length = inputs[0].shape[1]
-            plan = make_plan(B, length, C, q.device, cu_seqlens)
-            if state is not None and plan.order:
-                state = state[plan.order]
-            want = want_state or part.stop < T
-            o, state, X, Q, S = chunk_forward(*(to_chunks(t, plan) for t in inputs), scale, state, want, plan, low)
-            parts.append((from_chunks(o, plan, B, length, H).to(v.dtype), X, Q, q.new_empty(0, dtype=wide) if S is None else S))
-    if len(parts) == 1:
-        o, X, Q, S = parts[0]
-    else:
-        outputs, *saved = zip(*parts)
-        o, (X, Q, S) = torch.cat(outputs, 1), map(torch.cat, saved)
-    if plan.order:
-        state = state[torch.tensor(plan.order).argsort()] if want_state else None
-        extra = saved_chunks(B, T, C, cu_seqlens) * H - len(X)
-        X, Q, S = (F.pad(t, (0, 0, 0, 0, 0, extra)) for t in (X, Q, S))
-    return o.contiguous(), state if want_state else q.new_empty(0, dtype=wide), X, Q, S
+        for tokens, sequences, _ in parts:
+            part = [t[tokens].to(wide) for t in inputs]
+            b, L = part[0].shape[:2]
+            before = None if nothing_before else state[sequences].flatten(0, 1)
+            o, after, X, Q, S = chunk_forward(*(to_chunks(t, C) for t in part), scale, before, state is not None, b * H, low)
+            if state is not None:
+                state[sequences] = after.unflatten(0, (b, H))
+            outputs.append(from_chunks(o, b, L, H).to(v.dtype))
+            saved.append((X, Q, q.new_empty(0, dtype=wide) if S is None else S))
+    o = put_together(outputs, parts, T, cu_seqlens).contiguous()
+    X, Q, S = saved[0] if len(saved) == 1 else map(torch.cat, zip(*saved))
+    if cu_seqlens is not None:
+        X, Q, S = (F.pad(t, (0, 0, 0, 0, 0, saved_chunks(B, T, C, cu_seqlens) * H - len(t))) for t in (X, Q, S))
+    return o, state if want_state else q.new_empty(0, dtype=wide), X, Q, S
 
 
 @kda_op.register_fake
@@ -730,32 +671,29 @@ def chunk_backward_op(q, k, v, g, beta, initial_state, cu_seqlens, scale, X, Q, 
     """`kda_backward_op` in the chunked form."""
     B, T, H, K = q.shape
     (wide, low), (C, _) = precision(q, k, v, g, beta), chunk_length(T, q.device)
-    parts, d_state = [], d_final
-    all_tokens = stretches_of_tokens(q, v, C, cu_seqlens)
+    parts, pieces = parts_of(q, v, C, cu_seqlens), []
+    *inputs, do = (with_padding(t, cu_seqlens) for t in (q, k, v, g, beta.unsqueeze(-1), do))
+    d_state = None if d_final is None else d_final.to(wide, copy=True)
+    if d_state is None and S.numel():
+        d_state = q.new_zeros(B if cu_seqlens is None else len(cu_seqlens) - 1, H, K, v.shape[-1], dtype=wide)
     with torch.autocast(q.device.type, enabled=False), as_tf32(v):
-        for part in reversed(all_tokens):
-            d_o = do[:, part].to(wide)
+        for tokens, sequences, own in reversed(parts):
+            *part, d_o = (t[tokens].to(wide) for t in (*inputs, do))
+            b, L = d_o.shape[:2]
+            d_after = None if d_state is None else d_state[sequences].flatten(0, 1)
             if low == torch.float16:
                 # A scaled loss makes large gradients, and the backward is linear in them: near one, float16 neither overflows nor vanishes.
                 size = d_o.abs().amax()
-                size = (size if d_state is None else torch.maximum(size, d_state.abs().amax())).clamp(min=1e-30)
-                d_o, d_state = d_o / size, None if d_state is None else d_state / size
-            inputs = [t[:, part].to(wide) for t in (q, k, v, g, beta.unsqueeze(-1))]
-            length = inputs[0].shape[1]
-            plan = make_plan(B, length, C, q.device, cu_seqlens)
-            if plan.order and d_state is not None:
-                d_state = d_state[plan.order]
-            first = part.start // C * B * H
-            own = slice(first, first + sum(plan.active) * H)
+                size = (size if d_after is None else torch.maximum(size, d_after.abs().amax())).clamp(min=1e-30)
+                d_o, d_after = d_o / size, None if d_after is None else d_after / size
             saved = X[own], Q[own], S[own] if S.numel() else None
-            chunks = (to_chunks(t, plan) for t in inputs)
-            *grads, d_state = chunk_backward(*chunks, scale, plan, low, *saved, to_chunks(d_o, plan), d_state)
-            if plan.order:
-                d_state = d_state[torch.tensor(plan.order).argsort()]
+            *grads, d_before = chunk_backward(*(to_chunks(t, C) for t in part), scale, b * H, low, *saved, to_chunks(d_o, C), d_after)
             if low == torch.float16:
-                grads, d_state = [t * size for t in grads], None if d_state is None else d_state * size
-            parts.append([from_chunks(t, plan, B, length, H).to(like.dtype) for t, like in zip(grads, (q, k, v, g, beta))])
-    grads = parts[0] if len(parts) == 1 else [torch.cat(t, 1) for t in zip(*reversed(parts))]
+                grads, d_before = [t * size for t in grads], None if d_before is None else d_before * size
+            if d_before is not None:
+                d_state[sequences] = d_before.unflatten(0, (b, H))
+            pieces.append([from_chunks(d, b, L, H).to(t.dtype) for d, t in zip(grads, inputs)])
+    grads = [put_together(d, parts, T, cu_seqlens) for d in zip(*reversed(pieces))]
     grads[4] = grads[4].squeeze(-1)
     d_state = q.new_empty(0) if initial_state is None else d_state.to(initial_state.dtype)
     return *(t.contiguous() for t in grads), d_state

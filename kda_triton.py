@@ -90,7 +90,7 @@ def padded(width):
 def launch_constants(capability, dtype, H, K, V):
     """
     Constants of the kernels that follow from sizes and hardware. float32 inputs are multiplied as three tf32 products, which are as good
-    as one in float32. Otherwise the inverse is made of bfloat16 halves (`add_product`), on Turing, which has no bfloat16, in float16.
+    as one in float32. Otherwise the inverse is made of bfloat16 halves (`add_product`); Turing has no bfloat16, and takes float16 ones.
     Blocks of 2^LEVEL tokens that forget less than exp(-MILD) take a short way in `pairs`, with factors up to exp(MILD / 2). bfloat16
     and tf32 reach as far as float32; float16 does not, so for float16 inputs it is short blocks that may forget little.
     """
@@ -98,7 +98,7 @@ def launch_constants(capability, dtype, H, K, V):
     exact_dot = "tf32x3" if capability >= (8, 0) else "ieee"
     return {
         "H": H, "K": K, "V": V, "C": CHUNK, "WIDTH": padded(K), "DOT": exact_dot if exact else "tf32",
-        "MERGE": exact_dot if exact else "halves" if capability >= (8, 0) else "fp16",
+        "MERGE": exact_dot if exact else "bf16" if capability >= (8, 0) else "fp16",
         "LEVEL": 4 if half else 6, "MILD": 12.0 if half else 120.0,
     }  # fmt: skip
 
@@ -171,53 +171,55 @@ if triton is not None:
         return x
 
     @triton.jit
-    def halves(x):
-        """float32 x as the sum of two bfloat16: 16 bits and float32's range, for products at full speed."""
-        high = x.to(tl.bfloat16)
-        return high, (x - high.to(tl.float32)).to(tl.bfloat16)
+    def halves(x, dtype: tl.constexpr):
+        """float32 x as the sum of two numbers of half the width, for products at full speed."""
+        high = x.to(dtype)
+        return high, (x - high.to(tl.float32)).to(dtype)
 
     @triton.jit
     def add_product(c, a, b, MERGE: tl.constexpr):
-        """c + a @ b, all float32; factors in bfloat16 halves, in float16, or as `input_precision` says."""
-        if MERGE == "halves":
-            a, a_rest = halves(a)
-            b, b_rest = halves(b)
-            c = tl.dot(a, b_rest, tl.dot(a, b, tl.dot(a_rest, b, c)))
-        elif MERGE == "fp16":
-            c += tl.dot(a.to(tl.float16), b.to(tl.float16))
+        """c + a @ b, all float32; factors in halves of bfloat16 or float16, or as `input_precision` says."""
+        if MERGE == "bf16" or MERGE == "fp16":
+            half: tl.constexpr = tl.bfloat16 if MERGE == "bf16" else tl.float16
+            a, a_rest = halves(a, half)
+            b, b_rest = halves(b, half)
+            c = tl.dot(a, b_rest, tl.dot(a, b, tl.dot(a_rest, b, c)))  # most other orders spill registers, on 7.5 or on 8.0
         else:
             c = tl.dot(a, b, c, input_precision=MERGE)
         return c
 
     @triton.jit
-    def write_inverse(X_ptr, rows, h, inside, X, H: tl.constexpr, C: tl.constexpr, MERGE: tl.constexpr):
+    def write_inverse(X_ptr, rows, h, inside, X, H: tl.constexpr, C: tl.constexpr):
         """
         float16 has too few bits for X where beta is near 2: its signs alternate there, and its rounding is what is left of sums that
-        cancel. With "halves", what float16 rounds away stands mirrored above the diagonal, where X has nothing. The diagonal is exactly 1.
+        cancel. What float16 rounds away stands mirrored above the diagonal, where X has nothing. The diagonal is exactly 1.
         """
         c = tl.arange(0, C)
-        if X_ptr.dtype.element_ty == tl.float16:  # entries beyond 2 are for keys of very different lengths only
-            X = tl.minimum(tl.maximum(X, -65504.0), 65504.0)
-        if MERGE == "halves":
-            X += tl.trans(X - X.to(tl.float16).to(tl.float32))
-        write(X_ptr, rows, H, h, c, C, inside, X)
+        p, mask = tile(X_ptr, rows, H, h, c, C, inside)
+        if X_ptr.dtype.element_ty == tl.float16:
+            X = tl.minimum(tl.maximum(X, -65504.0), 65504.0)  # entries beyond 2 are for keys of very different lengths only
+            rest = tl.trans(X - X.to(tl.float16).to(tl.float32))
+            above = c[:, None] < c[None, :]
+            tl.store(p, rest.to(tl.float16), mask=mask & above)
+            mask = mask & ~above
+        tl.store(p, X.to(X_ptr.dtype.element_ty), mask=mask)
 
     @triton.jit
-    def read_inverse(X_ptr, rows, h, inside, H: tl.constexpr, C: tl.constexpr, MERGE: tl.constexpr):
+    def read_inverse(X_ptr, rows, h, inside, H: tl.constexpr, C: tl.constexpr):
         """X in two parts, for `times`."""
         c = tl.arange(0, C)
         X = read(X_ptr, rows, H, h, c, C, inside)
         rest = X
-        if MERGE == "halves":
+        if X.dtype == tl.float16:
             above = c[:, None] < c[None, :]
             X, rest = tl.where(above, 0.0, X).to(X.dtype), tl.trans(tl.where(above, X, 0.0).to(X.dtype))
         return X, rest
 
     @triton.jit
-    def times(X, rest, r, DOT: tl.constexpr, MERGE: tl.constexpr):
+    def times(X, rest, r, DOT: tl.constexpr):
         r = r.to(X.dtype)
         y = tl.dot(X, r, input_precision=DOT)
-        if MERGE == "halves":
+        if X.dtype == tl.float16:
             y = tl.dot(rest, r, y)
         return y
 
@@ -294,12 +296,12 @@ if triton is not None:
         for level in range(1, 6):
             L = tl.where(neighbours(level, False, C, dtype)[1], A, 0.0)
             X = add_product(X, add_product(tl.zeros((C, C), tl.float32), X, L, MERGE), X, MERGE)
-        write_inverse(X_ptr, rows, h, inside, X, H, C, MERGE)
+        write_inverse(X_ptr, rows, h, inside, X, H, C)
 
     @triton.jit
     def prepare(
         q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, start_ptr, end_ptr, units_ptr, X_ptr, U_ptr, W_ptr, qG_ptr, kE_ptr, decay_ptr,
-        H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, DOT: tl.constexpr, MERGE: tl.constexpr,
+        H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, DOT: tl.constexpr,
     ):  # fmt: skip
         """U (tokens, H, V); W, qG, kE (tokens, H, K); decay (chunks, H, K), float32."""
         chunk, h = tl.program_id(0) // H, tl.program_id(0) % H
@@ -308,11 +310,11 @@ if triton is not None:
         rows, inside = start + c, start + c < end
         scale, shrink = tl.load(units_ptr), tl.load(units_ptr + 1)
         beta = tl.load(beta_ptr + rows * H + h, mask=inside, other=0.0)[:, None]
-        X, rest = read_inverse(X_ptr, rows, h, inside, H, C, MERGE)
+        X, rest = read_inverse(X_ptr, rows, h, inside, H, C)
         for step in range(0, V, STEP):
             vs = step + tl.arange(0, STEP)
             v = read(v_ptr, rows, H, h, vs, V, inside).to(tl.float32) * shrink
-            write(U_ptr, rows, H, h, vs, V, inside, times(X, rest, beta * v, DOT, MERGE))
+            write(U_ptr, rows, H, h, vs, V, inside, times(X, rest, beta * v, DOT))
         for step in range(0, K, STEP):
             ks = step + tl.arange(0, STEP)
             q = read(q_ptr, rows, H, h, ks, K, inside).to(tl.float32) * scale
@@ -320,7 +322,7 @@ if triton is not None:
             g = read(g_ptr, rows, H, h, ks, K, inside)
             after = read(g_ptr, rows + 1, H, h, ks, K, rows + 1 < end)
             from_start = tl.exp(tl.cumsum(g, 0))
-            write(W_ptr, rows, H, h, ks, K, inside, times(X, rest, beta * k * from_start, DOT, MERGE))
+            write(W_ptr, rows, H, h, ks, K, inside, times(X, rest, beta * k * from_start, DOT))
             write(qG_ptr, rows, H, h, ks, K, inside, q * from_start)
             write(kE_ptr, rows, H, h, ks, K, inside, k * tl.exp(tl.cumsum(after, 0, reverse=True)))
             tl.store(decay_ptr + (chunk * H + h) * K + ks, tl.exp(tl.sum(g, 0)), mask=ks < K)
@@ -423,7 +425,7 @@ if triton is not None:
     @triton.jit
     def dsolve(
         v_ptr, beta_ptr, X_ptr, new_ptr, do_ptr, dnew_ptr, start_ptr, end_ptr, units_ptr, dR_ptr, dP_ptr, dQ_ptr, dv_ptr, dbeta_ptr,
-        H: tl.constexpr, V: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, DOT: tl.constexpr, MERGE: tl.constexpr,
+        H: tl.constexpr, V: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, DOT: tl.constexpr,
     ):  # fmt: skip
         """dR (tokens, H, V), the gradient of beta (v - k e^G S); of beta P and Q, (tokens, H, C); of v; of beta, as far as v goes."""
         chunk, h = tl.program_id(0) // H, tl.program_id(0) % H
@@ -432,13 +434,13 @@ if triton is not None:
         rows, inside = start + c, start + c < end
         shrink, unit = tl.load(units_ptr + 1), tl.load(units_ptr + 2)
         beta = tl.load(beta_ptr + rows * H + h, mask=inside, other=0.0)[:, None]
-        X, rest = read_inverse(X_ptr, rows, h, inside, H, C, MERGE)
+        X, rest = read_inverse(X_ptr, rows, h, inside, H, C)
         X, rest = tl.trans(X), tl.trans(rest)
         dP, dQ = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
         dbeta = tl.zeros((C,), tl.float32)
         for step in range(0, V, STEP):
             vs = step + tl.arange(0, STEP)
-            dR = times(X, rest, read(dnew_ptr, rows, H, h, vs, V, inside), DOT, MERGE)
+            dR = times(X, rest, read(dnew_ptr, rows, H, h, vs, V, inside), DOT)
             v = read(v_ptr, rows, H, h, vs, V, inside).to(tl.float32) * shrink
             write(dR_ptr, rows, H, h, vs, V, inside, dR)
             write(dv_ptr, rows, H, h, vs, V, inside, dR * (beta * (shrink * unit)))
@@ -470,7 +472,7 @@ if triton is not None:
             dk += column
             dE = x * row + k * tl.where(block, -column, column)
             if dtype == tl.bfloat16:
-                dE, rest = halves(dE)
+                dE, rest = halves(dE, dtype)
                 dg += tl.dot(runs, rest)
             dg += tl.dot(runs, dE.to(dtype), input_precision=DOT)
         return dx, dk, dg
@@ -623,8 +625,8 @@ def largest(t):
 
 
 def power_of_two(size):
-    """From `size` on, a tensor of one number; 1 for zero. Between 2^-100 and 2^60, so that quotients of a few are float32."""
-    return torch.exp2(torch.where(size > 0, size, 1.0).clamp(2.0**-100, 2.0**60).log2().ceil())
+    """The next one above each of `size`; 1 for zero. Between 2^-100 and 2^60, so that quotients of a few are float32."""
+    return torch.exp2(torch.frexp(size).exponent.clamp(-100, 60))
 
 
 def find_units(q, v, state):
@@ -634,7 +636,7 @@ def find_units(q, v, state):
     """
     if q.dtype != torch.bfloat16 or not q.numel():
         return torch.ones(2, device=q.device).unbind()
-    return power_of_two(largest(q)), power_of_two(torch.maximum(largest(v), largest(state)))
+    return power_of_two(torch.stack((largest(q), torch.maximum(largest(v), largest(state))))).unbind()
 
 
 def _prepare(run, q, k, v, g, beta, units, X):

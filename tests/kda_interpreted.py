@@ -139,12 +139,13 @@ def test_sizes(K, V):
     check(run([20], 1, K, V, torch.bfloat16, "mild", 2.0), torch.bfloat16)
 
 
-@pytest.mark.parametrize("gate", ["mild", "uneven"])
-def test_turing_inverts_in_float16(monkeypatch, gate):
+def test_turing_inverts_in_float16(monkeypatch):
     constants = kt.launch_constants
     monkeypatch.setattr(kt, "launch_constants", lambda capability, *rest: constants((7, 5), *rest))
     assert kt.launch_constants((9, 0), torch.float16, 1, 16, 16)["MERGE"] == "fp16"
-    check(run([60], 1, 32, 16, torch.float16, gate, 2.0 if gate == "mild" else "random"), torch.float16)
+    check(run([60], 1, 32, 16, torch.float16, "uneven"), torch.float16)
+    errors = run([130], 1, 16, 16, torch.float16, "none", 2.0)  # nothing forgets a rounding: what is left grows with the length
+    assert max(errors.values()) < 3e-3, errors  # with an inverse of single float16 4.4e-3, and more than 1e-2 at 4,096 tokens
 
 
 def test_float16_gradients_of_any_size():

@@ -199,7 +199,7 @@ def test_whole_size_heads():
 
 def test_single_token_blocks_are_right_for_any_gate(monkeypatch):
     """On a GPU the gates are not looked at, and blocks are single tokens: that path has to be right for mild gates too."""
-    monkeypatch.setattr(kda_file, "choose_blocks", lambda g, few: [(slice(None), few, None)])
+    monkeypatch.setattr(kda_file, "mild_and_steep", lambda g: [(slice(None), False, None)])
     for T in (1, 3, 43, 64, 100):
         compare({f"{gate}, T={T}": make(gate, T) for gate in ("none", "mild", "inside", "outside", "resets")})
 
@@ -212,8 +212,8 @@ def test_long_inputs_go_through_a_stretch_of_tokens_at_a_time(monkeypatch):
         want, d_want = run(by_reference, inputs, torch.float64, state, weights)
         for chunks in (0, 1, 2):
             monkeypatch.setattr(kda_file, "AT_ONCE", chunks * 64 * whole[0][:, 0].numel())
-            stretches = kda_file.stretches_of_tokens(whole[0], whole[2], 64, None)
-            assert len(stretches) == -(-T // (64 * max(1, chunks))) and stretches[-1].stop == T
+            parts = kda_file.parts_of(whole[0], whole[2], 64, None)
+            assert len(parts) == -(-T // (64 * max(1, chunks))) and parts[-1][0][1].stop == T
             got, d_got = run(lambda i: by_kda(i, state), inputs, torch.float32, state, weights)
             check(got, want, 1e-5, f"{chunks} chunks at a time, T={T}")
             check(d_got, d_want, 1e-4, f"{chunks} chunks at a time, T={T}")
@@ -441,7 +441,7 @@ def test_products_on_tensor_cores(dtype, monkeypatch):
     """What a GPU does, on the CPU: factors of products in float16 or TF32, gates never looked at, chunks of a power of two."""
     low = torch.float16 if dtype == torch.float16 else torch.float32
     monkeypatch.setattr(kda_file, "precision", lambda *inputs: (torch.float32, low))
-    monkeypatch.setattr(kda_file, "choose_blocks", lambda g, few: [(slice(None), few, None)])
+    monkeypatch.setattr(kda_file, "mild_and_steep", lambda g: [(slice(None), False, None)])
     if dtype == torch.bfloat16:
         monkeypatch.setattr(kda_file, "mm", lambda a, b, low: to_tf32(a) @ to_tf32(b))
         monkeypatch.setattr(kda_file, "addmm", lambda c, a, b, low, alpha=1: c + alpha * (to_tf32(a) @ to_tf32(b)))
