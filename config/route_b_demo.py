@@ -1,10 +1,11 @@
-# Route B on the demo stage: the same data, mostly puzzles, and a core that is gone through three times per step.
+# Route B on the demo stage: the same data, mostly puzzles, and a core that is gone through twice per step.
 base = "route_a_demo.py"
 out_dir = "out/demo/route_b"
 model = "trm"
-n_latent = 2
+n_latent = 1
 n_recursion = 1
 n_sup = 4
+halt_exploration = 0.3
 ema = 0.99
 mixture = {
     "stdlib": 0.03, "langref": 0.03, "docstrings": 0.03, "arithmetic": 0.03,
