@@ -10,7 +10,7 @@ save, against the same recursion with all activations kept? Does a training step
 projection of the hours that ARC-AGI-1's evaluation set takes on other cards: from FLOPs, and where Route A writes, from operations and
 bytes. With --checkpoint, another question: how few supervision steps are enough?
 
-The tasks are mazes, all of one size. On a CPU with one thread, seconds are the processor's own. Before this: model_trm.py. Next to read:
+The tasks are mazes, all of one size. On a CPU with one thread, seconds are the processor's own. Before this: model_trm.py. Read next:
 bench_recursion.py, which asks what all this is worth.
 """
 

@@ -11,7 +11,7 @@ What recursion is worth: `bench.py recursion`, experiments that take minutes on 
 Puzzles are drawn fresh for every batch, or from a --pool as small as the published experiments have; those of the test are others.
 A contender is a name, a model, settings of its Config, and, if it is not to be trained like the others, learning_rate, optimizer and
 carry_turns (as in train.py; see LOG.md for what it decides). n_ff makes up for what they differ in parameters. Figures worth keeping go
-into LOG.md with their command.
+into LOG.md with their command. Before this: model_trm.py, bench.py.
 """
 
 import argparse
@@ -32,6 +32,7 @@ import loader
 import puzzles
 import tokenizer as tok
 from bench_models import schedule
+from files import save_picture
 from muon import muon_and_adamw
 
 SMALL = dict(n_layer=4, n_head=2, n_embd=64, n_ff=172, block_size=1024)  # the demo's model
@@ -278,9 +279,7 @@ def saved_figure(path, rows, columns):
     for axis in axes:
         axis.grid(alpha=0.3)
     figure.tight_layout()
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    figure.savefig(f"{path}.tmp", format="png", dpi=130)
-    os.replace(f"{path}.tmp", path)
+    save_picture(figure, path)
     print(f"picture: {path}")
 
 

@@ -295,7 +295,3 @@ def from_programs(model, task, settings):
             for j, grid in enumerate(made[len(task.train) :]):
                 out[j].append((grid, 1, 0.0, text))
     return out
-
-
-if __name__ == "__main__":
-    print(__doc__.strip() + "\n\nThis file has no command of its own: see python eval_arc.py --help")

@@ -15,9 +15,10 @@ Per head, with a state S of shape (K, V) and t = 1..T (Kimi Linear, arXiv 2510.2
 In words: forget a little of every channel, erase what the memory still holds along k_t, write v_t there, read with q_t.
 
 Run `python kda.py` to see which form was chosen on this machine and why, and whether it is right.
-Next to read: model_dense.py, which stacks the layer.
+Read next: model_dense.py, which stacks the layer.
 """
 
+import argparse
 import contextlib
 import functools
 import math
@@ -957,6 +958,7 @@ def check():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()  # --help
     try:
         check()
     except ValueError as e:

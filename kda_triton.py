@@ -20,6 +20,7 @@ Tensor cores take what they multiply as float16, for bfloat16 inputs too: those 
 nothing decays, no rounding is ever forgotten; the inverse X needs more bits than float16 has, so it is made and kept as two of them.
 
 `python -m pytest tests/test_kda_triton.py` runs all of it on a CPU, in Triton's interpreter, and compiles it for GPUs that are not there.
+Before this: kda.py.
 """
 
 import functools

@@ -338,7 +338,3 @@ def evaluation_texts():
         "language_questions": [f"{beginning} {choices[right]}" for _, beginning, choices, right in questions()],
         "language_functions": [stub + solution for _, stub, _, solution, _ in functions()],
     }
-
-
-if __name__ == "__main__":
-    print(__doc__.strip() + "\n\nThis file has no command of its own: see python language.py --help")

@@ -534,11 +534,3 @@ def dropped_page(stage, filters):
             lines.append(f"\n### {rule}: {found['count']:,}\n")
             lines += ["".join(f"    {line}\n" for line in example.split("\n")) for example in found["examples"] if example]
     return "\n".join(lines) + "\n"
-
-
-def main():
-    print(__doc__.strip() + "\n\nThis file has no command of its own: see python prepare.py --help")
-
-
-if __name__ == "__main__":
-    main()

@@ -96,7 +96,3 @@ def tune(model, task, settings):
     for layer in layers:
         parametrize.remove_parametrizations(layer, "weight")  # W + B A becomes the weight: answering costs what it did
     return tuned.eval()
-
-
-if __name__ == "__main__":
-    print(__doc__.strip() + "\n\nThis file has no command of its own: see python eval_arc.py --help")

@@ -23,6 +23,7 @@ import logbook
 import report
 import scores
 import stages
+from files import save_picture
 
 SECONDS = 10  # between two looks
 
@@ -110,9 +111,4 @@ def draw(evals, path):
     axes.grid(alpha=0.3)
     if names:
         axes.legend(fontsize=8)
-    figure.savefig(path + ".tmp", format="png", dpi=110)
-    os.replace(path + ".tmp", path)
-
-
-if __name__ == "__main__":
-    print(__doc__.strip() + "\n\nThis file has no command of its own: see python eval_arc.py --help")
+    save_picture(figure, path)
