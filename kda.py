@@ -175,9 +175,8 @@ def before_here(t):
 
 def mild_and_steep(g):
     """
-    g (M, C, K) -> [(which chunks, whether they are mild, resets)]; `which` indexes the first dimension. Tokens that
-    forget everything, as where a document starts, do not keep a chunk from being mild: resets is None or (which of the mild chunks have
-    them, booleans (., C)).
+    g (M, C, K) -> [(which chunks, whether they are mild, resets)]; `which` indexes the first dimension. Tokens that forget everything, as
+    where a document starts, do not keep a chunk from being mild: resets is None or (which of the mild chunks have them, booleans (., C)).
     """
     everything = slice(None)
     if g.is_cuda or g.shape[1] <= FEW:
