@@ -473,10 +473,11 @@ def chunk_backward(q, k, v, g, beta, scale, heads, low, X, Q, S, do, d_state):
 def precision(q, k, v, g, beta):
     """
     (what sums and states are in, what the factors of matrix products are rounded to). bfloat16 is too coarse for them: with beta = 2 and
-    no decay, nothing forgets their rounding. So it is multiplied as float32, on tensor cores as TF32 (`as_tf32`).
+    no decay, nothing forgets their rounding. So it is multiplied as float32, on tensor cores as TF32 (`as_tf32`). float16 is fine
+    enough from 64 channels on; with fewer, thousands of keys are more alike, and what tensor cores would save is little (LOG.md).
     """
     wide = torch.float64 if torch.float64 in (q.dtype, k.dtype, v.dtype, g.dtype, beta.dtype) else torch.float32
-    return wide, torch.float16 if v.is_cuda and v.dtype == torch.float16 else wide
+    return wide, torch.float16 if v.is_cuda and v.dtype == torch.float16 and q.shape[-1] >= 64 else wide
 
 
 @contextlib.contextmanager
