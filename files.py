@@ -1,8 +1,8 @@
 """
 Writing a file so that whoever looks, and whoever comes after a crash, sees the old one or the whole new one.
 
-Used by everything that writes reports, pictures, settings and stages. checkpoint.py does the same for what is too large to hold twice:
-read it next.
+Used by everything that writes reports, pictures, settings and stages. Read next: checkpoint.py, which does the same for
+what is too large to hold twice.
 """
 
 import io

@@ -1,9 +1,12 @@
 """The suites: what is in them, what they are called, and tasks that people bring along."""
+import ast
 import importlib
 import json
 import os
+import re
 import runpy
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -157,10 +160,21 @@ def test_demonstrations_of_the_evaluation_are_learned_from_only_where_that_is_as
         assert {arc.canonical_hash(g) for pair in pairs for g in pair} <= demos
 
 
-# the files of the evaluation as commands
+# files as a reader meets them
 
-@pytest.mark.parametrize("name", ["suites", "scores", "candidates", "ttt", "watch", "report", "language", "language_items", "sandbox"])
-def test_every_file_says_what_it_is(name, monkeypatch, capsys):
+def test_every_file_says_what_it_is_and_where_to_read_next():
+    here = Path(suites.__file__).parent
+    for path in here.glob("*.py"):
+        said = ast.get_docstring(ast.parse(path.read_text())) or ""
+        assert len(said.split("\n")[0]) > 20, path.name
+        pointers = re.findall(r"(?:Read next|Before this): (.+?)(?:\.\s|\.?$)", " ".join(said.split()))
+        assert pointers, f"{path.name} does not say where to read next"
+        for name in re.findall(r"[\w/]+\.(?:py|html)", " ".join(pointers)):
+            assert (here / name).is_file(), f"{path.name} points to {name}"
+
+
+@pytest.mark.parametrize("name", ["suites", "scores", "report", "language", "sandbox", "sources", "hardware"])
+def test_help_is_what_the_file_says_of_itself(name, monkeypatch, capsys):
     path = os.path.join(os.path.dirname(os.path.abspath(suites.__file__)), f"{name}.py")
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
     monkeypatch.setattr(sys, "path", [os.path.dirname(path), *sys.path])
