@@ -198,6 +198,14 @@ def encode_prompt(kind, demos, test_input, canvas=None):
     return np.concatenate([*_encode(kind, seen), [OUTPUT], out.reshape(-1)]).astype(np.uint16)
 
 
+def prompt_and_room(kind, demos, test_input, puzzle_format):
+    """-> (tokens of the prompt, room for the answer after it): together they must fit into a model's block_size. A canvas is both."""
+    h, w = canvas_shape(demos, test_input)
+    if puzzle_format == "canvas":
+        return len(encode_prompt(kind, demos, test_input, (h, w))), 0
+    return len(encode_prompt(kind, demos, test_input)), h * (w + 1)
+
+
 def _decode_grid(ids, start, stop):
     part = ids[start:stop]
     ends = np.flatnonzero(part == ROW)

@@ -141,10 +141,7 @@ def questions(net, set_name="arc1_eval"):
     found, left_out = [], 0
     for task in arc.load(set_name):
         for x, y in task.test:
-            canvas = arc.canvas_shape(task.train, x)
-            length, room = len(arc.encode_prompt(task.kind, task.train, x)), canvas[0] * (canvas[1] + 1)
-            if net.puzzle_format == "canvas":
-                length, room = len(arc.encode_prompt(task.kind, task.train, x, canvas)), 0
+            length, room = arc.prompt_and_room(task.kind, task.train, x, net.puzzle_format)
             if length + room > net.config.block_size:
                 left_out += 1
             else:

@@ -337,3 +337,10 @@ def positive(text):
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, not {text!r}")
     return int(text)
+
+
+def help_only(doc):
+    """For a script that takes no arguments: --help prints `doc`, its docstring, and anything else is a mistake, in one line."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(f"error: {message}; see python {parser.prog} --help")
+    parser.parse_args()

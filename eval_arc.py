@@ -14,9 +14,9 @@ The suites are in suites.py. A task is solved when all its test outputs are righ
 in arc1 and arc2, as ARC's rules allow, one in puzzles. A task that does not fit into the model's block_size is not solved and is
 counted in `too_long` as well. The model is handed tasks with their test outputs taken out.
 
-All of arc1, the 100M models on two T4s (projected, `bench.py answer`): Route A in 16 views 8 minutes; Route B in 16 views 5.7 hours with
-its 16 supervision steps, 21 to 43 minutes with --n_sup=2 --halt=0.9, by how often it is sure after one step, and 15 to 29 in 11 views. In
-LOG.md two steps were as good as more, and many views were worth more than many steps: ask your checkpoint with
+All of arc1, the 100M models on two T4s (projected, `bench.py answer`): Route A in 16 views 8 minutes; Route B in 16 views 4.8 hours with
+its 16 supervision steps, 18 to 36 minutes with --n_sup=2 --halt=0.9, by how often it is sure after one step, and at most 25 in 11 views.
+In LOG.md two steps were as good as more, and many views were worth more than many steps: ask your checkpoint with
 `python bench.py answer --checkpoint=CKPT`.
 
 A run that was killed goes on where it was: what has been answered, by the same checkpoint with the same settings, is not asked again.

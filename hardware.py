@@ -6,7 +6,6 @@ The machine: which device and number format to use on it, how fast it could be, 
 Read next: train.py, which asks, and bench.py, which measures against the same table.
 """
 
-import argparse
 import contextlib
 import ctypes
 import re
@@ -14,6 +13,8 @@ import resource
 import sys
 
 import torch
+
+import configurator
 
 # name as PyTorch reports it: (dense half-precision tensor TFLOPS with float32 accumulation, GB of memory, compute capability).
 # From NVIDIA's data sheets, without sparsity. GeForce cards do float32 accumulation at half the rate that is usually quoted: a 3060 has
@@ -104,7 +105,7 @@ def out_of_memory(error):
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()  # --help
+    configurator.help_only(__doc__)
     device = pick_device("auto")
     peak = peak_flops(name(device))
     print(f"{name(device)}, dtype {pick_dtype('auto', device)}, peak {f'{peak / 1e12:g} TFLOPS' if peak else 'not in the table'}")

@@ -18,7 +18,6 @@ Run `python kda.py` to see which form was chosen on this machine and why, and wh
 Read next: model_dense.py, which stacks the layer.
 """
 
-import argparse
 import contextlib
 import functools
 import math
@@ -958,7 +957,9 @@ def check():
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()  # --help
+    import configurator  # here, so that the file itself needs no other than kda_triton.py
+
+    configurator.help_only(__doc__)
     try:
         check()
     except ValueError as e:

@@ -17,7 +17,6 @@ many processes share them. A thread makes the next steps ready while the current
 Run `python loader.py` to look at a few rows of the demo stage. Before this: prepare.py. Read next: train.py.
 """
 
-import argparse
 import contextlib
 import hashlib
 import os
@@ -30,6 +29,7 @@ import numpy as np
 import torch
 
 import arc
+import configurator
 import sudoku_extreme
 import tokenizer as tok
 from stages import read_manifest
@@ -392,7 +392,7 @@ def main():
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()  # --help
+    configurator.help_only(__doc__)
     try:
         main()
     except (FileNotFoundError, ValueError) as e:

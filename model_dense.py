@@ -15,7 +15,6 @@ Run `python model_dense.py` to see the 100M model described. Before this: kda.py
 recursive core out of the same Block, then train.py.
 """
 
-import argparse
 import dataclasses
 import hashlib
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import arc
+import configurator
 import hardware
 import tokenizer as tok
 from kda import KimiDeltaAttention
@@ -705,5 +705,5 @@ def describe(model, passes=1):
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()  # --help
+    configurator.help_only(__doc__)
     describe(Model(Config()))

@@ -24,7 +24,6 @@ The file in order: settings; the recursion; reading text; learning puzzles; answ
 Run `python model_trm.py` to see the 100M model described, and what a token costs. Before this: model_dense.py. Read next: train.py.
 """
 
-import argparse
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import arc
+import configurator
 import tokenizer as tok
 from model_dense import (
     IGNORE,
@@ -437,7 +437,7 @@ def describe_recursion(model, context=1024):
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()  # --help
+    configurator.help_only(__doc__)
     model = Model(Config())
     describe(model, passes=model.config.text_n_sup * model.passes("text")[0])
     describe_recursion(model)

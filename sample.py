@@ -94,11 +94,7 @@ def verdict(grid, expected):
 def show_task(model, task, n_sup, halt=None):
     """Print the task and the model's answers. ValueError, before anything is printed, if it does not fit into block_size."""
     canvas = model.puzzle_format == "canvas"
-    needed = 0
-    for x, _ in task.test:
-        h, w = arc.canvas_shape(task.train, x)
-        row = len(arc.encode_prompt(task.kind, task.train, x, (h, w) if canvas else None))
-        needed = max(needed, row if canvas else row + h * (w + 1))
+    needed = max(sum(arc.prompt_and_room(task.kind, task.train, x, model.puzzle_format)) for x, _ in task.test)
     if needed > model.config.block_size:
         raise ValueError(f"task {task.id} takes {needed:,} tokens with room for the answer, and this checkpoint reads at most "
                          f"{model.config.block_size:,} (its block_size)")

@@ -447,6 +447,7 @@ def to_document(name, where, row):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(f"error: {message}; see python sources.py --help")
     parser.add_argument("name", nargs="?", metavar="NAME", help="of a source; without it, the table")
     parser.add_argument("--source_dir", metavar="DIR", help="read DIR/NAME/* in place of the hub")
     args = parser.parse_args()
