@@ -466,7 +466,8 @@ def chunk_backward(q, k, v, g, beta, scale, heads, low, X, Q, S, do, d_state):
 # 3. the operator
 #
 # Registered with torch.library, so that torch.compile sees one opaque operation with known shapes instead of tracing into loops
-# and choices that depend on data. The backward is an operation of its own for the same reason.
+# and choices that depend on data. The backward is an operation of its own for the same reason. A second copy of this file in one
+# process (imported under another name) takes the names over, and the first copy's calls end in a segmentation fault.
 
 
 def precision(q, k, v, g, beta):
