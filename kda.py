@@ -480,6 +480,14 @@ def precision(q, k, v, g, beta):
     return wide, torch.float16 if v.is_cuda and v.dtype == torch.float16 and q.shape[-1] >= 64 else wide
 
 
+def only_reflects(g, beta):
+    """
+    Whether many tokens of one head have beta near 2 and forget nothing. Each then reflects the state along its key, and where keys are
+    alike, reflections must cancel: that the length of a key is rounded adds up over all of them, and float32 is too coarse (LOG.md).
+    """
+    return bool(beta.amax() > 1.98) and bool(((beta > 1.98) & (g.amax(-1) > -0.02)).sum(1).amax() >= CHUNK // 2)
+
+
 @contextlib.contextmanager
 def as_tf32(v):
     """float32 products on a GPU use tensor cores here if v is bfloat16, whatever the process wants elsewhere."""
@@ -761,13 +769,17 @@ def kda(q, k, v, g, beta, *, scale=None, initial_state=None, output_final_state=
         raise ValueError(f"{what} must be 'auto', 'recurrent', 'chunk' or 'triton', got {backend!r}")
 
     scale = K**-0.5 if scale is None else scale
+    wide, _ = precision(q, k, v, g, beta)
+    looks = q.device.type == "cpu" and backend != "triton" and not torch.compiler.is_compiling()  # looking makes a GPU wait
+    if looks and v.dtype == torch.float32 and T > CHUNK // 2 and q.numel() and only_reflects(g, beta):
+        beta = beta.double()  # then everything is computed in float64
     if backend != "recurrent" and q.numel() and V and (T > 1 or backend != "auto"):
         o, state, *_ = kda_op(q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state, backend)
-        return o, state if output_final_state else None
-    wide, _ = precision(q, k, v, g, beta)
+        return o, state.to(wide) if output_final_state else None
     with torch.autocast(q.device.type, enabled=False):
-        inputs = [t.to(wide) for t in (q, k, v, g, beta)]
-        state = q.new_zeros(N, H, K, V, dtype=wide) if initial_state is None else initial_state.to(wide)
+        within, _ = precision(q, k, v, g, beta)
+        inputs = [t.to(within) for t in (q, k, v, g, beta)]
+        state = q.new_zeros(N, H, K, V, dtype=within) if initial_state is None else initial_state.to(within)
         if cu_seqlens is None:
             o, state = recurrent_kda(*inputs, scale, state)
         else:
@@ -776,7 +788,7 @@ def kda(q, k, v, g, beta, *, scale=None, initial_state=None, output_final_state=
             for n, (a, b) in enumerate(zip(bounds, bounds[1:])):
                 parts.append(recurrent_kda(*(t[:, a:b] for t in inputs), scale, state[n : n + 1]))
             o, state = torch.cat([o for o, _ in parts], 1), torch.cat([s for _, s in parts])
-    return o.to(v.dtype), state if output_final_state else None
+    return o.to(v.dtype), state.to(wide) if output_final_state else None
 
 
 # -----------------------------------------------------------------------------

@@ -128,6 +128,12 @@ def check(got, want, tolerance, what):
         assert error <= allowed, f"{what}: {name} is off by {error:.1e} of {b.norm().item():.1e}"
 
 
+def reflecting_apart(inputs):
+    """Rows to give kda at once. Without decay it goes over to float64 where beta is 2, and the other rows are to be right in float32."""
+    reflects = inputs[4].amax((1, 2)) > 1.98
+    return [rows for rows in ((~reflects).nonzero()[:, 0], reflects.nonzero()[:, 0]) if len(rows)]
+
+
 def compare(cases, final=True, backend="chunk", dtype=torch.float32, forward=1e-5, backward=1e-4):
     """
     cases: {what: inputs}, all of one shape. kda sees them one by one, the reference, which is slow whatever the number of rows, together.
@@ -137,11 +143,13 @@ def compare(cases, final=True, backend="chunk", dtype=torch.float32, forward=1e-
     weights = make_weights(together)
     wanted = run(by_reference, together, torch.float64, final, weights)
     for i, (what, inputs) in enumerate(cases.items()):
-        own = slice(i * rows, (i + 1) * rows)
-        got = run(lambda i: by_kda(i, final, backend), inputs, dtype, final, [w[own] for w in weights])
-        assert got[0]["o"].dtype == dtype
-        for some, want, tolerance in zip(got, wanted, (forward, backward)):
-            check(some, {name: t[own] for name, t in want.items()}, tolerance, what)
+        for some_rows in reflecting_apart(inputs):
+            own = some_rows + i * rows
+            got = run(lambda i: by_kda(i, final, backend), [t[some_rows] for t in inputs], dtype, final, [w[own] for w in weights])
+            assert got[0]["o"].dtype == dtype
+            assert not final or got[0]["state"].dtype == (dtype if dtype == torch.float64 else torch.float32)
+            for some, want, tolerance in zip(got, wanted, (forward, backward)):
+                check(some, {name: t[own] for name, t in want.items()}, tolerance, what)
 
 
 # ---- the operator
@@ -161,14 +169,7 @@ def test_chunked_form_is_the_recurrence(T):
 def test_hard_keys(keys):
     for T in (17, 64, 100, 257):
         cases = {gate: make(gate, T, keys=keys, K=6, V=9, H=1) for gate in ("none", "mild", "resets", "outside")}
-        # Reflections along one key, 257 of them with no decay, must cancel. P holds the length of that key 257 times, with the same
-        # rounding, up to 6e-8, and so does X; they add up, and neither substitution nor an inverse in float64 could take it back.
-        # Gradients are as good as ever, and up to beta = 1 nothing is asked to cancel.
-        compare({f"{keys} keys, {gate}, T={T}": inputs for gate, inputs in cases.items()}, forward=4e-5 if keys == "same" else 1e-5)
-        if keys == "same":
-            for inputs in cases.values():
-                inputs[4] = inputs[4].clamp(max=1)
-            compare({f"same keys, beta up to 1, {gate}, T={T}": inputs for gate, inputs in cases.items()})
+        compare({f"{keys} keys, {gate}, T={T}": inputs for gate, inputs in cases.items()})
 
 
 def test_recurrent_form_is_the_recurrence():
@@ -369,15 +370,17 @@ def test_unknown_backend():
 def test_long_sequences():
     compare({f"{gate}, T=1000": make(gate, 1000, H=1, K=16, V=16) for gate in ("none", "mild", "uneven", "resets")})
     # Of 4,096 tokens the reference makes the outputs, and the chunked form in float64, which others check, the gradients.
-    inputs = [torch.cat(t) for t in zip(*(make(gate, 4096, H=1, K=16, V=16) for gate in ("none", "mild", "resets")))]
+    cases = [("none", "random"), ("none", "same"), ("mild", "random"), ("resets", "random")]
+    inputs = [torch.cat(t) for t in zip(*(make(gate, 4096, H=1, K=16, V=16, keys=keys) for gate, keys in cases))]
     weights = make_weights(inputs)
     with torch.no_grad():
         want = dict(zip(("o", "state"), by_reference(inputs)))
     exact, d_want = run(by_kda, inputs, torch.float64, True, weights)
-    got, d_got = run(by_kda, inputs, torch.float32, True, weights)
     check(exact, want, 1e-11, "float64, T=4096")
-    check(got, want, 1e-5, "T=4096")
-    check(d_got, d_want, 1e-4, "T=4096")
+    for rows in reflecting_apart(inputs):
+        got, d_got = run(by_kda, [t[rows] for t in inputs], torch.float32, True, [w[rows] for w in weights])
+        check(got, {name: t[rows] for name, t in want.items()}, 1e-5, "T=4096")
+        check(d_got, {name: t[rows] for name, t in d_want.items()}, 1e-4, "T=4096")
 
 
 @pytest.mark.parametrize(
@@ -485,7 +488,7 @@ def test_large_and_small_gradients_survive_float16(monkeypatch):
 
 def test_backward_keeps_little():
     """Kept for the backward, beside the inputs: two C x C matrices and one state per chunk."""
-    q, k, v, g, beta = (t.float().requires_grad_() for t in make("mild", 512, H=2, K=64, V=64)[:5])
+    q, k, v, g, beta = (t[:3].float().requires_grad_() for t in make("mild", 512, H=2, K=64, V=64)[:5])
     sizes = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.setdefault(t.data_ptr(), t.nbytes) and t, lambda t: t):
         o, _ = kda(q, k, v, g, beta)
