@@ -119,7 +119,7 @@ def check_arguments(words, monkeypatch):
     if "ArgumentParser" not in script.read_text():
         assert argv == [] or "sys.argv" in script.read_text(), f"{script.name} takes no arguments"
         return
-    assert "custom_op" not in script.read_text(), f"{script.name} registers operations: as a second copy in this process it frees the first's"
+    assert "custom_op" not in script.read_text(), f"{script.name} registers operations: a second copy frees the first's"
     with pytest.raises(Parsed):
         runpy.run_path(str(script), run_name="__main__")
 
