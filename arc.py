@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from files import save_picture
-from tokenizer import ARC, BLANK, CELL0, EOT, INPUT, LOGIC, MAZE, OUTPUT, PROGRAM, ROW, SUDOKU, VOID
+from tokenizer import ARC, BLANK, CELL0, EOT, INPUT, LOGIC, MAZE, OUTPUT, PAD, PROGRAM, ROW, SUDOKU, VOID
 
 SETS = ("arc1_train", "arc1_eval", "arc2_train", "arc2_eval")
 KINDS = {"arc": ARC, "sudoku": SUDOKU, "maze": MAZE, "logic": LOGIC, "program": PROGRAM}
@@ -315,6 +315,25 @@ def positions(idx):
     line = torch.cat([torch.full_like(line[:, :1], -1), line[:, :-1]], 1)      # a ROW still belongs to the row it ends
     col = torch.where(mark, 0, at - line - 1)
     return torch.stack([row, col, grid], -1) * in_grid[..., None]
+
+
+def grid_lines(idx, positions):
+    """The four ways to read grids: rows from the left, rows from the right, columns from above, columns from below.
+
+    idx: (B, T) long; positions: (B, T, 3) as above -> (order, back, starts), each (B, T, 4): the token that is read as the t-th, when
+    token t is read, and whether a line starts with the t-th that is read. A line is a row or a column of one grid. What is in no grid is
+    one more line, and so is padding: whatever reads line by line does not notice how much of it there is.
+    """
+    row, column, grid = positions.unbind(-1)
+    grid = torch.where(idx == PAD, idx.shape[1], grid)
+    in_row, in_column = grid * 64 + row, grid * 64 + column  # a grid has at most 30 of each, and a ROW behind the last
+    at = torch.arange(idx.shape[1], device=idx.device).expand_as(idx)
+    down = (in_column * 64 + row).argsort(dim=1, stable=True)
+    order = torch.stack([at, at.flip(1), down, down.flip(1)], -1)
+    line = torch.stack([in_row, in_row, in_column, in_column], -1).gather(1, order)
+    starts = torch.ones_like(line, dtype=torch.bool)
+    starts[:, 1:] = line[:, 1:] != line[:, :-1]
+    return order, order.argsort(dim=1), starts
 
 
 def canvas_cells(idx, positions):

@@ -81,17 +81,17 @@ def training_step(net, idx, targets, autocast):
 
 def passes_apart(net, idx, autocast):
     """Two functions: one pass through the core without gradient; one forward and backward."""
-    x, rope, visible = net.embed_canvas(idx, net.puzzle_words())
+    x, rope, visible, lines = net.embed_canvas(idx, net.puzzle_words())
     x = x.detach()
 
     def forward():
         with torch.no_grad(), autocast:
-            return run_blocks(net.blocks, x, rope, visible=visible)
+            return run_blocks(net.blocks, x, rope, visible=visible, lines=lines)
 
     def both():
         start = x.clone().requires_grad_()
         with autocast:
-            y = run_blocks(net.blocks, start, rope, visible=visible)
+            y = run_blocks(net.blocks, start, rope, visible=visible, lines=lines)
         y.backward(torch.ones_like(y))
         net.zero_grad(set_to_none=True)
 

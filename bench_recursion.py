@@ -410,6 +410,9 @@ def core(args):
     for T in args.lengths:
         rows = max(1, args.tokens // T)
         idx = torch.randint(tok.CELL0, tok.CELL0 + 10, (rows, T), generator=torch.Generator().manual_seed(0))
+        idx[:, ::241] = tok.OUTPUT  # grids of 15 x 15, one after the other
+        at = torch.arange(T) % 241
+        idx[:, (at > 0) & (at % 16 == 0)] = tok.ROW
         for _ in range(args.steps + 1):
             for pattern, net in nets.items():
                 start = time.process_time()

@@ -94,9 +94,9 @@ def kda_step(q, k, v, g, beta, state, scale=None):
 def chunk_length(T, device):
     """
     (C, few): tokens per chunk for sequences of up to T tokens, and in the smallest blocks; C = few * a power of two. 43 tokens make
-    one chunk of 3 * 16 with little padding; tensor cores want powers of two.
+    one chunk of 3 * 16 with little padding, 96 two of 3 * 16; tensor cores want powers of two.
     """
-    C = min(T, CHUNK)
+    C = -(-T // max(1, -(-T // CHUNK)))
     if device.type != "cpu":
         C = max(16, 1 << (C - 1).bit_length())
     few, doublings = C, 0
@@ -187,7 +187,8 @@ def mild_and_steep(g):
         only_resets = g[steep].masked_fill(all_gone.unsqueeze(-1), 0).sum(1).amin(1) > -MILD
         if only_resets.any():
             mild[steep[only_resets]] = True
-            resets = (mild.cumsum(0) - 1)[steep[only_resets]], all_gone[only_resets]
+            # all of them, and no index: the usual case where each line of a grid starts with one
+            resets = everything if only_resets.sum() == len(g) else (mild.cumsum(0) - 1)[steep[only_resets]], all_gone[only_resets]
     if mild.all() or not mild.any():
         return [(everything, bool(mild.all()), resets)]
     return [(mild.nonzero().squeeze(1), True, resets), ((~mild).nonzero().squeeze(1), False, None)]
@@ -251,7 +252,8 @@ def mild_factors(x, k, g, resets, pairs):
     M, R, C, K = x.shape
     if resets is not None:
         which, gone = resets
-        g = g.index_copy(0, which, g[which].masked_fill_(gone.unsqueeze(-1), 0))
+        g = g.clone()
+        g[which] = g[which].masked_fill(gone.unsqueeze(-1), 0)
     G = g.cumsum(1)
     half = G[:, -1:] / 2
     late = (G - half).exp_()
@@ -266,7 +268,8 @@ def mild_factors(x, k, g, resets, pairs):
             A[which] *= same
         x_in[which] *= in_first.unsqueeze(1)
         k_out[which] *= in_last
-        decay = decay.index_fill(0, which, 0)
+        decay = decay.clone()
+        decay[which] = 0
     return A, x_in, k_out, pre, decay, (late, early, half)
 
 
@@ -803,25 +806,55 @@ class ShortConvFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, padded, taps, reach):
-        """padded (B, W - 1 + T, D), taps (W, D) contiguous, reach (B, T) how many tokens back each may look, or None -> (B, T, D)."""
+        """
+        padded (B, W - 1 + T, D), taps (W, D) contiguous, reach (B, T, G) how many tokens back each may look, in G groups of channels, or
+        None -> (B, T, D).
+        """
         ctx.save_for_backward(padded, taps, reach)
         T = padded.shape[1] - len(taps) + 1
         y = padded[:, len(taps) - 1 :] * taps[-1]
         for i, tap in enumerate(taps[:-1]):
-            x = padded[:, i : i + T]
-            y.addcmul_(x if reach is None else x * (reach >= len(taps) - 1 - i).unsqueeze(-1), tap)
+            y.addcmul_(within(padded[:, i : i + T], reach, len(taps) - 1 - i), tap)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         padded, taps, reach = ctx.saved_tensors
-        T = padded.shape[1] - len(taps) + 1
+        T = dy.shape[1]
         d_padded, d_taps = torch.zeros_like(padded), torch.empty_like(taps)
         for i, tap in enumerate(taps):
-            d = dy if reach is None else dy * (reach >= len(taps) - 1 - i).unsqueeze(-1)
+            d = within(dy, reach, len(taps) - 1 - i)
             d_padded[:, i : i + T].addcmul_(d, tap)
             d_taps[i] = (d * padded[:, i : i + T]).sum((0, 1))
         return d_padded, d_taps, None
+
+
+def within(x, reach, n):
+    """x (B, T, D), zero where the n-th token before is out of reach (B, T, G); None: nowhere."""
+    return x if reach is None else (x.unflatten(-1, (reach.shape[-1], -1)) * (reach >= n).unsqueeze(-1)).flatten(-2)
+
+
+class Pick(torch.autograd.Function):
+    """x (N, K)[rows], every row once: back undoes it, and so does the backward, without adding anything up."""
+
+    @staticmethod
+    def forward(ctx, x, rows, back):
+        ctx.save_for_backward(rows, back)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, dy):
+        rows, back = ctx.saved_tensors
+        return dy.contiguous().index_select(0, back), None, None
+
+
+def reorder(x, order, back):
+    """x (B, T, n * H, K): of each head its token order[b, t, h] as the t-th; order and back (B, T, H) undo each other."""
+    B, T, H = order.shape
+    n, K = x.shape[2] // H, x.shape[3]
+    first, part, head = (torch.arange(m, device=x.device) for m in (B, n, H))
+    rows, back = ((((first[:, None, None] * T + o).unsqueeze(2) * n + part[:, None]) * H + head).flatten() for o in (order, back))
+    return Pick.apply(x.reshape(-1, K), rows, back).view(B, T, n * H, K)
 
 
 class ShortConv(nn.Module):
@@ -897,12 +930,14 @@ class KimiDeltaAttention(nn.Module):
         H, K, W = self.num_heads, self.head_dim, self.q_conv1d.weight.shape[-1]
         return self.A_log.new_zeros(batch_size, W - 1, 3 * H * K), self.A_log.new_zeros(batch_size, H, K, K, dtype=torch.float32)
 
-    def forward(self, x, cache=None, starts=None):
+    def forward(self, x, cache=None, starts=None, lines=None):
         """
         x (B, T, hidden_size) -> y of the same shape, and the cache after the last token: None when none came in.
         Training passes no cache; prefill and decoding pass `empty_cache` or what the previous call returned, which is used up:
         its state is updated in place where no gradient is wanted.
         starts (B, T) bool: tokens at which a new document begins, that knows nothing of what was before. None: none.
+        lines: None, or (order, back, starts), each (B, T, H), for heads that do not all read from the first token to the last: head h reads
+        token order[b, t, h] as its t-th (back is the inverse), and there are the starts of what it reads. With neither cache nor starts.
         """
         B, T, _ = x.shape
         H, K, W = self.num_heads, self.head_dim, self.q_conv1d.weight.shape[-1]
@@ -918,25 +953,32 @@ class KimiDeltaAttention(nn.Module):
         qkv, f, gate = projected.split((3 * H * K, K, K), -1)
         taps = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight]).squeeze(1)
         taps = taps.t().contiguous().to(qkv.dtype)  # (3HK, W) would be read with a stride
+        f, beta = self.f_proj[1](f).view(B, T, H, K), self.b_proj(x)
+        if lines is not None:
+            order, back, starts = lines
+            qkv = reorder(qkv.unflatten(-1, (3 * H, K)), order, back).flatten(2)
+            f, beta = reorder(f, order, back), beta.gather(1, order)
         reach = None
         if starts is not None:
-            t = torch.arange(T, device=x.device)
+            starts = starts.view(B, T, -1)
+            t = torch.arange(T, device=x.device)[:, None]
             reach = t - torch.where(starts, t, -W).cummax(1).values
         qkv = F.pad(qkv, (0, 0, W - 1, 0)) if tail is None else torch.cat([tail.to(qkv.dtype), qkv], 1)
         tail = qkv[:, T:]
-        if starts is not None:  # what a document's next tokens may look back to ends where it began
-            tail = tail * (torch.arange(W - 2, -1, -1, device=x.device) <= reach[:, -1:]).unsqueeze(-1)
+        if starts is not None and lines is None:  # what a document's next tokens may look back to ends where it began
+            tail = tail * (torch.arange(W - 2, -1, -1, device=x.device)[:, None] <= reach[:, -1:])
+        reach = reach if lines is None else reach.repeat(1, 1, 3)
         qk, v = F.silu(ShortConvFunction.apply(qkv, taps, reach)).view(B, T, 3 * H, K).split([2 * H, H], 2)
         q, k = UnitLength.apply(qk).chunk(2, 2)
-        g = F.softplus(self.f_proj[1](f).float() + self.dt_bias.float()).view(B, T, H, K)
-        g = -self.A_log.float().exp()[:, None] * g
-        beta = self.b_proj(x).float().sigmoid()
+        g = -self.A_log.float().exp()[:, None] * F.softplus(f.float() + self.dt_bias.float().view(H, K))
+        beta = beta.float().sigmoid()
         if starts is not None:
-            g = g.masked_fill(starts[:, :, None, None], -math.inf)
+            g = g.masked_fill(starts.unsqueeze(-1), -math.inf)
         if T == 1 and cache is not None and not torch.is_grad_enabled():
             o = kda_step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], beta[:, 0], state).unsqueeze(1)
         else:
             o, state = kda(q, k, v, g, beta, initial_state=state, output_final_state=cache is not None)
+        o = o if lines is None else reorder(o, back, order)
         o = self.o_norm(o.to(x.dtype), self.g_proj[1](gate).view(B, T, H, K))
         return self.o_proj(o.flatten(2)), None if cache is None else (tail, state)
 

@@ -174,10 +174,9 @@ class Block(nn.Module):
     through once; post-norm, norm(x + f(x)), for a core that is gone through again and again and must not grow (post=True).
     """
 
-    def __init__(self, config, kind, post=False, right_to_left=False):
+    def __init__(self, config, kind, post=False, first_way=0):
         super().__init__()
-        self.kind, self.post = kind, post
-        self.right_to_left = right_to_left  # KDA only, and only where everyone may see everyone
+        self.kind, self.post, self.first_way = kind, post, first_way
         if kind == "k":
             self.mixer = KimiDeltaAttention(config.n_embd, config.n_head, config.n_embd // config.n_head)
         else:
@@ -186,15 +185,15 @@ class Block(nn.Module):
         self.norm_1 = RMSNorm(config.n_embd, eps=config.norm_eps)
         self.norm_2 = RMSNorm(config.n_embd, eps=config.norm_eps)
 
-    def forward(self, x, rope, cache=None, visible=None, starts=None):
+    def forward(self, x, rope, cache=None, visible=None, starts=None, lines=None):
         h = x if self.post else self.norm_1(x)
         if self.kind == "a":
             h, cache = self.mixer(h, rope, cache, visible)
-        elif self.right_to_left and visible is not None and cache is None and starts is None:  # on a canvas, not in text
-            # Padding now comes first. As zeros it gives keys of zero, which write nothing: as if it were not there.
-            h = self.mixer((h * visible[:, 0, 0, :, None]).flip(1))[0].flip(1)
         else:
-            h, cache = self.mixer(h, cache, starts)
+            if lines is not None:  # the ways to read a grid go round among the heads, and on from one KDA layer to the next
+                H = self.mixer.num_heads
+                lines = [t.repeat(1, 1, 1 + H // 4 + 1)[..., self.first_way : self.first_way + H] for t in lines]
+            h, cache = self.mixer(h, cache, starts, lines)
         x = self.norm_1(x + h) if self.post else x + h
         return (self.norm_2(x + self.mlp(x)) if self.post else x + self.mlp(self.norm_2(x))), cache
 
@@ -215,24 +214,25 @@ def same_document(starts):
     return ((t <= t[:, None]) & (t >= first[:, :, None])).unsqueeze(1)
 
 
-def make_blocks(config, post=False, right_to_left=False):
-    """n_layer blocks with layer_pattern tiled over them. With right_to_left, the second of every three KDA layers can turn round."""
+def make_blocks(config, post=False):
+    """n_layer blocks with layer_pattern tiled over them."""
     kinds = [config.layer_pattern[i % len(config.layer_pattern)] for i in range(config.n_layer)]
-    turned = [kind == "k" and kinds[:i].count("k") % 3 == 1 and right_to_left for i, kind in enumerate(kinds)]
-    return nn.ModuleList(Block(config, kind, post, turn) for kind, turn in zip(kinds, turned))
+    heads_before = [kinds[:i].count("k") * config.n_head for i in range(config.n_layer)]
+    return nn.ModuleList(Block(config, kind, post, heads % 4) for kind, heads in zip(kinds, heads_before))
 
 
-def run_blocks(blocks, x, rope, caches=None, visible=None, recompute=False, starts=None):
+def run_blocks(blocks, x, rope, caches=None, visible=None, recompute=False, starts=None, lines=None):
     """
     x through all blocks. caches: a list with one cache per block, replaced in place, or None. visible is for full attention, starts
-    for KDA (as there). recompute: as in Config.
+    for KDA (as there), and so is lines: arc.grid_lines, the four ways to read grids, or None, from the first token to the last.
+    recompute: as in Config.
     """
     for i, block in enumerate(blocks):
         if recompute and caches is None and torch.is_grad_enabled():
             # nothing in a block is random, so there is no generator's state to bring back
-            x, cache = checkpoint(block, x, rope, None, visible, starts, use_reentrant=False, preserve_rng_state=False)
+            x, cache = checkpoint(block, x, rope, None, visible, starts, lines, use_reentrant=False, preserve_rng_state=False)
         else:
-            x, cache = block(x, rope, None if caches is None else caches[i], visible, starts)
+            x, cache = block(x, rope, None if caches is None else caches[i], visible, starts, lines)
         if caches is not None:
             caches[i] = cache
     return x

@@ -13,8 +13,9 @@ of KDA to one of full attention):
 So a puzzle gets n_sup * T * (n + 1) passes through the core, and training keeps the activations of only n_grad * (n + 1) of them.
 
 Puzzles are answered on a canvas: a grid that has the test input on it, and blank cells where the answer may be larger; what is to
-stand there is predicted for every cell at once, again and again. Full attention then sees both ways, and one in three KDA layers reads
-from the end. Text is causal and asks for the next token, as in Route A; each of the passes through the core keeps its own cache, so
+stand there is predicted for every cell at once, again and again. Full attention then sees both ways. KDA, which can only read in one
+direction, reads every grid in four: a quarter of its heads rows from the left, a quarter rows from the right, two quarters columns, each
+line for itself. Text is causal and asks for the next token, as in Route A; each of the passes through the core keeps its own cache, so
 decoding works token by token as well.
 
 The published model learns an embedding per task, and cannot touch a task it was not trained on. Here the task is in the row.
@@ -77,7 +78,6 @@ class Config:
     text_n_recursion: int = 1
     text_n_grad: int = 1
     text_n_sup: int = 1
-    right_to_left: bool = True  # in puzzles, the second of every three KDA layers reads from the end (measured in LOG.md)
     separate_documents: bool = True  # text: as in Route A
     recompute: bool = False  # as in Route A
     halt_exploration: float = 0.1  # share of puzzles that must go on for a random number of steps whatever the halting head says
@@ -99,7 +99,7 @@ class Model(nn.Module):
                 raise ValueError(f"{name}={getattr(config, name)} recursions cannot have a gradient: {most}={getattr(config, most)}")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = make_blocks(config, post=True, right_to_left=config.right_to_left)
+        self.blocks = make_blocks(config, post=True)
         self.q_head = nn.Linear(config.n_embd, 1)  # is the answer all correct?
         self.register_buffer("y_init", torch.randn(config.n_embd).clamp(-2, 2))
         self.register_buffer("z_init", torch.randn(config.n_embd).clamp(-2, 2))
@@ -150,15 +150,16 @@ class Model(nn.Module):
     # -------------------------------------------------------------------------
     # the recursion
 
-    def supervision_step(self, x, y, z, mode, rope, visible=None, starts=None, caches=None):
+    def supervision_step(self, x, y, z, mode, rope, visible=None, starts=None, lines=None, caches=None):
         """
-        x, y, z (B, L, n_embd) -> y, z after T recursions, of which the last n_grad have a gradient. visible and starts as in run_blocks;
-        caches: an iterator over one list of block caches per pass through the core, or None.
+        x, y, z (B, L, n_embd) -> y, z after T recursions, of which the last n_grad have a gradient. visible, starts and lines as in
+        run_blocks; caches: an iterator over one list of block caches per pass through the core, or None.
         """
         n, T, n_grad = self.recursion(mode)
 
         def f(h):
-            return run_blocks(self.blocks, h, rope, None if caches is None else next(caches), visible, self.config.recompute, starts)
+            cache = None if caches is None else next(caches)
+            return run_blocks(self.blocks, h, rope, cache, visible, self.config.recompute, starts, lines)
 
         for t in range(T):
             with torch.set_grad_enabled(torch.is_grad_enabled() and t >= T - n_grad):
@@ -203,7 +204,7 @@ class Model(nn.Module):
         y, z = self.start(x)
         each_pass = None if caches is None else iter(caches)
         for _ in range(self.config.text_n_sup):
-            y, z = self.supervision_step(x, y.detach(), z.detach(), "text", rope, visible, starts, each_pass)
+            y, z = self.supervision_step(x, y.detach(), z.detach(), "text", rope, visible, starts, caches=each_pass)
             yield y
 
     def forward_text(self, idx, targets):
@@ -247,7 +248,8 @@ class Model(nn.Module):
 
     def embed_canvas(self, idx, words):
         """
-        idx (B, L), puzzle_words -> x (B, L, n_embd) of about unit size per channel, the rotation of its positions, and who can be seen.
+        idx (B, L), puzzle_words -> x (B, L, n_embd) of about unit size per channel; the rotation of its positions, who can be seen and the
+        lines of its grids, as run_blocks takes them.
 
         The test input's cells on the canvas also get the embedding of a blank one: they are to be answered. That they lie where their
         answer goes, and not in a grid of their own, spares half of a sudoku's or maze's row, and the core the discovery of how to look up
@@ -257,7 +259,8 @@ class Model(nn.Module):
         given = arc.canvas_cells(idx, positions) & (idx != tok.BLANK)
         x = F.embedding(idx - tok.EOT, words) + given.unsqueeze(-1) * words[tok.BLANK - tok.EOT]
         # Everyone sees everyone, padding excepted. Never None, even without padding: None is causal.
-        return x * self.config.n_embd**0.5, self.rope(positions), (idx != tok.PAD)[:, None, None, :]
+        visible = (idx != tok.PAD)[:, None, None, :]
+        return x * self.config.n_embd**0.5, self.rope(positions), visible, arc.grid_lines(idx, positions)
 
     def halt_logit(self, y):
         """y (B, L, n_embd) -> (B,): above 0, the model thinks the answer is all correct. Read at the first token."""
@@ -296,11 +299,11 @@ class Model(nn.Module):
         new = carry["halted"]
         rows = {k: torch.where(new.view(-1, *[1] * (v.ndim - 1)), v, carry[k]) for k, v in fresh.items()}
         steps = torch.where(new, 0, carry["steps"]) + 1
-        x, rope, visible = self.embed_canvas(rows["idx"], words)
+        x, rope, visible, lines = self.embed_canvas(rows["idx"], words)
         y, z = self.start(x)
         if "y" in carry:
             y, z = (torch.where(new[:, None, None], first, carry[k].to(x.dtype)) for first, k in ((y, "y"), (z, "z")))
-        y, z = self.supervision_step(x, y, z, "puzzle", rope, visible)
+        y, z = self.supervision_step(x, y, z, "puzzle", rope, visible, lines=lines)
         return y, {**rows, "y": at_rest(y), "z": at_rest(z), "steps": steps}
 
     @torch.no_grad()
@@ -329,18 +332,19 @@ class Model(nn.Module):
         thought about, y (R, L, n_embd) is what they say, with probability (R,) all correct. A row whose probability has passed
         `halt` leaves the batch, so it costs nothing any more; None: all rows take all n_sup steps.
         """
-        x, rope, visible = self.embed_canvas(idx, self.puzzle_words())
+        x, rope, visible, lines = self.embed_canvas(idx, self.puzzle_words())
         y, z = self.start(x)
         rows = torch.arange(len(idx), device=idx.device)
         for _ in range(n_sup or self.config.n_sup):
-            y, z = self.supervision_step(x, y, z, "puzzle", rope, visible)
+            y, z = self.supervision_step(x, y, z, "puzzle", rope, visible, lines=lines)
             p = self.halt_logit(y).sigmoid()
             yield rows, y, p
             if halt is not None and (p > halt).any():
                 on = p <= halt
                 if not on.any():
                     return
-                rows, x, y, z, visible, rope = rows[on], x[on], y[on], z[on], visible[on], tuple(t[on] for t in rope)
+                rows, x, y, z, visible = (t[on] for t in (rows, x, y, z, visible))
+                rope, lines = (tuple(t[on] for t in several) for several in (rope, lines))
 
     def canvases(self, tasks):
         """

@@ -81,7 +81,6 @@ text_n_latent: int | None = None  # Route B: the same four for text
 text_n_recursion: int | None = None
 text_n_grad: int | None = None
 text_n_sup: int | None = None
-right_to_left: bool | None = None  # Route B: in puzzles, the second of every three KDA layers reads from the end
 halt_exploration: float | None = None  # Route B: share of puzzles made to go on whatever the halting head says
 n_kv_head: int | None = None  # heads of keys and values in full attention, shared by groups of queries; None: as many as n_head
 separate_documents: bool | None = None  # documents that are packed into one row know nothing of each other

@@ -212,6 +212,26 @@ def test_positions_of_a_small_document():
                                [0, 0, 2], [0, 0, 2], [0, 1, 2], [0, 0, 0]]
 
 
+def test_lines_of_a_small_document():
+    # 0: the kind; 1: opening, 2 3 4: cells and the end of a row, 5 6 7: the next row; then the same without its second row; then padding
+    ids = [ARC, INPUT, CELL0, CELL0, ROW, CELL0, CELL0, ROW, OUTPUT, BLANK, BLANK, ROW]
+    lines = {
+        0: [[0], [1, 2, 3, 4], [5, 6, 7], [8, 9, 10, 11]],
+        1: [[11, 10, 9, 8], [7, 6, 5], [4, 3, 2, 1], [0]],
+        2: [[0], [1, 2, 5], [3, 6], [4, 7], [8, 9], [10], [11]],
+        3: [[11], [10], [9, 8], [7, 4], [6, 3], [5, 2, 1], [0]],
+    }
+    for padding in (0, 3):
+        idx = torch.tensor([ids + [PAD] * padding])
+        order, back, starts = arc.grid_lines(idx, arc.positions(idx))
+        for way, wanted in lines.items():
+            pad = [list(range(12, 12 + padding))] if padding else []
+            wanted = [pad[0][::-1], *wanted] if padding and way % 2 else wanted + pad
+            assert order[0, :, way].tolist() == [t for line in wanted for t in line]
+            assert starts[0, :, way].nonzero().flatten().tolist() == np.cumsum([0] + [len(line) for line in wanted[:-1]]).tolist()
+            assert order[0, :, way][back[0, :, way]].tolist() == list(range(len(ids) + padding))
+
+
 def test_positions_match_the_loop():
     rng = np.random.default_rng(2)
     rows = []

@@ -290,11 +290,12 @@ def test_another_format_or_tokenizer(tmp_path):
     refused(path, f"format {ckpt.CHECKPOINT_FORMAT + 1}", "update smol-llm")
     for old in (0, "0.9", None, [1]):
         torch.save(make(format=old), path)
-        refused(path, re.escape(f"format {old!r}"), "reads 2: that is not a checkpoint")
-    torch.save(make(format=1), path)  # before the test input lay on the canvas: nothing has changed for Route A
-    assert ckpt.load(path)["model"] == "dense"
-    torch.save(make(format=1, model="trm"), path)
-    refused(path, "format 1", "train it again")
+        refused(path, re.escape(f"format {old!r}"), "reads 3: that is not a checkpoint")
+    for old in (1, 2):  # other ways to read a puzzle: nothing has changed for Route A
+        torch.save(make(format=old), path)
+        assert ckpt.load(path)["model"] == "dense"
+        torch.save(make(format=old, model="trm"), path)
+        refused(path, f"format {old}", "train it again")
     torch.save(make(tokenizer="0" * 64), path)
     refused(path, "tokenizer", "000000000000")
     torch.save(make(tokenizer=None), path)

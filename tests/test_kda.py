@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
+import arc
 import kda as kda_file
+import tokenizer as tok
 from kda import MILD, KimiDeltaAttention, ShortConvFunction, UnitLength, kda, kda_step
 from model_dense import Config, make_blocks, rope_3d, run_blocks, same_document
 
@@ -525,13 +527,15 @@ def test_a_stack_of_blocks_is_one_graph(post, dtype):
     """What train.py compiles: KDA beside full attention, under autocast, recomputed, documents apart or a canvas read both ways."""
     torch.manual_seed(0)
     config = Config(n_layer=2, layer_pattern="ka", n_head=2, n_embd=12, n_ff=16)
-    blocks, x = make_blocks(config, post, right_to_left=post), torch.randn(2, 70, 12, requires_grad=True)
+    blocks, x = make_blocks(config, post), torch.randn(2, 70, 12, requires_grad=True)
     rope = rope_3d(torch.zeros(2, 70, 3, dtype=torch.long), 6, 100.0)
     starts = None if post else torch.arange(70).expand(2, 70) % 30 == 0
     visible = torch.ones(2, 1, 1, 70, dtype=torch.bool) if post else same_document(starts)
+    grid = torch.tensor([tok.OUTPUT] + 23 * [tok.CELL0, tok.CELL0, tok.ROW]).expand(2, 70)
+    lines = arc.grid_lines(grid, arc.positions(grid)) if post else None
 
     def stack(x):
-        return run_blocks(blocks, x, rope, visible=visible, recompute=post, starts=starts)
+        return run_blocks(blocks, x, rope, visible=visible, recompute=post, starts=starts, lines=lines)
 
     torch._dynamo.reset()
     results = []
@@ -722,9 +726,9 @@ def test_unit_length():
 def test_short_convolution_gradients():
     rng = torch.Generator().manual_seed(0)
     for T, W in ((1, 4), (5, 4), (3, 2), (2, 1)):
-        padded = torch.randn(2, W - 1 + T, 3, dtype=torch.float64, generator=rng, requires_grad=True)
-        weight = torch.randn(3, W, dtype=torch.float64, generator=rng, requires_grad=True)
-        want = F.conv1d(padded.transpose(1, 2), weight.unsqueeze(1), groups=3).transpose(1, 2)
+        padded = torch.randn(2, W - 1 + T, 4, dtype=torch.float64, generator=rng, requires_grad=True)
+        weight = torch.randn(4, W, dtype=torch.float64, generator=rng, requires_grad=True)
+        want = F.conv1d(padded.transpose(1, 2), weight.unsqueeze(1), groups=4).transpose(1, 2)
         torch.testing.assert_close(ShortConvFunction.apply(padded, weight.t(), None), want)
         assert torch.autograd.gradcheck(ShortConvFunction.apply, (padded, weight.t(), None))
-        assert torch.autograd.gradcheck(ShortConvFunction.apply, (padded, weight.t(), torch.arange(T).expand(2, T) % 3))
+        assert torch.autograd.gradcheck(ShortConvFunction.apply, (padded, weight.t(), torch.arange(2 * T * 2).view(2, T, 2) % 3))
