@@ -746,6 +746,8 @@ def kda(q, k, v, g, beta, *, scale=None, initial_state=None, output_final_state=
     cu_seqlens           (N + 1,) integers from 0 to T, B = 1: sequence n is made of the tokens cu_seqlens[n] to cu_seqlens[n + 1] - 1
     backend              "recurrent" (the definition), "chunk" (matrix products), "triton", or "auto" (see `choose_backend`)
 
+    On a CPU, outside torch.compile, float32 inputs that `only_reflects` recognises are computed in float64.
+
     Returns o (B, T, H, V) in v's dtype, and the final state (N, H, K, V) in float32 (float64 for float64 inputs), or None
     unless output_final_state. Raises ValueError naming the argument whose shape or dtype does not fit.
     """
