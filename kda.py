@@ -782,9 +782,9 @@ def kda(q, k, v, g, beta, *, scale=None, initial_state=None, output_final_state=
         o, state, *_ = kda_op(q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state, backend)
         return o, state.to(wide) if output_final_state else None
     with torch.autocast(q.device.type, enabled=False):
-        within, _ = precision(q, k, v, g, beta)
-        inputs = [t.to(within) for t in (q, k, v, g, beta)]
-        state = q.new_zeros(N, H, K, V, dtype=within) if initial_state is None else initial_state.to(within)
+        dtype, _ = precision(q, k, v, g, beta)
+        inputs = [t.to(dtype) for t in (q, k, v, g, beta)]
+        state = q.new_zeros(N, H, K, V, dtype=dtype) if initial_state is None else initial_state.to(dtype)
         if cu_seqlens is None:
             o, state = recurrent_kda(*inputs, scale, state)
         else:
@@ -964,12 +964,11 @@ class KimiDeltaAttention(nn.Module):
         if starts is not None:
             starts = starts.view(B, T, -1)
             t = torch.arange(T, device=x.device)[:, None]
-            reach = t - torch.where(starts, t, -W).cummax(1).values
+            reach = (t - torch.where(starts, t, -W).cummax(1).values).repeat(1, 1, 3)  # q, k and v alike
         qkv = F.pad(qkv, (0, 0, W - 1, 0)) if tail is None else torch.cat([tail.to(qkv.dtype), qkv], 1)
         tail = qkv[:, T:]
-        if starts is not None and lines is None:  # what a document's next tokens may look back to ends where it began
-            tail = tail * (torch.arange(W - 2, -1, -1, device=x.device)[:, None] <= reach[:, -1:])
-        reach = reach if lines is None else reach.repeat(1, 1, 3)
+        if starts is not None and cache is not None:  # what a document's next tokens may look back to ends where it began
+            tail = tail * (torch.arange(W - 2, -1, -1, device=x.device)[:, None] <= reach[:, -1:, :1])
         qk, v = F.silu(ShortConvFunction.apply(qkv, taps, reach)).view(B, T, 3 * H, K).split([2 * H, H], 2)
         q, k = UnitLength.apply(qk).chunk(2, 2)
         g = -self.A_log.float().exp()[:, None] * F.softplus(f.float() + self.dt_bias.float().view(H, K))

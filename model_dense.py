@@ -192,7 +192,7 @@ class Block(nn.Module):
         else:
             if lines is not None:  # the ways to read a grid go round among the heads, and on from one KDA layer to the next
                 H = self.mixer.num_heads
-                lines = [t.repeat(1, 1, 1 + H // 4 + 1)[..., self.first_way : self.first_way + H] for t in lines]
+                lines = [t.repeat(1, 1, H // 4 + 2)[..., self.first_way : self.first_way + H] for t in lines]
             h, cache = self.mixer(h, cache, starts, lines)
         x = self.norm_1(x + h) if self.post else x + h
         return (self.norm_2(x + self.mlp(x)) if self.post else x + self.mlp(self.norm_2(x))), cache

@@ -532,7 +532,7 @@ def lines_by_hand(row, way):
     openings = [i for i, token in enumerate(row) if token in (tok.INPUT, tok.OUTPUT)] + [len(row)]
     lines = [list(range(openings[0]))]
     for a, b in zip(openings, openings[1:]):
-        rows, at = [[]], a + 1
+        rows = [[]]
         for at in range(a + 1, b):
             rows[-1].append(at)
             if row[at] == tok.ROW:
