@@ -655,5 +655,4 @@ else:
 if tracked:
     tracked.finish()
 publication.end(train["iter"], at_once=bool(interrupted))
-if world_size > 1:
-    torch.distributed.destroy_process_group()
+parallel.end()

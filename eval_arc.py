@@ -489,8 +489,6 @@ def run(args):
                 say_suite(name, suite, report[name]["suites"][suite])
     if parallel.master:
         finish(args, models, chosen, records, report, out_dir)
-    if parallel.world_size > 1:
-        torch.distributed.destroy_process_group()
 
 
 def finish(args, models, chosen, records, report, out_dir):
@@ -578,6 +576,7 @@ def main():
             watch.watch(args, run)
         else:
             run(args)
+            parallel.end()
     except (ValueError, OSError) as e:
         if parallel.world_size > 1:
             parallel.stop(e)

@@ -29,14 +29,25 @@ def start(device_type):
         objects = dist.new_group(backend="gloo")
 
 
-def leave(message, code=1):
+def leave(message=None, code=1):
     """Exit at once. torchrun shows at its very end what is in the file it names, so our line is written there as well."""
-    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+    if message and os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with contextlib.suppress(OSError), open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as f:
             json.dump({"message": {"message": f"error: {message}", "extraInfo": {"timestamp": str(int(time.time()))}}}, f)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # a process group that others have left would keep us waiting
+
+
+def end():
+    """
+    The last line of a program. Of several processes, each leaves here and not through the interpreter's own end: the threads of the process
+    groups are still there (DDP, for one, holds its group for good), and one that lets go of a tensor after that end has begun aborts the
+    process, which to torchrun is a failed run.
+    """
+    if world_size > 1:
+        dist.destroy_process_group()
+        leave(code=0)
 
 
 def stop(message, everyone=True):

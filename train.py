@@ -491,5 +491,4 @@ elif sanity and master:
                                        run_tokens=sanity_run_tokens)  # fmt: skip
     if not sanity_checks.show(checks, out_dir):
         leave("stage 0 failed")
-if world_size > 1:
-    torch.distributed.destroy_process_group()
+parallel.end()

@@ -98,7 +98,7 @@ for odd in (0, 2):
 said += [parallel.all_agree(None), parallel.all_agree("broken" if r == 1 else None), parallel.all_agree("all")]
 said += [parallel.sums([r, 0.5], "cpu"), parallel.gather(r * 10)]
 open(f"said{r}", "w").write(repr(said))
-torch.distributed.destroy_process_group()
+parallel.end()
 """
 
 
