@@ -29,6 +29,7 @@ import checkpoint
 import eval_arc
 import logbook
 import puzzles
+from files import write_whole
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ARMS = {
@@ -150,8 +151,7 @@ def main():
                                 "others": right_of_others, "steps": steps[-1]["iter"], "cpu_seconds": steps[-1]["cpu_seconds"],
                                 **shares, "curve": curve})  # fmt: skip
                 print(json.dumps({k: v for k, v in results[-1].items() if k not in ("curve", "tried")}), flush=True)
-                with open(os.path.join(args.out_dir, "results.json"), "w", encoding="utf-8") as f:
-                    json.dump({"before": before, "results": results}, f)
+                write_whole(json.dumps({"before": before, "results": results}).encode(), os.path.join(args.out_dir, "results.json"))
                 draw(results, os.path.join(args.out_dir, "curves.png"))
     except (OSError, ValueError) as e:
         sys.exit(f"error: {e}")

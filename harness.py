@@ -27,6 +27,7 @@ import checkpoint
 import language
 import tokenizer as tok
 from configurator import positive
+from files import write_whole
 
 try:
     import lm_eval
@@ -164,8 +165,7 @@ def run(args):
             interval = "{:.4f} to {:.4f}".format(*f["interval"]) if f["interval"] else ""
             print(f"{task:32}{metric:24}{f['value']:12.4f}   {interval:20}   {figures['items'].get(task, '')} items")
     if args.json:
-        with open(args.json, "w", encoding="utf-8") as f:
-            json.dump(figures, f, indent=2)
+        write_whole(json.dumps(figures, indent=2).encode(), args.json)
 
 
 def main():

@@ -29,6 +29,7 @@ import loader
 import sandbox
 import tokenizer as tok
 from configurator import positive
+from files import write_whole
 from scores import interval
 
 BATCH_TOKENS = 2048    # in one pass through the model: its logits are 50,304 numbers for each
@@ -272,8 +273,7 @@ def run(args):
     figures = evaluate(model, args.data_dir or trained.get("data_dir") or "data", stage, tag, args.limit)
     print(table(figures))
     if args.json:
-        with open(args.json, "w", encoding="utf-8") as f:
-            json.dump(figures, f, indent=2)
+        write_whole(json.dumps(figures, indent=2).encode(), args.json)
 
 
 def main():

@@ -33,8 +33,8 @@ import configurator
 import sudoku_extreme
 import tokenizer as tok
 from stages import read_manifest
+from tokenizer import IGNORE
 
-IGNORE = -100
 # Rows are padded to the next of these lengths: at most a quarter is padding, and the shapes stay few.
 BUCKETS = (16, 24, 32, 44, 48, 64, 80, 96, 116, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024, 1280, 1536, 2048, 2560, 3072,
            4096, 5120, 6144, 8192, 10240)  # fmt: skip

@@ -31,11 +31,11 @@ import hardware
 import tokenizer as tok
 from kda import KimiDeltaAttention
 from muon import split_parameters
+from tokenizer import IGNORE
 
 LOGITS_AT_ONCE = 2**23  # the loss over the vocabulary is computed in slices of this many logits (32 MB in float32)
 CACHE_ROOM = 256  # tokens by which the memory for keys and values grows
 ANSWER_TOKENS = 2**15  # tokens per batch when answering: memory stays the same for short and long tasks
-IGNORE = -100  # target of positions that carry no loss (cross_entropy's own default)
 
 
 @dataclass

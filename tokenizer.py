@@ -39,6 +39,7 @@ ROW, INPUT, OUTPUT = 50267, 50268, 50269
 BLANK, VOID, PAD = 50270, 50271, 50272  # to be filled in; outside the answer; no token at all
 ARC, SUDOKU, MAZE, LOGIC, PROGRAM = 50273, 50274, 50275, 50276, 50277
 USER, ASSISTANT, END = 50278, 50279, 50280
+IGNORE = -100       # no token: as a target, no loss here (cross_entropy's own default)
 SPECIAL = {
     "<|endoftext|>": EOT, **{f"<|{c}|>": CELL0 + c for c in range(10)},
     "<|row|>": ROW, "<|input|>": INPUT, "<|output|>": OUTPUT, "<|blank|>": BLANK, "<|void|>": VOID, "<|pad|>": PAD,
