@@ -494,10 +494,10 @@ def precision(q, k, v, g, beta):
 
 def only_reflects(g, beta):
     """
-    Whether many tokens of one head have beta near 2 and forget nothing. Each then reflects the state along its key, and where keys are
-    alike, reflections must cancel: that the length of a key is rounded adds up over all of them, and float32 is too coarse (LOG.md).
+    Whether many tokens of one head have beta near 2 and forget next to nothing. Each then reflects the state along its key, and where keys
+    are alike, reflections must cancel: that the length of a key is rounded adds up over all of them, and float32 is too coarse (LOG.md).
     """
-    return bool(beta.amax() > 1.9) and bool(((beta > 1.9) & (g.amax(-1) > -0.05)).sum(1).amax() >= CHUNK // 2)
+    return bool(beta.amax() > 1.9) and bool(((beta > 1.9) & (g.amax(-1) > -0.2)).sum(1).amax() >= CHUNK // 2)
 
 
 @contextlib.contextmanager
