@@ -1004,7 +1004,7 @@ class KimiDeltaAttention(nn.Module):
 
 def check():
     """What was chosen here and why, and whether it agrees with the recurrence."""
-    known_backend("auto")
+    known_backend("auto")  # a misspelt one is an error before anything is said
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for dtype in (torch.float32,) if device.type == "cpu" else (torch.float32, torch.float16):
         backend, why = choose_backend(device, dtype)

@@ -42,7 +42,7 @@ def leave(message=None, code=1):
 def end():
     """
     The last line of a program. Of several processes, each leaves here and not through the interpreter's own end: the threads of the process
-    groups are still there (DDP, for one, holds its group for good), and one that lets go of a tensor after that end has begun aborts the
+    groups are still there (DDP, for one, holds its group for good), and one that lets go of a tensor after that end has begun can abort the
     process, which to torchrun is a failed run.
     """
     if world_size > 1:
