@@ -131,7 +131,7 @@ def check(got, want, tolerance, what):
 
 
 def reflecting_apart(inputs):
-    """Rows to give kda at once. With little decay it goes over to float64 where beta is near 2, and the other rows are to be right in float32."""
+    """Rows to give kda at once. With little decay, beta near 2 makes it go over to float64: other rows are to be right in float32."""
     reflects = inputs[4].amax((1, 2)) > 1.9
     return [rows for rows in ((~reflects).nonzero()[:, 0], reflects.nonzero()[:, 0]) if len(rows)]
 
