@@ -318,19 +318,21 @@ def positions(idx):
 
 
 def grid_lines(idx, positions):
-    """The four ways to read grids: rows from the left, rows from the right, columns from above, columns from below.
+    """The six ways to read grids: rows from the left and from the right, columns from above and from below, tiles forwards and backwards.
 
-    idx: (B, T) long; positions: (B, T, 3) as above -> (order, back, starts), each (B, T, 4): the token that is read as the t-th, when
-    token t is read, and whether a line starts with the t-th that is read. A line is a row or a column of one grid. What is in no grid is
-    one more line, and so is padding: whatever reads line by line does not notice how much of it there is.
+    idx: (B, T) long; positions: (B, T, 3) as above -> (order, back, starts), each (B, T, 6): the token that is read as the t-th, when
+    token t is read, and whether a line starts with the t-th that is read. A line is a row, a column or a tile of one grid: its cells
+    three by three, from the upper left corner on, as in the boxes of a sudoku, each row by row. What is in no grid is one more line, and
+    so is padding: whatever reads line by line does not notice how much of it there is.
     """
     row, column, grid = positions.unbind(-1)
     grid = torch.where(idx == PAD, idx.shape[1], grid)
     in_row, in_column = grid * 64 + row, grid * 64 + column  # a grid has at most 30 of each, and a ROW behind the last
+    in_tile = (grid * 64 + row // 3) * 64 + column // 3
     at = torch.arange(idx.shape[1], device=idx.device).expand_as(idx)
-    down = (in_column * 64 + row).argsort(dim=1, stable=True)
-    order = torch.stack([at, at.flip(1), down, down.flip(1)], -1)
-    line = torch.stack([in_row, in_row, in_column, in_column], -1).gather(1, order)
+    down, by_tile = (key.argsort(dim=1, stable=True) for key in (in_column * 64 + row, in_tile))
+    order = torch.stack([at, at.flip(1), down, down.flip(1), by_tile, by_tile.flip(1)], -1)
+    line = torch.stack([in_row, in_row, in_column, in_column, in_tile, in_tile], -1).gather(1, order)
     starts = torch.ones_like(line, dtype=torch.bool)
     starts[:, 1:] = line[:, 1:] != line[:, :-1]
     return order, order.argsort(dim=1), starts

@@ -526,8 +526,9 @@ def test_cells_of_the_canvas():
 
 def lines_by_hand(row, way):
     """
-    row (L,) -> lists of the tokens in each line of its grids, in one of four ways: rows from the left, from the right, columns from above,
-    from below. A grid is read from its text: its opening, then cells and <|row|>s. Everything before the first grid is a line as well.
+    row (L,) -> lists of the tokens in each line of its grids, in one of six ways: rows from the left, from the right, columns from above,
+    from below, tiles forwards, backwards. A grid is read from its text: its opening, then cells and <|row|>s. Everything before the first
+    grid is a line as well.
     """
     openings = [i for i, token in enumerate(row) if token in (tok.INPUT, tok.OUTPUT)] + [len(row)]
     lines = [list(range(openings[0]))]
@@ -540,8 +541,12 @@ def lines_by_hand(row, way):
         rows = [r for r in rows if r]
         rows[0].insert(0, a)  # the opening stands where the first cell does
         if way >= 2:
-            first, *rest = [r[1:] if r[0] == a else r for r in rows]
-            rows = [[r[c] for r in (first, *rest)] for c in range(len(first))]
+            rows[0].remove(a)
+            if way < 4:
+                rows = [[r[c] for r in rows] for c in range(len(rows[0]))]
+            else:
+                corners = [(top, c) for top in range(0, len(rows), 3) for c in range(0, len(rows[0]), 3)]
+                rows = [sum((r[c : c + 3] for r in rows[top : top + 3]), []) for top, c in corners]
             rows[0].insert(0, a)
         lines += rows
     return [line[::-1] if way % 2 else line for line in lines if line]
@@ -554,8 +559,8 @@ def kda_by_lines(mixer, h, first_head, idx):
     mixer.o_proj = torch.nn.Identity()  # heads apart
     for b, row in enumerate(idx.tolist()):
         row = row[: row.index(tok.PAD)] if tok.PAD in row else row
-        for way in range(4):
-            heads = [i for i in range(H) if (first_head + i) % 4 == way]
+        for way in range(6):
+            heads = [i for i in range(H) if (first_head + i) % 6 == way]
             for line in lines_by_hand(row, way):
                 read = mixer(h[b : b + 1, line])[0][0].view(len(line), H, K)
                 for i in heads:
