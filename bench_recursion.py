@@ -43,9 +43,9 @@ EMA = 0.99
 # tasks: name -> a function of a random generator that makes one arc.Task
 
 
-def plain_transform(rng):
-    """A small grid turned or mirrored in one of eight ways: which, two demonstrations tell."""
-    turn, pairs = int(rng.integers(8)), []
+def plain_transform(rng, ways):
+    """A small grid turned or mirrored in one of so many ways, up to eight: which, two demonstrations tell."""
+    turn, pairs = int(rng.integers(ways)), []
     for _ in range(3):
         grid = rng.integers(0, 10, (3, 3)).astype(np.uint8)
         pairs.append((grid, arc.augment(arc.Augment(turn, tuple(range(10))), grid)))
@@ -55,18 +55,19 @@ def plain_transform(rng):
 def draw(task, rng, train=True):
     """
     One task of the kind: 'sudoku4-8' is a 4x4 sudoku with 8 blanks (4x4 answers of test and training differ), 'sudoku9-20' a 9x9,
-    'maze-7' of 7x7, 'turn' and 'transforms' grid transforms. With three numbers, 'sudoku9-10-30', training has 10 to 30, the test 30.
+    'maze-7' of 7x7, 'turn' and 'transforms' grid transforms; 'turn-2' has quarter turns or nothing, 'turn-4' all turns. With three numbers,
+    'sudoku9-10-30', training has 10 to 30, the test 30.
     ValueError for another kind.
     """
     kind, *numbers = task.split("-")
     if not all(n.isdigit() for n in numbers) or kind not in ("sudoku4", "sudoku9", "maze", "turn", "transforms"):
-        raise ValueError(f"--task={task}: there are sudoku4-BLANKS, sudoku9-BLANKS, maze-SIDE, turn and transforms")
+        raise ValueError(f"--task={task}: there are sudoku4-BLANKS, sudoku9-BLANKS, maze-SIDE, turn, turn-WAYS and transforms")
     numbers = [int(n) for n in numbers]
     n = numbers and (int(rng.integers(numbers[0], numbers[-1] + 1)) if train else numbers[-1])
     if kind == "maze":
         return puzzles.maze(rng, n, n)
     if kind in ("turn", "transforms"):
-        return plain_transform(rng) if kind == "turn" else puzzles.transform(rng)
+        return plain_transform(rng, min(n or 8, 8)) if kind == "turn" else puzzles.transform(rng)
     return puzzles.sudoku(rng, int(kind[-1]), n, "train" if train else "test")
 
 
