@@ -821,33 +821,46 @@ class ShortConvFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, padded, taps, reach):
+    def forward(ctx, x, taps, reach, past):
         """
-        padded (B, W - 1 + T, D), taps (W, D) contiguous, reach (B, T, G) how many tokens back each may look, in G groups of channels, or
-        None -> (B, T, D).
+        x (B, past + T, D), the first `past` tokens only to look back at, none are zeros; taps (W, D) contiguous; reach (B, T, G) how many
+        tokens back each may look, in G groups of channels, or None -> (B, T, D).
         """
-        ctx.save_for_backward(padded, taps, reach)
-        T = padded.shape[1] - len(taps) + 1
-        y = padded[:, len(taps) - 1 :] * taps[-1]
-        for i, tap in enumerate(taps[:-1]):
-            y.addcmul_(within(padded[:, i : i + T], reach, len(taps) - 1 - i), tap)
+        ctx.save_for_backward(x, taps, reach)
+        ctx.past = past
+        y = x[:, past:] * taps[-1]
+        for n, tap in enumerate(taps[:-1].flip(0), 1):
+            by, seen = n_back(n, past, y.shape[1])
+            y[:, by].addcmul_(within(x[:, seen], reach, n), tap)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        padded, taps, reach = ctx.saved_tensors
-        T = dy.shape[1]
-        d_padded, d_taps = torch.zeros_like(padded), torch.empty_like(taps)
-        for i, tap in enumerate(taps):
-            d = within(dy, reach, len(taps) - 1 - i)
-            d_padded[:, i : i + T].addcmul_(d, tap)
-            d_taps[i] = (d * padded[:, i : i + T]).sum((0, 1))
-        return d_padded, d_taps, None
+        x, taps, reach = ctx.saved_tensors
+        dx, d_taps = torch.empty_like(x), torch.empty_like(taps)
+        dx[:, : ctx.past] = 0
+        torch.mul(dy, taps[-1], out=dx[:, ctx.past :])
+        for n, tap in enumerate(taps.flip(0)):
+            by, seen = n_back(n, ctx.past, dy.shape[1])
+            d = within(dy[:, by], reach, n)
+            if n:
+                dx[:, seen].addcmul_(d, tap)
+            d_taps[-1 - n] = (d * x[:, seen]).sum((0, 1))
+        return dx, d_taps, None, None
+
+
+def n_back(n, past, T):
+    """Slices: which of T tokens have an n-th before them, and where those are among the past and the T."""
+    first = min(max(0, n - past), T)
+    return slice(first, None), slice(first + past - n, past + T - n)
 
 
 def within(x, reach, n):
-    """x (B, T, D), zero where the n-th token before is out of reach (B, T, G); None: nowhere."""
-    return x if reach is None else (x.unflatten(-1, (reach.shape[-1], -1)) * (reach >= n).unsqueeze(-1)).flatten(-2)
+    """x (B, t, D), the last of T tokens, zero where the n-th before is out of reach (B, T, G); None: nowhere."""
+    if reach is None:
+        return x
+    reach = reach[:, reach.shape[1] - x.shape[1] :]
+    return (x.unflatten(-1, (reach.shape[-1], -1)) * (reach >= n).unsqueeze(-1)).flatten(-2)
 
 
 class Pick(torch.autograd.Function):
@@ -979,11 +992,13 @@ class KimiDeltaAttention(nn.Module):
             starts = starts.view(B, T, -1)
             t = torch.arange(T, device=x.device)[:, None]
             reach = (t - torch.where(starts, t, -W).cummax(1).values).repeat(1, 1, 3)  # q, k and v alike
-        qkv = F.pad(qkv, (0, 0, W - 1, 0)) if tail is None else torch.cat([tail.to(qkv.dtype), qkv], 1)
-        tail = qkv[:, T:]
-        if starts is not None and cache is not None:  # what a document's next tokens may look back to ends where it began
-            tail = tail * (torch.arange(W - 2, -1, -1, device=x.device)[:, None] <= reach[:, -1:, :1])
-        qk, v = F.silu(ShortConvFunction.apply(qkv, taps, reach)).view(B, T, 3 * H, K).split([2 * H, H], 2)
+        past = 0
+        if cache is not None:
+            past, qkv = W - 1, torch.cat([tail.to(qkv.dtype), qkv], 1)
+            tail = qkv[:, T:]
+            if starts is not None:  # what a document's next tokens may look back to ends where it began
+                tail = tail * (torch.arange(W - 2, -1, -1, device=x.device)[:, None] <= reach[:, -1:, :1])
+        qk, v = F.silu(ShortConvFunction.apply(qkv, taps, reach, past)).view(B, T, 3 * H, K).split([2 * H, H], 2)
         q, k = UnitLength.apply(qk).chunk(2, 2)
         g = -self.A_log.float().exp()[:, None] * F.softplus(f.float() + self.dt_bias.float().view(H, K))
         beta = beta.float().sigmoid()

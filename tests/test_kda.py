@@ -733,10 +733,11 @@ def test_unit_length():
 
 def test_short_convolution_gradients():
     rng = torch.Generator().manual_seed(0)
-    for T, W in ((1, 4), (5, 4), (3, 2), (2, 1)):
-        padded = torch.randn(2, W - 1 + T, 4, dtype=torch.float64, generator=rng, requires_grad=True)
+    for T, W, past in ((1, 4, 3), (1, 4, 0), (5, 4, 3), (5, 4, 0), (2, 4, 0), (3, 2, 1), (3, 2, 0), (2, 1, 0)):
+        x = torch.randn(2, past + T, 4, dtype=torch.float64, generator=rng, requires_grad=True)
         weight = torch.randn(4, W, dtype=torch.float64, generator=rng, requires_grad=True)
+        padded = F.pad(x, (0, 0, W - 1 - past, 0))
         want = F.conv1d(padded.transpose(1, 2), weight.unsqueeze(1), groups=4).transpose(1, 2)
-        torch.testing.assert_close(ShortConvFunction.apply(padded, weight.t(), None), want)
-        assert torch.autograd.gradcheck(ShortConvFunction.apply, (padded, weight.t(), None))
-        assert torch.autograd.gradcheck(ShortConvFunction.apply, (padded, weight.t(), torch.arange(2 * T * 2).view(2, T, 2) % 3))
+        torch.testing.assert_close(ShortConvFunction.apply(x, weight.t(), None, past), want)
+        for reach in (None, torch.arange(2 * T * 2).view(2, T, 2) % 3):
+            assert torch.autograd.gradcheck(ShortConvFunction.apply, (x, weight.t(), reach, past))
