@@ -317,18 +317,23 @@ def positions(idx):
     return torch.stack([row, col, grid], -1) * in_grid[..., None]
 
 
+WAYS = 6  # to read grids
+
+
 def grid_lines(idx, positions):
     """The six ways to read grids: rows from the left and from the right, columns from above and from below, tiles forwards and backwards.
 
     idx: (B, T) long; positions: (B, T, 3) as above -> (order, back, starts), each (B, T, 6): the token that is read as the t-th, when
-    token t is read, and whether a line starts with the t-th that is read. A line is a row, a column or a tile of one grid: its cells
-    three by three, from the upper left corner on, as in the boxes of a sudoku, each row by row. What is in no grid is one more line, and
-    so is padding: whatever reads line by line does not notice how much of it there is.
+    token t is read, and whether a line starts with the t-th that is read. A line is a row, a column or a tile of one grid. Tiles are
+    squares, side by side from the upper left corner on, of about as many cells as the grid's longer side has: those of a sudoku are its
+    boxes. What is in no grid is one more line, and so is padding: whatever reads line by line does not notice how much of it there is.
     """
     row, column, grid = positions.unbind(-1)
     grid = torch.where(idx == PAD, idx.shape[1], grid)
     in_row, in_column = grid * 64 + row, grid * 64 + column  # a grid has at most 30 of each, and a ROW behind the last
-    in_tile = (grid * 64 + row // 3) * 64 + column // 3
+    longer = idx.new_zeros(len(idx), idx.shape[1] + 1).scatter_reduce(1, grid, torch.maximum(row + 1, column), "amax")  # of each grid
+    side = longer.sqrt().round().long().gather(1, grid)
+    in_tile = (grid * 64 + row // side) * 64 + column // side
     at = torch.arange(idx.shape[1], device=idx.device).expand_as(idx)
     down, by_tile = (key.argsort(dim=1, stable=True) for key in (in_column * 64 + row, in_tile))
     order = torch.stack([at, at.flip(1), down, down.flip(1), by_tile, by_tile.flip(1)], -1)

@@ -174,9 +174,9 @@ class Block(nn.Module):
     through once; post-norm, norm(x + f(x)), for a core that is gone through again and again and must not grow (post=True).
     """
 
-    def __init__(self, config, kind, post=False, heads_before=0):
+    def __init__(self, config, kind, post=False, first_way=0):
         super().__init__()
-        self.kind, self.post, self.heads_before = kind, post, heads_before
+        self.kind, self.post, self.first_way = kind, post, first_way
         if kind == "k":
             self.mixer = KimiDeltaAttention(config.n_embd, config.n_head, config.n_embd // config.n_head)
         else:
@@ -191,7 +191,7 @@ class Block(nn.Module):
             h, cache = self.mixer(h, rope, cache, visible)
         else:
             if lines is not None:  # the ways to read a grid go round among the heads, and on from one KDA layer to the next
-                ways = (self.heads_before + torch.arange(self.mixer.num_heads, device=x.device)) % lines[0].shape[-1]
+                ways = (self.first_way + torch.arange(self.mixer.num_heads, device=x.device)) % arc.WAYS
                 lines = [t[..., ways] for t in lines]
             h, cache = self.mixer(h, cache, starts, lines)
         x = self.norm_1(x + h) if self.post else x + h
@@ -218,13 +218,13 @@ def make_blocks(config, post=False):
     """n_layer blocks with layer_pattern tiled over them."""
     kinds = [config.layer_pattern[i % len(config.layer_pattern)] for i in range(config.n_layer)]
     heads_before = [kinds[:i].count("k") * config.n_head for i in range(config.n_layer)]
-    return nn.ModuleList(Block(config, kind, post, heads) for kind, heads in zip(kinds, heads_before))
+    return nn.ModuleList(Block(config, kind, post, heads % arc.WAYS) for kind, heads in zip(kinds, heads_before))
 
 
 def run_blocks(blocks, x, rope, caches=None, visible=None, recompute=False, starts=None, lines=None):
     """
     x through all blocks. caches: a list with one cache per block, replaced in place, or None. visible is for full attention, starts
-    for KDA (as there), and so is lines: arc.grid_lines, the ways to read grids, or None, from the first token to the last.
+    for KDA (as there), and so is lines: arc.grid_lines, the six ways to read grids, or None, from the first token to the last.
     recompute: as in Config.
     """
     for i, block in enumerate(blocks):

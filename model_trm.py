@@ -14,7 +14,7 @@ So a puzzle gets n_sup * T * (n + 1) passes through the core, and training keeps
 
 Puzzles are answered on a canvas: a grid that has the test input on it, and blank cells where the answer may be larger; what is to
 stand there is predicted for every cell at once, again and again. Full attention then sees both ways. KDA, which can only read in one
-direction, reads every grid in six: its heads take rows, columns and tiles of three by three cells in turn, forwards and backwards, each
+direction, reads every grid in six: its heads take rows, columns and square tiles in turn, forwards and backwards, each
 line for itself. Text is causal and asks for the next token, as in Route A; each of the passes through the core keeps its own cache, so
 decoding works token by token as well.
 

@@ -214,15 +214,14 @@ def test_positions_of_a_small_document():
 
 def test_lines_of_a_small_document():
     # 0: the kind; 1: opening, 2 3 4: cells and the end of a row, 5 6 7: the next row; then the same without its second row; then padding
-    # tiles: these grids are no larger than one
     ids = [ARC, INPUT, CELL0, CELL0, ROW, CELL0, CELL0, ROW, OUTPUT, BLANK, BLANK, ROW]
     lines = {
         0: [[0], [1, 2, 3, 4], [5, 6, 7], [8, 9, 10, 11]],
         1: [[11, 10, 9, 8], [7, 6, 5], [4, 3, 2, 1], [0]],
         2: [[0], [1, 2, 5], [3, 6], [4, 7], [8, 9], [10], [11]],
         3: [[11], [10], [9, 8], [7, 4], [6, 3], [5, 2, 1], [0]],
-        4: [[0], [1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11]],
-        5: [[11, 10, 9, 8], [7, 6, 5, 4, 3, 2, 1], [0]],
+        4: [[0], [1, 2], [3], [4], [5], [6], [7], [8, 9], [10], [11]],
+        5: [[11], [10], [9, 8], [7], [6], [5], [4], [3], [2, 1], [0]],
     }
     for padding in (0, 3):
         idx = torch.tensor([ids + [PAD] * padding])
@@ -235,9 +234,9 @@ def test_lines_of_a_small_document():
             assert order[0, :, way][back[0, :, way]].tolist() == list(range(len(ids) + padding))
 
 
-@pytest.mark.parametrize("h, w", ((9, 9), (4, 7), (1, 30), (30, 2)))
-def test_tiles_are_blocks_of_three_by_three(h, w):
-    """Those of a 9x9 sudoku are its boxes. Every cell lies in one; along the right and lower edges they may be smaller."""
+@pytest.mark.parametrize("h, w, side", ((9, 9, 3), (4, 4, 2), (4, 7, 3), (1, 30, 5), (30, 2, 5), (3, 3, 2), (2, 2, 1)))
+def test_tiles_are_squares_as_large_as_a_line(h, w, side):
+    """Those of a sudoku are its boxes. Every cell lies in one; along the right and lower edges they may be smaller."""
     idx = torch.tensor(arc.encode("arc", [(np.zeros((h, w), np.uint8), np.zeros((1, 1), np.uint8))]).astype(np.int64))[None]
     order, _, starts = arc.grid_lines(idx, arc.positions(idx))
     cell = {2 + i * (w + 1) + j: (i, j) for i in range(h) for j in range(w)}  # after the kind and the opening
@@ -245,8 +244,8 @@ def test_tiles_are_blocks_of_three_by_three(h, w):
         tiles = torch.tensor_split(order[0, :, way], starts[0, :, way].nonzero().flatten()[1:])
         cells = [[cell[t] for t in tile.tolist() if t in cell] for tile in tiles]
         cells = [tile for tile in (c[::-1] if way == 5 else c for c in cells) if tile]
-        corners = [(a, b) for a in range(0, h, 3) for b in range(0, w, 3)]
-        wanted = [[(i, j) for i in range(a, min(a + 3, h)) for j in range(b, min(b + 3, w))] for a, b in corners]
+        corners = [(a, b) for a in range(0, h, side) for b in range(0, w, side)]
+        wanted = [[(i, j) for i in range(a, min(a + side, h)) for j in range(b, min(b + side, w))] for a, b in corners]
         assert sorted(cells) == sorted(wanted)
 
 

@@ -545,8 +545,9 @@ def lines_by_hand(row, way):
             if way < 4:
                 rows = [[r[c] for r in rows] for c in range(len(rows[0]))]
             else:
-                corners = [(top, c) for top in range(0, len(rows), 3) for c in range(0, len(rows[0]), 3)]
-                rows = [sum((r[c : c + 3] for r in rows[top : top + 3]), []) for top, c in corners]
+                side = round(max(len(rows), len(rows[0]) - 1) ** 0.5)  # as many cells as a line, about
+                corners = [(top, c) for top in range(0, len(rows), side) for c in range(0, len(rows[0]), side)]
+                rows = [sum((r[c : c + side] for r in rows[top : top + side]), []) for top, c in corners]
             rows[0].insert(0, a)
         lines += rows
     return [line[::-1] if way % 2 else line for line in lines if line]
