@@ -253,16 +253,17 @@ def learn(args):
 
 
 def draw_learning(paths, png):
-    """Share solved against training FLOPs, one line per contender, one panel per task."""
+    """Share solved against training FLOPs, one line per contender and seed, a colour per contender, one panel per task."""
     rows = [json.loads(line) for path in paths for line in open(path)]
     for row in rows:
         row["task"] += f", {row['pool']} puzzles" if row.get("pool") else ""
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    tasks, names, seeds = (list(dict.fromkeys(row[key] for row in rows)) for key in ("task", "name", "seed"))
     with saved_figure(png, 1, len(tasks)) as axes:
         for axis, task in zip(axes, tasks):
             for row in (r for r in rows if r["task"] == task):
                 x, y = [p["flops"] / 1e12 for p in row["curve"]], [100 * p["solved"] / row["n"] for p in row["curve"]]
-                axis.plot([0, *x], [0, *y], marker=".", label=f"{row['name']}, seed {row['seed']}")
+                axis.plot([0, *x], [0, *y], marker=".", color=f"C{names.index(row['name'])}", label=f"{row['name']}, seed {row['seed']}",
+                          linestyle=("-", "--", ":", "-.")[seeds.index(row["seed"]) % 4])  # fmt: skip
             axis.set(title=task, xlabel="training TFLOP", ylabel="solved exactly, %", ylim=(-2, 102))
             axis.legend()
 

@@ -252,6 +252,15 @@ def test_test_puzzles_are_never_trained_on():
     assert len(others) == 12 and others != tests
 
 
+def test_turns_of_a_few_kinds():
+    """One rule for a task's three pairs, of as many rules as the task's name says."""
+    rules = {k: lambda x, k=k: np.rot90(x.T if k >= 4 else x, k % 4) for k in range(8)}
+    for kind, n in (("turn-2", 2), ("turn-4", 4), ("turn", 8)):
+        tasks = bench_recursion.unseen(kind, 60)[0]
+        seen = [[k for k, rule in rules.items() if all(np.array_equal(y, rule(x)) for x, y in (*t.train, *t.test))] for t in tasks]
+        assert sorted({k for (k,) in seen}) == list(range(n)), kind
+
+
 # ---- configs
 
 
