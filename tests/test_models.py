@@ -562,7 +562,7 @@ def kda_by_lines(mixer, h, first_head, idx):
         row = row[: row.index(tok.PAD)] if tok.PAD in row else row
         for way in range(6):
             heads = [i for i in range(H) if (first_head + i) % 6 == way]
-            for line in lines_by_hand(row, way):
+            for line in lines_by_hand(row, way) if heads else ():
                 read = mixer(h[b : b + 1, line])[0][0].view(len(line), H, K)
                 for i in heads:
                     apart = torch.zeros(len(line), H, K)
