@@ -60,14 +60,15 @@ def draw(task, rng, train=True):
     ValueError for another kind.
     """
     kind, *numbers = task.split("-")
-    if not all(n.isdigit() for n in numbers) or kind not in ("sudoku4", "sudoku9", "maze", "turn", "transforms"):
-        raise ValueError(f"--task={task}: there are sudoku4-BLANKS, sudoku9-BLANKS, maze-SIDE, turn, turn-WAYS and transforms")
+    known = len(numbers) > 0 if kind in ("sudoku4", "sudoku9", "maze") else kind in ("turn", "transforms")
+    if not known or not all(n.isdigit() for n in numbers) or (kind == "turn" and not all(1 <= int(n) <= 8 for n in numbers)):
+        raise ValueError(f"--task={task}: there are sudoku4-BLANKS, sudoku9-BLANKS, maze-SIDE, turn, turn-WAYS (up to 8) and transforms")
     numbers = [int(n) for n in numbers]
     n = numbers and (int(rng.integers(numbers[0], numbers[-1] + 1)) if train else numbers[-1])
     if kind == "maze":
         return puzzles.maze(rng, n, n)
     if kind in ("turn", "transforms"):
-        return plain_transform(rng, min(n or 8, 8)) if kind == "turn" else puzzles.transform(rng)
+        return plain_transform(rng, n or 8) if kind == "turn" else puzzles.transform(rng)
     return puzzles.sudoku(rng, int(kind[-1]), n, "train" if train else "test")
 
 

@@ -823,8 +823,8 @@ class ShortConvFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, taps, reach, past):
         """
-        x (B, past + T, D), the first `past` tokens only to look back at, none are zeros; taps (W, D) contiguous; reach (B, T, G) how many
-        tokens back each may look, in G groups of channels, or None -> (B, T, D).
+        x (B, past + T, D), the first `past` tokens only to look back at; what is before x is zero. taps (W, D) contiguous; reach (B, T, G)
+        how many tokens back each may look, in G groups of channels, or None -> (B, T, D).
         """
         ctx.save_for_backward(x, taps, reach)
         ctx.past = past

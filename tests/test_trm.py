@@ -252,6 +252,12 @@ def test_test_puzzles_are_never_trained_on():
     assert len(others) == 12 and others != tests
 
 
+@pytest.mark.parametrize("task", ("sudoku9", "maze", "turn-9", "turn-0", "turn-x", "chess-3"))
+def test_a_misspelt_task(task):
+    with pytest.raises(ValueError, match=f"--task={task}: there are"):
+        bench_recursion.unseen(task, 1)
+
+
 def test_turns_of_a_few_kinds():
     """One rule for a task's three pairs, of as many rules as the task's name says."""
     rules = {k: lambda x, k=k: np.rot90(x.T if k >= 4 else x, k % 4) for k in range(8)}
