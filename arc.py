@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import torch
 
 from files import save_picture
 from tokenizer import ARC, BLANK, CELL0, EOT, INPUT, LOGIC, MAZE, OUTPUT, PAD, PROGRAM, ROW, SUDOKU, VOID
@@ -297,6 +296,8 @@ def positions(idx):
     at (0, 0, n). The ROW that ends a row of w cells is at column w. Everything that is not in a grid, which is all text and all
     padding, is at the origin (0, 0, 0); a text token ends a grid. Only running sums and maxima: no loop, no sync, any device.
     """
+    import torch  # here and below, because who prepares data never gets here, and starts five times faster without
+
     row_end = idx == ROW
     mark = (idx == INPUT) | (idx == OUTPUT)
     cell = ((idx >= CELL0) & (idx < CELL0 + 10)) | (idx == BLANK) | (idx == VOID)
@@ -317,27 +318,43 @@ def positions(idx):
     return torch.stack([row, col, grid], -1) * in_grid[..., None]
 
 
-WAYS = 6  # to read grids
+WAYS = 8  # to read grids
 
 
 def grid_lines(idx, positions):
-    """The six ways to read grids: rows from the left and from the right, columns from above and from below, tiles forwards and backwards.
+    """The eight ways to read grids: rows, columns, tiles and pairs, each forwards and backwards.
 
-    idx: (B, T) long; positions: (B, T, 3) as above -> (order, back, starts), each (B, T, 6): the token that is read as the t-th, when
+    idx: (B, T) long; positions: (B, T, 3) as above -> (order, back, starts), each (B, T, 8): the token that is read as the t-th, when
     token t is read, and whether a line starts with the t-th that is read. A line is a row, a column or a tile of one grid. Tiles are
     squares, side by side from the upper left corner on, of about as many cells as the grid's longer side has: those of a sudoku are its
-    boxes. What is in no grid is one more line, and so is padding: whatever reads line by line does not notice how much of it there is.
+    boxes. Pairs are one line: the first input and its output cell by cell, a cell of the input and right after it the output's at the
+    same place; then the next pair, and last the canvas. So what demonstrations do to a cell can be read off two neighbours in this line,
+    and is known when the canvas is read; backwards, the cells of each pair come from the last to the first, but inputs still come before
+    outputs and demonstrations before the canvas. Where there are no demonstrations, there is nothing to carry from grid to grid, and
+    pairs are read as rows. Padding is a line of its own, as what is in no grid is to rows, columns and tiles: whatever reads line by line
+    does not notice how much of it there is.
     """
+    import torch
+
     row, column, grid = positions.unbind(-1)
-    grid = torch.where(idx == PAD, idx.shape[1], grid)
-    in_row, in_column = grid * 64 + row, grid * 64 + column  # a grid has at most 30 of each, and a ROW behind the last
+    at = torch.arange(idx.shape[1], device=idx.device).expand_as(idx)
+    pad = idx == PAD
+    grid = torch.where(pad, idx.shape[1], grid)
     longer = idx.new_zeros(len(idx), idx.shape[1] + 1).scatter_reduce(1, grid, torch.maximum(row + 1, column), "amax")  # of each grid
     side = longer.sqrt().round().long().gather(1, grid)
-    in_tile = (grid * 64 + row // side) * 64 + column // side
-    at = torch.arange(idx.shape[1], device=idx.device).expand_as(idx)
-    down, by_tile = (key.argsort(dim=1, stable=True) for key in (in_column * 64 + row, in_tile))
-    order = torch.stack([at, at.flip(1), down, down.flip(1), by_tile, by_tile.flip(1)], -1)
-    line = torch.stack([in_row, in_row, in_column, in_column, in_tile, in_tile], -1).gather(1, order)
+
+    def three(a, b, c):
+        """As one number, to sort by a, then b, then c; a grid has at most 30 rows and columns, and a ROW behind the last."""
+        return (a * 64 + b) * 64 + c
+
+    in_row, in_column, in_tile = three(grid, 0, row), three(grid, 0, column), three(grid, row // side, column // side)
+    pair = (grid + 1) // 2
+    keys = in_column * 64 + row, in_tile, three(pair, row, column), three(pair, 63 - row, 63 - column)
+    down, by_tile, by_cell, by_cell_back = (key.argsort(dim=1, stable=True) for key in keys)
+    alone = positions[..., 2].amax(1, keepdim=True) < 2  # no demonstrations
+    by_cell, by_cell_back, in_pairs = (torch.where(alone, *two) for two in ((at, by_cell), (at.flip(1), by_cell_back), (in_row, pad)))
+    order = torch.stack([at, at.flip(1), down, down.flip(1), by_tile, by_tile.flip(1), by_cell, by_cell_back], -1)
+    line = torch.stack([in_row, in_row, in_column, in_column, in_tile, in_tile, in_pairs, in_pairs], -1).gather(1, order)
     starts = torch.ones_like(line, dtype=torch.bool)
     starts[:, 1:] = line[:, 1:] != line[:, :-1]
     return order, order.argsort(dim=1), starts

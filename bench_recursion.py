@@ -33,9 +33,10 @@ import puzzles
 import tokenizer as tok
 from bench_models import schedule
 from files import save_picture
+from model_trm import surest
 from muon import muon_and_adamw
 
-SMALL = dict(n_layer=4, n_head=2, n_embd=64, n_ff=172, block_size=1024)  # the demo's model
+SMALL = dict(n_layer=4, n_head=4, n_embd=64, n_ff=172, block_size=1024)  # the demo's Route B
 RECIPE = ("learning_rate", "optimizer", "carry_turns")  # settings of a contender that are of its training
 EMA = 0.99
 
@@ -55,8 +56,8 @@ def plain_transform(rng, ways):
 def draw(task, rng, train=True):
     """
     One task of the kind: 'sudoku4-8' is a 4x4 sudoku with 8 blanks (4x4 answers of test and training differ), 'sudoku9-20' a 9x9,
-    'maze-7' of 7x7, 'turn' and 'transforms' grid transforms; 'turn-2' has quarter turns or nothing, 'turn-4' all turns. With three numbers,
-    'sudoku9-10-30', training has 10 to 30, the test 30.
+    'maze-7' of 7x7; 'turn' and 'transforms' have a rule that demonstrations tell: 'turn-2' has quarter turns or nothing, 'turn-4' all
+    turns, 'transforms' are those of the suite. With three numbers, 'sudoku9-10-30', training has 10 to 30, the test 30.
     ValueError for another kind.
     """
     kind, *numbers = task.split("-")
@@ -169,10 +170,15 @@ def solved(net, tasks):
     return sum(bool(a[0]) and np.array_equal(a[0][0][0], t.test[0][1]) for a, t in zip(net.answer(hidden(tasks)), tasks))
 
 
-def solved_by_steps(net, tasks, n_sup):
-    """(n_sup,): how many of the tasks Route B has answered exactly after 1, 2, ... supervision steps. Thinking on changes no thought."""
+def right_by_steps(net, tasks, n_sup):
+    """
+    -> bool (tasks, n_sup), is Route B's first answer right if it takes 1, 2, ... supervision steps, and (tasks, n_sup), the halting
+    probability after each. One trace tells all: thinking on changes no thought.
+    """
     traces = [a[0] for a in net.answer(hidden(tasks), n_sup=n_sup, trace=True)]
-    return np.array([[g is not None and np.array_equal(g, t.test[0][1]) for g, _ in trace] for t, trace in zip(tasks, traces)]).sum(0)
+    answers = [[surest(trace[: n + 1]) for n in range(n_sup)] for trace in traces]
+    right = [[bool(a) and np.array_equal(a[0][0], t.test[0][1]) for a in steps] for t, steps in zip(tasks, answers)]
+    return np.array(right), np.array([[p for _, p in trace] for trace in traces])
 
 
 def train(net, batches, tasks, flops, learning_rate, optimizer="adamw", carry_turns=1, points=8, progress=None):
@@ -240,7 +246,8 @@ def learn(args):
                "test_seed": args.test_seed, "params": net.num_params(), **recipe, "curve": curve}
         net.eval().load_state_dict(average)
         if net.puzzle_format == "canvas" and net.config.n_sup > 1:
-            row["solved_by_n_sup"] = dict(zip((1, 2, 4, 8, 16, 32), solved_by_steps(net, tasks, 32)[[0, 1, 3, 7, 15, 31]].tolist()))
+            right, _ = right_by_steps(net, tasks, 32)
+            row["solved_by_n_sup"] = {n: int(right[:, n - 1].sum()) for n in (1, 2, 4, 8, 16, 32)}
         rows.append(row)
         with open(args.out, "a") as f:
             f.write(json.dumps(row) + "\n")
@@ -370,15 +377,13 @@ def bounds(args):
 def halting(args):
     """
     One checkpoint on the held-out puzzles: exact answers after 1, 2, 4, ... supervision steps for all, beside letting a row stop as
-    soon as its halting probability passes a threshold. A row thinks the same thoughts whoever has left, so one trace tells all.
+    soon as its halting probability passes a threshold. Whoever has left, a row thinks the same thoughts.
     """
     net, _ = checkpoint.load_model(args.checkpoint)
     if net.puzzle_format != "canvas":
         raise ValueError(f"{args.checkpoint} is of Route A, which takes no supervision steps")
     tasks = puzzles.heldout(args.suite, args.n) if args.suite in puzzles.SUITES else unseen(args.suite, args.n)[0]
-    traces = [a[0] for a in net.answer(hidden(tasks), n_sup=args.n_sup, trace=True)]
-    right = np.array([[g is not None and np.array_equal(g, t.test[0][1]) for g, _ in trace] for t, trace in zip(tasks, traces)])
-    p = np.array([[p for _, p in trace] for trace in traces])
+    right, p = right_by_steps(net, tasks, args.n_sup)
     fixed = [(n, 100 * right[:, n - 1].mean()) for n in range(1, args.n_sup + 1)]
     early = []
     print(f"{len(tasks)} puzzles of {args.suite}\nsteps for all   solved")

@@ -2,9 +2,10 @@
 From a model to its attempts: a task seen from many sides, many answers, and a vote.
 
 A *view* is the task turned or mirrored, in other colours, with its demonstrations in another order. What the model answers to a view is
-turned back, and counts as a vote for that grid. Route A can also draw several answers to each view; Route B gives one, and those of its
-earlier supervision steps as further candidates without a vote. What is left to say which of two candidates with as many votes comes
-first is a score: for Route A the log-probability of the candidate's cells under other views as well, for Route B the halting probability.
+turned back, and counts as a vote for that grid. Route A can also draw several answers to each view; Route B gives one, that of its surest
+supervision step, and those of the others as further candidates without a vote. What is left to say which of two candidates with as many
+votes comes first is a score: for Route A the log-probability of the candidate's cells under other views as well, for Route B the halting
+probability.
 
 Programs are another way to an answer: the model writes functions of the language of programs.py, and those that turn every
 demonstration's input into its output are run on the test input. They have passed a test, so what they give comes first.
@@ -23,6 +24,7 @@ import torch
 
 import arc
 import tokenizer as tok
+from model_trm import surest
 
 RESCORED = 4  # candidates of Route A, those with most votes, that are looked at from other views
 RESCORING_VIEWS = 8  # how many views at most
@@ -206,7 +208,7 @@ def solve_grids(model, tasks, settings):
             if canvas:
                 if view is seen[i][0]:
                     steps[i][j] = some
-                some = [(grid, p, n == 0) for n, (grid, p) in enumerate(reversed([s for s in some if s[0] is not None]))]
+                some = [(grid, p, n == 0) for n, (grid, p) in enumerate(surest(some))]
             else:
                 some = [(grid, log_p / (grid.shape[0] * (grid.shape[1] + 1) + 1), True) for grid, log_p in some]
             found[i][j] += [(grid, int(votes), score, None) for grid, score, votes in some]

@@ -224,7 +224,7 @@ def make_blocks(config, post=False):
 def run_blocks(blocks, x, rope, caches=None, visible=None, recompute=False, starts=None, lines=None):
     """
     x through all blocks. caches: a list with one cache per block, replaced in place, or None. visible is for full attention, starts
-    for KDA (as there), and so is lines: arc.grid_lines, the six ways to read grids, or None, from the first token to the last.
+    for KDA (as there), and so is lines: arc.grid_lines, the eight ways to read grids, or None, from the first token to the last.
     recompute: as in Config.
     """
     for i, block in enumerate(blocks):

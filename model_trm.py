@@ -14,9 +14,10 @@ So a puzzle gets n_sup * T * (n + 1) passes through the core, and training keeps
 
 Puzzles are answered on a canvas: a grid that has the test input on it, and blank cells where the answer may be larger; what is to
 stand there is predicted for every cell at once, again and again. Full attention then sees both ways. KDA, which can only read in one
-direction, reads every grid in six: its heads take rows, columns and square tiles in turn, forwards and backwards, each
-line for itself. Text is causal and asks for the next token, as in Route A; each of the passes through the core keeps its own cache, so
-decoding works token by token as well.
+direction, reads in eight: its heads take the rows, columns and square tiles of each grid in turn, forwards and backwards, each line for
+itself, and the pairs of input and output, each cell of the output after the one it came from, which is where a rule shows. Text is
+causal and asks for the next token, as in Route A; each of the passes through the core keeps its own cache, so decoding works token by
+token as well.
 
 The published model learns an embedding per task, and cannot touch a task it was not trained on. Here the task is in the row.
 
@@ -373,10 +374,9 @@ class Model(nn.Module):
     def answer(self, tasks, n_sup=None, trace=False, halt=None):
         """
         Solve tasks, whose test outputs are not read. Returns for each task, for each of its test inputs, a list of (grid, halting
-        probability): the last step's answer first, then the different ones that earlier steps gave, latest first. None where the
-        row does not fit into block_size. With trace, the list holds instead the answer after every supervision step, first to
-        last, with None for a canvas declared all void. Steps are n_sup (None: as configured), fewer for rows that pass `halt`, a
-        probability (None: none do).
+        probability): the different answers of all supervision steps, surest first. None where the row does not fit into block_size.
+        With trace, the list holds instead the answer after every supervision step, first to last, with None for a canvas declared all
+        void. Steps are n_sup (None: as configured), fewer for rows that pass `halt`, a probability (None: none do).
         """
         answers = [[None] * len(task.test) for task in tasks]
         for where, idx in self.canvases(tasks):
@@ -386,14 +386,8 @@ class Model(nn.Module):
                 for row, ids, probability in zip(rows.tolist(), choice, p.tolist()):
                     _, _, shape, start = where[row]
                     steps[row].append((arc.read_canvas(ids[start : start + shape[0] * (shape[1] + 1)], shape), probability))
-            for (i, j, _, _), grids in zip(where, steps):
-                if not trace:
-                    distinct = {}
-                    for grid, p in reversed(grids):
-                        if grid is not None:
-                            distinct.setdefault((grid.shape, grid.tobytes()), (grid, p))
-                    grids = list(distinct.values())
-                answers[i][j] = grids
+            for (i, j, _, _), thoughts in zip(where, steps):
+                answers[i][j] = thoughts if trace else surest(thoughts)
         return answers
 
     @torch.no_grad()
@@ -416,6 +410,20 @@ class Model(nn.Module):
                 h, w = grid.shape
                 out[i][j] = np.take_along_axis(canvas[:h, :w], grid[..., None].astype(np.int64), -1)[..., 0]
         return out
+
+
+def surest(thoughts):
+    """
+    thoughts: (grid or None, halting probability) after each supervision step -> the different grids, each with the highest probability it
+    had, surest first, of equally sure ones the latest. Not simply the last: most puzzles leave training as soon as they are believed to
+    be solved, so what further steps do to a right answer is hardly trained, and some spoil it (measured in LOG.md).
+    """
+    best = {}
+    for grid, p in reversed(thoughts):
+        if grid is not None:
+            key = grid.shape, grid.tobytes()
+            best[key] = max(best.get(key, (grid, -1.0)), (grid, p), key=lambda answer: answer[1])
+    return sorted(best.values(), key=lambda answer: -answer[1])
 
 
 def at_rest(t):

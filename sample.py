@@ -29,6 +29,7 @@ import thinking
 import tokenizer as tok
 from eval_arc import positive, without_answers
 from hardware import pick_device
+from model_trm import surest
 
 # -----------------------------------------------------------------------------
 # text
@@ -102,16 +103,17 @@ def show_task(model, task, n_sup, halt=None):
     for i, (x, y) in enumerate(task.train, 1):
         print(arc.ansi_row([(f"demo {i}", x, None), ("output", y, None)]), flush=True)
     hidden = without_answers([task])
-    answers = model.answer(hidden, n_sup=n_sup, trace=True, halt=halt)[0] if canvas else model.answer(hidden)[0]
-    for j, ((x, y), given) in enumerate(zip(task.test, answers), 1):
+    asked = model.answer(hidden, n_sup=n_sup, trace=True, halt=halt)[0] if canvas else model.answer(hidden)[0]
+    for j, ((x, y), given) in enumerate(zip(task.test, asked), 1):
         panels = [(f"test {j}" if task.train else "puzzle", x, None), ("expected", y, None)]
         if canvas:
             panels += [(f"step {step}, halt {halt:.2f}", grid, y) for step, (grid, halt) in enumerate(given, 1)]
         else:
             panels += [(f"answer, p {np.exp(log_p):.2g}", grid, y) for grid, log_p in given[:1]]
         print(arc.ansi_row(panels))
-        last = f" after {len(given)} supervision step{'s' * (len(given) > 1)}" if canvas else ""
-        print(f"test {j} of {len(task.test)}{last}: {verdict(panels[-1][1], y)}\n")
+        answers = surest(given) if canvas else given
+        last = f", the surest answer of {len(given)} supervision step{'s' * (len(given) > 1)}" if canvas else ""
+        print(f"test {j} of {len(task.test)}{last}: {verdict(answers[0][0] if answers else None, y)}\n")
 
 
 # -----------------------------------------------------------------------------

@@ -229,7 +229,7 @@ def evaluate(args):
         part = hidden[start : start + 50]
         answers = model.answer(part, n_sup=args.n_sup, trace=True) if canvas else model.answer(part)
         right += [[grid is not None and np.array_equal(grid, t.test[0][1]) for grid, _ in a[0] or [(None, 0)]]
-                  for t, a in zip(tasks[start:], answers)]  # fmt: skip
+                  for t, a in zip(tasks[start:], answers)]  # of Route B what each step says, as in the paper, not the surest so far
     right = np.array(right)
     print(f"{len(tasks)} test puzzles, {mixture.get('origin')}")
     for n in range(1, right.shape[1] + 1):

@@ -2,6 +2,7 @@
 base = "route_a_demo.py"
 out_dir = "out/demo/route_b"
 model = "trm"
+n_head = 4  # twelve in its KDA layers: some for each of the eight ways to read grids
 n_latent = 1
 n_recursion = 1
 n_sup = 4

@@ -222,16 +222,26 @@ def test_lines_of_a_small_document():
         3: [[11], [10], [9, 8], [7, 4], [6, 3], [5, 2, 1], [0]],
         4: [[0], [1, 2], [3], [4], [5], [6], [7], [8, 9], [10], [11]],
         5: [[11], [10], [9, 8], [7], [6], [5], [4], [3], [2, 1], [0]],
+        6: [[0, 1, 2, 8, 9, 3, 10, 4, 11, 5, 6, 7]],  # a pair is one line: at each place the input, then the output
+        7: [[0, 7, 6, 5, 4, 11, 3, 10, 1, 2, 8, 9]],
     }
     for padding in (0, 3):
         idx = torch.tensor([ids + [PAD] * padding])
         order, back, starts = arc.grid_lines(idx, arc.positions(idx))
         for way, wanted in lines.items():
             pad = [list(range(12, 12 + padding))] if padding else []
-            wanted = [pad[0][::-1], *wanted] if padding and way % 2 else wanted + pad
+            wanted = [pad[0][::-1], *wanted] if padding and way in (1, 3, 5) else wanted + pad
             assert order[0, :, way].tolist() == [t for line in wanted for t in line]
             assert starts[0, :, way].nonzero().flatten().tolist() == np.cumsum([0] + [len(line) for line in wanted[:-1]]).tolist()
             assert order[0, :, way][back[0, :, way]].tolist() == list(range(len(ids) + padding))
+
+
+def test_without_demonstrations_pairs_are_rows():
+    alone, shown = [OUTPUT, BLANK, CELL0, ROW, CELL0, BLANK, ROW], [INPUT, CELL0, ROW, OUTPUT, CELL0, ROW]
+    for ids, same in (([ARC, *alone, PAD, PAD], True), ([ARC, *shown, *alone], False)):
+        order, back, starts = arc.grid_lines(torch.tensor([ids]), arc.positions(torch.tensor([ids])))
+        for rows, pairs in ((0, 6), (1, 7)):
+            assert all(torch.equal(t[..., rows], t[..., pairs]) == same for t in (order, back, starts))
 
 
 @pytest.mark.parametrize("h, w, side", ((9, 9, 3), (4, 4, 2), (4, 7, 3), (1, 30, 5), (30, 2, 5), (3, 3, 2), (2, 2, 1)))

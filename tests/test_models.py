@@ -524,32 +524,41 @@ def test_cells_of_the_canvas():
     assert not arc.canvas_cells(words, arc.positions(words)).any()
 
 
-def lines_by_hand(row, way):
+def grids_by_hand(row):
     """
-    row (L,) -> lists of the tokens in each line of its grids, in one of six ways: rows from the left, from the right, columns from above,
-    from below, tiles forwards, backwards. A grid is read from its text: its opening, then cells and <|row|>s. Everything before the first
-    grid is a line as well.
+    row (L,) -> where its first grid begins, and for each of its grids {(r, c): tokens that stand there}, from the text alone: its opening,
+    which counts as standing where the first cell does, then cells and <|row|>s.
     """
     openings = [i for i, token in enumerate(row) if token in (tok.INPUT, tok.OUTPUT)] + [len(row)]
-    lines = [list(range(openings[0]))]
+    grids = []
     for a, b in zip(openings, openings[1:]):
-        rows = [[]]
+        r, c, places = 0, 0, {(0, 0): [a]}
         for at in range(a + 1, b):
-            rows[-1].append(at)
-            if row[at] == tok.ROW:
-                rows.append([])
-        rows = [r for r in rows if r]
-        rows[0].insert(0, a)  # the opening stands where the first cell does
-        if way >= 2:
-            rows[0].remove(a)
-            if way < 4:
-                rows = [[r[c] for r in rows] for c in range(len(rows[0]))]
-            else:
-                side = round(max(len(rows), len(rows[0]) - 1) ** 0.5)  # as many cells as a line, about
-                corners = [(top, c) for top in range(0, len(rows), side) for c in range(0, len(rows[0]), side)]
-                rows = [sum((r[c : c + side] for r in rows[top : top + side]), []) for top, c in corners]
-            rows[0].insert(0, a)
-        lines += rows
+            places.setdefault((r, c), []).append(at)
+            r, c = (r + 1, 0) if row[at] == tok.ROW else (r, c + 1)
+        grids.append(places)
+    return openings[0], grids
+
+
+def lines_by_hand(row, way):
+    """
+    row (L,) -> lists of the tokens in each line that is read in one of eight ways: rows, columns, tiles, each forwards and from their ends;
+    pairs, forwards and with the places of each from the last to the first, or rows again where there is one grid only.
+    """
+    before, grids = grids_by_hand(row)
+    if way >= 6 and len(grids) > 1:
+        line = list(range(before))
+        for i in range(0, len(grids), 2):
+            pair = grids[i : i + 2]
+            for place in sorted({p for places in pair for p in places}, reverse=way == 7):
+                line += [at for places in pair for at in places.get(place, [])]
+        return [line]
+    lines = [list(range(before))]
+    for places in grids:
+        side = round(max(1 + max(r for r, _ in places), max(c for _, c in places)) ** 0.5)  # as many cells as a line, about
+        line_of = (lambda r, c: r, lambda r, c: c, lambda r, c: (r // side, c // side))[way % 6 // 2]
+        for line in sorted({line_of(*p) for p in places}):
+            lines.append(sorted(at for p, tokens in places.items() if line_of(*p) == line for at in tokens))
     return [line[::-1] if way % 2 else line for line in lines if line]
 
 
@@ -558,16 +567,16 @@ def kda_by_lines(mixer, h, first_head, idx):
     H, K = mixer.num_heads, mixer.head_dim
     out, projection = torch.zeros_like(h), mixer.o_proj
     mixer.o_proj = torch.nn.Identity()  # heads apart
-    for b, row in enumerate(idx.tolist()):
-        row = row[: row.index(tok.PAD)] if tok.PAD in row else row
-        for way in range(6):
-            heads = [i for i in range(H) if (first_head + i) % 6 == way]
-            for line in lines_by_hand(row, way) if heads else ():
-                read = mixer(h[b : b + 1, line])[0][0].view(len(line), H, K)
-                for i in heads:
-                    apart = torch.zeros(len(line), H, K)
-                    apart[:, i] = read[:, i]
-                    out[b] = out[b].index_add(0, torch.tensor(line), projection(apart.flatten(1)))
+    for way in range(8):
+        keep = torch.tensor([(first_head + i) % 8 == way for i in range(H)])
+        by_length = {}  # lines as long as each other go through the layer together
+        for b, row in enumerate(idx.tolist() if keep.any() else ()):
+            for line in lines_by_hand(row[: row.index(tok.PAD)] if tok.PAD in row else row, way):
+                by_length.setdefault(len(line), []).append((b, line))
+        for lines in by_length.values():
+            b, line = torch.tensor([b for b, _ in lines])[:, None], torch.tensor([line for _, line in lines])
+            read = mixer(h[b, line])[0].unflatten(-1, (H, K)) * keep[:, None]
+            out = out.index_put((b, line), projection(read.flatten(2)), accumulate=True)
     mixer.o_proj = projection
     return out
 
@@ -848,13 +857,21 @@ def test_trm_answers_step_by_step_alone_and_in_batches():
             assert len(want) == len(trace[i][j]) == len(alone[j]) == 4
             for (g, p), (g1, p1), (g2, p2) in zip(want, trace[i][j], alone[j]):
                 assert same(g, g1) and same(g, g2) and abs(p - p1) < 1e-3 and abs(p - p2) < 1e-3
-            distinct = []
-            for g, p in reversed(want):
-                if g is not None and not any(np.array_equal(g, d) for d, _ in distinct):
-                    distinct.append((g, p))
-            assert len(distinct) == len(answers[i][j])
-            for (g, p), (d, pd) in zip(answers[i][j], distinct):
-                assert np.array_equal(g, d) and abs(p - pd) < 1e-3
+            kept = []  # the surest first; this model's probabilities differ from step to step
+            for g, p in sorted((s for s in want if s[0] is not None), key=lambda s: -s[1]):
+                if not any(np.array_equal(g, k) for k, _ in kept):
+                    kept.append((g, p))
+            assert len(kept) == len(answers[i][j])
+            for (g, p), (k, pk) in zip(answers[i][j], kept):
+                assert np.array_equal(g, k) and abs(p - pk) < 1e-3
+
+
+def test_the_surest_answer_comes_first():
+    a, b, c = (np.array([[i]], np.uint8) for i in range(3))
+    thoughts = [(a, 0.5), (b, 0.9), (None, 1.0), (b, 0.2), (c, 0.5), (a, 0.4)]
+    assert [(g.item(), p) for g, p in model_trm.surest(thoughts)] == [(1, 0.9), (0, 0.5), (2, 0.5)]
+    assert model_trm.surest([(a, 0.5), (b, 0.5)])[0][0] is b  # of equally sure ones the latest
+    assert model_trm.surest([(None, 0.7)]) == [] == model_trm.surest([])
 
 
 def test_number_of_steps_when_answering():

@@ -160,7 +160,7 @@ def test_a_puzzle_is_shown_and_judged(name, n_sup, checkpoints, monkeypatch, cap
     if name == "trm":
         steps = re.findall(r"step (\d+), halt (\d\.\d\d)", out)
         assert [int(i) for i, _ in steps] == list(range(1, (n_sup or 3) + 1))
-        assert f"after {n_sup or 3} supervision steps" in out
+        assert f"the surest answer of {n_sup or 3} supervision steps" in out
     else:
         assert re.search(r"answer, p [\d.e-]+", out)
 
@@ -170,7 +170,7 @@ def test_a_task_with_demonstrations_and_two_test_inputs(checkpoints, monkeypatch
             and max(len(arc.encode_prompt("arc", t.train, x, arc.canvas_shape(t.train, x))) for x, _ in t.test) <= 300]
     out = plain(call(monkeypatch, capsys, checkpoints["trm"], f"--task={fits[0].id}"))
     assert all(f"demo {i} " in out for i in range(1, len(fits[0].train) + 1))
-    assert "test 1 of 2 after" in out and "test 2 of 2 after" in out
+    assert "test 1 of 2, the surest" in out and "test 2 of 2, the surest" in out
 
 
 def test_verdicts():

@@ -520,6 +520,33 @@ def test_without_a_compiler_it_goes_on_without(data, tmp_path):
     assert checkpoint.load(tmp_path / "ckpt.pt")["train"]["iter"] == 2
 
 
+FORKED = """
+import json, os, runpy, sys
+import torch
+for n, arguments in enumerate(json.loads(sys.argv[1])):
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(f"{sys.argv[2]}/{n}.err", os.O_WRONLY | os.O_CREAT), 2)
+        sys.argv = arguments
+        sys.path[0] = os.path.dirname(arguments[0])
+        runpy.run_path(arguments[0], run_name="__main__")
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def forked(commands, folder):
+    """
+    Commands [script, argument, ...] one after the other, each a process forked from one that has PyTorch: importing it is nearly all that a
+    run takes that ends at a mistake. -> for each its exit code and what it wrote to stderr.
+    """
+    run = subprocess.run([sys.executable, "-u", "-c", FORKED, json.dumps(commands), str(folder)], env=ENV, capture_output=True, text=True,
+                         cwd=ROOT, timeout=300)  # fmt: skip
+    codes = [int(line) for line in run.stdout.splitlines() if re.fullmatch(r"-?\d+", line)]
+    assert len(codes) == len(commands), run.stderr
+    return [(code, (folder / f"{n}.err").read_text()) for n, code in enumerate(codes)]
+
+
 def test_mistakes_are_one_line_and_cost_nothing(data, tmp_path):
     kept = tmp_path / "kept"
     kept.mkdir()
@@ -532,7 +559,7 @@ def test_mistakes_are_one_line_and_cost_nothing(data, tmp_path):
     with open(shard, "r+b") as f:
         f.truncate(shard.stat().st_size - 2)
     out = tmp_path / "out"
-    for settings, names in [
+    mistakes = [
         (["--overwrite=False", f"--out_dir={kept}"], ["ckpt.pt exists", "--init_from=resume"]),
         ([f"--init_from={text}"], ["notes.txt", "not a checkpoint"]),
         (["--init_from=resume"], ["ckpt.pt does not exist"]),
@@ -546,13 +573,14 @@ def test_mistakes_are_one_line_and_cost_nothing(data, tmp_path):
         (["--sanity=True", "--init_from=resume"], ["stage 0 is not resumed"]),
         (["--optimizer=sgd"], ["'sgd'", "'muon', 'adamw'"]),
         (["--device=cuda"] if not torch.cuda.is_available() else ["--device=tpu"], ["device"]),
-    ]:
-        run = train(data, out, *settings)
-        assert run.returncode == 1, settings
-        assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1, run.stderr
+    ]
+    said = forked([command(data, out, *settings)[1:] for settings, _ in mistakes], tmp_path)
+    for (settings, names), (code, stderr) in zip(mistakes, said):
+        assert code == 1, settings
+        assert stderr.startswith("error: ") and stderr.count("\n") == 1, stderr
         for name in names:
-            assert name in run.stderr, (settings, run.stderr)
-        assert not out.exists()
+            assert name in stderr, (settings, stderr)
+    assert not out.exists()
     assert (kept / "ckpt.pt").read_text() == "precious"
 
 
