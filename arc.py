@@ -343,13 +343,13 @@ def grid_lines(idx, positions):
     longer = idx.new_zeros(len(idx), idx.shape[1] + 1).scatter_reduce(1, grid, torch.maximum(row + 1, column), "amax")  # of each grid
     side = longer.sqrt().round().long().gather(1, grid)
 
-    def three(a, b, c):
+    def packed(a, b, c):
         """As one number, to sort by a, then b, then c; a grid has at most 30 rows and columns, and a ROW behind the last."""
         return (a * 64 + b) * 64 + c
 
-    in_row, in_column, in_tile = three(grid, 0, row), three(grid, 0, column), three(grid, row // side, column // side)
+    in_row, in_column, in_tile = packed(grid, 0, row), packed(grid, 0, column), packed(grid, row // side, column // side)
     pair = (grid + 1) // 2
-    keys = in_column * 64 + row, in_tile, three(pair, row, column), three(pair, 63 - row, 63 - column)
+    keys = in_column * 64 + row, in_tile, packed(pair, row, column), packed(pair, 63 - row, 63 - column)
     down, by_tile, by_cell, by_cell_back = (key.argsort(dim=1, stable=True) for key in keys)
     alone = positions[..., 2].amax(1, keepdim=True) < 2  # no demonstrations
     by_cell, by_cell_back, in_pairs = (torch.where(alone, *two) for two in ((at, by_cell), (at.flip(1), by_cell_back), (in_row, pad)))

@@ -5,7 +5,8 @@ The answer forming, step by step: a moving picture of what Route B thinks.
 
 Every frame is drawn from the probabilities of all values in all cells, so doubt can be seen: a digit is as bright as it is believed in,
 a colour as pure. Between two supervision steps the picture glides from one to the other; below it are the steps taken and the
-probability that the halting head gives the answer of being all right. Where the answer is known, cells still wrong at the end are framed.
+probability that the halting head gives the answer of being all right. Where the answer is known, cells still wrong at the end are framed:
+wrong in what the last step says, whereas the model's answer is what its surest step says.
 
 `thoughts` asks the model, `draw` makes one picture, `save_gif` the film. Before this: model_trm.py (`think`). Read next: sample.py.
 """
