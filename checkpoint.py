@@ -104,12 +104,13 @@ def load(path, map_location="cpu"):
         raise ValueError(f"{path} is not a checkpoint that can be read, or it is damaged ({type(e).__name__})") from None
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise ValueError(f"{path} is {what_else(checkpoint)} not a checkpoint that train.py wrote")
-    if checkpoint["format"] in (1, 2, 3, 4) and checkpoint.get("model") == "dense":
+    older = checkpoint["format"] in range(1, CHECKPOINT_FORMAT)  # they differ in how Route B reads puzzles, and in nothing else
+    if older and checkpoint.get("model") == "dense":
         checkpoint["format"] = CHECKPOINT_FORMAT
     if checkpoint["format"] != CHECKPOINT_FORMAT:
         newer = isinstance(checkpoint["format"], int) and checkpoint["format"] > CHECKPOINT_FORMAT
         advice = "update smol-llm to read it" if newer else "that is not a checkpoint of smol-llm"
-        if checkpoint["format"] in (1, 2, 3, 4) and checkpoint.get("model") == "trm":
+        if older and checkpoint.get("model") == "trm":
             advice = "its Route B learned to read puzzles in another way, so train it again"
         raise ValueError(f"{path} has checkpoint format {checkpoint['format']!r}, and this version reads {CHECKPOINT_FORMAT}: {advice}")
     missing = [k for k in ("model", "model_config", "weights", "ema", "tokenizer", "train") if k not in checkpoint]

@@ -309,7 +309,7 @@ def picture_row(names, records):
         for n in steps_shown(len(steps)):
             panels.append((f"{name} step {n}, halt {steps[n - 1][1]:.2f}", scores.grid_of(steps[n - 1][0]), expected))
         best = test["attempts"][0] if test["attempts"] else None
-        if not steps or best != steps[-1][0]:  # others have voted against the last step
+        if not steps or best != steps[-1][0]:  # an earlier step was surer, or others have voted against it
             panels.append((f"{name}, votes {test['votes'][0]}" if steps and best else name, scores.grid_of(best), expected))
     more = f"   (test 1 of {len(task['test'])})" if len(task["test"]) > 1 else ""
     return (task["id"] if task["id"].startswith(task["suite"]) else f"{task['suite']}   {task['id']}") + more, panels

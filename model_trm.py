@@ -422,7 +422,8 @@ def surest(thoughts):
     for grid, p in reversed(thoughts):
         if grid is not None:
             key = grid.shape, grid.tobytes()
-            best[key] = max(best.get(key, (grid, -1.0)), (grid, p), key=lambda answer: answer[1])
+            if key not in best or p > best[key][1]:
+                best[key] = grid, p
     return sorted(best.values(), key=lambda answer: -answer[1])
 
 
