@@ -99,8 +99,8 @@ def configure(script_globals, argv):
 def resolve(script_globals, argv):
     """What `configure` does, without side effects: returns the effective config, raises ConfigError."""
     config = settings(script_globals)
-    declared = read_source(script_globals) or {}
-    allowed = {name: allowed_types(value, declared.get(name, {}).get("annotation")) for name, value in config.items()}
+    check_equals(script_globals, argv)
+    allowed = types_of_settings(script_globals)
     overrides = []
     for arg in argv:
         if arg.startswith("-"):
@@ -112,14 +112,26 @@ def resolve(script_globals, argv):
     for arg in overrides:
         key, equals, text = arg.partition("=")
         name = key.removeprefix("--")
-        if not key.startswith("--"):
+        if not (key.startswith("--") and equals):
             raise ConfigError(f"cannot read {arg!r}: write --key=value (--help lists the settings)")
         check_known(name, config, "on the command line")
-        if not equals:
-            example = "True" if bool in allowed[name] else "VALUE"
-            raise ConfigError(f"--{name} needs a value: write --{name}={example}")
         config[name] = coerce(name, parse_text(text, allowed[name]), allowed[name], "on the command line")
     return config
+
+
+def check_equals(script_globals, argv):
+    """ConfigError for a --key without =value; a bare word behind it is the value that was meant, no config file."""
+    allowed = types_of_settings(script_globals)
+    for arg, behind in zip(argv, [*argv[1:], ""]):
+        name = arg.removeprefix("--")
+        if not arg.startswith("--") or "=" in arg or arg == "--help":
+            continue
+        check_known(name, allowed, "on the command line")
+        switch = allowed[name] == {bool}
+        meant = behind and not behind.startswith("-") and not behind.endswith(".py")
+        if not meant or (switch and behind.lower() not in ("true", "false")):
+            behind = "True" if switch else "VALUE"
+        raise ConfigError(f"--{name} needs a value: write --{name}={behind}")
 
 
 def check_known(name, config, where):
@@ -140,6 +152,13 @@ def allowed_types(default, annotation=None):
         if None not in named:  # an annotation that is not about plain types decides nothing
             return named
     return set(TYPE_NAMES.values()) if default is None else {type(default)}
+
+
+def types_of_settings(script_globals):
+    """{name of a setting: the set of types that it takes}."""
+    declared = read_source(script_globals) or {}
+    return {name: allowed_types(value, declared.get(name, {}).get("annotation"))
+            for name, value in settings(script_globals).items()}  # fmt: skip
 
 
 def parse_text(text, allowed):

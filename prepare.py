@@ -358,8 +358,13 @@ def only_one(data):
 
 
 def main(argv):
+    argv = [f"{a}=True" if a in ("--force", "--dry_run") else a for a in argv]
+    try:
+        configurator.check_equals(globals(), argv)
+    except ValueError as e:
+        sys.exit(f"error: {e}")
     words = [a for a in argv if not a.startswith("-")]
-    options = [f"{a}=True" if a in ("--force", "--dry_run") else a for a in argv if a.startswith("-")]
+    options = [a for a in argv if a.startswith("-")]
     command = words.pop(0) if words else None
     if command not in COMMANDS and not {"--help", "-h"} & set(options):
         closest = difflib.get_close_matches(command or "", COMMANDS, n=1, cutoff=0)

@@ -222,6 +222,10 @@ def main(argv):
         return
     if command not in needs:
         sys.exit(f"error: unknown command {command!r}: push, pull (--help says more)")
+    try:
+        configurator.check_equals(globals(), rest)
+    except ValueError as e:
+        sys.exit(f"error: {e}")
     if needs[command]:
         if not rest or rest[0].startswith("-"):
             sys.exit(f"error: say {needs[command]}")

@@ -1,6 +1,8 @@
 """configurator.py: what wins over what, how config files build on each other, and what a mistake looks like to the one who made it."""
 
+import importlib
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -172,11 +174,24 @@ def test_values_on_the_command_line(text, expected):
     ("--betas=0.9", "betas must be tuple, got float"), ("--mixture=sudoku4", "mixture must be dict, got str"),
     ("--n_layer=None", "n_layer must be int, got NoneType"),
     ("--compile", "--compile needs a value: write --compile=True"), ("--n_layer", "--n_layer needs a value"), ("-n=3", "write --key=value"),
+    ("--name out/x", "--name needs a value: write --name=out/x"), ("--compile false", "write --compile=false"),
+    ("--compile out/x", "write --compile=True"), ("--name config/x.py", "write --name=VALUE"),
+    ("--name --n_layer=3", "write --name=VALUE"), ("--nam out/x", "unknown setting 'nam'.*'name'"),
     ("--n_layers=3", "unknown setting 'n_layers'.*'n_layer'"), ("--=3", "unknown setting"),
 ])
 def test_wrong_values_name_both_types(text, message):
     with pytest.raises(configurator.ConfigError, match=message):
-        resolve(text)
+        resolve(*text.split(" "))
+
+
+@pytest.mark.parametrize("command, value", [
+    (["prepare.py", "demo", "--data_dir", "d"], "--data_dir=d"), (["prepare.py", "--tag", "v1", "freeze", "demo"], "--tag=v1"),
+    (["publish.py", "push", "out/x", "--repo", "me/it"], "--repo=me/it"),
+])
+def test_commands_with_words_of_their_own_say_where_the_equals_sign_goes(command, value, monkeypatch):
+    main = importlib.import_module(command[0].removesuffix(".py")).main
+    with pytest.raises(SystemExit, match=f"^error: --[a-z_]+ needs a value: write {value}$"):
+        main(command[1:])
 
 
 @pytest.mark.parametrize(("text", "message"), [
