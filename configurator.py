@@ -17,6 +17,8 @@ Bare arguments are config files: Python files of plain assignments, applied in t
 them, wherever it stands. A config file that starts from another one says `base = 'route_b_demo.py'` (a path relative to itself) and
 then only what it changes. Config files are executed, so run only those you trust; names that start with an underscore are theirs.
 
+A script may also have a table RANGES of what its settings may be, for --help and for `check_ranges`.
+
 A setting is a lowercase global that holds an int, float, bool, str, None, or a tuple or dict of these. It keeps the type of its default;
 a default of None takes any of these types, unless an annotation (`seed: int | None = None`) says which.
 Read next: train.py, which has the most settings.
@@ -90,8 +92,8 @@ def configure(script_globals, argv):
         sys.exit(0)
     try:
         config = resolve(script_globals, argv)
-    except ConfigError as e:
-        sys.exit(f"error: {e}")
+    except ConfigError as e:  # of several processes, one says it
+        sys.exit(f"error: {e}" if os.environ.get("RANK", "0") == "0" else 1)
     script_globals.update(config)
     return config
 
@@ -189,6 +191,38 @@ def coerce(name, value, allowed, where):
         return int(value)
     wanted = " or ".join(t for t, c in TYPE_NAMES.items() if c in allowed)
     raise ConfigError(f"{name} must be {wanted}, got {type(value).__name__} {value!r:.80} {where}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# ranges
+
+
+def check_ranges(config, ranges):
+    """
+    ranges: {"[0, 1)": "names of settings, separated by spaces"}, with bounds as in mathematics, or in place of
+    the interval a tuple of the values that there are. Each value of a dict has to be in it; None always is.
+    Raises ConfigError, in one line, for the first setting that is not in its range; NaN is in none.
+    """
+    for allowed, names in ranges.items():
+        for name in names.split():
+            value = config[name]
+            if isinstance(allowed, tuple):
+                if value not in allowed:
+                    choices = ", ".join(map(repr, allowed))
+                    raise ConfigError(f"{name} must be one of {choices}, got {value!r}")
+            elif isinstance(value, dict):
+                for k, v in value.items():
+                    if type(k) is not str or type(v) not in (int, float) or not in_interval(v, allowed):
+                        raise ConfigError(f"{name} must give each name a number in {allowed}, got {k!r}: {v!r}")
+            elif value is not None and not in_interval(value, allowed):
+                raise ConfigError(f"{name} must be in {allowed}, got {value!r}")
+
+
+def in_interval(number, interval):
+    """interval: such as "[0, 1)", which includes 0 and not 1."""
+    low, high = map(float, interval[1:-1].split(","))
+    above = low <= number if interval[0] == "[" else low < number
+    return above and (number <= high if interval[-1] == "]" else number < high)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -311,12 +345,15 @@ def help_text(script_globals):
     width = min(40, max(map(len, shown.values()), default=0))
     out = [(script_globals.get("__doc__") or "").strip(), "", f"settings: python {script} [config.py ...] --key=value ..."]
     heading = ""
+    ranges = script_globals.get("RANGES", {}).items()
+    interval = {name: allowed for allowed, names in ranges if type(allowed) is str for name in names.split()}
     for name, text in shown.items():
         about = declared.get(name, {})
         if about.get("heading", "") != heading:
             heading = about["heading"]
             out += ["", heading]
-        comment = textwrap.wrap(about.get("comment", ""), 130 - width) or [""]
+        about = filter(None, [about.get("comment"), interval.get(name) and f"in {interval[name]}"])
+        comment = textwrap.wrap("; ".join(about), 130 - width) or [""]
         if len(text) > width and comment[0]:
             comment.insert(0, "")  # a long value has its line to itself
         out += [f"  {text if i == 0 else '':{width}}  {line}".rstrip() for i, line in enumerate(comment)]

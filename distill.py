@@ -38,12 +38,11 @@ import hardware
 import logbook
 import loop
 import parallel
-import publish
 import puzzles
 import records
 import teachers
 import tokenizer as tok
-from divergences import DIVERGENCES, divergence
+from divergences import divergence
 from loader import Ahead, Loader, draw_rng, puzzle_row, read_stage
 from model_dense import IGNORE, row_shares, sample
 from model_trm import ANSWER_ROWS
@@ -114,6 +113,25 @@ compile = False  # torch.compile the blocks. Route A also writes its answers thr
 sync_check_interval = 100  # steps between comparisons of all processes' weights; 0 for none
 seed = 1337
 # -----------------------------------------------------------------------------
+# What they may be, as in train.py
+RANGES = {
+    "[1, inf)": "eval_interval eval_batches eval_limit log_interval batch_size block_size max_iters max_skipped "
+                "gradient_accumulation_steps teacher_n_sup teacher_n_views record_prompts",
+    "[0, inf)": "check_tasks teacher_ttt_steps teacher_ttt_learning_rate sample_temperature verified_bonus "
+                "mixture learning_rate weight_decay warmup_iters decay_iters min_lr sync_check_interval",
+    "(0, inf)": "temperature",
+    "[0, inf]": "max_hours grad_clip",
+    "[0, 1)": "beta1 beta2 ema",
+    "[0, 1]": "beta on_policy eval_demonstrations",
+    "[0, 1e18)": "seed",
+    ("forward_kl", "reverse_kl", "jsd", "answers"): "objective",
+    ("dataset", "teacher"): "off_policy",
+    ("same", "cells"): "teacher_vocabulary",
+    ("muon", "adamw"): "optimizer",
+    ("wsd", "cosine"): "schedule",
+    ("", "trackio", "wandb"): "tracker",
+    ("auto", "float32", "bfloat16", "float16"): "dtype teacher_dtype",
+}  # fmt: skip
 defaults = configurator.settings(globals())
 config = configurator.configure(globals(), sys.argv[2:] if sys.argv[1:2] == ["record"] else sys.argv[1:])
 recording = sys.argv[1:2] == ["record"]
@@ -138,27 +156,9 @@ def say(text):
 
 def check_settings():
     """Raises ValueError, in one line, for settings that cannot be."""
-    for name, allowed in (("objective", (*DIVERGENCES, "answers")), ("off_policy", ("dataset", "teacher")), ("schedule", ("wsd", "cosine")),
-                          ("optimizer", ("muon", "adamw")), ("teacher_vocabulary", ("same", "cells")),
-                          ("tracker", ("", "trackio", "wandb"))):  # fmt: skip
-        if config[name] not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {config[name]!r}")
-    for name in ("beta", "on_policy"):
-        if not 0 <= config[name] <= 1:
-            raise ValueError(f"{name}={config[name]} must be between 0 and 1")
+    loop.check_settings(config, RANGES)
     if objective == "jsd" and beta in (0, 1):
         raise ValueError(f"jsd with beta={beta} is 0 everywhere: its limits are forward_kl and reverse_kl")
-    if not temperature > 0 or sample_temperature < 0:
-        raise ValueError("temperature must be more than 0, and sample_temperature at least 0")
-    if gradient_accumulation_steps < 1 or gradient_accumulation_steps % world_size:
-        raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps} cannot be shared evenly by {world_size} processes")
-    if min(batch_size, log_interval, eval_interval, max_skipped, record_prompts, teacher_n_views) < 1:
-        raise ValueError("batch_size, log_interval, eval_interval, max_skipped, record_prompts and teacher_n_views must be at least 1")
-    if push_to:
-        try:
-            publish.repo_name(push_to)
-        except ValueError as e:
-            raise ValueError(f"--push_to: {e}") from None
     if not init_from:
         raise ValueError("no student: name its checkpoint with --init_from=PATH")
     if not teacher and (objective != "answers" or off_policy == "teacher"):

@@ -8,6 +8,7 @@ loops themselves are in the two scripts, from top to bottom. Before this: train.
 
 import contextlib
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -21,12 +22,44 @@ import numpy as np
 import torch
 
 import checkpoint as ckpt
+import configurator
+import hardware
 import logbook
 import parallel
 import publish
+import suites
 import tokenizer as tok
 from muon import muon_and_adamw
 from parallel import gather, master, rank, world_size
+
+
+def check_settings(config, ranges):
+    """
+    What can be wrong with the settings that train.py and distill.py share, whatever there is to load. ranges: as
+    in configurator.check_ranges. Raises ValueError, in one line.
+    """
+    configurator.check_ranges(config, ranges)
+    if config["min_lr"] > config["learning_rate"]:
+        raise ValueError(f"min_lr={config['min_lr']} must be at most learning_rate={config['learning_rate']}")
+    if config["mixture"] and not any(config["mixture"].values()):
+        raise ValueError(f"mixture must give a share above 0 to some source, got {config['mixture']}")
+    batches = config["gradient_accumulation_steps"]
+    if batches % world_size:
+        raise ValueError(f"gradient_accumulation_steps={batches} cannot be shared evenly by {world_size} processes")
+    checks = {"push_to": publish.repo_name, "eval_suites": check_suites, "eval_device": hardware.pick_device}
+    for name, check in checks.items():
+        if config[name] or name == "eval_device":
+            try:
+                check(config[name])
+            except ValueError as e:
+                raise ValueError(f"--{name}={config[name]}: {e}") from None
+
+
+def check_suites(names):
+    """ValueError for what eval_arc.py would refuse after the first checkpoint, as far as that shows at once."""
+    asked = suites.names(names)
+    if any(suite.startswith("lm_eval:") for suite in asked) and importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("suites called lm_eval:... need EleutherAI's lm-eval: pip install lm-eval")
 
 
 def learning_rate_at(it, *, schedule, learning_rate, min_lr, warmup_iters, decay_iters, max_iters):

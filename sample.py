@@ -125,6 +125,8 @@ def run(args):
         raise ValueError(f"--temperature={args.temperature} must be 0 (always the likeliest token) or more")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise ValueError(f"--top_p={args.top_p} must be above 0 and at most 1")
+    if not 0 <= args.seed < 1e18:
+        raise ValueError(f"--seed={args.seed} must be in [0, 1e18)")
     task = find_task(args.task) if args.task is not None else None
     model, ckpt = checkpoint.load_model(args.checkpoint, pick_device(args.device))
     if args.n_sup and (task is None or ckpt["model"] != "trm"):

@@ -68,6 +68,8 @@ def names(text):
     """
     out, known = [], {*SUITES, *GROUPS, "language"}
     for name in filter(None, text.split(",")):
+        if name == "lm_eval:":
+            raise ValueError("lm_eval: needs the names of its benchmarks, such as lm_eval:sciq,arc_easy")
         if name.startswith("lm_eval:"):
             out.append(name)
         elif out and out[-1].startswith("lm_eval:") and name not in known:

@@ -33,7 +33,6 @@ import hardware
 import logbook
 import loop
 import parallel
-import publish
 import sanity as sanity_checks
 import tokenizer as tok
 from loader import Ahead, Loader
@@ -112,6 +111,25 @@ sanity_steps = 100  # steps to learn that batch in
 sanity_tokens = 2048  # tokens of that batch
 sanity_run_tokens = 0.0  # tokens of the run that this prepares: the table says how many hours it would take here
 # -----------------------------------------------------------------------------
+# What they may be, checked before anything is loaded. Not here: names, paths, and what is True or False.
+RANGES = {
+    "[1, inf)": "eval_interval eval_batches eval_limit log_interval batch_size block_size max_iters max_skipped "
+                "gradient_accumulation_steps n_layer n_head n_kv_head n_embd n_ff n_latent n_recursion n_grad "
+                "n_sup carry_turns text_n_latent text_n_recursion text_n_grad text_n_sup sanity_steps "
+                "sanity_tokens",
+    "[0, inf)": "mixture learning_rate weight_decay warmup_iters decay_iters min_lr sync_check_interval "
+                "sanity_run_tokens",
+    "[0, inf]": "max_hours grad_clip",
+    "[0, 1)": "beta1 beta2 ema",
+    "[0, 1]": "halt_exploration",
+    "[0, 1e18)": "seed",
+    ("dense", "trm"): "model",
+    ("muon", "adamw"): "optimizer",
+    ("wsd", "cosine"): "schedule",
+    ("", "trackio", "wandb"): "tracker",
+    ("auto", "float32", "bfloat16", "float16"): "dtype",
+    ("auto", True, False): "compile",
+}  # fmt: skip
 defaults = configurator.settings(globals())
 config = configurator.configure(globals(), sys.argv[1:])
 
@@ -142,35 +160,18 @@ def say(text):
 
 
 try:
+    loop.check_settings(config, RANGES)
     device = hardware.pick_device(device)
     device = f"cuda:{local_rank}" if device == "cuda" else device
     dtype = hardware.pick_dtype(dtype, device)
+    tracked = loop.tracker_module(tracker if master else "")
 except ValueError as e:
     stop(e)
 device_type = device.split(":")[0]
-for name, allowed in (("optimizer", ("muon", "adamw")), ("schedule", ("wsd", "cosine")), ("tracker", ("", "trackio", "wandb")),
-                      ("compile", ("auto", True, False))):  # fmt: skip
-    if config[name] not in allowed:
-        stop(f"{name} must be one of {', '.join(map(repr, allowed))}, got {config[name]!r}")
-if carry_turns < 1:
-    stop(f"carry_turns={carry_turns} must be at least 1")
-if gradient_accumulation_steps < 1 or gradient_accumulation_steps % world_size:
-    stop(f"gradient_accumulation_steps={gradient_accumulation_steps} batches cannot be shared evenly by {world_size} processes")
-if min(max_iters, batch_size, block_size, log_interval, eval_interval, max_skipped) < 1:
-    stop("max_iters, batch_size, block_size, log_interval, eval_interval and max_skipped must be at least 1")
 if sanity and init_from == "resume":
     stop("stage 0 is not resumed: run it from the beginning, without --init_from=resume")
 if init_from == "scratch" and os.path.exists(ckpt_path) and not (overwrite or sanity):
     stop(f"{ckpt_path} exists: go on with --init_from=resume, start again with --overwrite=True, or choose another --out_dir")
-if push_to:
-    try:
-        publish.repo_name(push_to)
-    except ValueError as e:
-        stop(f"--push_to: {e}")
-try:
-    tracked = loop.tracker_module(tracker if master else "")
-except ValueError as e:
-    stop(e)
 if device_type == "cuda":
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing

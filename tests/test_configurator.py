@@ -229,6 +229,71 @@ def test_an_annotation_says_what_none_may_become(script):
     assert "seed must be int or None, got str 'x'" in script("--seed=x").stderr
 
 
+def test_of_several_processes_one_says_what_is_wrong(monkeypatch):
+    for rank, said in (("0", "error: unknown setting"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as left:
+            configurator.configure(dict(SETTINGS), ["--n_layr=3"])
+        assert str(left.value).startswith(said) and (rank == "0" or left.value.code == 1)
+
+
+RANGES = {
+    "[1, inf)": "n_layer anything", "(0, 1)": "low", "[0, 1]": "high", "[-2.5, inf]": "rate", "[0, inf)": "shares",
+    ("a", "b", True): "kind",
+}
+FINE = {
+    "n_layer": 1, "anything": None, "low": 0.5, "high": 0, "rate": -2.5, "shares": {"x": 0, "y": 2.5}, "kind": "a",
+    "other": -9,
+}
+
+
+def test_what_is_in_its_range_passes():
+    configurator.check_ranges(FINE, RANGES)
+    for name, value in (("high", 1.0), ("rate", math.inf), ("shares", {}), ("kind", True), ("n_layer", 10**20)):
+        configurator.check_ranges({**FINE, name: value}, RANGES)
+
+
+@pytest.mark.parametrize("name, value, message", [
+    ("n_layer", 0, "n_layer must be in [1, inf), got 0"), ("n_layer", math.inf, "[1, inf), got inf"),
+    ("anything", 0, "anything must be in [1, inf)"), ("low", 0.0, "low must be in (0, 1), got 0.0"),
+    ("low", 1.0, "(0, 1), got 1.0"), ("high", 1.0001, "high must be in [0, 1], got 1.0001"),
+    ("high", -1e-9, "[0, 1], got -1e-09"), ("high", math.nan, "[0, 1], got nan"),
+    ("rate", -3.0, "rate must be in [-2.5, inf], got -3.0"), ("rate", math.nan, "got nan"),
+    ("shares", {"x": 1, "y": "2"}, "shares must give each name a number in [0, inf), got 'y': '2'"),
+    ("shares", {"x": -1}, "got 'x': -1"), ("shares", {"x": math.nan}, "got 'x': nan"),
+    ("shares", {"x": True}, "got 'x': True"), ("shares", {5: 1.0}, "got 5: 1.0"),
+    ("kind", "c", "kind must be one of 'a', 'b', True, got 'c'"),
+])
+def test_what_is_not_is_named_with_its_value_and_its_range(name, value, message):
+    with pytest.raises(configurator.ConfigError) as said:
+        configurator.check_ranges({**FINE, name: value}, RANGES)
+    assert message in str(said.value) and str(said.value).startswith(name) and "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize("script", ["train.py", "distill.py"])
+def test_every_number_and_choice_of_a_script_has_a_range(script):
+    """-1, NaN, infinity or a word that is not there is refused for each setting of the script; its defaults are not."""
+    own = configurator.defaults_of(ROOT / script)
+    config, types = configurator.settings(own), configurator.types_of_settings(own)
+    configurator.check_ranges(config, own["RANGES"])
+    listed = {name: allowed for allowed, names in own["RANGES"].items() for name in names.split()}
+    free = {"out_dir", "init_from", "eval_suites", "eval_device", "push_to", "data_dir", "data", "data_tag", "teacher",
+            "layer_pattern", "device"}  # names and paths, looked at by check_settings or by whoever reads them
+    switches = {name for name, allowed in types.items() if allowed <= {bool, type(None)}}
+    assert set(config) - free - switches == set(listed)
+    for name, allowed in listed.items():
+        wrong = [-1, math.nan, -math.inf] if isinstance(allowed, str) else ["nosuch"]
+        wrong += [math.inf] if isinstance(allowed, str) and allowed.endswith(")") else []
+        for value in [{"sudoku4": v} for v in wrong] if dict in types[name] else wrong:
+            with pytest.raises(configurator.ConfigError, match=f"^{name} must "):
+                configurator.check_ranges({**config, name: value}, own["RANGES"])
+
+
+def test_help_shows_the_range(monkeypatch):
+    text = configurator.help_text({"n_layer": 12, "kind": "a", "RANGES": {"[1, inf)": "n_layer", ("a", "b"): "kind"}})
+    assert "--n_layer=12  in [1, inf)" in text and "--kind='a'\n" in text + "\n"
+
+
 def test_show_marks_what_differs_and_only_that():
     text = configurator.show({**SETTINGS, "n_layer": 3}, SETTINGS)
     assert text.count("*") == 1 and "*n_layer=3 (default 12)" in text and "compile=True" in text

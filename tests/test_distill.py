@@ -450,6 +450,7 @@ def test_mistakes_are_told_in_one_line(data, models, tmp_path, monkeypatch):
         teachers.load(str(tmp_path / "stranger"), "cpu", n_views=4)
     fails(distill(data, tmp_path, student, f"--teacher={models['trm', 1]}", "--block_size=20"), "block_size")
     fails(distill(data, tmp_path, student, f"--teacher={models['trm', 1]}", "--push_to=nobody"), "push_to")
+    fails(distill(data, tmp_path, "--init_from=gone.pt", "--teacher=gone.pt", "--ema=1.5"), r"ema must be in \[0, 1\), got 1.5")
     assert not list(tmp_path.glob("ckpt*"))
 
 

@@ -20,6 +20,8 @@ import pytest
 import torch
 
 import checkpoint
+import configurator
+import loop
 import prepare
 
 ROOT = Path(__file__).parent.parent
@@ -490,8 +492,31 @@ def test_an_evaluation_runs_beside_and_is_kept(finished, data, tmp_path):
     assert entries[0]["iter"] == 4 and all(e["suites"]["sudoku4"]["total"] == 2 for e in entries)
     assert losses(tmp_path) == losses(out)
     assert not (tmp_path / "ckpt_eval.pt").exists()
-    run = train(data, tmp_path, *settings, "--eval_suites=chess", "--overwrite=True", "--max_iters=4")
-    assert run.returncode == 0 and "the evaluation of step 4 failed: error: unknown suite 'chess'" in run.stdout, run.stdout
+    said = []
+    evaluation = loop.Evaluation(str(tmp_path), "chess", 2, "cpu", said.append)
+    evaluation.start(4)
+    evaluation.process.wait()
+    evaluation.collect()
+    assert len(said) == 1 and said[0].startswith("the evaluation of step 4 failed: error: unknown suite 'chess'"), said
+
+
+@pytest.mark.parametrize("setting, value, message", [
+    ("min_lr", 1.0, "min_lr=1.0 must be at most learning_rate=0.0006"), ("mixture", {"maze": 0}, "mixture must give a share above 0"),
+    ("gradient_accumulation_steps", 3, "cannot be shared evenly by 2"), ("push_to", "nobody", "--push_to=nobody: .*USER/NAME"),
+    ("eval_suites", "sudoku4,chess", "--eval_suites=sudoku4,chess: unknown suite 'chess'"), ("eval_suites", ",", "--eval_suites=,: "),
+    ("eval_suites", "arc1,lm_eval:", "lm_eval: needs the names"), ("eval_suites", "lm_eval:sciq", "pip install lm-eval"),
+    ("eval_device", "tpu", "--eval_device=tpu: "), ("eval_device", "", "--eval_device=: "), ("beta2", 1.0, r"beta2 must be in \[0, 1\)"),
+])
+@pytest.mark.parametrize("script", ["train.py", "distill.py"])
+def test_settings_are_checked_against_each_other(script, setting, value, message, monkeypatch):
+    monkeypatch.setattr(loop, "world_size", 2)
+    monkeypatch.setattr(loop.importlib.util, "find_spec", lambda name: None)
+    own = configurator.defaults_of(ROOT / script)
+    config = {**configurator.settings(own), "learning_rate": 6e-4}
+    loop.check_settings(config, own["RANGES"])
+    loop.check_settings({**config, "eval_suites": "arc1,language", "push_to": "me/it", "eval_device": "cpu"}, own["RANGES"])
+    with pytest.raises(ValueError, match=message):
+        loop.check_settings({**config, setting: value}, own["RANGES"])
 
 
 def test_under_torchrun_the_line_comes_once_and_again_at_the_end(data, tmp_path):
@@ -569,7 +594,12 @@ def test_mistakes_are_one_line_and_cost_nothing(data, tmp_path):
         (["--model=transformer"], ["transformer", "dense", "trm"]),
         (["--n_head=3"], ["n_embd=16", "n_head=3"]),
         (["--dtype=int8"], ["int8", "bfloat16"]),
-        (["--max_iters=0"], ["max_iters", "at least 1"]),
+        (["--max_iters=0"], ["max_iters must be in [1, inf), got 0"]),
+        # before the checkpoint and the data are looked for
+        (["--grad_clip=-1", "--init_from=gone.pt", "--data=gone"], ["grad_clip must be in [0, inf], got -1.0"]),
+        (["--seed=99999999999999999999", "--init_from=gone.pt", "--data=gone"], ["seed", "[0, 1e18)"]),
+        (["--mixture={'maze': 'most'}", "--init_from=gone.pt", "--data=gone"], ["mixture", "'maze': 'most'"]),
+        (["--eval_suites=sudoku4,nosuch", "--init_from=gone.pt"], ["eval_suites", "unknown suite 'nosuch'"]),
         (["--sanity=True", "--init_from=resume"], ["stage 0 is not resumed"]),
         (["--optimizer=sgd"], ["'sgd'", "'muon', 'adamw'"]),
         (["--device=cuda"] if not torch.cuda.is_available() else ["--device=tpu"], ["device"]),
@@ -630,8 +660,6 @@ def test_help_lists_every_setting_with_its_comment():
 
 
 def test_every_config_file_is_understood():
-    import configurator
-
     script = configurator.defaults_of(ROOT / "train.py")
     for path in sorted((ROOT / "config").glob("route_*.py")):
         config = configurator.resolve(script, [str(path)])
