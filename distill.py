@@ -484,12 +484,15 @@ def validate():
         with loop.averaged_weights(net, average), autocast:
             entry |= {"student_solved": teachers.solved(teachers.Ours(net, {}), tasks), "of": len(tasks)}
         train["solved"] = entry["student_solved"]
-    write_log(entry)
-    say(f"step {train['iter']}: validation " + ", ".join(f"{k} {v:.3f}" for k, v in train["val_losses"].items())
-        + (f"; solved {train['solved']:.1%} of {len(tasks)} held-out puzzles" if tasks else ""))  # fmt: skip
+    losses = ", ".join(f"{k} {v:.3f}" for k, v in train["val_losses"].items())
+    found = [f"validation {losses}"] if losses else []
+    found += [f"solved {train['solved']:.1%} of {len(tasks)} held-out puzzles"] if tasks else []
+    if found:
+        write_log(entry)
+        say(f"step {train['iter']}: {'; '.join(found)}")
     if train["text_before"] is None:
         train["text_before"] = train["val_loss"]
-    elif train["text_before"] is not None and train["val_loss"] > train["text_before"] + LANGUAGE_LIMIT:
+    elif train["val_loss"] is not None and train["val_loss"] > train["text_before"] + LANGUAGE_LIMIT:
         say(f"warning: the loss on text is {train['val_loss']:.3f}, {train['val_loss'] - train['text_before']:.3f} nats above the "
             f"{train['text_before']:.3f} before distillation: give text a larger share of the mixture, or lower learning_rate")  # fmt: skip
 
@@ -516,6 +519,7 @@ if master:
         tracked.init(project="smol-llm", name=os.path.basename(os.path.normpath(out_dir)), config=config, resume="allow")
 if compile:
     compile = loop.compile_blocks(net, loader, autocast, scaler, device, say)
+loop.say_what_is_not_validated(loader, eval_batches, say)
 interrupted = loop.catch_signals()
 evaluation = loop.Evaluation(out_dir, eval_suites if master else "", eval_limit, eval_device, say)
 publication = loop.Publication(out_dir, push_to if master else "", push_full, say)

@@ -248,7 +248,7 @@ class Loader:
         if any(w < 0 for w in weights.values()) or not sum(weights.values()) > 0:
             raise ValueError(f"the mixture needs shares of 0 or more, and not only zeros: {weights}")
         self.seed, self.rank, self.world_size, self.batches_per_step = seed, rank, world_size, batches_per_step
-        self.sources, self.val = {}, []
+        self.sources, self.val, self.without_val = {}, [], []
         self.step = 0
         for name in sorted(weights):
             entries = [e for e in manifest if e["source"] == name]
@@ -265,6 +265,8 @@ class Loader:
             held_out = [e for e in entries if e["split"] == "val"]
             if held_out:
                 self.val.append((entries[0]["kind"], name, Shards(data_dir, held_out)))
+            else:
+                self.without_val.append(name)
         if not self.sources:
             raise ValueError(f"no source of the mixture has a training shard in stage {stage!r}: {weights}")
         self.batch_size, self.block_size, self.puzzle_format = batch_size, block_size, puzzle_format
@@ -314,6 +316,19 @@ class Loader:
                     if number % self.world_size == self.rank:
                         yield name, number, *pad_rows(rows[start : start + per_batch], length)
                     number += 1
+
+    def not_validated(self, n):
+        """{source: why} of the sources of the mixture that have no rows among val_batches(mode, n)."""
+        why = dict.fromkeys(self.without_val, "it has no validation shard")
+        for kind, name, shards in self.val:
+            if kind == "text" and shards.n_tokens <= self.block_size:
+                why[name] = (f"{shards.n_tokens} tokens for validation, and a row takes {self.block_size + 1}: "
+                             f"block_size={self.block_size}")  # fmt: skip
+            if kind == "puzzle":
+                some = [shards.document(i) for i in range(min(shards.n_documents, n * self.batch_size))]
+                if all(len(puzzle_row(d, self.puzzle_format, "none")[0]) > self.block_size for d in some):
+                    why[name] = f"its first {len(some)} puzzles for validation exceed block_size={self.block_size}"
+        return why
 
     def state_dict(self):
         """Plain numbers: the step, and each source's position."""

@@ -124,6 +124,15 @@ def validate(net, average, loader, eval_batches, autocast, device):
     return losses, sum(text) / len(text) if text else None
 
 
+def say_what_is_not_validated(loader, eval_batches, say):
+    """At the start of a run, rather than to leave it to figures that are missing: which sources, and why."""
+    missing = loader.not_validated(eval_batches)
+    if missing:
+        nothing = "nothing can be validated, this run will have no validation loss: "
+        say((nothing if len(missing) == len(loader.val) + len(loader.without_val) else "not validated: ")
+            + "; ".join(f"{name} ({why})" for name, why in missing.items()))  # fmt: skip
+
+
 # -----------------------------------------------------------------------------
 # checkpoints: what the rest of a run depends on. All processes call these, and the first one writes.
 

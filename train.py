@@ -349,6 +349,7 @@ if master:
     if tracked:
         tracked.init(project="smol-llm", name=os.path.basename(os.path.normpath(out_dir)), config=config, resume="allow")
 
+loop.say_what_is_not_validated(loader, eval_batches, say)
 interrupted = loop.catch_signals()
 net.train()
 ahead = Ahead(loader, pin=device_type == "cuda")
@@ -461,8 +462,10 @@ while iteration < max_iters:
     if iteration % eval_interval == 0 or iteration == max_iters or stopping:
         if not stopping:
             val_losses, val_loss = loop.validate(net, average, loader, eval_batches, autocast, device)
-            write_log({"iter": iteration, "val_loss": val_loss, "val_losses": val_losses})
-            say(f"step {iteration}: validation " + ", ".join(f"{k} {v:.3f}" for k, v in val_losses.items()))
+            if val_losses:
+                write_log({"iter": iteration, "val_loss": val_loss, "val_losses": val_losses})
+                shown = ", ".join(f"{k} {v:.3f}" for k, v in val_losses.items())
+                say(f"step {iteration}: validation {shown}")
         saved = save_checkpoint()
         if master:
             try:

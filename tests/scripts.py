@@ -8,9 +8,11 @@ What a fork starts with is PyTorch and other people's packages alone, so the scr
 """
 
 import contextlib
+import json
 import multiprocessing
 import os
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -78,3 +80,16 @@ def run(script, arguments, processes=1, timeout=300):
                     parts.append(Path(f"{folder}/{rank}{end}").read_text())
             texts.append("".join(parts))
     return subprocess.CompletedProcess([script, *arguments], max(abs(p.exitcode) for p in started), *texts)
+
+
+def stage_without_validation(data, copy, *sources):
+    """A copy of the data folder whose demo stage has no shards for validation of these sources."""
+    shutil.copytree(data, copy)
+    stage = copy / "stages" / "demo"
+    lines = (stage / "manifest.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if (e := json.loads(line))["split"] == "train" or e["source"] not in sources]
+    assert len(kept) < len(lines)
+    (stage / "manifest.jsonl").write_text("".join(kept))
+    mixture = json.loads((stage / "mixture.json").read_text())
+    del mixture["manifest_sha256"]
+    (stage / "mixture.json").write_text(json.dumps(mixture))

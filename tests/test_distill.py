@@ -454,6 +454,16 @@ def test_mistakes_are_told_in_one_line(data, models, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("ckpt*"))
 
 
+def test_a_stage_without_validation_is_distilled_and_says_so(data, models, tmp_path):
+    names = {path.name for path in (data / "processed").iterdir()}
+    scripts.stage_without_validation(data, tmp_path / "data", *names)
+    which = [f"--init_from={models['dense', 0]}", f"--teacher={models['dense', 1]}"]
+    run = distill(tmp_path / "data", tmp_path / "out", *which, "--max_iters=2", "--eval_interval=1")
+    assert run.returncode == 0, run.stderr
+    assert "nothing can be validated" in run.stdout and "sudoku4 (it has no validation shard)" in run.stdout
+    assert "validation \n" not in run.stdout and not [e for e in log(tmp_path / "out") if "val_loss" in e]
+
+
 def test_the_shipped_configs_are_settings_of_distill():
     import configurator
 

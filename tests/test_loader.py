@@ -466,6 +466,30 @@ def test_validation_reads_no_more_puzzles_than_n_batches_of_batch_size(data):
             assert 0 < len(rows) <= 4 * n
 
 
+@pytest.mark.parametrize("puzzle_format", ("autoregressive", "canvas"))
+@pytest.mark.parametrize("tokens, block_size", [(13, 12), (13, 13), (26, 14), (130, 96)])
+def test_what_is_not_validated_is_what_validation_gives_no_rows_of(tmp_path, tokens, block_size, puzzle_format):
+    short, long = (puzzle_documents(3, low=side, high=side, most=1, kind="sudoku") for side in (2, 8))
+    data = write_stage(tmp_path, [
+        ("prose", "text", "train", "none", text_documents(40)),
+        ("prose", "text", "val", "none", text_documents(tokens // 13)),
+        ("code", "text", "train", "none", text_documents(40)),
+        ("small", "puzzle", "train", "none", short), ("small", "puzzle", "val", "none", short),
+        ("large", "puzzle", "train", "none", short), ("large", "puzzle", "val", "none", [*long, *short]),
+    ])  # fmt: skip
+    weights = {"prose": 1, "code": 0, "small": 1, "large": 1}
+    loader = make(data, block_size=block_size, batch_size=1, puzzle_format=puzzle_format, weights=weights)
+    for n in (1, 3, 4):
+        seen = {name for mode in ("text", "puzzle") for name, *_ in val(loader, mode, n)}
+        why = loader.not_validated(n)
+        assert set(why) == {"prose", "code", "small", "large"} - seen
+        assert why["code"] == "it has no validation shard"
+        if "prose" in why:
+            assert f"{tokens} tokens" in why["prose"] and f"block_size={block_size}" in why["prose"]
+        if "large" in why:
+            assert f"its first {n} puzzles" in why["large"] or n == 4
+
+
 # ---- working ahead
 
 

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
+import scripts
 import torch
 
 import checkpoint
@@ -451,6 +452,21 @@ def test_stage_0_ends_with_a_table(data, tmp_path):
     assert len(waits) == 1 and failed == [], table  # how long it waits in three steps is the machine's business
     run = train(data, tmp_path, *settings[:2], "--sanity_steps=1", "--data=stage9")
     assert run.returncode == 1 and "stage9" in run.stderr and "FAIL" in run.stdout
+
+
+def test_what_is_not_validated_is_told_at_the_start(data, tmp_path):
+    scripts.stage_without_validation(data, tmp_path / "data", "stdlib")
+    settings = ["--max_iters=2", "--eval_interval=1", "--n_layer=1", "--layer_pattern=a"]
+    run = scripts.run("train.py", command(tmp_path / "data", tmp_path / "out", *settings)[2:])
+    assert run.returncode == 0, run.stderr
+    start, rest = run.stdout.split("step 1: ", 1)
+    assert "not validated: stdlib (it has no validation shard)\n" in start and "validation maze" in rest, run.stdout
+    run = scripts.run("train.py", command(tmp_path / "data", tmp_path / "none", *settings, "--mixture={'stdlib': 1}")[2:])
+    assert run.returncode == 0, run.stderr
+    start, _ = run.stdout.split("step 1: ", 1)
+    assert "nothing can be validated" in start and ": stdlib (it has no validation shard)\n" in start
+    assert "validation \n" not in run.stdout and losses(tmp_path / "none")[1] == {}
+    assert checkpoint.load(tmp_path / "none" / "ckpt.pt")["train"]["val_loss"] is None
 
 
 def test_a_pinned_snapshot_is_verified(data, tmp_path):
