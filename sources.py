@@ -255,8 +255,8 @@ def code_hash(*modules, without=()):
 def described(thing, seen=None):
     """
     What a key says of a value, in lists and strings. Of a function: its code, its defaults, the values that
-    it closes over, and what it uses of its own module, all the way down. So column("text") and column("content")
-    differ, and so does whatever calls an edited function. Comments do not count.
+    it closes over, and what it uses of its own module, all the way down. So column("text") differs from
+    column("content"), and what calls an edited function from what it was. Comments do not count.
     """
     seen = set() if seen is None else seen
     thing = getattr(thing, "__func__", None) or getattr(thing, "fget", None) or thing  # a method, a property

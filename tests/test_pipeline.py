@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from test_curate import english
 import arc
 import curate
 import graphs
+import pipeline
 import prepare
 import puzzles
 import sources
@@ -415,7 +417,7 @@ FROM_FILES = {"fineweb_edu", "oss_instruct", "codeparrot"}
     (lambda patch: edited(patch, "column", "return", "# it says why\n    return"), None),
 ])  # fmt: skip
 def test_what_changed_is_made_anew_and_nothing_else(keyed, tmp_path, monkeypatch, capsys, change, anew):
-    """anew: whose units are made again (of none: the stage is built of those there), or None: nothing to do."""
+    """anew: whose units are made again (of none: the stage is built of those there); None: nothing to do."""
     data = tmp_path / "data"
     shutil.copytree(keyed / "data", data)
     command = ["stage2", f"--data_dir={data}", f"--source_dir={keyed / 'in'}", *KEYED]
@@ -446,6 +448,74 @@ def test_a_changed_entry_is_in_the_stage(keyed, tmp_path, monkeypatch):
     assert before["web"] > 1.5 * before["code"] and after["code"] > 1.5 * after["web"]
     provenance = json.loads((tmp_path / "metadata/stage2/provenance.json").read_text())
     assert provenance["sources"]["fineweb_edu"]["licence"] == "CC0-1.0"
+
+
+@pytest.mark.parametrize("suffix", ["tokens", "ends", "keys", "bands", "json"])
+def test_a_flipped_bit_in_a_unit_is_noticed(keyed, tmp_path, capsys, suffix):
+    """Wherever it is, the unit is made again, and the stage is the same to the byte."""
+    data, whole, draw = tmp_path / "data", keyed / "data", random.Random(suffix)
+    shutil.copytree(whole, data)
+    for source in ("fineweb_edu", "codeparrot"):
+        files = sorted(data.glob(f"work/{source}/*/*.{suffix}"))
+        path = draw.choice([p for p in files if p.stat().st_size > 8])
+        content = bytearray(path.read_bytes())
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(7)
+        path.write_bytes(content)
+    prepare.main(["stage2", f"--data_dir={data}", f"--source_dir={keyed / 'in'}", *KEYED, "--force"])
+    out = capsys.readouterr().out
+    assert all(f"note: 1 units of {source} are damaged" in out for source in ("fineweb_edu", "codeparrot"))
+    assert shards(data) == shards(whole)
+    for path in data.glob("work/*/*/*"):
+        original = whole / path.relative_to(data)
+        assert not original.exists() or path.read_bytes() == original.read_bytes()
+
+
+def test_a_unit_that_is_damaged_as_soon_as_it_is_made_stops_the_build(keyed, tmp_path, monkeypatch):
+    def damaging(path, content, write=units.write):
+        write(path, content)
+        if path.suffix == ".keys" and path.stat().st_size:
+            path.write_bytes(b"x" * path.stat().st_size)
+
+    monkeypatch.setattr(units, "write", damaging)
+    with pytest.raises(SystemExit, match="damaged again.*disk or memory is faulty"):
+        prepare.main(["stage2", f"--data_dir={tmp_path}", f"--source_dir={keyed / 'in'}", *KEYED])
+
+
+def test_damaged_evaluations_are_not_relied_on(keyed, tmp_path, monkeypatch):
+    """Neither what all workers read nor the test puzzles of the hub, which are looked up once."""
+    shutil.copytree(keyed / "data", tmp_path / "data")
+
+    def flip(path):
+        before = path.read_bytes()
+        path.write_bytes(before[:300] + bytes([before[300] ^ 1]) + before[301:])
+        return before
+
+    (path,) = (tmp_path / "data/work").glob("evaluations-*.npz")
+    before = flip(path)
+    where = [f"--data_dir={tmp_path / 'data'}", f"--source_dir={keyed / 'in'}"]
+    prepare.main(["stage2", *where, *KEYED, "--force"])
+    assert path.read_bytes() == before
+
+    draw, made = np.random.default_rng(3), []
+    grids = [puzzles.sudoku(draw, 9, 30).test[0] for _ in range(9)]
+    texts = [["".join(map(str, grid.flat)).replace("0", ".") for grid in pair] for pair in grids]
+    rows = [dict(zip(("question", "answer"), pair)) for pair in texts]
+    monkeypatch.setattr(sources, "HubRows", lambda *where: enumerate(rows))
+    monkeypatch.setattr(pipeline, "puzzle_key", lambda task: made.append(task) or units.puzzle_key(task))
+    (tmp_path / "metadata").mkdir()
+    (tmp_path / "metadata/revisions.json").write_text(json.dumps({"sapientinc/sudoku-extreme": "0" * 40}))
+
+    def keys():
+        which = "sudoku_extreme_test", "sudoku_extreme", "test.csv"
+        return pipeline.evaluation_puzzles(types.SimpleNamespace(source_dir=""), tmp_path, *which)
+
+    found = keys()
+    assert len(found) == 9 and np.array_equal(keys(), found) and len(made) == 9
+    flip(*(tmp_path / "work").glob("sudoku_extreme_test-*"))
+    assert np.array_equal(keys(), found) and len(made) == 18
+    edited(monkeypatch, "sudoku_extreme", 'row["question"]', 'row["question"][::-1]')
+    entry(monkeypatch, "sudoku_extreme", document=sources.sudoku_extreme)
+    assert not np.array_equal(keys(), found) and len(made) == 27  # an edited reader, other puzzles
 
 
 # ---- mistakes and damage
