@@ -10,6 +10,8 @@ From sources to what training reads: clean documents, token shards, a stage, fro
     python prepare.py show synth                pages of pictures of the generated puzzles, in out/synth/
     python prepare.py freeze stage1 --tag=v0.1  an immutable copy of the manifest; training pins it with --data_tag=v0.1
     python prepare.py verify stage1:v0.1        check every byte that it lists (without a tag: the stage as it is now)
+    python prepare.py clean                     delete shards that no stage lists, and units that none uses
+        --dry_run=True                          say what that is
     python prepare.py push stage1:v0.1 --repo=USER/NAME    upload it as a dataset, under that tag; interrupted, run it again
     python prepare.py pull USER/NAME:v0.1       download it, check every hash, put it in place
     python prepare.py --help                    the settings
@@ -31,6 +33,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import sys
 import textwrap
 from importlib.metadata import version
@@ -51,7 +54,7 @@ force = False  # build the stage although it is already there
 num_proc = 0  # worker processes; 0: one for each core
 engine = "local"  # 'ray': on a Ray cluster that shares the data folder
 ray_address = ""  # of that cluster; empty: a local one of num_proc workers
-dry_run = False  # say what would be built, and stop
+dry_run = False  # say what would be built, or deleted, and stop
 # ---- which documents
 sources = ""  # names, with commas between: only these sources of the stage
 eval_demos = False  # also the demonstrations of ARC's evaluation tasks (never their tests): what learns from it is transductive
@@ -86,7 +89,7 @@ weights = {
 }
 
 BUILDABLE = stages.BUILDABLE
-COMMANDS = (*BUILDABLE, "status", "show", "freeze", "verify", "push", "pull")
+COMMANDS = (*BUILDABLE, "status", "show", "freeze", "verify", "clean", "push", "pull")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -170,6 +173,9 @@ def build(c, stage):
         print(f"stage {stage!r} is already there: {data / 'stages' / stage} (--force=True builds it anew)")
         return
     print(f"building stage {stage!r} in {data}: {reason}")
+    if stage != "demo":
+        used = units_in_use(data)
+        stages.write(data / UNITS_IN_USE, stages.to_json({**used, stage: {**used.get(stage, {}), **keys}}))
     make()
     status(c, stage)
 
@@ -339,10 +345,37 @@ def verify(c, name):
     stage, tag = stages.split_name(name)
     data = Path(c.data_dir)
     entries, _ = read_manifest(data, stage, tag)
-    extra = stages.unlisted_files(data)
-    if extra:
-        raise ValueError(f"{extra[0]} is listed by no stage{f' (and {len(extra) - 1} more)' if extra[1:] else ''}: delete it")
     print(f"stage {name!r} is intact: {len(entries)} shards, {sum(e['tokens'] for e in entries):,} tokens")
+
+
+UNITS_IN_USE = "work/keys.json"  # {stage: {source: key of the units that its last build used, or was using}}
+
+
+def units_in_use(data):
+    path = data / UNITS_IN_USE
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        raise ValueError(f"{path} is damaged: delete it, and build the stages before you clean") from None
+
+
+def clean(c):
+    """
+    Delete shards that no manifest lists, and units that no stage's last build used. Units of a build that was
+    killed stay: it goes on from there.
+    """
+    data, total = Path(c.data_dir), 0
+    used = {data / "work" / name / key for keys in units_in_use(data).values() for name, key in keys.items()}
+    units = [p for p in sorted(data.glob("work/*/*")) if p.is_dir() and re.fullmatch("[0-9a-f]{16}", p.name)]
+    for path in [*stages.unlisted_files(data), *(p for p in units if p not in used)]:
+        size = sum(p.stat().st_size for p in ([path] if path.is_file() else path.iterdir()))
+        total += size
+        print(f"{path}: {size:,} bytes")
+        if not c.dry_run:
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+    print(f"{total:,} bytes that nothing uses {'would be' if c.dry_run else 'were'} deleted")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -394,6 +427,9 @@ def main(argv):
                 freeze(c, argument)
         elif command == "verify":
             verify(c, argument)
+        elif command == "clean":
+            with contextlib.nullcontext() if c.dry_run else only_one(Path(c.data_dir)):
+                clean(c)
         else:
             import hub
 

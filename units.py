@@ -4,8 +4,9 @@ duplicates.
 
 They lie in data/work/SOURCE/KEY/ as NUMBER-LANE.tokens, .ends (offsets of documents), .keys (for duplicates
 and for the split), .bands (of MinHash, where near-duplicates are looked for), and last .json, the record:
-what was read and dropped, where to read on, and the SHA-256 of the files and of itself. A unit without a record
-is not there, so a kill costs a unit per worker; one whose files or record have changed is made again.
+what was read and dropped, where to read on, and the SHA-256 of the files and of itself. A unit without a
+record is not there, so a kill costs a unit per worker; one whose files or record have changed is made
+again.
 
 Read next: workers.py, who makes them; pipeline.py, what is done with them.
 """

@@ -344,12 +344,6 @@ def test_an_edited_frozen_stage_is_named(copy, file, change, says):
         prepare.read_manifest(copy, "stage1", tag="v1", verify=False)
 
 
-def test_a_file_that_no_stage_lists_is_named(copy):
-    (copy / "processed/maze/train-0123456789ab.bin").write_bytes(b"x")
-    with pytest.raises(SystemExit, match="train-0123456789ab.bin is listed by no stage"):
-        prepare.main(["verify", "stage1", f"--data_dir={copy}"])
-
-
 # ---- what is made anew when something changes
 
 
@@ -518,6 +512,81 @@ def test_damaged_evaluations_are_not_relied_on(keyed, tmp_path, monkeypatch):
     edited(monkeypatch, "sudoku_extreme", 'row["question"]', 'row["question"][::-1]')
     entry(monkeypatch, "sudoku_extreme", document=sources.sudoku_extreme)
     assert not np.array_equal(keys(), found) and len(made) == 27  # an edited reader, other puzzles
+
+
+def contents(data):
+    found = (p for p in data.rglob("*") if p.is_file() and p.name != ".lock")
+    return {p.relative_to(data).as_posix(): p.read_bytes() for p in found}
+
+
+def test_clean_deletes_what_nothing_uses(keyed, tmp_path, monkeypatch, capsys):
+    """Not what a stage or a tag lists, nor what is being pulled; verify does not mind any of it."""
+    data = tmp_path / "data"
+    shutil.copytree(keyed / "data", data)
+    prepare.main(["freeze", "stage2:v1", f"--data_dir={data}"])
+    rule_of_prose(monkeypatch)
+    stage2(monkeypatch, groups=lambda old: {**old, "web": 0.2, "code": 0.4})
+    prepare.main(["stage2", f"--data_dir={data}", f"--source_dir={keyed / 'in'}", *KEYED])
+    (data / "processed/maze").mkdir()
+    for name in ("train-0", "val-0", "train-1"):
+        (data / f"processed/maze/{name}.bin").write_bytes(b"tokens")
+        (data / f"processed/maze/{name}.idx").write_bytes(b"offsets")
+    (data / "processed/maze/notes.txt").write_text("whoever put them here")
+    (data / "work/pull/ada--x-0/frozen").mkdir(parents=True)
+    (data / "work/pull/ada--x-0/frozen/manifest.jsonl").write_text('{"path": "processed/maze/train-1.bin"}\n')
+    (old,) = (p.parent for p in (keyed / "data").glob("work/fineweb_edu/*/000000-0.json"))
+    unused = {f"processed/maze/{name}" for name in ("train-0.bin", "train-0.idx", "val-0.bin", "val-0.idx")}
+    unused |= {p.relative_to(keyed / "data").as_posix() for p in old.iterdir()}
+    for name in ("stage2", "stage2:v1"):
+        prepare.main(["verify", name, f"--data_dir={data}"])
+
+    before = contents(data)
+    capsys.readouterr()
+    prepare.main(["clean", "--dry_run", f"--data_dir={data}"])
+    size = sum(len(before[path]) for path in unused)
+    out = capsys.readouterr().out
+    assert f"{size:,} bytes that nothing uses would be deleted" in out and old.name in out
+    assert contents(data) == before
+    with prepare.only_one(data), pytest.raises(SystemExit, match="another prepare.py is at work"):
+        prepare.main(["clean", f"--data_dir={data}"])
+    prepare.main(["clean", f"--data_dir={data}"])
+    assert f"{size:,} bytes that nothing uses were deleted" in capsys.readouterr().out
+    assert contents(data) == {path: content for path, content in before.items() if path not in unused}
+    for name in ("stage2", "stage2:v1"):
+        prepare.main(["verify", name, f"--data_dir={data}"])
+    prepare.main(["clean", f"--data_dir={data}"])
+    assert "\n0 bytes" in "\n" + capsys.readouterr().out.splitlines()[-1]
+
+
+def test_clean_leaves_the_units_of_a_killed_build(keyed, tmp_path, monkeypatch):
+    command = ["stage2", f"--data_dir={tmp_path}", f"--source_dir={keyed / 'in'}", *KEYED]
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "write_stage", killed)
+        with pytest.raises(SystemExit, match="interrupted"):
+            prepare.main(command)
+    before = contents(tmp_path)
+    kept = {path: content for path, content in before.items() if not path.startswith("processed/")}
+    prepare.main(["clean", f"--data_dir={tmp_path}"])
+    assert kept != before and contents(tmp_path) == kept
+    prepare.main(command)
+    assert shards(tmp_path) == shards(keyed / "data")
+
+
+@pytest.mark.parametrize("damaged", ["manifest.jsonl", "mixture.json", "v1/mixture.json", "v1/snapshot.json"])
+def test_clean_deletes_nothing_where_a_manifest_is_damaged(keyed, tmp_path, damaged):
+    data = tmp_path / "data"
+    shutil.copytree(keyed / "data", data)
+    prepare.main(["freeze", "stage2:v1", f"--data_dir={data}"])
+    path = data / "stages/stage2" / damaged
+    path.write_bytes(path.read_bytes()[:-20])
+    before = contents(data)
+    with pytest.raises(SystemExit, match="nothing is cleaned before it is mended or deleted"):
+        prepare.main(["clean", f"--data_dir={data}"])
+    assert contents(data) == before
 
 
 # ---- mistakes and damage
