@@ -425,12 +425,8 @@ def build_with_workers(c, data, stage, tokens, found, evaluations, provenance, r
         budget = min([budget, *(int(have / share) for share, have, all_given in groups.values() if all_given)])
         if budget < 1:
             empty = [g for g, (_, have, all_given) in groups.items() if all_given and not have]
-            dropped = Dropped()
-            for name in (name for name, s in found.items() if s["group"] in empty):
-                for record in units[name].there():
-                    dropped.merge(record["dropped"])
-            rules = ", ".join(f"{rule} {d['count']:,}" for rule, d in sorted(dropped.rules.items(), key=lambda item: -item[1]["count"]))
-            raise ValueError(f"no document of {', '.join(empty)} is left: {'dropped by ' + rules if rules else 'its sources are empty'}")
+            members = {g: [(units[n], chosen[n][1]) for n in found if found[n]["group"] == g] for g in empty}
+            raise ValueError("; ".join(why_empty(g, sources) for g, sources in members.items()))
     if budget < tokens:
         print(f"note: the sources have documents for {budget:,} of {tokens:,} training tokens at the shares of {stage}")
 
@@ -458,6 +454,22 @@ def build_with_workers(c, data, stage, tokens, found, evaluations, provenance, r
     write(data / "metadata" / stage / "dropped.md", dropped_page(stage, filters))
     write_stage(data, stage, entries, mixture, {"filters": filters, "provenance": provenance})
     return groups
+
+
+def why_empty(group, sources):
+    """Where the documents of a group went. sources: list of (Units, verdict of find_duplicates)."""
+    dropped, kept = Dropped(), 0
+    for units, verdict in sources:
+        for record in units.there():
+            dropped.merge(record["dropped"])
+        if verdict.any():
+            dropped.add("duplicate", "", int(np.count_nonzero(verdict)))
+        kept += int(np.count_nonzero(verdict == 0))
+    rules = sorted(dropped.rules.items(), key=lambda item: -item[1]["count"])
+    reasons = ["dropped by " + ", ".join(f"{rule} {d['count']:,}" for rule, d in rules)] if rules else []
+    if kept:
+        reasons.append(f"kept {kept:,}, all for validation (--stage_val_every): add documents")
+    return f"no document of {group} is left for training: {'; '.join(reasons) or 'its sources are empty'}"
 
 
 def fill(budget, found, given):

@@ -241,7 +241,10 @@ def status(c, only=None):
             except (ValueError, KeyError) as e:
                 print(f"\nfrozen {folder.parent.name}:{folder.name} is damaged: {e}")
     if any(there):
-        picture(data, [s for s in there if only in (None, s)])
+        try:
+            picture(data, [s for s in there if only in (None, s)])
+        except OSError as e:  # a data folder may be mounted read-only, as Kaggle's inputs are
+            print(f"note: no picture of the mixture: {e.strerror or e}")
 
 
 def picture(data, names):

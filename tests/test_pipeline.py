@@ -5,6 +5,7 @@ however it was made, and every mistake and every damage is one line.
 
 import csv
 import dataclasses
+import errno
 import gzip
 import hashlib
 import inspect
@@ -625,6 +626,29 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, says, caps
     assert not list((tmp_path / "data").glob("stages/*/manifest.jsonl"))
 
 
+@pytest.mark.parametrize(("texts", "options", "says"), [
+    ([english(20, 5)], ["--stage_val_every=2"], "kept 1, all for validation"),
+    (["x", english(20, 5)], ["--stage_val_every=2"], "dropped by gopher_few.* 1; kept 1, all for validation"),
+    (["x", "y"], [], "dropped by gopher_few_or_many_words 2"),
+    ([], [], "its sources are empty"),
+])  # fmt: skip
+def test_where_the_documents_of_an_empty_group_went(tmp_path, texts, options, says):
+    (tmp_path / "in/fineweb_edu").mkdir(parents=True)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "in/fineweb_edu/rows.jsonl").write_text(lines)
+    with pytest.raises(SystemExit, match=f"no document of web is left for training: {says}"):
+        build(tmp_path / "data", tmp_path / "in", "--sources=fineweb_edu", *options)
+
+
+def test_a_group_of_nothing_but_copies_says_so(tmp_path):
+    for name in ("fineweb_edu", "open_web_math"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        texts = "<|endoftext|>\n".join(english(20, i) for i in range(9))
+        (tmp_path / "in" / name / "rows.txt").write_text(texts)
+    with pytest.raises(SystemExit, match="no document of math is left for training: dropped by duplicate 9"):
+        build(tmp_path / "data", tmp_path / "in", "--sources=fineweb_edu,open_web_math")
+
+
 @pytest.mark.parametrize(("options", "says"), [
     (["--sources=finewebedu"], "--sources names 'finewebedu'"),
     (["--source_dir=/nonexistent"], "is not a folder"),
@@ -661,6 +685,17 @@ def test_status_draws_the_mixture(built, capsys):
     out = capsys.readouterr().out
     assert "near_duplicate 1" in out and "fineweb_edu" in out and all(f"\n{group:7}" in out for group in stages.GROUPS)
     assert (built / "metadata/mixture.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_status_needs_no_place_to_write(built, monkeypatch, capsys):
+    """A data folder may be mounted read-only."""
+    def write(*args):
+        raise OSError(errno.EROFS, "Read-only file system", "metadata/mixture.png.1.tmp")
+
+    monkeypatch.setattr(prepare, "save_picture", write)
+    prepare.main(["status", f"--data_dir={built}"])
+    out = capsys.readouterr().out
+    assert "fineweb_edu" in out and out.endswith("note: no picture of the mixture: Read-only file system\n")
 
 
 def test_show_synth(tmp_path, monkeypatch, capsys):
