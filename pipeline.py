@@ -35,7 +35,7 @@ import language_items
 import puzzles
 import sources as table
 import tokenizer
-from stages import GROUPS, sha256, sha256_file, to_json, write, write_shard, write_stage
+from stages import GROUPS, read_json, sha256, sha256_file, to_json, write, write_shard, write_stage
 from units import (
     BYTES_PER_TOKEN,
     EXAMPLE_CHARS,
@@ -105,7 +105,10 @@ def plan(c, data, stage):
     for name, s in found.items():
         siblings = sum(weights[other] for other, o in found.items() if o["group"] == s["group"])
         s["share"] = groups[s["group"]] / total * weights[name] / siblings
-    return int(megabytes * 1e6 / BYTES_PER_TOKEN), found, notes
+    tokens = int(megabytes * 1e6 / BYTES_PER_TOKEN)
+    if not tokens:
+        raise ValueError(f"--limit_mb={megabytes} is less than a token: ask for more")
+    return tokens, found, notes
 
 
 class Revisions:
@@ -113,7 +116,7 @@ class Revisions:
 
     def __init__(self, data):
         self.path = data / "metadata" / "revisions.json"
-        self.known = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        self.known = read_json(self.path)
 
     def of(self, repo):
         if repo not in self.known:

@@ -102,11 +102,13 @@ def why_build(c, data, stage, inputs):
         return "as asked by --force=True"
     try:
         read_manifest(data, stage, verify=False)
-        before = json.loads((data / "metadata" / stage / "provenance.json").read_text())["inputs"]
+        before = stages.read_json(data / "metadata" / stage / "provenance.json").get("inputs")
     except FileNotFoundError:
         return "it is not there yet"
-    except (ValueError, KeyError) as e:
+    except ValueError as e:
         return str(e)
+    if not before:
+        return "nothing says what it was made of"
     inputs = json.loads(json.dumps(inputs))  # tuples become lists there too
     for part, value in inputs.items():
         if before.get(part) != value:
@@ -174,7 +176,7 @@ def build(c, stage):
         return
     print(f"building stage {stage!r} in {data}: {reason}")
     if stage != "demo":
-        used = units_in_use(data)
+        used = stages.read_json(data / UNITS_IN_USE)
         stages.write(data / UNITS_IN_USE, stages.to_json({**used, stage: {**used.get(stage, {}), **keys}}))
     make()
     status(c, stage)
@@ -209,10 +211,7 @@ def status(c, only=None):
         if only not in (None, stage):
             continue
         entries, mixture = read_manifest(data, stage, verify=False)
-        try:
-            filters = json.loads((data / "metadata" / stage / "filters.json").read_text())
-        except FileNotFoundError:  # a stage is whole without its metadata
-            filters = {}
+        filters = stages.read_json(data / "metadata" / stage / "filters.json")  # without it a stage is whole
         print(f"\nstage {stage}, seed {mixture['seed']}")
         print(f"{'source':18}{'group':7}{'kind':8}{'split':7}{'share':>7}{'documents':>11}{'tokens':>15}{'bytes':>16}")
         rows = {}
@@ -354,23 +353,14 @@ def verify(c, name):
 UNITS_IN_USE = "work/keys.json"  # {stage: {source: key of the units that its last build used, or was using}}
 
 
-def units_in_use(data):
-    path = data / UNITS_IN_USE
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except ValueError:
-        raise ValueError(f"{path} is damaged: delete it, and build the stages before you clean") from None
-
-
 def clean(c):
     """
     Delete shards that no manifest lists, and units that no stage's last build used. Units of a build that was
     killed stay: it goes on from there.
     """
     data, total = Path(c.data_dir), 0
-    used = {data / "work" / name / key for keys in units_in_use(data).values() for name, key in keys.items()}
+    lists = stages.read_json(data / UNITS_IN_USE).values()
+    used = {data / "work" / name / key for keys in lists for name, key in keys.items()}
     units = [p for p in sorted(data.glob("work/*/*")) if p.is_dir() and re.fullmatch("[0-9a-f]{16}", p.name)]
     for path in [*stages.unlisted_files(data), *(p for p in units if p not in used)]:
         size = sum(p.stat().st_size for p in ([path] if path.is_file() else path.iterdir()))

@@ -65,6 +65,19 @@ def to_json(value):
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
+def read_json(path):
+    """-> the dict in a file, {} if it is not there. ValueError naming a file that has none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged: put back what it was, or delete it")
+    return value
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------
 # writing a stage
 
@@ -300,10 +313,7 @@ def freeze(data, stage, tag):
         if (frozen["manifest_sha256"], frozen["mixture_sha256"]) == (manifest_sha256, mixture_sha256):
             return folder
         raise ValueError(f"the tag {tag!r} of {stage!r} is taken by another state of it, frozen on {frozen['created']}: choose another tag")
-    metadata = {}
-    for name in ("provenance", "filters"):
-        path = data / "metadata" / stage / f"{name}.json"
-        metadata[name] = json.loads(path.read_text()) if path.is_file() else {}
+    metadata = {n: read_json(data / "metadata" / stage / f"{n}.json") for n in ("provenance", "filters")}
     snapshot = {
         "stage": stage, "tag": tag, "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "tokenizer": mixture["tokenizer"], "manifest_sha256": manifest_sha256, "mixture_sha256": mixture_sha256,

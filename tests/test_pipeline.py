@@ -626,6 +626,30 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, says, caps
     assert not list((tmp_path / "data").glob("stages/*/manifest.jsonl"))
 
 
+@pytest.mark.parametrize(("file", "content", "words"), [
+    ("metadata/stage2/filters.json", b"{", ["status"]),
+    ("metadata/stage2/provenance.json", b"[]", ["freeze", "stage2:v1"]),
+    ("work/keys.json", b"\xff", ["clean"]),
+    ("work/keys.json", b"3", ["stage2", *KEYED, "--force"]),
+    ("metadata/revisions.json", b"", ["stage2", "--dry_run"]),
+    ("metadata/pulled.json", b"{]", ["pull", "ada/x:v1"]),
+])  # fmt: skip
+def test_a_damaged_note_is_named(keyed, tmp_path, monkeypatch, file, content, words):
+    import huggingface_hub
+
+    data = tmp_path / "data"
+    shutil.copytree(keyed / "data", data)
+    (data / file).write_bytes(content)
+    hub = types.SimpleNamespace(
+        list_repo_refs=lambda *_, **__: types.SimpleNamespace(tags=[types.SimpleNamespace(name="v1")]),
+        dataset_info=lambda *_, **__: types.SimpleNamespace(sha="0" * 40),
+        list_repo_tree=lambda *_, **__: [])  # fmt: skip
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    options = [f"--source_dir={keyed / 'in'}"] if "--force" in words else []
+    with pytest.raises(SystemExit, match=f"error: {data / file} is damaged"):
+        prepare.main([*words, f"--data_dir={data}", *options])
+
+
 @pytest.mark.parametrize(("texts", "options", "says"), [
     ([english(20, 5)], ["--stage_val_every=2"], "kept 1, all for validation"),
     (["x", english(20, 5)], ["--stage_val_every=2"], "dropped by gopher_few.* 1; kept 1, all for validation"),
@@ -653,6 +677,7 @@ def test_a_group_of_nothing_but_copies_says_so(tmp_path):
     (["--sources=finewebedu"], "--sources names 'finewebedu'"),
     (["--source_dir=/nonexistent"], "is not a folder"),
     (["--limit_mb=0"], "--limit_mb must be above 0"),
+    (["--limit_mb=1e-6", "--sources=sudoku4"], "--limit_mb=1e-06 is less than a token"),
     (["--engine=spark"], "--engine must be"),
     (["--stage_val_every=1"], "--stage_val_every must be"),
     (["--num_proc=-2"], "--num_proc must be"),
