@@ -28,6 +28,7 @@ from stages import (
     check_manifest,
     check_snapshot,
     install_frozen,
+    read_json,
     read_manifest,
     sha256_file,
     shard_files,
@@ -208,7 +209,7 @@ def pull(data, name):
         there = {path: file.size for path, file in files_of(api, repo, commit).items()}
 
     log = data / "metadata" / "pulled.json"
-    pulled = json.loads(log.read_text()) if log.is_file() else {}
+    pulled = read_json(log)
     if pulled.get(name, commit) != commit:
         raise ValueError(f"the tag {tag!r} of {repo} has moved: it was commit {pulled[name][:12]} and is {commit[:12]} now; a frozen stage "
                          f"never changes, so ask who moved it (or remove the line from {log} to accept it)")  # fmt: skip

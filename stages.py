@@ -65,6 +65,19 @@ def to_json(value):
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
+def read_json(path):
+    """-> the dict in a file, {} if it is not there. ValueError naming a file that has none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged: put back what it was, or delete it")
+    return value
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------
 # writing a stage
 
@@ -112,8 +125,9 @@ def write_stage(data, stage, entries, mixture, metadata):
 
 
 def manifests(data):
-    """Every manifest there is: of stages, and of frozen ones."""
-    return sorted([*(data / "stages").glob("*/manifest.jsonl"), *(data / "stages").glob("*/*/manifest.jsonl")])
+    """Every manifest there is: of stages, of frozen ones, and of those that are being pulled."""
+    places = ("stages/*/manifest.jsonl", "stages/*/*/manifest.jsonl", "work/pull/*/frozen/manifest.jsonl")
+    return sorted(path for place in places for path in data.glob(place))
 
 
 def listed_shards(data):
@@ -268,10 +282,19 @@ def shard_files(data, entry):
 
 
 def unlisted_files(data):
-    """Files under data/processed that no manifest lists, as paths; not the beginnings (.tmp) that a killed build can leave."""
+    """
+    The files of shards that no manifest lists: of a build that was killed, of a stage that was deleted.
+    ValueError if a manifest is damaged, because what it lists cannot be known then.
+    """
+    advice = "; nothing is cleaned before it is mended or deleted"
+    for folder in {path.parent for name in FROZEN_FILES for path in data.glob(f"stages/*/*/{name}")}:
+        if not folder.name.endswith(".tmp"):
+            check_snapshot(folder, folder.parent.name, folder.name, advice)
+    for manifest in data.glob("stages/*/manifest.jsonl"):
+        check_manifest(data, manifest.parent, manifest.parent.name, advice, verify=False, shards=False)
     listed = listed_shards(data)
     listed |= {path.removesuffix(".bin") + ".idx" for path in listed}
-    found = (p for p in sorted((data / "processed").rglob("*")) if p.is_file() and not p.name.endswith(".tmp"))
+    found = sorted([*data.glob("processed/*/*.bin"), *data.glob("processed/*/*.idx")])
     return [p for p in found if p.relative_to(data).as_posix() not in listed]
 
 
@@ -290,10 +313,7 @@ def freeze(data, stage, tag):
         if (frozen["manifest_sha256"], frozen["mixture_sha256"]) == (manifest_sha256, mixture_sha256):
             return folder
         raise ValueError(f"the tag {tag!r} of {stage!r} is taken by another state of it, frozen on {frozen['created']}: choose another tag")
-    metadata = {}
-    for name in ("provenance", "filters"):
-        path = data / "metadata" / stage / f"{name}.json"
-        metadata[name] = json.loads(path.read_text()) if path.is_file() else {}
+    metadata = {n: read_json(data / "metadata" / stage / f"{n}.json") for n in ("provenance", "filters")}
     snapshot = {
         "stage": stage, "tag": tag, "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "tokenizer": mixture["tokenizer"], "manifest_sha256": manifest_sha256, "mixture_sha256": mixture_sha256,

@@ -2,9 +2,11 @@
 Units of work: a few megabytes of one source, read, normalised, judged (curate.py), tokenised, and written with what it takes to find
 duplicates.
 
-They lie in data/work/SOURCE/KEY/ as NUMBER-LANE.tokens, .ends (offsets of documents), .keys (for duplicates and for the split), .bands
-(of MinHash, where near-duplicates are looked for), and last .json, the record: what was read and dropped, and where to read on. A unit
-whose record is not there, or does not fit the sizes of its files, does not count and is made again: so a kill costs a unit per worker.
+They lie in data/work/SOURCE/KEY/ as NUMBER-LANE.tokens, .ends (offsets of documents), .keys (for duplicates
+and for the split), .bands (of MinHash, where near-duplicates are looked for), and last .json, the record:
+what was read and dropped, where to read on, and the SHA-256 of the files and of itself. A unit without a
+record is not there, so a kill costs a unit per worker; one whose files or record have changed is made
+again.
 
 Read next: workers.py, who makes them; pipeline.py, what is done with them.
 """
@@ -22,7 +24,7 @@ import curate
 import puzzles
 import sources as table
 import tokenizer
-from stages import write
+from stages import sha256, sha256_file, write
 
 BYTES_PER_TOKEN = 4  # of English, about: how megabytes of a stage become tokens, for puzzles as for text
 EXAMPLES, EXAMPLE_CHARS = 3, 600  # dropped documents kept per rule, for a person to read
@@ -52,13 +54,24 @@ def unit_path(folder, lane, number, suffix):
 
 
 def read_unit(folder, lane, number):
-    """-> the record of a unit, or None if it is not there or not whole: then it is made anew."""
+    """-> the record of a unit; None if it is not there, is damaged, or the files have other sizes."""
     try:
         record = json.loads(unit_path(folder, lane, number, "json").read_bytes())
-        sizes = {suffix: unit_path(folder, lane, number, suffix).stat().st_size for suffix in record["sizes"]}
-    except (OSError, ValueError, KeyError, TypeError):
+        digest = record.pop("sha256")
+        sizes = [unit_path(folder, lane, number, suffix).stat().st_size for suffix in record["files"]]
+        whole = sizes == [size for size, _ in record["files"].values()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return record if sizes == record["sizes"] else None
+    return record if whole and digest == sha256(json.dumps(record).encode()) else None
+
+
+def intact(folder, record):
+    """Do the files of a unit have the bytes that were written? Reads them all."""
+    for suffix, (_, digest) in record["files"].items():
+        path = unit_path(folder, record["lane"], record["number"], suffix)
+        if not path.is_file() or sha256_file(path) != digest:
+            return False
+    return True
 
 
 @functools.cache
@@ -75,9 +88,18 @@ def evaluation_outputs():
     return curate.EvaluationOutputs({name: arc.load(name) for name in curate.EVALUATION_SETS})
 
 
-def judging_hash():
-    """Of all that decides which documents are kept, and how; of suites.py, what is asked is what counts."""
-    return table.code_hash(curate, sys.modules[__name__]) + curate.held_out().digest
+@functools.cache
+def _judging_code():
+    return table.code_hash(curate, sys.modules[__name__], without=("RULES",)) + curate.held_out().digest
+
+
+def judging_key(profile):
+    """
+    All that decides which documents of a profile are kept, and how: its rules and the code; of suites.py,
+    what is asked is what counts.
+    """
+    rules = [(rule, what, limits[profile]) for rule, what, limits in curate.RULES if profile in limits]
+    return [rules, _judging_code()]
 
 
 def make_units(job, report):
@@ -128,9 +150,12 @@ def make_unit(job, number, rows, iterator):
         write(unit_path(job["folder"], job["lane"], number, suffix), content)
     record = {
         "source": name, "lane": job["lane"], "number": number, "read": read, "documents": len(kept), "tokens": len(tokens), "bytes": size,
-        "end": end, "state": state, "dropped": dropped.rules, "sizes": {s: len(f) for s, f in files.items()},
+        "end": end, "state": state, "dropped": dropped.rules,
+        "files": {suffix: (len(content), sha256(content)) for suffix, content in files.items()},
     }  # fmt: skip
-    write(unit_path(job["folder"], job["lane"], number, "json"), json.dumps(record, ensure_ascii=False))  # last: now the unit is there
+    sealed = {**record, "sha256": sha256(json.dumps(record).encode())}
+    # last: now the unit is there
+    write(unit_path(job["folder"], job["lane"], number, "json"), json.dumps(sealed))
     return record
 
 

@@ -4,8 +4,11 @@ however it was made, and every mistake and every damage is one line.
 """
 
 import csv
+import dataclasses
+import errno
 import gzip
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -16,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +31,7 @@ from test_curate import english
 import arc
 import curate
 import graphs
+import pipeline
 import prepare
 import puzzles
 import sources
@@ -340,10 +345,249 @@ def test_an_edited_frozen_stage_is_named(copy, file, change, says):
         prepare.read_manifest(copy, "stage1", tag="v1", verify=False)
 
 
-def test_a_file_that_no_stage_lists_is_named(copy):
-    (copy / "processed/maze/train-0123456789ab.bin").write_bytes(b"x")
-    with pytest.raises(SystemExit, match="train-0123456789ab.bin is listed by no stage"):
-        prepare.main(["verify", "stage1", f"--data_dir={copy}"])
+# ---- what is made anew when something changes
+
+
+FOUR = "--sources=fineweb_edu,oss_instruct,codeparrot,arithmetic"
+KEYED = [FOUR, "--limit_mb=0.1", "--unit_mb=0.02", "--num_proc=1"]
+
+
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory):
+    """A stage of prose, dialogues and code from files, and of what is generated."""
+    folder = tmp_path_factory.mktemp("keyed")
+    rows = {
+        "fineweb_edu": [{"text": english(9, i), "body": english(9, 1000 + i)} for i in range(60)],
+        "oss_instruct": [{"instruction": english(2, 2000 + i), "response": english(5, 3000 + i)}
+                         for i in range(60)],
+        "codeparrot": [{"content": code(i)} for i in range(60)],
+    }  # fmt: skip
+    for name, records in rows.items():
+        (folder / "in" / name).mkdir(parents=True)
+        (folder / "in" / name / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    prepare.main(["stage2", f"--data_dir={folder / 'data'}", f"--source_dir={folder / 'in'}", *KEYED])
+    return folder
+
+
+def edited(patch, name, old, new):
+    """As if a function of sources.py had been edited."""
+    text = inspect.getsource(getattr(sources, name))
+    assert old in text
+    patch.setattr(sources, name, None)  # what was there comes back after the test
+    exec(text.replace(old, new), vars(sources))
+
+
+def entry(patch, name, **fields):
+    patch.setitem(sources.SOURCES, name, dataclasses.replace(sources.SOURCES[name], **fields))
+
+
+def rule_of_prose(patch):
+    other = {"mean_word_length": {"prose": (3, 9)}}
+    rules = tuple((rule, what, {**limits, **other.get(what, {})}) for rule, what, limits in curate.RULES)
+    patch.setattr(curate, "RULES", rules)
+
+
+def stage2(patch, groups=lambda g: g, weights=lambda w: w):
+    megabytes, old_groups, old_weights = sources.STAGES["stage2"]
+    patch.setitem(sources.STAGES, "stage2", (megabytes, groups(old_groups), weights(old_weights)))
+
+
+FROM_FILES = {"fineweb_edu", "oss_instruct", "codeparrot"}
+
+
+@pytest.mark.parametrize(("change", "anew"), [
+    (lambda patch: entry(patch, "fineweb_edu", document=sources.column("body")), {"fineweb_edu"}),
+    (lambda patch: entry(patch, "fineweb_edu", profile="none"), {"fineweb_edu"}),
+    (lambda patch: entry(patch, "oss_instruct", document=lambda row: row["response"]), {"oss_instruct"}),
+    (rule_of_prose, {"fineweb_edu"}),
+    # what the document calls, and what the reader's reader calls
+    (lambda patch: edited(patch, "turns", "text.strip(), tok.END]", "text, tok.END]"), {"oss_instruct"}),
+    (lambda patch: edited(patch, "open_text", "utf-8", "utf-8-sig"), FROM_FILES),
+    (lambda patch: patch.setattr(sources, "TEXT_FILE_CHARS", 9), FROM_FILES),
+    (lambda patch: edited(patch, "GeneratedRows", "str(index)", "f'{index}'"), {"arithmetic"}),
+    (lambda patch: stage2(patch, groups=lambda old: {**old, "web": 0.2, "code": 0.4}), set()),
+    (lambda patch: stage2(patch, weights=lambda old: {**old, "oss_instruct": 3}), set()),
+    (lambda patch: stage2(patch, weights=lambda old: dict(reversed(old.items()))), set()),
+    (lambda patch: entry(patch, "fineweb_edu", licence="CC0-1.0"), set()),
+    (lambda patch: edited(patch, "column", "return", "# it says why\n    return"), None),
+])  # fmt: skip
+def test_what_changed_is_made_anew_and_nothing_else(keyed, tmp_path, monkeypatch, capsys, change, anew):
+    """anew: whose units are made again (of none: the stage is built of those there); None: nothing to do."""
+    data = tmp_path / "data"
+    shutil.copytree(keyed / "data", data)
+    command = ["stage2", f"--data_dir={data}", f"--source_dir={keyed / 'in'}", *KEYED]
+    before = {p: p.stat().st_mtime_ns for p in data.glob("work/*/*/*.json")}
+    change(monkeypatch)
+    prepare.main(command)
+    assert ("already there" in capsys.readouterr().out) == (anew is None)
+    assert all(p.stat().st_mtime_ns == when for p, when in before.items())
+    # in other folders, that is: a larger share needs more units of the same
+    folders = {p.parent for p in data.glob("work/*/*/*.json")} - {p.parent for p in before}
+    assert {folder.parent.name for folder in folders} == (anew or set())
+    prepare.main(command)
+    assert "already there" in capsys.readouterr().out
+
+
+def test_a_changed_entry_is_in_the_stage(keyed, tmp_path, monkeypatch):
+    command = ["stage2", f"--data_dir={tmp_path}", f"--source_dir={keyed / 'in'}", *KEYED]
+    prepare.main(command)
+    before = prepare.read_manifest(tmp_path, "stage2")[1]["groups"]
+    entry(monkeypatch, "fineweb_edu", document=sources.column("body"), licence="CC0-1.0")
+    stage2(monkeypatch, groups=lambda old: {**old, "web": 0.2, "code": 0.4})
+    prepare.main(command)
+    bodies, encoder = {english(9, 1000 + i).strip() for i in range(60)}, tokenizer.load()
+    found = documents(tmp_path, "fineweb_edu", stage="stage2")
+    texts = {encoder.decode(ids[:-1].tolist()).strip() for _, _, ids in found}
+    assert texts and texts <= bodies
+    after = prepare.read_manifest(tmp_path, "stage2")[1]["groups"]
+    assert before["web"] > 1.5 * before["code"] and after["code"] > 1.5 * after["web"]
+    provenance = json.loads((tmp_path / "metadata/stage2/provenance.json").read_text())
+    assert provenance["sources"]["fineweb_edu"]["licence"] == "CC0-1.0"
+
+
+@pytest.mark.parametrize("suffix", ["tokens", "ends", "keys", "bands", "json"])
+def test_a_flipped_bit_in_a_unit_is_noticed(keyed, tmp_path, capsys, suffix):
+    """Wherever it is, the unit is made again, and the stage is the same to the byte."""
+    data, whole, draw = tmp_path / "data", keyed / "data", random.Random(suffix)
+    shutil.copytree(whole, data)
+    for source in ("fineweb_edu", "codeparrot"):
+        files = sorted(data.glob(f"work/{source}/*/*.{suffix}"))
+        path = draw.choice([p for p in files if p.stat().st_size > 8])
+        content = bytearray(path.read_bytes())
+        # in the record, a digit becomes another one
+        at = content.index(b'"read": ') + 8 if suffix == "json" else draw.randrange(len(content))
+        content[at] ^= 1
+        path.write_bytes(content)
+    prepare.main(["stage2", f"--data_dir={data}", f"--source_dir={keyed / 'in'}", *KEYED, "--force"])
+    out = capsys.readouterr().out
+    assert all(f"note: 1 units of {source} are damaged" in out for source in ("fineweb_edu", "codeparrot"))
+    assert shards(data) == shards(whole)
+    for path in data.glob("work/*/*/*"):
+        original = whole / path.relative_to(data)
+        assert not original.exists() or path.read_bytes() == original.read_bytes()
+
+
+def test_a_unit_that_is_damaged_as_soon_as_it_is_made_stops_the_build(keyed, tmp_path, monkeypatch):
+    def damaging(path, content, write=units.write):
+        write(path, content)
+        if path.suffix == ".keys" and path.stat().st_size:
+            path.write_bytes(b"x" * path.stat().st_size)
+
+    monkeypatch.setattr(units, "write", damaging)
+    with pytest.raises(SystemExit, match="damaged again.*disk or memory is faulty"):
+        prepare.main(["stage2", f"--data_dir={tmp_path}", f"--source_dir={keyed / 'in'}", *KEYED])
+
+
+def test_damaged_evaluations_are_not_relied_on(keyed, tmp_path, monkeypatch):
+    """Neither what all workers read nor the test puzzles of the hub, which are looked up once."""
+    shutil.copytree(keyed / "data", tmp_path / "data")
+
+    def flip(path):
+        before = path.read_bytes()
+        path.write_bytes(before[:300] + bytes([before[300] ^ 1]) + before[301:])
+        return before
+
+    (path,) = (tmp_path / "data/work").glob("evaluations-*.npz")
+    before = flip(path)
+    where = [f"--data_dir={tmp_path / 'data'}", f"--source_dir={keyed / 'in'}"]
+    prepare.main(["stage2", *where, *KEYED, "--force"])
+    assert path.read_bytes() == before
+
+    draw, made = np.random.default_rng(3), []
+    grids = [puzzles.sudoku(draw, 9, 30).test[0] for _ in range(9)]
+    texts = [["".join(map(str, grid.flat)).replace("0", ".") for grid in pair] for pair in grids]
+    rows = [dict(zip(("question", "answer"), pair)) for pair in texts]
+    monkeypatch.setattr(sources, "HubRows", lambda *where: enumerate(rows))
+    monkeypatch.setattr(pipeline, "puzzle_key", lambda task: made.append(task) or units.puzzle_key(task))
+    (tmp_path / "metadata").mkdir()
+    (tmp_path / "metadata/revisions.json").write_text(json.dumps({"sapientinc/sudoku-extreme": "0" * 40}))
+
+    def keys():
+        which = "sudoku_extreme_test", "sudoku_extreme", "test.csv"
+        return pipeline.evaluation_puzzles(types.SimpleNamespace(source_dir=""), tmp_path, *which)
+
+    found = keys()
+    assert len(found) == 9 and np.array_equal(keys(), found) and len(made) == 9
+    flip(*(tmp_path / "work").glob("sudoku_extreme_test-*"))
+    assert np.array_equal(keys(), found) and len(made) == 18
+    edited(monkeypatch, "sudoku_extreme", 'row["question"]', 'row["question"][::-1]')
+    entry(monkeypatch, "sudoku_extreme", document=sources.sudoku_extreme)
+    assert not np.array_equal(keys(), found) and len(made) == 27  # an edited reader, other puzzles
+
+
+def contents(data):
+    found = (p for p in data.rglob("*") if p.is_file() and p.name != ".lock")
+    return {p.relative_to(data).as_posix(): p.read_bytes() for p in found}
+
+
+def test_clean_deletes_what_nothing_uses(keyed, tmp_path, monkeypatch, capsys):
+    """Not what a stage or a tag lists, nor what is being pulled; verify does not mind any of it."""
+    data = tmp_path / "data"
+    shutil.copytree(keyed / "data", data)
+    prepare.main(["freeze", "stage2:v1", f"--data_dir={data}"])
+    rule_of_prose(monkeypatch)
+    stage2(monkeypatch, groups=lambda old: {**old, "web": 0.2, "code": 0.4})
+    prepare.main(["stage2", f"--data_dir={data}", f"--source_dir={keyed / 'in'}", *KEYED])
+    (data / "processed/maze").mkdir()
+    for name in ("train-0", "val-0", "train-1"):
+        (data / f"processed/maze/{name}.bin").write_bytes(b"tokens")
+        (data / f"processed/maze/{name}.idx").write_bytes(b"offsets")
+    (data / "processed/maze/notes.txt").write_text("whoever put them here")
+    (data / "work/pull/ada--x-0/frozen").mkdir(parents=True)
+    (data / "work/pull/ada--x-0/frozen/manifest.jsonl").write_text('{"path": "processed/maze/train-1.bin"}\n')
+    (old,) = (p.parent for p in (keyed / "data").glob("work/fineweb_edu/*/000000-0.json"))
+    unused = {f"processed/maze/{name}" for name in ("train-0.bin", "train-0.idx", "val-0.bin", "val-0.idx")}
+    unused |= {p.relative_to(keyed / "data").as_posix() for p in old.iterdir()}
+    for name in ("stage2", "stage2:v1"):
+        prepare.main(["verify", name, f"--data_dir={data}"])
+
+    before = contents(data)
+    capsys.readouterr()
+    prepare.main(["clean", "--dry_run", f"--data_dir={data}"])
+    size = sum(len(before[path]) for path in unused)
+    out = capsys.readouterr().out
+    assert f"{size:,} bytes that nothing uses would be deleted" in out and old.name in out
+    assert contents(data) == before
+    with prepare.only_one(data), pytest.raises(SystemExit, match="another prepare.py is at work"):
+        prepare.main(["clean", f"--data_dir={data}"])
+    prepare.main(["clean", f"--data_dir={data}"])
+    assert f"{size:,} bytes that nothing uses were deleted" in capsys.readouterr().out
+    assert contents(data) == {path: content for path, content in before.items() if path not in unused}
+    for name in ("stage2", "stage2:v1"):
+        prepare.main(["verify", name, f"--data_dir={data}"])
+    prepare.main(["clean", f"--data_dir={data}"])
+    assert "\n0 bytes" in "\n" + capsys.readouterr().out.splitlines()[-1]
+
+
+def test_clean_leaves_the_units_of_a_killed_build(keyed, tmp_path, monkeypatch):
+    command = ["stage2", f"--data_dir={tmp_path}", f"--source_dir={keyed / 'in'}", *KEYED]
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "write_stage", killed)
+        with pytest.raises(SystemExit, match="interrupted"):
+            prepare.main(command)
+    before = contents(tmp_path)
+    kept = {path: content for path, content in before.items() if not path.startswith("processed/")}
+    prepare.main(["clean", f"--data_dir={tmp_path}"])
+    assert kept != before and contents(tmp_path) == kept
+    prepare.main(command)
+    assert shards(tmp_path) == shards(keyed / "data")
+
+
+@pytest.mark.parametrize("damaged", ["manifest.jsonl", "mixture.json", "v1/mixture.json", "v1/snapshot.json"])
+def test_clean_deletes_nothing_where_a_manifest_is_damaged(keyed, tmp_path, damaged):
+    data = tmp_path / "data"
+    shutil.copytree(keyed / "data", data)
+    prepare.main(["freeze", "stage2:v1", f"--data_dir={data}"])
+    path = data / "stages/stage2" / damaged
+    path.write_bytes(path.read_bytes()[:-20])
+    before = contents(data)
+    with pytest.raises(SystemExit, match="nothing is cleaned before it is mended or deleted"):
+        prepare.main(["clean", f"--data_dir={data}"])
+    assert contents(data) == before
 
 
 # ---- mistakes and damage
@@ -382,10 +626,58 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, says, caps
     assert not list((tmp_path / "data").glob("stages/*/manifest.jsonl"))
 
 
+@pytest.mark.parametrize(("file", "content", "words"), [
+    ("metadata/stage2/filters.json", b"{", ["status"]),
+    ("metadata/stage2/provenance.json", b"[]", ["freeze", "stage2:v1"]),
+    ("work/keys.json", b"\xff", ["clean"]),
+    ("work/keys.json", b"3", ["stage2", *KEYED, "--force"]),
+    ("metadata/revisions.json", b"", ["stage2", "--dry_run"]),
+    ("metadata/pulled.json", b"{]", ["pull", "ada/x:v1"]),
+])  # fmt: skip
+def test_a_damaged_note_is_named(keyed, tmp_path, monkeypatch, file, content, words):
+    import huggingface_hub
+
+    data = tmp_path / "data"
+    shutil.copytree(keyed / "data", data)
+    (data / file).write_bytes(content)
+    hub = types.SimpleNamespace(
+        list_repo_refs=lambda *_, **__: types.SimpleNamespace(tags=[types.SimpleNamespace(name="v1")]),
+        dataset_info=lambda *_, **__: types.SimpleNamespace(sha="0" * 40),
+        list_repo_tree=lambda *_, **__: [])  # fmt: skip
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    options = [f"--source_dir={keyed / 'in'}"] if "--force" in words else []
+    with pytest.raises(SystemExit, match=f"error: {data / file} is damaged"):
+        prepare.main([*words, f"--data_dir={data}", *options])
+
+
+@pytest.mark.parametrize(("texts", "options", "says"), [
+    ([english(20, 5)], ["--stage_val_every=2"], "kept 1, all for validation"),
+    (["x", english(20, 5)], ["--stage_val_every=2"], "dropped by gopher_few.* 1; kept 1, all for validation"),
+    (["x", "y"], [], "dropped by gopher_few_or_many_words 2"),
+    ([], [], "its sources are empty"),
+])  # fmt: skip
+def test_where_the_documents_of_an_empty_group_went(tmp_path, texts, options, says):
+    (tmp_path / "in/fineweb_edu").mkdir(parents=True)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "in/fineweb_edu/rows.jsonl").write_text(lines)
+    with pytest.raises(SystemExit, match=f"no document of web is left for training: {says}"):
+        build(tmp_path / "data", tmp_path / "in", "--sources=fineweb_edu", *options)
+
+
+def test_a_group_of_nothing_but_copies_says_so(tmp_path):
+    for name in ("fineweb_edu", "open_web_math"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        texts = "<|endoftext|>\n".join(english(20, i) for i in range(9))
+        (tmp_path / "in" / name / "rows.txt").write_text(texts)
+    with pytest.raises(SystemExit, match="no document of math is left for training: dropped by duplicate 9"):
+        build(tmp_path / "data", tmp_path / "in", "--sources=fineweb_edu,open_web_math")
+
+
 @pytest.mark.parametrize(("options", "says"), [
     (["--sources=finewebedu"], "--sources names 'finewebedu'"),
     (["--source_dir=/nonexistent"], "is not a folder"),
     (["--limit_mb=0"], "--limit_mb must be above 0"),
+    (["--limit_mb=1e-6", "--sources=sudoku4"], "--limit_mb=1e-06 is less than a token"),
     (["--engine=spark"], "--engine must be"),
     (["--stage_val_every=1"], "--stage_val_every must be"),
     (["--num_proc=-2"], "--num_proc must be"),
@@ -418,6 +710,17 @@ def test_status_draws_the_mixture(built, capsys):
     out = capsys.readouterr().out
     assert "near_duplicate 1" in out and "fineweb_edu" in out and all(f"\n{group:7}" in out for group in stages.GROUPS)
     assert (built / "metadata/mixture.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_status_needs_no_place_to_write(built, monkeypatch, capsys):
+    """A data folder may be mounted read-only."""
+    def write(*args):
+        raise OSError(errno.EROFS, "Read-only file system", "metadata/mixture.png.1.tmp")
+
+    monkeypatch.setattr(prepare, "save_picture", write)
+    prepare.main(["status", f"--data_dir={built}"])
+    out = capsys.readouterr().out
+    assert "fineweb_edu" in out and out.endswith("note: no picture of the mixture: Read-only file system\n")
 
 
 def test_show_synth(tmp_path, monkeypatch, capsys):
