@@ -102,9 +102,9 @@ def normalise(text, keep_layout=False):
     if "\0" in text or "\ufffd" in text:
         return None
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if not text.isascii():
-        text = unicodedata.normalize("NFC", text)
     text = ODD.sub(lambda found: TABLE[ord(found[0])] or "", text)
+    if not text.isascii():  # after the removals: what they bring together may have to be composed
+        text = unicodedata.normalize("NFC", text)
     lines = [line.rstrip() for line in text.split("\n")]
     if not keep_layout:
         lines = [line for line, before in zip(lines, ["", *lines]) if line or before]

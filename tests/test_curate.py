@@ -1,6 +1,7 @@
 """curate.py: its measures are those that the papers describe, near-duplicates and quotations are found, and nothing else is."""
 
 import pydoc_data.topics
+import random
 import re
 from collections import Counter
 
@@ -48,6 +49,19 @@ def english(n, seed):
 def test_normalise(text, clean):
     assert curate.normalise(text) == clean
     assert clean is None or curate.normalise(clean) == clean
+
+
+def test_normalise_changes_nothing_the_second_time():
+    """Also where what it removes stood between a letter and its accents, or between two accents that have an order."""
+    rng = random.Random(1)
+    marks = "\u0301\u0327\u0338\u0344\u0345\u05b4\u05bc\u0f71\u0f72\u3099\u1161\u11a8\u212a"
+    alphabet = [chr(c) for c in curate.TABLE if c] + list("\r\n\t " + marks) + list("ab.e\u00e9\u304b\u1100\uac00\u05d9\u0915") * 3
+    for _ in range(5000):
+        text = "".join(rng.choices(alphabet, k=rng.randrange(1, 12)))
+        for layout in (False, True):
+            clean = curate.normalise(text, layout)
+            assert curate.normalise(clean, layout) == clean, ascii(text)
+    assert curate.normalise("cafe\u200b\u0301") == "caf\u00e9\n"
 
 
 def test_normalise_keeps_the_layout_of_code():
