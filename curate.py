@@ -112,8 +112,8 @@ def normalise(text, keep_layout=False):
     return text + "\n" if text else ""
 
 
-# A word is a run of letters, digits and marks of any script, the ASCII letters in lower case. The table takes all bytes above
-# 127 for such; _only() takes out curly quotes, dashes and other symbols again.
+# A word is a run of letters, digits and marks of any script, the ASCII letters in lower case. The table takes
+# all bytes above 127 for such; _only() takes out curly quotes, dashes and other symbols again.
 LOWER = np.zeros(256, np.uint8)
 for _c in [*b"abcdefghijklmnopqrstuvwxyz0123456789", *range(128, 256)]:
     LOWER[_c] = _c
@@ -495,10 +495,16 @@ def outline(grid):
     return (*sorted(grid.shape), *sorted(np.bincount(grid.ravel(), minlength=10).tolist()))
 
 
+def trivial(grid):
+    """A grid so small or plain that being equal to an evaluation output means nothing."""
+    return grid.size <= 9 or (grid == grid.flat[0]).all()
+
+
 class EvaluationOutputs:
     """
     The test outputs of the evaluation sets, to be recognised whichever of the 8 symmetries or recolourings they come in.
-    Strict on purpose: some of these outputs are tiny or plain (there are single cells), and what looks like them goes too.
+    One that is trivial gives nothing away alone: there the test input has to come before it, both turned and
+    recoloured alike.
     """
 
     def __init__(self, sets):
@@ -506,30 +512,30 @@ class EvaluationOutputs:
         self.ids = {task.id for task in tasks}
         self.task_of, self.outlines = {}, set()
         for task in tasks:
-            for _, output in task.test:
-                self.task_of.setdefault(arc.canonical_hash(output), task.id)
-                self.outlines.add(outline(output))
+            for pair in task.test:
+                grids = pair if trivial(pair[1]) else pair[1:]
+                self.task_of.setdefault(arc.canonical_hash(*grids), task.id)
+                self.outlines.add(tuple(map(outline, grids)))
         self.looked_up = {}  # the same small grids come again and again: a filled 4x4 sudoku is one of 288
 
-    def matches(self, pairs):
-        """-> list of (grid, id of the evaluation task) for the inputs and outputs among the pairs that are one of these outputs."""
+    def matches(self, grids):
+        """grids: of one document, each output after its input. -> ids of the evaluation tasks they give away."""
         found = []
-        for grid in (grid for pair in pairs for grid in pair):
-            key = grid.shape, grid.tobytes()
-            if key in self.looked_up:
-                task_id = self.looked_up[key]
+        for before, grid in zip([None, *grids], grids):
+            if trivial(grid):
+                task_id = self._task_of(before, grid) if before is not None else None
             else:
-                task_id = self.task_of.get(arc.canonical_hash(grid)) if outline(grid) in self.outlines else None
+                key = grid.shape, grid.tobytes()
+                task_id = self.looked_up[key] if key in self.looked_up else self._task_of(grid)
                 if grid.size <= 16 and len(self.looked_up) < 1_000_000:  # memory stays bounded however many grids come by
                     self.looked_up[key] = task_id
             if task_id:
-                found.append((grid, task_id))
+                found.append(task_id)
         return found
 
-
-def trivial(grid):
-    """A grid so small or plain that being equal to an evaluation output means little."""
-    return grid.size <= 9 or len(np.unique(grid)) == 1
+    def _task_of(self, *grids):
+        known = tuple(map(outline, grids)) in self.outlines
+        return self.task_of.get(arc.canonical_hash(*grids)) if known else None
 
 
 class HeldOut:

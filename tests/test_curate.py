@@ -12,7 +12,9 @@ import pytest
 import arc
 import curate
 import puzzles
+import sources
 import suites
+import units
 
 PROSE = [curate.normalise(text) for _, text in sorted(pydoc_data.topics.topics.items())]
 
@@ -287,6 +289,55 @@ def test_arc_outputs_in_text_are_found_however_they_are_written(evaluations):
     rng = np.random.default_rng(0)
     others = [str(rng.integers(0, 10, size=grid.shape).tolist()) for _ in range(50)] + [str(np.zeros((9, 9), int).tolist())]
     assert evaluations.quoted(curate.read_words(others)) == {}
+
+
+@pytest.fixture(scope="module")
+def outputs():
+    return curate.EvaluationOutputs({name: arc.load(name) for name in curate.EVALUATION_SETS})
+
+
+def plain(grid):
+    return grid.size <= 9 or len(np.unique(grid)) == 1
+
+
+def test_an_evaluation_output_is_recognised_in_disguise_unless_it_is_trivial(outputs):
+    rng = np.random.default_rng(3)
+    tasks = [task for name in curate.EVALUATION_SETS for task in arc.load(name)]
+    tests = [(task.id, *pair) for task in tasks for pair in task.test]
+    assert sum(plain(output) for _, _, output in tests) == 27
+    for name, question, output in tests:
+        shape = arc.random_augment(rng, "arc")
+        turned = arc.augment(shape, output)
+        # what equals a trivial one by chance gives nothing away, but the whole pair is the evaluation's task
+        assert bool(outputs.matches([turned])) == (not plain(output))
+        found = outputs.matches([arc.augment(shape, question), turned])
+        assert found and (found == [name] or not plain(output))  # a few outputs are those of several tasks
+    mine = np.array([[1, 2, 3], [0, 0, 0], [0, 0, 1]], np.uint8)
+    assert outputs.matches([mine, mine, np.zeros((9, 9), np.uint8), np.ones((1, 1), np.uint8)]) == []
+    question, output = next((x, y) for _, x, y in tests if plain(y) and len(np.unique(y)) > 2)
+    assert outputs.matches([question, output]) and not outputs.matches([question, np.rot90(output)])
+    assert not outputs.matches([output, question])
+
+
+def test_tasks_lost_to_evaluation_outputs_are_few(outputs):
+    """61 of these 633 had a grid that is one, 54 of them only trivial ones."""
+    tasks = {task.id: task for name in ("arc1_train", "arc2_train") for task in arc.load(name)}
+    grids = [[g for pair in t.train + t.test for g in pair] for i, t in tasks.items() if i not in outputs.ids]
+    assert len(grids) == 633 and sum(bool(outputs.matches(g)) for g in grids) == 7
+
+
+def test_an_evaluation_task_under_another_name_is_dropped_whatever_its_output(tmp_path):
+    np.savez(tmp_path / "none.npz")
+    job, rng = {"evaluations": str(tmp_path / "none.npz")}, np.random.default_rng(8)
+    tasks = [task for task in arc.load("arc1_eval") if any(plain(output) for _, output in task.test)]
+    for task in tasks:
+        shape, dropped = arc.random_augment(rng, "arc"), units.Dropped()
+        pairs = [tuple(arc.augment(shape, g) for g in pair) for pair in task.train + task.test]
+        pairs = [pairs[i] for i in rng.permutation(len(pairs))]
+        documents = [("x", *sources.instantiate(arc.Task("mine", "arc", pairs[:-1], pairs[-1:])))]
+        kept, _, _ = units.judge_puzzles(sources.SOURCES["arc"], documents, dropped, job)
+        assert kept == [] and set(dropped.rules) == {"evaluation_output"}
+    assert len(tasks) > 10
 
 
 def test_a_held_out_puzzle_in_disguise_is_recognised():
