@@ -405,15 +405,18 @@ def random_augment(rng, how):
     return Augment(turn, tuple(rng.permutation(10).tolist()) if how == "arc" else IDENTITY.colours)
 
 
-def canonical_hash(grid):
-    """-> hex string, the same for a grid, its 8 symmetries and all their recolourings, and different for all others. Small or plain
-    grids are alike (all 1x1 grids are), so a match means something only where the grid has something in it."""
+def canonical_hash(*grids):
+    """-> hex string, the same for a grid, its 8 symmetries and all their recolourings, and different for all
+    others; of several grids, the same where all are turned and recoloured alike. Small or plain grids are alike
+    (all 1x1 grids are), so a match means something only where there is something in them."""
     forms = []
     for k in range(8):
-        turned = _dihedral(k, grid)
-        _, first, label = np.unique(turned, return_index=True, return_inverse=True)
+        turned = [_dihedral(k, grid) for grid in grids]
+        cells = np.concatenate([grid.reshape(-1) for grid in turned])
+        _, first, label = np.unique(cells, return_index=True, return_inverse=True)
         rank = np.argsort(np.argsort(first))  # colours renamed in the order in which they first occur
-        forms.append(np.array(turned.shape, "<u2").tobytes() + rank[label.reshape(-1)].astype(np.uint8).tobytes())
+        shapes = np.array([grid.shape for grid in turned], "<u2")
+        forms.append(shapes.tobytes() + rank[label].astype(np.uint8).tobytes())
     return hashlib.sha256(min(forms)).hexdigest()
 
 

@@ -71,7 +71,7 @@ RULES = (
     ("c4_lorem_ipsum", "lorem_ipsum", {"prose": (0, 0), "math": (0, 0)}),
     ("fineweb_lines_without_punctuation", "punctuated_lines", {"prose": (0.12, 1)}),
     ("fineweb_short_lines", "short_lines", {"prose": (0, 0.67)}),
-    ("fineweb_duplicate_line_characters", "duplicate_line_bytes", {"prose": (0, 0.1)}),
+    ("fineweb_duplicate_line_characters", "duplicate_line_characters", {"prose": (0, 0.1)}),
     ("codeparrot_long_line", "longest_line", {"code": (0, 1000)}),
     ("codeparrot_mean_line", "mean_line", {"code": (0, 100)}),
     ("codeparrot_alphanumeric", "alphanumeric", {"code": (0.25, 1)}),
@@ -102,9 +102,9 @@ def normalise(text, keep_layout=False):
     if "\0" in text or "\ufffd" in text:
         return None
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if not text.isascii():
-        text = unicodedata.normalize("NFC", text)
     text = ODD.sub(lambda found: TABLE[ord(found[0])] or "", text)
+    if not text.isascii():  # after the removals: what they bring together may have to be composed
+        text = unicodedata.normalize("NFC", text)
     lines = [line.rstrip() for line in text.split("\n")]
     if not keep_layout:
         lines = [line for line, before in zip(lines, ["", *lines]) if line or before]
@@ -112,7 +112,8 @@ def normalise(text, keep_layout=False):
     return text + "\n" if text else ""
 
 
-# A word is a run of letters, digits and bytes above 127 (the letters of other scripts), letters in lower case.
+# A word is a run of letters, digits and marks of any script, the ASCII letters in lower case. The table takes
+# all bytes above 127 for such; _only() takes out curly quotes, dashes and other symbols again.
 LOWER = np.zeros(256, np.uint8)
 for _c in [*b"abcdefghijklmnopqrstuvwxyz0123456789", *range(128, 256)]:
     LOWER[_c] = _c
@@ -120,7 +121,8 @@ for _c in [*b"abcdefghijklmnopqrstuvwxyz0123456789", *range(128, 256)]:
 LETTER = np.zeros(256, bool)
 LETTER[[*b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", *range(128, 256)]] = True
 TERMINAL = np.zeros(256, bool)
-TERMINAL[[*b'.?!"\''] + [0x9D, 0xA6]] = True  # and the last bytes of the closing quotation mark and the ellipsis
+TERMINAL[[*b'.?!"\'']] = True
+BULLET, ELLIPSIS, CLOSING_QUOTE = ([[*c.encode()]] for c in "\u2022\u2026\u201d")  # three bytes each
 
 BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
 INVERSE = pow(BASE, -1, 1 << 64)
@@ -153,6 +155,27 @@ def _hash_spans(values, start, end):
     return _mix((sums[end] - sums[start]) * _powers_of(INVERSE, len(values) + 1)[start] + (end - start).astype(np.uint64))
 
 
+def _only(categories, table, buffer):
+    """table[buffer], but 0 for characters beyond ASCII whose Unicode category begins with another letter."""
+    marked = table[buffer]
+    beyond = np.flatnonzero(buffer > 127)
+    if len(beyond):
+        codes = np.frombuffer(buffer[beyond].tobytes().decode().encode("utf-32-le"), "<u4")
+        wanted = np.zeros(sys.maxunicode + 1, bool)
+        wanted[codes] = True
+        for c in np.flatnonzero(wanted).tolist():  # of the few different ones
+            wanted[c] = unicodedata.category(chr(c))[0] in categories
+        which = np.cumsum(buffer[beyond] >= 0xC0) - 1  # the character that each byte is part of
+        marked[beyond[~wanted[codes[which]]]] = 0
+    return marked
+
+
+def _runs(mask, start_of):
+    """-> (start, end, (D + 1,) first of each document) of the runs in which the mask is not 0."""
+    edges = np.flatnonzero(np.diff((mask != 0).astype(np.int8), prepend=0, append=0))
+    return edges[::2], edges[1::2], np.searchsorted(edges[::2], start_of)
+
+
 @dataclass
 class Words:
     """The words of a batch of documents. N bytes, D documents, W words."""
@@ -171,10 +194,8 @@ def read_words(texts):
     parts = [text.encode() + b"\n" for text in texts]
     buffer = np.frombuffer(b"".join(parts), np.uint8)
     start_of = np.concatenate([[0], np.cumsum([len(p) for p in parts])]).astype(np.int64)
-    lower = LOWER[buffer]
-    edges = np.flatnonzero(np.diff((lower != 0).astype(np.int8), prepend=0, append=0))
-    start, end = edges[::2], edges[1::2]
-    first = np.searchsorted(start, start_of)
+    lower = _only("LMN", LOWER, buffer)
+    start, end, first = _runs(lower, start_of)
     document = np.repeat(np.arange(len(texts)), np.diff(first))
     return Words(buffer, start_of, _hash_spans(lower, start, end), start, end, document, first)
 
@@ -222,14 +243,15 @@ def measure(words, texts, profile):
     wanted = {what for _, what, limits in RULES if profile in limits}
     D, out = len(texts), {}
     buffer, document = words.buffer, words.document
-    size = np.maximum(np.diff(words.start_of) - 1, 1)
+    characters = np.concatenate([[0], np.cumsum((buffer & 0xC0) != 0x80)])  # how many before each byte
+    size = np.maximum(np.diff(characters[words.start_of]) - 1, 1)
     n_words = np.diff(words.first)
     some = np.maximum(n_words, 1)
 
     def per_document(values, which):
         return np.bincount(which, values, minlength=D)
 
-    lengths = words.end - words.start
+    lengths = characters[words.end] - characters[words.start]
     out["words"] = n_words.astype(float)
     out["mean_word_length"] = per_document(lengths, document) / some
 
@@ -239,7 +261,7 @@ def measure(words, texts, profile):
     full = line_end > line_start
     line_start, line_end = line_start[full], line_end[full]
     line_document = np.searchsorted(words.start_of, line_start, side="right") - 1
-    line_length = line_end - line_start
+    line_length = characters[line_end] - characters[line_start]
     n_lines = np.maximum(np.bincount(line_document, minlength=D), 1)
 
     def share_of_lines(mask):
@@ -252,38 +274,46 @@ def measure(words, texts, profile):
         dots = (buffer[:-2] == 46) & (buffer[1:-1] == 46) & (buffer[2:] == 46)
         dots = np.flatnonzero(dots & ~np.concatenate([[False], dots[:-1]]))  # a run of dots once
         ellipsis = np.flatnonzero((buffer[:-2] == 0xE2) & (buffer[1:-1] == 0x80) & (buffer[2:] == 0xA6))
-        symbols = np.sort(np.concatenate([np.flatnonzero(buffer == 35), dots, ellipsis]))
-        out["symbols_per_word"] = np.diff(np.searchsorted(symbols, words.start_of)) / some
-        seen = np.flatnonzero(buffer > 32)
-        first_seen = buffer[seen[np.minimum(np.searchsorted(seen, line_start), len(seen) - 1)]] if len(seen) else buffer[line_start]
-        out["bullet_lines"] = share_of_lines((first_seen == 42) | (first_seen == 45) | (first_seen == 0xE2))
+        symbols = np.flatnonzero(buffer == 35), np.sort(np.concatenate([dots, ellipsis]))
+        of_a_kind = [np.diff(np.searchsorted(at, words.start_of)) for at in symbols]
+        out["symbols_per_word"] = np.maximum(*of_a_kind) / some
+        token_start, token_end, first_token = _runs(buffer > 32, words.start_of)  # what stands between blanks
+        tokens = np.diff(first_token)
+        line_begin = np.append(token_start, len(buffer) - 1)[np.searchsorted(token_start, line_start)]
+        begin = buffer[np.minimum(line_begin[:, None] + [[0, 1, 2]], len(buffer) - 1)]
+        bullets = (begin[:, 0] == 42) | (begin[:, 0] == 45) | (begin == BULLET).all(1)
+        out["bullet_lines"] = share_of_lines(bullets)
         before = buffer[np.maximum(line_end[:, None] - [[3, 2, 1]], 0)]
-        out["ellipsis_lines"] = share_of_lines((before == 46).all(1) | (before == [[0xE2, 0x80, 0xA6]]).all(1))
-        out["punctuated_lines"] = share_of_lines(TERMINAL[buffer[line_end - 1]])
+        ellipsis, quote = (before == ELLIPSIS).all(1), (before == CLOSING_QUOTE).all(1)
+        out["ellipsis_lines"] = share_of_lines((before == 46).all(1) | ellipsis)
+        out["punctuated_lines"] = share_of_lines(TERMINAL[before[:, 2]] | ellipsis | quote)
         out["short_lines"] = share_of_lines(line_length < 30)
         key = _hash_spans(buffer, line_start, line_end) ^ _mix(line_document.astype(np.uint64))
         again = _occurred_before(key)
         out["duplicate_lines"] = share_of_lines(again)
-        out["duplicate_line_bytes"] = per_document(again * line_length, line_document) / size
-        letters = np.concatenate([[0], np.cumsum(LETTER[buffer])])
-        out["alphabetic_words"] = per_document(letters[words.end] > letters[words.start], document) / some
+        in_lines = np.maximum(per_document(line_length, line_document), 1)
+        out["duplicate_line_characters"] = per_document(again * line_length, line_document) / in_lines
+        letters = np.concatenate([[0], np.cumsum(_only("L", LETTER, buffer))])
+        alphabetic = letters[token_end] > letters[token_start]  # of tokens, not words: a word has no symbols
+        token_document = np.repeat(np.arange(D), tokens)
+        out["alphabetic_words"] = per_document(alphabetic, token_document) / np.maximum(tokens, 1)
         out["stop_words"] = sum(per_document(words.hash == h, document) > 0 for h in _stop_words()).astype(float)
         pair, at = ngrams(words, 2)
         lorem, _ = ngrams(read_words(["lorem ipsum"]), 2)
         out["lorem_ipsum"] = per_document(pair == lorem[0], document[at])
         for n in (2, 3, 4):
-            out[f"top_{n}gram"] = _top(words, n, size)
-        out["duplicate_5gram"] = _repeated(words, 5)
+            out[f"top_{n}gram"] = _top(words, n, lengths) / size
+        out["duplicate_5gram"] = _repeated(words, 5, lengths)
         # what longer n-grams repeat, 5-grams repeat too: where those are few, so are these, and need not be looked for
         lowest = min(limits[p][1] for name, _, limits in RULES if name.startswith("gopher_duplicate_10") for p in limits)
         suspects = np.flatnonzero(out["duplicate_5gram"] >= lowest)
         few = _select(words, suspects)
+        few_lengths = lengths[np.isin(document, suspects)]
         for n in range(6, 11):
             out[f"duplicate_{n}gram"] = np.zeros(D)
-            out[f"duplicate_{n}gram"][suspects] = _repeated(few, n)
+            out[f"duplicate_{n}gram"][suspects] = _repeated(few, n, few_lengths)
     if "alphanumeric" in wanted:
-        counts = np.concatenate([[0], np.cumsum((LOWER[buffer] != 0))])
-        out["alphanumeric"] = np.diff(counts[words.start_of]) / size
+        out["alphanumeric"] = per_document(lengths, document) / size
         heads = ["\n".join(text[:1000].lower().split("\n", 5)[:5]) for text in texts]
         out["says_generated"] = np.array([any(phrase in head for phrase in GENERATED) for head in heads], float)
     if "english" in wanted:
@@ -296,9 +326,10 @@ def _stop_words():
     return read_words(["the be to of and that have with"]).hash
 
 
-def _top(words, n, size):
-    """Share of each document's bytes that its n-gram with the most bytes in all its repetitions has; 0 where nothing repeats."""
-    out = np.zeros(len(size))
+def _top(words, n, lengths):
+    """Characters of each document's most frequent n-gram times its count; of several the longest. 0: none."""
+    D = len(words.first) - 1
+    most, out = np.zeros(D, np.int64), np.zeros(D, np.int64)
     hashes, at = ngrams(words, n)
     if not len(at):
         return out
@@ -306,14 +337,16 @@ def _top(words, n, size):
     repeats = _repeats(key)
     _, index, counts = np.unique(key[repeats], return_index=True, return_counts=True)
     index = repeats[index]
-    length = words.end[at[index] + n - 1] - words.start[at[index]]
     which = words.document[at[index]]
-    np.maximum.at(out, which, counts * length / size[which])
-    return np.minimum(out, 1)
+    np.maximum.at(most, which, counts)
+    spelled = np.concatenate([[0], np.cumsum(lengths + 1)])
+    length = spelled[at[index] + n] - spelled[at[index]] - 1
+    np.maximum.at(out, which, np.where(counts == most[which], counts * length, 0))
+    return out
 
 
-def _repeated(words, n):
-    """Share of each document's word bytes that lie in an n-gram which occurred before in the document."""
+def _repeated(words, n, lengths):
+    """Share of the characters of each document's words that lie in an n-gram which occurred in it before."""
     hashes, at = ngrams(words, n)
     key = hashes ^ _mix(words.document[at].astype(np.uint64))
     again = _occurred_before(key)
@@ -321,7 +354,7 @@ def _repeated(words, n):
     np.add.at(edge, at[again], 1)
     np.add.at(edge, at[again] + n, -1)
     covered = np.cumsum(edge[:-1]) > 0
-    D, lengths = len(words.first) - 1, words.end - words.start
+    D = len(words.first) - 1
     return np.bincount(words.document, covered * lengths, minlength=D) / np.maximum(np.bincount(words.document, lengths, minlength=D), 1)
 
 
@@ -462,10 +495,16 @@ def outline(grid):
     return (*sorted(grid.shape), *sorted(np.bincount(grid.ravel(), minlength=10).tolist()))
 
 
+def trivial(grid):
+    """A grid so small or plain that being equal to an evaluation output means nothing."""
+    return grid.size <= 9 or (grid == grid.flat[0]).all()
+
+
 class EvaluationOutputs:
     """
     The test outputs of the evaluation sets, to be recognised whichever of the 8 symmetries or recolourings they come in.
-    Strict on purpose: some of these outputs are tiny or plain (there are single cells), and what looks like them goes too.
+    One that is trivial gives nothing away alone: there the test input has to come before it, both turned and
+    recoloured alike.
     """
 
     def __init__(self, sets):
@@ -473,30 +512,30 @@ class EvaluationOutputs:
         self.ids = {task.id for task in tasks}
         self.task_of, self.outlines = {}, set()
         for task in tasks:
-            for _, output in task.test:
-                self.task_of.setdefault(arc.canonical_hash(output), task.id)
-                self.outlines.add(outline(output))
+            for pair in task.test:
+                grids = pair if trivial(pair[1]) else pair[1:]
+                self.task_of.setdefault(arc.canonical_hash(*grids), task.id)
+                self.outlines.add(tuple(map(outline, grids)))
         self.looked_up = {}  # the same small grids come again and again: a filled 4x4 sudoku is one of 288
 
-    def matches(self, pairs):
-        """-> list of (grid, id of the evaluation task) for the inputs and outputs among the pairs that are one of these outputs."""
+    def matches(self, grids):
+        """grids: of one document, each output after its input. -> ids of the evaluation tasks they give away."""
         found = []
-        for grid in (grid for pair in pairs for grid in pair):
-            key = grid.shape, grid.tobytes()
-            if key in self.looked_up:
-                task_id = self.looked_up[key]
+        for before, grid in zip([None, *grids], grids):
+            if trivial(grid):
+                task_id = self._task_of(before, grid) if before is not None else None
             else:
-                task_id = self.task_of.get(arc.canonical_hash(grid)) if outline(grid) in self.outlines else None
+                key = grid.shape, grid.tobytes()
+                task_id = self.looked_up[key] if key in self.looked_up else self._task_of(grid)
                 if grid.size <= 16 and len(self.looked_up) < 1_000_000:  # memory stays bounded however many grids come by
                     self.looked_up[key] = task_id
             if task_id:
-                found.append((grid, task_id))
+                found.append(task_id)
         return found
 
-
-def trivial(grid):
-    """A grid so small or plain that being equal to an evaluation output means little."""
-    return grid.size <= 9 or len(np.unique(grid)) == 1
+    def _task_of(self, *grids):
+        known = tuple(map(outline, grids)) in self.outlines
+        return self.task_of.get(arc.canonical_hash(*grids)) if known else None
 
 
 class HeldOut:

@@ -27,7 +27,7 @@ import arc
 import curate
 import puzzles
 import tokenizer
-from curate import EvaluationOutputs, trivial
+from curate import EvaluationOutputs
 from sources import code_hash, generators_hash
 from stages import GROUPS, sha256, write, write_shard, write_stage
 from units import Dropped
@@ -195,19 +195,19 @@ def synthetic_source(source, tasks, total, evaluation, dropped):
     for task in bar(tasks, source, total):
         pairs = task.train + task.test
         name = puzzles.task_hash(task)
-        found = evaluation.matches(pairs)
+        found = evaluation.matches([grid for pair in pairs for grid in pair])
         if name in seen:
             dropped.add("duplicate", name)
         elif held_out.has(task, SOURCES[source][2]):
             dropped.add("held_out", name)
         elif found:
             dropped.add("evaluation_output", name)
-            matched.update({task_id for _, task_id in found})
+            matched.update(set(found))
         else:
             splits["train"].append(arc.encode(task.kind, pairs))
         seen.add(name)
     for task in puzzles.heldout(source):
-        if evaluation.matches(task.train + task.test):
+        if evaluation.matches([grid for pair in task.train + task.test for grid in pair]):
             dropped.add("evaluation_output_in_held_out", puzzles.task_hash(task))
         else:
             splits["val"].append(arc.encode(task.kind, task.train + task.test))
@@ -230,12 +230,10 @@ def arc_source(c, sets, evaluation, dropped):
                 tasks[task.id] = task
     splits, seen, matched = {"train": [], "val": []}, set(), Counter()
     for task in bar([tasks[i] for i in sorted(tasks)], "arc"):
-        found = evaluation.matches(task.train + task.test)
+        found = evaluation.matches([grid for pair in task.train + task.test for grid in pair])
         if found:
-            # A tiny or plain grid gives nothing away, but a rule without exceptions can be checked by anyone. What it costs is counted.
-            plain = all(trivial(grid) for grid, _ in found)
-            dropped.add("evaluation_output_9_cells_or_fewer_or_one_colour" if plain else "evaluation_output", task.id)
-            matched.update({task_id for _, task_id in found})
+            dropped.add("evaluation_output", task.id)
+            matched.update(set(found))
             continue
         split = "val" if int(sha256(task.id.encode())[:8], 16) % c.val_every == 0 else "train"
         for pair in task.test:

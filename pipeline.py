@@ -557,7 +557,7 @@ def write_source(c, data, units, name, documents, verdict, target):
     if source.suite and source.kind == "puzzle":
         outputs = evaluation_outputs()
         for task in puzzles.heldout(source.suite):
-            if outputs.matches(task.train + task.test):
+            if outputs.matches([grid for pair in task.train + task.test for grid in pair]):
                 dropped.add("evaluation_output_in_held_out", task.id)
             else:
                 put("val", arc.encode(task.kind, task.train + task.test))

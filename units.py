@@ -227,10 +227,8 @@ def judge_puzzles(source, documents, dropped, job):
             dropped.add("held_out", name)
         elif tested_on and (name_of := tested_on.get(puzzle_key(task))):
             dropped.add(f"is_in_{name_of}", name)
-        elif found := outputs.matches([(grid,) for grid in grids]):
-            trivial = all(curate.trivial(grid) for grid, _ in found)
-            rule = "evaluation_output_9_cells_or_fewer_or_one_colour" if trivial else "evaluation_output"
-            dropped.add(rule, f"{name}: {found[0][1]}")
+        elif found := outputs.matches(grids):
+            dropped.add("evaluation_output", f"{name}: {found[0]}")
         else:
             ids = tokenise(parts)
             # An ARC task comes back turned and recoloured, on purpose, and all its images are on the same side of the split. Of other

@@ -318,6 +318,14 @@ def test_canonical_hash_is_the_same_under_every_symmetry_and_no_other():
         want = arc.canonical_hash(grid)
         for k in range(8):
             assert arc.canonical_hash(arc.augment(Augment(k, tuple(rng.permutation(10).tolist())), grid)) == want
+        # several grids: alike only where all are turned and recoloured alike
+        other, colours = random_grid(rng, 8), tuple(rng.permutation(10).tolist())
+        want = arc.canonical_hash(grid, other)
+        images = [arc.augment(Augment(k, colours), g) for g in (grid, other) for k in range(8)]
+        same = [arc.canonical_hash(a, b) == want for a in images[:8] for b in images[8:]]
+        assert all(same[::9]) and arc.canonical_hash(other, grid) != want
+    a, b = np.arange(6, dtype=np.uint8).reshape(2, 3), np.arange(4, dtype=np.uint8).reshape(2, 2)
+    assert len({arc.canonical_hash(a, g) for g in (b, np.rot90(b), b + 1, b.T)}) == 4
     # against brute force: on small grids, equal hashes exactly where some symmetry and recolouring takes one to the other
     def orbit(g):
         forms = set()

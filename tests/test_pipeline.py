@@ -216,7 +216,8 @@ def _fits(check, text):
 
 
 def test_no_evaluation_output_in_puzzles_or_traces(built):
-    outputs = {arc.canonical_hash(o) for name in ("arc1_eval", "arc2_eval") for t in arc.load(name) for _, o in t.test}
+    outputs = [o for name in ("arc1_eval", "arc2_eval") for t in arc.load(name) for _, o in t.test]
+    outputs = {arc.canonical_hash(o) for o in outputs if o.size > 9 and len(np.unique(o)) > 1}
     seen = 0
     for source, _, ids in documents(built):
         if source not in ("programs", "traces", "arc", "maze"):
