@@ -254,12 +254,6 @@ def test_only_programs_that_pass_every_demonstration_answer():
 def test_a_tuned_model_has_learned_its_task_and_the_model_itself_is_untouched(name, rank):
     model, task = make(name, 512), turned()
     before = copy.deepcopy(model.state_dict())
-    settings = Settings(ttt_steps=16, ttt_rank=rank, ttt_lr=8e-3)  # at 2e-2 the last bit of a weight decides what is gained
-    tuned = ttt.tune(model, task, settings)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and not model.training and not tuned.training
-    assert tuned.state_dict().keys() == before.keys()   # nothing is left beside the weights
-    changed = {k for k, v in tuned.state_dict().items() if not torch.equal(v, before[k])}
-    assert changed and (rank == 0 or all(k.startswith("blocks") and k.endswith("weight") and before[k].ndim == 2 for k in changed))
     rows = ttt.rows(task, 8, model.puzzle_format, 512, np.random.default_rng(99))
 
     def loss(m):
@@ -267,7 +261,15 @@ def test_a_tuned_model_has_learned_its_task_and_the_model_itself_is_untouched(na
         with torch.no_grad():
             return m(idx, targets, mode="puzzle")[1].item()
 
-    assert loss(tuned) < loss(model) - 0.015
+    gained = []  # at twice this rate a weight's last bit decides what Route B gains; and one seed of it in ten loses a little
+    for seed in range(1, 5 if name == "trm" else 2):
+        tuned = ttt.tune(model, task, Settings(ttt_steps=16, ttt_rank=rank, ttt_lr=4e-3, seed=seed))
+        gained.append(loss(model) - loss(tuned))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and not model.training and not tuned.training
+    assert tuned.state_dict().keys() == before.keys()   # nothing is left beside the weights
+    changed = {k for k, v in tuned.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed and (rank == 0 or all(k.startswith("blocks") and k.endswith("weight") and before[k].ndim == 2 for k in changed))
+    assert np.mean(gained) > 0.05
 
 
 def test_tuning_depends_on_the_seed_and_on_nothing_else():
