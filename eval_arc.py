@@ -7,6 +7,7 @@ The evaluation: how many unseen tasks does a checkpoint solve, exactly, and what
     python eval_arc.py CKPT --suites=arc1 --augment=16 --ttt_steps=32  all that helps: 16 views of each task, a model tuned to each
     python eval_arc.py CKPT --suites=arc1 --augment=11 --n_sup=2 --halt=0.9      Route B: many views, few steps, the cheapest votes
     python eval_arc.py CKPT --tasks=my_tasks                           your own ARC-style JSON files
+    python eval_arc.py CKPT --tasks=X_challenges.json                  Kaggle's, with the X_solutions.json beside it
     python eval_arc.py out/route_b_stage3 --watch                      every new checkpoint of a folder; curves in evals.png
     torchrun --nproc_per_node=2 eval_arc.py CKPT ...                   the same answers from two GPUs
 
@@ -544,7 +545,8 @@ def main():
     parser.add_argument("checkpoints", metavar="CKPT", nargs="+", help="a ckpt.pt that train.py wrote; with --watch, a folder of them")
     group = parser.add_argument_group("what is asked")
     group.add_argument("--suites", metavar="NAMES", help=f"separated by commas (default: all that are there): {suites.ALL}")
-    group.add_argument("--tasks", metavar="PATH", help="your own tasks: a folder of ARC-style .json files, or one file, of one or many")
+    group.add_argument("--tasks", metavar="PATH", help="your own tasks: a folder of ARC-style .json files, or one file, of "
+                       "one or many, or Kaggle's ..._challenges.json")  # fmt: skip
     group.add_argument("--limit", metavar="N", type=positive, help="only the first N tasks of each suite (default: all)")
     group.add_argument("--attempts", metavar="N", type=positive, help=f"answers that count in ARC suites (default {ATTEMPTS})")
     group = parser.add_argument_group("how it is asked (more of anything takes longer)")

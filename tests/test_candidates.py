@@ -261,7 +261,8 @@ def test_a_tuned_model_has_learned_its_task_and_the_model_itself_is_untouched(na
         with torch.no_grad():
             return m(idx, targets, mode="puzzle")[1].item()
 
-    gained = []  # at twice this rate a weight's last bit decides what Route B gains; and one seed of it in ten loses a little
+    # At twice this rate a weight's last bit decides what Route B gains; and one seed of it in ten loses a little
+    gained = []
     for seed in range(1, 5 if name == "trm" else 2):
         tuned = ttt.tune(model, task, Settings(ttt_steps=16, ttt_rank=rank, ttt_lr=4e-3, seed=seed))
         gained.append(loss(model) - loss(tuned))
