@@ -297,7 +297,7 @@ def words(s):
         return language.table(s)
     found = ((task, metric, f) for task, metrics in s["results"].items() for metric, f in metrics.items())
     return "\n".join(f"{task:32}{metric:24}{f['value']:10.4f}   {'{:.4f} to {:.4f}'.format(*f['interval']) if f['interval'] else ''}"
-                     for task, metric, f in found)  # fmt: skip
+                     for task, metric, f in found if f["value"] is not None)  # fmt: skip
 
 
 # -----------------------------------------------------------------------------
@@ -441,7 +441,8 @@ def measure(name, suite, model, r, limit, out_dir):
         print(f"{name} {suite}: {len(before)} parts of it have been measured before ({path}) and are not measured again")
 
     def keep(part, found):
-        problem = logbook.append({"key": key, "model": name, "suite": suite, "part": part, "found": found}, path)
+        line = {"key": key, "model": name, "suite": suite, "part": part, "found": draw_report.finite(found)}
+        problem = logbook.append(line, path)
         if problem:
             print(problem)
 
@@ -589,7 +590,7 @@ def finish(args, models, chosen, records, report, out_dir):
         lines = [line for line in logbook.read(measured) if line.get("key") in keys or stays(line)]
         write_lines(lines, measured) if lines else os.remove(measured)
     written = [("figures", figures), ("answers", answers)]
-    configurator.save(report, figures)
+    configurator.save(draw_report.finite(report), figures)
     for_prize = [key for key in new if key[1] in ARC_RULES]
     for name, suite in for_prize:
         which = [f"_{name}_{suite}".replace(os.sep, "-"), *([""] if len(for_prize) == 1 else [])]

@@ -16,6 +16,7 @@ import argparse
 import difflib
 import functools
 import json
+import math
 import os
 import sys
 import time
@@ -160,7 +161,9 @@ def evaluate(model, tasks, limit=None, include_path=None):
             metric, _, how = name.partition(",")  # "acc,none": the filter that answers went through comes after the comma
             if isinstance(value, (int, float)) and how and not metric.endswith("_stderr"):
                 error = figures.get(f"{metric}_stderr,{how}")
-                interval = [value - 1.959964 * error, value + 1.959964 * error] if isinstance(error, float) else None
+                interval = None
+                if isinstance(error, float) and math.isfinite(value + error):
+                    interval = [value - 1.959964 * error, value + 1.959964 * error]
                 if interval and metric.startswith(SHARES):
                     interval = [max(interval[0], 0.0), min(interval[1], 1.0)]
                 shown = metric if how == "none" else f"{metric}, {how}"

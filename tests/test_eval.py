@@ -359,6 +359,30 @@ def test_the_table_begins_with_the_official_score(checkpoints, tmp_path, monkeyp
     assert "score 50.0%, 0 of 1 solved" in said
 
 
+@pytest.mark.parametrize("name", ["dense", "trm"])
+def test_a_model_of_nan_answers_nothing_and_its_evaluation_ends(name, tmp_path, monkeypatch, capsys):
+    """In every suite and with everything that is tried on an answer; and what is written is JSON."""
+    path = save(tmp_path / "ckpt.pt", name, {"iter": 1}, block_size=600)
+    broken = torch.load(path)
+    broken["weights"] = {k: v * float("nan") for k, v in broken["weights"].items()}
+    torch.save(broken, path)
+    monkeypatch.setattr(candidates, "ANSWER_TOKENS", 20)
+    # Route A's own way out of numbers that are not finite: no grid for that row
+    monkeypatch.setattr(model_dense, "write_grids", lambda logits, read_on, limits, *_, **__: [None] * len(limits))
+    args = ["--limit=2", "--augment=2", "--ttt_steps=1", f"--out_dir={tmp_path}", "--device=cpu"]
+    call(monkeypatch, path, "--suites=sudoku4,transforms,logic,language", *args)
+    out = capsys.readouterr().out
+    text = (tmp_path / "eval.json").read_text()
+    (report,) = json.loads(text, parse_constant=pytest.fail).values()
+    for suite in ("sudoku4", "transforms", "logic"):
+        assert (report["suites"][suite]["total"], report["suites"][suite]["verdicts"]) == (2, {"no answer": 2}), suite
+    assert all(not t["attempts"] and "steps" not in t for r in answers(tmp_path).values() for t in r["test"])
+    for line in (tmp_path / "measured.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+    assert "0 of 2 solved" in out
+    call(monkeypatch, path, "--suites=sudoku4", "--limit=1", *args[-2:])  # what is there can be added to
+
+
 def test_two_processes_give_what_one_gives(checkpoints, tmp_path, monkeypatch):
     args = [*checkpoints, "--suites=sudoku4", "--limit=3", "--augment=16", "--samples=2", "--device=cpu"]
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29577"]
