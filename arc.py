@@ -47,14 +47,17 @@ class Task:
 
 
 def validate_grid(grid):
-    """-> np.uint8 (h, w), a copy. ValueError unless `grid` (an array or a list of lists) is 2-D, 1..30 a side, of whole numbers 0..9."""
+    """
+    -> np.uint8 (h, w), a copy. ValueError unless `grid` (an array or a list of lists) is 2-D, 1..30 a side, of
+    whole numbers 0..9. 1.0 is one.
+    """
     try:
         array = np.array(grid)
     except ValueError:
         raise ValueError("not a grid: its rows differ in length") from None
     if array.ndim != 2 or not all(1 <= side <= MAX_SIDE for side in array.shape):
         raise ValueError(f"not a grid: shape {array.shape}, where height and width of 1 to {MAX_SIDE} are wanted")
-    if array.dtype.kind not in "iu" or array.min() < 0 or array.max() > 9:
+    if array.dtype.kind not in "iuf" or not np.isin(array, range(10)).all():
         raise ValueError("not a grid: cells must be whole numbers from 0 to 9")
     return array.astype(np.uint8)
 
@@ -96,30 +99,59 @@ def find(task_id):
 
 def read_tasks(path):
     """
-    Tasks from elsewhere -> list[Task], sorted by id: a folder of ARC-style JSON files, one task each, named by its id; one such file; or a
-    JSON file of many, {id: task}. A test input may come without its output, which is None then. ValueError, naming file, pair and mistake,
-    in one line.
+    Tasks from elsewhere -> list[Task], sorted by id: a folder of ARC-style JSON files, one task each, named by its
+    id; one such file; or a JSON file of many, {id: task}. A file called ...challenges.json, Kaggle's name for one of
+    many, is read with the ...solutions.json beside it, {id: [output, ...]}, alone or in a folder. A test input may
+    come without its output, which is None then. ValueError, naming file, pair and mistake, in one line.
     """
     if not os.path.exists(path):
         raise ValueError(f"there is no {path}: name a folder of ARC-style .json files, or one file")
-    one_each = os.path.isdir(path)
-    files = sorted(f for f in os.listdir(path) if f.endswith(".json")) if one_each else [path]
+    files = [path]
+    if os.path.isdir(path):
+        no_tasks = ("solutions.json", "sample_submission.json")
+        names = [f for f in sorted(os.listdir(path)) if f.endswith(".json") and not f.endswith(no_tasks)]
+        files = [os.path.join(path, f) for f in names]
     if not files:
         raise ValueError(f"{path} holds no .json file: ARC-style tasks are wanted, one a file")
-    raw = {}
-    for name in files:
-        file = os.path.join(path, name) if one_each else path
-        try:
-            with open(file, encoding="utf-8") as f:
-                content = json.load(f)
-        except (ValueError, RecursionError) as e:
-            raise ValueError(f"{file} is not JSON: {e}") from None
-        alone = one_each or (isinstance(content, dict) and isinstance(content.get("test"), list))  # of many, "test" would be a task
+    tasks = {}
+    for file in files:
+        content, many = _read_json(file), file.endswith("challenges.json")
+        alone = file != path and not many
+        if isinstance(content, dict):  # of many, "train" and "test" would be ids of tasks
+            alone = alone or any(isinstance(content.get(part), list) for part in ("train", "test"))
         found = {os.path.basename(file).removesuffix(".json"): content} if alone else content
         if not isinstance(found, dict) or not found:
             raise ValueError(f"{file} holds no tasks: {{id: task}} is wanted")
-        raw.update({task_id: (file, task) for task_id, task in found.items()})
-    return [_read_task(task_id, *raw[task_id]) for task_id in sorted(raw)]
+        beside = file.removesuffix("challenges.json") + "solutions.json"
+        outputs = _read_json(beside) if many and os.path.exists(beside) else {}
+        if not isinstance(outputs, dict):
+            raise ValueError(f"{beside} holds no solutions: {{id: [output, ...]}} is wanted")
+        for task_id, raw in found.items():
+            task = _read_task(task_id, file, raw)
+            if task_id in outputs:
+                _solve(task, outputs[task_id], f"{beside}, task {task_id}")
+            if task_id in outputs or task_id not in tasks:  # it may be there twice, with its outputs and without
+                tasks[task_id] = task
+    return [tasks[task_id] for task_id in sorted(tasks)]
+
+
+def _solve(task, outputs, where):
+    """Put the outputs of a ...solutions.json into the task."""
+    if not isinstance(outputs, list) or len(outputs) != len(task.test):
+        raise ValueError(f"{where}: as many outputs are wanted as the task has test inputs, {len(task.test)}")
+    for i, output in enumerate(outputs):
+        try:
+            task.test[i] = task.test[i][0], validate_grid(output)
+        except (ValueError, TypeError, OverflowError) as e:
+            raise ValueError(f"{where}: output {i + 1} is {e}") from None
+
+
+def _read_json(file):
+    try:
+        with open(file, encoding="utf-8-sig") as f:  # with a byte order mark or without
+            return json.load(f)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{file} is not JSON: {e}") from None
 
 
 def _read_task(task_id, file, raw):

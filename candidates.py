@@ -5,7 +5,7 @@ A *view* is the task turned or mirrored, in other colours, with its demonstratio
 turned back, and counts as a vote for that grid. Route A can also draw several answers to each view; Route B gives one, that of its surest
 supervision step, and those of the others as further candidates without a vote. What is left to say which of two candidates with as many
 votes comes first is a score: for Route A the log-probability of the candidate's cells under other views as well, for Route B the halting
-probability.
+probability. Two attempts count in ARC: where Route A has one answer alone to such a task, a second one is made of it.
 
 Programs are another way to an answer: the model writes functions of the language of programs.py, and those that turn every
 demonstration's input into its output are run on the test input. They have passed a test, so what they give comes first.
@@ -16,6 +16,7 @@ Read next: scores.py (what counts as right), ttt.py (a model that is tuned to on
 """
 
 import hashlib
+import math
 import re
 from dataclasses import dataclass, field, replace
 
@@ -24,6 +25,7 @@ import torch
 
 import arc
 import tokenizer as tok
+from model_dense import batches_by_length
 from model_trm import surest
 
 RESCORED = 4  # candidates of Route A, those with most votes, that are looked at from other views
@@ -149,7 +151,7 @@ def rescore(model, tasks, seen, found):
                 asked += [(c, look(view, alone), arc.augment(view.symmetry, c.grid)) for view in some_views[:RESCORING_VIEWS]]
     values = {}
     for (c, _, _), (log_p,) in zip(asked, model.answer_logits([t for _, t, _ in asked], [[g] for _, _, g in asked])):
-        if log_p is not None:
+        if log_p is not None and np.isfinite(log_p).all():
             values.setdefault(id(c), []).append(float(log_p.mean()))
     for given in found:
         for candidates in given:
@@ -158,6 +160,34 @@ def rescore(model, tasks, seen, found):
                     c.score = float(np.mean(values[id(c)])) if id(c) in values else c.score
                 head = sorted(candidates[:RESCORED], key=lambda c: (c.program is None, -c.votes, -c.score))
                 candidates[:RESCORED] = head
+
+
+def add_seconds(model, tasks, found):
+    """
+    Route A, ARC tasks: where there is one candidate alone, a second one after it, without a vote, as two attempts
+    count: the same grid with the next likeliest colour in the cell where the model came closest to it. tasks; for each
+    task and test input a list of Candidate or None. Changes the lists.
+    """
+    alone = []
+    for task, given in zip(tasks, found):
+        for (x, _), candidates in zip(task.test, given):
+            if task.kind == "arc" and len(candidates or []) == 1:
+                document = arc.encode(task.kind, [*task.train, (x, candidates[0].grid)])
+                alone.append((torch.from_numpy(document.astype(np.int64)), candidates))
+    for part in batches_by_length(alone, lambda row: len(row[0])):
+        shapes = [candidates[0].grid.shape for _, candidates in part]
+        logits = model.place_logits([document for document, _ in part], shapes)
+        logits = logits.split([h * (w + 1) + 1 for h, w in shapes])
+        for (_, candidates), places, (h, w) in zip(part, logits, shapes):
+            first = candidates[0]
+            grid = torch.from_numpy(first.grid.astype(np.int64))[..., None]
+            log_p = places[:-1].view(h, w + 1, -1)[:, :w, :10].float().cpu().log_softmax(-1)
+            lost = log_p.gather(2, grid) - log_p.scatter(2, grid, -torch.inf)  # (h, w, 10); its own colour: infinite
+            cell, colour = divmod(int(lost.argmin()), 10)
+            if log_p.isfinite().all():
+                second = first.grid.copy()
+                second.flat[cell] = colour
+                candidates.append(Candidate(second, 0, first.score - float(lost.min()) / (h * w)))
 
 
 # -----------------------------------------------------------------------------
@@ -204,13 +234,16 @@ def solve_grids(model, tasks, settings):
             if some is None:
                 continue
             fits[i][j] = True
+            # Where its numbers are not finite, Route A gives None, and Route B a grid that says nothing
+            some = [answer for answer in some if answer is not None and math.isfinite(answer[1])]
             some = [(None if grid is None else arc.invert(view.symmetry, grid), score) for grid, score in some]
             if canvas:
                 if view is seen[i][0]:
                     steps[i][j] = some
                 some = [(grid, p, n == 0) for n, (grid, p) in enumerate(surest(some))]
             else:
-                some = [(grid, log_p / (grid.shape[0] * (grid.shape[1] + 1) + 1), True) for grid, log_p in some]
+                some = [(grid, log_p / (grid.shape[0] * (grid.shape[1] + 1) + 1), True) for grid, log_p in some
+                        if grid is not None]  # fmt: skip
             found[i][j] += [(grid, int(votes), score, None) for grid, score, votes in some]
     for i, task in enumerate(tasks):
         if settings.programs and task.kind == "arc":
@@ -220,6 +253,8 @@ def solve_grids(model, tasks, settings):
     ranked = [[vote(f) if ok else None for f, ok in zip(*both)] for both in zip(found, fits)]
     if not canvas and settings.augment * settings.samples > 1:
         rescore(model, tasks, seen, ranked)
+    if not canvas:
+        add_seconds(model, tasks, ranked)
     return [[Given(c, s) if c is not None else None for c, s in zip(*both)] for both in zip(ranked, steps)]
 
 

@@ -28,6 +28,7 @@ import tokenizer as tok
 # Route A is the same in all formats. In 1, Route B's test input lay beside the canvas; up to 2, its KDA read a puzzle as one line; up to
 # 3, no tiles.
 CHECKPOINT_FORMAT = 5
+WRAPPERS = {"module.": "DistributedDataParallel", "_orig_mod.": "torch.compile"}  # they rename what they wrap
 MODEL_FILES = {"dense": "model_dense", "trm": "model_trm"}
 
 
@@ -134,6 +135,10 @@ def what_else(value):
 def load_weights(model, weights, path):
     """Copy a state dict in. ValueError naming the first differences if the shapes are another model's."""
     own = model.state_dict()
+    for prefix, wrapper in WRAPPERS.items():
+        if weights and all(k.startswith(prefix) for k in weights):
+            raise ValueError(f"{path} does not fit this model: all names of its weights begin with {prefix!r}, as those of "
+                             f"a model in {wrapper} do: save the state dict of what is inside, model.{prefix[:-1]}")
     wrong = [k for k in own if k not in weights or weights[k].shape != own[k].shape] + [k for k in weights if k not in own]
 
     def shape(tensors, k):

@@ -7,6 +7,7 @@ The evaluation: how many unseen tasks does a checkpoint solve, exactly, and what
     python eval_arc.py CKPT --suites=arc1 --augment=16 --ttt_steps=32  all that helps: 16 views of each task, a model tuned to each
     python eval_arc.py CKPT --suites=arc1 --augment=11 --n_sup=2 --halt=0.9      Route B: many views, few steps, the cheapest votes
     python eval_arc.py CKPT --tasks=my_tasks                           your own ARC-style JSON files
+    python eval_arc.py CKPT --tasks=X_challenges.json                  Kaggle's, with the X_solutions.json beside it
     python eval_arc.py out/route_b_stage3 --watch                      every new checkpoint of a folder; curves in evals.png
     torchrun --nproc_per_node=2 eval_arc.py CKPT ...                   the same answers from two GPUs
 
@@ -21,13 +22,17 @@ In LOG.md two steps were as good as more, and many views were worth more than ma
 
 A run that was killed goes on where it was: what has been answered, by the same checkpoint with the same settings, is not asked again.
 
-What is written, all of it into --out_dir: eval.json, answers.jsonl, grids.png, report.html, and for ARC tasks the submission.json of the
-ARC Prize (where there are several models or suites: submission_MODEL_SUITE.json).
+What is written, all of it into --out_dir: eval.json, answers.jsonl, grids.png, report.html, and for ARC tasks the
+submission_MODEL_SUITE.json of the ARC Prize; where one model is asked one of these suites, submission.json as well, which
+is the same. A folder that has results keeps them: what is asked is put in by model and suite, in place of what the same
+model had there for the same suite. A model is a checkpoint file by its content; one that was trained on under the same path
+takes the place of what it was, with all its suites.
 
 eval.json: {model name: report}. A report says which checkpoint it is (params, checkpoint, sha256, iter, model, config, data: {stage, tag,
-sources}, ...), how it was evaluated (settings, device, seconds, gpu_hours, protocol: 'inductive', 'ttt', 'transductive', or
-'transductive + ttt') and what came out, suites: {suite: figures}:
+sources}, ...), how it was evaluated last (settings, device, seconds of all its suites, gpu_hours, protocol: 'inductive', 'ttt',
+'transductive', or 'transductive + ttt') and what came out, suites: {suite: figures}:
 
+    protocol, settings, n_sup       how this suite was asked, where suites were asked one after the other
     total, solved, interval         tasks; interval: 95% of solved / total, [low, high], by Wilson's score
     score                           mean over tasks of the share of their test outputs that are solved: what ARC Prize ranks by
     outputs_total, outputs_solved, outputs_interval         test outputs, the same way
@@ -39,7 +44,8 @@ sources}, ...), how it was evaluated (settings, device, seconds, gpu_hours, prot
     by_size                         {'1-25', ...: [solved, total]} test outputs by the number of their cells
     verdicts                        {'right', 'differs', 'breaks a rule', 'unfinished', 'wrong size', 'no answer': count}, first attempts
     cells_right, cells_right_by_copying     share of cells right in the first attempt, and if the input itself were the answer
-    against                         {other model: {only_this, only_other, p}}: tasks that one solves and the other does not, exact McNemar
+    against                         {other model: {only_this, only_other, p}}: tasks that one solves and the other does not, of
+                                    those that both were asked; exact McNemar
     seconds, available              time taken, of all processes together; tasks that the suite has, of which --limit may take the first
 
 answers.jsonl: a line for every model, suite and task tried, {...}:
@@ -98,6 +104,8 @@ from configurator import positive
 from files import write_whole
 
 ROUTES = {"dense": "route_a", "trm": "route_b"}  # what the models are called in reports
+ARC_RULES = (*suites.ARC_SUITES, "tasks")  # suites that are scored and handed in as ARC's rules say
+HOW = ("protocol", "settings", "n_sup")  # of a report: how it was evaluated, which may differ from suite to suite
 ATTEMPTS = 2  # that count in ARC suites; in puzzles, which have one solution by their rules, it is 1
 ROWS_AT_ONCE = 64  # views of tasks handed to a model at a time: bounds what is lost when killed, and the progress bar moves
 MEASURED = "measured.jsonl"  # in out_dir: parts of the suites that are no tasks, as they are done
@@ -164,6 +172,34 @@ def name_models(paths, routes):
     return names
 
 
+def names_among(before, names, paths, digests):
+    """
+    The names, as they are in a folder that has a report, `before`: a checkpoint that is in it keeps its name, by content or
+    else by path, and the name of another is not taken.
+    """
+    out = []
+    for name, path, digest in zip(names, paths, digests):
+        whole = os.path.realpath(path)
+        had = [n for n, r in before.items() if r["sha256"] == digest]
+        had += [n for n, r in before.items() if os.path.realpath(r["checkpoint"]) == whole]
+        had += [n for n in (name, os.path.basename(os.path.dirname(whole)), path) if n not in before]
+        out.append(next((n for n in had if n not in out), whole))
+    return out
+
+
+def read_report(path):
+    """eval.json of an earlier evaluation, {} where there is none. ValueError where it cannot be added to."""
+    if not os.path.exists(path):
+        return {}
+    report = draw_report.read_json(path)
+    try:
+        table(report) if report else None
+        [(r["sha256"], r["checkpoint"]) for r in report.values()]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ValueError(f"{path} is of another version, or not what eval_arc.py writes: move it away, or say --out_dir") from None
+    return report
+
+
 def number(train, name):
     """A figure that training left in the checkpoint; None where it left none, or left no finite number (JSON has no NaN)."""
     value = train.get(name)
@@ -214,34 +250,42 @@ def table(report):
     lines = columns([["", "parameters", "training s", "tokens/s", "loss (text)", "protocol"]] + [
         [name, f"{r['params']:,}", shown(r["train_seconds"], ",.0f"), shown(r["tokens_per_second"], ",.0f"), shown(r["val_loss"], ".3f"),
          r["protocol"]] for name, r in report.items()]) + [""]
-    limited, notes = [], []
-    rows = [["", "", "solved", "", "95%", "outputs", "pass@1", "pass@2", "oracle", "too long", "seconds"]]
-    first = next(iter(report.values()))["suites"]
-    for suite in first:
+    notes = []
+    rows = [["", "", "score", "pass@2", "solved", "", "95%", "outputs", "pass@1", "oracle", "too long", "seconds"]]
+    attempts, tried = {}, {}
+    for suite in dict.fromkeys(suite for r in report.values() for suite in r["suites"]):
         for name, r in report.items():
-            s = r["suites"][suite]
+            s = r["suites"].get(suite)
+            if s is None:
+                continue
             if not suites.is_tasks(suite):
                 notes.append(f"\n{suite}, {name}\n{words(s)}")
                 continue
             low, high = s["interval"]
-            rows.append([suite, name, f"{s['solved']}/{s['total']}", f"{s['solved'] / max(1, s['total']):.1%}",
-                         f"{low:.1%} to {high:.1%}", f"{s['outputs_solved']}/{s['outputs_total']}", str(s["pass_1"]), str(s["pass_2"]),
+            ranked = [f"{s['score']:.1%}", str(s["pass_2"])] if suite in ARC_RULES else ["", ""]
+            rows.append([suite, name, *ranked, f"{s['solved']}/{s['total']}", f"{s['solved'] / max(1, s['total']):.1%}",
+                         f"{low:.1%} to {high:.1%}", f"{s['outputs_solved']}/{s['outputs_total']}", str(s["pass_1"]),
                          str(s["oracle"]), str(s["too_long"]), f"{s['seconds']:.1f}"])
+            other = {k: v for k, v in (s.get("settings") or {}).items() if v != r["settings"].get(k)}
+            if other:
+                asked = " ".join(f"--{k}={v}" for k, v in other.items())
+                notes.append(f"{suite}: {name} was asked another time, with {asked} ({s['protocol']})")
             for other, p in (s.get("against") or {}).items():
                 if p["p"] < 0.05 and p["only_this"] > p["only_other"]:
                     tally = f"{p['only_this']} tasks that the other does not solve, against {p['only_other']}"
                     notes.append(f"{suite}: {name} is better than {other}: {tally} (p = {p['p']:.2g})")
-        s = first[suite]
-        if s.get("total", 0) + s.get("unknown", 0) < s.get("available", 0):
-            limited.append(f"{s['available']} in {suite}")
-            tried = s["total"] + s["unknown"]
+            if s["attempts"] > 1:
+                attempts[suite] = max(s["attempts"], attempts.get(suite, 0))
+            if s["total"] + s["unknown"] < s["available"]:
+                tried.setdefault(s["total"] + s["unknown"], {})[f"{s['available']} in {suite}"] = True
     if len(rows) > 1:
         lines += columns(rows) + [""]
-        more = {suite: s["attempts"] for suite, s in first.items() if s.get("attempts", 1) > 1}
-        allowed = f"{max(more.values())} attempts in {', '.join(more)}, 1 in others" if more else "1 attempt"
+        if any(row[2] for row in rows[1:]):
+            lines.append("score: mean over tasks of the share of their test outputs that are solved, what ARC Prize ranks by.")
+        allowed = f"{max(attempts.values())} attempts in {', '.join(attempts)}, 1 in others" if attempts else "1 attempt"
         lines.append(f"solved: tasks with all test outputs right ({allowed}); oracle: with any of the candidates.")
-    if limited:
-        lines.append(f"Limited to the first {tried} tasks of each; there are {', '.join(limited)}.")
+    for n, available in tried.items():
+        lines.append(f"Limited to the first {n} tasks of each; there are {', '.join(available)}.")
     return "\n".join(lines + notes)
 
 
@@ -253,26 +297,26 @@ def words(s):
         return language.table(s)
     found = ((task, metric, f) for task, metrics in s["results"].items() for metric, f in metrics.items())
     return "\n".join(f"{task:32}{metric:24}{f['value']:10.4f}   {'{:.4f} to {:.4f}'.format(*f['interval']) if f['interval'] else ''}"
-                     for task, metric, f in found)  # fmt: skip
+                     for task, metric, f in found if f["value"] is not None)  # fmt: skip
 
 
 # -----------------------------------------------------------------------------
 # the picture
 
 
-def choose(per_model, n=SHOWN):
+def choose(tasks, n=SHOWN):
     """
-    The numbers of n tasks worth looking at. per_model: for each model, its records of the same tasks. Legible ones before large ones,
-    ones that fit into every model before others, and first of all ones that show each model both right and wrong, where it is.
+    The numbers of n tasks worth looking at. tasks: of each, {model: its record}. Legible ones before large ones, ones that every
+    model was asked and that fit before others, and first of all ones that show each model both right and wrong, where it is.
     """
     def size(record):
         shown = [grid for pair in record["demonstrations"][:1] for grid in pair] + [record["test"][0][k] for k in ("input", "expected")]
         largest = max(max(len(grid), len(grid[0])) for grid in shown if grid)
         return largest if largest > LEGIBLE else 0
 
-    outcomes = [{(m, r["test"][0]["right"][:1] == [True]) for m, r in enumerate(records) if not r["too_long"]}
-                for records in zip(*per_model)]  # fmt: skip
-    left = sorted((i for i, o in enumerate(outcomes) if o), key=lambda i: (-len(outcomes[i]), size(per_model[0][i])))
+    outcomes = [{(model, r["test"][0]["right"][:1] == [True]) for model, r in of.items() if not r["too_long"]} for of in tasks]
+    sizes = [size(next(iter(of.values()))) for of in tasks]
+    left = sorted((i for i, o in enumerate(outcomes) if o), key=lambda i: (-len(outcomes[i]), sizes[i]))
     chosen, seen = [], set()
     while left and len(chosen) < n:
         best = max(left, key=lambda i: len(outcomes[i] - seen))  # the first of the best
@@ -397,7 +441,8 @@ def measure(name, suite, model, r, limit, out_dir):
         print(f"{name} {suite}: {len(before)} parts of it have been measured before ({path}) and are not measured again")
 
     def keep(part, found):
-        problem = logbook.append({"key": key, "model": name, "suite": suite, "part": part, "found": found}, path)
+        line = {"key": key, "model": name, "suite": suite, "part": part, "found": draw_report.finite(found)}
+        problem = logbook.append(line, path)
         if problem:
             print(problem)
 
@@ -416,7 +461,8 @@ def measure(name, suite, model, r, limit, out_dir):
 def say_suite(name, suite, s):
     """A line on one model and suite, as soon as it is known."""
     cells, copied = s["cells_right"], s["cells_right_by_copying"]
-    print(f"{name} {suite}: {s['solved']} of {s['total']} solved, {s['too_long']} too long"
+    score = f"score {s['score']:.1%}, " if suite in ARC_RULES else ""
+    print(f"{name} {suite}: {score}{s['solved']} of {s['total']} solved, {s['too_long']} too long"
           + (f", {s['unknown']} more answered whose outputs nobody gave" if s["unknown"] else "")
           + ("" if cells is None else f"; {cells:.1%} of cells right (copying the input: {copied:.1%})")
           + f"; {s['seconds']:.1f} s", flush=True)  # fmt: skip
@@ -465,9 +511,11 @@ def run(args):
     loaded = [checkpoint.load_model(path, device) for path in args.checkpoints]
     if (settings.n_sup or settings.halt is not None) and all(ckpt["model"] != "trm" for _, ckpt in loaded):
         raise ValueError("--n_sup and --halt are about Route B's supervision steps, and no checkpoint of Route B is given")
+    before = read_report(os.path.join(out_dir, args.json))
+    reports = [report_on(path, model, ckpt, settings, device, dtype) for path, (model, ckpt) in zip(args.checkpoints, loaded)]
     names = name_models(args.checkpoints, [ROUTES[ckpt["model"]] for _, ckpt in loaded])
-    report = {name: report_on(path, model, ckpt, settings, device, dtype)
-              for name, path, (model, ckpt) in zip(names, args.checkpoints, loaded)}  # fmt: skip
+    names = names_among(before, names, args.checkpoints, [r["sha256"] for r in reports])
+    report = dict(zip(names, reports))
     models = {name: model for name, (model, _) in zip(names, loaded)}
     del loaded
     os.makedirs(out_dir, exist_ok=True)
@@ -482,10 +530,11 @@ def run(args):
             if not suites.is_tasks(suite):
                 continue
             part = tasks[suite][: args.limit]
-            attempts = (args.attempts or ATTEMPTS) if suite in (*suites.ARC_SUITES, "tasks") else 1
+            attempts = (args.attempts or ATTEMPTS) if suite in ARC_RULES else 1
             records[name, suite] = ask(name, suite, part, model, report[name], settings, attempts, earlier, out_dir)
             if parallel.master:
-                report[name]["suites"][suite] = {**scores.figures(records[name, suite], attempts), "available": len(tasks[suite])}
+                report[name]["suites"][suite] = {**scores.figures(records[name, suite], attempts), "available": len(tasks[suite]),
+                                                 **{k: report[name][k] for k in HOW}}  # fmt: skip
                 say_suite(name, suite, report[name]["suites"][suite])
     if parallel.master:
         finish(args, models, chosen, records, report, out_dir)
@@ -499,36 +548,70 @@ def finish(args, models, chosen, records, report, out_dir):
             if not suites.is_tasks(suite):
                 r["suites"][suite], key = measure(name, suite, models[name], r, args.limit, out_dir)
                 keys.add(key)
-            else:
-                others = {other: records[other, suite] for other in models if other != name}
-                r["suites"][suite]["against"] = {other: scores.against(records[name, suite], them) for other, them in others.items()}
         r["suites"] = {suite: r["suites"][suite] for suite in chosen}
+
+    # What other evaluations have left in the folder stays, but for what is asked here, and for models that have changed
+    figures, answers, measured = (os.path.join(out_dir, name) for name in (args.json, "answers.jsonl", MEASURED))
+    before = read_report(figures)
+    gone = {name for name, r in report.items() if name in before and before[name]["sha256"] != r["sha256"]}
+    for name in gone:
+        print(f"{name}: {report[name]['checkpoint']} has been trained on since; what {out_dir} had of it is replaced")
+    asked = {(name, suite) for name in report for suite in chosen}
+
+    def stays(line):
+        return (line.get("model"), line.get("suite")) not in asked and line.get("model") not in gone
+
+    new = list(records)
+    kept = {}
+    for record in filter(stays, logbook.read(answers)):
+        kept.setdefault((record.get("model"), record.get("suite")), []).append(record)
+    records = {**kept, **records}
+    for name, r in report.items():
+        if name in before and name not in gone:
+            r["suites"] = {**before[name]["suites"], **r["suites"]}
+    report = {**before, **report}
+    for name, r in report.items():
+        for suite in r["suites"]:
+            if (name, suite) in records:
+                others = {other: records[other, suite] for other in report if other != name and (other, suite) in records}
+                r["suites"][suite]["against"] = {other: scores.against(records[name, suite], them) for other, them in others.items()}
         r["seconds"] = round(sum(s.get("seconds", 0.0) for s in r["suites"].values()), 3)
         r["gpu_hours"] = round(r["seconds"] / 3600, 6) if r["device"].startswith("cuda") else None
-    answers = os.path.join(out_dir, "answers.jsonl")
-    write_lines([record for part in records.values() for record in part], answers)
-    for path in glob.glob(os.path.join(glob.escape(out_dir), "answers.partial*.jsonl")):
-        os.remove(path)
-    measured = os.path.join(out_dir, MEASURED)
-    if os.path.exists(measured):  # like answers.jsonl, it keeps what this evaluation has found and nothing older
-        kept = [line for line in logbook.read(measured) if line.get("key") in keys]
-        write_lines(kept, measured) if kept else os.remove(measured)
-    written = [("figures", os.path.join(out_dir, args.json)), ("answers", answers)]
-    configurator.save(report, written[0][1])
-    for_prize = [key for key in records if key[1] in (*suites.ARC_SUITES, "tasks")]
-    for name, suite in for_prize:
-        which = "" if len(for_prize) == 1 else f"_{name}_{suite}".replace(os.sep, "-")
-        written.append(("submission", os.path.join(out_dir, f"submission{which}.json")))
-        configurator.save(scores.submission(records[name, suite]), written[-1][1])
 
-    rows = []
-    for suite in (s for s in chosen if suites.is_tasks(s) and s not in suites.IN_WORDS):
-        per_model = [records[name, suite] for name in models]
-        rows += [picture_row(list(models), [part[i] for part in per_model]) for i in choose(per_model)]
+    write_lines([record for part in records.values() for record in part], answers)
+    partial = glob.glob(os.path.join(glob.escape(out_dir), "answers.partial*.jsonl"))
+    left = [line for path in partial for line in logbook.read(path) if stays(line)]  # of another evaluation that was killed
+    if left:
+        write_lines(left, os.path.join(out_dir, "answers.partial0.jsonl"))
+    for path in partial:
+        if not left or not path.endswith("partial0.jsonl"):
+            os.remove(path)
+    if os.path.exists(measured):
+        lines = [line for line in logbook.read(measured) if line.get("key") in keys or stays(line)]
+        write_lines(lines, measured) if lines else os.remove(measured)
+    written = [("figures", figures), ("answers", answers)]
+    configurator.save(draw_report.finite(report), figures)
+    for_prize = [key for key in new if key[1] in ARC_RULES]
+    for name, suite in for_prize:
+        which = [f"_{name}_{suite}".replace(os.sep, "-"), *([""] if len(for_prize) == 1 else [])]
+        for path in (os.path.join(out_dir, f"submission{w}.json") for w in which):
+            configurator.save(scores.submission(records[name, suite]), path)
+            written.append(("submission", path))
+
+    rows, drawn = [], [name for name in report if any(model == name for model, _ in records)]
+    for suite in dict.fromkeys(suite for r in report.values() for suite in r["suites"]):
+        if not suites.is_tasks(suite) or suite in suites.IN_WORDS:
+            continue
+        tasks = {}
+        for name in drawn:
+            for record in records.get((name, suite), []):
+                tasks.setdefault(record["id"], {})[name] = record
+        tasks = list(tasks.values())
+        rows += [picture_row(list(tasks[i]), list(tasks[i].values())) for i in choose(tasks)]
     if rows:
         written.append(("picture", os.path.join(out_dir, "grids.png")))
         halt = "; halt: how likely Route B thinks it is that all is right" if any(r["model"] == "trm" for r in report.values()) else ""
-        arc.picture(rows, written[-1][1], f"{', '.join(models)}   (crosses: wrong cells{halt})")
+        arc.picture(rows, written[-1][1], f"{', '.join(drawn)}   (crosses: wrong cells{halt})")
     written.append(("report", draw_report.write(out_dir, args.json)))
     print("\n" + table(report) + "\n")
     for what, path in written:
@@ -544,7 +627,8 @@ def main():
     parser.add_argument("checkpoints", metavar="CKPT", nargs="+", help="a ckpt.pt that train.py wrote; with --watch, a folder of them")
     group = parser.add_argument_group("what is asked")
     group.add_argument("--suites", metavar="NAMES", help=f"separated by commas (default: all that are there): {suites.ALL}")
-    group.add_argument("--tasks", metavar="PATH", help="your own tasks: a folder of ARC-style .json files, or one file, of one or many")
+    group.add_argument("--tasks", metavar="PATH", help="your own tasks: a folder of ARC-style .json files, or one file, of "
+                       "one or many, or Kaggle's ..._challenges.json")  # fmt: skip
     group.add_argument("--limit", metavar="N", type=positive, help="only the first N tasks of each suite (default: all)")
     group.add_argument("--attempts", metavar="N", type=positive, help=f"answers that count in ARC suites (default {ATTEMPTS})")
     group = parser.add_argument_group("how it is asked (more of anything takes longer)")

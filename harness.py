@@ -16,6 +16,7 @@ import argparse
 import difflib
 import functools
 import json
+import math
 import os
 import sys
 import time
@@ -47,7 +48,7 @@ class Wrapped(TemplateLM):
 
     def __init__(self, model):
         super().__init__()
-        self.model = model
+        self.model, self.told = model, False
 
     @property
     def eot_token_id(self):
@@ -89,9 +90,8 @@ class Wrapped(TemplateLM):
     def write(self, contexts, settings):
         device = next(self.model.parameters()).device
         untils = [[s["until"]] if isinstance(s.get("until"), str) else list(s.get("until") or []) for s in settings]
-        most = [s.get("max_gen_toks", MAX_TOKENS) for s in settings]
-        room = max(self.model.config.block_size - max(most), 1)
-        prompts = [torch.tensor([tok.EOT, *self.tok_encode(context)][-room:], device=device) for context in contexts]
+        fit = [self.fit([tok.EOT, *self.tok_encode(c)], s.get("max_gen_toks", MAX_TOKENS)) for c, s in zip(contexts, settings)]
+        prompts, most = [torch.tensor(ids, device=device) for ids, _ in fit], [n for _, n in fit]
         written = [[] for _ in contexts]
         for drawn in self.model.generate(torch.stack(prompts) if len(prompts) == 1 else prompts, max(most), temperature=0):
             for ids, token in zip(written, drawn.tolist()):
@@ -99,6 +99,20 @@ class Wrapped(TemplateLM):
             if all(len(ids) >= n or cut(ids, words)[1] for ids, n, words in zip(written, most, untils)):
                 break
         return [cut(ids[:n], words)[0] for ids, n, words in zip(written, most, untils)]
+
+
+    def fit(self, ids, asked):
+        """
+        -> (the end of a prompt, how many tokens are written after it), together at most block_size. The prompt comes first: what
+        is asked for beyond half of block_size is written only as far as the prompt leaves room. Whatever is left out is said, once.
+        """
+        block = self.model.config.block_size
+        n = min(asked, max(block - len(ids), block // 2))
+        if (n < asked or len(ids) > block - n) and not self.told:
+            self.told = True
+            print(f"block_size {block} has no room for a prompt of {len(ids)} tokens and {asked} after it: the prompt's last "
+                  f"{min(len(ids), block - n)} are read and at most {n} written (of others this is not said)")  # fmt: skip
+        return ids[-(block - n) :], n
 
 
 def cut(ids, words):
@@ -147,7 +161,9 @@ def evaluate(model, tasks, limit=None, include_path=None):
             metric, _, how = name.partition(",")  # "acc,none": the filter that answers went through comes after the comma
             if isinstance(value, (int, float)) and how and not metric.endswith("_stderr"):
                 error = figures.get(f"{metric}_stderr,{how}")
-                interval = [value - 1.959964 * error, value + 1.959964 * error] if isinstance(error, float) else None
+                interval = None
+                if isinstance(error, float) and math.isfinite(value + error):
+                    interval = [value - 1.959964 * error, value + 1.959964 * error]
                 if interval and metric.startswith(SHARES):
                     interval = [max(interval[0], 0.0), min(interval[1], 1.0)]
                 shown = metric if how == "none" else f"{metric}, {how}"

@@ -105,8 +105,9 @@ def windows(n_tokens, size, source_tokens):
 
 def bits_per_byte(model, data_dir, entries, source_tokens=SOURCE_TOKENS, progress=lambda n: None):
     """
-    -> {bits_per_byte, interval, bytes, tokens} of the shards `entries` of one source, None where they have no text. Ends of documents and
-    reserved ids are read but not counted: they are no text.
+    -> {bits_per_byte, interval, bytes, tokens} of the shards `entries` of one source, None where they have no text,
+    or the model no probability for it that is finite. Ends of documents and reserved ids are read but not counted:
+    they are no text.
     """
     bytes_of = np.array([len(tok.load().decode_single_token_bytes(i)) if i < tok.EOT else 0 for i in range(tok.VOCAB_SIZE)])
     shards, size = loader.Shards(data_dir, entries), model.config.block_size
@@ -118,7 +119,7 @@ def bits_per_byte(model, data_dir, entries, source_tokens=SOURCE_TOKENS, progres
         surprise.append(-float(nats[n_bytes > 0].sum(dtype=np.float64)) / math.log(2))
         counted.append(int(n_bytes.sum()))
     above, below = np.array(surprise), np.array(counted)
-    if not below.sum():
+    if not below.sum() or not np.isfinite(above).all():
         return None
     return {"bits_per_byte": round(float(above.sum() / below.sum()), 6), "interval": ratio_interval(above, below),
             "bytes": int(below.sum()), "tokens": sum(len(w) - 1 for w in ids)}  # fmt: skip

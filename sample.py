@@ -107,8 +107,10 @@ def show_task(model, task, n_sup, halt=None):
     for j, ((x, y), given) in enumerate(zip(task.test, asked), 1):
         panels = [(f"test {j}" if task.train else "puzzle", x, None), ("expected", y, None)]
         if canvas:
+            given = [(grid if math.isfinite(halt) else None, halt) for grid, halt in given]
             panels += [(f"step {step}, halt {halt:.2f}", grid, y) for step, (grid, halt) in enumerate(given, 1)]
         else:
+            given = [answer for answer in given if answer is not None]  # None: its numbers are not finite
             panels += [(f"answer, p {np.exp(log_p):.2g}", grid, y) for grid, log_p in given[:1]]
         print(arc.ansi_row(panels))
         answers = surest(given) if canvas else given

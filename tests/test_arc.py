@@ -50,7 +50,9 @@ def test_find():
 
 def test_validate_grid():
     assert same(arc.validate_grid([[0, 9], [3, 4]]), np.array([[0, 9], [3, 4]], np.uint8))
-    for bad in ([], [[]], [1, 2], [[1, 2], [3]], [[10]], [[-1]], [[0.5]], [["1"]], [[None]], [[True]],
+    assert same(arc.validate_grid([[0.0, 9], [3, 4.0]]), np.array([[0, 9], [3, 4]], np.uint8))
+    for bad in ([[np.nan]], [[np.inf, 1]], [[1e300]],
+                [], [[]], [1, 2], [[1, 2], [3]], [[10]], [[-1]], [[0.5]], [["1"]], [[None]], [[True]],
                 np.zeros((31, 1), int), np.zeros((1, 1, 1), int)):
         with pytest.raises(ValueError, match="not a grid"):
             arc.validate_grid(bad)

@@ -10,8 +10,10 @@ from tiny import grid, make
 import arc
 import candidates
 import eval_arc
+import model_dense
 import programs
 import puzzles
+import scores
 import suites
 import tokenizer as tok
 import ttt
@@ -76,6 +78,9 @@ class Sees:
     def answer_logits(self, tasks, answers):
         return [[np.full(g.shape, -1.0) for g in grids] for grids in answers]
 
+    def place_logits(self, documents, shapes):
+        return torch.zeros(sum(h * (w + 1) + 1 for h, w in shapes), 11)
+
 
 def turned(n=3):
     rng = np.random.default_rng(0)
@@ -107,7 +112,57 @@ def test_one_view_is_what_the_model_answers_by_itself():
                 assert (found is None) == (wanted is None), task.id
                 if found:
                     assert found.candidates[0].grid.tolist() == wanted[0][0].tolist()
-                    assert {c.grid.tobytes() for c in found.candidates} == {g.tobytes() for g, _ in wanted}
+                    theirs = found.candidates if name == "trm" else found.candidates[:1]  # without a second attempt
+                    assert {c.grid.tobytes() for c in theirs} == {g.tobytes() for g, _ in wanted}
+
+
+def test_two_attempts_at_an_arc_task_are_two_answers():
+    """Of Route A, the second is the likeliest that differs from the first in a cell: found here by trying them all."""
+    model, tasks = make("dense", 400), [turned(1), *tasks_of(("sudoku4", 1))]
+    (given,), (puzzle,) = solve(model, tasks, Settings())
+    first, second = given.candidates
+    assert len(puzzle.candidates) == 1  # one attempt counts there
+    assert [c.votes for c in given.candidates] == [1, 0] and first.grid.shape == second.grid.shape
+    ((r, c),) = np.argwhere(first.grid != second.grid)
+
+    lost = {}
+    ids = arc.encode("arc", [*tasks[0].train, (tasks[0].test[0][0], first.grid)])
+    ids = torch.from_numpy(ids.astype(np.int64))
+    h, w = first.grid.shape
+    for (i, j), colour in np.ndenumerate(first.grid):  # by the forward pass up to each cell, of ten colours
+        at = len(ids) - 1 - h * (w + 1) + i * (w + 1) + j
+        logits = model(ids[None, :at], mode="puzzle")[0][0, -1, tok.CELL0 : tok.CELL0 + 10]
+        log_p = logits.log_softmax(-1).tolist()
+        lost.update({(i, j, other): log_p[colour] - log_p[other] for other in range(10) if other != colour})
+    assert lost[r, c, second.grid[r, c]] == pytest.approx(min(lost.values()), abs=1e-4)
+    assert second.score == pytest.approx(first.score - min(lost.values()) / first.grid.size, abs=1e-4)
+
+
+def test_the_second_attempt_of_route_b_is_another_answer_wherever_a_step_gave_one():
+    model, tasks = make("trm", 400), tasks_of(("transforms", 8))
+    several = 0
+    for task, (given,) in zip(tasks, solve(model, tasks, Settings())):
+        (record,) = scores.judge(task, [given], 2)["test"]
+        different = {grid.tobytes() + bytes(grid.shape) for grid, _ in given.steps if grid is not None}
+        assert len(set(map(str, record["attempts"]))) == len(record["attempts"]) == min(2, len(different))
+        several += len(different) > 1
+    assert several
+
+
+def test_route_a_that_says_nothing_at_a_place_has_no_candidate_there(monkeypatch):
+    """Its way out of numbers that are not finite: None for that row, beside rows with an answer."""
+    model, tasks, write = make("dense", 400), tasks_of(("transforms", 3)), model_dense.write_grids
+
+    def second_row_is_none(*args, **named):
+        return [None if n == 1 else answer for n, answer in enumerate(write(*args, **named))]
+
+    monkeypatch.setattr(model_dense, "write_grids", second_row_is_none)
+    for settings in (Settings(), Settings(samples=3), Settings(augment=3)):
+        given = [found[0] for found in solve(model, tasks, settings)]
+        assert all(c.grid is not None and np.isfinite(c.score) for found in given for c in found.candidates)
+    nothing = lambda logits, read_on, limits, *_, **__: [(None, 0.0)] * len(limits)  # noqa: E731
+    monkeypatch.setattr(model_dense, "write_grids", nothing)
+    assert [found.candidates for (found,) in solve(model, tasks, Settings(samples=2))] == [[], [], []]
 
 
 def test_route_b_keeps_every_step_of_the_task_as_it_is():
@@ -254,12 +309,6 @@ def test_only_programs_that_pass_every_demonstration_answer():
 def test_a_tuned_model_has_learned_its_task_and_the_model_itself_is_untouched(name, rank):
     model, task = make(name, 512), turned()
     before = copy.deepcopy(model.state_dict())
-    settings = Settings(ttt_steps=16, ttt_rank=rank, ttt_lr=8e-3)  # at 2e-2 the last bit of a weight decides what is gained
-    tuned = ttt.tune(model, task, settings)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and not model.training and not tuned.training
-    assert tuned.state_dict().keys() == before.keys()   # nothing is left beside the weights
-    changed = {k for k, v in tuned.state_dict().items() if not torch.equal(v, before[k])}
-    assert changed and (rank == 0 or all(k.startswith("blocks") and k.endswith("weight") and before[k].ndim == 2 for k in changed))
     rows = ttt.rows(task, 8, model.puzzle_format, 512, np.random.default_rng(99))
 
     def loss(m):
@@ -267,7 +316,16 @@ def test_a_tuned_model_has_learned_its_task_and_the_model_itself_is_untouched(na
         with torch.no_grad():
             return m(idx, targets, mode="puzzle")[1].item()
 
-    assert loss(tuned) < loss(model) - 0.015
+    # At twice this rate a weight's last bit decides what Route B gains; and one seed of it in ten loses a little
+    gained = []
+    for seed in range(1, 5 if name == "trm" else 2):
+        tuned = ttt.tune(model, task, Settings(ttt_steps=16, ttt_rank=rank, ttt_lr=4e-3, seed=seed))
+        gained.append(loss(model) - loss(tuned))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and not model.training and not tuned.training
+    assert tuned.state_dict().keys() == before.keys()   # nothing is left beside the weights
+    changed = {k for k, v in tuned.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed and (rank == 0 or all(k.startswith("blocks") and k.endswith("weight") and before[k].ndim == 2 for k in changed))
+    assert np.mean(gained) > 0.05
 
 
 def test_tuning_depends_on_the_seed_and_on_nothing_else():

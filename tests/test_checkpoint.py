@@ -322,6 +322,15 @@ def test_weights_of_another_model(tmp_path):
     assert equal(dict(net.state_dict()), before)
 
 
+@pytest.mark.parametrize("wrap, prefix", [
+    (torch.nn.parallel.DataParallel, "module."), (lambda net: torch.compile(net, backend="eager"), "_orig_mod."),
+])
+def test_weights_of_a_wrapped_model_are_named_as_such(tmp_path, wrap, prefix):
+    path, net = tmp_path / "ckpt.pt", ckpt.make_model("dense", SMALL)
+    torch.save(make(weights=dict(wrap(net).state_dict())), path)
+    refused(path, f"begin with '{prefix}'", f"model.{prefix[:-1]}", call=ckpt.load_model)
+
+
 def test_models_that_do_not_exist():
     with pytest.raises(ValueError, match="'dense', 'trm'") as e:
         ckpt.make_model("gpt", {})

@@ -17,6 +17,7 @@ import eval_arc
 import model_dense
 import model_trm
 import puzzles
+import report as report_page
 import scores
 import suites
 import watch
@@ -25,7 +26,7 @@ from candidates import Candidate, Given
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FIGURES = {"total", "solved", "interval", "score", "outputs_total", "outputs_solved", "outputs_interval", "attempts", "pass_1", "pass_2",
            "oracle", "candidates", "unknown", "too_long", "too_long_ids", "by_size", "verdicts", "cells_right", "cells_right_by_copying",
-           "seconds", "available", "against"}
+           "seconds", "available", "against", "protocol", "settings", "n_sup"}
 TESTED = {"input", "expected", "attempts", "right", "solved", "oracle", "verdict", "votes", "scores", "candidates", "programs"}
 RECORD = {"key", "model", "suite", "id", "kind", "solved", "too_long", "seconds", "demonstrations", "test"}
 
@@ -111,11 +112,16 @@ def records_of(tasks, right, given=None):
     return out
 
 
+def by_task(*per_model):
+    """What choose() takes, of models that were all asked the same tasks."""
+    return [dict(enumerate(records)) for records in zip(*per_model)]
+
+
 def test_the_picture_shows_right_and_wrong_answers_of_each_model():
     tasks = puzzles.heldout("sudoku4", 20)
     right = [{"sudoku4-0013"}, {"sudoku4-0017", "sudoku4-0018"}]
     records = [records_of(tasks, ids) for ids in right]
-    chosen = [tasks[i].id for i in eval_arc.choose(records)]
+    chosen = [tasks[i].id for i in eval_arc.choose(by_task(*records))]
     assert len(chosen) == len(set(chosen)) == eval_arc.SHOWN
     assert all(0 < len(ids & set(chosen)) < len(chosen) for ids in right)
 
@@ -126,9 +132,9 @@ def test_the_picture_prefers_what_fits_and_is_legible():
     tasks = [large, *small]
     one = records_of(tasks, [], {"long for both": [None]})
     other = records_of(tasks, [], {"long for both": [None], "long for one": [None]})
-    assert [tasks[i].id for i in eval_arc.choose([one, other], n=2)] == ["small", "large"]
-    assert [tasks[i].id for i in eval_arc.choose([one], n=2)] == ["small", "long for one"]
-    assert "long for both" not in [tasks[i].id for i in eval_arc.choose([one], n=9)]
+    assert [tasks[i].id for i in eval_arc.choose(by_task(one, other), n=2)] == ["small", "large"]
+    assert [tasks[i].id for i in eval_arc.choose(by_task(one), n=2)] == ["small", "long for one"]
+    assert "long for both" not in [tasks[i].id for i in eval_arc.choose(by_task(one), n=9)]
 
 
 def test_steps_shown():
@@ -247,8 +253,9 @@ def test_a_killed_run_goes_on_and_gives_what_it_would_have_given(checkpoints, tm
     assert a["questions"] == found["found"]["figures"]
     lines = [json.loads(line) for line in measured.read_text().splitlines()]  # what this evaluation has found, and nothing older
     assert {line["part"] for line in lines} > {"questions"} and len({line["key"] for line in lines}) == 1
-    call(monkeypatch, checkpoints[1], "--suites=sudoku4", "--limit=1", f"--out_dir={killed}")
-    assert not measured.exists()
+    call(monkeypatch, checkpoints[1], "--suites=language", "--limit=1", f"--out_dir={killed}")
+    assert len({line["key"] for line in map(json.loads, measured.read_text().splitlines())} - {lines[0]["key"]}) == 1
+    assert answers(killed) == answers(whole)
 
 
 def test_other_settings_another_checkpoint_or_another_task_are_asked_anew(checkpoints, tmp_path, monkeypatch, capsys):
@@ -264,6 +271,116 @@ def test_other_settings_another_checkpoint_or_another_task_are_asked_anew(checkp
         task["test"][0]["output"] = expected
         (tmp_path / "own.json").write_text(json.dumps({"own": task}))
         assert asked_before(checkpoints[0], f"--tasks={tmp_path / 'own.json'}") == before
+
+
+def test_a_second_evaluation_into_the_same_folder_leaves_the_first_ones_results(checkpoints, tmp_path, monkeypatch, capsys):
+    """Another suite, another model, the same suite asked otherwise, and a checkpoint that was trained on under its path."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    other = save(tmp_path / "other" / "ckpt.pt", "trm", {"iter": 9}, block_size=255)
+    save(run / "ckpt.pt", "trm", {"iter": 8})
+    pair = {"input": [[1, 0], [0, 2]], "output": [[0, 1], [2, 0]]}
+    (tmp_path / "own.json").write_text(json.dumps({"train": [pair, pair], "test": [pair]}))
+
+    def evaluate(*args):
+        call(monkeypatch, *args, f"--out_dir={out}", "--device=cpu")
+        report = json.loads((out / "eval.json").read_text(), parse_constant=pytest.fail)
+        of = {(model, suite): len([k for k in answers(out) if k[:2] == (model, suite)])
+              for model, suite, _ in answers(out)}  # fmt: skip
+        assert of == {(name, suite): s["total"] for name, r in report.items() for suite, s in r["suites"].items()}
+        assert matplotlib.image.imread(out / "grids.png").shape[0] > 100
+        shown = report_page.gather(str(out))
+        assert [m["name"] for m in shown["models"]] == list(report)
+        assert sum(len(t["answers"]) for t in shown["tasks"]) == sum(of.values())
+        return report, of
+
+    first, _ = evaluate(run / "ckpt.pt", "--suites=sudoku4", "--limit=3", "--n_sup=2")
+    (out / "answers.partial1.jsonl").write_text('{"model": "route_b", "suite": "maze", "key": "of a run that was killed"}\n')
+    report, of = evaluate(run / "ckpt.pt", f"--tasks={tmp_path / 'own.json'}")
+    assert of == {("route_b", "sudoku4"): 3, ("route_b", "tasks"): 1}
+    assert report["route_b"]["suites"]["sudoku4"] == first["route_b"]["suites"]["sudoku4"]
+    assert report["route_b"]["suites"]["sudoku4"]["n_sup"] == 2 and report["route_b"]["suites"]["tasks"]["n_sup"] == 3
+    assert report["route_b"]["seconds"] == pytest.approx(sum(s["seconds"] for s in report["route_b"]["suites"].values()), abs=2e-3)
+    prize = (out / "submission_route_b_tasks.json").read_text()
+    assert prize == (out / "submission.json").read_text() and list(json.loads(prize)) == ["own"]
+    said = capsys.readouterr().out
+    assert "asked another time, with --n_sup=2" in said and "first 3 tasks" in said
+
+    report, of = evaluate(other, checkpoints[0], "--suites=sudoku4", "--limit=2")  # a route_b by another path and content
+    assert of == {("route_b", "sudoku4"): 3, ("route_b", "tasks"): 1, ("other", "sudoku4"): 2, ("route_a", "sudoku4"): 2}
+    assert {name: set(r["suites"]["sudoku4"]["against"]) for name, r in report.items()} == {
+        name: set(report) - {name} for name in report}  # fmt: skip
+    assert (out / "submission.json").read_text() == prize
+
+    report, of = evaluate(run / "ckpt.pt", "--suites=sudoku4", "--limit=1", "--augment=2")  # by content: it has its name
+    assert (of["route_b", "sudoku4"], of["route_b", "tasks"], of["other", "sudoku4"]) == (1, 1, 2)
+    assert report["route_b"]["suites"]["sudoku4"]["settings"]["augment"] == 2
+    capsys.readouterr()
+    save(run / "ckpt.pt", "trm", {"iter": 20})
+    report, of = evaluate(run / "ckpt.pt", "--suites=maze", "--limit=1")
+    assert of == {("route_b", "maze"): 1, ("other", "sudoku4"): 2, ("route_a", "sudoku4"): 2} and report["route_b"]["iter"] == 20
+    assert "has been trained on since" in capsys.readouterr().out
+    assert not [name for name in os.listdir(out) if "partial" in name]  # that of maze is asked, in part, by another
+
+
+def test_what_was_killed_is_kept_while_others_are_asked(checkpoints, tmp_path, monkeypatch):
+    line = {"model": "route_b", "suite": "maze", "key": "of a run that was killed"}
+    for n in (0, 1):
+        (tmp_path / f"answers.partial{n}.jsonl").write_text(json.dumps({**line, "id": n}) + "\n")
+    call(monkeypatch, checkpoints[1], "--suites=sudoku4", "--limit=1", f"--out_dir={tmp_path}")
+    left = [json.loads(text) for text in (tmp_path / "answers.partial0.jsonl").read_text().splitlines()]
+    assert sorted(left, key=lambda x: x["id"]) == [{**line, "id": n} for n in (0, 1)]
+    assert not (tmp_path / "answers.partial1.jsonl").exists()
+
+
+def test_figures_that_cannot_be_added_to_are_not_overwritten(checkpoints, tmp_path, monkeypatch):
+    for content in ("cut off {", '{"route_b": {"suites": {"sudoku4": {"solved": 1}}}}', '{"model": "trm"}'):
+        (tmp_path / "eval.json").write_text(content)
+        with pytest.raises(SystemExit, match="eval.json is") as stopped:
+            call(monkeypatch, checkpoints[1], "--suites=sudoku4", "--limit=1", f"--out_dir={tmp_path}")
+        assert "\n" not in stopped.value.code and (tmp_path / "eval.json").read_text() == content
+
+
+def test_the_table_begins_with_the_official_score(checkpoints, tmp_path, monkeypatch, capsys):
+    """Of a task with two test inputs, one right: half a point, and no task solved. Puzzles have no such score."""
+    tasks = [arc.Task("t", "arc", [(grid("1"), grid("2"))], [(grid("12"), grid("12")), (grid("11"), grid("33"))])]
+
+    def echo(model, part, settings):
+        return [[Given([Candidate(x, 1)]) for x, _ in t.test] for t in part]
+
+    monkeypatch.setattr(candidates, "solve", echo)
+    monkeypatch.setattr(arc, "read_tasks", lambda path: tasks)
+    call(monkeypatch, checkpoints[1], "--tasks=mine", "--suites=sudoku4", "--limit=1", f"--out_dir={tmp_path}")
+    said = capsys.readouterr().out
+    rows = {line.split()[0]: line for line in said.splitlines() if line.split()[1:2] == ["route_b"]}
+    head = next(line for line in said.splitlines() if "pass@2" in line)
+    assert head.split()[:2] == ["score", "pass@2"]
+    assert rows["tasks"][: head.index("solved") + 6].split()[2:] == ["50.0%", "0", "0/1"]
+    assert not rows["sudoku4"][len("sudoku4  route_b") : head.index("pass@2") + 6].strip()
+    assert "score 50.0%, 0 of 1 solved" in said
+
+
+@pytest.mark.parametrize("name", ["dense", "trm"])
+def test_a_model_of_nan_answers_nothing_and_its_evaluation_ends(name, tmp_path, monkeypatch, capsys):
+    """In every suite and with everything that is tried on an answer; and what is written is JSON."""
+    path = save(tmp_path / "ckpt.pt", name, {"iter": 1}, block_size=600)
+    broken = torch.load(path)
+    broken["weights"] = {k: v * float("nan") for k, v in broken["weights"].items()}
+    torch.save(broken, path)
+    monkeypatch.setattr(candidates, "ANSWER_TOKENS", 20)
+    # Route A's own way out of numbers that are not finite: no grid for that row
+    monkeypatch.setattr(model_dense, "write_grids", lambda logits, read_on, limits, *_, **__: [None] * len(limits))
+    args = ["--limit=2", "--augment=2", "--ttt_steps=1", f"--out_dir={tmp_path}", "--device=cpu"]
+    call(monkeypatch, path, "--suites=sudoku4,transforms,logic,language", *args)
+    out = capsys.readouterr().out
+    text = (tmp_path / "eval.json").read_text()
+    (report,) = json.loads(text, parse_constant=pytest.fail).values()
+    for suite in ("sudoku4", "transforms", "logic"):
+        assert (report["suites"][suite]["total"], report["suites"][suite]["verdicts"]) == (2, {"no answer": 2}), suite
+    assert all(not t["attempts"] and "steps" not in t for r in answers(tmp_path).values() for t in r["test"])
+    for line in (tmp_path / "measured.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+    assert "0 of 2 solved" in out
+    call(monkeypatch, path, "--suites=sudoku4", "--limit=1", *args[-2:])  # what is there can be added to
 
 
 def test_two_processes_give_what_one_gives(checkpoints, tmp_path, monkeypatch):

@@ -104,6 +104,47 @@ def test_tasks_of_arc_are_read_as_they_are_loaded(tmp_path):
     assert all(np.array_equal(a, b) for p, q in zip(read.train + read.test, task.train + task.test) for a, b in zip(p, q))
 
 
+def test_cells_may_be_written_as_floats_and_a_file_may_begin_with_a_byte_order_mark(tmp_path):
+    pair = {"input": [[0.0, 1.0], [2, 9.0]], "output": [[3.0, 1.0]]}
+    (tmp_path / "t.json").write_text(json.dumps({"train": [pair], "test": [pair]}), encoding="utf-8-sig")
+    (read,) = arc.read_tasks(str(tmp_path / "t.json"))
+    assert [grid.tolist() for grid in read.test[0]] == [[[0, 1], [2, 9]], [[3, 1]]]
+    assert read.test[0][0].dtype == np.uint8
+
+
+def test_challenges_are_read_with_the_solutions_beside_them(tmp_path):
+    """As they lie in the competition's folder, where a task may be in several files, and known in one of them."""
+    tasks = {f"t{i}": {"train": [PAIR], "test": [{"input": [[i]]}, {"input": [[i, i]]}]} for i in range(4)}
+    outputs = {i: [[[7, int(i[1])]], [[8], [int(i[1])]]] for i in ("t0", "t1", "t3")}
+    for name, content in (("x-arc_evaluation_challenges", {i: tasks[i] for i in ("t0", "t1", "t2")}),
+                          ("x-arc_evaluation_solutions", {i: outputs[i] for i in ("t0", "t1")}),
+                          ("x-arc_test_challenges", {i: tasks[i] for i in ("t1", "t3")}),
+                          ("sample_submission", {"t1": []})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    (tmp_path / "own.json").write_text(json.dumps({"train": [PAIR], "test": [PAIR]}))
+
+    def read(path):
+        return {t.id: [None if y is None else y.tolist() for _, y in t.test] for t in arc.read_tasks(str(path))}
+
+    known = {"t0": outputs["t0"], "t1": outputs["t1"], "t2": [None, None]}
+    assert read(tmp_path / "x-arc_evaluation_challenges.json") == known
+    assert read(tmp_path / "x-arc_test_challenges.json") == {"t1": [None, None], "t3": [None, None]}
+    assert read(tmp_path) == {**known, "t3": [None, None], "own": [PAIR["output"]]}
+
+
+@pytest.mark.parametrize("solutions, words", [
+    ({"a": [[[1]]]}, "task a: as many outputs .* 2"), ({"a": 3}, "task a: as many outputs .* 2"),
+    ({"a": [[[1]], [[10]]]}, "task a: output 2"), ([], "holds no solutions"),
+])
+def test_solutions_that_do_not_fit_are_one_line(solutions, words, tmp_path):
+    task = {"train": [PAIR], "test": [{"input": [[1]]}] * 2}
+    (tmp_path / "challenges.json").write_text(json.dumps({"a": task}))
+    (tmp_path / "solutions.json").write_text(json.dumps(solutions))
+    with pytest.raises(ValueError, match=words) as error:
+        arc.read_tasks(str(tmp_path))
+    assert "\n" not in str(error.value) and "solutions.json" in str(error.value)
+
+
 @pytest.mark.parametrize("task, words", [
     ({"train": [{"input": [[1, 2], [3]], "output": [[1]]}], "test": [PAIR]}, "input 1 of 'train' is not a grid: its rows differ in length"),
     ({"train": [PAIR, {"input": [[1]], "output": [[10]]}], "test": [PAIR]}, "output 2 of .train. is not a grid: cells must be whole"),
@@ -124,9 +165,11 @@ def test_tasks_of_arc_are_read_as_they_are_loaded(tmp_path):
 def test_a_bad_task_is_one_line_that_says_where(task, words, tmp_path):
     (tmp_path / "good.json").write_text(json.dumps({"train": [PAIR], "test": [PAIR]}))
     (tmp_path / "wrong.json").write_text(json.dumps(task))
-    with pytest.raises(ValueError, match=words) as error:
-        arc.read_tasks(str(tmp_path))
-    assert "\n" not in str(error.value) and "wrong.json" in str(error.value)
+    for path in (tmp_path, tmp_path / "wrong.json"):
+        if path == tmp_path or isinstance(task, dict):  # a file by itself may be one of many: {id: task}
+            with pytest.raises(ValueError, match=words) as error:
+                arc.read_tasks(str(path))
+            assert "\n" not in str(error.value) and "wrong.json" in str(error.value)
 
 
 def test_bad_files_of_tasks_are_one_line(tmp_path):
