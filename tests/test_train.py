@@ -679,4 +679,5 @@ def test_every_config_file_is_understood():
     script = configurator.defaults_of(ROOT / "train.py")
     for path in sorted((ROOT / "config").glob("route_*.py")):
         config = configurator.resolve(script, [str(path)])
+        loop.check_settings(config, script["RANGES"])
         assert config["out_dir"] != script["out_dir"], path
