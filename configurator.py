@@ -92,8 +92,8 @@ def configure(script_globals, argv):
         sys.exit(0)
     try:
         config = resolve(script_globals, argv)
-    except ConfigError as e:  # of several processes, one says it
-        sys.exit(f"error: {e}" if os.environ.get("RANK", "0") == "0" else 1)
+    except ConfigError as e:
+        sys.exit(f"error: {e}")
     script_globals.update(config)
     return config
 

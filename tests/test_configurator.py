@@ -229,14 +229,6 @@ def test_an_annotation_says_what_none_may_become(script):
     assert "seed must be int or None, got str 'x'" in script("--seed=x").stderr
 
 
-def test_of_several_processes_one_says_what_is_wrong(monkeypatch):
-    for rank, said in (("0", "error: unknown setting"), ("1", "")):
-        monkeypatch.setenv("RANK", rank)
-        with pytest.raises(SystemExit) as left:
-            configurator.configure(dict(SETTINGS), ["--n_layr=3"])
-        assert str(left.value).startswith(said) and (rank == "0" or left.value.code == 1)
-
-
 RANGES = {
     "[1, inf)": "n_layer anything", "(0, 1)": "low", "[0, 1]": "high", "[-2.5, inf]": "rate", "[0, inf)": "shares",
     ("a", "b", True): "kind",

@@ -468,7 +468,9 @@ def test_the_shipped_configs_are_settings_of_distill():
     import configurator
 
     for config in sorted((ROOT / "config").glob("distill_*.py")):
-        settings = configurator.resolve(configurator.defaults_of(ROOT / "distill.py"), [str(config)])
+        own = configurator.defaults_of(ROOT / "distill.py")
+        settings = configurator.resolve(own, [str(config)])
+        configurator.check_ranges(settings, own["RANGES"])
         assert settings["init_from"] and settings["teacher"]
 
 

@@ -24,6 +24,7 @@ import checkpoint
 import configurator
 import loop
 import prepare
+import sanity
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -466,7 +467,14 @@ def test_what_is_not_validated_is_told_at_the_start(data, tmp_path):
     start, _ = run.stdout.split("step 1: ", 1)
     assert "nothing can be validated" in start and ": stdlib (it has no validation shard)\n" in start
     assert "validation \n" not in run.stdout and losses(tmp_path / "none")[1] == {}
-    assert checkpoint.load(tmp_path / "none" / "ckpt.pt")["train"]["val_loss"] is None
+    path = tmp_path / "none" / "ckpt.pt"
+    assert checkpoint.load(path)["train"]["val_loss"] is None
+    entries = [json.loads(line) for line in (tmp_path / "none" / "log.jsonl").read_text().splitlines()]
+    for val_losses in ({}, {"stdlib": 2.0}, {"stdlib": float("nan")}):  # stage 0 does not pass it
+        checks = sanity.afterwards(entries, val_losses, path, checkpoint.load_model(path, "cpu")[0], scaled=False,
+                                   world_size=1, card="CPU", run_tokens=0)  # fmt: skip
+        passed = {what: well for what, well, _ in checks}
+        assert passed["validation"] == (val_losses == {"stdlib": 2.0}) and passed["checkpoint"]
 
 
 def test_a_pinned_snapshot_is_verified(data, tmp_path):
@@ -679,4 +687,5 @@ def test_every_config_file_is_understood():
     script = configurator.defaults_of(ROOT / "train.py")
     for path in sorted((ROOT / "config").glob("route_*.py")):
         config = configurator.resolve(script, [str(path)])
+        loop.check_settings(config, script["RANGES"])
         assert config["out_dir"] != script["out_dir"], path
