@@ -22,12 +22,14 @@ import contextlib
 import functools
 import math
 import os
+import re
 import sys
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 import kda_triton
 
@@ -478,8 +480,10 @@ def chunk_backward(q, k, v, g, beta, scale, heads, low, X, Q, S, do, d_state):
 # 3. the operator
 #
 # Registered with torch.library, so that torch.compile sees one opaque operation with known shapes instead of tracing into loops
-# and choices that depend on data. The backward is an operation of its own for the same reason. A second copy of this file in one
-# process (imported under another name) takes the names over, and the first copy's calls end in a segmentation fault.
+# and choices that depend on data. The backward is an operation of its own for the same reason. PyTorch has one table of names for the
+# whole process: the name follows the module, so that a changed copy of this file can be imported beside it.
+
+OPERATORS = "smol_llm_" + re.sub(r"\W", "_", __name__)
 
 
 def precision(q, k, v, g, beta):
@@ -582,7 +586,7 @@ def kernel_table(B, T, device, cu_seqlens):
     return kda_triton.chunk_table(torch.tensor(sequence_bounds(cu_seqlens, T))).to(device)
 
 
-@torch.library.custom_op("smol_llm::kda", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::kda", mutates_args=())
 def kda_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, initial_state: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None, scale: float, want_state: bool, backend: str
@@ -679,7 +683,7 @@ def _(q, k, v, g, beta, initial_state, cu_seqlens, scale, want_state, backend):
     return v.new_empty(v.shape), final, X, torch.empty_like(X), S
 
 
-@torch.library.custom_op("smol_llm::kda_backward", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::kda_backward", mutates_args=())
 def kda_backward_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, initial_state: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None, scale: float, backend: str, X: torch.Tensor, Q: torch.Tensor, S: torch.Tensor,

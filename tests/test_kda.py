@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -229,7 +230,7 @@ def test_long_inputs_go_through_a_stretch_of_tokens_at_a_time(monkeypatch):
             check(got, want, 1e-5, f"{chunks} chunks at a time, T={T}")
             check(d_got, d_want, 1e-4, f"{chunks} chunks at a time, T={T}")
     inputs = [t.float().requires_grad_() for t in whole[:5]]
-    torch.library.opcheck(torch.ops.smol_llm.kda.default, (*inputs, None, None, 0.3, False, "chunk"), test_utils="test_faketensor")
+    torch.library.opcheck(torch.ops.smol_llm_kda.kda.default, (*inputs, None, None, 0.3, False, "chunk"), test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
@@ -524,10 +525,32 @@ def test_one_step_in_place_is_the_recurrence():
 
 
 def test_operator_is_registered_as_torch_wants_it():
-    op = torch.ops.smol_llm.kda.default
+    op = torch.ops.smol_llm_kda.kda.default
     q, k, v, g, beta, S = (t.float() for t in make("mild", 20))
     torch.library.opcheck(op, (q.requires_grad_(), k, v, g, beta, S, None, 0.3, True, "chunk"))
     torch.library.opcheck(op, (q[:1], k[:1], v[:1], g[:1], beta[:1], None, torch.tensor([0, 1, 20]), 0.3, False, "chunk"))
+
+
+def test_a_copy_of_the_file_works_beside_it(tmp_path):
+    """Both files are used after both were imported, backward too."""
+    here = os.path.dirname(os.path.abspath(kda_file.__file__))
+    os.makedirs(tmp_path / "mine" / "models")
+    for copy in ("kda_mine.py", "kda_backward.py", "mine/models/kda.py"):
+        shutil.copy(os.path.join(here, "kda.py"), tmp_path / copy)
+    code = """
+import torch, kda, kda_mine, kda_backward, mine.models.kda
+from torch.nn.functional import normalize
+x = torch.randn(1, 70, 2, 8, generator=torch.Generator().manual_seed(0))
+grads = []
+for file in (kda, kda_mine, kda_backward, mine.models.kda, kda):
+    inputs = [t.clone().requires_grad_() for t in (x, normalize(x, dim=-1), x, -x.abs(), x[..., 0].sigmoid())]
+    grads.append(torch.autograd.grad(file.kda(*inputs)[0].square().sum(), inputs))
+assert all(torch.equal(a, b) for other in grads[1:] for a, b in zip(grads[0], other))
+print("alike")
+"""
+    env = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{tmp_path}"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "alike\n"), done.stderr
 
 
 @pytest.mark.parametrize("post, dtype", ((False, torch.float16), (True, torch.float32)))
