@@ -839,6 +839,7 @@ class ShortConvFunction(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, taps, reach = ctx.saved_tensors
         dx, d_taps = torch.empty_like(x), torch.empty_like(taps)
@@ -890,6 +891,11 @@ def reorder(x, order, back):
     return Pick.apply(x.reshape(-1, K), rows, back).view(B, T, n * H, K)
 
 
+def widened(t):
+    """In float32 where t is in less, else as it is: a float64 layer stays in float64."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
 class ShortConv(nn.Module):
     """The taps of a convolution (D, 1, width): a Conv1d's shape, so that checkpoints of FLA load. The layer applies three at once."""
 
@@ -899,21 +905,25 @@ class ShortConv(nn.Module):
 
 
 class UnitLength(torch.autograd.Function):
-    """x (..., K) divided by its length over K, computed in float32, in x's dtype. Its backward is two lines, autograd's twelve calls."""
+    """
+    x (..., K) divided by its length over K, computed in float32 at least, in x's dtype. Its backward is two
+    lines, autograd's twelve calls.
+    """
 
     @staticmethod
     def forward(ctx, x):
-        wide = x.float()
+        wide = widened(x)
         one_over = torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)
         y = (wide * one_over).to(x.dtype)
         ctx.save_for_backward(y, one_over)
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         y, one_over = ctx.saved_tensors
-        along = (y * dy).sum(-1, keepdim=True, dtype=torch.float32)
-        return torch.addcmul(dy.float(), y, along, value=-1).mul_(one_over).to(dy.dtype)
+        along = (y * dy).sum(-1, keepdim=True, dtype=one_over.dtype)
+        return torch.addcmul(widened(dy), y, along, value=-1).mul_(one_over).to(dy.dtype)
 
 
 class GatedRMSNorm(nn.Module):
@@ -961,7 +971,8 @@ class KimiDeltaAttention(nn.Module):
     def empty_cache(self, batch_size):
         """What the layer remembers before the first token: the convolution's last inputs (B, W - 1, 3 * H * K), a state (B, H, K, K)."""
         H, K, W = self.num_heads, self.head_dim, self.q_conv1d.weight.shape[-1]
-        return self.A_log.new_zeros(batch_size, W - 1, 3 * H * K), self.A_log.new_zeros(batch_size, H, K, K, dtype=torch.float32)
+        tail, state = self.A_log.new_zeros(batch_size, W - 1, 3 * H * K), self.A_log.new_zeros(batch_size, H, K, K)
+        return tail, widened(state)
 
     def forward(self, x, cache=None, starts=None, lines=None):
         """
@@ -1004,8 +1015,8 @@ class KimiDeltaAttention(nn.Module):
                 tail = tail * (torch.arange(W - 2, -1, -1, device=x.device)[:, None] <= reach[:, -1:, :1])
         qk, v = F.silu(ShortConvFunction.apply(qkv, taps, reach, past)).view(B, T, 3 * H, K).split([2 * H, H], 2)
         q, k = UnitLength.apply(qk).chunk(2, 2)
-        g = -self.A_log.float().exp()[:, None] * F.softplus(f.float() + self.dt_bias.float().view(H, K))
-        beta = beta.float().sigmoid()
+        g = -widened(self.A_log).exp()[:, None] * F.softplus(widened(f) + widened(self.dt_bias).view(H, K))
+        beta = widened(beta).sigmoid()
         if starts is not None:
             g = g.masked_fill(starts.unsqueeze(-1), -math.inf)
         if T == 1 and cache is not None and not torch.is_grad_enabled():

@@ -255,15 +255,16 @@ class LinearCrossEntropy(torch.autograd.Function):
         if torch.is_autocast_enabled(x.device.type):
             x, weight = x.to(torch.get_autocast_dtype(x.device.type)), weight.to(torch.get_autocast_dtype(x.device.type))
         relative = share * N  # about 1: half precision would lose shares of 1 / N
-        loss = torch.zeros((), dtype=torch.float32, device=x.device)
+        wide = torch.promote_types(x.dtype, torch.float32)  # of sums
+        loss = torch.zeros((), dtype=wide, device=x.device)
         d_x = torch.empty_like(x) if need_grad else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_grad else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if need_grad else None
         rows = max(1, LOGITS_AT_ONCE // len(weight))
         buffer = x.new_empty(min(rows, N), len(weight))  # one for all slices: fresh memory is slow to touch on a CPU
         for a in range(0, N, rows):
             part, wanted = slice(a, min(a + rows, N)), targets[a : a + rows].unsqueeze(1)
             logits = torch.mm(x[part], weight.t(), out=buffer[: len(wanted)])
-            logits = logits if logits.dtype == torch.float32 else logits.float()
+            logits = logits.to(wide)
             log_sum = logits.logsumexp(1, keepdim=True)
             loss += ((log_sum - logits.gather(1, wanted)).squeeze(1) * share[part]).sum()
             if need_grad:
@@ -278,6 +279,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_loss):
+        if torch.is_grad_enabled():  # once_differentiable lets it pass where d_loss is a constant, as it mostly is
+            raise RuntimeError("LinearCrossEntropy has no second derivative: call it without create_graph=True")
         d_x, d_weight = ctx.saved_tensors
         d_loss = d_loss / max(1, ctx.N)
         return d_x * d_loss.to(d_x.dtype), d_weight * d_loss, None, None

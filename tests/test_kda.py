@@ -697,6 +697,43 @@ def test_layer_in_half_precision():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
 
 
+@pytest.mark.parametrize("documents", (False, True))
+def test_a_float64_layer_computes_in_float64(documents):
+    layer = make_layer(D=6, H=2, K=3).double()
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 7, 6, dtype=torch.float64, generator=rng, requires_grad=True)
+    starts = torch.arange(7)[None] == 4 if documents else None
+    names, parameters = zip(*layer.named_parameters())
+
+    def read(x, *parameters):
+        return torch.func.functional_call(layer, dict(zip(names, parameters)), (x, None, starts))[0]
+
+    assert read(x, *parameters).dtype == torch.float64
+    assert torch.autograd.gradcheck(read, (x, *parameters))
+    want = layer_by_hand(layer.state_dict(), x[:, :4], 2, 3)
+    torch.testing.assert_close(layer(x[:, :4])[0], want, rtol=1e-10, atol=1e-10)
+    cache, parts = layer.empty_cache(1), []
+    with torch.no_grad():
+        for part in x[:, :4].split((2, 1, 1), 1):  # prefill, then two tokens
+            y, cache = layer(part, cache)
+            parts.append(y)
+    assert cache[1].dtype == torch.float64
+    torch.testing.assert_close(torch.cat(parts, 1), want, rtol=1e-10, atol=1e-10)
+
+
+def test_a_second_derivative_is_refused_and_not_wrong():
+    rng = torch.Generator().manual_seed(0)
+    layer = make_layer()
+    x, taps, rows = (torch.randn(*shape, generator=rng).requires_grad_() for shape in ((1, 5, 4), (3, 4), (1, 5, 12)))
+    for y, at in ((UnitLength.apply(x), x), (ShortConvFunction.apply(x, taps, None, 0), taps), (layer(rows)[0], rows)):
+        (gradient,) = torch.autograd.grad(y.square().sum(), at, create_graph=True)
+        with pytest.raises(RuntimeError):
+            gradient.square().sum().backward()
+    rows = torch.tensor([2, 0, 1])  # a product with a constant matrix has a right one by itself
+    wide = torch.randn(3, 4, dtype=torch.float64, generator=rng, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: kda_file.Pick.apply(x, rows, rows.argsort()), (wide,))
+
+
 def test_documents_in_a_row_know_nothing_of_each_other():
     layer = make_layer()
     for lengths in ((1, 2, 3, 4, 60), (70,), (30, 1, 64), (3, 1, 1, 1)):

@@ -231,6 +231,19 @@ def test_linear_cross_entropy(at_once, monkeypatch):
         assert a.dtype == torch.float32 and (a - b).norm() < 0.02 * b.norm()
 
 
+def test_linear_cross_entropy_in_float64_and_once_only():
+    """Its gradients are computed in the forward: a second derivative would be silently wrong."""
+    rng = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 3, dtype=torch.float64, generator=rng).requires_grad_() for n in (5, 7))
+    rest = torch.randint(0, 7, (5,), generator=rng), torch.rand(5, dtype=torch.float64, generator=rng) / 5
+    assert torch.autograd.gradcheck(lambda x, weight: LinearCrossEntropy.apply(x, weight, *rest), (x, weight))
+    for factor in (1, weight.square().sum()):
+        loss = factor * LinearCrossEntropy.apply(x, weight, *rest)
+        with pytest.raises(RuntimeError, match="second derivative"):
+            (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+            (loss + gradient.square().sum()).backward()
+
+
 def test_without_gradients_only_the_logits_are_computed():
     """Three products for loss and gradients, one for the loss alone; the loss is the same."""
     class Products(TorchDispatchMode):
