@@ -480,8 +480,9 @@ def chunk_backward(q, k, v, g, beta, scale, heads, low, X, Q, S, do, d_state):
 # 3. the operator
 #
 # Registered with torch.library, so that torch.compile sees one opaque operation with known shapes instead of tracing into loops
-# and choices that depend on data. The backward is an operation of its own for the same reason. PyTorch has one table of names for the
-# whole process: the name follows the module, so that a changed copy of this file can be imported beside it.
+# and choices that depend on data. The backward is an operation of its own for the same reason.
+# PyTorch has one table of operators for the whole process. Their names follow the module's, so that a changed copy
+# of this file can be imported beside it.
 
 OPERATORS = "smol_llm_" + re.sub(r"\W", "_", __name__)
 
@@ -971,8 +972,8 @@ class KimiDeltaAttention(nn.Module):
     def empty_cache(self, batch_size):
         """What the layer remembers before the first token: the convolution's last inputs (B, W - 1, 3 * H * K), a state (B, H, K, K)."""
         H, K, W = self.num_heads, self.head_dim, self.q_conv1d.weight.shape[-1]
-        tail, state = self.A_log.new_zeros(batch_size, W - 1, 3 * H * K), self.A_log.new_zeros(batch_size, H, K, K)
-        return tail, widened(state)
+        new = self.A_log.new_zeros
+        return new(batch_size, W - 1, 3 * H * K), widened(new(batch_size, H, K, K))
 
     def forward(self, x, cache=None, starts=None, lines=None):
         """

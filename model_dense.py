@@ -279,8 +279,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_loss):
-        if torch.is_grad_enabled():  # once_differentiable lets it pass where d_loss is a constant, as it mostly is
-            raise RuntimeError("LinearCrossEntropy has no second derivative: call it without create_graph=True")
+        if torch.is_grad_enabled():  # once_differentiable would miss it where d_loss is a constant, as it mostly is
+            raise RuntimeError("LinearCrossEntropy has no second derivative: do without create_graph=True")
         d_x, d_weight = ctx.saved_tensors
         d_loss = d_loss / max(1, ctx.N)
         return d_x * d_loss.to(d_x.dtype), d_weight * d_loss, None, None

@@ -724,8 +724,9 @@ def test_a_float64_layer_computes_in_float64(documents):
 def test_a_second_derivative_is_refused_and_not_wrong():
     rng = torch.Generator().manual_seed(0)
     layer = make_layer()
-    x, taps, rows = (torch.randn(*shape, generator=rng).requires_grad_() for shape in ((1, 5, 4), (3, 4), (1, 5, 12)))
-    for y, at in ((UnitLength.apply(x), x), (ShortConvFunction.apply(x, taps, None, 0), taps), (layer(rows)[0], rows)):
+    x, taps, row = (torch.randn(*n, generator=rng).requires_grad_() for n in ((1, 5, 4), (3, 4), (1, 5, 12)))
+    convolved = ShortConvFunction.apply(x, taps, None, 0)
+    for y, at in ((UnitLength.apply(x), x), (convolved, taps), (layer(row)[0], row)):
         (gradient,) = torch.autograd.grad(y.square().sum(), at, create_graph=True)
         with pytest.raises(RuntimeError):
             gradient.square().sum().backward()
