@@ -481,8 +481,8 @@ def chunk_backward(q, k, v, g, beta, scale, heads, low, X, Q, S, do, d_state):
 #
 # Registered with torch.library, so that torch.compile sees one opaque operation with known shapes instead of tracing into loops
 # and choices that depend on data. The backward is an operation of its own for the same reason.
-# PyTorch has one table of operators for the whole process. Their names follow the module's, so that a changed copy
-# of this file can be imported beside it.
+# PyTorch has one table of operators for the whole process. Their names follow the module's, so that a changed
+# copy of this file can be imported beside it.
 
 OPERATORS = "smol_llm_" + re.sub(r"\W", "_", __name__)
 

@@ -178,7 +178,8 @@ class Block(nn.Module):
         super().__init__()
         self.kind, self.post, self.first_way = kind, post, first_way
         if kind == "k":
-            self.mixer = KimiDeltaAttention(config.n_embd, config.n_head, config.n_embd // config.n_head)
+            head_dim = config.n_embd // config.n_head
+            self.mixer = KimiDeltaAttention(config.n_embd, config.n_head, head_dim, norm_eps=config.norm_eps)
         else:
             self.mixer = Attention(config)
         self.mlp = SwiGLU(config)
@@ -279,7 +280,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_loss):
-        if torch.is_grad_enabled():  # once_differentiable would miss it where d_loss is a constant, as it mostly is
+        if torch.is_grad_enabled():  # once_differentiable would miss it where d_loss is a constant, as usual
             raise RuntimeError("LinearCrossEntropy has no second derivative: do without create_graph=True")
         d_x, d_weight = ctx.saved_tensors
         d_loss = d_loss / max(1, ctx.N)
@@ -327,11 +328,12 @@ def core_flops_per_token(config, context):
     of full attention (half of them, causal), and the chunked KDA products at 64 tokens a chunk.
     """
     d, per_head = config.n_embd, config.n_embd // config.n_head
+    d_kv = (config.n_kv_head or config.n_head) * per_head
     total = 0
     for i in range(config.n_layer):
         total += 2 * 3 * d * config.n_ff
         if config.layer_pattern[i % len(config.layer_pattern)] == "a":
-            total += 2 * 4 * d * d + 2 * d * context
+            total += 2 * (2 * d * d + 2 * d * d_kv) + 2 * d * context
         else:
             total += 2 * (4 * d * d + 4 * d * per_head + 12 * d + d * config.n_head)
             total += 2 * d * (4 * 64 + 4 * per_head)
