@@ -201,11 +201,13 @@ class Block(nn.Module):
 
 def document_starts(idx):
     """
-    idx (B, T) -> bool (B, T): where a document begins. The <|endoftext|> between two documents is read as the beginning of the second:
-    what is predicted there is the second's first token. None where rows are known, without asking a GPU, to be one document each.
+    idx (B, T) -> bool (B, T): where a document begins. The <|endoftext|> between two documents is read as the
+    beginning of the second: what is predicted there is the second's first token. None where every row is one
+    document: without a mask, attention takes its flash kernel. To know that, a GPU is waited for once per
+    forward; the loss, which counts its targets, waits for it as well.
     """
     starts = idx == tok.EOT
-    return None if idx.device.type == "cpu" and not starts[:, 1:].any() else starts
+    return starts if starts[:, 1:].any() else None
 
 
 def same_document(starts):
