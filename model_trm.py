@@ -376,16 +376,21 @@ class Model(nn.Module):
         Solve tasks, whose test outputs are not read. Returns for each task, for each of its test inputs, a list of (grid, halting
         probability): the different answers of all supervision steps, surest first. None where the row does not fit into block_size.
         With trace, the list holds instead the answer after every supervision step, first to last, with None for a canvas declared all
-        void. Steps are n_sup (None: as configured), fewer for rows that pass `halt`, a probability (None: none do).
+        void, and None with probability 0 where the model's logits were not finite. Steps are n_sup (None: as
+        configured), fewer for rows that pass `halt`, a probability (None: none do).
         """
         answers = [[None] * len(task.test) for task in tasks]
         for where, idx in self.canvases(tasks):
             steps = [[] for _ in where]
             for rows, y, p in self.think(idx, n_sup, halt):
-                choice = torch.tensor(ANSWER_IDS)[F.linear(y, self.wte.weight[ANSWER_IDS]).argmax(-1).cpu()].numpy()
-                for row, ids, probability in zip(rows.tolist(), choice, p.tolist()):
+                logits = F.linear(y, self.wte.weight[ANSWER_IDS])
+                finite = (logits.isfinite().all(-1) & p.isfinite()[:, None]).cpu()
+                choice = torch.tensor(ANSWER_IDS)[logits.argmax(-1).cpu()].numpy()
+                for row, ids, known, probability in zip(rows.tolist(), choice, finite, p.tolist()):
                     _, _, shape, start = where[row]
-                    steps[row].append((arc.read_canvas(ids[start : start + shape[0] * (shape[1] + 1)], shape), probability))
+                    canvas = slice(start, start + shape[0] * (shape[1] + 1))
+                    answer = arc.read_canvas(ids[canvas], shape), probability
+                    steps[row].append(answer if known[canvas].all() else (None, 0.0))
             for (i, j, _, _), thoughts in zip(where, steps):
                 answers[i][j] = thoughts if trace else surest(thoughts)
         return answers

@@ -465,6 +465,79 @@ def test_dense_answers_equal_greedy_decoding_by_hand_alone_and_in_batches():
     assert np.array_equal(together[0][0][0][0], together[4][0][0][0])  # the same task twice
 
 
+def counted(read_on, most):
+    """read_on, which gives up after `most` calls: a loop that never ends is a failure, and no wait."""
+    def limited(*args):
+        limited.calls += 1
+        assert limited.calls <= most, "goes on and on"
+        return read_on(*args)
+
+    limited.calls = 0
+    return limited
+
+
+@pytest.mark.parametrize("wrong", (math.nan, math.inf, -math.inf))
+def test_logits_that_are_not_finite_are_no_answer(wrong):
+    """The other rows are written as if it were not there, and all ends with the largest grid."""
+    rng, limits = torch.Generator().manual_seed(0), [(2, 3), (2, 2), (1, 3)]
+    logits = torch.randn(9, 3, 12, generator=rng)
+    logits[:, :, 11] = -1e9  # stops only where it must
+
+    def grids(logits, rows):
+        step = iter(logits[1:, rows])
+        read_on = counted(lambda drawn: next(step), 8)
+        return model_dense.write_grids(logits[0, rows], read_on, [limits[r] for r in rows])
+
+    for at in (0, 2, 4):
+        broken = logits.clone()
+        broken[at, 1] = wrong
+        first, none, last = grids(broken, [0, 1, 2])
+        assert none is None
+        for got, (want,) in ((first, grids(logits, [0])), (last, grids(logits, [2]))):
+            assert same(got[0], want[0]) and got[1] == want[1]
+
+
+@pytest.mark.parametrize("samples", (1, 3))
+def test_a_diverged_model_answers_nothing(samples, monkeypatch):
+    model = dense()
+    for p in model.parameters():
+        p.data.fill_(math.nan)
+    monkeypatch.setattr(model, "read_on", counted(model.read_on, 40))
+    assert model.answer(TASKS, samples=samples) == [[[] for _ in task.test] for task in TASKS]
+    assert model.decode_grids([text(1, 5)[0]] * 2, [(3, 3)] * 2) == [None, None]
+
+
+@pytest.mark.parametrize("part", ("wte", "q_head"))
+def test_a_diverged_route_b_answers_nothing(part):
+    model = trm()
+    want = model.answer(TASKS[:2])
+    assert all(answer for task in want for answer in task)
+    for p in getattr(model, part).parameters():
+        p.data.fill_(math.nan)
+    assert model.answer(TASKS[:2], halt=0.5) == [[[]], [[], []]]
+    assert model.answer(TASKS[:1], trace=True) == [[[(None, 0.0)] * 3]]
+
+
+def test_a_diverged_model_writes_no_text():
+    for name, model in routes():
+        model.wte.weight.data[5] = math.nan
+        for temperature in (0, 1.0):
+            with pytest.raises(ValueError, match="not finite") as e:
+                list(model.generate(text(2, 6), 5, temperature=temperature))
+            assert "\n" not in str(e.value), name
+    logits = torch.tensor([[0.0, -math.inf, 2.0]])  # an id that is ruled out is none that is wrong
+    assert model_dense.sample(logits, 0).item() == 2 and model_dense.sample(logits, 1.0).item() in (0, 2)
+
+
+def test_an_empty_prompt_is_refused_in_one_line():
+    for name, model in routes():
+        for prompts in ([], [[]], [text(1, 3)[0], text(1, 3)[0][:0]], text(2, 0)):
+            with pytest.raises(ValueError, match="prompt is empty") as e:
+                list(model.generate(prompts, 3))
+            assert "\n" not in str(e.value), name
+        assert len(list(model.generate([torch.tensor([tok.EOT])], 3, stop=()))) == 3
+
+
 def test_answers_do_not_read_the_test_outputs():
     for name, model in routes():
         hidden = [arc.Task(t.id, t.kind, t.train, [(x, None) for x, _ in t.test]) for t in TASKS]
