@@ -561,8 +561,8 @@ class Model(nn.Module):
     def read(self, prompts):
         """
         prompts: (B, T) long, or a list of (T_b,) long -> what the head reads after their last tokens
-        (B, n_embd), a Past. About ANSWER_TOKENS are read at a time: that takes ten times the memory of what is
-        kept of them. ValueError if a prompt is empty, or there is none.
+        (B, n_embd), a Past. About ANSWER_TOKENS are read at a time: that takes ten times the memory of what
+        is kept of them. ValueError if a prompt is empty, or there is none.
         """
         if not min(map(len, prompts), default=0):
             raise ValueError("a prompt is empty: begin it with <|endoftext|>, as every document does")

@@ -842,9 +842,11 @@ def test_the_halting_head_decides():
 def test_exploration_keeps_a_tenth_of_the_rows_for_a_while():
     model = trm(n_sup=8)
     idx = torch.randint(tok.CELL0, tok.CELL0 + 10, (3000, 40), generator=torch.Generator().manual_seed(0))
-    steps = model.steps_to_stay(idx)
-    assert torch.equal(steps, model.steps_to_stay(idx))
-    assert torch.equal(steps[5:9], model.steps_to_stay(idx[5:9]))  # a row's own, whoever is beside it
+    begun = torch.arange(3000) % 7 + 1
+    steps = model.steps_to_stay(idx, begun)
+    assert torch.equal(steps, model.steps_to_stay(idx, begun))
+    some = model.steps_to_stay(idx[5:9], begun[5:9])
+    assert torch.equal(steps[5:9], some)  # a row's own, whoever is beside it
     assert 0.07 < (steps > 1).float().mean() < 0.13
     stay = steps[steps > 1]
     assert stay.min() == 2 and stay.max() == 8
@@ -857,7 +859,8 @@ def test_exploration_keeps_a_tenth_of_the_rows_for_a_while():
 def test_explored_rows_go_on_though_the_head_says_stop():
     model = trm(n_sup=4, halt_exploration=1.0).train()
     batch = puzzle_batch("canvas", range(20), 96)
-    must = model.steps_to_stay(batch[0])
+    must = model.steps_to_stay(batch[0], torch.ones(20, dtype=torch.long))
+    assert len(must.unique()) > 1
     with torch.no_grad():
         model.q_head.bias.fill_(100.0)
         carry = None
@@ -866,6 +869,44 @@ def test_explored_rows_go_on_though_the_head_says_stop():
                 carry["halted"] = torch.zeros_like(carry["halted"])
             _, _, carry = model(*batch, mode="puzzle", carry=carry)
             assert torch.equal(carry["halted"], must <= step)
+
+
+@torch.no_grad()
+def test_a_row_that_comes_again_explores_anew():
+    model = trm(n_sup=4, halt_exploration=0.2, n_latent=1, n_recursion=1, n_layer=1).train()
+    idx, targets = puzzle_batch("canvas", range(10), 96)
+    for row in idx:  # every one in about the configured share of its starts
+        stay = model.steps_to_stay(row.expand(500, -1), torch.arange(500))
+        assert 0.15 < (stay > 1).float().mean() < 0.25
+        assert stay.unique().tolist() == [1, 2, 3, 4]
+
+    def decisions(rows, calls, carry=None):
+        found = []
+        for _ in range(calls):
+            _, _, carry = model(idx[rows], targets[rows], mode="puzzle", carry=carry)
+            found.append(carry["halted"])
+        return torch.stack(found, 1), carry
+
+    model.q_head.bias.fill_(100.0)  # stops as soon as it may; the next call begins another row there
+    halted, carry = decisions(slice(None), 40)
+    assert torch.equal(carry["begun"], 1 + halted[:, :-1].sum(1))
+    both = [not row.all() and row.any() for row in halted]  # none always goes on, or never
+    assert sum(both) >= 9
+    halves = [decisions(rows, 40)[0] for rows in (slice(0, 5), slice(5, 10))]
+    assert torch.equal(torch.cat(halves), halted)
+    first, carry = decisions(slice(None), 15)  # what was saved and loaded goes on as it would have
+    rest, _ = decisions(slice(None), 25, {k: v.clone() for k, v in carry.items()})
+    assert torch.equal(torch.cat([first, rest], 1), halted)
+
+
+@torch.no_grad()
+def test_a_carry_that_does_not_count_its_rows_goes_on():
+    model = trm(n_sup=3).train()
+    batch = puzzle_batch("canvas", range(4), 96)
+    _, _, carry = model(*batch, mode="puzzle")
+    del carry["begun"]  # as an older checkpoint holds it
+    carry["halted"] = torch.tensor([True, False, False, True])
+    assert model(*batch, mode="puzzle", carry=carry)[2]["begun"].tolist() == [1, 0, 0, 1]
 
 
 def test_a_carry_of_another_shape_is_refused():
