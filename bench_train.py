@@ -76,7 +76,7 @@ def one_step(spec):
         optimizers = [torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)]
     if spec.get("compile"):
         for block in net.blocks if spec["model"] != "nanogpt" else net.transformer.h:
-            block.forward = torch.compile(block.forward)
+            block.compile()
     half = spec["dtype"] != "float32"
     scaler = torch.amp.GradScaler(device, enabled=spec["dtype"] == "float16")
     idx, targets = torch.randint(0, tok.N_GPT2, (2, rows, T), device=device).unbind(0)

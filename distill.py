@@ -354,7 +354,7 @@ def left_to_right(batch, watch, stats):
         if own:
             noise = [draw_rng(seed, f"answers {train['iter']}", batch.key[0])] * len(tasks)  # the same whichever process has the batch
             prompts, limits = [teachers.prompt(t) for t in tasks], [arc.canvas_shape(t.train, t.test[0][0]) for t in tasks]
-            answers = [grid for grid, _ in net.decode_grids(prompts, limits, 1, sample_temperature, noise)]
+            answers = [a and a[0] for a in net.decode_grids(prompts, limits, 1, sample_temperature, noise)]
         else:
             answers = given_answers(tasks)
     if own:
@@ -425,7 +425,9 @@ def on_a_canvas(batch, watch, stats, carry):
         with watch.measure("sampling"):
             tasks = teachers.tasks_of(carry["idx"].cpu(), carry["targets"].cpu(), net.puzzle_format)
             if own:
-                outcomes = sample(student.detach().cpu(), sample_temperature, generator=generator_for(batch.key[0]))
+                # where logits are not finite, neither is the loss, and the step is skipped: any draw will do
+                logits = student.detach().cpu().nan_to_num()
+                outcomes = sample(logits, sample_temperature, generator=generator_for(batch.key[0]))
                 answers, outcomes = teachers.read_canvases(outcomes, carry["idx"].cpu()), outcomes.to(device)
             else:
                 answers = given_answers(tasks)

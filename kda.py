@@ -22,12 +22,14 @@ import contextlib
 import functools
 import math
 import os
+import re
 import sys
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 import kda_triton
 
@@ -478,8 +480,11 @@ def chunk_backward(q, k, v, g, beta, scale, heads, low, X, Q, S, do, d_state):
 # 3. the operator
 #
 # Registered with torch.library, so that torch.compile sees one opaque operation with known shapes instead of tracing into loops
-# and choices that depend on data. The backward is an operation of its own for the same reason. A second copy of this file in one
-# process (imported under another name) takes the names over, and the first copy's calls end in a segmentation fault.
+# and choices that depend on data. The backward is an operation of its own for the same reason.
+# PyTorch has one table of operators for the whole process. Their names follow the module's, so that a changed
+# copy of this file can be imported beside it.
+
+OPERATORS = "smol_llm_" + re.sub(r"\W", "_", __name__)
 
 
 def precision(q, k, v, g, beta):
@@ -582,7 +587,7 @@ def kernel_table(B, T, device, cu_seqlens):
     return kda_triton.chunk_table(torch.tensor(sequence_bounds(cu_seqlens, T))).to(device)
 
 
-@torch.library.custom_op("smol_llm::kda", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::kda", mutates_args=())
 def kda_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, initial_state: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None, scale: float, want_state: bool, backend: str
@@ -679,7 +684,7 @@ def _(q, k, v, g, beta, initial_state, cu_seqlens, scale, want_state, backend):
     return v.new_empty(v.shape), final, X, torch.empty_like(X), S
 
 
-@torch.library.custom_op("smol_llm::kda_backward", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::kda_backward", mutates_args=())
 def kda_backward_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, initial_state: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None, scale: float, backend: str, X: torch.Tensor, Q: torch.Tensor, S: torch.Tensor,
@@ -835,6 +840,7 @@ class ShortConvFunction(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, taps, reach = ctx.saved_tensors
         dx, d_taps = torch.empty_like(x), torch.empty_like(taps)
@@ -886,6 +892,11 @@ def reorder(x, order, back):
     return Pick.apply(x.reshape(-1, K), rows, back).view(B, T, n * H, K)
 
 
+def widened(t):
+    """In float32 where t is in less, else as it is: a float64 layer stays in float64."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
 class ShortConv(nn.Module):
     """The taps of a convolution (D, 1, width): a Conv1d's shape, so that checkpoints of FLA load. The layer applies three at once."""
 
@@ -895,21 +906,25 @@ class ShortConv(nn.Module):
 
 
 class UnitLength(torch.autograd.Function):
-    """x (..., K) divided by its length over K, computed in float32, in x's dtype. Its backward is two lines, autograd's twelve calls."""
+    """
+    x (..., K) divided by its length over K, computed in float32 at least, in x's dtype. Its backward is two
+    lines, autograd's twelve calls.
+    """
 
     @staticmethod
     def forward(ctx, x):
-        wide = x.float()
+        wide = widened(x)
         one_over = torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)
         y = (wide * one_over).to(x.dtype)
         ctx.save_for_backward(y, one_over)
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         y, one_over = ctx.saved_tensors
-        along = (y * dy).sum(-1, keepdim=True, dtype=torch.float32)
-        return torch.addcmul(dy.float(), y, along, value=-1).mul_(one_over).to(dy.dtype)
+        along = (y * dy).sum(-1, keepdim=True, dtype=one_over.dtype)
+        return torch.addcmul(widened(dy), y, along, value=-1).mul_(one_over).to(dy.dtype)
 
 
 class GatedRMSNorm(nn.Module):
@@ -957,7 +972,8 @@ class KimiDeltaAttention(nn.Module):
     def empty_cache(self, batch_size):
         """What the layer remembers before the first token: the convolution's last inputs (B, W - 1, 3 * H * K), a state (B, H, K, K)."""
         H, K, W = self.num_heads, self.head_dim, self.q_conv1d.weight.shape[-1]
-        return self.A_log.new_zeros(batch_size, W - 1, 3 * H * K), self.A_log.new_zeros(batch_size, H, K, K, dtype=torch.float32)
+        new = self.A_log.new_zeros
+        return new(batch_size, W - 1, 3 * H * K), widened(new(batch_size, H, K, K))
 
     def forward(self, x, cache=None, starts=None, lines=None):
         """
@@ -1000,8 +1016,8 @@ class KimiDeltaAttention(nn.Module):
                 tail = tail * (torch.arange(W - 2, -1, -1, device=x.device)[:, None] <= reach[:, -1:, :1])
         qk, v = F.silu(ShortConvFunction.apply(qkv, taps, reach, past)).view(B, T, 3 * H, K).split([2 * H, H], 2)
         q, k = UnitLength.apply(qk).chunk(2, 2)
-        g = -self.A_log.float().exp()[:, None] * F.softplus(f.float() + self.dt_bias.float().view(H, K))
-        beta = beta.float().sigmoid()
+        g = -widened(self.A_log).exp()[:, None] * F.softplus(widened(f) + widened(self.dt_bias).view(H, K))
+        beta = widened(beta).sigmoid()
         if starts is not None:
             g = g.masked_fill(starts.unsqueeze(-1), -math.inf)
         if T == 1 and cache is not None and not torch.is_grad_enabled():

@@ -632,12 +632,14 @@ def power_of_two(size):
 
 def find_units(q, v, state):
     """
-    Powers of two that q, and v and the initial states, are divided by. o is linear in q, and in v and the initial states together, so
-    bfloat16 inputs of any size make states that fit in float16. 1 for other inputs.
+    Powers of two that q, and v and the initial states (or None), are divided by. o is linear in q, and in v
+    and the initial states together, so bfloat16 inputs of any size make states that fit in float16.
+    1 for inputs of other dtypes.
     """
     if q.dtype != torch.bfloat16 or not q.numel():
         return torch.ones(2, device=q.device).unbind()
-    return power_of_two(torch.stack((largest(q), torch.maximum(largest(v), largest(state))))).unbind()
+    largest_v = largest(v) if state is None else torch.maximum(largest(v), largest(state))
+    return power_of_two(torch.stack((largest(q), largest_v))).unbind()
 
 
 def _prepare(run, q, k, v, g, beta, units, X):

@@ -227,7 +227,7 @@ def compile_blocks(net, loader, autocast, scaler, device, say):
     problem = None
     try:
         for block in net.blocks:
-            block.forward = torch.compile(block.forward)
+            block.compile()  # a copy of it, deep or pickled, is not compiled, and has weights of its own
         for mode in ("text", "puzzle"):
             for _, _, idx, targets in loader.val_batches(mode, 1):
                 with autocast:
@@ -240,7 +240,7 @@ def compile_blocks(net, loader, autocast, scaler, device, say):
     failed = parallel.sums([problem is not None], device)[0]
     if failed:
         for block in net.blocks:
-            block.__dict__.pop("forward", None)
+            block._compiled_call_impl = None  # what block.compile() sets; nothing public takes it back
         torch._dynamo.reset()
         say(f"torch.compile does not work here, going on without it ({problem or 'it failed in another process'})")
     return not failed

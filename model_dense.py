@@ -178,7 +178,8 @@ class Block(nn.Module):
         super().__init__()
         self.kind, self.post, self.first_way = kind, post, first_way
         if kind == "k":
-            self.mixer = KimiDeltaAttention(config.n_embd, config.n_head, config.n_embd // config.n_head)
+            head_dim = config.n_embd // config.n_head
+            self.mixer = KimiDeltaAttention(config.n_embd, config.n_head, head_dim, norm_eps=config.norm_eps)
         else:
             self.mixer = Attention(config)
         self.mlp = SwiGLU(config)
@@ -200,11 +201,13 @@ class Block(nn.Module):
 
 def document_starts(idx):
     """
-    idx (B, T) -> bool (B, T): where a document begins. The <|endoftext|> between two documents is read as the beginning of the second:
-    what is predicted there is the second's first token. None where rows are known, without asking a GPU, to be one document each.
+    idx (B, T) -> bool (B, T): where a document begins. The <|endoftext|> between two documents is read as the
+    beginning of the second: what is predicted there is the second's first token. None where every row is one
+    document: without a mask, attention takes its flash kernel. To know that, a GPU is waited for once per
+    forward; the loss, which counts its targets, waits for it as well.
     """
     starts = idx == tok.EOT
-    return None if idx.device.type == "cpu" and not starts[:, 1:].any() else starts
+    return starts if starts[:, 1:].any() else None
 
 
 def same_document(starts):
@@ -255,15 +258,16 @@ class LinearCrossEntropy(torch.autograd.Function):
         if torch.is_autocast_enabled(x.device.type):
             x, weight = x.to(torch.get_autocast_dtype(x.device.type)), weight.to(torch.get_autocast_dtype(x.device.type))
         relative = share * N  # about 1: half precision would lose shares of 1 / N
-        loss = torch.zeros((), dtype=torch.float32, device=x.device)
+        wide = torch.promote_types(x.dtype, torch.float32)  # of sums
+        loss = torch.zeros((), dtype=wide, device=x.device)
         d_x = torch.empty_like(x) if need_grad else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_grad else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if need_grad else None
         rows = max(1, LOGITS_AT_ONCE // len(weight))
         buffer = x.new_empty(min(rows, N), len(weight))  # one for all slices: fresh memory is slow to touch on a CPU
         for a in range(0, N, rows):
             part, wanted = slice(a, min(a + rows, N)), targets[a : a + rows].unsqueeze(1)
             logits = torch.mm(x[part], weight.t(), out=buffer[: len(wanted)])
-            logits = logits if logits.dtype == torch.float32 else logits.float()
+            logits = logits.to(wide)
             log_sum = logits.logsumexp(1, keepdim=True)
             loss += ((log_sum - logits.gather(1, wanted)).squeeze(1) * share[part]).sum()
             if need_grad:
@@ -278,6 +282,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_loss):
+        if torch.is_grad_enabled():  # once_differentiable would miss it where d_loss is a constant, as usual
+            raise RuntimeError("LinearCrossEntropy has no second derivative: do without create_graph=True")
         d_x, d_weight = ctx.saved_tensors
         d_loss = d_loss / max(1, ctx.N)
         return d_x * d_loss.to(d_x.dtype), d_weight * d_loss, None, None
@@ -302,8 +308,11 @@ def sample(logits, temperature, top_k=None, top_p=None, generator=None):
     """
     logits (B, V) -> ids (B,). temperature 0 is greedy; top_k draws from the k likeliest ids, top_p from the fewest likeliest ids that
     have a probability of top_p together (of those that top_k leaves). Ids that name nothing are never drawn.
+    ValueError where logits are NaN or infinite.
     """
     logits = logits[:, : tok.END + 1].float()
+    if not logits.amax(-1).isfinite().all():
+        raise ValueError("the model's logits are not finite: training diverged, take an earlier checkpoint")
     if temperature == 0:
         return logits.argmax(-1)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0: no temperature is too low
@@ -324,11 +333,12 @@ def core_flops_per_token(config, context):
     of full attention (half of them, causal), and the chunked KDA products at 64 tokens a chunk.
     """
     d, per_head = config.n_embd, config.n_embd // config.n_head
+    d_kv = (config.n_kv_head or config.n_head) * per_head
     total = 0
     for i in range(config.n_layer):
         total += 2 * 3 * d * config.n_ff
         if config.layer_pattern[i % len(config.layer_pattern)] == "a":
-            total += 2 * 4 * d * d + 2 * d * context
+            total += 2 * (2 * d * d + 2 * d * d_kv) + 2 * d * context
         else:
             total += 2 * (4 * d * d + 4 * d * per_head + 12 * d + d * config.n_head)
             total += 2 * d * (4 * 64 + 4 * per_head)
@@ -429,12 +439,14 @@ def write_grids(logits, read_on, limits, temperature=1.0, noise=None):
     Write grids under their grammar: only what can follow is allowed, so every answer parses. logits (B, 12): of GRID_IDS after the
     prompts; read_on: drawn (B,), numbers into GRID_IDS -> the next logits; limits: for each row (most rows, most columns); noise: for
     each row a np.random.Generator to draw with at `temperature`, or None to take the likeliest (noise=None: all rows do).
-    -> list of (grid, log-probability under the grammar).
+    -> list of (grid, log-probability under the grammar), None for a row whose logits were not finite. Ends
+    after as many tokens as the largest grid has, whatever the logits are.
     """
     ROW, END = 10, 11
     rows = [[[]] for _ in limits]  # of each answer; the last one is being written
     score, done = [0.0] * len(limits), [False] * len(limits)
-    while True:
+    for n in range(max((h * (w + 1) + 1 for h, w in limits), default=0)):
+        logits = logits if n == 0 else read_on(drawn)
         logits = logits.float().cpu()
         allowed = torch.full_like(logits, -torch.inf)
         for b, (most_rows, most_columns) in enumerate(limits):
@@ -454,8 +466,11 @@ def write_grids(logits, read_on, limits, temperature=1.0, noise=None):
             gumbel = [np.zeros(len(GRID_IDS)) if rng is None else temperature * rng.gumbel(size=len(GRID_IDS)) for rng in noise]
             drawn = log_p + torch.from_numpy(np.stack(gumbel))
         drawn = drawn.argmax(-1)
-        for b, choice in enumerate(drawn.tolist()):
+        for b, (choice, unknown) in enumerate(zip(drawn.tolist(), log_p.isnan().any(-1).tolist())):
             if done[b]:
+                continue
+            if unknown:
+                score[b], done[b] = None, True
                 continue
             score[b] += log_p[b, choice].item()
             if choice == END:
@@ -465,8 +480,8 @@ def write_grids(logits, read_on, limits, temperature=1.0, noise=None):
             else:
                 rows[b][-1].append(choice)
         if all(done):
-            return [(np.array(r[:-1], dtype=np.uint8), s) for r, s in zip(rows, score)]
-        logits = read_on(drawn)
+            break
+    return [None if s is None else (np.array(r[:-1], dtype=np.uint8), s) for r, s in zip(rows, score)]
 
 
 # -----------------------------------------------------------------------------
@@ -545,9 +560,12 @@ class Model(nn.Module):
 
     def read(self, prompts):
         """
-        prompts: (B, T) long, or a list of (T_b,) long, none empty -> what the head reads after their last tokens (B, n_embd), a Past.
-        About ANSWER_TOKENS are read at a time: that takes ten times the memory of what is kept of them.
+        prompts: (B, T) long, or a list of (T_b,) long -> what the head reads after their last tokens
+        (B, n_embd), a Past. About ANSWER_TOKENS are read at a time: that takes ten times the memory of what
+        is kept of them. ValueError if a prompt is empty, or there is none.
         """
+        if not min(map(len, prompts), default=0):
+            raise ValueError("a prompt is empty: begin it with <|endoftext|>, as every document does")
         T = max(map(len, prompts))
         rows = max(1, ANSWER_TOKENS // T)
         parts = [self.read_padded(prompts[start : start + rows], T) for start in range(0, len(prompts), rows)]
@@ -610,7 +628,8 @@ class Model(nn.Module):
         Solve tasks left to right, under the grammar of grids: only tokens that can follow are allowed, so every answer parses.
         tasks: list of arc.Task, whose test outputs are not read. Returns for each task, for each of its test inputs, a list of
         `samples` (grid, log-probability), the likeliest token at every place first, then drawn at `temperature` from one reading of the
-        prompt; None where prompt and answer do not fit into block_size. A draw depends on seed and prompt, not on what else is asked.
+        prompt, without those for which the model's logits were not finite; None where prompt and answer do
+        not fit into block_size. A draw depends on seed and prompt, not on what else is asked.
         """
         answers = [[None] * len(task.test) for task in tasks]
         questions = []
@@ -626,14 +645,14 @@ class Model(nn.Module):
                      for q in part for n in range(samples)]  # fmt: skip
             drawn = self.decode_grids([q[2] for q in part], [q[3] for q in part], samples, temperature, noise)
             for n, (i, j, _, _) in enumerate(part):
-                answers[i][j] = drawn[n * samples : (n + 1) * samples]
+                answers[i][j] = [a for a in drawn[n * samples : (n + 1) * samples] if a is not None]
         return answers
 
     @torch.no_grad()
     def decode_grids(self, prompts, limits, samples=1, temperature=1.0, noise=None):
         """
         prompts: list of (T_b,) long, each read once and answered `samples` times; limits: for each (most rows, most columns);
-        temperature and noise as in `write_grids` -> list of (grid, log-probability), len(prompts) * samples.
+        temperature and noise as in `write_grids`, and so are the len(prompts) * samples that come back.
         """
         ids = torch.tensor(GRID_IDS, device=self.wte.weight.device)
         head = self.wte.weight[ids]

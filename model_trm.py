@@ -286,10 +286,11 @@ class Model(nn.Module):
 
     def carried_step(self, fresh, carry, words):
         """
-        One supervision step of training. fresh: tensors (B, ...) of which each row belongs to a puzzle, "idx" (B, L) among them; carry:
-        the same ones as the step before left them, with y, z, steps and halted, or None; words: puzzle_words. Rows that have halted give
-        way to those of fresh. -> y (B, L, n_embd) with gradient, the new carry but for `halted`. ValueError if the carry is of other
-        shape than idx.
+        One supervision step of training. fresh: tensors (B, ...) of which each row belongs to a puzzle, "idx"
+        (B, L) among them; carry: the same ones as the step before left them, with y, z, steps, begun and
+        halted, or None; words: puzzle_words. Rows that have halted give way to those of fresh; begun (B,)
+        counts those of each place. -> y (B, L, n_embd) with gradient, the new carry but for `halted`.
+        ValueError if the carry is of other shape than idx.
         """
         idx = fresh["idx"]
         if carry is None:
@@ -300,26 +301,29 @@ class Model(nn.Module):
         new = carry["halted"]
         rows = {k: torch.where(new.view(-1, *[1] * (v.ndim - 1)), v, carry[k]) for k, v in fresh.items()}
         steps = torch.where(new, 0, carry["steps"]) + 1
+        begun = carry.get("begun", torch.zeros_like(steps)) + new  # carries of older checkpoints have none
         x, rope, visible, lines = self.embed_canvas(rows["idx"], words)
         y, z = self.start(x)
         if "y" in carry:
             y, z = (torch.where(new[:, None, None], first, carry[k].to(x.dtype)) for first, k in ((y, "y"), (z, "z")))
         y, z = self.supervision_step(x, y, z, "puzzle", rope, visible, lines=lines)
-        return y, {**rows, "y": at_rest(y), "z": at_rest(z), "steps": steps}
+        return y, {**rows, "y": at_rest(y), "z": at_rest(z), "steps": steps, "begun": begun}
 
     @torch.no_grad()
     def halts(self, q, carry):
         """(B,): which rows have been thought about enough, given the halting logits q (B,) and the carry after a step."""
-        return (carry["steps"] >= self.config.n_sup) | ((q > 0) & (carry["steps"] >= self.steps_to_stay(carry["idx"])))
+        stay = self.steps_to_stay(carry["idx"], carry["begun"])
+        return (carry["steps"] >= self.config.n_sup) | ((q > 0) & (carry["steps"] >= stay))
 
-    def steps_to_stay(self, idx):
+    def steps_to_stay(self, idx, begun):
         """
-        Exploration: (B,) the fewest steps each row must take, 1 for most, for a share of halt_exploration uniform in 2..n_sup.
-        Drawn by hashing the row itself rather than from a random number generator, so that one process or two, resumed or not,
-        draw the same for the same row.
+        Exploration: (B,) the fewest steps each row must take, 1 for most, for a share of halt_exploration
+        uniform in 2..n_sup. Drawn by hashing the row and begun (B,), how many rows have begun in its place,
+        rather than from a random number generator: one process or two, resumed or not, draw the same, and a
+        row that comes again draws anew.
         """
         weights = torch.arange(1, idx.shape[1] + 1, device=idx.device) * 2654435761 % 2147483647
-        draw = (idx * weights).sum(1) % 2147483647 * 48271 % 2147483647
+        draw = ((idx * weights).sum(1) + begun * 1640531527) % 2147483647 * 48271 % 2147483647
         share = draw.double() / 2147483647
         steps = 2 + (draw * 16807 % 2147483647) % max(self.config.n_sup - 1, 1)
         return torch.where(share < self.config.halt_exploration, steps, 1)
@@ -376,16 +380,21 @@ class Model(nn.Module):
         Solve tasks, whose test outputs are not read. Returns for each task, for each of its test inputs, a list of (grid, halting
         probability): the different answers of all supervision steps, surest first. None where the row does not fit into block_size.
         With trace, the list holds instead the answer after every supervision step, first to last, with None for a canvas declared all
-        void. Steps are n_sup (None: as configured), fewer for rows that pass `halt`, a probability (None: none do).
+        void, and None with probability 0 where the model's logits were not finite. Steps are n_sup (None: as
+        configured), fewer for rows that pass `halt`, a probability (None: none do).
         """
         answers = [[None] * len(task.test) for task in tasks]
         for where, idx in self.canvases(tasks):
             steps = [[] for _ in where]
             for rows, y, p in self.think(idx, n_sup, halt):
-                choice = torch.tensor(ANSWER_IDS)[F.linear(y, self.wte.weight[ANSWER_IDS]).argmax(-1).cpu()].numpy()
-                for row, ids, probability in zip(rows.tolist(), choice, p.tolist()):
+                logits = F.linear(y, self.wte.weight[ANSWER_IDS])
+                finite = (logits.isfinite().all(-1) & p.isfinite()[:, None]).cpu()
+                choice = torch.tensor(ANSWER_IDS)[logits.argmax(-1).cpu()].numpy()
+                for row, ids, known, probability in zip(rows.tolist(), choice, finite, p.tolist()):
                     _, _, shape, start = where[row]
-                    steps[row].append((arc.read_canvas(ids[start : start + shape[0] * (shape[1] + 1)], shape), probability))
+                    canvas = slice(start, start + shape[0] * (shape[1] + 1))
+                    answer = arc.read_canvas(ids[canvas], shape), probability
+                    steps[row].append(answer if known[canvas].all() else (None, 0.0))
             for (i, j, _, _), thoughts in zip(where, steps):
                 answers[i][j] = thoughts if trace else surest(thoughts)
         return answers

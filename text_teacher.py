@@ -136,8 +136,8 @@ class HuggingFace:
                 state["seen"] = torch.cat([state["seen"], torch.ones_like(state["seen"][:, :1])], 1)
                 return read(self.outcomes[drawn.to(self.outcomes.device)][:, None])
 
-            for (i, *_), (grid, _) in zip(part, write_grids(read(idx), read_on, [limit for *_, limit in part])):
-                grids[i] = grid
+            for (i, *_), answer in zip(part, write_grids(read(idx), read_on, [limit for *_, limit in part])):
+                grids[i] = answer and answer[0]
         return grids
 
 

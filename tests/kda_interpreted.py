@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from triton.runtime import interpreter
 
+import kda
 import kda_triton as kt
+import model_dense
 
 torch.set_num_threads(1)
 NAMES = ("o", "final_state", "dq", "dk", "dv", "dg", "dbeta", "dstate")
@@ -124,6 +126,58 @@ def test_gates_and_beta(gate, beta, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_lengths(dtype):
     check(run([1, 0, 65, 1, 2], 1, 16, 32, dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("with_state", [False, True], ids=["no state", "state"])
+def test_through_the_operator(dtype, with_state):
+    """As the layer calls it: training has no initial state and wants no final one, a prefill has both."""
+    inputs, (do, dstate), _ = make([40], 1, 16, 16, "mild", "random")
+    inputs = [t.to(dtype if i < 3 else torch.float32) for i, t in enumerate(inputs)]
+    results = []
+    for backend, convert in (("triton", lambda t: t), ("recurrent", torch.Tensor.double)):
+        leaves = [convert(t).requires_grad_() for t in (inputs if with_state else inputs[:5])]
+        state = leaves[5] if with_state else None
+        o, final = kda.kda(*(t[None] for t in leaves[:5]), initial_state=state, output_final_state=with_state,
+                           backend=backend)  # fmt: skip
+        assert (final is None) != with_state
+        loss = (o[0].double() * do).sum() + ((final.double() * dstate).sum() if with_state else 0)
+        results.append([t for t in (o[0], final) if t is not None] + [*torch.autograd.grad(loss, leaves)])
+    names = NAMES if with_state else [name for name in NAMES if "state" not in name]
+    errors = {}
+    for name, got, want in zip(names, *results, strict=True):
+        errors[name] = ((got.double() - want).norm() / want.norm()).item()
+    check(errors, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_training_step_of_a_model(dtype, monkeypatch):
+    """Under autocast, as in train.py; then prefill and one token with caches. Against the chunked form."""
+    config = model_dense.Config(block_size=32, n_layer=2, n_head=1, n_embd=16, n_ff=16, layer_pattern="ka")
+    idx = torch.arange(16)[None] + 5
+    losses, gradients, logits = [], [], []
+    for backend in ("triton", "chunk"):
+        monkeypatch.setattr(kda, "BACKEND", backend)
+        kda.choose_backend.cache_clear()
+        torch.manual_seed(0)
+        model = model_dense.Model(config)
+        for name, p in model.named_parameters():
+            if name.endswith("o_proj.weight"):  # zeros, behind which nothing would have a gradient
+                torch.nn.init.normal_(p, std=0.25)
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            loss = model(idx, idx.roll(-1, 1))[1]
+            with torch.no_grad():
+                x, past = model.read(idx)
+                logits.append(torch.stack([x, model.read_on(idx[:, -1], past)]).float())
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    kda.choose_backend.cache_clear()
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance)
+    torch.testing.assert_close(*logits, rtol=tolerance, atol=tolerance)
+    for name, want in gradients[1].items():
+        assert (gradients[0][name] - want).norm() <= 3 * tolerance * want.norm() + 1e-6, name
 
 
 def test_heads_and_many_chunks():

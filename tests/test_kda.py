@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -229,7 +230,7 @@ def test_long_inputs_go_through_a_stretch_of_tokens_at_a_time(monkeypatch):
             check(got, want, 1e-5, f"{chunks} chunks at a time, T={T}")
             check(d_got, d_want, 1e-4, f"{chunks} chunks at a time, T={T}")
     inputs = [t.float().requires_grad_() for t in whole[:5]]
-    torch.library.opcheck(torch.ops.smol_llm.kda.default, (*inputs, None, None, 0.3, False, "chunk"), test_utils="test_faketensor")
+    torch.library.opcheck(torch.ops.smol_llm_kda.kda.default, (*inputs, None, None, 0.3, False, "chunk"), test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
@@ -524,10 +525,32 @@ def test_one_step_in_place_is_the_recurrence():
 
 
 def test_operator_is_registered_as_torch_wants_it():
-    op = torch.ops.smol_llm.kda.default
+    op = torch.ops.smol_llm_kda.kda.default
     q, k, v, g, beta, S = (t.float() for t in make("mild", 20))
     torch.library.opcheck(op, (q.requires_grad_(), k, v, g, beta, S, None, 0.3, True, "chunk"))
     torch.library.opcheck(op, (q[:1], k[:1], v[:1], g[:1], beta[:1], None, torch.tensor([0, 1, 20]), 0.3, False, "chunk"))
+
+
+def test_a_copy_of_the_file_works_beside_it(tmp_path):
+    """Both files are used after both were imported, backward too."""
+    here = os.path.dirname(os.path.abspath(kda_file.__file__))
+    os.makedirs(tmp_path / "mine" / "models")
+    for copy in ("kda_mine.py", "kda_backward.py", "mine/models/kda.py"):
+        shutil.copy(os.path.join(here, "kda.py"), tmp_path / copy)
+    code = """
+import torch, kda, kda_mine, kda_backward, mine.models.kda
+from torch.nn.functional import normalize
+x = torch.randn(1, 70, 2, 8, generator=torch.Generator().manual_seed(0))
+grads = []
+for file in (kda, kda_mine, kda_backward, mine.models.kda, kda):
+    inputs = [t.clone().requires_grad_() for t in (x, normalize(x, dim=-1), x, -x.abs(), x[..., 0].sigmoid())]
+    grads.append(torch.autograd.grad(file.kda(*inputs)[0].square().sum(), inputs))
+assert all(torch.equal(a, b) for other in grads[1:] for a, b in zip(grads[0], other))
+print("alike")
+"""
+    env = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{tmp_path}"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "alike\n"), done.stderr
 
 
 @pytest.mark.parametrize("post, dtype", ((False, torch.float16), (True, torch.float32)))
@@ -672,6 +695,44 @@ def test_layer_in_half_precision():
         got.float().sum().backward()
     assert ((got - want).norm() / want.norm()) < 0.03
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("documents", (False, True))
+def test_a_float64_layer_computes_in_float64(documents):
+    layer = make_layer(D=6, H=2, K=3).double()
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 7, 6, dtype=torch.float64, generator=rng, requires_grad=True)
+    starts = torch.arange(7)[None] == 4 if documents else None
+    names, parameters = zip(*layer.named_parameters())
+
+    def read(x, *parameters):
+        return torch.func.functional_call(layer, dict(zip(names, parameters)), (x, None, starts))[0]
+
+    assert read(x, *parameters).dtype == torch.float64
+    assert torch.autograd.gradcheck(read, (x, *parameters))
+    want = layer_by_hand(layer.state_dict(), x[:, :4], 2, 3)
+    torch.testing.assert_close(layer(x[:, :4])[0], want, rtol=1e-10, atol=1e-10)
+    cache, parts = layer.empty_cache(1), []
+    with torch.no_grad():
+        for part in x[:, :4].split((2, 1, 1), 1):  # prefill, then two tokens
+            y, cache = layer(part, cache)
+            parts.append(y)
+    assert cache[1].dtype == torch.float64
+    torch.testing.assert_close(torch.cat(parts, 1), want, rtol=1e-10, atol=1e-10)
+
+
+def test_a_second_derivative_is_refused_and_not_wrong():
+    rng = torch.Generator().manual_seed(0)
+    layer = make_layer()
+    x, taps, row = (torch.randn(*n, generator=rng).requires_grad_() for n in ((1, 5, 4), (3, 4), (1, 5, 12)))
+    convolved = ShortConvFunction.apply(x, taps, None, 0)
+    for y, at in ((UnitLength.apply(x), x), (convolved, taps), (layer(row)[0], row)):
+        (gradient,) = torch.autograd.grad(y.square().sum(), at, create_graph=True)
+        with pytest.raises(RuntimeError):
+            gradient.square().sum().backward()
+    rows = torch.tensor([2, 0, 1])  # a product with a constant matrix has a right one by itself
+    wide = torch.randn(3, 4, dtype=torch.float64, generator=rng, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: kda_file.Pick.apply(x, rows, rows.argsort()), (wide,))
 
 
 def test_documents_in_a_row_know_nothing_of_each_other():

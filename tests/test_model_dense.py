@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_models import TASKS, dense, make_task, text
+from test_models import TASKS, dense, make_task, text, trm
 
 import arc
 import hardware
 import model_dense
+import model_trm
 import tokenizer as tok
 from model_dense import Config, Model, cache_bytes, document_starts, next_place, sample, tokens_at_once
 
@@ -87,6 +88,42 @@ def test_rows_without_a_boundary_take_the_same_path_as_before():
     idx[:, 0] = tok.EOT
     assert document_starts(idx) is None
     torch.testing.assert_close(dense()(idx)[0], dense(separate_documents=False)(idx)[0], rtol=0, atol=0)
+
+
+class Elsewhere(torch.Tensor):
+    """Says that it lies on a GPU."""
+
+    device = property(lambda self: torch.device("cuda"))
+
+
+@torch.no_grad()
+def test_attention_gets_a_mask_only_where_a_row_has_several_documents(monkeypatch):
+    """A mask rules out the flash kernel. Wherever the rows lie, one document each needs none."""
+    masks, attend, find = [], F.scaled_dot_product_attention, model_dense.document_starts
+
+    def spy(*args, attn_mask, is_causal, **kwargs):
+        masks.append(None if is_causal else attn_mask.shape)
+        return attend(*args, attn_mask=attn_mask, is_causal=is_causal, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    def find_elsewhere(idx):
+        starts = find(idx.as_subclass(Elsewhere))
+        return None if starts is None else starts.as_subclass(torch.Tensor)
+
+    alone, (several, _) = text(2, 33), documents([20, 11])
+    alone[0, 0] = tok.EOT
+    cases = (alone, None), (several, (1, 1, 33, 33)), (torch.cat([alone, several]), (3, 1, 33, 33))
+    for file, build in ((model_dense, dense), (model_trm, trm)):
+        model, found = build(), []
+        for function in (find, find_elsewhere):
+            monkeypatch.setattr(file, "document_starts", function)
+            for idx, want in cases:
+                masks.clear()
+                found.append(model(idx)[0])
+                assert masks and set(masks) == {want}
+        a, b, both = found[:3]
+        torch.testing.assert_close(both, torch.cat([a, b]), rtol=1e-4, atol=1e-4)
+        assert all(torch.equal(x, y) for x, y in zip(found[:3], found[3:]))
 
 
 def test_recomputing_knows_documents_too():
@@ -235,6 +272,13 @@ def test_grouped_queries_are_full_attention_with_repeated_keys_and_values():
 def test_heads_that_cannot_be_shared_evenly_are_refused(n_kv_head):
     with pytest.raises(ValueError, match="n_kv_head"):
         Model(Config(n_layer=1, n_head=4, n_kv_head=n_kv_head, n_embd=32, n_ff=8))
+
+
+@pytest.mark.parametrize("pattern", ("a", "k"))
+def test_norm_eps_reaches_every_norm(pattern):
+    model = dense(layer_pattern=pattern, norm_eps=0.25)
+    norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
+    assert len(norms) == 1 + 4 * (4 if pattern == "a" else 3) and {m.eps for m in norms} == {0.25}
 
 
 # ---- the description

@@ -231,6 +231,19 @@ def test_linear_cross_entropy(at_once, monkeypatch):
         assert a.dtype == torch.float32 and (a - b).norm() < 0.02 * b.norm()
 
 
+def test_linear_cross_entropy_in_float64_and_once_only():
+    """Its gradients are computed in the forward: a second derivative would be silently wrong."""
+    rng = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 3, dtype=torch.float64, generator=rng).requires_grad_() for n in (5, 7))
+    rest = torch.randint(0, 7, (5,), generator=rng), torch.rand(5, dtype=torch.float64, generator=rng) / 5
+    assert torch.autograd.gradcheck(lambda x, weight: LinearCrossEntropy.apply(x, weight, *rest), (x, weight))
+    for factor in (1, weight.square().sum()):
+        loss = factor * LinearCrossEntropy.apply(x, weight, *rest)
+        with pytest.raises(RuntimeError, match="second derivative"):
+            (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+            (loss + gradient.square().sum()).backward()
+
+
 def test_without_gradients_only_the_logits_are_computed():
     """Three products for loss and gradients, one for the loss alone; the loss is the same."""
     class Products(TorchDispatchMode):
@@ -450,6 +463,79 @@ def test_dense_answers_equal_greedy_decoding_by_hand_alone_and_in_batches():
                 assert np.array_equal(got, want)
                 assert abs(got_score - score) < 1e-3
     assert np.array_equal(together[0][0][0][0], together[4][0][0][0])  # the same task twice
+
+
+def counted(read_on, most):
+    """read_on, which gives up after `most` calls: a loop that never ends is a failure, and no wait."""
+    def limited(*args):
+        limited.calls += 1
+        assert limited.calls <= most, "goes on and on"
+        return read_on(*args)
+
+    limited.calls = 0
+    return limited
+
+
+@pytest.mark.parametrize("wrong", (math.nan, math.inf, -math.inf))
+def test_logits_that_are_not_finite_are_no_answer(wrong):
+    """The other rows are written as if it were not there, and all ends with the largest grid."""
+    rng, limits = torch.Generator().manual_seed(0), [(2, 3), (2, 2), (1, 3)]
+    logits = torch.randn(9, 3, 12, generator=rng)
+    logits[:, :, 11] = -1e9  # stops only where it must
+
+    def grids(logits, rows):
+        step = iter(logits[1:, rows])
+        read_on = counted(lambda drawn: next(step), 8)
+        return model_dense.write_grids(logits[0, rows], read_on, [limits[r] for r in rows])
+
+    for at in (0, 2, 4):
+        broken = logits.clone()
+        broken[at, 1] = wrong
+        first, none, last = grids(broken, [0, 1, 2])
+        assert none is None
+        for got, (want,) in ((first, grids(logits, [0])), (last, grids(logits, [2]))):
+            assert same(got[0], want[0]) and got[1] == want[1]
+
+
+@pytest.mark.parametrize("samples", (1, 3))
+def test_a_diverged_model_answers_nothing(samples, monkeypatch):
+    model = dense()
+    for p in model.parameters():
+        p.data.fill_(math.nan)
+    monkeypatch.setattr(model, "read_on", counted(model.read_on, 40))
+    assert model.answer(TASKS, samples=samples) == [[[] for _ in task.test] for task in TASKS]
+    assert model.decode_grids([text(1, 5)[0]] * 2, [(3, 3)] * 2) == [None, None]
+
+
+@pytest.mark.parametrize("part", ("wte", "q_head"))
+def test_a_diverged_route_b_answers_nothing(part):
+    model = trm()
+    want = model.answer(TASKS[:2])
+    assert all(answer for task in want for answer in task)
+    for p in getattr(model, part).parameters():
+        p.data.fill_(math.nan)
+    assert model.answer(TASKS[:2], halt=0.5) == [[[]], [[], []]]
+    assert model.answer(TASKS[:1], trace=True) == [[[(None, 0.0)] * 3]]
+
+
+def test_a_diverged_model_writes_no_text():
+    for name, model in routes():
+        model.wte.weight.data[5] = math.nan
+        for temperature in (0, 1.0):
+            with pytest.raises(ValueError, match="not finite") as e:
+                list(model.generate(text(2, 6), 5, temperature=temperature))
+            assert "\n" not in str(e.value), name
+    logits = torch.tensor([[0.0, -math.inf, 2.0]])  # an id that is ruled out is none that is wrong
+    assert model_dense.sample(logits, 0).item() == 2 and model_dense.sample(logits, 1.0).item() in (0, 2)
+
+
+def test_an_empty_prompt_is_refused_in_one_line():
+    for name, model in routes():
+        for prompts in ([], [[]], [text(1, 3)[0], text(1, 3)[0][:0]], text(2, 0)):
+            with pytest.raises(ValueError, match="prompt is empty") as e:
+                list(model.generate(prompts, 3))
+            assert "\n" not in str(e.value), name
+        assert len(list(model.generate([torch.tensor([tok.EOT])], 3, stop=()))) == 3
 
 
 def test_answers_do_not_read_the_test_outputs():
@@ -756,9 +842,11 @@ def test_the_halting_head_decides():
 def test_exploration_keeps_a_tenth_of_the_rows_for_a_while():
     model = trm(n_sup=8)
     idx = torch.randint(tok.CELL0, tok.CELL0 + 10, (3000, 40), generator=torch.Generator().manual_seed(0))
-    steps = model.steps_to_stay(idx)
-    assert torch.equal(steps, model.steps_to_stay(idx))
-    assert torch.equal(steps[5:9], model.steps_to_stay(idx[5:9]))  # a row's own, whoever is beside it
+    begun = torch.arange(3000) % 7 + 1
+    steps = model.steps_to_stay(idx, begun)
+    assert torch.equal(steps, model.steps_to_stay(idx, begun))
+    some = model.steps_to_stay(idx[5:9], begun[5:9])
+    assert torch.equal(steps[5:9], some)  # a row's own, whoever is beside it
     assert 0.07 < (steps > 1).float().mean() < 0.13
     stay = steps[steps > 1]
     assert stay.min() == 2 and stay.max() == 8
@@ -771,7 +859,8 @@ def test_exploration_keeps_a_tenth_of_the_rows_for_a_while():
 def test_explored_rows_go_on_though_the_head_says_stop():
     model = trm(n_sup=4, halt_exploration=1.0).train()
     batch = puzzle_batch("canvas", range(20), 96)
-    must = model.steps_to_stay(batch[0])
+    must = model.steps_to_stay(batch[0], torch.ones(20, dtype=torch.long))
+    assert len(must.unique()) > 1
     with torch.no_grad():
         model.q_head.bias.fill_(100.0)
         carry = None
@@ -780,6 +869,44 @@ def test_explored_rows_go_on_though_the_head_says_stop():
                 carry["halted"] = torch.zeros_like(carry["halted"])
             _, _, carry = model(*batch, mode="puzzle", carry=carry)
             assert torch.equal(carry["halted"], must <= step)
+
+
+@torch.no_grad()
+def test_a_row_that_comes_again_explores_anew():
+    model = trm(n_sup=4, halt_exploration=0.2, n_latent=1, n_recursion=1, n_layer=1).train()
+    idx, targets = puzzle_batch("canvas", range(10), 96)
+    for row in idx:  # every one in about the configured share of its starts
+        stay = model.steps_to_stay(row.expand(500, -1), torch.arange(500))
+        assert 0.15 < (stay > 1).float().mean() < 0.25
+        assert stay.unique().tolist() == [1, 2, 3, 4]
+
+    def decisions(rows, calls, carry=None):
+        found = []
+        for _ in range(calls):
+            _, _, carry = model(idx[rows], targets[rows], mode="puzzle", carry=carry)
+            found.append(carry["halted"])
+        return torch.stack(found, 1), carry
+
+    model.q_head.bias.fill_(100.0)  # stops as soon as it may; the next call begins another row there
+    halted, carry = decisions(slice(None), 40)
+    assert torch.equal(carry["begun"], 1 + halted[:, :-1].sum(1))
+    both = [not row.all() and row.any() for row in halted]  # none always goes on, or never
+    assert sum(both) >= 9
+    halves = [decisions(rows, 40)[0] for rows in (slice(0, 5), slice(5, 10))]
+    assert torch.equal(torch.cat(halves), halted)
+    first, carry = decisions(slice(None), 15)  # what was saved and loaded goes on as it would have
+    rest, _ = decisions(slice(None), 25, {k: v.clone() for k, v in carry.items()})
+    assert torch.equal(torch.cat([first, rest], 1), halted)
+
+
+@torch.no_grad()
+def test_a_carry_that_does_not_count_its_rows_goes_on():
+    model = trm(n_sup=3).train()
+    batch = puzzle_batch("canvas", range(4), 96)
+    _, _, carry = model(*batch, mode="puzzle")
+    del carry["begun"]  # as an older checkpoint holds it
+    carry["halted"] = torch.tensor([True, False, False, True])
+    assert model(*batch, mode="puzzle", carry=carry)[2]["begun"].tolist() == [1, 0, 0, 1]
 
 
 def test_a_carry_of_another_shape_is_refused():

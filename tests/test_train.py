@@ -1,10 +1,12 @@
 """train.py as a user runs it: real processes on a small real stage."""
 
 import contextlib
+import copy
 import hashlib
 import importlib.util
 import json
 import os
+import pickle
 import random
 import re
 import resource
@@ -25,6 +27,7 @@ import configurator
 import loop
 import prepare
 import sanity
+from model_dense import Config, Model
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -558,6 +561,39 @@ def test_compiled_blocks_give_the_same_losses(data, tmp_path):
         run = train(data, tmp_path / str(compiled), *settings, f"--compile={compiled}")
         assert run.returncode == 0 and (", compiled," in run.stdout) == compiled, run.stdout
     same_losses(tmp_path / "False", tmp_path / "True", rel=1e-3)
+
+
+class OneBatch:
+    def val_batches(self, mode, n):
+        idx = torch.arange(16)[None]
+        return iter([("text", 0, idx, idx.roll(-1, 1))] * (mode == "text"))
+
+
+@pytest.mark.parametrize("works", (True, False))
+def test_a_copy_of_a_compiled_model_runs_its_own_weights(works, monkeypatch):
+    compile = torch.compile  # which calls no compiler here, or falls over its first batch
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile(f, backend="eager") if works else fail)
+    torch.manual_seed(0)
+    net, said = Model(Config(n_layer=1, n_head=1, n_embd=16, n_ff=16, layer_pattern="a", block_size=16)), []
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    idx = torch.arange(16)[None] + 7
+    want = net(idx)[0].detach()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    assert loop.compile_blocks(net, OneBatch(), contextlib.nullcontext(), scaler, "cpu", said.append) == works
+    assert bool(said) != works
+    assert all((block._compiled_call_impl is not None) == works for block in net.blocks)
+    for copied in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        torch.testing.assert_close(copied(idx)[0], want)
+        with torch.no_grad():
+            for p in copied.blocks.parameters():
+                p.mul_(3)
+        assert (copied(idx)[0] - want).abs().max() > 0.1
+        torch.testing.assert_close(net(idx)[0], want)
 
 
 def test_without_a_compiler_it_goes_on_without(data, tmp_path):

@@ -96,7 +96,7 @@ def test_flops_are_those_that_pytorch_counts(pattern, tolerance, monkeypatch):
     """
     monkeypatch.setattr(kda, "kda_op", lambda *a: kda.chunk_op(*a[:-1]))
     kind = dict(n_embd=96, n_ff=256, layer_pattern=pattern, n_latent=2, n_recursion=3, text_n_latent=2, text_n_recursion=2)
-    for extra in ({}, dict(n_grad=2, text_n_grad=2, text_n_sup=2)):
+    for extra in ({}, dict(n_grad=2, text_n_grad=2, text_n_sup=2), dict(n_kv_head=1)):
         model = trm(**kind, **extra).train()
         for mode, idx in (("text", text(2, 64)), ("puzzle", torch.randint(tok.CELL0, tok.CELL0 + 10, (2, 64)))):
             for training in (False, True) if pattern == "a" else (False,):
