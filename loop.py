@@ -66,8 +66,10 @@ def averaged_weights(net, average):
         return
     own = {k: v.detach().clone() for k, v in net.state_dict().items()}
     net.load_state_dict(average)
-    yield
-    net.load_state_dict(own)
+    try:
+        yield
+    finally:
+        net.load_state_dict(own)
 
 
 @torch.no_grad()
