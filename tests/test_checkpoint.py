@@ -1,6 +1,8 @@
 """checkpoint.py: what was saved comes back, a crash never costs the last good file, and nothing in a file can run."""
 
 import argparse
+import errno
+import math
 import os
 import pickle
 import re
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 import checkpoint as ckpt
+import loop
 import tokenizer as tok
 
 ROOT = Path(__file__).parent.parent
@@ -122,9 +125,6 @@ def make(n):
             "weights": {"w": torch.full((1000, 1000), float(n))}, "tokenizer": ckpt.tok.fingerprint(), "n": n}
 
 
-def attempt(at):
-    if at == "half written":
-        torch.save = half
 def rename(a, b):
     renames[0] += 1
     if wanted == f"before rename {renames[0]}":
@@ -134,17 +134,20 @@ def rename(a, b):
         die()
 
 
-    elif at == "before flush":
+def attempt(at):
     global wanted
     wanted, os.replace = at.removesuffix(" without links"), rename
     if wanted != at:
         os.link = no_links
+    if at == "half written":
+        torch.save = half
+    elif at == "before flush":
         os.fsync = die
     elif at == "before link":
         os.link = die
     n = ckpt.load(ckpt.newest(path))["n"] + 1
     while True:  # at a number of milliseconds, whatever it is doing then
-        ckpt.save(make(n), path)
+        ckpt.save(make(n), path, ckpt.previous(path))
         n += 1
 
 
@@ -224,9 +227,6 @@ def test_a_disk_that_is_full_is_said_and_keeps_what_was_there(tmp_path):
     assert os.listdir(tmp_path) == ["ckpt.pt"]
 
 
-def test_a_second_name_outlives_the_first(tmp_path, monkeypatch):
-    path, other = tmp_path / "ckpt.pt", tmp_path / "other.pt"
-    for links in (True, False):  # some file systems, such as exFAT, have none
 def test_what_is_not_finite_is_not_gone_on_from_and_the_one_before_is_named(tmp_path):
     path, older = tmp_path / "ckpt.pt", tmp_path / "ckpt_prev.pt"
     good, bad = make(), make()
@@ -348,6 +348,9 @@ def test_a_disk_with_room_for_two_checkpoints_keeps_saving(tmp_path, monkeypatch
     assert equal(dict(alone.state_dict()), average) and saved["train"] == {"iter": 6}
 
 
+def test_a_second_name_outlives_the_first(tmp_path, monkeypatch):
+    path, other = tmp_path / "ckpt.pt", tmp_path / "other.pt"
+    for links in (True, False):  # some file systems, such as exFAT, have none
         if not links:
             monkeypatch.setattr(os, "link", lambda a, b: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")))
         ckpt.save(make(train={"iter": 1}), path)
