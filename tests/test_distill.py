@@ -362,7 +362,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(data, models, tmp_path, route):
 def spoilt(folder, path):
     """A copy of a checkpoint all of whose answers are NaN."""
     whole = checkpoint.load(path)
-    whole["weights"]["norm_f.weight"][:] = math.nan
+    whole["weights"]["wte.weight"][:] = math.nan
     checkpoint.save(whole, folder / "nan.pt")
     return folder / "nan.pt"
 
