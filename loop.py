@@ -432,8 +432,9 @@ class Evaluation:
 
 class Publication:
     """
-    Pushes of the run's checkpoints to the hub (publish.py), in a process beside it, one at a time. repo "": nothing
-    is done. Unlike an evaluation, a push outlives a training that is killed: it may be what saves its last steps.
+    Pushes of the run's checkpoints to the hub (publish.py), in a process beside it, one at a time. repo "":
+    nothing is done. Unlike an evaluation, a push outlives a training that is killed: it may be what saves its
+    last steps.
     """
 
     def __init__(self, out_dir, repo, full, say):
