@@ -411,9 +411,8 @@ class Evaluation:
         env = {"OMP_NUM_THREADS": "1", **publish.environment_alone()}
         with open(os.path.join(self.out_dir, "eval_step.log"), "w") as f:  # a pipe would be full one day, with nobody reading it
             # However this process ends, by kill -9 too, its end of the pipe is closed: the evaluation ends
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=f, stderr=subprocess.STDOUT, start_new_session=True, env=env
-            )
+            ours = {"stdin": subprocess.PIPE, "stdout": f, "stderr": subprocess.STDOUT}
+            self.process = subprocess.Popen(command, **ours, start_new_session=True, env=env)
         self.step = step
 
     def end(self, minutes):
