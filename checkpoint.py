@@ -44,10 +44,11 @@ def make_model(name, settings):
     return module.Model(module.Config(**{k: v for k, v in settings.items() if k in known and v is not None}))
 
 
-def save(checkpoint, path):
+def save(checkpoint, path, before=None):
     """
-    Write beside, flush to disk, rename: whatever happens on the way, `path` holds a whole checkpoint or the one before. Raises OSError
-    when it cannot be written, for example to a full disk; nothing is left behind then.
+    Write beside, flush to disk, rename: whatever happens on the way, `path` holds a whole checkpoint or the
+    one before. before: a name under which the one that `path` holds now is kept. Raises OSError when it
+    cannot be written, for example to a full disk; nothing is left behind then.
     """
     folder = os.path.dirname(path) or "."
     os.makedirs(folder, exist_ok=True)
@@ -59,6 +60,8 @@ def save(checkpoint, path):
             torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())
+        if before and os.path.exists(path):
+            keep(path, before)
         os.replace(beside, path)
         descriptor = os.open(folder, os.O_RDONLY)  # the name is on disk when the folder is
         try:
@@ -71,6 +74,58 @@ def save(checkpoint, path):
     finally:
         if os.path.exists(beside):
             os.remove(beside)
+
+
+def keep(path, before):
+    """The file `path` becomes `before` too, and has one of the two names at every moment. Raises OSError."""
+    beside = f"{path}.{os.getpid()}.before.tmp"
+    try:
+        os.link(path, beside)
+    except OSError:  # files have one name here: until the new one comes there is `before` alone, for `newest`
+        os.replace(path, before)
+    else:
+        os.replace(beside, before)
+
+
+def previous(path):
+    """out/ckpt.pt -> out/ckpt_prev.pt, the checkpoint that was there before the last save."""
+    return "_prev".join(os.path.splitext(path))
+
+
+def newest(path):
+    """`path`, or the one before it where a save was killed between two names."""
+    return previous(path) if os.path.exists(previous(path)) and not os.path.exists(path) else path
+
+
+def not_finite(weights):
+    """The name of the first of {name: tensor} that holds a value that is not finite, or None."""
+    if not weights:
+        return None
+    finite = torch.stack([w.isfinite().all() for w in weights.values()]).tolist()
+    return None if all(finite) else list(weights)[finite.index(False)]
+
+
+def load_finite(path):
+    """
+    `load`, for whoever goes on from it: ValueError, in one line, also where a weight or an average is not
+    finite. It names the checkpoint before where that one is sound.
+    """
+    try:
+        checkpoint = load(path)
+        wrong = not_finite(checkpoint["weights"]) or not_finite(checkpoint["ema"])
+        if wrong:
+            raise ValueError(f"{path} has weights that are not finite ({wrong}): no run can go on from it")
+        return checkpoint
+    except ValueError as e:
+        problem = str(e)
+    try:
+        if not os.path.exists(previous(path)):
+            raise ValueError
+        step = load_finite(previous(path))["train"].get("iter")
+    except (OSError, ValueError):
+        raise ValueError(problem) from None
+    advice = f"{previous(path)}, of step {step}, is sound: rename it to {path} and go on from there"
+    raise ValueError(f"{problem}; {advice}")
 
 
 def second_name(path, other):

@@ -4,7 +4,7 @@ On-policy distillation: a student answers puzzles, a teacher says at every place
     python distill.py config/distill_demo.py                                 after `make demo`: its Route B teaches its Route A
     torchrun --nproc_per_node=2 distill.py config/distill_route_b.py         two processes share the same global batch
     python distill.py config/distill_route_a.py --teacher=hf:gpt2            any of the teachers in teachers.py
-    python distill.py config/distill_route_a.py --init_from=resume           go on from out_dir/ckpt.pt
+    python distill.py config/distill_demo.py                                 once more: goes on from ckpt.pt
     python distill.py record config/distill_route_a.py --out_dir=out/said    have the teacher answer --record_prompts prompts once; then
                                                                              --teacher=out/said need not fit beside the student
 
@@ -51,13 +51,15 @@ from parallel import all_agree, difference, local_rank, master, rank, world_size
 # -----------------------------------------------------------------------------
 # ---- where it goes and what it says
 out_dir = "out/distill"
-init_from = ""  # the student: path of a checkpoint (its averaged weights are what is taken), or 'resume' (from out_dir/ckpt.pt)
+init_from = ""  # the student: path of a checkpoint, whose averaged weights are taken; given again, that run
+# goes on from out_dir/ckpt.pt. 'resume' goes on whatever its student was
 overwrite = False  # distil anew into an out_dir that already holds a checkpoint
 eval_interval = 100  # steps between validations, each of which also saves a checkpoint
 eval_batches = 8  # validation batches per source, at most
 eval_suites = ""  # as in train.py: suites of eval_arc.py, run in a process of their own after each checkpoint; '' for none
 eval_limit = 20
 eval_device = "cpu"
+eval_minutes = 10.0
 log_interval = 10  # steps between lines in log.jsonl
 max_hours = 0.0  # stop and save after this many hours; 0 for never
 push_to = ""  # as in train.py: USER/NAME on the hub, where each checkpoint is published
@@ -120,7 +122,7 @@ RANGES = {
     "[0, inf)": "check_tasks teacher_ttt_steps teacher_ttt_learning_rate sample_temperature verified_bonus "
                 "mixture learning_rate weight_decay warmup_iters decay_iters min_lr sync_check_interval",
     "(0, inf)": "temperature",
-    "[0, inf]": "max_hours grad_clip",
+    "[0, inf]": "max_hours grad_clip eval_minutes",
     "[0, 1)": "beta1 beta2 ema",
     "[0, 1]": "beta on_policy eval_demonstrations",
     "[0, 1e18)": "seed",
@@ -165,8 +167,6 @@ def check_settings():
         raise ValueError("no teacher: name one with --teacher=PATH")
     if objective == "answers" and on_policy > 0:
         raise ValueError("objective='answers' learns given answers, not the student's own: use --on_policy=0")
-    if init_from != "resume" and os.path.exists(ckpt_path) and not (overwrite or recording):
-        raise ValueError(f"{ckpt_path} exists: go on with --init_from=resume, or start again with --overwrite=True or another --out_dir")
     if recording and os.path.exists(os.path.join(out_dir, records.RECORD)) and not overwrite:
         raise ValueError(f"{out_dir} holds a record: record it anew with --overwrite=True, or choose another --out_dir")
 
@@ -208,7 +208,7 @@ def held_out_tasks(n):
 
 
 # ---- who and where we are; student, teacher, data, optimizer
-started_from, problem = None, None
+held, started_from, another, problem = None, None, None, None
 try:
     check_settings()
     tracked = loop.tracker_module(tracker if master and not recording else "")
@@ -226,11 +226,25 @@ elif world_size == 1 and "OMP_NUM_THREADS" not in os.environ:
 parallel.start(device_type)
 torch.manual_seed(seed)
 try:
-    student_path = ckpt_path if init_from == "resume" else init_from
-    started_from = ckpt.load(student_path)
+    if master and os.path.isdir(out_dir) and not recording:
+        held = loop.lock(out_dir)
+except (OSError, ValueError) as e:
+    problem = str(e)
+stop_if(problem)
+try:
+    started_from, student_path, resumed = loop.starting_point(init_from, out_dir, overwrite or recording)
+    if resumed and "student" not in started_from["train"]:
+        raise ValueError(f"{student_path} was not written by distill.py: start from its weights with "
+                         f"--init_from={student_path} and another --out_dir")  # fmt: skip
+except (OSError, ValueError) as e:
+    problem = str(e)
+stop_if(problem)
+stop_if(loop.same_start(started_from["train"]["iter"] if resumed else None, device))
+if resumed and started_from["train"]["iter"] >= max_iters:
+    loop.nothing_left(started_from, student_path, max_iters, push_to, push_full, say)
+try:
     model = started_from["model"]
     net = ckpt.make_model(model, started_from["model_config"] | ({} if recompute is None else {"recompute": recompute}))
-    resumed = init_from == "resume"
     ckpt.load_weights(net, started_from["weights"] if resumed else started_from["ema"] or started_from["weights"], student_path)
     net.to(device)
     if block_size is None:
@@ -246,17 +260,17 @@ try:
     loader = make_loader()
     optimizers = loop.make_optimizers(net, optimizer, weight_decay, learning_rate, (beta1, beta2))
     pinned = {"stage": data, "tag": data_tag, "snapshot": loader.snapshot, "shards": loader.fingerprint,
-              "teacher": guide and guide.about}  # fmt: skip
+              "teacher": guide and guide.about, "manifest": loader.manifest, "data_dir": data_dir,
+              "shares": loader.rounded_shares()}  # fmt: skip
     # what the weights have seen: here, before, and through the teacher
     seen = started_from["train"].get("data", {}).get("sources", [])
     pinned["sources"] = sorted({*loader.names, *seen, *(guide.sources if guide else [])})
     if resumed:
-        before = started_from["train"].get("data", {})
-        if "student" not in started_from["train"]:
-            raise ValueError(f"{ckpt_path} was not written by distill.py: start from its weights with --init_from={ckpt_path}")
-        for what in ("shards", "teacher"):
-            if before[what] != pinned[what]:
-                raise ValueError(f"{ckpt_path} was distilled with other {what}: {before[what]!s:.300}; now {pinned[what]!s:.300}")
+        before = started_from["train"]["data"]
+        another = loop.other_data(before, pinned)
+        if before["teacher"] != pinned["teacher"]:
+            teachers_were = f"{before['teacher']!s:.300}; now {pinned['teacher']!s:.300}"
+            raise ValueError(f"{student_path} was distilled with another teacher: {teachers_were}")
         loader.load_state_dict(started_from["train"]["loader"])
         if started_from["train"]["optimizer_name"] != optimizer:
             raise ValueError(f"{ckpt_path} has the state of optimizer {started_from['train']['optimizer_name']!r}, not {optimizer!r}")
@@ -272,10 +286,11 @@ autocast = torch.autocast(device_type, dtype=getattr(torch, dtype)) if dtype != 
 train = {"iter": 0, "seconds": 0.0, "cpu_seconds": 0.0, "tokens": 0, "val_losses": {}, "val_loss": None, "skipped": 0,
          "skipped_in_a_row": 0, "student": student_path, "text_before": None,
          "solved": None}  # fmt: skip
-carries = {}
+carries, saved_step = {}, None  # saved_step: of the checkpoint of this run that is in out_dir
 if resumed:
     state = started_from["train"]
     train = {k: state[k] for k in train}
+    saved_step = train["iter"]
     if average is not None:
         for k, v in (started_from["ema"] or {}).items():
             average[k].copy_(v)
@@ -346,6 +361,13 @@ def bonus(student, outcomes, rows, tasks, answers):
     return -verified_bonus * ((rewards - rewards.mean())[rows] * log_p * row_shares(rows, len(tasks))).sum()
 
 
+def opinions(tasks, answers, stats):
+    """The teacher's frames. One that says nothing has logits that are not finite: its step is skipped."""
+    frames = guide.frames(tasks, answers)
+    stats["mute"] += sum(frame is not None and bool(frame.isnan().all()) for frame in frames)
+    return frames
+
+
 def left_to_right(batch, watch, stats):
     """The loss of a Route A student on a batch of puzzles."""
     tasks = teachers.tasks_of(batch.idx, batch.targets, net.puzzle_format)
@@ -360,8 +382,9 @@ def left_to_right(batch, watch, stats):
     if own:
         stats["own"] += len(tasks)
         stats["own_right"] += sum(map(is_right, tasks, answers))
+        stats["mute"] += sum(answer is None for answer in answers)  # the student's logits were not finite
     with watch.measure("scoring"), autocast:
-        frames = guide.frames(tasks, answers) if objective != "answers" else [None] * len(tasks)
+        frames = opinions(tasks, answers, stats) if objective != "answers" else [None] * len(tasks)
     kept = [i for i in range(len(tasks)) if answers[i] is not None]
     shapes = [answers[i].shape for i in kept]
     stats["answers"], stats["unscored"] = stats["answers"] + len(tasks), stats["unscored"] + sum(f is None for f in frames)
@@ -410,7 +433,8 @@ def on_a_canvas(batch, watch, stats, carry):
                     targets[i, : len(row[1])] = torch.from_numpy(row[1])
         elif objective != "answers" and not guide.conditional:
             fresh["teacher"] = torch.full((*idx.shape, teachers.OUTCOMES), torch.nan, device=device)
-            fresh["teacher"][new] = teachers.on_canvas(guide.frames(tasks, [task.test[0][1] for task in tasks]), idx[new])
+            frames = opinions(tasks, [task.test[0][1] for task in tasks], stats)
+            fresh["teacher"][new] = teachers.on_canvas(frames, idx[new])
     with watch.measure("learning"), autocast:
         words = net.puzzle_words()
         y, carry = net.carried_step(fresh, carry, words)
@@ -433,7 +457,10 @@ def on_a_canvas(batch, watch, stats, carry):
                 answers = given_answers(tasks)
     if objective != "answers":
         with watch.measure("scoring"), autocast:
-            says = (carry["teacher"] if not guide.conditional else teachers.on_canvas(guide.frames(tasks, answers), carry["idx"]))[cells]
+            says = carry["teacher"]
+            if guide.conditional:
+                says = teachers.on_canvas(opinions(tasks, answers, stats), carry["idx"])
+            says = says[cells]
         with watch.measure("learning"):
             loss = distance(student, says, rows, len(idx))
             if verified_bonus and own:
@@ -464,13 +491,27 @@ def average_gradients():
             g.copy_(mean.view_as(g))
 
 
+def figures():
+    """What a checkpoint tells of the run."""
+    rate = train["tokens"] / train["seconds"] if train["seconds"] else None
+    return {**train, "tokens_per_second": rate, "data": pinned}
+
+
 def save_checkpoint():
     """Everything that the rest of the run depends on. Returns whether it is on disk; if not, the checkpoint before still is."""
-    held = {**train, "tokens_per_second": train["tokens"] / train["seconds"] if train["seconds"] else None, "data": pinned,
-            "loader": ahead.state, "optimizer_name": optimizer, "optimizers": [o.state_dict() for o in optimizers],
-            "scaler": scaler.state_dict(), "rng": loop.random_states(device_type),
-            "carries": loop.everyones_carries(carries, device)}  # fmt: skip
-    return loop.save_checkpoint(ckpt_path, net, model, config, average, held, device, say)
+    whole = {**figures(), "loader": ahead.state, "optimizer_name": optimizer,
+             "optimizers": [o.state_dict() for o in optimizers],
+             "scaler": scaler.state_dict(), "rng": loop.random_states(device_type),
+             "carries": loop.everyones_carries(carries, device)}  # fmt: skip
+    keep = saved_step is not None
+    return loop.save_checkpoint(ckpt_path, net, model, config, average, whole, device, say, keep)
+
+
+def diverged(what):
+    """What is in memory is not worth saving: stop, with what there is on disk."""
+    there = loop.to_go_on_from(ckpt_path, saved_step)
+    parallel.stop(f"{what}; {there}. Lower learning_rate (now {learning_rate:g}), or see whether the teacher "
+                  f"{teacher} works")  # fmt: skip
 
 
 def write_log(entry):
@@ -481,6 +522,8 @@ def write_log(entry):
 def validate():
     """As train.py does, and held-out puzzles, solved by the averaged weights; language is guarded."""
     train["val_losses"], train["val_loss"] = loop.validate(net, average, loader, eval_batches, autocast, device)
+    if not all(map(math.isfinite, train["val_losses"].values())):
+        diverged(f"the validation loss of step {train['iter']} is not finite ({train['val_losses']})")
     entry = {"iter": train["iter"], "val_loss": train["val_loss"], "val_losses": train["val_losses"]}
     if tasks:
         with loop.averaged_weights(net, average), autocast:
@@ -503,16 +546,25 @@ def validate():
 if master:
     try:
         os.makedirs(out_dir, exist_ok=True)
+        held = held or loop.lock(out_dir)
+        if not resumed and os.path.exists(ckpt.previous(ckpt_path)):
+            os.remove(ckpt.previous(ckpt_path))  # of the run that this one replaces
         for path in (log_path, evals_path):
             logbook.cut_back(path, train["iter"] if resumed else -1)
         configurator.save(config, os.path.join(out_dir, "config.json"))
     except OSError as e:
         problem = f"cannot write to {out_dir}: {e.strerror}"
+    except ValueError as e:
+        problem = str(e)
 stop_if(problem)
 if master:
     print(configurator.show(config, defaults))
     print(f"student {student_path} ({model}, {net.num_params() / 1e6:.2f}M), {dtype} on {hardware.name(device)}, {optimizer}, {world_size} "
           f"process{'es' * (world_size > 1)}, prompts {', '.join(loader.names)}\nteacher {json.dumps(guide and guide.about)}")  # fmt: skip
+    start = f"going on after step {train['iter']} of" if resumed else "from the weights of"
+    print(f"{start} {student_path}, with {loop.place_of(pinned)}")
+    if another:
+        print(f"  changed: {another}")
     if records.EVAL_DEMOS in pinned["sources"]:
         print("the demonstrations of ARC's evaluation tasks are among what it learns from: any report of its results must say so")
     if verified_bonus:
@@ -538,7 +590,7 @@ if not resumed:
             say(f"warning: the teacher ({theirs:.1%}) is weaker than the student ({train['solved']:.1%}) on {len(tasks)} held-out puzzles")
 ahead = Ahead(loader, pin=device_type == "cuda")
 progress = tqdm(total=max_iters, initial=train["iter"], disable=None if master else True, unit="step", dynamic_ncols=True, mininterval=1.0)
-since_log, stopping, saved = {}, False, True
+since_log, stopping, saved, due = {}, False, True, False
 
 # ---- go
 while train["iter"] < max_iters:
@@ -552,7 +604,7 @@ while train["iter"] < max_iters:
     except ValueError as e:  # no prompt fits into block_size: the same in every process
         parallel.stop(e)
     watch, new_carries = Stopwatch(), {}
-    stats = {"loss": 0.0, "tokens": 0, "answers": 0, "unscored": 0, "own": 0, "own_right": 0}
+    stats = {"loss": 0.0, "tokens": 0, "answers": 0, "unscored": 0, "mute": 0, "own": 0, "own_right": 0}
     try:
         for batch in batches:
             if batch.mode == "text":
@@ -581,7 +633,8 @@ while train["iter"] < max_iters:
         ending = bool(interrupted) or bool(max_hours and time.monotonic() - began > 3600 * max_hours)
         *sums, stopping = parallel.sums([*stats.values(), ending], device)
         sums = dict(zip(stats, sums))
-        loss, finite = sums["loss"], math.isfinite(sums["loss"]) and math.isfinite(grad_norm)
+        loss = math.nan if sums["mute"] else sums["loss"]
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:
             for o in optimizers:
                 scaler.step(o)
@@ -606,8 +659,9 @@ while train["iter"] < max_iters:
         write_log({"iter": train["iter"], "loss": None, "source": batches[0].source, "skipped": train["skipped"]})
         say(f"step {train['iter']} skipped: loss {loss:.3g}, gradient norm {grad_norm:.3g}")
         if train["skipped_in_a_row"] >= max_skipped:
-            parallel.stop(f"{max_skipped} steps in a row had a loss or gradient that is not finite, the last is step {train['iter']}: "
-                          f"lower learning_rate (now {learning_rate:g}); the last checkpoint is untouched")  # fmt: skip
+            what = "what teacher or student say" if sums["mute"] else "loss or gradient"
+            diverged(f"in {train['skipped_in_a_row']} steps in a row {what} was not finite, the last is step "
+                     f"{train['iter']}")  # fmt: skip
     elif train["iter"] % log_interval == 0 or train["iter"] == max_iters:
         spent = sum(since_log[k] for k in watch.seconds) or 1.0
         entry = {"iter": train["iter"], "loss": loss, "source": batches[0].source, "lr": lr, "grad_norm": grad_norm,
@@ -631,10 +685,15 @@ while train["iter"] < max_iters:
             parallel.stop(f"processes are out of sync at step {train['iter']}: {problem}; go on from {ckpt_path} with --init_from=resume")
     evaluation.collect()
     publication.collect()
-    if train["iter"] % eval_interval == 0 or train["iter"] == max_iters or stopping:
+    due = due or train["iter"] % eval_interval == 0 or train["iter"] == max_iters or bool(stopping)
+    if due and (finite or loop.only_scaling(loss, scaler)):  # as in train.py
         if not stopping:
             validate()
-        saved = save_checkpoint()
+        wrong = loop.unsound(net, average)
+        if wrong:
+            diverged(f"after step {train['iter']} there are weights that are not finite ({wrong})")
+        saved, due = save_checkpoint(), False
+        saved_step = train["iter"] if saved else saved_step
         if master:
             try:
                 logbook.draw_losses(out_dir)
@@ -647,9 +706,17 @@ while train["iter"] < max_iters:
         break
 progress.close()
 ahead.close()
-evaluation.end(at_once=stopping)
+lost = f"; {loop.to_go_on_from(ckpt_path, saved_step)}"  # where the last steps are
+if not saved and not due:
+    lost = loop.save_weights_alone(ckpt_path, net, model, config, average, figures()) + lost
+if tracked:
+    tracked.finish()
+publication.end(train["iter"], at_once=bool(interrupted) or due or not saved)
+evaluation.end(0 if stopping else eval_minutes)
+if due:
+    diverged(f"the last steps up to {train['iter']} were skipped, as not finite, and nothing was saved")
 if not saved:
-    parallel.stop(f"step {train['iter']} could not be saved to {ckpt_path}")
+    parallel.stop(f"step {train['iter']} could not be saved to {ckpt_path}{lost}")
 if stopping:
     why = f"by {interrupted[0][0]}" if interrupted else f"after {max_hours:g} hours" if max_hours else "by another process"
     say(f"stopped {why} after step {train['iter']}; go on with --init_from=resume (saved to {ckpt_path})")
@@ -658,7 +725,4 @@ else:
         say(f"held-out puzzles solved: student {train['solved']:.1%}, of {len(tasks)}")
     if train["val_loss"] is not None:
         say(f"text: validation loss {train['text_before']:.3f} before, {train['val_loss']:.3f} after")
-if tracked:
-    tracked.finish()
-publication.end(train["iter"], at_once=bool(interrupted))
 parallel.end()

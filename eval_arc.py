@@ -81,6 +81,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections import Counter
 
@@ -620,6 +621,13 @@ def finish(args, models, chosen, records, report, out_dir):
         print("picture      none: every task was too long")
 
 
+def end_with_stdin():
+    """Wait until whoever holds the other end of stdin has closed it, or died, and end with it."""
+    while os.read(0, 4096):
+        pass
+    os._exit(1)
+
+
 def main():
     about = __doc__[: __doc__.index("eval.json: {model name")] + "The top of eval_arc.py tells what these files hold, field by field."
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -649,7 +657,10 @@ def main():
     group.add_argument("--dtype", metavar="NAME", default="auto",
                        help="float32, bfloat16, float16 (default: as train.py would choose; float32 on a CPU)")  # fmt: skip
     group.add_argument("--watch", action="store_true", help="evaluate every new checkpoint of a folder, until you press Ctrl-C")
+    parser.add_argument("--ends_with_stdin", action="store_true", help=argparse.SUPPRESS)  # of loop.py
     args = parser.parse_args()
+    if args.ends_with_stdin:
+        threading.Thread(target=end_with_stdin, daemon=True).start()
     try:
         if args.watch and parallel.world_size > 1:
             raise ValueError("--watch is for one process: leave torchrun out")

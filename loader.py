@@ -32,7 +32,7 @@ import arc
 import configurator
 import sudoku_extreme
 import tokenizer as tok
-from stages import read_manifest
+from stages import read_manifest, sha256_file
 from tokenizer import IGNORE
 
 # Rows are padded to the next of these lengths: at most a quarter is padding, and the shapes stay few.
@@ -271,10 +271,15 @@ class Loader:
             raise ValueError(f"no source of the mixture has a training shard in stage {stage!r}: {weights}")
         self.batch_size, self.block_size, self.puzzle_format = batch_size, block_size, puzzle_format
         used = [e["sha256"] for e in manifest if e["source"] in self.sources]
+        self.manifest = sha256_file(os.path.join(data_dir, "stages", stage, tag or "", "manifest.jsonl"))
         self.fingerprint = hashlib.sha256("\n".join(used).encode()).hexdigest()  # of the data this loader reads
         self.names = list(self.sources)
         self.shares = np.array([weights[name] for name in self.names], dtype=np.float64)
         self.shares /= self.shares.sum()
+
+    def rounded_shares(self):
+        """{source: share of the steps}, for people and for comparison."""
+        return {name: round(float(share), 4) for name, share in zip(self.names, self.shares)}
 
     def next_step(self):
         """The batches of the next optimizer step that belong to this process: numbers rank, rank + world_size, ..."""

@@ -41,8 +41,16 @@ def read(path):
 
 
 def cut_back(path, last_step):
-    """Forget what came after a step: it will be logged again. Leaves no file where there would be nothing in it. Raises OSError."""
-    kept = [entry for entry in read(path) if entry["iter"] <= last_step]
+    """
+    Move what came after a step, which will be logged again, from log.jsonl to the end of log.cut.jsonl: the
+    run that goes on may end before the one that wrote it did. Leaves no file where there would be nothing in
+    it. Raises OSError.
+    """
+    entries = read(path)
+    kept = [entry for entry in entries if entry["iter"] <= last_step]
+    if len(kept) < len(entries):
+        with open(".cut".join(os.path.splitext(path)), "a", encoding="utf-8") as f:
+            f.writelines(json.dumps(entry) + "\n" for entry in entries if entry["iter"] > last_step)
     if not kept:
         with contextlib.suppress(FileNotFoundError):
             os.remove(path)

@@ -7,6 +7,8 @@ loops themselves are in the two scripts, from top to bottom. Before this: train.
 """
 
 import contextlib
+import errno
+import fcntl
 import importlib
 import importlib.util
 import json
@@ -99,8 +101,10 @@ def averaged_weights(net, average):
         return
     own = {k: v.detach().clone() for k, v in net.state_dict().items()}
     net.load_state_dict(average)
-    yield
-    net.load_state_dict(own)
+    try:
+        yield
+    finally:
+        net.load_state_dict(own)
 
 
 @torch.no_grad()
@@ -131,6 +135,92 @@ def say_what_is_not_validated(loader, eval_batches, say):
         nothing = "nothing can be validated, this run will have no validation loss: "
         say((nothing if len(missing) == len(loader.val) + len(loader.without_val) else "not validated: ")
             + "; ".join(f"{name} ({why})" for name, why in missing.items()))  # fmt: skip
+
+
+# -----------------------------------------------------------------------------
+# where a run begins
+
+
+def lock(out_dir):
+    """
+    Two runs in one folder would write the same files. -> a file to keep open: the lock goes when it is
+    closed, and dies with the process. ValueError where another run has it, OSError where the folder cannot be
+    written to.
+    """
+    f = open(os.path.join(out_dir, ".lock"), "w")  # noqa: SIM115 (whoever called keeps it)
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        f.close()
+        advice = "wait for it, or choose another --out_dir"
+        raise ValueError(f"another run is at work in {out_dir}/: {advice}") from None
+    except OSError:  # a file system that has no locks: there a person has to take care
+        pass
+    return f
+
+
+def starting_point(init_from, out_dir, anew):
+    """
+    Where a run begins -> (checkpoint dict, its path, whether the run goes on from it); from scratch, (None,
+    None, False). With init_from 'auto', or the path of the checkpoint that the run in out_dir has begun with,
+    the same command goes on with that run. anew: what is in out_dir may be replaced. FileNotFoundError or
+    ValueError in one line, also where out_dir holds another run's checkpoint.
+    """
+    path = ckpt.newest(os.path.join(out_dir, "ckpt.pt"))
+    held = os.path.exists(path) and not anew
+    if init_from == "resume" or (held and init_from != "scratch"):
+        checkpoint = ckpt.load_finite(path)
+        train = checkpoint["train"]
+        began_with = train.get("student") or train.get("began_with")  # in distill.py, in train.py
+        if init_from in ("resume", "auto", began_with):
+            return checkpoint, path, True
+    if held:
+        raise ValueError(f"{path} exists: go on with --init_from=resume, start again with --overwrite=True, "
+                         "or choose another --out_dir")  # fmt: skip
+    if init_from in ("auto", "scratch"):
+        return None, None, False
+    return ckpt.load_finite(init_from), init_from, False
+
+
+def same_start(step, device):
+    """step: that this process goes on from, or None. A message if processes differ: a machine has none."""
+    step = -1 if step is None else step
+    if parallel.sums([step], device)[0] / world_size != step:
+        return f"out_dir has another checkpoint for process {rank} than for others: copy it to all machines"
+    return None
+
+
+def nothing_left(checkpoint, path, max_iters, push_to, push_full, say):
+    """The run has taken all of its steps: say so, publish what may have been left, end with exit code 0."""
+    step, out_dir = checkpoint["train"]["iter"], os.path.dirname(path)
+    say(f"{path} is of step {step}: there is nothing left to do: max_iters={max_iters}; a larger one goes "
+        "on, --overwrite=True begins anew")  # fmt: skip
+    Publication(out_dir, push_to if master else "", push_full, say).end(step, at_once=False)
+    parallel.leave(code=0)
+
+
+def place_of(data):
+    """data: what a checkpoint says of its data -> which stage, where it lies, and its hashes, in a phrase."""
+    manifest = f", manifest {data['manifest'][:12]}" if "manifest" in data else ""
+    where = f" in {data['data_dir']}/" if "data_dir" in data else ""
+    return f"{data['stage']}:{data['tag']}{where} (shards {data['shards'][:12]}{manifest})"
+
+
+def other_data(before, now):
+    """
+    What a checkpoint says of its data, and the same of the data that are there -> a line on what is another
+    now, or None. ValueError where a run cannot go on: another frozen version, or other shards, in which the
+    loader's place means nothing.
+    """
+    if any(before[k] != now[k] for k in ("shards", "tag", "snapshot")):
+        advice = "name the same data, data_tag and data_dir, or begin another run with its weights"
+        raise ValueError(f"this run has learned from {place_of(before)}, and now there is {place_of(now)}: "
+                         f"{advice} (--init_from=PATH, another --out_dir)")  # fmt: skip
+    changed = [k for k in ("stage", "data_dir", "manifest", "shares") if k in before and before[k] != now[k]]
+    if not changed:
+        return None
+    shares = f", shares {now['shares']} (were {before['shares']})" if "shares" in changed else ""
+    return f"data {place_of(now)} (were {place_of(before)}){shares}"
 
 
 # -----------------------------------------------------------------------------
@@ -174,26 +264,76 @@ def restore_random_state(states, device_type):
         torch.cuda.set_rng_state(states[rank]["cuda"])
 
 
-def save_checkpoint(path, net, model, config, average, train, device, say):
+def only_scaling(loss, scaler):
+    """Whether a step was skipped for its loss scale alone: so float16 finds it, and tries a larger one."""
+    return scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1
+
+
+def unsound(net, average):
+    """Which weight or average is not finite, the same phrase in all processes; None where all are finite."""
+    wrong = ckpt.not_finite(net.state_dict())
+    averaged = ckpt.not_finite(average)
+    return parallel.all_agree(wrong or averaged and f"the average of {averaged}")
+
+
+def contents(net, model, config, average, train):
+    """What a checkpoint holds (checkpoint.py has its format)."""
+    return {
+        "format": ckpt.CHECKPOINT_FORMAT, "model": model, "model_config": dict(vars(net.config)),
+        "weights": net.state_dict(), "ema": average, "tokenizer": tok.fingerprint(), "config": config,
+        "versions": {"torch": str(torch.__version__), "cuda": torch.version.cuda, "numpy": np.__version__,
+                     "python": platform.python_version()},
+        "train": train,
+    }  # fmt: skip
+
+
+def save_checkpoint(path, net, model, config, average, train, device, say, keep):
     """
-    Write a checkpoint (checkpoint.py has its format). train: what the script needs to go on. Returns whether it is on disk; if not, that
-    has been said, and the checkpoint before is untouched.
+    Write a checkpoint. train: what the script needs to go on; keep: whether `path` holds one of this run's,
+    which is kept as well. Returns whether it is on disk; if not, that has been said, and the one before is
+    untouched.
     """
-    saved = True
+    saved, before = True, ckpt.previous(path) if keep else None
     if master:
+        whole = contents(net, model, config, average, train)
         try:
-            ckpt.save({
-                "format": ckpt.CHECKPOINT_FORMAT, "model": model, "model_config": dict(vars(net.config)), "weights": net.state_dict(),
-                "ema": average, "tokenizer": tok.fingerprint(), "config": config,
-                "versions": {"torch": str(torch.__version__), "cuda": torch.version.cuda, "numpy": np.__version__,
-                             "python": platform.python_version()},
-                "train": train,
-            }, path)  # fmt: skip
+            try:
+                ckpt.save(whole, path, before)
+            except OSError as e:
+                if e.errno != errno.ENOSPC or not before or not all(map(os.path.exists, (before, path))):
+                    raise
+                os.remove(before)  # room for two of them, not for three
+                ckpt.save(whole, path, before)
         except OSError as e:
             saved = False
             kept = "the one before is untouched" if os.path.exists(path) else "there is none before it"
             say(f"the checkpoint of step {train['iter']} could not be saved ({e.strerror or e}); {kept}, and training goes on")
     return parallel.sums([saved], device)[0] == world_size
+
+
+def save_weights_alone(path, net, model, config, average, train):
+    """
+    After a last save that failed: what an evaluation reads, the average where there is one, a third of the
+    size or less. Beside `path`, and a checkpoint to all that do not resume. -> what has come of it, to end a
+    sentence with.
+    """
+    beside = "_weights".join(os.path.splitext(path))
+    if not master:
+        return ""
+    whole = contents(net, model, config, None, {k: v for k, v in train.items() if k in publish.FIGURES})
+    try:
+        ckpt.save({**whole, "weights": average or whole["weights"]}, beside)
+    except OSError as e:
+        return f", and neither could its weights alone ({e.strerror or e})"
+    return f"; its weights alone are in {beside}, for eval_arc.py, sample.py and --init_from={beside}"
+
+
+def to_go_on_from(path, step):
+    """step: of this run's checkpoint at `path`, or None. What one can go on from after a run went wrong."""
+    if step is None:
+        return "this run has saved no checkpoint yet"
+    older = f" (the one before it is {ckpt.previous(path)})" if os.path.exists(ckpt.previous(path)) else ""
+    return f"{path} is untouched, of step {step}: go on from there with --init_from=resume{older}"
 
 
 # -----------------------------------------------------------------------------
@@ -273,13 +413,18 @@ class Evaluation:
     def __init__(self, out_dir, suites, limit, device, say):
         self.out_dir, self.suites, self.limit, self.device, self.say = out_dir, suites, limit, device, say
         self.process, self.link = None, os.path.join(out_dir, "ckpt_eval.pt")
+        if suites and os.path.exists(self.link):  # of a run that was killed: its evaluation has ended with it
+            os.remove(self.link)
 
-    def collect(self, wait=False):
-        """What has come of it, if it has ended (wait: when it does)."""
-        if self.process is None or (self.process.poll() is None and not wait):
+    def collect(self, ended=None):
+        """What has come of it, if it has ended. ended: by whom, where it was not its own end."""
+        if self.process is None or self.process.poll() is None:
             return
-        self.process.wait()
-        if self.process.returncode == 0:
+        self.process.stdin.close()
+        if ended:
+            self.say(f"the evaluation of step {self.step} was ended {ended}: python eval_arc.py "
+                     f"{os.path.join(self.out_dir, 'ckpt.pt')} --suites={self.suites} does it")  # fmt: skip
+        elif self.process.returncode == 0:
             with open(os.path.join(self.out_dir, "eval_step", "eval.json")) as f:
                 (figures,) = json.load(f).values()
             figures["checkpoint"] = os.path.join(self.out_dir, "ckpt.pt")  # the second name is soon gone
@@ -304,21 +449,34 @@ class Evaluation:
             return
         command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "eval_arc.py"), self.link,
                    f"--suites={self.suites}", f"--limit={self.limit}", f"--device={self.device}",
-                   f"--out_dir={os.path.join(self.out_dir, 'eval_step')}"]  # fmt: skip
+                   f"--out_dir={os.path.join(self.out_dir, 'eval_step')}", "--ends_with_stdin"]  # fmt: skip
+        env = {"OMP_NUM_THREADS": "1", **publish.environment_alone()}
         with open(os.path.join(self.out_dir, "eval_step.log"), "w") as f:  # a pipe would be full one day, with nobody reading it
-            self.process = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, start_new_session=True,
-                                            env={"OMP_NUM_THREADS": "1", **publish.environment_alone()})  # fmt: skip
+            # However this process ends, by kill -9 too, its end of the pipe is closed: the evaluation ends
+            ours = {"stdin": subprocess.PIPE, "stdout": f, "stderr": subprocess.STDOUT}
+            self.process = subprocess.Popen(command, **ours, start_new_session=True, env=env)
         self.step = step
 
-    def end(self, at_once):
-        """The run is over: wait for the last evaluation, unless there may be little time left."""
-        if self.process is not None and at_once:
-            self.process.terminate()
-        self.collect(wait=True)
+    def end(self, minutes):
+        """The run is over: wait this long for the last evaluation."""
+        if self.process is None:
+            return
+        ended = None
+        try:
+            self.process.wait(60 * minutes)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            ended = f"after {minutes:g} minutes at the end of the run" if minutes else "with the run"
+        self.collect(ended)
 
 
 class Publication:
-    """Pushes of the run's checkpoints to the hub (publish.py), in a process beside it, one at a time. repo "": nothing is done."""
+    """
+    Pushes of the run's checkpoints to the hub (publish.py), in a process beside it, one at a time. repo "":
+    nothing is done. Unlike an evaluation, a push outlives a training that is killed: it may be what saves its
+    last steps.
+    """
 
     def __init__(self, out_dir, repo, full, say):
         self.out_dir, self.repo, self.full, self.say = out_dir, repo, full, say

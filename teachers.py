@@ -133,14 +133,18 @@ def outcomes_of(answer, rows, columns):
 
 def solved(teacher, tasks):
     """
-    Quick check: the share of tasks at which the likeliest outcome is right everywhere. For a model that writes left to right that is
-    when it would write the right answer greedily. Tasks that are too long for it are not solved.
+    Quick check: the share of tasks at which the likeliest outcome is right everywhere. For a model that
+    writes left to right that is when it would write the right answer greedily. Tasks that are too long for it
+    are not solved, nor are those where it has no opinion of some cell, as a model has none whose logits are
+    not finite.
     """
     right = 0
     for task, frame in zip(tasks, teacher.frames(tasks, [task.test[0][1] for task in tasks])):
         if frame is not None:
             known = ~frame.isnan().any(-1)
-            right += bool((frame.argmax(-1) == outcomes_of(task.test[0][1], *known.shape))[known].all())
+            every_cell = not fit(frame, *task.test[0][1].shape).isnan().any()
+            same = frame.argmax(-1) == outcomes_of(task.test[0][1], *known.shape)
+            right += every_cell and bool(same[known].all())
     return right / max(1, len(tasks))
 
 

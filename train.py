@@ -4,7 +4,8 @@ The one training loop: both routes, every stage, one process or many.
     python train.py config/route_a_demo.py                                   one process, CPU or GPU
     torchrun --nproc_per_node=2 train.py config/route_b_demo.py              two processes share the same global batch
     python train.py config/route_a_demo.py --max_iters=50 --out_dir=out/try  any setting below, overridden
-    python train.py config/route_a_demo.py --init_from=resume                go on from out_dir/ckpt.pt
+    python train.py config/route_a_demo.py                                   once more: goes on from ckpt.pt
+    python train.py config/route_a_demo.py --overwrite=True                  begin again, whatever is there
     python train.py config/route_a_stage0.py                                 is everything in order? a table of PASS and FAIL
     python train.py config/route_a_stage1.py --push_to=USER/NAME             each checkpoint also goes to the hub (publish.py)
 
@@ -12,9 +13,11 @@ A step is: batches from the loader, forward and backward on each, one optimizer 
 of a step over all processes, so the same config sees the same data in the same order and takes the same steps on 1, 2 or 4
 processes. Nothing in a step draws random numbers that are not derived from the data's own, so a resumed run is the same run.
 
-Writes into out_dir: ckpt.pt, log.jsonl (one JSON object per logged step), loss.png (drawn from it), config.json, evals.jsonl, and
-eval_step.log, what the last evaluation said.
-Ctrl-C or SIGTERM finishes the step, saves and exits; a second one exits at once. Read next: eval_arc.py, which judges what this makes.
+Writes into out_dir: ckpt.pt, ckpt_prev.pt (the one before it), log.jsonl (one JSON object per logged step;
+what a run that goes on from an earlier step cuts off goes to log.cut.jsonl), loss.png (drawn from it),
+config.json, evals.jsonl, and eval_step.log, what the last evaluation said. While steps are skipped because
+their loss or gradient is not finite, nothing is saved: what is on disk is better. Ctrl-C or SIGTERM finishes
+the step, saves and exits; a second one exits at once. Read next: eval_arc.py, which judges what this makes.
 """
 
 import contextlib
@@ -43,14 +46,16 @@ from parallel import all_agree, difference, leave, local_rank, master, rank, wor
 
 # ---- where it goes and what it says
 out_dir = "out"
-init_from = "scratch"  # 'scratch', 'resume' (from out_dir/ckpt.pt), or the path of a checkpoint to take the weights from
+init_from = "auto"  # go on from out_dir/ckpt.pt if it is there ('resume': it must be), else 'scratch'; or the
+# path of a checkpoint to take the weights from, and, given again, to go on with that run
 init_optimizer = False  # with the path of a checkpoint: take its optimizer's state as well
-overwrite = False  # train from scratch into an out_dir that already holds a checkpoint
+overwrite = False  # begin anew in an out_dir that already holds a checkpoint
 eval_interval = 500  # steps between validations, each of which also saves a checkpoint
 eval_batches = 8  # validation batches per source, at most
 eval_suites = ""  # suites of eval_arc.py, such as 'sudoku4,arc1', run in a process of their own after each checkpoint; '' for none
 eval_limit = 20  # tasks of each of these suites
-eval_device = "cpu"  # where that process runs: beside the training, not in its way
+eval_device = "cpu"  # where that process runs: not in the training's way; 'auto': on a GPU where there is one
+eval_minutes = 10.0  # how long a finished run, with all saved and published, waits for the last of these
 log_interval = 10  # steps between lines in log.jsonl
 max_hours = 0.0  # stop and save after this many hours, whatever max_iters says (a session's limit, less what saving takes); 0 for never
 push_to = ""  # USER/NAME on the hub: each checkpoint is published there, by a process beside the training (publish.py)
@@ -119,7 +124,7 @@ RANGES = {
                 "sanity_tokens",
     "[0, inf)": "mixture learning_rate weight_decay warmup_iters decay_iters min_lr sync_check_interval "
                 "sanity_run_tokens",
-    "[0, inf]": "max_hours grad_clip",
+    "[0, inf]": "max_hours grad_clip eval_minutes",
     "[0, 1)": "beta1 beta2 ema",
     "[0, 1]": "halt_exploration",
     "[0, 1e18)": "seed",
@@ -170,8 +175,6 @@ except ValueError as e:
 device_type = device.split(":")[0]
 if sanity and init_from == "resume":
     stop("stage 0 is not resumed: run it from the beginning, without --init_from=resume")
-if init_from == "scratch" and os.path.exists(ckpt_path) and not (overwrite or sanity):
-    stop(f"{ckpt_path} exists: go on with --init_from=resume, start again with --overwrite=True, or choose another --out_dir")
 if device_type == "cuda":
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing
@@ -184,18 +187,36 @@ if schedule == "wsd" and decay_iters > max_iters:
         f"{learning_rate * max_iters / decay_iters:.1e} (learning_rate={learning_rate:g})")  # fmt: skip
 parallel.start(device_type)
 
+# ---- from scratch, from another's weights, or going on
+held, started_from, start_path, resumed, problem = None, None, None, False, None
+try:
+    if master and os.path.isdir(out_dir):
+        held = loop.lock(out_dir)
+except (OSError, ValueError) as e:
+    problem = str(e)
+stop_if(problem)
+try:
+    started_from, start_path, resumed = loop.starting_point(init_from, out_dir, overwrite or sanity)
+    if resumed and "student" in started_from["train"]:
+        raise ValueError(f"{start_path} was written by distill.py: go on with distill.py, or begin another "
+                         f"run with its weights: --init_from={start_path} and another --out_dir")  # fmt: skip
+    if (resumed or (start_path and init_optimizer)) and "optimizers" not in started_from["train"]:
+        raise ValueError(f"{start_path} has the weights alone, as published without --push_full=True: start "
+                         f"from them with --init_from={start_path} --init_optimizer=False and another "
+                         "--out_dir")  # fmt: skip
+except (OSError, ValueError) as e:
+    problem = str(e)
+stop_if(problem)
+stop_if(loop.same_start(started_from["train"]["iter"] if resumed else None, device))
+if resumed and started_from["train"]["iter"] >= max_iters:
+    loop.nothing_left(started_from, start_path, max_iters, push_to, push_full, say)
+
 # ---- data, model, optimizer
 torch.manual_seed(seed)
-started_from, problem = None, None
 try:
-    if init_from != "scratch":
-        started_from = ckpt.load(ckpt_path if init_from == "resume" else init_from)
-        if (init_from == "resume" or init_optimizer) and "optimizers" not in started_from["train"]:
-            raise ValueError(f"{ckpt_path if init_from == 'resume' else init_from} has the weights alone, as published without "
-                             "--push_full=True: start from them with --init_from=PATH --init_optimizer=False")  # fmt: skip
     net = ckpt.make_model(model, config)
     if started_from is not None:
-        ckpt.load_weights(net, started_from["weights"], ckpt_path if init_from == "resume" else init_from)
+        ckpt.load_weights(net, started_from["weights"], start_path)
     net.to(device)
     optimizers = loop.make_optimizers(net, optimizer, weight_decay, learning_rate, (beta1, beta2))
     loader = Loader(data_dir, data, tag=data_tag, weights=mixture, seed=seed, batch_size=batch_size, block_size=block_size,
@@ -204,14 +225,13 @@ try:
     learned = set(loader.names)  # what the weights have seen, here and before
     if started_from is not None:
         learned |= set(started_from["train"].get("data", {}).get("sources", []))
-    pinned = {"stage": data, "tag": data_tag, "snapshot": loader.snapshot, "shards": loader.fingerprint, "sources": sorted(learned)}
-    if init_from == "resume":
-        before = started_from["train"]["data"]
-        if before["shards"] != loader.fingerprint or (before["tag"], before["snapshot"]) != (data_tag, loader.snapshot):
-            raise ValueError(f"{ckpt_path} was trained on {before['stage']}:{before['tag']}, shards {before['shards'][:12]}; this is "
-                             f"{data}:{data_tag}, shards {loader.fingerprint[:12]}: name the same data and data_tag")  # fmt: skip
+    pinned = {"stage": data, "tag": data_tag, "snapshot": loader.snapshot, "shards": loader.fingerprint,
+              "manifest": loader.manifest, "data_dir": data_dir, "shares": loader.rounded_shares(),
+              "sources": sorted(learned)}  # fmt: skip
+    if resumed:
+        another = loop.other_data(started_from["train"]["data"], pinned)
         loader.load_state_dict(started_from["train"]["loader"])
-    if init_from == "resume" or (started_from is not None and init_optimizer):
+    if resumed or (started_from is not None and init_optimizer):
         if started_from["train"]["optimizer_name"] != optimizer:
             raise ValueError(f"the checkpoint has the state of optimizer {started_from['train']['optimizer_name']!r}, this run uses "
                              f"{optimizer!r}: use the same, or its weights alone with --init_from=PATH")  # fmt: skip
@@ -219,6 +239,8 @@ try:
             ckpt.load_optimizer(o, state)
 except (OSError, ValueError) as e:
     problem = str(e)
+    if resumed and init_from == "auto":
+        problem += "; to begin anew: --overwrite=True, or another --out_dir"
 stop_if(problem)
 
 average = {k: v.detach().clone() for k, v in net.state_dict().items()} if ema else None
@@ -229,16 +251,18 @@ scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 autocast = torch.autocast(device_type, dtype=getattr(torch, dtype)) if dtype != "float32" else contextlib.nullcontext()
 iteration, trained_seconds, trained_tokens, val_losses, val_loss, carries = 0, 0.0, 0, {}, None, {}
 skipped, skipped_in_a_row, usual = 0, 0, {}  # usual: {source: [steps, mean loss, mean distance from it]}
-changed = []
-if init_from == "resume":
+changed, began_with, saved_step = [], start_path, None  # saved_step: of this run's checkpoint in out_dir
+if resumed:
     state = started_from["train"]
+    saved_step, began_with = state["iter"], state.get("began_with")
     iteration, trained_seconds, trained_tokens = state["iter"], state["seconds"], state["tokens"]
     val_losses, val_loss, usual = state["val_losses"], state["val_loss"], state["usual"]
     skipped, skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
     if state["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
     where_it_went = ("init_from", "overwrite", "out_dir", "max_hours", "data_dir", "tracker", "push_to", "push_full")
-    changed = [f"{k}={v!r} (was {started_from['config'].get(k)!r})" for k, v in config.items()
+    changed = [another] if another else []
+    changed += [f"{k}={v!r} (was {started_from['config'].get(k)!r})" for k, v in config.items()
                if started_from["config"].get(k) != v and k not in where_it_went]  # fmt: skip
     if len(state["rng"]) == world_size:
         loop.restore_random_state(state["rng"], device_type)
@@ -261,14 +285,27 @@ def check_in_sync(loss, grad_norm):
         stop(f"processes are out of sync at step {iteration}: {problem}; go on from {ckpt_path} with --init_from=resume")
 
 
+def figures():
+    """What a checkpoint tells of the run, beyond what resuming needs."""
+    rate = trained_tokens / trained_seconds if trained_seconds else None
+    return {"iter": iteration, "seconds": trained_seconds, "tokens": trained_tokens, "val_loss": val_loss,
+            "val_losses": val_losses, "tokens_per_second": rate, "data": pinned}  # fmt: skip
+
+
 def save_checkpoint():
     """Everything that the rest of the run depends on. Returns whether it is on disk; if not, the checkpoint before still is."""
-    train = {"iter": iteration, "seconds": trained_seconds, "tokens": trained_tokens, "val_loss": val_loss, "val_losses": val_losses,
-             "tokens_per_second": trained_tokens / trained_seconds if trained_seconds else None, "data": pinned, "loader": ahead.state,
-             "optimizer_name": optimizer, "optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict(),
+    train = {**figures(), "loader": ahead.state, "optimizer_name": optimizer,
+             "optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict(),
              "rng": loop.random_states(device_type), "carries": loop.everyones_carries(carries, device), "skipped": skipped,
-             "skipped_in_a_row": skipped_in_a_row, "usual": usual}  # fmt: skip
-    return loop.save_checkpoint(ckpt_path, net, model, config, average, train, device, say)
+             "skipped_in_a_row": skipped_in_a_row, "usual": usual, "began_with": began_with}  # fmt: skip
+    keep = saved_step is not None
+    return loop.save_checkpoint(ckpt_path, net, model, config, average, train, device, say, keep)
+
+
+def diverged(what):
+    """What is in memory is not worth saving: stop, with what there is on disk."""
+    stop(f"{what}; {loop.to_go_on_from(ckpt_path, saved_step)}. Lower learning_rate (now {learning_rate:g}) "
+         f"or grad_clip (now {grad_clip:g}), or raise warmup_iters (now {warmup_iters})")  # fmt: skip
 
 
 def write_log(entry):
@@ -329,11 +366,16 @@ if world_size > 1:
 if master:
     try:
         os.makedirs(out_dir, exist_ok=True)
+        held = held or loop.lock(out_dir)
+        if not resumed and os.path.exists(ckpt.previous(ckpt_path)):
+            os.remove(ckpt.previous(ckpt_path))  # of the run that this one replaces
         for path in (log_path, evals_path):  # from scratch, iteration is 0: nothing is kept
-            logbook.cut_back(path, iteration if init_from == "resume" else -1)
+            logbook.cut_back(path, iteration if resumed else -1)
         configurator.save(config, os.path.join(out_dir, "config.json"))
     except OSError as e:
         problem = f"cannot write to {out_dir}: {e.strerror}"
+    except ValueError as e:
+        problem = str(e)
 stop_if(problem)
 card = hardware.name(device)
 peak = hardware.peak_flops(card)
@@ -342,10 +384,11 @@ if master:
     print(f"{net.num_params() / 1e6:.2f}M parameters, {dtype} on {card}{', compiled' if compile else ''}, {optimizer}, {world_size} "
           f"process{'es' * (world_size > 1)}, {gradient_accumulation_steps * batch_size * block_size:,} tokens per step, "
           f"sources {', '.join(loader.names)}")  # fmt: skip
-    if init_from == "resume":
-        print(f"going on after step {iteration}" + "".join(f"\n  changed: {c}" for c in changed))
-        if iteration >= max_iters:
-            print(f"there is nothing left to do: max_iters={max_iters}; a larger one goes on")
+    if resumed:
+        start = f"going on after step {iteration} of {start_path}"
+    else:
+        start = f"from the weights of {start_path}" if start_path else f"from scratch, into {out_dir}"
+    print(f"{start}, with {loop.place_of(pinned)}" + "".join(f"\n  changed: {c}" for c in changed))
     if tracked:
         tracked.init(project="smol-llm", name=os.path.basename(os.path.normpath(out_dir)), config=config, resume="allow")
 
@@ -355,7 +398,7 @@ net.train()
 ahead = Ahead(loader, pin=device_type == "cuda")
 progress = tqdm(total=max_iters, initial=iteration, disable=None if master else True, unit="step", dynamic_ncols=True, mininterval=1.0)
 since_log = {"seconds": 0.0, "tokens": 0, "flops": 0.0, "waited": 0.0, "steps": 0}
-run_log, saved, stopping = [], True, False
+run_log, saved, due, stopping = [], True, False, False
 evaluation = loop.Evaluation(out_dir, eval_suites if master else "", eval_limit, eval_device, say)
 publication = loop.Publication(out_dir, push_to if master else "", push_full, say)
 
@@ -429,10 +472,8 @@ while iteration < max_iters:
         say(f"step {iteration} skipped: loss {loss:.3g}, gradient norm {grad_norm:.3g}"
             + (f"; loss scale now {scaler.get_scale():g}" if scaler.is_enabled() else ""))  # fmt: skip
         if skipped_in_a_row >= max_skipped:
-            there = f"the last checkpoint is untouched ({ckpt_path})" if os.path.exists(ckpt_path) else "there is no checkpoint yet"
-            stop(f"{skipped_in_a_row} steps in a row had a loss or gradient that is not finite, the last is step {iteration}; {there}. "
-                 f"Lower learning_rate (now {learning_rate:g}) or grad_clip (now {grad_clip:g}), or raise warmup_iters (now "
-                 f"{warmup_iters})")  # fmt: skip
+            diverged(f"{skipped_in_a_row} steps in a row had a loss or gradient that is not finite, the last "
+                     f"is step {iteration}")  # fmt: skip
     else:
         steps, mean, spread = usual.get(source, (0, loss, 0.0))
         if steps >= 50 and loss > mean + max(8 * spread, 0.5):
@@ -459,14 +500,21 @@ while iteration < max_iters:
         check_in_sync(loss, grad_norm)
     evaluation.collect()
     publication.collect()
-    if iteration % eval_interval == 0 or iteration == max_iters or stopping:
+    due = due or iteration % eval_interval == 0 or iteration == max_iters or bool(stopping)
+    if due and (finite or loop.only_scaling(loss, scaler)):  # else what is on disk is better
+        wrong = loop.unsound(net, average)
+        if wrong:
+            diverged(f"after step {iteration} there are weights that are not finite ({wrong})")
         if not stopping:
             val_losses, val_loss = loop.validate(net, average, loader, eval_batches, autocast, device)
+            if not all(map(math.isfinite, val_losses.values())):
+                diverged(f"the validation loss of step {iteration} is not finite ({val_losses})")
             if val_losses:
                 write_log({"iter": iteration, "val_loss": val_loss, "val_losses": val_losses})
                 shown = ", ".join(f"{k} {v:.3f}" for k, v in val_losses.items())
                 say(f"step {iteration}: validation {shown}")
-        saved = save_checkpoint()
+        saved, due = save_checkpoint(), False
+        saved_step = iteration if saved else saved_step
         if master:
             try:
                 logbook.draw_losses(out_dir)
@@ -479,17 +527,25 @@ while iteration < max_iters:
         break
 progress.close()
 ahead.close()
-evaluation.end(at_once=stopping)
+lost = f"; {loop.to_go_on_from(ckpt_path, saved_step)}"  # where the last steps are
+if not saved and not due:
+    lost = loop.save_weights_alone(ckpt_path, net, model, config, average, figures()) + lost
 if tracked:
     tracked.finish()
-publication.end(iteration, at_once=bool(interrupted) or not saved)
+publication.end(iteration, at_once=bool(interrupted) or due or not saved)
+evaluation.end(0 if stopping else eval_minutes)
 if stopping:
     why = f"by {interrupted[0][0]}" if interrupted else f"after {max_hours:g} hours" if max_hours else "by another process"
+    if due:
+        stop(f"stopped {why} after step {iteration}; nothing was saved, as steps were being skipped whose "
+             f"loss or gradient was not finite{lost}")  # fmt: skip
     if not saved:
-        stop(f"stopped {why} after step {iteration}, and this step could not be saved")
+        stop(f"stopped {why} after step {iteration}, and this step could not be saved{lost}")
     say(f"stopped {why} after step {iteration}; go on with --init_from=resume (saved to {ckpt_path})")
+elif due:
+    diverged(f"the last steps up to {iteration} were skipped, as their loss or gradient was not finite")
 elif not saved:
-    stop(f"all {iteration} steps are done, but the last checkpoint could not be saved to {ckpt_path}")
+    stop(f"all {iteration} steps are done, but the last checkpoint could not be saved to {ckpt_path}{lost}")
 elif sanity and master:
     checks += sanity_checks.afterwards(run_log, val_losses, ckpt_path, net, scaled=scaler.is_enabled(), world_size=world_size, card=card,
                                        run_tokens=sanity_run_tokens)  # fmt: skip

@@ -1,6 +1,5 @@
 # After `make demo`, on a CPU: the demo's Route B, which solves sudokus, teaches the demo's Route A, which does not.
 out_dir = "out/demo/distill"
-overwrite = True
 init_from = "out/demo/route_a/ckpt.pt"
 teacher = "out/demo/route_b/ckpt.pt"
 mixture = {"sudoku4": 0.9, "stdlib": 0.1}

@@ -17,4 +17,4 @@ learning_rate = 1e-4
 warmup_iters = 50
 decay_iters = 500
 eval_interval = 50
-max_hours = 11.5  # of Kaggle's 12; the next session goes on with --init_from=resume
+max_hours = 11.5  # of Kaggle's 12; the same command goes on in the next session

@@ -1,6 +1,5 @@
 # Route A on the demo stage: small enough for two CPU cores and two minutes.
 out_dir = "out/demo/route_a"
-overwrite = True
 model = "dense"
 n_layer = 4
 n_head = 2

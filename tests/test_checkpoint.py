@@ -1,6 +1,8 @@
 """checkpoint.py: what was saved comes back, a crash never costs the last good file, and nothing in a file can run."""
 
 import argparse
+import errno
+import math
 import os
 import pickle
 import re
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 import checkpoint as ckpt
+import loop
 import tokenizer as tok
 
 ROOT = Path(__file__).parent.parent
@@ -101,7 +104,11 @@ import checkpoint as ckpt
 
 path, moment = sys.argv[1:]
 die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
-save, fsync, replace = torch.save, os.fsync, os.replace
+save, fsync, replace, renames = torch.save, os.fsync, os.replace, [0]
+
+
+def no_links(a, b):
+    raise PermissionError(1, "Operation not permitted")
 
 
 def half(checkpoint, f):
@@ -118,18 +125,29 @@ def make(n):
             "weights": {"w": torch.full((1000, 1000), float(n))}, "tokenizer": ckpt.tok.fingerprint(), "n": n}
 
 
+def rename(a, b):
+    renames[0] += 1
+    if wanted == f"before rename {renames[0]}":
+        die()
+    replace(a, b)
+    if wanted == f"after rename {renames[0]}":
+        die()
+
+
 def attempt(at):
+    global wanted
+    wanted, os.replace = at.removesuffix(" without links"), rename
+    if wanted != at:
+        os.link = no_links
     if at == "half written":
         torch.save = half
     elif at == "before flush":
         os.fsync = die
-    elif at == "before rename":
-        os.replace = die
-    elif at == "after rename":
-        os.replace = lambda a, b: (replace(a, b), die())
-    n = 2
+    elif at == "before link":
+        os.link = die
+    n = ckpt.load(ckpt.newest(path))["n"] + 1
     while True:  # at a number of milliseconds, whatever it is doing then
-        ckpt.save(make(n), path)
+        ckpt.save(make(n), path, ckpt.previous(path))
         n += 1
 
 
@@ -142,24 +160,34 @@ for at in moment.split(","):
         time.sleep(int(at) / 1000)
         os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
-    found = ckpt.load(path)
+    found = ckpt.load(ckpt.newest(path))
     whole = bool((found["weights"]["w"] == found["n"]).all())
-    print(at, os.WTERMSIG(status), found["n"], whole, sep="|")
+    older = ckpt.load(ckpt.previous(path))["n"] if os.path.exists(ckpt.previous(path)) else None
+    print(at, os.WTERMSIG(status), found["n"], whole, older, sep="|")
 """
 
 
 def test_a_killed_save_leaves_a_whole_checkpoint(tmp_path):
-    """kill -9 half way through writing, before and after each later step, and at ten arbitrary moments of saving again and again."""
+    """
+    kill -9 half way through writing, before and after each later step, and at ten arbitrary moments of saving
+    again and again; where files can have two names and where they cannot. The one before is kept.
+    """
     path = tmp_path / "ckpt.pt"
-    exact = ["half written", "before flush", "before rename", "after rename"]
+    exact = ["half written", "before flush", "before link", "before rename 1", "after rename 1",
+             "before rename 2", "after rename 2", "before rename 1 without links",
+             "after rename 1 without links", "before rename 1 without links", "after rename 1 without links",
+             "after rename 2 without links"]  # fmt: skip
     arbitrary = [str(n) for n in (1, 3, 7, 12, 19, 26, 34, 45, 61, 83)]
     done = subprocess.run([sys.executable, "-c", SAVER, str(path), ",".join(exact + arbitrary)], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=100)  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = [line.split("|") for line in done.stdout.splitlines()]
     assert [line[0] for line in lines] == exact + arbitrary
-    assert all(int(signum) == signal.SIGKILL and whole == "True" for _, signum, _, whole in lines)
-    assert [int(n) for _, _, n, _ in lines[:4]] == [1, 1, 1, 2]
+    assert all(int(signum) == signal.SIGKILL and whole == "True" for _, signum, _, whole, _ in lines)
+    found = [(int(n), older) for _, _, n, _, older in lines[: len(exact)]]
+    assert found[:7] == [(1, "None")] * 4 + [(1, "1")] * 2 + [(2, "1")]
+    assert found[7:9] == [(2, "1"), (2, "2")]  # the second has its older name alone
+    assert found[9:] == [(2, "2"), (3, "2"), (4, "3")]
 
 
 def test_a_save_that_fails_leaves_nothing_behind(tmp_path):
@@ -197,6 +225,127 @@ def test_a_disk_that_is_full_is_said_and_keeps_what_was_there(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["File too large|1"] * 5
     assert os.listdir(tmp_path) == ["ckpt.pt"]
+
+
+def test_what_is_not_finite_is_not_gone_on_from_and_the_one_before_is_named(tmp_path):
+    path, older = tmp_path / "ckpt.pt", tmp_path / "ckpt_prev.pt"
+    good, bad = make(), make()
+    bad["weights"]["norm_f.weight"][3] = math.inf
+    assert ckpt.not_finite(good["weights"]) is None and ckpt.not_finite(bad["weights"]) == "norm_f.weight"
+    for broken in (bad, {**good, "ema": bad["weights"]}):
+        ckpt.save(broken, path)
+        ckpt.save(good, older)
+        refused(path, "not finite.*norm_f.weight.*ckpt_prev.pt, of step 7, is sound", call=ckpt.load_finite)
+        ckpt.save(broken, older)  # of no use either, and not named
+        refused(path, r"not finite.*: no run can go on from it$", call=ckpt.load_finite)
+        older.unlink()
+        refused(path, "no run can go on from it$", call=ckpt.load_finite)
+    path.write_text("half of it")
+    ckpt.save(good, older)
+    refused(path, "damaged", "ckpt_prev.pt, of step 7, is sound", call=ckpt.load_finite)
+    assert ckpt.load_finite(older)["train"]["iter"] == 7
+
+
+# ---- where a run begins, and what it saves
+
+
+def test_the_same_command_begins_goes_on_and_never_replaces_another_run(tmp_path):
+    out, path, other = str(tmp_path), str(tmp_path / "ckpt.pt"), str(tmp_path / "other.pt")
+    ckpt.save(make(), other)
+
+    def begin(init_from, anew=False):
+        found, where, resumed = loop.starting_point(init_from, out, anew)
+        return found and found["train"]["iter"], where, resumed
+
+    for init_from in ("auto", "scratch"):
+        assert begin(init_from) == (None, None, False)
+    assert begin(other) == (7, other, False)
+    refused(path, "does not exist", call=lambda _: begin("resume"))
+    ckpt.save(make(train={"iter": 9, "began_with": other}), path)
+    assert begin("auto") == begin("resume") == begin(other) == (9, path, True)
+    refused(path, "exists", "--init_from=resume", "--overwrite=True", call=lambda _: begin("scratch"))
+    assert begin("scratch", True) == begin("auto", True) == (None, None, False)
+    assert begin(other, True) == (7, other, False)
+    os.rename(path, tmp_path / "ckpt_prev.pt")  # a save was killed where files have one name
+    assert begin("auto") == (9, str(tmp_path / "ckpt_prev.pt"), True)
+    for began_with in ({"began_with": None}, {"began_with": "elsewhere.pt"}, {}):
+        ckpt.save(make(train={"iter": 9, **began_with}), path)
+        refused(path, "exists", "--init_from=resume", call=lambda _: begin(other))
+    ckpt.save(make(train={"iter": 9, "student": other}), path)  # as distill.py says it
+    assert begin(other) == (9, path, True)
+
+
+def test_one_folder_has_one_run(tmp_path):
+    held = loop.lock(str(tmp_path))
+    with pytest.raises(ValueError, match=re.escape(f"another run is at work in {tmp_path}/")):
+        loop.lock(str(tmp_path))
+    held.close()
+    loop.lock(str(tmp_path)).close()
+
+
+def test_other_data_are_named_or_refused():
+    data = {"stage": "demo", "tag": None, "snapshot": None, "shards": "a" * 64, "manifest": "b" * 64,
+            "data_dir": "data", "shares": {"x": 1.0}, "sources": ["x"]}  # fmt: skip
+    assert loop.other_data(data, {**data, "sources": ["x", "y"]}) is None
+    older = {k: data[k] for k in ("stage", "tag", "snapshot", "shards")}
+    assert loop.other_data(older, data) is None  # what an older checkpoint does not say cannot differ
+    changes = [("data_dir", "/moved", ("/moved/", "data/")), ("manifest", "c" * 64, ("c" * 12, "b" * 12)),
+               ("shares", {"x": 0.5, "y": 0.5}, ("0.5", "1.0")),
+               ("stage", "mine", ("mine", "demo"))]  # fmt: skip
+    for what, value, named in changes:
+        line = loop.other_data(data, {**data, what: value})
+        assert "\n" not in line and all(name in line for name in named), line
+    for change in ({"shards": "d" * 64}, {"tag": "v1", "snapshot": "e" * 64}):
+        for one, two in ((data, {**data, **change}), ({**data, **change}, data)):
+            with pytest.raises(ValueError, match="name the same data"):
+                loop.other_data(one, two)
+    frozen = {**data, "tag": "v1", "snapshot": "e" * 64}
+    with pytest.raises(ValueError, match="demo:v1"):
+        loop.other_data(frozen, {**frozen, "snapshot": "f" * 64})
+    assert "/moved/" in loop.other_data(frozen, {**frozen, "data_dir": "/moved"})
+
+
+def test_the_average_is_taken_out_again_whatever_happens_inside():
+    net = ckpt.make_model("dense", SMALL)
+    own = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt), loop.averaged_weights(net, {k: v + 1 for k, v in own.items()}):
+        assert torch.equal(net.norm_f.weight, own["norm_f.weight"] + 1)
+        raise KeyboardInterrupt
+    assert equal(dict(net.state_dict()), own)
+
+
+def test_a_disk_with_room_for_two_checkpoints_keeps_saving(tmp_path, monkeypatch):
+    """A third would not fit: the one before the last gives way. Where it is no question of room, it stays."""
+    net, path, said, room = ckpt.make_model("dense", SMALL), str(tmp_path / "ckpt.pt"), [], [2, errno.ENOSPC]
+    save = torch.save
+
+    def full(value, f):
+        if len(list(tmp_path.glob("*.pt"))) >= room[0]:
+            raise OSError(room[1], os.strerror(room[1]))
+        save(value, f)
+
+    monkeypatch.setattr(torch, "save", full)
+
+    def again(step):
+        train, keep = {"iter": step}, step > 1
+        saved = loop.save_checkpoint(path, net, "dense", {}, None, train, "cpu", said.append, keep)
+        return saved, {p.name: ckpt.load(p)["train"]["iter"] for p in tmp_path.glob("*.pt")}
+
+    assert again(1) == (True, {"ckpt.pt": 1})
+    for step in (2, 3, 4):
+        assert again(step) == (True, {"ckpt.pt": step, "ckpt_prev.pt": step - 1})
+    assert not said
+    room[1] = errno.EFBIG
+    assert again(5) == (False, {"ckpt.pt": 4, "ckpt_prev.pt": 3}) and "step 5 could not be saved" in said[0]
+    average = {k: v + 1 for k, v in net.state_dict().items()}
+    train = {"iter": 6, "carries": {}}
+    ending = loop.save_weights_alone(path, net, "dense", {}, average, train)
+    assert "neither could its weights alone" in ending
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt_prev.pt"]
+    room[0] = 9
+    assert "ckpt_weights.pt" in loop.save_weights_alone(path, net, "dense", {}, average, train)
+    alone, saved = ckpt.load_model(str(tmp_path / "ckpt_weights.pt"))
+    assert equal(dict(alone.state_dict()), average) and saved["train"] == {"iter": 6}
 
 
 def test_a_second_name_outlives_the_first(tmp_path, monkeypatch):

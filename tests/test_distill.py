@@ -338,13 +338,51 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(data, models, tmp_path, route):
     run = distill(data, parts, *settings, "--max_hours=1e-9")
     assert run.returncode == 0 and "go on with --init_from=resume" in run.stdout, run.stderr
     assert checkpoint.load(parts / "ckpt.pt")["train"]["iter"] == 1
-    run = distill(data, parts, *settings, "--init_from=resume")
-    assert run.returncode == 0, run.stderr
+    run = distill(data, parts, *settings)  # the same command, which goes on
+    assert run.returncode == 0 and f"going on after step 1 of {parts / 'ckpt.pt'}" in run.stdout, run.stderr
     resumed, _ = checkpoint.load_model(parts / "ckpt.pt")
     assert all(torch.equal(v, whole["ema"][k]) for k, v in resumed.state_dict().items())
     assert [e["loss"] for e in log(parts) if "loss" in e] == [e["loss"] for e in log(tmp_path / "whole") if "loss" in e]
+    everything = {path.name: path.read_bytes() for path in parts.iterdir()}
+    run = distill(data, parts, *settings)
+    assert run.returncode == 0 and "nothing left to do: max_iters=4" in run.stdout, run.stderr
+    assert {path.name: path.read_bytes() for path in parts.iterdir()} == everything
     if route == "dense":
-        fails(distill(data, parts, f"--teacher={models[route, 0]}", "--init_from=resume"), "other teacher")
+        resume = ["--init_from=resume", "--max_iters=9"]
+        fails(distill(data, parts, f"--teacher={models[route, 0]}", *resume), "another teacher")
+        teacher = f"--teacher={models[route, 1]}"
+        run = distill(data, parts, teacher, f"--init_from={models[route, 1]}")
+        fails(run, "exists", "--init_from=resume")
+        trained = scripts.run("train.py", [f"--data_dir={data}", f"--out_dir={parts}", *resume])
+        fails(trained, r"written by distill\.py")
+        saved(tmp_path, route).rename(tmp_path / "ckpt.pt")
+        fails(distill(data, tmp_path, teacher, *resume), r"not written by distill\.py")
+
+
+def spoilt(folder, path):
+    """A copy of a checkpoint all of whose answers are NaN."""
+    whole = checkpoint.load(path)
+    whole["weights"]["wte.weight"][:] = math.nan
+    checkpoint.save(whole, folder / "nan.pt")
+    return folder / "nan.pt"
+
+
+def test_models_that_are_not_finite_solve_nothing_and_end_the_run(data, models, tmp_path):
+    for route in ("dense", "trm"):
+        model, _ = checkpoint.load_model(spoilt(tmp_path, models[route, 0]))
+        assert teachers.solved(teachers.Ours(model, {}), some_tasks()) == 0
+    students = {route: f"--init_from={models[route, 0]}" for route in ("dense", "trm")}
+    bad, good = f"--teacher={tmp_path / 'nan.pt'}", f"--teacher={models['trm', 1]}"
+    few = ["--max_skipped=3", "--mixture={'sudoku4': 1}", "--eval_interval=1"]
+    up = ["--learning_rate=1e30", "--check_tasks=0"]
+    for route, student in students.items():  # such a teacher says nothing: nothing would be learned from it
+        run = distill(data, tmp_path / route, student, bad, *few)
+        fails(run, "3 steps in a row what teacher or student say was not finite", "no checkpoint", "nan.pt")
+        assert "solved: teacher 0.0%" in run.stdout and not (tmp_path / route / "ckpt.pt").exists()
+    run = distill(data, tmp_path / "out", f"--init_from={tmp_path / 'nan.pt'}", good)
+    fails(run, "not finite", "nan.pt")
+    run = distill(data, tmp_path / "up", students["dense"], good, *few, *up)
+    fails(run, "step 1 is not finite|after step 1 there are weights that are not finite", "no checkpoint yet")
 
 
 @pytest.mark.parametrize("student, teacher", [("dense", "trm"), ("trm", "dense")])

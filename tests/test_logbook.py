@@ -28,10 +28,13 @@ def test_a_log_is_cut_back_to_a_step_and_cut_lines_are_dropped(tmp_path):
     assert [e["iter"] for e in logbook.read(path)] == [1, 2, 3, 4, 5, 7]
     logbook.cut_back(path, 3)
     assert [json.loads(line) for line in open(path)] == [{"iter": i, "loss": 1.0 / i} for i in (1, 2, 3)]
+    cut = str(tmp_path / "log.cut.jsonl")  # they may be of a run that was longer: nothing is lost
+    assert [e["iter"] for e in logbook.read(cut)] == [4, 5, 7]
     logbook.append({"iter": 4}, path)
     assert [e["iter"] for e in logbook.read(path)] == [1, 2, 3, 4]
     logbook.cut_back(path, 0)
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == ["log.cut.jsonl"]
+    assert [e["iter"] for e in logbook.read(cut)] == [4, 5, 7, 1, 2, 3, 4]
     logbook.cut_back(path, 0)  # also where there never was one
 
 

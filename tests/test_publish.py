@@ -57,8 +57,11 @@ def trained(data, tmp_path_factory):
 
 def test_a_published_run_goes_on_elsewhere_as_if_it_had_never_stopped(hub, data, trained, tmp_path):
     here, far = tmp_path / "here", tmp_path / "far"
-    code, out, err = train(hub, data, here, "--max_iters=3", "--push_to=ada/run", "--push_full=True")
+    code, out, err = train(hub, data, here, "--max_iters=3", "--push_to=ada/run", "--push_full=True",
+                           "--eval_suites=arc1", "--eval_limit=400", "--eval_minutes=0.01")  # fmt: skip
     assert code == 0 and "step 3 is at ada/run, all of it" in out + err, (out, err)
+    # published first, however long an evaluation takes
+    assert out.index("step 3 is at ada/run") < out.index("the evaluation of step 3 was ended")
     assert hub.repos["ada/run"].private and not [f for f in os.listdir(here) if "push" in f]
     card = hub.files("ada/run")["README.md"].decode()
     assert card.startswith("---\nlicense:") and "after step\n3 of 3" in card and "| stdlib |" in card

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import scripts
+import tiny
 import torch
 
 import checkpoint
@@ -88,10 +89,10 @@ torch.optim.AdamW.step = faulty
 unscale = torch.amp.GradScaler.unscale_
 def spoiled(scaler, optimizer):
     calls[0] += 1
-    if fault == "nan" and calls[0] in (3, 6):
-        optimizer.param_groups[0]["params"][2].grad[0, 0] = float("nan")
+    if fault == "nan" and calls[0] in (3, 6) or fault == "never":
+        optimizer.param_groups[0]["params"][2].grad.view(-1)[0] = float("nan")
     unscale(scaler, optimizer)
-if fault == "nan":
+if fault in ("nan", "never"):
     torch.amp.GradScaler.unscale_ = spoiled
     torch.optim.AdamW.step = step
 runpy.run_path(script, run_name="__main__")
@@ -150,8 +151,8 @@ def same_losses(out, other, rel=1e-4):
             assert two[step] == pytest.approx(one[step], rel=rel), step
 
 
-def same_weights(out, other):
-    ours, theirs = checkpoint.load(out / "ckpt.pt"), checkpoint.load(other / "ckpt.pt")
+def same_weights(out, other, name="ckpt.pt"):
+    ours, theirs = checkpoint.load(out / "ckpt.pt"), checkpoint.load(other / name)
     for key in theirs["weights"]:
         assert torch.equal(ours["weights"][key], theirs["weights"][key]), key
 
@@ -221,7 +222,7 @@ def test_killed_at_any_moment_again_and_again(finished, data, tmp_path):
     kills = done = 0
     while kills < 5:
         before = path.stat().st_mtime_ns if path.exists() else None
-        process = subprocess.Popen(command(data, tmp_path, *settings, *(["--init_from=resume"] if before else [])), env=ENV, cwd=ROOT,
+        process = subprocess.Popen(command(data, tmp_path, *settings), env=ENV, cwd=ROOT,
                                    stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # fmt: skip
         while process.poll() is None and not (path.exists() and path.stat().st_mtime_ns != before):
             time.sleep(0.01)
@@ -242,11 +243,12 @@ def test_killed_at_any_moment_again_and_again(finished, data, tmp_path):
     assert list(tmp_path.glob("*.tmp")) == []
 
 
-def test_resumed_from_a_checkpoint_the_run_is_the_same_to_the_last_bit(finished, data, tmp_path):
+def test_the_same_command_goes_on_and_the_run_is_the_same_to_the_last_bit(finished, data, tmp_path):
     settings, out = finished
     killed_after_step_4(tmp_path, command(data, tmp_path, *settings))
-    run = train(data, tmp_path, *settings, "--init_from=resume")
+    run = train(data, tmp_path, *settings)
     assert run.returncode == 0, run.stderr
+    assert f"going on after step 4 of {tmp_path}/ckpt.pt, with demo:None in {data}/" in run.stdout, run.stdout
     assert losses(tmp_path) == losses(out)
     same_weights(tmp_path, out)
 
@@ -286,14 +288,17 @@ def test_resume_on_two_processes_goes_on_with_every_carry(finished, data, tmp_pa
         assert losses(tmp_path / "run")[0][step] == pytest.approx(losses(tmp_path / "alone")[0][step], rel=1e-4)
 
 
-def test_a_second_signal_exits_at_once(data, tmp_path):
+def test_a_folder_has_one_run_and_a_second_signal_ends_it_at_once(data, tmp_path):
     out = tmp_path / "out"  # a step of many minutes
     process = subprocess.Popen(command(data, out, "--gradient_accumulation_steps=20000"), env=ENV, cwd=ROOT, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)  # fmt: skip
     while not (out / "config.json").exists():
         assert process.poll() is None
         time.sleep(0.01)
-    time.sleep(2)
+    for processes in (1, 2):  # another run in the same folder
+        run = train(data, out, "--seed=2", processes=processes)
+        assert run.returncode == 1 and f"error: another run is at work in {out}/" in run.stderr, run.stderr
+        assert run.stderr.count("another run is at work") == 1 or processes == 2, run.stderr
     process.send_signal(signal.SIGINT)
     time.sleep(1)
     assert process.poll() is None
@@ -344,13 +349,25 @@ def test_a_loss_that_jumps_is_told(data, tmp_path):
 def test_too_many_of_them_end_the_run_and_not_the_checkpoint(finished, data, tmp_path):
     settings, out = finished
     shutil.copytree(out, tmp_path / "run")
-    before = (tmp_path / "run" / "ckpt.pt").read_bytes()
-    run = train(data, tmp_path / "run", *settings, "--max_iters=30", "--eval_interval=100", "--learning_rate=1e30", "--max_skipped=4",
-                "--init_from=resume")  # fmt: skip
-    assert run.returncode == 1
-    assert "4 steps in a row" in run.stderr and "Lower learning_rate (now 1e+30)" in run.stderr and run.stderr.count("\n") == 1, run.stderr
-    assert "changed: learning_rate" in run.stdout
-    assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before
+    files = [tmp_path / "run" / name for name in ("ckpt.pt", "ckpt_prev.pt")]
+    before = [path.read_bytes() for path in files]
+
+    def ends_as_it_began(run, *parts):
+        assert run.returncode == 1 and run.stderr.count("\n") == 1, run.stderr
+        for part in (*parts, f"{files[0]} is untouched, of step 8", str(files[1])):
+            assert part in run.stderr, run.stderr
+        assert [path.read_bytes() for path in files] == before
+
+    longer = [*settings, "--max_iters=30", "--learning_rate=1e30"]
+    # steps 10 and 12, which are skipped, would be saved
+    run = train(data, tmp_path / "run", *longer, "--eval_interval=2", "--max_skipped=4")
+    ends_as_it_began(run, "4 steps in a row", "Lower learning_rate (now 1e+30)")
+    assert "changed: learning_rate" in run.stdout and "step 10: validation" not in run.stdout
+    run = train(data, tmp_path / "run", *longer, "--eval_interval=1")
+    ends_as_it_began(run, "step 9", "not finite")
+    briefly = [*settings, "--max_iters=30", "--max_hours=0.00001"]
+    run = train_with_fault("never", tmp_path, data, tmp_path / "run", *briefly)
+    ends_as_it_began(run, "stopped after 1e-05 hours after step 9", "nothing was saved")
 
 
 def test_float16_scales_its_loss_and_resumes_to_the_last_bit(data, tmp_path):
@@ -371,12 +388,20 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(finished, data, tmp_path
     settings, out = finished
     shutil.copytree(out, tmp_path / "run")
     before = (tmp_path / "run" / "ckpt.pt").read_bytes()
-    run = train(data, tmp_path / "run", *settings, "--max_iters=12", "--init_from=resume", limits=[(resource.RLIMIT_FSIZE, 500_000)])
+    limits = [(resource.RLIMIT_FSIZE, 5_000_000)]
+    run = train(data, tmp_path / "run", *settings, "--max_iters=12", limits=limits)
     assert "the checkpoint of step 12 could not be saved" in run.stdout and "untouched" in run.stdout, run.stdout
     assert run.returncode == 1 and "all 12 steps are done, but the last checkpoint could not be saved" in run.stderr, run.stderr
     assert sorted(losses(tmp_path / "run")[0]) == list(range(1, 13))
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before
     assert list((tmp_path / "run").glob("*.tmp")) == []
+    alone = tmp_path / "run" / "ckpt_weights.pt"  # the last steps, as an evaluation needs them
+    assert str(alone) in run.stderr and alone.stat().st_size < len(before) / 2
+    assert checkpoint.load_model(str(alone))[1]["train"]["iter"] == 12
+    still = [*settings, "--max_iters=1", "--learning_rate=0.0"]
+    run = train(data, tmp_path / "next", *still, f"--init_from={alone}")
+    assert run.returncode == 0 and f"from the weights of {alone}" in run.stdout, run.stderr
+    same_weights(tmp_path / "next", tmp_path / "run", "ckpt_weights.pt")
 
 
 @pytest.mark.slow  # fills gigabytes several times over: minutes
@@ -400,9 +425,15 @@ def test_a_later_stage_takes_the_weights(finished, data, tmp_path):
         saved = checkpoint.load(tmp_path / "ckpt.pt")["train"]
         assert saved["iter"] == 2 and {int(s["step"]) for s in saved["optimizers"][-1]["state"].values()} == {steps}
     assert saved["optimizers"][0]["param_groups"][0]["weight_decay"] == 0.1
-    run = train(data, tmp_path, *settings, "--max_iters=2", "--init_from=resume")
-    assert run.returncode == 0 and "nothing left to do: max_iters=2" in run.stdout
-    run = train(data, tmp_path, *settings, "--max_iters=3", "--weight_decay=0.0", "--init_from=resume")
+    everything = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    run = train(data, tmp_path, *still, "--seed=2")  # the path that it began with, again: it is done
+    assert run.returncode == 0 and "nothing left to do: max_iters=2" in run.stdout, run.stderr
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == everything
+    (tmp_path / "moved").symlink_to(data)
+    longer = [*settings, "--max_iters=3", "--weight_decay=0.0", "--init_from=resume"]
+    run = train(tmp_path / "moved", tmp_path, *longer)
+    assert f"changed: data demo:None in {tmp_path}/moved/" in run.stdout, run.stdout
+    assert f"(were demo:None in {data}/" in run.stdout, run.stdout
     assert "changed: weight_decay=0.0 (was 0.1)" in run.stdout and "changed: max_iters=3 (was 2)" in run.stdout
     assert checkpoint.load(tmp_path / "ckpt.pt")["train"]["optimizers"][0]["param_groups"][0]["weight_decay"] == 0  # and it has
     run = train(data, tmp_path / "muon", *still, "--init_optimizer=True", "--optimizer=adamw")
@@ -525,6 +556,40 @@ def test_an_evaluation_runs_beside_and_is_kept(finished, data, tmp_path):
     evaluation.process.wait()
     evaluation.collect()
     assert len(said) == 1 and said[0].startswith("the evaluation of step 4 failed: error: unknown suite 'chess'"), said
+    run = train(data, tmp_path, *settings, "--overwrite=True", "--max_iters=4")
+    assert run.returncode == 0, run.stderr
+    assert len(losses(tmp_path)[0]) == 4
+    assert len((tmp_path / "log.cut.jsonl").read_text().splitlines()) == 10  # of the longer run
+
+
+KILLED = """
+import os, signal, sys, time
+import loop
+evaluation = loop.Evaluation(sys.argv[1], "arc1", 400, "cpu", print)
+evaluation.start(1)
+print(evaluation.process.pid, flush=True)
+if sys.argv[2] == "killed":
+    while not os.path.getsize(os.path.join(sys.argv[1], "eval_step.log")):  # at work: it shows how far it is
+        time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGKILL)
+evaluation.end(float(sys.argv[2]))
+"""
+
+
+def test_an_evaluation_ends_with_its_training_however_that_ends(tmp_path):
+    """It would take many minutes: 400 tasks."""
+    tiny.save(tmp_path / "ckpt.pt", "trm", {"iter": 1}, block_size=4096)
+    for how, code in (("killed", -signal.SIGKILL), ("0.001", 0)):
+        run = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), how], env=ENV, capture_output=True,
+                             text=True, cwd=ROOT, timeout=100)  # fmt: skip
+        assert run.returncode == code, run.stderr
+        until = time.monotonic() + 20
+        while time.monotonic() < until and Path(f"/proc/{run.stdout.split()[0]}/cmdline").exists():
+            time.sleep(0.1)
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(run.stdout.split()[0]), 0)
+    assert "the evaluation of step 1 was ended after 0.001 minutes" in run.stdout
+    assert not (tmp_path / "ckpt_eval.pt").exists()
 
 
 @pytest.mark.parametrize("setting, value, message", [
@@ -645,7 +710,9 @@ def test_mistakes_are_one_line_and_cost_nothing(data, tmp_path):
         f.truncate(shard.stat().st_size - 2)
     out = tmp_path / "out"
     mistakes = [
-        (["--overwrite=False", f"--out_dir={kept}"], ["ckpt.pt exists", "--init_from=resume"]),
+        (["--init_from=scratch", f"--out_dir={kept}"], ["ckpt.pt exists", "--init_from=resume"]),
+        ([f"--out_dir={kept}"], ["ckpt.pt is not a checkpoint"]),
+        (["--eval_minutes=-1"], ["eval_minutes"]),
         ([f"--init_from={text}"], ["notes.txt", "not a checkpoint"]),
         (["--init_from=resume"], ["ckpt.pt does not exist"]),
         ([f"--data_dir={broken}"], [shard.name]),
@@ -725,3 +792,4 @@ def test_every_config_file_is_understood():
         config = configurator.resolve(script, [str(path)])
         loop.check_settings(config, script["RANGES"])
         assert config["out_dir"] != script["out_dir"], path
+        assert not config["overwrite"], f"{path}: the same command after a reboot would begin anew"
