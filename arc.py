@@ -110,7 +110,7 @@ def read_tasks(path):
     for name in files:
         file = os.path.join(path, name) if one_each else path
         try:
-            with open(file, encoding="utf-8") as f:
+            with open(file, encoding="utf-8-sig") as f:
                 content = json.load(f)
         except (ValueError, RecursionError) as e:
             raise ValueError(f"{file} is not JSON: {e}") from None
