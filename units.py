@@ -135,11 +135,17 @@ def make_unit(job, number, rows, iterator):
 
 
 def tokenise(parts):
-    """list of str and ids -> np.uint16, an end-of-text at the end. Text that spells a reserved token stays text."""
+    """
+    list of str and ids -> np.uint16, an end-of-text at the end. Text that spells a reserved token stays text.
+    ValueError for an id that the tokenizer does not have, which 16 bits could turn into another.
+    """
     encoder = tokenizer.load()
     # without a list of Python integers on the way this is encode_ordinary, and a fifth faster
     arrays = [encoder.encode_to_numpy(p, disallowed_special=()) if isinstance(p, str) else np.atleast_1d(p) for p in parts]
-    return np.concatenate([*arrays, [tokenizer.EOT]]).astype(np.uint16)
+    ids = np.concatenate([*arrays, [tokenizer.EOT]])
+    if not 0 <= ids.min() <= ids.max() <= tokenizer.END:
+        raise ValueError(f"token ids from {ids.min()} to {ids.max()}: the tokenizer has 0 to {tokenizer.END}")
+    return ids.astype(np.uint16)
 
 
 def key_of(data):
