@@ -518,4 +518,14 @@ def test_long_text_files_are_cut(monkeypatch):
     monkeypatch.setattr(sources, "TEXT_FILE_CHARS", 50)
     lines = [f"line number {i}\n" for i in range(20)]
     parts = list(sources.text_documents(io.StringIO("".join(lines))))
-    assert "".join(parts) == "".join(lines) and len(parts) > 3 and max(map(len, parts)) < 80
+    assert "".join(parts) == "".join(lines) and len(parts) > 3 and max(map(len, parts)) <= 50
+    assert all(part.endswith("\n") for part in parts)
+    two = list(sources.text_documents(io.StringIO("a\n<|endoftext|>\n" + "b" * 120 + "\nc\n<|endoftext|>\n")))
+    assert two[0] == "a\n" and "".join(two[1:]) == "b" * 120 + "\nc\n" and max(map(len, two)) <= 50
+
+
+@pytest.mark.parametrize("book", ["a b\n" * 200_000, "a " * 400_000])
+def test_no_part_of_a_book_has_more_words_than_prose_may_have(book):
+    parts = list(sources.text_documents(io.StringIO(book)))
+    (most,) = (limits["prose"][1] for rule, what, limits in curate.RULES if what == "words")
+    assert "".join(parts) == book and np.diff(curate.read_words(parts).first).max() <= most
