@@ -26,6 +26,7 @@ from stages import write
 
 BYTES_PER_TOKEN = 4  # of English, about: how megabytes of a stage become tokens, for puzzles as for text
 EXAMPLES, EXAMPLE_CHARS = 3, 600  # dropped documents kept per rule, for a person to read
+MAX_CHARS = 4_000_000  # of a document: 20 for each of the 200,000 words that the widest rule allows
 
 
 class Dropped:
@@ -107,16 +108,27 @@ def make_unit(job, number, rows, iterator):
     name = job["source"]
     source = table.SOURCES[name]
     documents, size, read, end = [], 0, 0, True
+    dropped, odd = Dropped(), Dropped()
     for origin, row in iterator:
-        task, grids, parts = table.instantiate(table.to_document(name, job["where"], row))
         read += 1
-        size += sum(len(p) if isinstance(p, str) else BYTES_PER_TOKEN * np.size(p) for p in parts)
-        documents.append((origin, task, grids, parts))
+        try:
+            document = table.to_document(name, job["where"], row, table.is_first(origin))
+        except table.OddRow as e:
+            odd.add(e.rule, f"[{origin}] {e}".encode(errors="backslashreplace").decode()[:EXAMPLE_CHARS])
+            size += len(repr(row))
+        else:
+            task, grids, parts = table.instantiate(document)
+            chars = sum(len(p) for p in parts if isinstance(p, str))
+            size += chars + BYTES_PER_TOKEN * sum(np.size(p) for p in parts if not isinstance(p, str))
+            if chars > MAX_CHARS:  # before it is judged, which takes about 60 bytes of memory for each
+                dropped.add("too_long", f"[{origin}] {chars:,} characters")
+            else:
+                documents.append((origin, task, grids, parts))
         if size >= job["unit_bytes"]:
             end = False
             break
     state = rows.state()
-    dropped = Dropped()
+    dropped.merge(odd.rules)
     judged = judge_puzzles if source.kind == "puzzle" or any(task for _, task, _, _ in documents) else judge_texts
     kept, keys, bands = judged(source, documents, dropped, job)
     tokens = np.concatenate(kept) if kept else np.zeros(0, np.uint16)
@@ -128,7 +140,8 @@ def make_unit(job, number, rows, iterator):
         write(unit_path(job["folder"], job["lane"], number, suffix), content)
     record = {
         "source": name, "lane": job["lane"], "number": number, "read": read, "documents": len(kept), "tokens": len(tokens), "bytes": size,
-        "end": end, "state": state, "dropped": dropped.rules, "sizes": {s: len(f) for s, f in files.items()},
+        "end": end, "state": state, "dropped": dropped.rules, "odd": odd.rules,
+        "sizes": {s: len(f) for s, f in files.items()},
     }  # fmt: skip
     write(unit_path(job["folder"], job["lane"], number, "json"), json.dumps(record, ensure_ascii=False))  # last: now the unit is there
     return record
