@@ -122,16 +122,25 @@ def column(name):
 
 
 def turns(*messages):
-    """(role, text), ... -> a document with dialogue tokens. A system message stands before the first question."""
-    out = []
+    """
+    (role, text), ... -> a document with dialogue tokens. What a system message says stands at the head of
+    the user's next turn, in the middle of a dialogue too; where an answer or the end follows, it is a turn
+    of the user's. OddRow for any other role.
+    """
+    out, said = [], ""
     for role, text in messages:
         if role == "system":
-            out = [tok.USER, text.strip() + "\n\n"]
+            said = (said + text.strip() + "\n\n").lstrip()
         elif role == "user":
-            out += [text.strip(), tok.END] if out and len(out) == 2 and out[0] == tok.USER else [tok.USER, text.strip(), tok.END]
-        else:
+            out += [tok.USER, said + text.strip(), tok.END]
+            said = ""
+        elif role == "assistant":
+            out += [tok.USER, said.strip(), tok.END] if said else []
             out += [tok.ASSISTANT, text.strip(), tok.END]
-    return out
+            said = ""
+        else:
+            raise OddRow("unknown_role", f"the role is {role!r}, not system, user or assistant")
+    return [*out, tok.USER, said.strip(), tok.END] if said else out
 
 
 def chat(row):

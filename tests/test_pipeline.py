@@ -623,6 +623,40 @@ def test_dialogues_have_their_tokens():
     assert (units.tokenise(sources.turns(("user", "<|end|>"))) == tokenizer.END).sum() == 1
 
 
+@pytest.mark.parametrize("messages, means", [
+    ([("user", "Q1"), ("assistant", "A1"), ("system", "Be brief."), ("system", "Be kind."), ("user", "Q2"),
+      ("assistant", "A2")],
+     "<u>Q1.<a>A1.<u>Be brief.\n\nBe kind.\n\nQ2.<a>A2."),
+    ([("user", "Q1"), ("system", "Be brief."), ("assistant", "A1")], "<u>Q1.<u>Be brief..<a>A1."),
+    ([("system", "Be brief"), ("assistant", "A1"), ("system", "The end")], "<u>Be brief.<a>A1.<u>The end."),
+    ([("system", " "), ("user", "Q1"), ("user", "Q2"), ("assistant", "A1")], "<u>Q1.<u>Q2.<a>A1."),
+])
+def test_no_text_of_a_dialogue_is_lost(messages, means):
+    marks = {tokenizer.USER: "<u>", tokenizer.ASSISTANT: "<a>", tokenizer.END: "."}
+    assert "".join(marks.get(part, part) for part in sources.turns(*messages)) == means
+
+
+@pytest.mark.parametrize("messages, rule", [
+    ([{"role": "user", "content": "Q"}, {"role": "tool", "content": "42"}], "unknown_role"),
+    ([{"role": None, "content": "Q"}], "unknown_role"),
+    ([{"role": "user", "content": "Q"}, {"role": "assistant", "content": None}], "not_text"),
+    ([{"role": "user", "content": ["Q", tokenizer.END]}], "not_text"),
+    (None, "not_as_expected"),
+    (["Q", "A"], "not_as_expected"),
+    ([{"from": "human", "value": "Q"}], "no_column"),
+])
+def test_who_is_not_known_is_not_taken_for_somebody_else(messages, rule):
+    with pytest.raises(sources.OddRow) as e:
+        sources.to_document("smol_smoltalk", {"files": []}, {"messages": messages}, first=False)
+    assert e.value.rule == rule
+
+
+@pytest.mark.parametrize("ids", [70_000, -1, tokenizer.END + 1, [tokenizer.END, 1 << 16]])
+def test_an_id_that_the_tokenizer_does_not_have_is_refused(ids):
+    with pytest.raises(ValueError, match="the tokenizer has 0 to 50280"):
+        units.tokenise(["text", np.array(ids)])
+
+
 def test_stages_2_and_3_have_their_shares_and_sources():
     for stage, (_, groups, weights) in sources.STAGES.items():
         assert sum(groups.values()) == pytest.approx(1) and set(groups) == set(stages.GROUPS)
