@@ -238,7 +238,7 @@ def read_config_file(path, chain=()):
     if os.path.realpath(path) in map(os.path.realpath, chain):
         raise ConfigError(f"config files build on each other in a circle: {' -> '.join([*chain, path])}")
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
         tree = ast.parse(text, filename=path)
     except FileNotFoundError:
         wanted_by = f" (the base of {chain[-1]})" if chain else ""

@@ -52,6 +52,7 @@ from workers import local_workers, ray_workers
 
 BAND_MEMORY = 20_000_000  # documents whose keys of one band are looked at together
 ROUNDS = 12  # of filling up what other sources could not give
+ODD_ROWS, ODD_SHARE = 10, 0.01  # this many rows that are no documents, and a larger share, stop a build
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # what is to be built
@@ -72,7 +73,8 @@ def plan(c, data, stage):
         if not Path(c.source_dir).is_dir():
             raise ValueError(f"--source_dir={c.source_dir} is not a folder")
         known = {*table.SOURCES, *table.EVALUATION_TEXTS, *table.EVALUATION_PUZZLES}
-        strangers = sorted(p.name for p in Path(c.source_dir).iterdir() if p.is_dir() and p.name not in known)
+        strangers = sorted(p.name for p in Path(c.source_dir).iterdir()
+                           if p.is_dir() and p.name not in known and not p.name.startswith("."))  # fmt: skip
         if strangers:
             raise ValueError(f"{c.source_dir} has a folder {strangers[0]!r}, which is not the name of a source: {', '.join(table.SOURCES)}")
     revisions = None
@@ -149,7 +151,8 @@ def gather_evaluations(c, data, found, notes):
         else:
             rows = (row for _, row in table.HubRows(repo, config, split, None, (), Revisions(data).of(repo), 0, None))
             missing = f"{repo} has no {split} rows"
-        texts[name] = [" ".join(row[column] for column in columns) for row in rows]
+        text = lambda row: " ".join(table.text_of(row, column) for column in columns)  # noqa: E731
+        texts[name] = readable(name, rows, lambda row: table.from_row(name, text, row), notes)
         report[name] = len(texts[name])
         if not texts[name]:
             notes.append(f"nothing is kept out for quoting {name}: {missing}")
@@ -161,7 +164,7 @@ def gather_evaluations(c, data, found, notes):
     report.update({name: len(tables[n, name]) for n, name in tables if name.startswith("arc_")})
     for name, (source, file) in table.EVALUATION_PUZZLES.items():
         if source in found:
-            tables[0, name] = evaluation_puzzles(c, data, name, source, file)
+            tables[0, name] = evaluation_puzzles(c, data, name, source, file, notes)
             report[name] = len(tables[0, name])
             if not report[name]:
                 notes.append(f"no puzzle of {name} is kept out: no folder {Path(c.source_dir) / name}")
@@ -173,7 +176,20 @@ def gather_evaluations(c, data, found, notes):
     return path, digest, report
 
 
-def evaluation_puzzles(c, data, name, source, file):
+def readable(name, rows, document, notes):
+    """-> [document(row) of the rows of an evaluation that are documents]; how many are not becomes a note."""
+    found, odd = [], []
+    for row in rows:
+        try:
+            found.append(document(row))
+        except table.OddRow as e:
+            odd.append(str(e))
+    if odd:
+        notes.append(f"{len(odd):,} rows of {name} are no documents and so not kept out: {odd[0]}")
+    return found
+
+
+def evaluation_puzzles(c, data, name, source, file, notes):
     """-> (n,) uint64: puzzle_key of the puzzles that models are tested on. Those of the hub are kept: there can be 400,000."""
     s = table.SOURCES[source]
     if c.source_dir:
@@ -187,7 +203,8 @@ def evaluation_puzzles(c, data, name, source, file):
             return np.load(kept)["keys"]
         rows = (row for _, row in table.HubRows(s.repo, None, "test", file, s.columns, where["revision"], 0, None))
     rows = tqdm(rows, desc=f"reading {name}", unit=" puzzles", leave=False, mininterval=1)
-    keys = np.unique(np.array([puzzle_key(table.to_document(source, where, row)) for row in rows], np.uint64))
+    keys = readable(name, rows, lambda row: puzzle_key(table.to_document(source, where, row)), notes)
+    keys = np.unique(np.array(keys, np.uint64))
     if kept is not None:
         packed = io.BytesIO()
         np.savez(packed, keys=keys)
@@ -270,8 +287,13 @@ class Units:
         return all(key in self.records for key in self.order()) if len(self.ended) == table.LANES else False
 
     def missing(self, tokens):
-        """-> jobs for what is missing, so that there may be this many tokens in all; [] if there are."""
+        """
+        -> jobs for what is missing, so that there may be this many tokens in all; [] if there are, or if
+        odd_rows objects.
+        """
         seen = self.there()
+        if odd_rows(self.name, seen):
+            return []
         have = sum(r["tokens"] for r in seen)
         full = [r["tokens"] for r in seen if not r["end"]]  # the last unit of a lane says nothing about the next one of another
         per_unit = sum(full) / len(full) if full else self.unit_bytes / BYTES_PER_TOKEN
@@ -325,6 +347,30 @@ def _open_unit(folder, lane, number):
     path = unit_path(folder, lane, number, "tokens")
     tokens = np.memmap(path, "<u2", "r") if path.stat().st_size else np.zeros(0, "<u2")
     return tokens, np.fromfile(unit_path(folder, lane, number, "ends"), "<i8")
+
+
+def odd_rows(name, records, last=False):
+    """
+    None, or what to say of a source of which too many rows are no documents: more than ODD_SHARE and at
+    least ODD_ROWS of the rows up to the end of a round (number 0 of every lane, number 1 of every lane,
+    ...) or, last=True, up to the end; also if that is all that there are. So it depends on the rows alone,
+    and what is wrong throughout is not read to its end.
+    """
+    odd, read = Dropped(), 0
+    for record, following in itertools.zip_longest(records, records[1:]):
+        odd.merge(record["odd"])
+        read += record["read"]
+        count = sum(found["count"] for found in odd.rules.values())
+        judged = last if following is None else following["number"] > record["number"]
+        enough = count >= ODD_ROWS or following is None and count == read
+        if judged and enough and count > ODD_SHARE * read:
+            rules = []
+            for rule, found in sorted(odd.rules.items(), key=lambda item: -item[1]["count"]):
+                where, problems = zip(*(example.split("] ", 1) for example in found["examples"]))
+                rules.append(f"{rule} {found['count']:,}, as {'] '.join(where)}]: {problems[0]}")
+            return (f"{count:,} of the first {read:,} rows of {name} are no documents, {ODD_SHARE:.0%} may be:"
+                    f" {'; '.join(rules)}; mend them or take them out")  # fmt: skip
+    return None
 
 
 def find_duplicates(current, earlier):
@@ -500,8 +546,9 @@ def fill(budget, found, given):
 
 def choose(c, units, name, target, earlier, make):
     """
-    -> (Documents of as few units from the front as have `target` training tokens, or of all; the verdict of find_duplicates; bool mask
-    of what may be trained on). Makes more units when duplicates took too many.
+    -> (Documents of as few units from the front as have `target` training tokens, or of all; the verdict of
+    find_duplicates; bool mask of what may be trained on). Makes more units when duplicates took too many.
+    ValueError if odd_rows objects.
     """
     while True:
         records = units.there()
@@ -510,8 +557,11 @@ def choose(c, units, name, target, earlier, make):
         train = (verdict == 0) & ~is_val(c, name, documents)
         so_far = np.concatenate([[0], np.cumsum(documents.lengths * train)])
         enough = np.flatnonzero(so_far[documents.first] >= target)
+        needed = int(enough[0]) if len(enough) else len(records)
+        if problem := odd_rows(name, records[:needed], last=len(enough) or units.exhausted()):
+            raise ValueError(problem)
         if len(enough):
-            documents.cut(int(enough[0]))
+            documents.cut(needed)
             return documents, verdict[: len(documents)], train[: len(documents)]
         if units.exhausted():
             return documents, verdict, train

@@ -15,8 +15,16 @@ A source says in which group it belongs, under which licence it is, how a row of
 Rows are read in LANES lanes side by side: lane n reads every eighth file (or generates every eighth document), whatever the number of
 processes, so that the order of a stage's documents never depends on the machine. A lane can say where it is and be continued there.
 
---source_dir=DIR reads DIR/NAME/*.parquet, .jsonl, .json, .csv or .txt (also .gz, .zst) in place of the hub, with the same columns. A .txt
-file is one document, or several between lines that say <|endoftext|>; a very long one is cut at line ends.
+--source_dir=DIR reads DIR/NAME/*.parquet, .jsonl, .json, .csv or .txt (also .gz, .zst) in place of the hub,
+with the same columns. A .jsonl or .json file has one object a line; a .json file may also be one array of
+objects, which is read into memory whole. A .txt file is one document, or several between lines that say
+<|endoftext|>; one that is longer than TEXT_FILE_CHARS is cut at line ends. Hidden files and folders,
+README, LICENSE and .md files are not read; a file of any other kind stops the build.
+
+A row that is no document (a number or null where text is expected, bytes or escapes that are not Unicode, a
+line that is no JSON object, a sudoku of 82 characters, a role other than system, user and assistant) is
+dropped and counted by reason, with its file and row; too many of them stop the build (pipeline.py). A
+column that the first row of a file lacks stops it at once.
 
 DIR/gsm8k_test, DIR/sudoku_extreme_test and DIR/maze_hard_test hold what is evaluated on, to be kept out.
 
@@ -38,6 +46,7 @@ import io
 import itertools
 import json
 import re
+import reprlib
 import sys
 import types
 from collections.abc import Callable
@@ -57,8 +66,9 @@ import transforms
 import word_problems
 
 LANES = 8
-TEXT_FILE_CHARS = 1_000_000  # longest document taken from a .txt file
+TEXT_FILE_CHARS = 200_000  # of a document from a .txt file: at most 100,000 words, the limit of prose
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".txt")
+NO_DATA = re.compile(r"(readme|licen[cs]e)(\.(txt|rst))?|.*\.md", re.I)  # comes with a dataset, holds no rows
 csv.field_size_limit(1 << 28)
 
 
@@ -82,30 +92,70 @@ class Source:
 # rows -> documents
 
 
+class OddRow(ValueError):
+    """A row that is no document, and the rule under which it is counted."""
+
+    def __init__(self, rule, problem):
+        super().__init__(problem)
+        self.rule = rule
+
+
+def text_of(row, name):
+    """
+    The text in a column; binary that is UTF-8 is decoded. KeyError if there is no such column, OddRow if it
+    holds anything else: only the functions below make token ids, so that no row of numbers can be taken for
+    a dialogue.
+    """
+    value = row[name]
+    try:
+        if isinstance(value, bytes):
+            return value.decode()
+        if isinstance(value, str):
+            value.encode()  # fails for lone surrogates, also those that open_text makes of what is not UTF-8
+            return value
+    except UnicodeError as e:
+        raise OddRow("not_text", f"{name} is not Unicode: {e.reason}") from None
+    raise OddRow("not_text", f"{name} is {type(value).__name__}, not text")
+
+
 def column(name):
-    return lambda row: row[name]
+    return lambda row: text_of(row, name)
 
 
 def turns(*messages):
-    """(role, text), ... -> a document with dialogue tokens. A system message stands before the first question."""
-    out = []
+    """
+    (role, text), ... -> a document with dialogue tokens. What a system message says stands at the head of
+    the user's next turn, in the middle of a dialogue too; where an answer or the end follows, it is a turn
+    of the user's. OddRow for any other role.
+    """
+    out, said = [], ""
     for role, text in messages:
         if role == "system":
-            out = [tok.USER, text.strip() + "\n\n"]
+            said = (said + text.strip() + "\n\n").lstrip()
         elif role == "user":
-            out += [text.strip(), tok.END] if out and len(out) == 2 and out[0] == tok.USER else [tok.USER, text.strip(), tok.END]
-        else:
+            out += [tok.USER, said + text.strip(), tok.END]
+            said = ""
+        elif role == "assistant":
+            out += [tok.USER, said.strip(), tok.END] if said else []
             out += [tok.ASSISTANT, text.strip(), tok.END]
-    return out
+            said = ""
+        else:
+            raise OddRow("unknown_role", f"the role is {role!r}, not system, user or assistant")
+    return [*out, tok.USER, said.strip(), tok.END] if said else out
 
 
 def chat(row):
-    return turns(*((m["role"], m["content"]) for m in row["messages"]))
+    return turns(*((m["role"], text_of(m, "content")) for m in row["messages"]))
+
+
+def question_and_answer(question, answer):
+    return lambda row: turns(("user", text_of(row, question)), ("assistant", text_of(row, answer)))
 
 
 def gsm8k(row):
     # <<48/2=24>> are notes to a calculator, not text
-    return f"Question: {row['question'].strip()}\nSolution: {re.sub('<<.*?>>', '', row['answer']).replace('#### ', 'Answer: ').strip()}"
+    answer = re.sub("<<.*?>>", "", text_of(row, "answer")).replace("#### ", "Answer: ")
+    return f"Question: {text_of(row, 'question').strip()}\nSolution: {answer.strip()}"
 
 
 def sudoku_extreme(row):
@@ -113,16 +163,18 @@ def sudoku_extreme(row):
     def grid(text):
         return np.array([0 if c == "." else int(c) for c in text], np.uint8).reshape(9, 9)
 
-    return arc.Task("sudoku_extreme", "sudoku", [], [(grid(row["question"]), grid(row["answer"]))])
+    pair = grid(text_of(row, "question")), grid(text_of(row, "answer"))
+    return arc.Task("sudoku_extreme", "sudoku", [], [pair])
 
 
 def maze_hard(row):
     """30 x 30 characters: # wall, space free, S start, G goal; in the answer o on the way."""
     def grid(text):
-        side = int(len(text) ** 0.5)
+        side = max(int(len(text) ** 0.5), 1)
         return np.array([" #SGo".index(c) for c in text], np.uint8).reshape(side, side)
 
-    return arc.Task("maze_hard", "maze", [], [(grid(row["question"]), grid(row["answer"]))])
+    pair = grid(text_of(row, "question")), grid(text_of(row, "answer"))
+    return arc.Task("maze_hard", "maze", [], [pair])
 
 
 @functools.cache
@@ -184,11 +236,11 @@ SOURCES = {
     "smol_smoltalk": Source("web", "Apache-2.0", chat, "dialogue", repo="HuggingFaceTB/smol-smoltalk"),
     # licence of its card, files of the split train_1M seen; columns as public training code reads them
     "openmath_instruct": Source(
-        "math", "CC-BY-4.0", lambda row: turns(("user", row["problem"]), ("assistant", row["generated_solution"])), "dialogue",
+        "math", "CC-BY-4.0", question_and_answer("problem", "generated_solution"), "dialogue",
         repo="nvidia/OpenMathInstruct-2", split="train_1M"),  # fmt: skip
     # licence of its card; instruction, response: as public training code reads them. Python only, checked by execution
     "oss_instruct": Source(
-        "code", "ODC-By-1.0", lambda row: turns(("user", row["instruction"]), ("assistant", row["response"])), "dialogue",
+        "code", "ODC-By-1.0", question_and_answer("instruction", "response"), "dialogue",
         repo="bigcode/self-oss-instruct-sc2-exec-filter-50k"),  # fmt: skip
     # generated here
     "programs": Source("synth", "generated here", lambda rng, i: programs.task(rng), kind="puzzle", augment="arc", suite="transforms"),
@@ -330,7 +382,8 @@ def local_files(source_dir, name):
     folder = Path(source_dir) / name
     if not folder.is_dir():
         return []
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not NO_DATA.fullmatch(p.name)
+                   and not any(part.startswith(".") for part in p.relative_to(folder).parts))  # fmt: skip
     for path in files:
         if not path.name.removesuffix(".gz").removesuffix(".zst").endswith(SUFFIXES):
             raise ValueError(f"{path} is of no kind that can be read: {', '.join(SUFFIXES)}, all but parquet also as .gz or .zst")
@@ -340,17 +393,30 @@ def local_files(source_dir, name):
 
 
 def open_text(path):
+    """A text file without its byte order mark. What is not UTF-8 becomes lone surrogates: see text_of."""
+    how = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
     if path.name.endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8", newline="")
+        return gzip.open(path, "rt", **how)
     if path.name.endswith(".zst"):
         import pyarrow  # here, because few files need it
 
-        return io.TextIOWrapper(pyarrow.input_stream(str(path), compression="zstd"), encoding="utf-8", newline="")
-    return open(path, encoding="utf-8", newline="")
+        return io.TextIOWrapper(pyarrow.input_stream(str(path), compression="zstd"), **how)
+    return open(path, **how)
+
+
+def json_row(line):
+    """The value that a line spells, or the line itself: from_row says that it is no row."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return line
 
 
 def read_file(path, skip=0):
-    """Rows (dicts) of a local file from row number `skip` on. ValueError naming the file, and the row, if it cannot be read."""
+    """
+    Rows of a local file from row number `skip` on: dicts, but for lines of JSON that are something else.
+    Empty lines are no rows. ValueError naming the file, and the row, if it cannot be read.
+    """
     base, row = path.name.removesuffix(".gz").removesuffix(".zst"), skip
     try:
         if base.endswith(".parquet"):
@@ -363,7 +429,7 @@ def read_file(path, skip=0):
                         skip -= size
                         continue
                     for batch in file.iter_batches(batch_size=256, row_groups=[group]):
-                        for record in batch.to_pylist()[skip:]:
+                        for record in parquet_rows(batch)[skip:]:
                             yield record
                             row += 1
                         skip = max(skip - batch.num_rows, 0)
@@ -374,11 +440,15 @@ def read_file(path, skip=0):
             elif base.endswith(".txt"):
                 records = ({"text": text, "content": text} for text in text_documents(f))
             else:
-                records = (json.loads(line) for line in itertools.islice(f, skip, None))
-                skip = 0
+                lines = (line for line in f if not line.isspace())
+                first = list(itertools.islice(lines, 1))
+                lines = itertools.chain(first, lines)
+                if base.endswith(".json") and first and first[0].lstrip().startswith("["):
+                    records = json.loads("".join(lines))
+                else:
+                    records = map(json_row, itertools.islice(lines, skip, None))
+                    skip = 0
             for record in itertools.islice(records, skip, None):
-                if not isinstance(record, dict):
-                    raise ValueError("it is not an object with columns")
                 yield record
                 row += 1
     except (ValueError, OSError, EOFError, csv.Error, ImportError) as e:
@@ -389,17 +459,25 @@ def read_file(path, skip=0):
         raise
 
 
+def parquet_rows(batch):
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:  # not all writers check what they call text: text_of looks at it row by row
+        columns = [c.cast("binary") if str(c.type) == "string" else c for c in batch.columns]
+        return type(batch).from_arrays(columns, names=batch.schema.names).to_pylist()
+
+
 def text_documents(f):
+    """The documents of a .txt file, none longer than TEXT_FILE_CHARS."""
     lines, size = [], 0
-    for line in f:
-        if line.strip() == "<|endoftext|>" or size > TEXT_FILE_CHARS:
-            if size:
-                yield "".join(lines)
+    while line := f.readline(TEXT_FILE_CHARS):  # of a longer line, that much at a time
+        end = line.strip() == "<|endoftext|>"
+        if size and (end or size + len(line) > TEXT_FILE_CHARS):
+            yield "".join(lines)
             lines, size = [], 0
-            if line.strip() == "<|endoftext|>":
-                continue
-        lines.append(line)
-        size += len(line)
+        if not end:
+            lines.append(line)
+            size += len(line)
     if size:
         yield "".join(lines)
 
@@ -504,17 +582,36 @@ def open_rows(name, where, seed, lane, state):
     return GeneratedRows(name, seed, lane, state)
 
 
-def to_document(name, where, row):
-    """row -> document. ValueError naming the column that the row lacks."""
+def is_first(origin):
+    """Is it the first row of a file (on the hub: of a lane)? That one says which columns there are."""
+    return origin.rpartition(":")[2] == "1"
+
+
+def from_row(name, document, row, first=True):
+    """document(row), for a row of a source or an evaluation of that name. Raises as to_document."""
+    try:
+        if not isinstance(row, dict):
+            raise OddRow("not_a_row", "it is not an object with columns, one a line")
+        return document(row)
+    except KeyError as e:
+        problem = f"a row of {name!r} has no column {e}: it has {', '.join(map(str, row))}"
+        if first:
+            raise ValueError(problem) from None
+        raise OddRow("no_column", problem) from None
+    except (TypeError, AttributeError, IndexError, ValueError) as e:
+        rule = getattr(e, "rule", "not_as_expected")
+        raise OddRow(rule, f"a row of {name!r} is not as expected: {e}: {reprlib.repr(row)}") from None
+
+
+def to_document(name, where, row, first=True):
+    """
+    row -> document. OddRow for a row that is none. A column that is not there is a ValueError, which names
+    those that are, in the first row of a file; in a later one it is the row that is odd.
+    """
     source = SOURCES[name]
     if not source.repo and "files" not in where:
         return source.document(*row)
-    try:
-        document = source.document(row)
-    except KeyError as e:
-        raise ValueError(f"a row of {name!r} has no column {e}: it has {', '.join(map(str, row))}") from None
-    except (TypeError, AttributeError, IndexError) as e:
-        raise ValueError(f"a row of {name!r} is not as expected: {e}") from None
+    document = from_row(name, source.document, row, first)
     return "" if document is None else document
 
 
@@ -535,8 +632,12 @@ def main():
         where = {"files": files} if files else {"revision": "main"}
         encoder = tok.load()
         for origin, row in itertools.islice(open_rows(args.name, where, 1, 0, None), 3):
-            task, _, parts = instantiate(to_document(args.name, where, row))
             print(f"--- {args.name} {origin}")
+            try:
+                task, _, parts = instantiate(to_document(args.name, where, row, is_first(origin)))
+            except OddRow as e:
+                print(f"dropped as {e.rule}: {e}")
+                continue
             if task is not None:
                 for x, y in task.train + task.test:
                     print(arc.ansi_row([("input", x, None), ("output", y, None)]))

@@ -152,9 +152,11 @@ def read_manifest(data_dir, stage, tag=None, verify=True):
     -> (list of dict, one per shard; mixture dict) of a stage, or of the stage frozen under `tag`, after checking that training can
     rely on it.
 
-    verify=False checks the manifest, that every shard is there, and its size; verify=True also reads every shard: SHA-256 of tokens
-    and offsets, offsets that rise from 0 to the number of tokens, and an end-of-text at the end of each document.
-    Raises FileNotFoundError if the stage is not prepared, ValueError if anything is wrong, naming the file and what to do.
+    verify=False checks the manifest, that every shard is there, and its size; verify=True also reads every
+    shard: SHA-256 of tokens and offsets, offsets that rise from 0 to the number of tokens, an end-of-text
+    at the end of each document, and that there is no id which the tokenizer does not have. Raises
+    FileNotFoundError if the stage is not prepared, ValueError if anything is wrong, naming the file and
+    what to do.
     """
     data = Path(data_dir)
     # names and not paths: they come from a command line and are joined to one
@@ -271,6 +273,8 @@ def check_manifest(data, folder, stage, repair, verify, shards=True):
             check(rising, idx_path, f"does not rise from 0 to the {len(tokens)} tokens of its shard")
             ended = bool(np.all(tokens[offsets[1:] - 1] == tokenizer.EOT))
             check(ended, tokens_path, "has documents that do not end in an end-of-text token")
+            known = tokens.max(initial=0) <= tokenizer.END
+            check(known, tokens_path, f"has token ids beyond {tokenizer.END}, the tokenizer's last")
             progress.update(entry["bytes"])
     return entries, mixture
 

@@ -159,14 +159,24 @@ def shuffled(rng, *grids):
 
 
 def from_hub(split, n, rng, revision):
-    """n puzzles of train.csv or test.csv in that commit of REPO, drawn at random. Raises whatever the hub's client raises."""
+    """
+    n puzzles of train.csv or test.csv in that commit of REPO, drawn at random, without rows that are no
+    sudoku. Raises whatever the hub's client raises.
+    """
     from huggingface_hub import hf_hub_download
 
-    with open(hf_hub_download(REPO, f"{split}.csv", repo_type="dataset", revision=revision), encoding="utf-8", newline="") as f:
+    import sources
+
+    path = hf_hub_download(REPO, f"{split}.csv", repo_type="dataset", revision=revision)
+    with open(path, encoding="utf-8-sig", newline="") as f:
         rows = [(r["question"], r["answer"]) for r in csv.DictReader(f)]
-    grids = [[np.array([0 if c == "." else int(c) for c in text], np.uint8).reshape(9, 9) for text in rows[i]]
-             for i in rng.choice(len(rows), min(n, len(rows)), replace=False)]  # fmt: skip
-    return [arc.Task(STAGE, "sudoku", [], [pair]) for pair in map(tuple, grids)]
+    tasks = []
+    for i in rng.choice(len(rows), min(n, len(rows)), replace=False):
+        try:
+            tasks.append(sources.sudoku_extreme(dict(zip(("question", "answer"), rows[i]))))
+        except ValueError as e:
+            print(f"{split}.csv, row {i + 1} is dropped: {e}")
+    return tasks
 
 
 def prepare(args):

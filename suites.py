@@ -108,7 +108,7 @@ def load(name):
 
 def read_csv(path, name, task_of):
     tasks = []
-    with open(path, newline="", encoding="utf-8") as f:
+    with open(path, newline="", encoding="utf-8-sig") as f:
         for i, row in zip(range(OF_FILES), csv.DictReader(f)):
             try:
                 tasks.append(task_of(row))

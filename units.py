@@ -28,6 +28,7 @@ from stages import sha256, sha256_file, write
 
 BYTES_PER_TOKEN = 4  # of English, about: how megabytes of a stage become tokens, for puzzles as for text
 EXAMPLES, EXAMPLE_CHARS = 3, 600  # dropped documents kept per rule, for a person to read
+MAX_CHARS = 4_000_000  # of a document: 20 for each of the 200,000 words that the widest rule allows
 
 
 class Dropped:
@@ -129,16 +130,27 @@ def make_unit(job, number, rows, iterator):
     name = job["source"]
     source = table.SOURCES[name]
     documents, size, read, end = [], 0, 0, True
+    dropped, odd = Dropped(), Dropped()
     for origin, row in iterator:
-        task, grids, parts = table.instantiate(table.to_document(name, job["where"], row))
         read += 1
-        size += sum(len(p) if isinstance(p, str) else BYTES_PER_TOKEN * np.size(p) for p in parts)
-        documents.append((origin, task, grids, parts))
+        try:
+            document = table.to_document(name, job["where"], row, table.is_first(origin))
+        except table.OddRow as e:
+            odd.add(e.rule, f"[{origin}] {e}".encode(errors="backslashreplace").decode()[:EXAMPLE_CHARS])
+            size += len(repr(row))
+        else:
+            task, grids, parts = table.instantiate(document)
+            chars = sum(len(p) for p in parts if isinstance(p, str))
+            size += chars + BYTES_PER_TOKEN * sum(np.size(p) for p in parts if not isinstance(p, str))
+            if chars > MAX_CHARS:  # before it is judged, which takes about 60 bytes of memory for each
+                dropped.add("too_long", f"[{origin}] {chars:,} characters")
+            else:
+                documents.append((origin, task, grids, parts))
         if size >= job["unit_bytes"]:
             end = False
             break
     state = rows.state()
-    dropped = Dropped()
+    dropped.merge(odd.rules)
     judged = judge_puzzles if source.kind == "puzzle" or any(task for _, task, _, _ in documents) else judge_texts
     kept, keys, bands = judged(source, documents, dropped, job)
     tokens = np.concatenate(kept) if kept else np.zeros(0, np.uint16)
@@ -150,7 +162,7 @@ def make_unit(job, number, rows, iterator):
         write(unit_path(job["folder"], job["lane"], number, suffix), content)
     record = {
         "source": name, "lane": job["lane"], "number": number, "read": read, "documents": len(kept), "tokens": len(tokens), "bytes": size,
-        "end": end, "state": state, "dropped": dropped.rules,
+        "end": end, "state": state, "dropped": dropped.rules, "odd": odd.rules,
         "files": {suffix: (len(content), sha256(content)) for suffix, content in files.items()},
     }  # fmt: skip
     sealed = {**record, "sha256": sha256(json.dumps(record).encode())}
@@ -160,11 +172,17 @@ def make_unit(job, number, rows, iterator):
 
 
 def tokenise(parts):
-    """list of str and ids -> np.uint16, an end-of-text at the end. Text that spells a reserved token stays text."""
+    """
+    list of str and ids -> np.uint16, an end-of-text at the end. Text that spells a reserved token stays text.
+    ValueError for an id that the tokenizer does not have, which 16 bits could turn into another.
+    """
     encoder = tokenizer.load()
     # without a list of Python integers on the way this is encode_ordinary, and a fifth faster
     arrays = [encoder.encode_to_numpy(p, disallowed_special=()) if isinstance(p, str) else np.atleast_1d(p) for p in parts]
-    return np.concatenate([*arrays, [tokenizer.EOT]]).astype(np.uint16)
+    ids = np.concatenate([*arrays, [tokenizer.EOT]])
+    if not 0 <= ids.min() <= ids.max() <= tokenizer.END:
+        raise ValueError(f"token ids from {ids.min()} to {ids.max()}: the tokenizer has 0 to {tokenizer.END}")
+    return ids.astype(np.uint16)
 
 
 def key_of(data):

@@ -88,6 +88,11 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "config"
 
 
+def test_a_byte_order_mark_is_no_mistake(folder):
+    (folder / "a.py").write_text("n_layer = 3\n", encoding="utf-8-sig")
+    assert resolve("config/a.py")["n_layer"] == 3
+
+
 def test_a_script_as_people_run_it(script):
     text = "import math\nn_layer = 3 * 2\nmax_iters = 5e3\nmodel = 'trm'\n"
     done = script("--learning_rate=1", "config/a.py", "--mixture={'maze': 0.5}", a=text)

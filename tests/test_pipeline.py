@@ -607,13 +607,14 @@ def test_a_full_disk_is_one_line_and_leaves_no_stage(source_dir, tmp_path, built
 
 
 @pytest.mark.parametrize(("name", "content", "says"), [
-    ("fineweb_edu/9.jsonl", b'{"text": "a"}\n{"text": "b\n', "9.jsonl at row 2"),
+    ("fineweb_edu/9.jsonl", b'{"text": "a"}\n{"text": "b\n', "not_a_row 1"),
     ("fineweb_edu/9.jsonl", b'{"body": "a"}\n', "has no column 'text': it has body"),
     ("fineweb_edu/9.jsonl", b"[1, 2]\n", "not an object with columns"),
     ("fineweb_edu/9.parquet", b"PAR1 no", "9.parquet at row 1"),
     ("fineweb_edu/9.jsonl.gz", gzip.compress(b'{"text": "aaaa"}\n' * 999, mtime=0)[:40], "9.jsonl.gz at row"),
     ("fineweb_edu/9.jsonl.zst", pa.compress(b'{"text": "aaaa"}\n' * 999, "zstd", asbytes=True)[:20], "9.jsonl.zst at row"),
-    ("fineweb_edu/9.jsonl", "{\"text\": \"\xe9\"}\n".encode("latin-1"), "9.jsonl at row"),
+    ("fineweb_edu/9.jsonl", "{\"text\": \"\xe9\"}\n".encode("latin-1"), "not_text 1, as [9.jsonl:1]"),
+    ("fineweb_edu/9.json", b'[{"text": "a"}, {"text": "b"', "9.json at row 1"),
     ("fineweb_edu/9.pdf", b"x", "9.pdf is of no kind that can be read"),
     ("finewebedu/9.jsonl", b"x", "folder 'finewebedu', which is not the name of a source"),
 ])
@@ -672,6 +673,169 @@ def test_a_group_of_nothing_but_copies_says_so(tmp_path):
         (tmp_path / "in" / name / "rows.txt").write_text(texts)
     with pytest.raises(SystemExit, match="no document of math is left for training: dropped by duplicate 9"):
         build(tmp_path / "data", tmp_path / "in", "--sources=fineweb_edu,open_web_math")
+
+
+def write_rows(path, rows, head=""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    path.write_bytes((head + lines).encode(errors="surrogateescape"))
+
+
+def prose_rows(n, first=0):
+    return [{"text": english(20, 9000 + first + i)} for i in range(n)]
+
+
+def test_odd_rows_are_dropped_and_counted_with_file_and_row(tmp_path):
+    """No row stops a build, and nothing but text becomes a document: no list of numbers passes for ids."""
+    odd = [{"text": 17}, {"text": None}, {"text": [tokenizer.ROW, 70_000, -1]}, {"text": {"a": "b"}},
+           {"text": "half \ud83d a pair"}, '{"text": "\udce9 in Latin 1"}', '{"text": "cut', {"body": "x"},
+           '"x"']  # fmt: skip
+    good = prose_rows(20)
+    write_rows(tmp_path / "in/fineweb_edu/a.jsonl", [*good[:3], "", "  ", *odd, *good[3:]], head="\ufeff")
+    build(tmp_path / "data", tmp_path / "in", "--sources=fineweb_edu", "--stage_val_every=3")
+    assert filters(tmp_path / "data")["fineweb_edu"] == {"not_text": 6, "not_a_row": 2, "no_column": 1}
+    page = (tmp_path / "data/metadata/stage1/dropped.md").read_text()
+    assert "[a.jsonl:4] a row of 'fineweb_edu' is not as expected: text is int, not text" in page
+    assert "[a.jsonl:11]" in page
+    encoder = tokenizer.load()
+    texts = {encoder.decode(ids[:-1].tolist()) for _, _, ids in documents(tmp_path / "data")}
+    assert texts == {curate.normalise(row["text"]) for row in good}
+    prepare.main(["verify", "stage1", f"--data_dir={tmp_path / 'data'}"])
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.jsonl", lambda rows: "\n\n".join(map(json.dumps, rows)).encode("utf-8-sig")),
+    ("a.json", lambda rows: json.dumps(rows, indent=1).encode("utf-8-sig")),
+    ("a.csv", lambda rows: "\n\n".join(["text", *(r["text"].replace("\n", " ") for r in rows)]).encode("utf-8-sig")),
+    ("a.txt", lambda rows: "<|endoftext|>\n".join(row["text"] for row in rows).encode("utf-8-sig")),
+])
+def test_reading_goes_on_where_it_was(tmp_path, name, content):
+    """Blank lines, a byte order mark, an array: from any row on, the rest is the same."""
+    rows = [{"text": english(2, i)} for i in range(5)]
+    (tmp_path / name).write_bytes(content(rows))
+    read = list(sources.read_file(tmp_path / name))
+    assert [row["text"].split() for row in read] == [row["text"].split() for row in rows]
+    assert all(list(sources.read_file(tmp_path / name, skip)) == read[skip:] for skip in range(7))
+
+
+def test_binary_columns_are_decoded(tmp_path):
+    """Bytes that are UTF-8 are text, others are dropped, also where a writer called them text unseen."""
+    values = ["caf\xe9".encode(), "caf\xe9".encode("latin-1")]
+    pq.write_table(pa.table({"text": pa.array(values, pa.binary())}), tmp_path / "a.parquet")
+    unchecked = pa.StringArray.from_buffers(2, *pa.array(values, pa.binary()).buffers()[1:])
+    pq.write_table(pa.table({"text": unchecked}), tmp_path / "b.parquet")
+    for name in ("a.parquet", "b.parquet"):
+        good, bad = sources.read_file(tmp_path / name)
+        assert sources.to_document("fineweb_edu", {"files": []}, good) == "caf\xe9"
+        with pytest.raises(sources.OddRow, match="not Unicode") as e:
+            sources.to_document("fineweb_edu", {"files": []}, bad)
+        assert e.value.rule == "not_text"
+
+
+def test_too_many_odd_rows_stop_the_build_and_are_named(tmp_path):
+    """Before all of them are read, in the same words on any number of processes; a few do not."""
+    def odd(i):
+        return {"text": i, "padding": "x" * 500}
+
+    write_rows(tmp_path / "few/fineweb_edu/a.jsonl", [*prose_rows(20), *map(odd, range(9))])
+    build(tmp_path / "data", tmp_path / "few", "--sources=fineweb_edu", "--stage_val_every=3")
+    assert filters(tmp_path / "data")["fineweb_edu"] == {"not_text": 9}
+    write_rows(tmp_path / "all/fineweb_edu/a.jsonl", map(odd, range(2000)))
+    said = []
+    for data, more in (("one", []), ("two", ["--num_proc=2"])):
+        with pytest.raises(SystemExit) as e:
+            build(tmp_path / data, tmp_path / "all", "--sources=fineweb_edu", *more)
+        said.append(str(e.value.code))
+    assert said[0] == said[1] and "\n" not in said[0]
+    assert "rows of fineweb_edu are no documents, 1% may be: not_text" in said[0]
+    assert "[a.jsonl:1] [a.jsonl:2] [a.jsonl:3]: " in said[0]
+    assert not list(tmp_path.glob("one/stages/*/manifest.jsonl"))
+    assert len(list(tmp_path.glob("one/work/fineweb_edu/*/*-0.json"))) < 4  # of 18 units
+
+
+def test_odd_rows_that_a_stage_does_not_reach_do_not_stop_it(tmp_path):
+    """Whatever units an earlier build has left: the share is that of the rows which the stage is made of."""
+    write_rows(tmp_path / "in/fineweb_edu/a.jsonl", [*prose_rows(250), *({"text": i} for i in range(200))])
+    small = ["--sources=fineweb_edu", "--limit_mb=0.1"]
+    build(tmp_path / "data", tmp_path / "in", *small)
+    before = shards(tmp_path / "data")
+    with pytest.raises(SystemExit, match="not_text 200"):
+        build(tmp_path / "data", tmp_path / "in", small[0])
+    build(tmp_path / "data", tmp_path / "in", *small, "--force")
+    assert shards(tmp_path / "data") == before and filters(tmp_path / "data")["fineweb_edu"] == {}
+
+
+@pytest.mark.parametrize("lane_of_odd", [0, 3])
+def test_the_share_of_odd_rows_is_over_all_lanes(lane_of_odd):
+    """One bad file among eight is judged with the others, and judged alike whichever it is."""
+    def record(lane, number, odd):
+        rules = {"not_text": {"count": odd, "examples": ["[a:1] x"]}} if odd else {}
+        return {"lane": lane, "number": number, "read": 1000, "odd": rules}
+
+    import pipeline
+
+    bad = [record(lane, 0, 50 * (lane == lane_of_odd)) for lane in range(sources.LANES)]
+    assert pipeline.odd_rows("x", bad, last=True) is None
+    worse = [record(lane, 0, 90 * (lane == lane_of_odd)) for lane in range(sources.LANES)]
+    rest = [record(lane, 1, 0) for lane in range(sources.LANES)]
+    assert pipeline.odd_rows("x", worse) is None, "a round that may not be over is not judged"
+    says = pipeline.odd_rows("x", worse, last=True)
+    assert "90 of the first 8,000" in says
+    assert says == pipeline.odd_rows("x", worse + rest) == pipeline.odd_rows("x", worse + rest[:1])
+    assert pipeline.odd_rows("x", [record(0, 0, 9), record(0, 1, 0)], last=True) is None
+
+
+def test_a_wrong_column_stops_at_the_first_row_of_any_file(tmp_path):
+    write_rows(tmp_path / "in/fineweb_edu/a.jsonl", prose_rows(5))
+    write_rows(tmp_path / "in/fineweb_edu/b.jsonl", [{"body": "x"}, {"body": "y"}])
+    with pytest.raises(SystemExit, match="has no column 'text': it has body"):
+        build(tmp_path / "data", tmp_path / "in", "--sources=fineweb_edu")
+
+
+def test_puzzles_that_are_none_are_dropped_and_counted(source_dir, tmp_path):
+    lines = (source_dir / "sudoku_extreme/s.csv").read_text().splitlines()
+    question, answer = lines[1].split(",")[1:3]
+    odd = [f"x,{question}1,{answer}1,7", f"x,{question[:-1]}x,{answer},7", "x,,,7", "x"]
+    write_rows(tmp_path / "in/sudoku_extreme/s.csv", [*lines[:12], *odd, *lines[12:]])
+    tested_on = (source_dir / "sudoku_extreme_test/t.csv").read_text().splitlines()
+    write_rows(tmp_path / "in/sudoku_extreme_test/t.csv", [*tested_on, odd[0]])
+    maze = (source_dir / "maze_hard/m.csv").read_text().splitlines()
+    write_rows(tmp_path / "in/maze_hard/m.csv", [*maze, 'x,"","",1', "x,#?,##,1"])
+    build(tmp_path / "data", tmp_path / "in", "--sources=sudoku_extreme,maze_hard", "--stage_val_every=9")
+    dropped = filters(tmp_path / "data")
+    assert dropped["sudoku_extreme"] == {
+        "wrong_answer": 1, "is_in_sudoku_extreme_test": 1, "not_as_expected": 3, "not_text": 1}  # fmt: skip
+    assert dropped["maze_hard"]["not_as_expected"] == 2
+    notes = json.loads((tmp_path / "data/metadata/stage1/provenance.json").read_text())["notes"]
+    assert [n for n in notes if "1 rows of sudoku_extreme_test are no documents" in n and "size 82" in n]
+
+
+def test_hidden_files_and_cards_are_not_read(tmp_path):
+    folder = tmp_path / "in/fineweb_edu"
+    for name in ("a.jsonl", "b/c.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl", ".cache/hub/x/d.jsonl",
+                 "b/.hidden.jsonl", "README.md", "readme.txt", "LICENSE", "b/NOTES.md"):  # fmt: skip
+        write_rows(folder / name, prose_rows(1))
+    assert sources.local_files(tmp_path / "in", "fineweb_edu") == [folder / "a.jsonl", folder / "b/c.jsonl"]
+    (tmp_path / "in/.cache").mkdir()
+    build(tmp_path / "data", tmp_path / "in", "--sources=fineweb_edu", "--dry_run")
+    (folder / "licence_texts.jsonl").touch()  # data by its name
+    assert folder / "licence_texts.jsonl" in sources.local_files(tmp_path / "in", "fineweb_edu")
+    (folder / "notes.pdf").touch()
+    with pytest.raises(ValueError, match="notes.pdf is of no kind"):
+        sources.local_files(tmp_path / "in", "fineweb_edu")
+
+
+def test_a_document_that_is_too_long_is_dropped_before_it_costs_memory(tmp_path, monkeypatch):
+    good = prose_rows(12)
+    long = {"text": "word " * (units.MAX_CHARS // 5 + 1)}
+    write_rows(tmp_path / "in/fineweb_edu/a.jsonl", [*good[:5], long, *good[5:]])
+    normalise, seen = curate.normalise, []
+    monkeypatch.setattr(curate, "normalise", lambda text, *a: seen.append(len(text)) or normalise(text, *a))
+    build(tmp_path / "data", tmp_path / "in", "--sources=fineweb_edu", "--stage_val_every=3")
+    assert filters(tmp_path / "data")["fineweb_edu"] == {"too_long": 1} and max(seen) <= units.MAX_CHARS
+    assert "[a.jsonl:6] 4,000,005 characters" in (tmp_path / "data/metadata/stage1/dropped.md").read_text()
+    (limits,) = (limits for _, what, limits in curate.RULES if what == "words")
+    assert units.MAX_CHARS >= 20 * max(most for _, most in limits.values())  # of whatever words: too many
 
 
 @pytest.mark.parametrize(("options", "says"), [
@@ -763,6 +927,40 @@ def test_dialogues_have_their_tokens():
     assert (units.tokenise(sources.turns(("user", "<|end|>"))) == tokenizer.END).sum() == 1
 
 
+@pytest.mark.parametrize("messages, means", [
+    ([("user", "Q1"), ("assistant", "A1"), ("system", "Be brief."), ("system", "Be kind."), ("user", "Q2"),
+      ("assistant", "A2")],
+     "<u>Q1.<a>A1.<u>Be brief.\n\nBe kind.\n\nQ2.<a>A2."),
+    ([("user", "Q1"), ("system", "Be brief."), ("assistant", "A1")], "<u>Q1.<u>Be brief..<a>A1."),
+    ([("system", "Be brief"), ("assistant", "A1"), ("system", "The end")], "<u>Be brief.<a>A1.<u>The end."),
+    ([("system", " "), ("user", "Q1"), ("user", "Q2"), ("assistant", "A1")], "<u>Q1.<u>Q2.<a>A1."),
+])
+def test_no_text_of_a_dialogue_is_lost(messages, means):
+    marks = {tokenizer.USER: "<u>", tokenizer.ASSISTANT: "<a>", tokenizer.END: "."}
+    assert "".join(marks.get(part, part) for part in sources.turns(*messages)) == means
+
+
+@pytest.mark.parametrize("messages, rule", [
+    ([{"role": "user", "content": "Q"}, {"role": "tool", "content": "42"}], "unknown_role"),
+    ([{"role": None, "content": "Q"}], "unknown_role"),
+    ([{"role": "user", "content": "Q"}, {"role": "assistant", "content": None}], "not_text"),
+    ([{"role": "user", "content": ["Q", tokenizer.END]}], "not_text"),
+    (None, "not_as_expected"),
+    (["Q", "A"], "not_as_expected"),
+    ([{"from": "human", "value": "Q"}], "no_column"),
+])
+def test_who_is_not_known_is_not_taken_for_somebody_else(messages, rule):
+    with pytest.raises(sources.OddRow) as e:
+        sources.to_document("smol_smoltalk", {"files": []}, {"messages": messages}, first=False)
+    assert e.value.rule == rule
+
+
+@pytest.mark.parametrize("ids", [70_000, -1, tokenizer.END + 1, [tokenizer.END, 1 << 16]])
+def test_an_id_that_the_tokenizer_does_not_have_is_refused(ids):
+    with pytest.raises(ValueError, match="the tokenizer has 0 to 50280"):
+        units.tokenise(["text", np.array(ids)])
+
+
 def test_stages_2_and_3_have_their_shares_and_sources():
     for stage, (_, groups, weights) in sources.STAGES.items():
         assert sum(groups.values()) == pytest.approx(1) and set(groups) == set(stages.GROUPS)
@@ -822,4 +1020,14 @@ def test_long_text_files_are_cut(monkeypatch):
     monkeypatch.setattr(sources, "TEXT_FILE_CHARS", 50)
     lines = [f"line number {i}\n" for i in range(20)]
     parts = list(sources.text_documents(io.StringIO("".join(lines))))
-    assert "".join(parts) == "".join(lines) and len(parts) > 3 and max(map(len, parts)) < 80
+    assert "".join(parts) == "".join(lines) and len(parts) > 3 and max(map(len, parts)) <= 50
+    assert all(part.endswith("\n") for part in parts)
+    two = list(sources.text_documents(io.StringIO("a\n<|endoftext|>\n" + "b" * 120 + "\nc\n<|endoftext|>\n")))
+    assert two[0] == "a\n" and "".join(two[1:]) == "b" * 120 + "\nc\n" and max(map(len, two)) <= 50
+
+
+@pytest.mark.parametrize("book", ["a b\n" * 200_000, "a " * 400_000])
+def test_no_part_of_a_book_has_more_words_than_prose_may_have(book):
+    parts = list(sources.text_documents(io.StringIO(book)))
+    (most,) = (limits["prose"][1] for rule, what, limits in curate.RULES if what == "words")
+    assert "".join(parts) == book and np.diff(curate.read_words(parts).first).max() <= most

@@ -320,6 +320,19 @@ def other_tokenizer(data):
     rewrite_manifest(data, lambda entries: entries[0].update(tokenizer="0" * 64))
 
 
+def beyond_the_vocabulary(data):
+    path = shard(data)
+    tokens = np.fromfile(path, "<u2")
+    tokens[5] = tokenizer.END + 1
+    tokens.tofile(path)
+
+    def change(entries):
+        for e in entries:
+            if e["path"].endswith(path.name):
+                e["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    rewrite_manifest(data, change)
+
+
 def not_json(data):
     (data / "stages/demo/manifest.jsonl").write_text("hello\n")
 
@@ -335,6 +348,7 @@ def lose_mixture(data):
     (edit_idx, ".idx", "SHA-256"),
     (lose_idx, ".idx", "is missing"),
     (unsorted_idx, ".idx", "does not rise"),
+    (beyond_the_vocabulary, "maze/train-", "has token ids beyond 50280"),
     (swap_split, "manifest.jsonl", "was changed after it was written"),
     (escape, "manifest.jsonl", "outside/x.bin"),
     (escape_absolute, "manifest.jsonl", "not processed/SOURCE/NAME.bin"),

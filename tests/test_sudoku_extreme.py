@@ -74,6 +74,19 @@ def test_the_loader_shuffles_question_and_answer_alike(hard):
     assert np.array_equal(puzzle_row(document, "canvas", "none")[0], puzzle_row(document, "canvas", "sudoku")[0])  # no rng: as it is
 
 
+def test_rows_that_are_no_sudoku_are_left_out(hard, tmp_path, monkeypatch, capsys):
+    import huggingface_hub
+
+    rows = [["".join(str(v or ".") for v in grid.flat) for grid in task.test[0]] for task in hard]
+    rows.insert(1, [rows[0][0] + "1", rows[0][1] + "1"])
+    lines = ["\ufeffquestion,answer", *map(",".join, rows)]
+    (tmp_path / "train.csv").write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **more: tmp_path / "train.csv")
+    tasks = sudoku_extreme.from_hub("train", 4, np.random.default_rng(0), "abc")
+    assert len(tasks) == 3 and all(puzzles.check_sudoku(*task.test[0]) for task in tasks)
+    assert "train.csv, row 2 is dropped" in capsys.readouterr().out
+
+
 def test_the_recipe_runs(tmp_path):
     """Prepared without the hub, trained a few steps on a small core, evaluated; and one line of error where the hub is insisted on."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
