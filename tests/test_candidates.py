@@ -25,6 +25,14 @@ def tasks_of(*suites_and_counts):
     return [task for suite, n in suites_and_counts for task in sorted(suites.load(suite), key=eval_arc.length)[:n]]
 
 
+def exact(name, block_size=256):
+    """
+    A model in float64, for grids that must be the same however rows are batched: in float32 the recursion of a tiny Route B
+    turns the last bits of one batch or another into 5e-3 of a logit, and two colours may be nearer than that.
+    """
+    return make(name, block_size).double()
+
+
 def plain(given):
     """What solve returned, as something that can be compared."""
     def of(g):
@@ -106,7 +114,7 @@ def test_votes_come_before_scores_and_a_program_before_both():
 def test_one_view_is_what_the_model_answers_by_itself():
     tasks = tasks_of(("sudoku4", 2), ("transforms", 4))
     for name in ("dense", "trm"):
-        model = make(name, 400)
+        model = exact(name, 400)
         for task, given, by_itself in zip(tasks, solve(model, tasks, Settings()), model.answer(eval_arc.without_answers(tasks))):
             for found, wanted in zip(given, by_itself):
                 assert (found is None) == (wanted is None), task.id
@@ -166,7 +174,7 @@ def test_route_a_that_says_nothing_at_a_place_has_no_candidate_there(monkeypatch
 
 
 def test_route_b_keeps_every_step_of_the_task_as_it_is():
-    model, tasks = make("trm"), tasks_of(("sudoku4", 3))
+    model, tasks = exact("trm"), tasks_of(("sudoku4", 3))
     for given, (trace,) in zip(solve(model, tasks, Settings(augment=4)), model.answer(tasks, trace=True)):
         assert [(g.tolist(), pytest.approx(p, abs=1e-5)) for g, p in given[0].steps] == [(g.tolist(), p) for g, p in trace]
 
@@ -209,7 +217,7 @@ def test_samples_are_drawn_from_one_reading_as_if_each_had_read_alone():
 
 @pytest.mark.parametrize("name", ["dense", "trm"])
 def test_answers_do_not_depend_on_what_else_is_asked(name):
-    model, settings = make(name, 400), Settings(augment=3, samples=2)
+    model, settings = exact(name, 400), Settings(augment=3, samples=2)
     tasks = tasks_of(("sudoku4", 2), ("transforms", 3))
     together = plain(solve(model, tasks, settings))
     assert together == [plain(solve(model, [task], settings))[0] for task in tasks]
@@ -218,7 +226,7 @@ def test_answers_do_not_depend_on_what_else_is_asked(name):
 
 @pytest.mark.parametrize("name", ["dense", "trm"])
 def test_what_is_written_is_what_generate_writes_and_stays_in_its_room(name):
-    model, prompts = make(name, 64), [[tok.EOT, 5, 6], [tok.EOT, 7, 8, 9, 10]]
+    model, prompts = exact(name, 64), [[tok.EOT, 5, 6], [tok.EOT, 7, 8, 9, 10]]
     written = candidates.write(model, prompts, 3, [6, 4], (), Settings())
     for prompt, room, texts in zip(prompts, (6, 4), written):
         greedy = [int(ids[0]) for ids in model.generate(torch.tensor([prompt]), room, 0, stop=())]

@@ -24,6 +24,7 @@ import watch
 from candidates import Candidate, Given
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+torch.set_num_threads(1)  # what one process answers is compared with what others do, to the last bit: they have one as well
 FIGURES = {"total", "solved", "interval", "score", "outputs_total", "outputs_solved", "outputs_interval", "attempts", "pass_1", "pass_2",
            "oracle", "candidates", "unknown", "too_long", "too_long_ids", "by_size", "verdicts", "cells_right", "cells_right_by_copying",
            "seconds", "available", "against", "protocol", "settings", "n_sup"}
@@ -45,7 +46,7 @@ def call(monkeypatch, *args):
 
 def command(*args, **kw):
     return subprocess.Popen([sys.executable, "eval_arc.py", *map(str, args), "--device=cpu"], cwd=ROOT, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, **kw)
+                            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **kw)
 
 
 def answers(folder):
