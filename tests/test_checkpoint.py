@@ -275,6 +275,13 @@ def test_the_same_command_begins_goes_on_and_never_replaces_another_run(tmp_path
     assert begin(other) == (9, path, True)
 
 
+def test_machines_that_do_not_hold_the_same_checkpoint_do_not_begin(monkeypatch):
+    monkeypatch.setattr(loop, "world_size", 2)
+    for others, mine, same in ((9, 9, True), (-1, None, True), (9, None, False), (9, 7, False), (-1, 9, False)):
+        monkeypatch.setattr(loop.parallel, "sums", lambda values, device, others=others: [values[0] + others])
+        assert (loop.same_start(mine, "cpu") is None) == same, (others, mine)
+
+
 def test_one_folder_has_one_run(tmp_path):
     held = loop.lock(str(tmp_path))
     with pytest.raises(ValueError, match=re.escape(f"another run is at work in {tmp_path}/")):
