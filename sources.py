@@ -308,7 +308,8 @@ def described(thing, seen=None):
     """
     What a key says of a value, in lists and strings. Of a function: its code, its defaults, the values that
     it closes over, and what it uses of its own module, all the way down. So column("text") differs from
-    column("content"), and what calls an edited function from what it was. Comments do not count.
+    column("content"), and what calls an edited function from what it was. Comments do not count; the
+    version of Python does, which compiles to other code.
     """
     seen = set() if seen is None else seen
     thing = getattr(thing, "__func__", None) or getattr(thing, "fget", None) or thing  # a method, a property
@@ -326,7 +327,7 @@ def described(thing, seen=None):
     if isinstance(thing, types.CodeType):
         return [thing.co_code.hex(), *described([thing.co_names, thing.co_consts], seen)]
     if not callable(thing):
-        return repr(thing)
+        return re.sub(" at 0x[0-9a-f]+", "", repr(thing))
     name = f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"
     if id(thing) in seen:
         return name

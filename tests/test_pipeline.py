@@ -402,8 +402,8 @@ FROM_FILES = {"fineweb_edu", "oss_instruct", "codeparrot"}
     (lambda patch: entry(patch, "oss_instruct", document=lambda row: row["response"]), {"oss_instruct"}),
     (rule_of_prose, {"fineweb_edu"}),
     # what the document calls, and what the reader's reader calls
-    (lambda patch: edited(patch, "turns", "text.strip(), tok.END]", "text, tok.END]"), {"oss_instruct"}),
-    (lambda patch: edited(patch, "open_text", "utf-8", "utf-8-sig"), FROM_FILES),
+    (lambda patch: edited(patch, "turns", "ASSISTANT, text.strip()", "ASSISTANT, text"), {"oss_instruct"}),
+    (lambda patch: edited(patch, "open_text", "gzip.open(path", "gzip.open(str(path)"), FROM_FILES),
     (lambda patch: patch.setattr(sources, "TEXT_FILE_CHARS", 9), FROM_FILES),
     (lambda patch: edited(patch, "GeneratedRows", "str(index)", "f'{index}'"), {"arithmetic"}),
     (lambda patch: stage2(patch, groups=lambda old: {**old, "web": 0.2, "code": 0.4}), set()),
@@ -476,7 +476,8 @@ def test_a_unit_that_is_damaged_as_soon_as_it_is_made_stops_the_build(keyed, tmp
 
     monkeypatch.setattr(units, "write", damaging)
     with pytest.raises(SystemExit, match="damaged again.*disk or memory is faulty"):
-        prepare.main(["stage2", f"--data_dir={tmp_path}", f"--source_dir={keyed / 'in'}", *KEYED])
+        where = [f"--data_dir={tmp_path}", f"--source_dir={keyed / 'in'}"]
+        prepare.main(["stage2", *where, "--sources=fineweb_edu", *KEYED[1:]])
 
 
 def test_damaged_evaluations_are_not_relied_on(keyed, tmp_path, monkeypatch):
@@ -511,7 +512,7 @@ def test_damaged_evaluations_are_not_relied_on(keyed, tmp_path, monkeypatch):
     assert len(found) == 9 and np.array_equal(keys(), found) and len(made) == 9
     flip(*(tmp_path / "work").glob("sudoku_extreme_test-*"))
     assert np.array_equal(keys(), found) and len(made) == 18
-    edited(monkeypatch, "sudoku_extreme", 'row["question"]', 'row["question"][::-1]')
+    edited(monkeypatch, "sudoku_extreme", "else int(c)", "else int(c) % 9 + 1")
     entry(monkeypatch, "sudoku_extreme", document=sources.sudoku_extreme)
     assert not np.array_equal(keys(), found) and len(made) == 27  # an edited reader, other puzzles
 
