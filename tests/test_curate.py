@@ -257,7 +257,7 @@ CASES = {
     "ellipsis lines, 1 in 3": ending(["...", ".", "."]),
     "ellipsis lines, 1 in 4": ending(["\u2026", ".", "?", "!"]),
     "no punctuation": ending([""]),
-    "accents at line ends": ending([" caf\u00e6"]),
+    "accents at line ends": ending([" caf\u00e6", " caf\u00dd"]),
     "closing quotes at line ends": ending(["\u201d"]),
     "ideographic full stops": ending(["\u3002"]),
     "lines of 29": "\n".join(line[:28] + "." for line in LINES),
