@@ -105,9 +105,9 @@ def windows(n_tokens, size, source_tokens):
 
 def bits_per_byte(model, data_dir, entries, source_tokens=SOURCE_TOKENS, progress=lambda n: None):
     """
-    -> {bits_per_byte, interval, bytes, tokens} of the shards `entries` of one source, None where they have no text,
-    or the model no probability for it that is finite. Ends of documents and reserved ids are read but not counted:
-    they are no text.
+    -> {bits_per_byte, interval, bytes, tokens} of the shards `entries` of one source, None where they have no
+    text, or the model no probability for it that is finite. Ends of documents and reserved ids are read but not
+    counted: they are no text.
     """
     bytes_of = np.array([len(tok.load().decode_single_token_bytes(i)) if i < tok.EOT else 0 for i in range(tok.VOCAB_SIZE)])
     shards, size = loader.Shards(data_dir, entries), model.config.block_size
