@@ -274,13 +274,18 @@ def write(model, prompts, n, room, stop, settings):
 
     def go_on(rows, room, temperature, generator=None):
         written, done = [[] for _ in room], [False] * len(room)
-        for drawn in model.generate(rows, max(room), temperature, stop=(), generator=generator):
-            for row, token in enumerate(drawn.tolist()):
-                done[row] = done[row] or token in stop or len(written[row]) == room[row]
-                if not done[row]:
-                    written[row].append(token)
-            if all(done):
-                break
+        try:
+            for drawn in model.generate(rows, max(room), temperature, stop=(), generator=generator):
+                for row, token in enumerate(drawn.tolist()):
+                    done[row] = done[row] or token in stop or len(written[row]) == room[row]
+                    if not done[row]:
+                        written[row].append(token)
+                if all(done):
+                    break
+        except ValueError:  # logits that are not finite: of which row?
+            if len(room) == 1:
+                return [[]]
+            return [go_on(rows[i : i + 1], room[i : i + 1], temperature, generator)[0] for i in range(len(room))]
         return written
 
     if model.puzzle_format == "canvas":  # Route B reads rows of one length

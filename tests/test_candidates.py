@@ -285,6 +285,20 @@ def test_puzzles_in_words_are_read_up_to_the_solution_and_answered_behind_answer
     assert solve(make("dense", 20), [task], Settings()) == [[None]]
 
 
+def test_a_prompt_at_which_numbers_are_not_finite_costs_its_own_text_alone():
+    class Breaks:
+        puzzle_format, wte = "autoregressive", make("dense").wte
+
+        def generate(self, prompts, max_new_tokens, temperature, stop, generator):
+            for _ in range(max_new_tokens):
+                if any(5 in p for p in prompts):
+                    raise ValueError("logits that are not finite")
+                yield torch.stack([p[-1] for p in prompts])
+
+    prompts = [[tok.EOT, 6], [tok.EOT, 5], [tok.EOT, 7]]
+    assert candidates.write(Breaks(), prompts, 2, [2, 3, 4], (), Settings()) == [[[6] * 2] * 2, [[], []], [[7] * 4] * 2]
+
+
 # programs
 
 def test_only_programs_that_pass_every_demonstration_answer():
