@@ -48,8 +48,8 @@ class Task:
 
 def validate_grid(grid):
     """
-    -> np.uint8 (h, w), a copy. ValueError unless `grid` (an array or a list of lists) is 2-D, 1..30 a side, of
-    whole numbers 0..9. 1.0 is one.
+    -> np.uint8 (h, w), a copy. ValueError unless `grid` (an array or a list of lists) is 2-D, 1..30 a side,
+    of whole numbers 0..9. 1.0 is one.
     """
     try:
         array = np.array(grid)
@@ -99,10 +99,11 @@ def find(task_id):
 
 def read_tasks(path):
     """
-    Tasks from elsewhere -> list[Task], sorted by id: a folder of ARC-style JSON files, one task each, named by its
-    id; one such file; or a JSON file of many, {id: task}. A file called ...challenges.json, Kaggle's name for one of
-    many, is read with the ...solutions.json beside it, {id: [output, ...]}, alone or in a folder. A test input may
-    come without its output, which is None then. ValueError, naming file, pair and mistake, in one line.
+    Tasks from elsewhere -> list[Task], sorted by id: a folder of ARC-style JSON files, one task each, named
+    by its id; one such file; or a JSON file of many, {id: task}. A file called ...challenges.json, Kaggle's
+    name for one of many, is read with the ...solutions.json beside it, {id: [output, ...]}, alone or in a
+    folder. A test input may come without its output, which is None then. ValueError, naming file, pair and
+    mistake, in one line.
     """
     if not os.path.exists(path):
         raise ValueError(f"there is no {path}: name a folder of ARC-style .json files, or one file")
@@ -130,7 +131,7 @@ def read_tasks(path):
             task = _read_task(task_id, file, raw)
             if task_id in outputs:
                 _solve(task, outputs[task_id], f"{beside}, task {task_id}")
-            if task_id in outputs or task_id not in tasks:  # it may be there twice, with its outputs and without
+            if task_id in outputs or task_id not in tasks:  # it may be there twice, once without outputs
                 tasks[task_id] = task
     return [tasks[task_id] for task_id in sorted(tasks)]
 

@@ -5,7 +5,8 @@ A *view* is the task turned or mirrored, in other colours, with its demonstratio
 turned back, and counts as a vote for that grid. Route A can also draw several answers to each view; Route B gives one, that of its surest
 supervision step, and those of the others as further candidates without a vote. What is left to say which of two candidates with as many
 votes comes first is a score: for Route A the log-probability of the candidate's cells under other views as well, for Route B the halting
-probability. Two attempts count in ARC: where Route A has one answer alone to such a task, a second one is made of it.
+probability. Two attempts count in ARC: where Route A has one answer alone to such a task, a second one is made
+of it.
 
 Programs are another way to an answer: the model writes functions of the language of programs.py, and those that turn every
 demonstration's input into its output are run on the test input. They have passed a test, so what they give comes first.
@@ -164,9 +165,9 @@ def rescore(model, tasks, seen, found):
 
 def add_seconds(model, tasks, found):
     """
-    Route A, ARC tasks: where there is one candidate alone, a second one after it, without a vote, as two attempts
-    count: the same grid with the next likeliest colour in the cell where the model came closest to it. tasks; for each
-    task and test input a list of Candidate or None. Changes the lists.
+    Route A, ARC tasks: where there is one candidate alone, a second one after it, without a vote, as two
+    attempts count: the same grid with the next likeliest colour in the cell where the model came closest to
+    it. tasks; for each task and test input a list of Candidate or None. Changes the lists.
     """
     alone = []
     for task, given in zip(tasks, found):
@@ -182,7 +183,7 @@ def add_seconds(model, tasks, found):
             first = candidates[0]
             grid = torch.from_numpy(first.grid.astype(np.int64))[..., None]
             log_p = places[:-1].view(h, w + 1, -1)[:, :w, :10].float().cpu().log_softmax(-1)
-            lost = log_p.gather(2, grid) - log_p.scatter(2, grid, -torch.inf)  # (h, w, 10); its own colour: infinite
+            lost = log_p.gather(2, grid) - log_p.scatter(2, grid, -torch.inf)  # (h, w, 10); infinite: its own
             cell, colour = divmod(int(lost.argmin()), 10)
             if log_p.isfinite().all():
                 second = first.grid.copy()
@@ -242,8 +243,8 @@ def solve_grids(model, tasks, settings):
                     steps[i][j] = some
                 some = [(grid, p, n == 0) for n, (grid, p) in enumerate(surest(some))]
             else:
-                some = [(grid, log_p / (grid.shape[0] * (grid.shape[1] + 1) + 1), True) for grid, log_p in some
-                        if grid is not None]  # fmt: skip
+                some = [(grid, log_p) for grid, log_p in some if grid is not None]
+                some = [(grid, log_p / (grid.shape[0] * (grid.shape[1] + 1) + 1), True) for grid, log_p in some]
             found[i][j] += [(grid, int(votes), score, None) for grid, score, votes in some]
     for i, task in enumerate(tasks):
         if settings.programs and task.kind == "arc":
@@ -273,13 +274,18 @@ def write(model, prompts, n, room, stop, settings):
 
     def go_on(rows, room, temperature, generator=None):
         written, done = [[] for _ in room], [False] * len(room)
-        for drawn in model.generate(rows, max(room), temperature, stop=(), generator=generator):
-            for row, token in enumerate(drawn.tolist()):
-                done[row] = done[row] or token in stop or len(written[row]) == room[row]
-                if not done[row]:
-                    written[row].append(token)
-            if all(done):
-                break
+        try:
+            for drawn in model.generate(rows, max(room), temperature, stop=(), generator=generator):
+                for row, token in enumerate(drawn.tolist()):
+                    done[row] = done[row] or token in stop or len(written[row]) == room[row]
+                    if not done[row]:
+                        written[row].append(token)
+                if all(done):
+                    break
+        except ValueError:  # logits that are not finite: of which row?
+            if len(room) == 1:
+                return [[]]
+            return [go_on(rows[i : i + 1], room[i : i + 1], temperature, generator)[0] for i in range(len(room))]
         return written
 
     if model.puzzle_format == "canvas":  # Route B reads rows of one length

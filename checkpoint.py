@@ -192,8 +192,9 @@ def load_weights(model, weights, path):
     own = model.state_dict()
     for prefix, wrapper in WRAPPERS.items():
         if weights and all(k.startswith(prefix) for k in weights):
-            raise ValueError(f"{path} does not fit this model: all names of its weights begin with {prefix!r}, as those of "
-                             f"a model in {wrapper} do: save the state dict of what is inside, model.{prefix[:-1]}")
+            raise ValueError(f"{path} does not fit this model: the names of its weights all begin with "
+                             f"{prefix!r}, as those of a model in {wrapper} do: save the state dict of what is inside, "
+                             f"model.{prefix[:-1]}")  # fmt: skip
     wrong = [k for k in own if k not in weights or weights[k].shape != own[k].shape] + [k for k in weights if k not in own]
 
     def shape(tensors, k):

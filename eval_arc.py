@@ -7,7 +7,7 @@ The evaluation: how many unseen tasks does a checkpoint solve, exactly, and what
     python eval_arc.py CKPT --suites=arc1 --augment=16 --ttt_steps=32  all that helps: 16 views of each task, a model tuned to each
     python eval_arc.py CKPT --suites=arc1 --augment=11 --n_sup=2 --halt=0.9      Route B: many views, few steps, the cheapest votes
     python eval_arc.py CKPT --tasks=my_tasks                           your own ARC-style JSON files
-    python eval_arc.py CKPT --tasks=X_challenges.json                  Kaggle's, with the X_solutions.json beside it
+    python eval_arc.py CKPT --tasks=X_challenges.json                  Kaggle's, with X_solutions.json
     python eval_arc.py out/route_b_stage3 --watch                      every new checkpoint of a folder; curves in evals.png
     torchrun --nproc_per_node=2 eval_arc.py CKPT ...                   the same answers from two GPUs
 
@@ -22,15 +22,17 @@ In LOG.md two steps were as good as more, and many views were worth more than ma
 
 A run that was killed goes on where it was: what has been answered, by the same checkpoint with the same settings, is not asked again.
 
-What is written, all of it into --out_dir: eval.json, answers.jsonl, grids.png, report.html, and for ARC tasks the
-submission_MODEL_SUITE.json of the ARC Prize; where one model is asked one of these suites, submission.json as well, which
-is the same. A folder that has results keeps them: what is asked is put in by model and suite, in place of what the same
-model had there for the same suite. A model is a checkpoint file by its content; one that was trained on under the same path
-takes the place of what it was, with all its suites.
+What is written, all of it into --out_dir: eval.json, answers.jsonl, grids.png, report.html, and for ARC
+tasks the submission_MODEL_SUITE.json of the ARC Prize; where one model is asked one of these suites,
+submission.json as well, which is the same. A folder that has results keeps them: what is asked is put in by
+model and suite, in place of what the same model had there for the same suite. A model is a checkpoint file
+by its content; one that was trained on under the same path takes the place of what it was, with all its
+suites.
 
-eval.json: {model name: report}. A report says which checkpoint it is (params, checkpoint, sha256, iter, model, config, data: {stage, tag,
-sources}, ...), how it was evaluated last (settings, device, seconds of all its suites, gpu_hours, protocol: 'inductive', 'ttt',
-'transductive', or 'transductive + ttt') and what came out, suites: {suite: figures}:
+eval.json: {model name: report}. A report says which checkpoint it is (params, checkpoint, sha256, iter,
+model, config, data: {stage, tag, sources}, ...), how it was evaluated last (settings, device, seconds of
+all its suites, gpu_hours, protocol: 'inductive', 'ttt', 'transductive', or 'transductive + ttt') and what
+came out, suites: {suite: figures}:
 
     protocol, settings, n_sup       how this suite was asked, where suites were asked one after the other
     total, solved, interval         tasks; interval: 95% of solved / total, [low, high], by Wilson's score
@@ -44,8 +46,8 @@ sources}, ...), how it was evaluated last (settings, device, seconds of all its 
     by_size                         {'1-25', ...: [solved, total]} test outputs by the number of their cells
     verdicts                        {'right', 'differs', 'breaks a rule', 'unfinished', 'wrong size', 'no answer': count}, first attempts
     cells_right, cells_right_by_copying     share of cells right in the first attempt, and if the input itself were the answer
-    against                         {other model: {only_this, only_other, p}}: tasks that one solves and the other does not, of
-                                    those that both were asked; exact McNemar
+    against                         {other model: {only_this, only_other, p}}: tasks that one solves and the
+                                    other does not, of those that both were asked; exact McNemar
     seconds, available              time taken, of all processes together; tasks that the suite has, of which --limit may take the first
 
 answers.jsonl: a line for every model, suite and task tried, {...}:
@@ -106,7 +108,7 @@ from files import write_whole
 
 ROUTES = {"dense": "route_a", "trm": "route_b"}  # what the models are called in reports
 ARC_RULES = (*suites.ARC_SUITES, "tasks")  # suites that are scored and handed in as ARC's rules say
-HOW = ("protocol", "settings", "n_sup")  # of a report: how it was evaluated, which may differ from suite to suite
+HOW = ("protocol", "settings", "n_sup")  # of a report: how it was asked, which may differ from suite to suite
 ATTEMPTS = 2  # that count in ARC suites; in puzzles, which have one solution by their rules, it is 1
 ROWS_AT_ONCE = 64  # views of tasks handed to a model at a time: bounds what is lost when killed, and the progress bar moves
 MEASURED = "measured.jsonl"  # in out_dir: parts of the suites that are no tasks, as they are done
@@ -175,8 +177,8 @@ def name_models(paths, routes):
 
 def names_among(before, names, paths, digests):
     """
-    The names, as they are in a folder that has a report, `before`: a checkpoint that is in it keeps its name, by content or
-    else by path, and the name of another is not taken.
+    The names, as they are in a folder that has a report, `before`: a checkpoint that is in it keeps its
+    name, by content or else by path, and the name of another is not taken.
     """
     out = []
     for name, path, digest in zip(names, paths, digests):
@@ -197,7 +199,8 @@ def read_report(path):
         table(report) if report else None
         [(r["sha256"], r["checkpoint"]) for r in report.values()]
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise ValueError(f"{path} is of another version, or not what eval_arc.py writes: move it away, or say --out_dir") from None
+        what = "is of another version, or not what eval_arc.py writes"
+        raise ValueError(f"{path} {what}: move it away, or choose another --out_dir") from None
     return report
 
 
@@ -252,7 +255,8 @@ def table(report):
         [name, f"{r['params']:,}", shown(r["train_seconds"], ",.0f"), shown(r["tokens_per_second"], ",.0f"), shown(r["val_loss"], ".3f"),
          r["protocol"]] for name, r in report.items()]) + [""]
     notes = []
-    rows = [["", "", "score", "pass@2", "solved", "", "95%", "outputs", "pass@1", "oracle", "too long", "seconds"]]
+    rows = [["", "", "score", "pass@2", "solved", "", "95%", "outputs", "pass@1", "oracle", "too long",
+             "seconds"]]
     attempts, tried = {}, {}
     for suite in dict.fromkeys(suite for r in report.values() for suite in r["suites"]):
         for name, r in report.items():
@@ -264,9 +268,10 @@ def table(report):
                 continue
             low, high = s["interval"]
             ranked = [f"{s['score']:.1%}", str(s["pass_2"])] if suite in ARC_RULES else ["", ""]
-            rows.append([suite, name, *ranked, f"{s['solved']}/{s['total']}", f"{s['solved'] / max(1, s['total']):.1%}",
-                         f"{low:.1%} to {high:.1%}", f"{s['outputs_solved']}/{s['outputs_total']}", str(s["pass_1"]),
-                         str(s["oracle"]), str(s["too_long"]), f"{s['seconds']:.1f}"])
+            rows.append([suite, name, *ranked, f"{s['solved']}/{s['total']}",
+                         f"{s['solved'] / max(1, s['total']):.1%}", f"{low:.1%} to {high:.1%}",
+                         f"{s['outputs_solved']}/{s['outputs_total']}", str(s["pass_1"]), str(s["oracle"]),
+                         str(s["too_long"]), f"{s['seconds']:.1f}"])
             other = {k: v for k, v in (s.get("settings") or {}).items() if v != r["settings"].get(k)}
             if other:
                 asked = " ".join(f"--{k}={v}" for k, v in other.items())
@@ -282,8 +287,11 @@ def table(report):
     if len(rows) > 1:
         lines += columns(rows) + [""]
         if any(row[2] for row in rows[1:]):
-            lines.append("score: mean over tasks of the share of their test outputs that are solved, what ARC Prize ranks by.")
-        allowed = f"{max(attempts.values())} attempts in {', '.join(attempts)}, 1 in others" if attempts else "1 attempt"
+            lines.append("score: mean over tasks of the share of their test outputs that are solved, "
+                         "what ARC Prize ranks by.")
+        allowed = "1 attempt"
+        if attempts:
+            allowed = f"{max(attempts.values())} attempts in {', '.join(attempts)}, 1 in others"
         lines.append(f"solved: tasks with all test outputs right ({allowed}); oracle: with any of the candidates.")
     for n, available in tried.items():
         lines.append(f"Limited to the first {n} tasks of each; there are {', '.join(available)}.")
@@ -307,15 +315,17 @@ def words(s):
 
 def choose(tasks, n=SHOWN):
     """
-    The numbers of n tasks worth looking at. tasks: of each, {model: its record}. Legible ones before large ones, ones that every
-    model was asked and that fit before others, and first of all ones that show each model both right and wrong, where it is.
+    The numbers of n tasks worth looking at. tasks: of each, {model: its record}. Legible ones before large
+    ones, ones that every model was asked and that fit before others, and first of all ones that show each
+    model both right and wrong, where it is.
     """
     def size(record):
         shown = [grid for pair in record["demonstrations"][:1] for grid in pair] + [record["test"][0][k] for k in ("input", "expected")]
         largest = max(max(len(grid), len(grid[0])) for grid in shown if grid)
         return largest if largest > LEGIBLE else 0
 
-    outcomes = [{(model, r["test"][0]["right"][:1] == [True]) for model, r in of.items() if not r["too_long"]} for of in tasks]
+    outcomes = [{(model, r["test"][0]["right"][:1] == [True]) for model, r in of.items() if not r["too_long"]}
+                for of in tasks]  # fmt: skip
     sizes = [size(next(iter(of.values()))) for of in tasks]
     left = sorted((i for i, o in enumerate(outcomes) if o), key=lambda i: (-len(outcomes[i]), sizes[i]))
     chosen, seen = [], set()
@@ -513,7 +523,8 @@ def run(args):
     if (settings.n_sup or settings.halt is not None) and all(ckpt["model"] != "trm" for _, ckpt in loaded):
         raise ValueError("--n_sup and --halt are about Route B's supervision steps, and no checkpoint of Route B is given")
     before = read_report(os.path.join(out_dir, args.json))
-    reports = [report_on(path, model, ckpt, settings, device, dtype) for path, (model, ckpt) in zip(args.checkpoints, loaded)]
+    reports = [report_on(path, model, ckpt, settings, device, dtype)
+               for path, (model, ckpt) in zip(args.checkpoints, loaded)]
     names = name_models(args.checkpoints, [ROUTES[ckpt["model"]] for _, ckpt in loaded])
     names = names_among(before, names, args.checkpoints, [r["sha256"] for r in reports])
     report = dict(zip(names, reports))
@@ -534,8 +545,9 @@ def run(args):
             attempts = (args.attempts or ATTEMPTS) if suite in ARC_RULES else 1
             records[name, suite] = ask(name, suite, part, model, report[name], settings, attempts, earlier, out_dir)
             if parallel.master:
-                report[name]["suites"][suite] = {**scores.figures(records[name, suite], attempts), "available": len(tasks[suite]),
-                                                 **{k: report[name][k] for k in HOW}}  # fmt: skip
+                found = scores.figures(records[name, suite], attempts)
+                found.update(available=len(tasks[suite]), **{k: report[name][k] for k in HOW})
+                report[name]["suites"][suite] = found
                 say_suite(name, suite, report[name]["suites"][suite])
     if parallel.master:
         finish(args, models, chosen, records, report, out_dir)
@@ -551,12 +563,14 @@ def finish(args, models, chosen, records, report, out_dir):
                 keys.add(key)
         r["suites"] = {suite: r["suites"][suite] for suite in chosen}
 
-    # What other evaluations have left in the folder stays, but for what is asked here, and for models that have changed
-    figures, answers, measured = (os.path.join(out_dir, name) for name in (args.json, "answers.jsonl", MEASURED))
+    # What other evaluations have left in the folder stays, but for what is asked here and what has changed
+    files = (args.json, "answers.jsonl", MEASURED)
+    figures, answers, measured = (os.path.join(out_dir, name) for name in files)
     before = read_report(figures)
     gone = {name for name, r in report.items() if name in before and before[name]["sha256"] != r["sha256"]}
     for name in gone:
-        print(f"{name}: {report[name]['checkpoint']} has been trained on since; what {out_dir} had of it is replaced")
+        path = report[name]["checkpoint"]
+        print(f"{name}: {path} has been trained on since; what {out_dir} had of it is replaced")
     asked = {(name, suite) for name in report for suite in chosen}
 
     def stays(line):
@@ -574,14 +588,15 @@ def finish(args, models, chosen, records, report, out_dir):
     for name, r in report.items():
         for suite in r["suites"]:
             if (name, suite) in records:
-                others = {other: records[other, suite] for other in report if other != name and (other, suite) in records}
-                r["suites"][suite]["against"] = {other: scores.against(records[name, suite], them) for other, them in others.items()}
+                others = [other for other in report if other != name and (other, suite) in records]
+                pairs = {other: scores.against(records[name, suite], records[other, suite]) for other in others}
+                r["suites"][suite]["against"] = pairs
         r["seconds"] = round(sum(s.get("seconds", 0.0) for s in r["suites"].values()), 3)
         r["gpu_hours"] = round(r["seconds"] / 3600, 6) if r["device"].startswith("cuda") else None
 
     write_lines([record for part in records.values() for record in part], answers)
     partial = glob.glob(os.path.join(glob.escape(out_dir), "answers.partial*.jsonl"))
-    left = [line for path in partial for line in logbook.read(path) if stays(line)]  # of another evaluation that was killed
+    left = [line for path in partial for line in logbook.read(path) if stays(line)]  # of others, killed
     if left:
         write_lines(left, os.path.join(out_dir, "answers.partial0.jsonl"))
     for path in partial:
@@ -635,8 +650,9 @@ def main():
     parser.add_argument("checkpoints", metavar="CKPT", nargs="+", help="a ckpt.pt that train.py wrote; with --watch, a folder of them")
     group = parser.add_argument_group("what is asked")
     group.add_argument("--suites", metavar="NAMES", help=f"separated by commas (default: all that are there): {suites.ALL}")
-    group.add_argument("--tasks", metavar="PATH", help="your own tasks: a folder of ARC-style .json files, or one file, of "
-                       "one or many, or Kaggle's ..._challenges.json")  # fmt: skip
+    group.add_argument("--tasks", metavar="PATH",
+                       help="your own tasks: a folder of ARC-style .json files, or one file, of one or many, "
+                            "or Kaggle's ..._challenges.json")  # fmt: skip
     group.add_argument("--limit", metavar="N", type=positive, help="only the first N tasks of each suite (default: all)")
     group.add_argument("--attempts", metavar="N", type=positive, help=f"answers that count in ARC suites (default {ATTEMPTS})")
     group = parser.add_argument_group("how it is asked (more of anything takes longer)")

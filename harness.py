@@ -90,7 +90,8 @@ class Wrapped(TemplateLM):
     def write(self, contexts, settings):
         device = next(self.model.parameters()).device
         untils = [[s["until"]] if isinstance(s.get("until"), str) else list(s.get("until") or []) for s in settings]
-        fit = [self.fit([tok.EOT, *self.tok_encode(c)], s.get("max_gen_toks", MAX_TOKENS)) for c, s in zip(contexts, settings)]
+        asked = [s.get("max_gen_toks", MAX_TOKENS) for s in settings]
+        fit = [self.fit([tok.EOT, *self.tok_encode(context)], n) for context, n in zip(contexts, asked)]
         prompts, most = [torch.tensor(ids, device=device) for ids, _ in fit], [n for _, n in fit]
         written = [[] for _ in contexts]
         for drawn in self.model.generate(torch.stack(prompts) if len(prompts) == 1 else prompts, max(most), temperature=0):
@@ -103,15 +104,17 @@ class Wrapped(TemplateLM):
 
     def fit(self, ids, asked):
         """
-        -> (the end of a prompt, how many tokens are written after it), together at most block_size. The prompt comes first: what
-        is asked for beyond half of block_size is written only as far as the prompt leaves room. Whatever is left out is said, once.
+        -> (the end of a prompt, how many tokens are written after it), together at most block_size. The
+        prompt comes first: what is asked for beyond half of block_size is written only as far as the prompt
+        leaves room. Whatever is left out is said, once.
         """
         block = self.model.config.block_size
         n = min(asked, max(block - len(ids), block // 2))
         if (n < asked or len(ids) > block - n) and not self.told:
             self.told = True
-            print(f"block_size {block} has no room for a prompt of {len(ids)} tokens and {asked} after it: the prompt's last "
-                  f"{min(len(ids), block - n)} are read and at most {n} written (of others this is not said)")  # fmt: skip
+            print(f"block_size {block} has no room for a prompt of {len(ids)} tokens and {asked} after it: "
+                  f"the prompt's last {min(len(ids), block - n)} are read and at most {n} written "
+                  "(of others this is not said)")  # fmt: skip
         return ids[-(block - n) :], n
 
 

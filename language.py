@@ -13,6 +13,7 @@ Every figure has a 95% interval. Read next: language_items.py (the items), sandb
 """
 
 import argparse
+import contextlib
 import json
 import math
 import sys
@@ -105,9 +106,9 @@ def windows(n_tokens, size, source_tokens):
 
 def bits_per_byte(model, data_dir, entries, source_tokens=SOURCE_TOKENS, progress=lambda n: None):
     """
-    -> {bits_per_byte, interval, bytes, tokens} of the shards `entries` of one source, None where they have no text,
-    or the model no probability for it that is finite. Ends of documents and reserved ids are read but not counted:
-    they are no text.
+    -> {bits_per_byte, interval, bytes, tokens} of the shards `entries` of one source, None where they have no
+    text, or the model no probability for it that is finite. Ends of documents and reserved ids are read but not
+    counted: they are no text.
     """
     bytes_of = np.array([len(tok.load().decode_single_token_bytes(i)) if i < tok.EOT else 0 for i in range(tok.VOCAB_SIZE)])
     shards, size = loader.Shards(data_dir, entries), model.config.block_size
@@ -185,11 +186,13 @@ def complete(model, stubs, max_new_tokens=CODE_TOKENS):
     device, encode = next(model.parameters()).device, tok.load().encode_ordinary
     prompts = [torch.tensor([tok.EOT, *encode(stub)], device=device) for stub in stubs]
     written = [[] for _ in stubs]
-    for drawn in model.generate(torch.stack(prompts) if len(prompts) == 1 else prompts, max_new_tokens, temperature=0):
-        for ids, token in zip(written, drawn.tolist()):
-            ids.append(token)
-        if all(body(ids)[1] for ids in written):
-            break
+    with contextlib.suppress(ValueError):  # logits that are not finite: nothing more is written
+        together = torch.stack(prompts) if len(prompts) == 1 else prompts
+        for drawn in model.generate(together, max_new_tokens, temperature=0):
+            for ids, token in zip(written, drawn.tolist()):
+                ids.append(token)
+            if all(body(ids)[1] for ids in written):
+                break
     return [body(ids)[0] for ids in written]
 
 

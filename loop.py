@@ -426,7 +426,7 @@ class Evaluation:
                      f"{os.path.join(self.out_dir, 'ckpt.pt')} --suites={self.suites} does it")  # fmt: skip
         elif self.process.returncode == 0:
             with open(os.path.join(self.out_dir, "eval_step", "eval.json")) as f:
-                (figures,) = json.load(f).values()
+                (figures,) = (r for r in json.load(f).values() if r["checkpoint"] == self.link)
             figures["checkpoint"] = os.path.join(self.out_dir, "ckpt.pt")  # the second name is soon gone
             solved = {suite: f"{r['solved']}/{r['total']}" for suite, r in figures["suites"].items() if "solved" in r}
             self.say(f"step {self.step}: solved " + ", ".join(f"{suite} {n}" for suite, n in solved.items()))

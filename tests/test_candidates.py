@@ -27,8 +27,8 @@ def tasks_of(*suites_and_counts):
 
 def exact(name, block_size=256):
     """
-    A model in float64, for grids that must be the same however rows are batched: in float32 the recursion of a tiny Route B
-    turns the last bits of one batch or another into 5e-3 of a logit, and two colours may be nearer than that.
+    A model in float64, for grids that must be the same however rows are batched: in float32 the recursion of a
+    tiny Route B turns the last bits of one batch or another into 5e-3 of a logit; two colours may be nearer.
     """
     return make(name, block_size).double()
 
@@ -120,12 +120,12 @@ def test_one_view_is_what_the_model_answers_by_itself():
                 assert (found is None) == (wanted is None), task.id
                 if found:
                     assert found.candidates[0].grid.tolist() == wanted[0][0].tolist()
-                    theirs = found.candidates if name == "trm" else found.candidates[:1]  # without a second attempt
+                    theirs = found.candidates[: len(wanted)]  # without Route A's second attempt
                     assert {c.grid.tobytes() for c in theirs} == {g.tobytes() for g, _ in wanted}
 
 
 def test_two_attempts_at_an_arc_task_are_two_answers():
-    """Of Route A, the second is the likeliest that differs from the first in a cell: found here by trying them all."""
+    """Of Route A, the second is the likeliest that differs from the first in a cell: found by trying all."""
     model, tasks = make("dense", 400), [turned(1), *tasks_of(("sudoku4", 1))]
     (given,), (puzzle,) = solve(model, tasks, Settings())
     first, second = given.candidates
@@ -285,6 +285,20 @@ def test_puzzles_in_words_are_read_up_to_the_solution_and_answered_behind_answer
     assert solve(make("dense", 20), [task], Settings()) == [[None]]
 
 
+def test_a_prompt_at_which_numbers_are_not_finite_costs_its_own_text_alone():
+    class Breaks:
+        puzzle_format, wte = "autoregressive", make("dense").wte
+
+        def generate(self, prompts, max_new_tokens, temperature, stop, generator):
+            for _ in range(max_new_tokens):
+                if any(5 in p for p in prompts):
+                    raise ValueError("logits that are not finite")
+                yield torch.stack([p[-1] for p in prompts])
+
+    prompts = [[tok.EOT, 6], [tok.EOT, 5], [tok.EOT, 7]]
+    assert candidates.write(Breaks(), prompts, 2, [2, 3, 4], (), Settings()) == [[[6] * 2] * 2, [[], []], [[7] * 4] * 2]
+
+
 # programs
 
 def test_only_programs_that_pass_every_demonstration_answer():
@@ -324,15 +338,18 @@ def test_a_tuned_model_has_learned_its_task_and_the_model_itself_is_untouched(na
         with torch.no_grad():
             return m(idx, targets, mode="puzzle")[1].item()
 
-    # At twice this rate a weight's last bit decides what Route B gains; and one seed of it in ten loses a little
+    # At twice this rate a weight's last bit decides what Route B gains; one seed of it in ten loses a little
     gained = []
     for seed in range(1, 5 if name == "trm" else 2):
         tuned = ttt.tune(model, task, Settings(ttt_steps=16, ttt_rank=rank, ttt_lr=4e-3, seed=seed))
         gained.append(loss(model) - loss(tuned))
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and not model.training and not tuned.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not model.training and not tuned.training
     assert tuned.state_dict().keys() == before.keys()   # nothing is left beside the weights
     changed = {k for k, v in tuned.state_dict().items() if not torch.equal(v, before[k])}
-    assert changed and (rank == 0 or all(k.startswith("blocks") and k.endswith("weight") and before[k].ndim == 2 for k in changed))
+    assert changed
+    if rank:
+        assert all(k.startswith("blocks") and k.endswith("weight") and before[k].ndim == 2 for k in changed)
     assert np.mean(gained) > 0.05
 
 

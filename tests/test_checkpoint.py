@@ -479,7 +479,8 @@ def test_weights_of_another_model(tmp_path):
 
 
 @pytest.mark.parametrize("wrap, prefix", [
-    (torch.nn.parallel.DataParallel, "module."), (lambda net: torch.compile(net, backend="eager"), "_orig_mod."),
+    (torch.nn.parallel.DataParallel, "module."),
+    (lambda net: torch.compile(net, backend="eager"), "_orig_mod."),
 ])
 def test_weights_of_a_wrapped_model_are_named_as_such(tmp_path, wrap, prefix):
     path, net = tmp_path / "ckpt.pt", ckpt.make_model("dense", SMALL)

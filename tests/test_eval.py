@@ -24,7 +24,7 @@ import watch
 from candidates import Candidate, Given
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-torch.set_num_threads(1)  # what one process answers is compared with what others do, to the last bit: they have one as well
+torch.set_num_threads(1)  # as the other processes have that answers are compared with, to the last bit
 FIGURES = {"total", "solved", "interval", "score", "outputs_total", "outputs_solved", "outputs_interval", "attempts", "pass_1", "pass_2",
            "oracle", "candidates", "unknown", "too_long", "too_long_ids", "by_size", "verdicts", "cells_right", "cells_right_by_copying",
            "seconds", "available", "against", "protocol", "settings", "n_sup"}
@@ -46,7 +46,8 @@ def call(monkeypatch, *args):
 
 def command(*args, **kw):
     return subprocess.Popen([sys.executable, "eval_arc.py", *map(str, args), "--device=cpu"], cwd=ROOT, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **kw)
+                            stderr=subprocess.PIPE, text=True, **kw,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
 
 
 def answers(folder):
@@ -255,7 +256,8 @@ def test_a_killed_run_goes_on_and_gives_what_it_would_have_given(checkpoints, tm
     lines = [json.loads(line) for line in measured.read_text().splitlines()]  # what this evaluation has found, and nothing older
     assert {line["part"] for line in lines} > {"questions"} and len({line["key"] for line in lines}) == 1
     call(monkeypatch, checkpoints[1], "--suites=language", "--limit=1", f"--out_dir={killed}")
-    assert len({line["key"] for line in map(json.loads, measured.read_text().splitlines())} - {lines[0]["key"]}) == 1
+    keys = {json.loads(line)["key"] for line in measured.read_text().splitlines()}
+    assert len(keys - {lines[0]["key"]}) == len(keys) == 1
     assert answers(killed) == answers(whole)
 
 
@@ -274,8 +276,8 @@ def test_other_settings_another_checkpoint_or_another_task_are_asked_anew(checkp
         assert asked_before(checkpoints[0], f"--tasks={tmp_path / 'own.json'}") == before
 
 
-def test_a_second_evaluation_into_the_same_folder_leaves_the_first_ones_results(checkpoints, tmp_path, monkeypatch, capsys):
-    """Another suite, another model, the same suite asked otherwise, and a checkpoint that was trained on under its path."""
+def test_a_second_evaluation_leaves_the_results_of_the_first(checkpoints, tmp_path, monkeypatch, capsys):
+    """Another suite, another model, the same suite asked otherwise, and a checkpoint that was trained on."""
     run, out = tmp_path / "run", tmp_path / "out"
     other = save(tmp_path / "other" / "ckpt.pt", "trm", {"iter": 9}, block_size=255)
     save(run / "ckpt.pt", "trm", {"iter": 8})
@@ -287,7 +289,8 @@ def test_a_second_evaluation_into_the_same_folder_leaves_the_first_ones_results(
         report = json.loads((out / "eval.json").read_text(), parse_constant=pytest.fail)
         of = {(model, suite): len([k for k in answers(out) if k[:2] == (model, suite)])
               for model, suite, _ in answers(out)}  # fmt: skip
-        assert of == {(name, suite): s["total"] for name, r in report.items() for suite, s in r["suites"].items()}
+        parts = ((name, suite, s) for name, r in report.items() for suite, s in r["suites"].items())
+        assert of == {(name, suite): s["total"] for name, suite, s in parts}
         assert matplotlib.image.imread(out / "grids.png").shape[0] > 100
         shown = report_page.gather(str(out))
         assert [m["name"] for m in shown["models"]] == list(report)
@@ -295,32 +298,37 @@ def test_a_second_evaluation_into_the_same_folder_leaves_the_first_ones_results(
         return report, of
 
     first, _ = evaluate(run / "ckpt.pt", "--suites=sudoku4", "--limit=3", "--n_sup=2")
-    (out / "answers.partial1.jsonl").write_text('{"model": "route_b", "suite": "maze", "key": "of a run that was killed"}\n')
+    killed = {"model": "route_b", "suite": "maze", "key": "of a run that was killed"}
+    (out / "answers.partial1.jsonl").write_text(json.dumps(killed) + "\n")
     report, of = evaluate(run / "ckpt.pt", f"--tasks={tmp_path / 'own.json'}")
     assert of == {("route_b", "sudoku4"): 3, ("route_b", "tasks"): 1}
     assert report["route_b"]["suites"]["sudoku4"] == first["route_b"]["suites"]["sudoku4"]
-    assert report["route_b"]["suites"]["sudoku4"]["n_sup"] == 2 and report["route_b"]["suites"]["tasks"]["n_sup"] == 3
-    assert report["route_b"]["seconds"] == pytest.approx(sum(s["seconds"] for s in report["route_b"]["suites"].values()), abs=2e-3)
+    parts = report["route_b"]["suites"]
+    assert {suite: s["n_sup"] for suite, s in parts.items()} == {"sudoku4": 2, "tasks": 3}
+    seconds = sum(s["seconds"] for s in parts.values())
+    assert report["route_b"]["seconds"] == pytest.approx(seconds, abs=2e-3)
     prize = (out / "submission_route_b_tasks.json").read_text()
     assert prize == (out / "submission.json").read_text() and list(json.loads(prize)) == ["own"]
     said = capsys.readouterr().out
     assert "asked another time, with --n_sup=2" in said and "first 3 tasks" in said
 
-    report, of = evaluate(other, checkpoints[0], "--suites=sudoku4", "--limit=2")  # a route_b by another path and content
-    assert of == {("route_b", "sudoku4"): 3, ("route_b", "tasks"): 1, ("other", "sudoku4"): 2, ("route_a", "sudoku4"): 2}
+    # A Route B by another path and content, beside a Route A
+    report, of = evaluate(other, checkpoints[0], "--suites=sudoku4", "--limit=2")
+    others = {("other", "sudoku4"): 2, ("route_a", "sudoku4"): 2}
+    assert of == {("route_b", "sudoku4"): 3, ("route_b", "tasks"): 1, **others}
     assert {name: set(r["suites"]["sudoku4"]["against"]) for name, r in report.items()} == {
         name: set(report) - {name} for name in report}  # fmt: skip
     assert (out / "submission.json").read_text() == prize
 
-    report, of = evaluate(run / "ckpt.pt", "--suites=sudoku4", "--limit=1", "--augment=2")  # by content: it has its name
+    report, of = evaluate(run / "ckpt.pt", "--suites=sudoku4", "--limit=1", "--augment=2")  # the same
     assert (of["route_b", "sudoku4"], of["route_b", "tasks"], of["other", "sudoku4"]) == (1, 1, 2)
     assert report["route_b"]["suites"]["sudoku4"]["settings"]["augment"] == 2
     capsys.readouterr()
     save(run / "ckpt.pt", "trm", {"iter": 20})
     report, of = evaluate(run / "ckpt.pt", "--suites=maze", "--limit=1")
-    assert of == {("route_b", "maze"): 1, ("other", "sudoku4"): 2, ("route_a", "sudoku4"): 2} and report["route_b"]["iter"] == 20
+    assert of == {("route_b", "maze"): 1, **others} and report["route_b"]["iter"] == 20
     assert "has been trained on since" in capsys.readouterr().out
-    assert not [name for name in os.listdir(out) if "partial" in name]  # that of maze is asked, in part, by another
+    assert not [name for name in os.listdir(out) if "partial" in name]  # maze has been asked now
 
 
 def test_what_was_killed_is_kept_while_others_are_asked(checkpoints, tmp_path, monkeypatch):
@@ -342,15 +350,17 @@ def test_figures_that_cannot_be_added_to_are_not_overwritten(checkpoints, tmp_pa
 
 
 def test_the_table_begins_with_the_official_score(checkpoints, tmp_path, monkeypatch, capsys):
-    """Of a task with two test inputs, one right: half a point, and no task solved. Puzzles have no such score."""
-    tasks = [arc.Task("t", "arc", [(grid("1"), grid("2"))], [(grid("12"), grid("12")), (grid("11"), grid("33"))])]
+    """Of two test inputs, one is right: half a point, and no task solved. Puzzles have no such score."""
+    test = [(grid("12"), grid("12")), (grid("11"), grid("33"))]
+    tasks = [arc.Task("t", "arc", [(grid("1"), grid("2"))], test)]
 
     def echo(model, part, settings):
         return [[Given([Candidate(x, 1)]) for x, _ in t.test] for t in part]
 
     monkeypatch.setattr(candidates, "solve", echo)
     monkeypatch.setattr(arc, "read_tasks", lambda path: tasks)
-    call(monkeypatch, checkpoints[1], "--tasks=mine", "--suites=sudoku4", "--limit=1", f"--out_dir={tmp_path}")
+    args = "--tasks=mine", "--suites=sudoku4", "--limit=1", f"--out_dir={tmp_path}"
+    call(monkeypatch, checkpoints[1], *args)
     said = capsys.readouterr().out
     rows = {line.split()[0]: line for line in said.splitlines() if line.split()[1:2] == ["route_b"]}
     head = next(line for line in said.splitlines() if "pass@2" in line)
@@ -369,15 +379,23 @@ def test_a_model_of_nan_answers_nothing_and_its_evaluation_ends(name, tmp_path, 
     torch.save(broken, path)
     monkeypatch.setattr(candidates, "ANSWER_TOKENS", 20)
     # Route A's own way out of numbers that are not finite: no grid for that row
-    monkeypatch.setattr(model_dense, "write_grids", lambda logits, read_on, limits, *_, **__: [None] * len(limits))
+    nothing = lambda logits, read_on, limits, *_, **__: [None] * len(limits)  # noqa: E731
+    monkeypatch.setattr(model_dense, "write_grids", nothing)
+
+    def refuse(*args, **named):
+        raise ValueError("logits that are not finite")
+
+    monkeypatch.setattr(model_dense, "sample", refuse)
     args = ["--limit=2", "--augment=2", "--ttt_steps=1", f"--out_dir={tmp_path}", "--device=cpu"]
     call(monkeypatch, path, "--suites=sudoku4,transforms,logic,language", *args)
     out = capsys.readouterr().out
     text = (tmp_path / "eval.json").read_text()
     (report,) = json.loads(text, parse_constant=pytest.fail).values()
     for suite in ("sudoku4", "transforms", "logic"):
-        assert (report["suites"][suite]["total"], report["suites"][suite]["verdicts"]) == (2, {"no answer": 2}), suite
-    assert all(not t["attempts"] and "steps" not in t for r in answers(tmp_path).values() for t in r["test"])
+        s = report["suites"][suite]
+        assert (s["total"], s["verdicts"]) == (2, {"no answer": 2}), suite
+    for test in (t for r in answers(tmp_path).values() for t in r["test"]):
+        assert not test["attempts"] and not any(grid for grid, _ in test.get("steps", []))
     for line in (tmp_path / "measured.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)
     assert "0 of 2 solved" in out

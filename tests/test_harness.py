@@ -16,7 +16,7 @@ try:
     import harness
 
     missing = False
-except ValueError:  # without lm-eval: our side of the interface, on top of modules that have its names and nothing else
+except ValueError:  # without lm-eval: our side of the interface, on top of modules that have its names alone
     names = ("lm_eval", "lm_eval.utils", "lm_eval.api", "lm_eval.api.model", "lm_eval.tasks")
     with pytest.MonkeyPatch.context() as patch:
         for name in names:
@@ -119,10 +119,11 @@ class Reads:
 
 
 @pytest.mark.parametrize("words, asked, read, written", [
-    (20, 8, 21, 8), (20, 60, 21, 43), (20, 64, 21, 43), (20, 2048, 21, 43),  # what is written gives way to the prompt
-    (80, 16, 48, 16), (60, 40, 32, 32), (80, 2048, 32, 32),                  # down to half of block_size, and then the prompt does
+    # What is written gives way to the prompt, down to half of block_size; then the prompt does
+    (20, 8, 21, 8), (20, 60, 21, 43), (20, 64, 21, 43), (20, 2048, 21, 43),
+    (80, 16, 48, 16), (60, 40, 32, 32), (80, 2048, 32, 32),
 ])
-def test_a_prompt_keeps_its_room_whatever_is_asked_for_after_it_or_beside_it(words, asked, read, written, capsys):
+def test_a_prompt_keeps_its_room_whatever_is_asked_for_beside_it(words, asked, read, written, capsys):
     prompts, settings = [" b" * words, " b" * 20], [{"max_gen_toks": asked}, {"max_gen_toks": 8}]
     for order in (1, -1):
         model = Reads()

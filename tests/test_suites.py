@@ -114,7 +114,7 @@ def test_cells_may_be_written_as_floats_and_a_file_may_begin_with_a_byte_order_m
 
 
 def test_challenges_are_read_with_the_solutions_beside_them(tmp_path):
-    """As they lie in the competition's folder, where a task may be in several files, and known in one of them."""
+    """As they lie in the competition's folder, where a task may be in several files, and known in one."""
     tasks = {f"t{i}": {"train": [PAIR], "test": [{"input": [[i]]}, {"input": [[i, i]]}]} for i in range(4)}
     outputs = {i: [[[7, int(i[1])]], [[8], [int(i[1])]]] for i in ("t0", "t1", "t3")}
     for name, content in (("x-arc_evaluation_challenges", {i: tasks[i] for i in ("t0", "t1", "t2")}),
@@ -125,7 +125,8 @@ def test_challenges_are_read_with_the_solutions_beside_them(tmp_path):
     (tmp_path / "own.json").write_text(json.dumps({"train": [PAIR], "test": [PAIR]}))
 
     def read(path):
-        return {t.id: [None if y is None else y.tolist() for _, y in t.test] for t in arc.read_tasks(str(path))}
+        tasks = arc.read_tasks(str(path))
+        return {t.id: [None if y is None else y.tolist() for _, y in t.test] for t in tasks}
 
     known = {"t0": outputs["t0"], "t1": outputs["t1"], "t2": [None, None]}
     assert read(tmp_path / "x-arc_evaluation_challenges.json") == known
