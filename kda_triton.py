@@ -202,7 +202,7 @@ if triton is not None:
             rest = tl.trans(X - X.to(tl.float16).to(tl.float32))
             above = c[:, None] < c[None, :]
             tl.store(p, rest.to(tl.float16), mask=mask & above)
-            mask = mask & ~above
+            mask = mask & (c[:, None] >= c[None, :])  # not ~above, which Triton 3.2 cannot interpret
         tl.store(p, X.to(X_ptr.dtype.element_ty), mask=mask)
 
     @triton.jit

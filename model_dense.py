@@ -445,8 +445,7 @@ def write_grids(logits, read_on, limits, temperature=1.0, noise=None):
     ROW, END = 10, 11
     rows = [[[]] for _ in limits]  # of each answer; the last one is being written
     score, done = [0.0] * len(limits), [False] * len(limits)
-    for n in range(max((h * (w + 1) + 1 for h, w in limits), default=0)):
-        logits = logits if n == 0 else read_on(drawn)
+    for _ in range(max((h * (w + 1) + 1 for h, w in limits), default=0)):
         logits = logits.float().cpu()
         allowed = torch.full_like(logits, -torch.inf)
         for b, (most_rows, most_columns) in enumerate(limits):
@@ -481,6 +480,7 @@ def write_grids(logits, read_on, limits, temperature=1.0, noise=None):
                 rows[b][-1].append(choice)
         if all(done):
             break
+        logits = read_on(drawn)
     return [None if s is None else (np.array(r[:-1], dtype=np.uint8), s) for r, s in zip(rows, score)]
 
 

@@ -41,14 +41,16 @@ def rgb(colour):
 def thoughts(model, task, test=0, n_sup=None, halt=None):
     """
     What Route B thinks of one test input of a task: a list over supervision steps of (probabilities (H, W, 11) of the ten colours and of
-    "outside the answer" in each cell of the canvas, halting probability). n_sup and halt as in `answer`. ValueError if the task does
-    not fit into block_size.
+    "outside the answer" in each cell of the canvas, halting probability). n_sup and halt as in `answer`.
+    ValueError if the task does not fit into block_size, or the model's logits are not finite.
     """
     only = arc.Task(task.id, task.kind, task.train, [(task.test[test][0], np.zeros((1, 1), np.uint8))])
     for [(_, _, (H, W), start)], idx in model.canvases([only]):
         steps = []
         for _, y, probability in model.think(idx, n_sup, halt):
             logits = F.linear(y[0, start : start + H * (W + 1)], model.wte.weight[ANSWER_IDS]).float()
+            if not (logits.isfinite().all() and probability.isfinite().all()):
+                raise ValueError("the model's logits are not finite: there is nothing to draw")
             steps.append((logits.softmax(-1).view(H, W + 1, 11)[:, :W].cpu().numpy(), probability.item()))
         return steps
     raise ValueError(f"task {task.id} does not fit into this checkpoint's block_size={model.config.block_size}")

@@ -230,7 +230,8 @@ def test_long_inputs_go_through_a_stretch_of_tokens_at_a_time(monkeypatch):
             check(got, want, 1e-5, f"{chunks} chunks at a time, T={T}")
             check(d_got, d_want, 1e-4, f"{chunks} chunks at a time, T={T}")
     inputs = [t.float().requires_grad_() for t in whole[:5]]
-    torch.library.opcheck(torch.ops.smol_llm_kda.kda.default, (*inputs, None, None, 0.3, False, "chunk"), test_utils="test_faketensor")
+    op = torch.ops.smol_llm_kda.kda.default
+    torch.library.opcheck(op, (*inputs, None, None, 0.3, False, "chunk"), test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))

@@ -260,3 +260,16 @@ def test_what_is_filmed_is_what_is_answered(checkpoints):
         ids[:, :W] = np.array(thinking.ANSWER_IDS)[p.argmax(-1)]
         filmed = arc.read_canvas(ids.reshape(-1), (H, W))
         assert (filmed is None) == (grid is None) and (grid is None or np.array_equal(filmed, grid))
+
+
+@pytest.mark.parametrize("name", ("dense", "trm"))
+def test_a_diverged_checkpoint_is_said_to_be_one(name, checkpoints, tmp_path, monkeypatch, capsys):
+    path, ckpt = str(tmp_path / "ckpt.pt"), checkpoint.load(checkpoints[name])
+    checkpoint.save({**ckpt, "weights": {k: v * np.nan for k, v in ckpt["weights"].items()}}, path)
+    assert "no answer" in call(monkeypatch, capsys, path, "--task=sudoku4-0003", "--device=cpu")
+    films = [["--task=sudoku4-0003", f"--gif={tmp_path / 'no.gif'}"]] if name == "trm" else []
+    for args in (["--prompt=a"], ["--prompt=", "--temperature=0"], *films):
+        with pytest.raises(SystemExit, match="not finite") as e:
+            call(monkeypatch, capsys, path, *args, "--device=cpu")
+        assert str(e.value).startswith("error: ") and "\n" not in str(e.value)
+    assert not (tmp_path / "no.gif").exists()
