@@ -152,7 +152,7 @@ def gather_evaluations(c, data, found, notes):
             rows = (row for _, row in table.HubRows(repo, config, split, None, (), Revisions(data).of(repo), 0, None))
             missing = f"{repo} has no {split} rows"
         text = lambda row: " ".join(table.text_of(row, column) for column in columns)  # noqa: E731
-        texts[name] = readable(name, rows, lambda row: table.from_row(name, text, row), notes)
+        texts[name] = readable(name, rows, lambda row: table.from_row(name, text, row))
         report[name] = len(texts[name])
         if not texts[name]:
             notes.append(f"nothing is kept out for quoting {name}: {missing}")
@@ -164,7 +164,7 @@ def gather_evaluations(c, data, found, notes):
     report.update({name: len(tables[n, name]) for n, name in tables if name.startswith("arc_")})
     for name, (source, file) in table.EVALUATION_PUZZLES.items():
         if source in found:
-            tables[0, name] = evaluation_puzzles(c, data, name, source, file, notes)
+            tables[0, name] = evaluation_puzzles(c, data, name, source, file)
             report[name] = len(tables[0, name])
             if not report[name]:
                 notes.append(f"no puzzle of {name} is kept out: no folder {Path(c.source_dir) / name}")
@@ -176,8 +176,8 @@ def gather_evaluations(c, data, found, notes):
     return path, digest, report
 
 
-def readable(name, rows, document, notes):
-    """-> [document(row) of the rows of an evaluation that are documents]; how many are not becomes a note."""
+def readable(name, rows, document):
+    """-> [document(row) of the rows of an evaluation that are documents]. Says how many are not."""
     found, odd = [], []
     for row in rows:
         try:
@@ -185,11 +185,11 @@ def readable(name, rows, document, notes):
         except table.OddRow as e:
             odd.append(str(e))
     if odd:
-        notes.append(f"{len(odd):,} rows of {name} are no documents and so not kept out: {odd[0]}")
+        print(f"note: {len(odd):,} rows of {name} are no documents and so not kept out: {odd[0]}")
     return found
 
 
-def evaluation_puzzles(c, data, name, source, file, notes):
+def evaluation_puzzles(c, data, name, source, file):
     """-> (n,) uint64: puzzle_key of the puzzles that models are tested on. Those of the hub are kept: there can be 400,000."""
     s = table.SOURCES[source]
     if c.source_dir:
@@ -203,7 +203,7 @@ def evaluation_puzzles(c, data, name, source, file, notes):
             return np.load(kept)["keys"]
         rows = (row for _, row in table.HubRows(s.repo, None, "test", file, s.columns, where["revision"], 0, None))
     rows = tqdm(rows, desc=f"reading {name}", unit=" puzzles", leave=False, mininterval=1)
-    keys = readable(name, rows, lambda row: puzzle_key(table.to_document(source, where, row)), notes)
+    keys = readable(name, rows, lambda row: puzzle_key(table.to_document(source, where, row)))
     keys = np.unique(np.array(keys, np.uint64))
     if kept is not None:
         packed = io.BytesIO()
