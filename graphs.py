@@ -1,9 +1,6 @@
 """
 Puzzles in words: graphs (shortest way, connectivity, colouring) and logic (who sits where, knights and knaves), each with one answer.
 
-    python graphs.py                print one puzzle of each kind and whether it verifies
-    python graphs.py knights --n=3
-
 A puzzle is text: "Question: ...", "Solution: ..." step by step, and a last line "Answer: ...". Every kind has a checker that reads nothing
 but the finished text and finds the answer another way than the generator: shortest ways by trying all simple paths where the generator
 settles nodes one by one; connectivity by powers of the adjacency matrix where the generator merges sets; colourings, seatings and knights
@@ -12,11 +9,8 @@ by trying every possibility where the generator plants a solution and adds clues
 Read next: programs.py (puzzles on grids), sources.py (where both get their share of a stage).
 """
 
-import argparse
-import difflib
 import itertools
 import re
-import sys
 
 import numpy as np
 
@@ -365,28 +359,3 @@ def graph_puzzle(rng):
 def logic_puzzle(rng):
     """-> (text, answer) of a random kind of LOGIC."""
     return list(LOGIC.values())[rng.integers(len(LOGIC))][0](rng)
-
-
-def main():
-    kinds = {**GRAPHS, **LOGIC}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(f"error: {message}; see python graphs.py --help")
-    parser.add_argument("kind", nargs="?", help=f"one of {', '.join(kinds)} (default: each)")
-    parser.add_argument("--n", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args()
-    if args.kind and args.kind not in kinds:
-        sys.exit(f"error: no kind {args.kind!r}: the closest is {difflib.get_close_matches(args.kind, kinds, 1, 0)[0]!r}")
-    rng, wrong = np.random.default_rng(args.seed), 0
-    for kind in [args.kind] if args.kind else kinds:
-        for _ in range(args.n):
-            text, _ = kinds[kind][0](rng)
-            good = kinds[kind][1](text)
-            wrong += not good
-            print(f"--- {kind}: {'verified' if good else 'WRONG'}\n{text}\n")
-    if wrong:
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

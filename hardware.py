@@ -1,8 +1,6 @@
 """
 The machine: which device and number format to use on it, how fast it could be, and how much memory a run has taken.
 
-    python hardware.py        what train.py would choose here
-
 Read next: train.py, which asks, and bench.py, which measures against the same table.
 """
 
@@ -13,8 +11,6 @@ import resource
 import sys
 
 import torch
-
-import configurator
 
 # name as PyTorch reports it: (dense half-precision tensor TFLOPS with float32 accumulation, GB of memory, compute capability).
 # From NVIDIA's data sheets, without sparsity. GeForce cards do float32 accumulation at half the rate that is usually quoted: a 3060 has
@@ -102,10 +98,3 @@ def free_memory(device):
 def out_of_memory(error):
     """Whether an exception says that memory ran out, on a GPU or a CPU."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-if __name__ == "__main__":
-    configurator.help_only(__doc__)
-    device = pick_device("auto")
-    peak = peak_flops(name(device))
-    print(f"{name(device)}, dtype {pick_dtype('auto', device)}, peak {f'{peak / 1e12:g} TFLOPS' if peak else 'not in the table'}")

@@ -1,10 +1,8 @@
 """
 Real benchmarks: our models behind the interface of EleutherAI's lm-eval, which has hundreds of them.
 
-    pip install lm-eval                                                       or the extra: pip install -e '.[lm_eval]'
-    python harness.py out/demo/route_a/ckpt.pt sciq,arc_easy,lambada_openai   one after the other, with 95% intervals
-    python eval_arc.py CKPT --suites=lm_eval:sciq,arc_easy                    the same, in the report beside everything else
-    python harness.py CKPT my_task --include_path=my_tasks                    a task of your own: lm-eval's YAML in my_tasks/
+    pip install lm-eval
+    python eval_arc.py CKPT --suites=lm_eval:sciq,arc_easy      one after the other, with 95% intervals
 
 lm-eval asks three things of a model: how likely is this continuation, how likely is this text, what comes next until one of these words.
 Each text begins with <|endoftext|>, as every document does in training. Greedy, one attempt, no fine-tuning.
@@ -12,23 +10,16 @@ Each text begins with <|endoftext|>, as every document does in training. Greedy,
 lm-eval fetches the benchmarks from the Hugging Face hub when they are first used. Read next: language.py, which needs no network.
 """
 
-import argparse
 import difflib
 import functools
-import json
 import math
-import os
-import sys
 import time
 
 import torch
 from tqdm import tqdm
 
-import checkpoint
 import language
 import tokenizer as tok
-from configurator import positive
-from files import write_whole
 
 try:
     import lm_eval
@@ -134,8 +125,6 @@ def manager(include_path=None, include_defaults=True):
 
 def check(tasks, include_path=None):
     """-> the TaskManager that knows all of these tasks by name. ValueError, with the closest names, for one that there is not."""
-    if include_path and not os.path.isdir(include_path):
-        raise ValueError(f"--include_path={include_path} is no folder: it is where YAML files of lm-eval's tasks lie")
     if include_path and set(tasks) <= set(manager(include_path, include_defaults=False).all_tasks):
         return manager(include_path, include_defaults=False)
     known = manager(include_path)
@@ -174,35 +163,3 @@ def evaluate(model, tasks, limit=None, include_path=None):
                 results.setdefault(task, {})[shown] = {"value": round(float(value), 6), "interval": interval}
     items = {task: counts["effective"] for task, counts in found["n-samples"].items()}
     return {"results": results, "items": items, "seconds": round(time.perf_counter() - started, 3)}
-
-
-def run(args):
-    model, _ = checkpoint.load_model(args.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
-    figures = evaluate(model, args.tasks.split(","), args.limit, args.include_path)
-    for task, metrics in figures["results"].items():
-        for metric, f in metrics.items():
-            interval = "{:.4f} to {:.4f}".format(*f["interval"]) if f["interval"] else ""
-            print(f"{task:32}{metric:24}{f['value']:12.4f}   {interval:20}   {figures['items'].get(task, '')} items")
-    if args.json:
-        write_whole(json.dumps(figures, indent=2).encode(), args.json)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(f"error: {message}; see python harness.py --help")
-    parser.add_argument("checkpoint", metavar="CKPT", help="a ckpt.pt that train.py wrote")
-    parser.add_argument("tasks", metavar="TASKS", help="names of lm-eval's tasks, separated by commas")
-    parser.add_argument("--limit", metavar="N", type=positive, help="only the first N items of each task")
-    parser.add_argument("--include_path", metavar="FOLDER", help="where YAML files of more tasks are")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there")
-    args = parser.parse_args()
-    try:
-        run(args)
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
-
-
-if __name__ == "__main__":
-    main()

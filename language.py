@@ -1,8 +1,7 @@
 """
 The suite `language`: how well does a model read and write text and code? Both routes, in their text mode.
 
-    python language.py out/demo/route_a/ckpt.pt                      the three parts below, as a table and as JSON with --json=FILE
-    python language.py CKPT --data_dir=data --stage=demo --tag=v0.1  another stage than the one the checkpoint was trained on
+    python eval_arc.py out/demo/route_a/ckpt.pt --suites=language
 
   bits per byte     of the validation shards of every text source: the model's surprise, -log2 of the text's probability, for each byte.
                     Unlike the loss in nats per token it does not depend on how text is cut into tokens.
@@ -12,11 +11,8 @@ The suite `language`: how well does a model read and write text and code? Both r
 Every figure has a 95% interval. Read next: language_items.py (the items), sandbox.py, eval_arc.py (which calls evaluate() here).
 """
 
-import argparse
 import contextlib
-import json
 import math
-import sys
 import time
 
 import numpy as np
@@ -24,13 +20,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import checkpoint
 import language_items
 import loader
 import sandbox
 import tokenizer as tok
-from configurator import positive
-from files import write_whole
 from scores import interval
 
 BATCH_TOKENS = 2048    # in one pass through the model: its logits are 50,304 numbers for each
@@ -248,7 +241,7 @@ def evaluate(model, data_dir="data", stage=None, tag=None, limit=None, desc="lan
 
 
 # -----------------------------------------------------------------------------
-# the command
+# for people
 
 
 def table(figures):
@@ -266,37 +259,3 @@ def table(figures):
     lines += [f"  {name:30}{right / total:8.3f}   {'':16}   {right:g} of {total}" for name, (right, total) in q["by_category"].items()]
     lines.append(row("code", c["accuracy"], c["interval"], f"{c['solved']} of {c['total']}"))
     return "\n".join(lines)
-
-
-def run(args):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, ckpt = checkpoint.load_model(args.checkpoint, device)
-    trained = ckpt.get("config") or {}
-    stage = args.stage or trained.get("data")
-    tag = args.tag or (None if args.stage else trained.get("data_tag"))
-    figures = evaluate(model, args.data_dir or trained.get("data_dir") or "data", stage, tag, args.limit)
-    print(table(figures))
-    if args.json:
-        write_whole(json.dumps(figures, indent=2).encode(), args.json)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(f"error: {message}; see python language.py --help")
-    parser.add_argument("checkpoint", metavar="CKPT", help="a ckpt.pt that train.py wrote")
-    parser.add_argument("--data_dir", help="where the stages are (default: as in training)")
-    parser.add_argument("--stage", help="whose validation texts are read (default: the one it was trained on)")
-    parser.add_argument("--tag", help="of that stage (default: as in training)")
-    parser.add_argument("--limit", metavar="N", type=positive, help="only N questions and functions, of all kinds")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there")
-    args = parser.parse_args()
-    try:
-        run(args)
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
-
-
-if __name__ == "__main__":
-    main()

@@ -14,7 +14,7 @@ Every batch has about batch_size * block_size tokens, however long its rows: sho
 Every process goes through the same draws and keeps the batches that are its own, so the batches of a step do not depend on how
 many processes share them. A thread makes the next steps ready while the current one computes (`Ahead`).
 
-Run `python loader.py` to look at a few rows of the demo stage. Before this: prepare.py. Read next: train.py.
+Before this: prepare.py. Read next: train.py.
 """
 
 import contextlib
@@ -29,7 +29,6 @@ import numpy as np
 import torch
 
 import arc
-import configurator
 import sudoku_extreme
 import tokenizer as tok
 from stages import read_manifest, sha256_file
@@ -395,25 +394,3 @@ class Ahead:
         while self.thread.is_alive():
             with contextlib.suppress(queue.Empty):
                 self.ready.get(timeout=0.01)
-
-
-def main():
-    enc = tok.load()
-    for puzzle_format in ("autoregressive", "canvas"):
-        loader = Loader("data", "demo", seed=1, batch_size=4, block_size=256, batches_per_step=1, puzzle_format=puzzle_format)
-        seen = set()
-        while len(seen) < len(loader.sources):
-            (batch,) = loader.next_step()
-            if batch.source not in seen:
-                seen.add(batch.source)
-                row, loss = batch.idx[0], batch.targets[0] != IGNORE
-                print(f"\n{puzzle_format} | {batch.source} | {tuple(batch.idx.shape)} | loss on {int(loss.sum())} tokens of the first row:")
-                print(repr(enc.decode(row[row != tok.PAD].tolist()))[:600])
-
-
-if __name__ == "__main__":
-    configurator.help_only(__doc__)
-    try:
-        main()
-    except (FileNotFoundError, ValueError) as e:
-        raise SystemExit(f"error: {e}") from None

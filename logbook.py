@@ -1,15 +1,12 @@
 """
 log.jsonl: one JSON object a line, each with the step it is of, and the picture of the losses in it.
 
-    python logbook.py out/demo/route_a        draw out/demo/route_a/loss.png anew
-
 train.py writes it; anything that reads JSON can read it. Read next: loop.py, which calls this.
 """
 
 import contextlib
 import json
 import os
-import sys
 
 from files import save_picture, write_whole
 
@@ -79,13 +76,3 @@ def draw_losses(out_dir):
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     save_picture(figure, os.path.join(out_dir, "loss.png"))
-
-
-if __name__ == "__main__":
-    if sys.argv[1:] in (["-h"], ["--help"]):
-        print(__doc__.strip())
-        sys.exit()
-    if len(sys.argv) != 2 or not os.path.isfile(os.path.join(sys.argv[1], "log.jsonl")):
-        sys.exit("error: name a folder that train.py wrote a log.jsonl into: python logbook.py out/demo/route_a")
-    draw_losses(sys.argv[1])
-    print(os.path.join(sys.argv[1], "loss.png"))

@@ -129,7 +129,7 @@ class Revisions:
             except Exception as e:  # noqa: BLE001 (whatever the client raises, it means that the hub did not answer)
                 reason = str(e).strip().split("\n")[0]
                 raise ValueError(f"cannot look up the dataset {repo} on the hub: {reason}; without a network, use --source_dir "
-                                 "(python sources.py says how)") from None  # fmt: skip
+                                 "(the top of sources.py says how)") from None  # fmt: skip
             write(self.path, to_json(self.known))
         return self.known[repo]
 

@@ -1,10 +1,6 @@
 """
 Grid programs: a small language of grid functions, families of tasks written in it, and traces of the programs at work.
 
-    python programs.py                   the language and the families
-    python programs.py FAMILY --n=3      three tasks of a family, their programs, and whether they verify
-    python programs.py --trace           one trace, as the model reads it
-
 A program is a list of steps, each a function of the language with its parameters, and reads as Python:
 
     def solve(grid):
@@ -20,11 +16,9 @@ program from its text and executes it, and what it finds is compared with the ta
 The first 28 functions are those of transforms.py, with their inputs. Read next: sources.py, which gives these a share of a stage.
 """
 
-import argparse
 import ast
 import difflib
 import functools
-import sys
 
 import numpy as np
 
@@ -333,11 +327,6 @@ FAMILIES = {
 }
 
 
-def level(family):
-    """How many steps its programs have."""
-    return len(FAMILIES[family][0])
-
-
 # ---------------------------------------------------------------------------------------------------------------------------------
 # programs
 
@@ -458,37 +447,3 @@ def trace(rng):
     for grid in shown:
         parts += [[tok.OUTPUT], arc.encode_grid(grid)]
     return task, parts, shown[:-1]
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(f"error: {message}; see python programs.py --help")
-    parser.add_argument("family", nargs="?", help="show tasks of this family")
-    parser.add_argument("--n", type=int, default=3, help="how many (default 3)")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--trace", action="store_true", help="show one trace")
-    args = parser.parse_args()
-    rng = np.random.default_rng(args.seed)
-    if args.trace:
-        shown = "".join(p if isinstance(p, str) else tok.load().decode(list(map(int, p))) for p in trace(rng)[1])
-        print(shown.replace("<|row|>", "<|row|>\n"))
-    elif args.family is None:
-        for name, (settings, apply, _) in LANGUAGE.items():
-            print(f"{name}({', '.join(settings[0])}): {' '.join((apply.__doc__ or '').split())}")
-        print()
-        for n in range(1, 1 + max(map(level, FAMILIES))):
-            print(f"level {n}: {', '.join(f for f in FAMILIES if level(f) == n)}")
-    elif args.family not in FAMILIES:
-        closest = difflib.get_close_matches(args.family, FAMILIES, 1, 0)[0]
-        sys.exit(f"error: no family {args.family!r}: the closest is {closest!r}")
-    else:
-        for _ in range(args.n):
-            made, steps = make(rng, args.family)
-            text = program_text(steps)
-            print(f"{text}{'verified' if check(made, text) else 'WRONG'}")
-            for x, y in made.train + made.test:
-                print(arc.ansi_row([("input", x, None), ("output", y, None)]))
-
-
-if __name__ == "__main__":
-    main()

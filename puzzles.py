@@ -2,9 +2,6 @@
 Procedural tasks with verified answers, from sudoku.py, mazes.py, transforms.py and word_problems.py, and the fixed suites of them
 that models are evaluated on.
 
-    python puzzles.py sudoku4 --n=3        print three held-out puzzles, their answers, and whether they verify
-    python puzzles.py --help
-
 Every generator takes a np.random.Generator and nothing else decides what comes out. Every answer has a checker written
 another way round than the generator: sudoku by looking at rows, columns and boxes, not by solving; mazes by counting
 shortest paths layer by layer, not by following parents; arithmetic by parsing the finished text. A transform is checked by
@@ -15,14 +12,11 @@ What is never trained on: the grids in SUDOKU4_HELD_OUT, and the puzzles that he
 Read next: arc.py (how a task becomes tokens), prepare.py (how these puzzles become shards), eval_arc.py (how they are scored).
 """
 
-import argparse
 import difflib
 import hashlib
-import sys
 
 import numpy as np
 
-import arc
 from mazes import check_maze, maze
 from sudoku import SUDOKU4_HELD_OUT, all_sudoku4, check_sudoku, solve_sudoku, sudoku, sudoku4_grids  # noqa: F401 (so that all
 from transforms import TRANSFORMS, check_transform, program_of, transform  # noqa: F401                      puzzles can be had from
@@ -90,35 +84,3 @@ def check(task):
         case "arc":
             return check_transform(task)
     raise ValueError(f"no checker for tasks of kind {task.kind!r}: there are sudoku, maze, arc")
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(f"error: {message}; see python puzzles.py --help")
-    parser.add_argument("suite", metavar="SUITE", help=", ".join(SUITES))
-    parser.add_argument("--n", type=int, default=3, help="how many (default 3)")
-    args = parser.parse_args()
-    try:
-        tasks = heldout(args.suite, args.n)
-    except ValueError as e:
-        sys.exit(f"error: {e}")
-    right = 0
-    for task in tasks:
-        good = check(task)
-        right += good
-        print(f"{task.id}   {'verified' if good else 'WRONG'}")
-        for i, (x, y) in enumerate(task.train, 1):
-            print(arc.ansi_row([(f"demo {i}", x, None), ("output", y, None)]))
-        for x, y in task.test:
-            print(arc.ansi_row([("test" if task.train else "puzzle", x, None), ("answer", y, None)]))
-            if task.kind == "sudoku":       # in digits too: nobody reads a sudoku by colours
-                for given, full in zip(x, y, strict=True):
-                    print(" ".join(str(v or ".") for v in given), "   ", " ".join(map(str, full)))
-        print()
-    print(f"{right} of {len(tasks)} verified")
-    if right < len(tasks):
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,6 @@
 """
 report.html: what an evaluation found, to look at: figures with intervals, curves over training, and every task with every answer.
 
-    python report.py out/demo                   draw out/demo/report.html anew from eval.json, answers.jsonl and evals.jsonl
-    python report.py out/route_b_stage3         a folder that was watched (eval_arc.py --watch): its checkpoints side by side
-
 One file that opens from disk and fetches nothing: report_template.html with the data put in. In it: arrow keys or j and k go through the
 tasks, comma and full stop through Route B's supervision steps; the address names the task, so it can be sent to somebody.
 
@@ -119,17 +116,3 @@ def write(out_dir, json_name="eval.json"):
     path = os.path.join(out_dir, "report.html")
     write_whole(text.encode(), path)
     return path
-
-
-def main():
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        print(__doc__.strip()) if sys.argv[1:] in (["-h"], ["--help"]) else sys.exit("error: name a folder: python report.py out/demo")
-        return
-    try:
-        print(write(sys.argv[1]))
-    except (OSError, ValueError) as e:
-        sys.exit(f"error: {e}")
-
-
-if __name__ == "__main__":
-    main()

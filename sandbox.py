@@ -5,8 +5,6 @@ Running what a model wrote: Python functions and grid programs, in a process of 
     result = sandbox.run_programs([(text, [grid, grid])])[0]        text as programs.py reads it
     result.ok, result.value, result.reason
 
-    python sandbox.py FILE "f(1, 2)"        what a call of a function in FILE gives in here, and which protections this system has
-
 What the process is held by, each on its own:
 
   - It starts in an empty temporary folder without your environment and installed packages, with no open file but three pipes, and as the
@@ -28,7 +26,6 @@ write by accident, and withstands the usual attempts (see tests/test_sandbox.py)
 Read next: language.py and eval_arc.py, which run candidates through this.
 """
 
-import argparse
 import ast
 import builtins
 import ctypes
@@ -358,28 +355,5 @@ def inside_program(programs, text, grid):
     return out.tolist()
 
 
-# -----------------------------------------------------------------------------
-# the command
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(f"error: {message}; see python sandbox.py --help")
-    parser.add_argument("file", help="Python code that a model wrote")
-    parser.add_argument("call", help="an expression with what the file defines")
-    args = parser.parse_args()
-    try:
-        with open(args.file, encoding="utf-8") as f:
-            result = call(f.read(), [args.call])
-    except (OSError, UnicodeDecodeError) as e:
-        sys.exit(f"error: {e}")
-    print(f"held by: {', '.join(protections())}")
-    print(repr(result.value[0]) if result.ok else f"failed: {result.reason}")
-    sys.exit(0 if result.ok else 1)
-
-
-if __name__ == "__main__":
-    if sys.argv[1:] and sys.argv[1].startswith("--inside="):
-        inside(sys.argv[1].split("=")[1])
-    else:
-        main()
+if __name__ == "__main__" and sys.argv[-1].startswith("--inside="):  # the process that _start() makes
+    inside(sys.argv[-1].removeprefix("--inside="))

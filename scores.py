@@ -4,19 +4,12 @@ What counts as right, and how sure one can be: everything between an answer and 
 A *record* is what is kept of one task that a model was asked: a dict, a line of answers.jsonl (eval_arc.py's docstring has its fields).
 Figures are computed from records alone, so it makes no difference to them which process answered, or whether it was killed in between.
 
-    python scores.py out/demo/answers.jsonl        the figures of what has been answered so far
-
 Read next: candidates.py (how a model comes to its attempts), eval_arc.py (the command).
 """
 
-import argparse
-import json
 import math
-import sys
 
 import numpy as np
-
-import logbook
 
 VERDICTS = ("right", "differs", "breaks a rule", "unfinished", "wrong size", "no answer")
 SIZES = (25, 100, 225, 400, 900)  # cells: borders between the bins of accuracy by size
@@ -213,27 +206,3 @@ def submission(records):
     return {r["id"]: [{"attempt_1": attempt(t["attempts"][0]) if t["attempts"] else [[0]],
                        "attempt_2": attempt(t["attempts"][min(1, len(t["attempts"]) - 1)]) if t["attempts"] else [[0]]}
                       for t in r["test"]] for r in records}  # fmt: skip
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(f"error: {message}; see python scores.py --help")
-    parser.add_argument("answers", metavar="FILE", help="an answers.jsonl, or answers.partial0.jsonl of a run that goes on, of eval_arc.py")
-    args = parser.parse_args()
-    try:
-        with open(args.answers, encoding="utf-8"):  # a file that is not there is no empty one
-            records = logbook.read(args.answers)
-        if not records:
-            raise ValueError("there is no answer in it")
-        suites = {}
-        for r in records:
-            suites.setdefault((r["model"], r["suite"]), []).append(r)
-        found = {names: figures(part, 2 if part[0]["kind"] == "arc" else 1) for names, part in suites.items()}
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        sys.exit(f"error: {args.answers} cannot be read as answers ({type(e).__name__}: {e})")
-    for (model, suite), figure in found.items():
-        print(model, suite, json.dumps(figure))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,6 @@
 """
 Where documents come from: one short entry per source, and how its rows are read, from the hub, from local files, or generated.
 
-    python sources.py                          the table
-    python sources.py NAME [--source_dir=DIR]  the first documents of one source
-
 A source says in which group it belongs, under which licence it is, how a row of it becomes a document, and which rules it must pass
 (curate.py). To add one, add an entry here and give it a share in STAGES. A document is one of
 
@@ -34,7 +31,6 @@ writes it to data/metadata/revisions.json, and all later builds in that folder u
 Read next: curate.py, what is kept of these; pipeline.py, how it becomes shards.
 """
 
-import argparse
 import ast
 import contextlib
 import csv
@@ -47,7 +43,6 @@ import itertools
 import json
 import re
 import reprlib
-import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -215,7 +210,7 @@ def arc_eval_demo(rng, index):
 # ---------------------------------------------------------------------------------------------------------------------------------
 # the table. Columns, splits and licences are those of the datasets' cards on the hub, as far as a copy of the card could be read; where it
 # could not, the entry says what was seen instead. Nothing was downloaded to check. A wrong column stops the build at the first row,
-# naming the columns that there are; python sources.py NAME shows the first documents.
+# naming the columns that there are.
 
 SOURCES = {
     "fineweb_edu": Source("web", "ODC-By-1.0", column("text"), "prose", repo="HuggingFaceFW/fineweb-edu", config="sample-10BT"),
@@ -614,38 +609,3 @@ def to_document(name, where, row, first=True):
         return source.document(*row)
     document = from_row(name, source.document, row, first)
     return "" if document is None else document
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(f"error: {message}; see python sources.py --help")
-    parser.add_argument("name", nargs="?", metavar="NAME", help="of a source; without it, the table")
-    parser.add_argument("--source_dir", metavar="DIR", help="read DIR/NAME/* in place of the hub")
-    args = parser.parse_args()
-    if args.name is None:
-        for name, s in SOURCES.items():
-            print(f"{name:18}{s.group:7}{s.kind:8}{s.profile:10}{s.repo or 'generated':50}{s.licence}")
-        return
-    if args.name not in SOURCES:
-        sys.exit(f"error: no source {args.name!r}: there are {', '.join(SOURCES)}")
-    try:
-        files = local_files(args.source_dir, args.name) if args.source_dir else []
-        where = {"files": files} if files else {"revision": "main"}
-        encoder = tok.load()
-        for origin, row in itertools.islice(open_rows(args.name, where, 1, 0, None), 3):
-            print(f"--- {args.name} {origin}")
-            try:
-                task, _, parts = instantiate(to_document(args.name, where, row, is_first(origin)))
-            except OddRow as e:
-                print(f"dropped as {e.rule}: {e}")
-                continue
-            if task is not None:
-                for x, y in task.train + task.test:
-                    print(arc.ansi_row([("input", x, None), ("output", y, None)]))
-            print("".join(p if isinstance(p, str) else encoder.decode(np.atleast_1d(p).tolist()) for p in parts)[:2000])
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,6 @@
 """
 What is asked: every suite of tasks, always the same ones in the same order, and the names by which they are called.
 
-    python suites.py                     the suites there are on this machine
-    python suites.py sudoku9_hard        its first tasks
-
 arc1, arc2        ARC-AGI-1's evaluation set (400 tasks), ARC-AGI-2's public evaluation set (120)
 sudoku            sudoku4; sudoku9, sudoku9_medium, sudoku9_hard (30, 42 and 54 blanks); sudoku_extreme where its file is there
 maze              7x7 mazes; maze_hard (30x30) where its file is there
@@ -19,12 +16,10 @@ A task of a suite in words is an arc.Task with texts in place of grids: test = [
 Read next: puzzles.py and graphs.py, which make most of these; eval_arc.py, which asks.
 """
 
-import argparse
 import csv
 import difflib
 import functools
 import os
-import sys
 
 import numpy as np
 
@@ -126,27 +121,3 @@ def logic():
         question = text[: text.index("\nSolution:")]
         tasks.append(arc.Task(f"logic-{i:04d}", "logic", [], [(question, str(answer))]))
     return tasks
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(f"error: {message}; see python suites.py --help")
-    parser.add_argument("suite", nargs="?", help="whose first tasks are shown (default: a list of all suites)")
-    args = parser.parse_args()
-    if args.suite is None:
-        for name in SUITES:
-            print(f"{name:16s} {len(load(name)):4d} tasks" if found(name) else f"{name:16s} not there: put its test.csv into {RAW}/{name}")
-        return
-    try:
-        tasks = load(args.suite)
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    for task in tasks[:3]:
-        print(f"\n{task.id}")
-        for title, pairs in (("demonstration", task.train), ("test", task.test)):
-            for x, y in pairs:
-                print(f"{x}\n-> {y}" if isinstance(x, str) else arc.ansi_row([(title, x, None), ("output", y, None)]))
-
-
-if __name__ == "__main__":
-    main()

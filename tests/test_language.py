@@ -3,7 +3,6 @@ import ast
 import json
 import math
 import re
-import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -233,17 +232,3 @@ def test_the_interval_of_a_ratio():
         hits += low <= 2.0 <= high
     assert 0.9 < hits / 400 < 0.985
     assert language.ratio_interval(np.array([3.0]), np.array([1])) is None
-
-
-def test_command(tmp_path, monkeypatch, capsys):
-    model, path = tiny("dense"), str(tmp_path / "ckpt.pt")
-    checkpoint.save({"format": checkpoint.CHECKPOINT_FORMAT, "model": "dense", "model_config": dict(vars(model.config)),
-                     "weights": model.state_dict(), "ema": None, "tokenizer": tok.fingerprint(), "train": {}}, path)  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["language.py", path, "--limit=1", f"--json={tmp_path / 'figures.json'}"])
-    language.main()
-    assert "questions" in capsys.readouterr().out
-    assert json.loads((tmp_path / "figures.json").read_text())["questions"]["total"] == 1
-    monkeypatch.setattr(sys, "argv", ["language.py", str(tmp_path / "none.pt")])
-    with pytest.raises(SystemExit) as e:
-        language.main()
-    assert str(e.value).startswith("error: ") and len(str(e.value).splitlines()) == 1

@@ -533,29 +533,3 @@ def test_check_refuses_a_sudoku_with_two_answers():
     assert check_sudoku(*task.test[0]) and not check(task)
     with pytest.raises(ValueError, match="no checker"):
         check(Task("", "logic", [], task.test))
-
-
-def test_command_shows_puzzles():
-    done = subprocess.run([sys.executable, puzzles.__file__, "sudoku4", "--n=2"], capture_output=True, text=True, check=True)
-    assert "2 of 2 verified" in done.stdout
-    answer = heldout("sudoku4", 2)[1].test[0][1]
-    assert all(" ".join(map(str, row)) in done.stdout for row in answer)
-
-
-@pytest.mark.parametrize("suite", SUITES)
-def test_command_shows_every_suite(suite, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["puzzles.py", suite, "--n=1"])
-    puzzles.main()
-    shown = capsys.readouterr().out
-    assert shown.startswith(f"{suite}-0000") and shown.endswith("1 of 1 verified\n")
-
-
-@pytest.mark.parametrize("args,says", [(["mazes"], "did you mean 'maze'"), (["maze", "--n=many"], "--n"), ([], "SUITE"),
-                                       (["maze", "--n=-1"], "there are 50"), (["maze", "--n=51"], "there are 50")])
-def test_command_explains_mistakes(args, says, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["puzzles.py", *args])
-    with pytest.raises(SystemExit) as stop:
-        puzzles.main()
-    # a string is what Python prints to stderr before it ends with exit code 1
-    assert isinstance(stop.value.code, str) and stop.value.code.startswith("error: ") and says in stop.value.code
-    assert "\n" not in stop.value.code and not capsys.readouterr().out

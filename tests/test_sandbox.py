@@ -208,15 +208,3 @@ def test_a_program_that_takes_too_long_is_stopped_alone():
     good = program(("transpose", {"anti": 0})), [grid]
     results = sandbox.run_programs([good, slow, good], seconds=1)
     assert [r.ok for r in results] == [True, False, True] and "more than 1 s" in results[1].reason
-
-
-def test_command(tmp_path):
-    (tmp_path / "code.py").write_text("def f(a, b):\n    return a * b\n")
-
-    def command(call):
-        return subprocess.run([sys.executable, "sandbox.py", str(tmp_path / "code.py"), call], cwd=ROOT, capture_output=True, text=True)
-
-    done = command("f(6, 7)")
-    assert done.returncode == 0 and done.stdout.endswith("\n42\n")
-    done = command("f(6)")
-    assert done.returncode == 1 and "failed: TypeError" in done.stdout

