@@ -12,15 +12,12 @@ import html
 import json
 import math
 import os
-import sys
 
 import arc
 import logbook
 from files import write_whole
 
-# Beside this file in a checkout; in the environment when the project is installed
-TEMPLATES = [os.path.join(folder, "report_template.html")
-             for folder in (os.path.dirname(os.path.abspath(__file__)), os.path.join(sys.prefix, "share", "smol-llm"))]
+TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "report_template.html")
 WATCHED = 6  # checkpoints of a watched folder that are put side by side: the last ones
 LEFT_OUT = ("config", "model_config", "suites")  # of a model's report: nobody looks for them here
 
@@ -100,10 +97,7 @@ def finite(value):
 
 def page(data, title):
     """-> the HTML. Whatever is in `data`, it cannot end the script element that it stands in."""
-    template = next((path for path in TEMPLATES if os.path.isfile(path)), None)
-    if template is None:
-        raise FileNotFoundError(f"the template of the report is missing: {' or '.join(TEMPLATES)}")
-    with open(template, encoding="utf-8") as f:
+    with open(TEMPLATE, encoding="utf-8") as f:
         before, after = f.read().replace("$TITLE$", html.escape(title)).split("$DATA$</script>")
     return before + json.dumps(finite(data), separators=(",", ":")).replace("<", "\\u003c") + "</script>" + after
 

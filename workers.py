@@ -99,7 +99,7 @@ def ray_workers(num_proc, address):
     try:
         import ray
     except ImportError:
-        raise ValueError("--engine=ray needs Ray: pip install 'smol-llm[ray]'") from None
+        raise ValueError("--engine=ray needs Ray: pip install ray") from None
     paths = [str(Path(__file__).resolve().parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     here = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
     if address:

@@ -188,7 +188,7 @@ def test_a_document_is_dropped_by_the_rule_it_breaks(text, profile, rule):
     assert verdicts == [None, None, None, rule, None, None, None]
 
 
-# ---- the rules, beside datatrove's (pip install .[curation] for those tests that need it)
+# ---- the rules, beside datatrove's (pip install datatrove regex for those tests that need it)
 
 TEXT = """The ferry leaves the harbour at nine and comes back with the evening tide.
 Nobody had told the new captain that the old bridge was closed to carts.

@@ -17,15 +17,6 @@ def pins(name):
     return found
 
 
-def test_a_wheel_has_every_file_and_every_config():
-    tomllib = pytest.importorskip("tomllib")  # Python 3.11
-    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert sorted(setuptools["py-modules"]) == sorted(path.stem for path in ROOT.glob("*.py"))
-    shipped = {file for patterns in setuptools["data-files"].values() for pattern in patterns for file in ROOT.glob(pattern)}
-    needed = {*ROOT.glob("config/*.py"), *ROOT.glob("*.html")}
-    assert shipped == needed
-
-
 def test_kaggle_has_the_same_versions_but_for_pytorch():
     usual, kaggle = pins("requirements.txt"), pins("requirements-kaggle.txt")
     differ = {package for package, marker in usual.keys() ^ kaggle.keys()}
