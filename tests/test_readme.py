@@ -142,7 +142,7 @@ def test_what_the_commands_and_the_text_name_is_there():
 # One process runs them all, one after another, each as the main program: PyTorch is imported once. kda.py goes first: run again as
 # the main program it would register its operation once more, which frees the first one under whoever imported it.
 RUNNER = """
-import io, json, os, runpy, sys, traceback
+import gc, json, os, runpy, sys
 sys.path.insert(0, os.getcwd())
 for words in json.load(open(sys.argv[1])):
     print("$", *words, flush=True)
@@ -153,6 +153,7 @@ for words in json.load(open(sys.argv[1])):
         if e.code not in (None, 0):
             print(e.code, file=sys.stderr)
             sys.exit(f"FAILED: {' '.join(words)}")
+    gc.collect()  # a run's lock on its folder goes with its globals, as it would with its process
 """
 
 
