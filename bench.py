@@ -14,7 +14,8 @@ Every speed claim, measured beside what it is compared with, in the same run.
 
 Milliseconds are medians, contenders take turns. Runs on the GPU where there is one, else on all CPU cores; with OMP_NUM_THREADS=1
 milliseconds are those that the process was given, so that other jobs on the machine count less. Rivals that are not installed are left out
-(`pip install fla-core==0.6.0 einops` brings flash-linear-attention). Figures worth keeping go into LOG.md with their date and machine.
+(`pip install fla-core==0.6.0 einops` brings flash-linear-attention). Figures worth keeping go into LOG.md with
+their date and machine.
 
 Here: kda, and the command line. Read next: bench_train.py, bench_models.py, bench_answer.py, bench_recursion.py, bench_prepare.py.
 """

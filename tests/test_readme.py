@@ -50,7 +50,7 @@ NOT_RUN = {
     r"prepare\.py (stage1|push|pull|freeze|show|verify stage1)": "a corpus, the hub: test_pipeline.py, test_hub.py",
     r"publish\.py": "the hub: test_publish.py, against a local one",
     r"eval_arc\.py .*(--augment|--tasks|--watch)": "test_eval.py, test_candidates.py: minutes, my_tasks is yours, --watch has no end",
-    r"--suites=(language|lm_eval)": "test_language.py, test_harness.py: hundreds of items; lm-eval is not installed everywhere",
+    r"--suites=(language|lm_eval)": "hundreds of items, lm-eval: test_language.py, test_harness.py",
     r"^python distill\.py .*distill_route_a": "100M parameters and a teacher: test_distill.py",
     r"sudoku_extreme": "hours, and the hub: test_sudoku_extreme.py",
     r"bench(_distill)?\.py": "minutes of measuring: test_bench.py, test_bench_models.py",
