@@ -313,37 +313,6 @@ def write_log(entry):
         loop.write_log(entry, log_path, say, tracked)
 
 
-def advice_on_memory(batch):
-    """After memory ran out at a batch: try halves of it, beside what the optimizer will need, and say what fits."""
-    net.zero_grad(set_to_none=True)
-    carries.clear()
-    reserved = [torch.empty_like(p) for p in net.parameters() for _ in range(2)] if not any(o.state for o in optimizers) else []
-    rows = len(batch.idx)
-    fits = False
-    while rows > 1 and not fits:
-        rows //= 2
-        if device_type == "cuda":
-            torch.cuda.empty_cache()
-        try:
-            some = slice(rows + rows // 8)  # with a little to spare: memory is never used to its last byte
-            with autocast:
-                loss = net(batch.idx[some].to(device), batch.targets[some].to(device), mode=batch.mode)[1]
-            loss.backward()
-            fits = True
-        except RuntimeError as e:
-            if not hardware.out_of_memory(e):
-                raise
-        net.zero_grad(set_to_none=True)
-    del reserved
-    smaller = batch_size * rows // len(batch.idx)
-    if fits and smaller:
-        more = -(-batch_size // smaller)
-        same = "the same global batch" if smaller * more == batch_size else "about the same global batch"
-        return f"--batch_size={smaller} --gradient_accumulation_steps={gradient_accumulation_steps * more} fits (just tried), and is {same}"
-    other = "" if net.config.recompute else ", or try --recompute=True"
-    return f"no smaller batch_size fits: lower block_size, take a smaller model{other}"
-
-
 # ---- ready
 if compile is True or (compile == "auto" and device_type == "cuda"):
     compile = loop.compile_blocks(net, loader, autocast, scaler, device, say)
@@ -410,7 +379,7 @@ while iteration < max_iters:
     for group in (group for o in optimizers for group in o.param_groups):
         group["lr"] = lr
     batches = ahead.next_step()
-    losses, tokens, flops, new_carries, too_much = [], 0, 0.0, {}, None
+    losses, tokens, flops, new_carries = [], 0, 0.0, {}
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1  # gradients of the processes are averaged once, after the last batch
         number, length = batch.key
@@ -424,18 +393,15 @@ while iteration < max_iters:
         except RuntimeError as e:
             if not hardware.out_of_memory(e):
                 raise
-            too_much = batch  # handled below: here, the exception still holds on to memory
-            break
+            recomputing = "" if net.config.recompute else "--recompute=True, "
+            stop(f"out of memory on {card}, process {rank}, in a {batch.mode} batch of {len(batch.idx)} x "
+                 f"{batch.idx.shape[1]} tokens: a smaller --batch_size with more --gradient_accumulation_steps, "
+                 f"{recomputing}or a lower --block_size takes less", everyone=False)  # fmt: skip
         if carry is not None:
             new_carries[key] = loop.moved(carry, "cpu")
         losses.append(loss.detach())
         tokens += batch.tokens
         flops += batch.tokens * net.flops_per_token(idx.shape[1], batch.mode, training=True)
-    if too_much is not None:
-        idx = targets = loss = carry = None
-        new_carries.clear()
-        stop(f"out of memory on {card}, process {rank}, in a {batch.mode} batch of {len(batch.idx)} x {batch.idx.shape[1]} tokens; "
-             + advice_on_memory(too_much), everyone=False)  # fmt: skip
     for o in optimizers:
         scaler.unscale_(o)
     grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or math.inf).item()
