@@ -81,9 +81,6 @@ def faulty(optimizer, *args, **kwargs):
         p = optimizer.param_groups[0]["params"][5]
         with torch.no_grad():
             p.view(-1)[7] = torch.nextafter(p.view(-1)[7], torch.tensor(9.0))  # the last bit of one weight
-    if fault == "spike" and calls[0] == 55:
-        with torch.no_grad():
-            optimizer.param_groups[0]["params"][0].normal_(std=5)  # the embedding
 
 torch.optim.AdamW.step = faulty
 unscale = torch.amp.GradScaler.unscale_
@@ -246,6 +243,9 @@ def test_killed_at_any_moment_again_and_again(finished, data, tmp_path):
 def test_the_same_command_goes_on_and_the_run_is_the_same_to_the_last_bit(finished, data, tmp_path):
     settings, out = finished
     killed_after_step_4(tmp_path, command(data, tmp_path, *settings))
+    saved = checkpoint.load(tmp_path / "ckpt.pt")
+    saved["train"]["usual"] = {"stdlib": [4, 5.0, 0.5]}  # earlier versions kept the mean loss of each source
+    checkpoint.save(saved, tmp_path / "ckpt.pt")
     run = train(data, tmp_path, *settings)
     assert run.returncode == 0, run.stderr
     assert f"going on after step 4 of {tmp_path}/ckpt.pt, with demo:None in {data}/" in run.stdout, run.stdout
@@ -334,15 +334,6 @@ def test_a_gradient_that_is_not_finite_costs_its_step_only(data, tmp_path):
     assert saved["train"]["skipped"] == 2 and saved["train"]["iter"] == 8
     for weights in (saved["weights"], saved["ema"]):
         assert all(torch.isfinite(w).all() for w in weights.values())
-
-
-def test_a_loss_that_jumps_is_told(data, tmp_path):
-    settings = ["--max_iters=57", "--eval_interval=57", "--log_interval=20", "--mixture={'sudoku4': 1}", "--learning_rate=1e-3"]
-    run = train_with_fault("spike", tmp_path, data, tmp_path / "out", *settings)
-    assert run.returncode == 0, run.stderr
-    assert "step 56: the loss jumped to" in run.stdout and "step 55" not in run.stdout, run.stdout
-    entries = [json.loads(line) for line in open(tmp_path / "out" / "log.jsonl")]
-    assert [e["iter"] for e in entries if "spike" in e][0] == 56
 
 
 @pytest.mark.parametrize("finished", ["dense"], indirect=True)
