@@ -8,7 +8,6 @@ The evaluation: how many unseen tasks does a checkpoint solve, exactly, and what
     python eval_arc.py CKPT --suites=arc1 --augment=11 --n_sup=2 --halt=0.9      Route B: many views, few steps, the cheapest votes
     python eval_arc.py CKPT --tasks=my_tasks                           your own ARC-style JSON files
     python eval_arc.py CKPT --tasks=X_challenges.json                  Kaggle's, with X_solutions.json
-    python eval_arc.py out/route_b_stage3 --watch                      every new checkpoint of a folder; curves in evals.png
     torchrun --nproc_per_node=2 eval_arc.py CKPT ...                   the same answers from two GPUs
 
 The suites are in suites.py. A task is solved when all its test outputs are right in every cell and in size; two attempts at each output
@@ -647,7 +646,7 @@ def main():
     about = __doc__[: __doc__.index("eval.json: {model name")] + "The top of eval_arc.py tells what these files hold, field by field."
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"error: {message}; see python eval_arc.py --help")
-    parser.add_argument("checkpoints", metavar="CKPT", nargs="+", help="a ckpt.pt that train.py wrote; with --watch, a folder of them")
+    parser.add_argument("checkpoints", metavar="CKPT", nargs="+", help="a ckpt.pt that train.py wrote")
     group = parser.add_argument_group("what is asked")
     group.add_argument("--suites", metavar="NAMES", help=f"separated by commas (default: all that are there): {suites.ALL}")
     group.add_argument("--tasks", metavar="PATH",
@@ -672,22 +671,13 @@ def main():
     group.add_argument("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU where there is one)")
     group.add_argument("--dtype", metavar="NAME", default="auto",
                        help="float32, bfloat16, float16 (default: as train.py would choose; float32 on a CPU)")  # fmt: skip
-    group.add_argument("--watch", action="store_true", help="evaluate every new checkpoint of a folder, until you press Ctrl-C")
     parser.add_argument("--ends_with_stdin", action="store_true", help=argparse.SUPPRESS)  # of loop.py
     args = parser.parse_args()
     if args.ends_with_stdin:
         threading.Thread(target=end_with_stdin, daemon=True).start()
     try:
-        if args.watch and parallel.world_size > 1:
-            raise ValueError("--watch is for one process: leave torchrun out")
-        if args.watch:
-            import watch
-
-            what_is_asked(args)  # a mistake ends the command, and not one evaluation after the other
-            watch.watch(args, run)
-        else:
-            run(args)
-            parallel.end()
+        run(args)
+        parallel.end()
     except (ValueError, OSError) as e:
         if parallel.world_size > 1:
             parallel.stop(e)

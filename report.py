@@ -7,7 +7,6 @@ tasks, comma and full stop through Route B's supervision steps; the address name
 eval_arc.py writes it after every evaluation; its docstring says what is in the files it is drawn from. Read next: report_template.html.
 """
 
-import glob
 import html
 import json
 import math
@@ -18,7 +17,6 @@ import logbook
 from files import write_whole
 
 TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "report_template.html")
-WATCHED = 6  # checkpoints of a watched folder that are put side by side: the last ones
 LEFT_OUT = ("config", "model_config", "suites")  # of a model's report: nobody looks for them here
 
 
@@ -28,21 +26,15 @@ def gather(out_dir, json_name="eval.json"):
     history: [{name, points: [{iter, suites: {suite: {solved, total, interval}}}]}], palette}. FileNotFoundError where there is nothing to
     draw, ValueError for a damaged file, both in one line.
     """
-    folders = [(out_dir, None)]
-    if not os.path.isfile(os.path.join(out_dir, json_name)):
-        watched = glob.glob(os.path.join(glob.escape(out_dir), "evals", "*", json_name))  # of evals/STEP-HASH/
-        found = [(os.path.basename(path).split("-")[0], path) for path in map(os.path.dirname, watched)]
-        folders = [(path, step) for step, path in sorted((int(step), path) for step, path in found if step.isdecimal())[-WATCHED:]]
     models, tasks, logs = [], {}, {}
-    for folder, step in folders:
-        report = read_json(os.path.join(folder, json_name))
-        names = {name: f"{name}, step {step}" if step is not None else name for name in report}
+    if os.path.isfile(os.path.join(out_dir, json_name)):
+        report = read_json(os.path.join(out_dir, json_name))
         for name, r in report.items():
-            models.append({**{k: v for k, v in r.items() if k not in LEFT_OUT}, "name": names[name], "suites": r.get("suites") or {}})
-            if step is None and r.get("checkpoint"):
+            models.append({**{k: v for k, v in r.items() if k not in LEFT_OUT}, "name": name, "suites": r.get("suites") or {}})
+            if r.get("checkpoint"):
                 logs[name] = os.path.join(os.path.dirname(r["checkpoint"]) or ".", "evals.jsonl")
-        for record in logbook.read(os.path.join(folder, "answers.jsonl")):
-            add(tasks, record, names)
+        for record in logbook.read(os.path.join(out_dir, "answers.jsonl")):
+            add(tasks, record, report)
     if not logs or os.path.join(out_dir, "evals.jsonl") not in logs.values():
         logs.setdefault(os.path.basename(os.path.abspath(out_dir)), os.path.join(out_dir, "evals.jsonl"))
     history = [{"name": name, "points": points} for name, path in logs.items() if (points := read_history(path))]
@@ -52,13 +44,13 @@ def gather(out_dir, json_name="eval.json"):
 
 
 def add(tasks, record, names):
-    """Put a line of answers.jsonl with the other models' answers to the same task. names: {model: the name it is shown under}."""
+    """Put a line of answers.jsonl with the other models' answers to the same task. names: of the models in the report."""
     if not {"model", "suite", "id", "test"} <= record.keys() or record["model"] not in names:
         return
     task = tasks.setdefault((record["suite"], record["id"]), {
         "suite": record["suite"], "id": record["id"], "kind": record.get("kind"), "demonstrations": record.get("demonstrations") or [],
         "test": [{"input": t.get("input"), "expected": t.get("expected")} for t in record["test"]], "answers": {}})  # fmt: skip
-    task["answers"][names[record["model"]]] = {
+    task["answers"][record["model"]] = {
         "solved": record.get("solved"), "too_long": record.get("too_long"),
         "test": [{k: v for k, v in t.items() if k not in ("input", "expected", "right", "candidates")} for t in record["test"]],
     }  # fmt: skip

@@ -250,13 +250,13 @@ if average is not None and started_from is not None:
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 autocast = torch.autocast(device_type, dtype=getattr(torch, dtype)) if dtype != "float32" else contextlib.nullcontext()
 iteration, trained_seconds, trained_tokens, val_losses, val_loss, carries = 0, 0.0, 0, {}, None, {}
-skipped, skipped_in_a_row, usual = 0, 0, {}  # usual: {source: [steps, mean loss, mean distance from it]}
+skipped, skipped_in_a_row = 0, 0
 changed, began_with, saved_step = [], start_path, None  # saved_step: of this run's checkpoint in out_dir
 if resumed:
     state = started_from["train"]
     saved_step, began_with = state["iter"], state.get("began_with")
     iteration, trained_seconds, trained_tokens = state["iter"], state["seconds"], state["tokens"]
-    val_losses, val_loss, usual = state["val_losses"], state["val_loss"], state["usual"]
+    val_losses, val_loss = state["val_losses"], state["val_loss"]
     skipped, skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
     if state["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
@@ -297,7 +297,7 @@ def save_checkpoint():
     train = {**figures(), "loader": ahead.state, "optimizer_name": optimizer,
              "optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict(),
              "rng": loop.random_states(device_type), "carries": loop.everyones_carries(carries, device), "skipped": skipped,
-             "skipped_in_a_row": skipped_in_a_row, "usual": usual, "began_with": began_with}  # fmt: skip
+             "skipped_in_a_row": skipped_in_a_row, "began_with": began_with}  # fmt: skip
     keep = saved_step is not None
     return loop.save_checkpoint(ckpt_path, net, model, config, average, train, device, say, keep)
 
@@ -311,37 +311,6 @@ def diverged(what):
 def write_log(entry):
     if master:
         loop.write_log(entry, log_path, say, tracked)
-
-
-def advice_on_memory(batch):
-    """After memory ran out at a batch: try halves of it, beside what the optimizer will need, and say what fits."""
-    net.zero_grad(set_to_none=True)
-    carries.clear()
-    reserved = [torch.empty_like(p) for p in net.parameters() for _ in range(2)] if not any(o.state for o in optimizers) else []
-    rows = len(batch.idx)
-    fits = False
-    while rows > 1 and not fits:
-        rows //= 2
-        if device_type == "cuda":
-            torch.cuda.empty_cache()
-        try:
-            some = slice(rows + rows // 8)  # with a little to spare: memory is never used to its last byte
-            with autocast:
-                loss = net(batch.idx[some].to(device), batch.targets[some].to(device), mode=batch.mode)[1]
-            loss.backward()
-            fits = True
-        except RuntimeError as e:
-            if not hardware.out_of_memory(e):
-                raise
-        net.zero_grad(set_to_none=True)
-    del reserved
-    smaller = batch_size * rows // len(batch.idx)
-    if fits and smaller:
-        more = -(-batch_size // smaller)
-        same = "the same global batch" if smaller * more == batch_size else "about the same global batch"
-        return f"--batch_size={smaller} --gradient_accumulation_steps={gradient_accumulation_steps * more} fits (just tried), and is {same}"
-    other = "" if net.config.recompute else ", or try --recompute=True"
-    return f"no smaller batch_size fits: lower block_size, take a smaller model{other}"
 
 
 # ---- ready
@@ -410,7 +379,7 @@ while iteration < max_iters:
     for group in (group for o in optimizers for group in o.param_groups):
         group["lr"] = lr
     batches = ahead.next_step()
-    losses, tokens, flops, new_carries, too_much = [], 0, 0.0, {}, None
+    losses, tokens, flops, new_carries = [], 0, 0.0, {}
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1  # gradients of the processes are averaged once, after the last batch
         number, length = batch.key
@@ -424,18 +393,15 @@ while iteration < max_iters:
         except RuntimeError as e:
             if not hardware.out_of_memory(e):
                 raise
-            too_much = batch  # handled below: here, the exception still holds on to memory
-            break
+            recomputing = "" if net.config.recompute else "--recompute=True, "
+            stop(f"out of memory on {card}, process {rank}, in a {batch.mode} batch of {len(batch.idx)} x "
+                 f"{batch.idx.shape[1]} tokens: a smaller --batch_size with more --gradient_accumulation_steps, "
+                 f"{recomputing}or a lower --block_size takes less", everyone=False)  # fmt: skip
         if carry is not None:
             new_carries[key] = loop.moved(carry, "cpu")
         losses.append(loss.detach())
         tokens += batch.tokens
         flops += batch.tokens * net.flops_per_token(idx.shape[1], batch.mode, training=True)
-    if too_much is not None:
-        idx = targets = loss = carry = None
-        new_carries.clear()
-        stop(f"out of memory on {card}, process {rank}, in a {batch.mode} batch of {len(batch.idx)} x {batch.idx.shape[1]} tokens; "
-             + advice_on_memory(too_much), everyone=False)  # fmt: skip
     for o in optimizers:
         scaler.unscale_(o)
     grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or math.inf).item()
@@ -474,28 +440,21 @@ while iteration < max_iters:
         if skipped_in_a_row >= max_skipped:
             diverged(f"{skipped_in_a_row} steps in a row had a loss or gradient that is not finite, the last "
                      f"is step {iteration}")  # fmt: skip
-    else:
-        steps, mean, spread = usual.get(source, (0, loss, 0.0))
-        if steps >= 50 and loss > mean + max(8 * spread, 0.5):
-            say(f"step {iteration}: the loss jumped to {loss:.3f} on {source}, where {mean:.3f} is usual")
-            write_log({"iter": iteration, "spike": loss, "usual": mean, "source": source})
-        rate = max(0.02, 1 / (steps + 1))
-        usual[source] = [steps + 1, mean + rate * (loss - mean), spread + rate * (abs(loss - mean) - spread)]
-        if iteration % log_interval == 0 or iteration == max_iters:
-            entry = {
-                "iter": iteration, "loss": loss, "source": source, "lr": lr, "grad_norm": grad_norm, "tokens": trained_tokens,
-                "seconds": round(trained_seconds, 3), "tokens_per_second": round(since_log["tokens"] / since_log["seconds"], 1),
-                "mfu": round(since_log["flops"] / since_log["seconds"] / world_size / peak, 4) if peak else None,
-                "memory_gb": round(hardware.peak_memory(device) / 1e9, 3),
-                "data_wait": round(since_log["waited"] / since_log["seconds"], 4),
-                "eta_hours": round((max_iters - iteration) * since_log["seconds"] / since_log["steps"] / 3600, 3), "skipped": skipped,
-            }  # fmt: skip
-            write_log(entry)
-            run_log.append(entry)
-            say(f"step {iteration}: loss {loss:.3f} ({source}), lr {lr:.2e}, gradient {grad_norm:.2f}, {entry['tokens_per_second']:,.0f} "
-                f"tokens/s, " + (f"MFU {entry['mfu']:.1%}, " if peak else "") + f"{entry['memory_gb']:.2f} GB, data wait "
-                f"{entry['data_wait']:.1%}, {entry['eta_hours']:.2f} h to go")  # fmt: skip
-            since_log = dict.fromkeys(since_log, 0)
+    elif iteration % log_interval == 0 or iteration == max_iters:
+        entry = {
+            "iter": iteration, "loss": loss, "source": source, "lr": lr, "grad_norm": grad_norm, "tokens": trained_tokens,
+            "seconds": round(trained_seconds, 3), "tokens_per_second": round(since_log["tokens"] / since_log["seconds"], 1),
+            "mfu": round(since_log["flops"] / since_log["seconds"] / world_size / peak, 4) if peak else None,
+            "memory_gb": round(hardware.peak_memory(device) / 1e9, 3),
+            "data_wait": round(since_log["waited"] / since_log["seconds"], 4),
+            "eta_hours": round((max_iters - iteration) * since_log["seconds"] / since_log["steps"] / 3600, 3), "skipped": skipped,
+        }  # fmt: skip
+        write_log(entry)
+        run_log.append(entry)
+        say(f"step {iteration}: loss {loss:.3f} ({source}), lr {lr:.2e}, gradient {grad_norm:.2f}, {entry['tokens_per_second']:,.0f} "
+            f"tokens/s, " + (f"MFU {entry['mfu']:.1%}, " if peak else "") + f"{entry['memory_gb']:.2f} GB, data wait "
+            f"{entry['data_wait']:.1%}, {entry['eta_hours']:.2f} h to go")  # fmt: skip
+        since_log = dict.fromkeys(since_log, 0)
     if sync_check_interval and (iteration % sync_check_interval == 0 or iteration == max_iters):
         check_in_sync(loss, grad_norm)
     evaluation.collect()

@@ -20,7 +20,6 @@ import puzzles
 import report as report_page
 import scores
 import suites
-import watch
 from candidates import Candidate, Given
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -439,37 +438,6 @@ def test_the_report_says_what_was_known_of_the_tasks(sources, steps, protocol):
     assert report["protocol"] == protocol and report["data"] == {"stage": "s", "tag": "t", "snapshot": None, "sources": sources}
 
 
-def test_watching_a_folder(checkpoints, tmp_path, monkeypatch, capsys):
-    """A checkpoint that is there, one that replaces it, one that is none, and the same again."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    states = iter(["first", "bad", "second", "same", "end"])
-
-    def next_state(seconds):
-        match next(states):
-            case "first":
-                (folder / "ckpt.pt").write_bytes(open(checkpoints[0], "rb").read())
-            case "bad":
-                (folder / "notes.pt").write_text("no checkpoint")
-            case "second":
-                save(folder / "ckpt.pt", "dense", {"iter": 9}, block_size=128)
-            case "same":
-                (folder / "copy.pt").write_bytes((folder / "ckpt.pt").read_bytes())
-            case "end":
-                raise KeyboardInterrupt
-
-    monkeypatch.setattr(watch.time, "sleep", next_state)
-    with pytest.raises(SystemExit, match="stopped"):
-        call(monkeypatch, folder, "--watch", "--suites=sudoku4", "--limit=2", "--device=cpu")
-    lines = [json.loads(line) for line in (folder / "evals.jsonl").read_text().splitlines()]
-    assert {line["checkpoint"] for line in lines} == {str(folder / "ckpt.pt")}
-    assert [line["iter"] for line in lines] == [7, 9] and all(line["suites"]["sudoku4"]["total"] == 2 for line in lines)
-    assert "notes.pt is left out" in capsys.readouterr().out
-    assert matplotlib.image.imread(folder / "evals.png").shape[0] > 100
-    assert len(os.listdir(folder / "evals")) == 2
-    assert not [name for name in os.listdir(folder) if name.startswith("ckpt_eval")]
-
-
 @pytest.mark.parametrize("args, words", [
     (["{bad}"], "not a checkpoint"),
     (["{good}", "{bad}"], "not a checkpoint"),
@@ -493,7 +461,6 @@ def test_watching_a_folder(checkpoints, tmp_path, monkeypatch, capsys):
     (["{good}", "--dtype=int8"], "float32"),
     (["{good}", "{good}"], "given twice"),
     (["{good}", "--out_dir={bad}"], "notes.txt"),
-    (["{good}", "--watch"], "folder"),
     ([], "CKPT"),
 ])
 def test_bad_input_is_one_line_and_overwrites_nothing(args, words, checkpoints, tmp_path, monkeypatch):

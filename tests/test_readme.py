@@ -49,7 +49,7 @@ NOT_RUN = {
     r"^torchrun": "two processes and 100M parameters: test_train.py has two processes, notebooks/kaggle_t4x2.ipynb this sequence in small",
     r"prepare\.py (stage1|push|pull|freeze|show|verify stage1)": "a corpus, the hub: test_pipeline.py, test_hub.py",
     r"publish\.py": "the hub: test_publish.py, against a local one",
-    r"eval_arc\.py .*(--augment|--tasks|--watch)": "test_eval.py, test_candidates.py: minutes, my_tasks is yours, --watch has no end",
+    r"eval_arc\.py .*(--augment|--tasks)": "test_eval.py, test_candidates.py: minutes, and my_tasks is yours",
     r"--suites=(language|lm_eval)": "hundreds of items, lm-eval: test_language.py, test_harness.py",
     r"^python distill\.py .*distill_route_a": "100M parameters and a teacher: test_distill.py",
     r"sudoku_extreme": "hours, and the hub: test_sudoku_extreme.py",

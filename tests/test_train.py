@@ -81,9 +81,6 @@ def faulty(optimizer, *args, **kwargs):
         p = optimizer.param_groups[0]["params"][5]
         with torch.no_grad():
             p.view(-1)[7] = torch.nextafter(p.view(-1)[7], torch.tensor(9.0))  # the last bit of one weight
-    if fault == "spike" and calls[0] == 55:
-        with torch.no_grad():
-            optimizer.param_groups[0]["params"][0].normal_(std=5)  # the embedding
 
 torch.optim.AdamW.step = faulty
 unscale = torch.amp.GradScaler.unscale_
@@ -246,6 +243,9 @@ def test_killed_at_any_moment_again_and_again(finished, data, tmp_path):
 def test_the_same_command_goes_on_and_the_run_is_the_same_to_the_last_bit(finished, data, tmp_path):
     settings, out = finished
     killed_after_step_4(tmp_path, command(data, tmp_path, *settings))
+    saved = checkpoint.load(tmp_path / "ckpt.pt")
+    saved["train"]["usual"] = {"stdlib": [4, 5.0, 0.5]}  # earlier versions kept the mean loss of each source
+    checkpoint.save(saved, tmp_path / "ckpt.pt")
     run = train(data, tmp_path, *settings)
     assert run.returncode == 0, run.stderr
     assert f"going on after step 4 of {tmp_path}/ckpt.pt, with demo:None in {data}/" in run.stdout, run.stdout
@@ -336,15 +336,6 @@ def test_a_gradient_that_is_not_finite_costs_its_step_only(data, tmp_path):
         assert all(torch.isfinite(w).all() for w in weights.values())
 
 
-def test_a_loss_that_jumps_is_told(data, tmp_path):
-    settings = ["--max_iters=57", "--eval_interval=57", "--log_interval=20", "--mixture={'sudoku4': 1}", "--learning_rate=1e-3"]
-    run = train_with_fault("spike", tmp_path, data, tmp_path / "out", *settings)
-    assert run.returncode == 0, run.stderr
-    assert "step 56: the loss jumped to" in run.stdout and "step 55" not in run.stdout, run.stdout
-    entries = [json.loads(line) for line in open(tmp_path / "out" / "log.jsonl")]
-    assert [e["iter"] for e in entries if "spike" in e][0] == 56
-
-
 @pytest.mark.parametrize("finished", ["dense"], indirect=True)
 def test_too_many_of_them_end_the_run_and_not_the_checkpoint(finished, data, tmp_path):
     settings, out = finished
@@ -404,15 +395,13 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(finished, data, tmp_path
     same_weights(tmp_path / "next", tmp_path / "run", "ckpt_weights.pt")
 
 
-@pytest.mark.slow  # fills gigabytes several times over: minutes
-def test_out_of_memory_says_what_fits(data, tmp_path):
-    settings, limits = ["--max_iters=1", "--eval_batches=0", "--mixture={'stdlib': 1}"], [(resource.RLIMIT_AS, 3_000_000_000)]
-    run = train(data, tmp_path, "--batch_size=512", *settings, limits=limits)
-    assert run.returncode == 1 and "out of memory" in run.stderr and "512 x 256 tokens" in run.stderr, run.stderr
-    batch, steps = map(int, re.search(r"--batch_size=(\d+) --gradient_accumulation_steps=(\d+) fits", run.stderr).groups())
-    assert batch * steps == 512 * 2 and batch < 512
-    again = train(data, tmp_path, f"--batch_size={batch}", *settings, limits=limits)
-    assert again.returncode == 0, again.stderr
+def test_out_of_memory_is_one_line_with_what_takes_less(data, tmp_path):
+    settings = ["--max_iters=1", "--mixture={'stdlib': 1}", "--layer_pattern=a", "--n_embd=128"]
+    run = train(data, tmp_path, "--batch_size=2048", *settings, limits=[(resource.RLIMIT_AS, 3_000_000_000)])
+    assert run.returncode == 1 and run.stderr.count("\n") == 1, run.stderr
+    for part in ("out of memory on CPU", "2048 x 256 tokens", "--batch_size", "--gradient_accumulation_steps", "--recompute=True"):
+        assert part in run.stderr, run.stderr
+    assert not (tmp_path / "ckpt.pt").exists()
 
 
 @pytest.mark.parametrize("finished", ["dense"], indirect=True)
