@@ -457,9 +457,10 @@ def on_a_canvas(batch, watch, stats, carry):
                 answers = given_answers(tasks)
     if objective != "answers":
         with watch.measure("scoring"), autocast:
-            says = carry["teacher"]
             if guide.conditional:
                 says = teachers.on_canvas(opinions(tasks, answers, stats), carry["idx"])
+            else:
+                says = carry["teacher"]
             says = says[cells]
         with watch.measure("learning"):
             loss = distance(student, says, rows, len(idx))
