@@ -610,7 +610,9 @@ def test_under_torchrun_the_line_comes_once_and_again_at_the_end(data, tmp_path)
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler on a CPU")
 def test_compiled_blocks_give_the_same_losses(data, tmp_path):
-    settings = ["--layer_pattern=a", "--n_layer=1", "--max_iters=2", "--mixture={'stdlib': 1}"]
+    # Widths as wide as a register of AVX-512: for narrower ones (16, two heads, n_ff=24) the C++ that PyTorch 2.13 makes
+    # there writes past its memory, and the process is aborted
+    settings = ["--layer_pattern=a", "--n_layer=1", "--n_embd=64", "--n_ff=64", "--max_iters=2", "--mixture={'stdlib': 1}"]
     for compiled in (False, True):
         run = train(data, tmp_path / str(compiled), *settings, f"--compile={compiled}")
         assert run.returncode == 0 and (", compiled," in run.stdout) == compiled, run.stdout
