@@ -39,7 +39,7 @@ import traceback
 import types
 from pathlib import Path
 
-from files import write_whole
+from smol.files import write_whole
 
 PLAIN = (int, float, bool, str, type(None))
 TYPE_NAMES = {"int": int, "float": float, "bool": bool, "str": str, "tuple": tuple, "dict": dict, "None": type(None)}

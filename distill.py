@@ -31,22 +31,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import arc
-import checkpoint as ckpt
 import configurator
-import hardware
-import logbook
-import loop
-import parallel
-import puzzles
-import records
-import teachers
-import tokenizer as tok
-from divergences import divergence
-from loader import Ahead, Loader, draw_rng, puzzle_row, read_stage
 from model_dense import IGNORE, row_shares, sample
 from model_trm import ANSWER_ROWS
-from parallel import all_agree, difference, local_rank, master, rank, world_size
+from smol import arc, hardware, logbook, loop, parallel, puzzles, records, teachers
+from smol import checkpoint as ckpt
+from smol import tokenizer as tok
+from smol.divergences import divergence
+from smol.loader import Ahead, Loader, draw_rng, puzzle_row, read_stage
+from smol.parallel import all_agree, difference, local_rank, master, rank, world_size
 
 # -----------------------------------------------------------------------------
 # ---- where it goes and what it says

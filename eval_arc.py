@@ -14,10 +14,11 @@ The suites are in suites.py. A task is solved when all its test outputs are righ
 in arc1 and arc2, as ARC's rules allow, one in puzzles. A task that does not fit into the model's block_size is not solved and is
 counted in `too_long` as well. The model is handed tasks with their test outputs taken out.
 
-All of arc1, the 100M models on two T4s (projected, `bench.py answer`): Route A in 16 views 8 minutes; Route B in 16 views 4.8 hours with
-its 16 supervision steps, 18 to 36 minutes with --n_sup=2 --halt=0.9, by how often it is sure after one step, and at most 25 in 11 views.
+All of arc1, the 100M models on two T4s (projected, `python -m bench.answer`): Route A in 16 views 8 minutes;
+Route B in 16 views 4.8 hours with its 16 supervision steps, 18 to 36 minutes with --n_sup=2 --halt=0.9, by how
+often it is sure after one step, and at most 25 in 11 views.
 In LOG.md two steps were as good as more, and many views were worth more than many steps: ask your checkpoint with
-`python bench.py answer --checkpoint=CKPT`.
+`python -m bench.answer --checkpoint=CKPT`.
 
 A run that was killed goes on where it was: what has been answered, by the same checkpoint with the same settings, is not asked again.
 
@@ -89,21 +90,12 @@ from collections import Counter
 import torch
 from tqdm import tqdm
 
-import arc
-import candidates
-import checkpoint
 import configurator
-import hardware
-import language
-import logbook
-import parallel
-import report as draw_report
-import scores
-import stages
-import suites
-from candidates import without_answers
 from configurator import positive
-from files import write_whole
+from smol import arc, candidates, checkpoint, hardware, language, logbook, parallel, scores, stages, suites
+from smol import report as draw_report
+from smol.candidates import without_answers
+from smol.files import write_whole
 
 ROUTES = {"dense": "route_a", "trm": "route_b"}  # what the models are called in reports
 ARC_RULES = (*suites.ARC_SUITES, "tasks")  # suites that are scored and handed in as ARC's rules say
@@ -457,7 +449,7 @@ def measure(name, suite, model, r, limit, out_dir):
             print(problem)
 
     if suite.startswith("lm_eval:"):
-        import harness  # here, because lm-eval is optional
+        from smol import harness  # here, because lm-eval is optional
 
         try:
             if suite not in before:
@@ -498,7 +490,7 @@ def what_is_asked(args):
     dtype = hardware.pick_dtype(args.dtype, device)
     for suite in chosen:
         if suite.startswith("lm_eval:"):
-            import harness  # here, because lm-eval is optional: this says so where it is not installed
+            from smol import harness  # here, because lm-eval is optional: this says so where it is not installed
 
             harness.check(benchmarks(suite))
     return chosen, tasks, device, dtype

@@ -31,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-import kda_triton
+from smol import kda_triton
 
 BACKEND = os.environ.get("KDA_BACKEND", "auto")  # what backend="auto" means; "auto" itself: what suits the device best
 CHUNK = 64  # tokens per chunk: the (C, C) products inside a chunk against T / C sequential state updates

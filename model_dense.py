@@ -25,13 +25,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-import arc
 import configurator
-import hardware
-import tokenizer as tok
 from kda import KimiDeltaAttention
-from muon import split_parameters
-from tokenizer import IGNORE
+from smol import arc, hardware
+from smol import tokenizer as tok
+from smol.muon import split_parameters
+from smol.tokenizer import IGNORE
 
 LOGITS_AT_ONCE = 2**23  # the loss over the vocabulary is computed in slices of this many logits (32 MB in float32)
 CACHE_ROOM = 256  # tokens by which the memory for keys and values grows

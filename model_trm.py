@@ -33,9 +33,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import arc
 import configurator
-import tokenizer as tok
 from model_dense import (
     IGNORE,
     check_config,
@@ -50,7 +48,9 @@ from model_dense import (
     same_document,
 )  # fmt: skip
 from model_dense import Model as RouteA
-from muon import split_parameters
+from smol import arc
+from smol import tokenizer as tok
+from smol.muon import split_parameters
 
 ANSWER_IDS = [*range(tok.CELL0, tok.CELL0 + 10), tok.VOID]  # what a canvas cell can become
 ANSWER_ROWS = [i - tok.EOT for i in ANSWER_IDS]  # their rows in Model.puzzle_words

@@ -41,11 +41,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import configurator
-import demo
-import stages
-import tokenizer
-from files import save_picture
-from stages import read_manifest
+from smol import demo, stages, tokenizer
+from smol.files import save_picture
+from smol.stages import read_manifest
 
 # ---- where and how
 data_dir = "data"
@@ -148,7 +146,7 @@ def build(c, stage):
             return
         make = lambda: demo.build_demo(c)  # noqa: E731
     else:
-        import pipeline  # takes a second that the other commands can do without
+        from smol import pipeline  # takes a second that the other commands can do without
 
         tokens, found, notes = pipeline.plan(c, data, stage)
         if c.dry_run:
@@ -281,10 +279,7 @@ def show(c, what):
     import numpy as np
     from tqdm import tqdm
 
-    import arc
-    import graphs
-    import programs
-    import puzzles
+    from smol import arc, graphs, programs, puzzles
 
     if what != "synth":
         raise ValueError("say what to show: python prepare.py show synth")
@@ -429,7 +424,7 @@ def main(argv):
             with contextlib.nullcontext() if c.dry_run else only_one(Path(c.data_dir)):
                 clean(c)
         else:
-            import hub
+            from smol import hub
 
             if command == "push":
                 hub.push(Path(c.data_dir), argument, c.repo, c.private)

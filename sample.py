@@ -22,14 +22,11 @@ import sys
 import numpy as np
 import torch
 
-import arc
-import checkpoint
-import puzzles
-import thinking
-import tokenizer as tok
 from eval_arc import positive, without_answers
-from hardware import pick_device
 from model_trm import surest
+from smol import arc, checkpoint, puzzles, thinking
+from smol import tokenizer as tok
+from smol.hardware import pick_device
 
 # -----------------------------------------------------------------------------
 # text

@@ -30,16 +30,13 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import checkpoint as ckpt
 import configurator
-import hardware
-import logbook
-import loop
-import parallel
-import sanity as sanity_checks
-import tokenizer as tok
-from loader import Ahead, Loader
-from parallel import all_agree, difference, leave, local_rank, master, rank, world_size
+from smol import checkpoint as ckpt
+from smol import hardware, logbook, loop, parallel
+from smol import sanity as sanity_checks
+from smol import tokenizer as tok
+from smol.loader import Ahead, Loader
+from smol.parallel import all_agree, difference, leave, local_rank, master, rank, world_size
 
 # -----------------------------------------------------------------------------
 # The defaults train the 100M Route A on the demo stage. Config files change what they need to.

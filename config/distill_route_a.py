@@ -3,7 +3,7 @@
 # Another teacher: --teacher=out/bigger/ckpt.pt, --teacher=hf:gpt2-xl, or the student itself with --teacher_n_views=16. What paid at small
 # scale (LOG.md) is a teacher that writes left to right too, and few puzzles: it has something new to say of every answer that is tried.
 # Route B and votes have one answer, so on-policy they are heard up to the student's first mistake, and are worth what their answers are.
-# `python bench.py plan config/distill_route_a.py` has the memory.
+# `python -m bench.train plan config/distill_route_a.py` has the memory.
 out_dir = "out/distill_route_a"
 init_from = "out/route_a_stage3/ckpt.pt"
 teacher = "out/route_b_stage3/ckpt.pt"

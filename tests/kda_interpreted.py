@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from triton.runtime import interpreter
 
 import kda
-import kda_triton as kt
 import model_dense
+from smol import kda_triton as kt
 
 torch.set_num_threads(1)
 NAMES = ("o", "final_state", "dq", "dk", "dv", "dg", "dbeta", "dstate")

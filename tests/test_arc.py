@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-import arc
-from arc import SETS, Augment, Task
-from tokenizer import ARC, BLANK, CELL0, EOT, INPUT, OUTPUT, PAD, PROGRAM, ROW, VOID
+from smol import arc
+from smol.arc import SETS, Augment, Task
+from smol.tokenizer import ARC, BLANK, CELL0, EOT, INPUT, OUTPUT, PAD, PROGRAM, ROW, VOID
 
-ROOT = os.path.dirname(os.path.abspath(arc.__file__))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(arc.__file__)))
 TASKS = {name: arc.load(name) for name in SETS}
 
 

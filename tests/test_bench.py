@@ -1,4 +1,4 @@
-"""bench.py measures what it says it measures; how fast that is never fails a test."""
+"""bench/kda.py measures what it says it measures; how fast that is never fails a test."""
 
 import json
 import re
@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench
-import bench_train
-import checkpoint
+from bench import kda as bench_kda
+from bench import train as bench_train
+from smol import checkpoint
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
@@ -23,11 +23,11 @@ optimizer = "adamw"
 
 
 def test_kda_rows_have_a_rival_and_a_ratio(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "CPU_SHAPES", [(1, 32, 2, 8)])
-    monkeypatch.setattr(bench, "LAYER_SHAPES", [(2, 16, 24, 2)])
-    monkeypatch.setattr(bench, "DECODING_SHAPES", [(2, 2, 8)])
-    monkeypatch.setattr("sys.argv", ["bench.py", "kda", "--json"])
-    bench.main()
+    monkeypatch.setattr(bench_kda, "CPU_SHAPES", [(1, 32, 2, 8)])
+    monkeypatch.setattr(bench_kda, "LAYER_SHAPES", [(2, 16, 24, 2)])
+    monkeypatch.setattr(bench_kda, "DECODING_SHAPES", [(2, 2, 8)])
+    monkeypatch.setattr("sys.argv", ["kda", "--json"])
+    bench_kda.main()
     report = json.loads(capsys.readouterr().out)
     assert report["torch"] == torch.__version__ and report["matmul_gflops"] > 0
     assert [r["what"] for r in report["rows"]] == ["operator", "layer", "decoding step"]
@@ -35,8 +35,8 @@ def test_kda_rows_have_a_rival_and_a_ratio(monkeypatch, capsys):
         assert row["forward_ms"] > 0 and row["both_ms"] > 0 and row["rivals"]
         for rival in row["rivals"].values():
             assert rival["ratio"] == row["both_ms"] / rival["both_ms"]
-    monkeypatch.setattr("sys.argv", ["bench.py", "kda"])
-    bench.main()
+    monkeypatch.setattr("sys.argv", ["kda"])
+    bench_kda.main()
     assert "scaled_dot_product_attention" in capsys.readouterr().out
 
 
@@ -44,12 +44,12 @@ def test_peak_memory_sees_what_was_freed_again():
     def run():
         return (torch.ones(25_000_000) * 2).sum()  # 100 MB twice
 
-    assert 150 < bench.peak_mb(run, "cpu") < 300
-    assert bench.peak_mb(lambda: None, "cpu") < 20
+    assert 150 < bench_kda.peak_mb(run, "cpu") < 300
+    assert bench_kda.peak_mb(lambda: None, "cpu") < 20
 
 
 def run(*words):
-    return subprocess.run([sys.executable, str(ROOT / "bench.py"), *words], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    return subprocess.run([sys.executable, "-m", "bench.train", *words], capture_output=True, text=True, timeout=300, cwd=ROOT)
 
 
 def test_the_plain_gpt_is_as_large_as_route_a():

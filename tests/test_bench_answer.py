@@ -1,4 +1,4 @@
-"""bench.py answer: its figures are of what they say, on a model of a few thousand parameters."""
+"""python -m bench.answer: its figures are of what they say, on a model of a few thousand parameters."""
 
 import itertools
 import json
@@ -8,16 +8,11 @@ import pytest
 import tiny
 import torch
 
-import arc
-import bench
-import bench_answer
-import candidates
-import checkpoint
 import eval_arc
-import hardware
 import model_dense
-import puzzles
-import scores
+from bench import answer as bench_answer
+from bench import kda as bench_kda
+from smol import arc, candidates, checkpoint, hardware, puzzles, scores
 
 TINY = dict(n_layer=2, layer_pattern="ka", n_head=2, n_embd=24, n_ff=32, n_latent=2, n_recursion=2)
 
@@ -25,14 +20,14 @@ TINY = dict(n_layer=2, layer_pattern="ka", n_head=2, n_embd=24, n_ff=32, n_laten
 def test_figures(monkeypatch, capsys):
     torch.set_num_threads(1)
     monkeypatch.setattr(bench_answer, "SMALL", TINY)
-    bench_answer.main(["answer", "--json", "--side=3", "--rows=2", "--n_sup=3", "--size=small"])
+    bench_answer.main(["--json", "--side=3", "--rows=2", "--n_sup=3", "--size=small"])
     found = json.loads(capsys.readouterr().out)
     b = found["route_b"]
     assert b["rows"] == 2 and b["length"] == 2 + 12
     assert b["tasks_per_second"] > 0 and abs(b["tasks_per_second"] / b["steps_per_second"] - 2 / 3) < 1e-6
     assert abs(b["predicted_ms"] - 3 * b["pass_ms"] - 3 * b["pass_both_ms"]) < 1e-6
     assert found["route_a"]["tasks_per_second"] > 0
-    bench_answer.main(["answer", "--side=3", "--rows=1", "--n_sup=2", "--size=small"])
+    bench_answer.main(["--side=3", "--rows=1", "--n_sup=2", "--size=small"])
     assert "supervision steps/s" in capsys.readouterr().out
 
 
@@ -91,14 +86,14 @@ def test_fewer_steps_and_halting_are_read_off_as_they_would_be_asked():
 
 def test_a_checkpoint_is_asked_by_the_command(tmp_path, capsys, monkeypatch):
     path = tiny.save(tmp_path / "b.pt", "trm", {})
-    bench_answer.main(["answer", f"--checkpoint={path}", "--limit=2", "--views=2", "--n_sup=2"])
+    bench_answer.main([f"--checkpoint={path}", "--limit=2", "--views=2", "--n_sup=2"])
     lines = capsys.readouterr().out.splitlines()
     assert "on 2 tasks of sudoku4" in lines[0] and lines[4].startswith("* ") and len(lines) >= 4 + 2 * 2
     for args, words in (([f"--checkpoint={tmp_path}/c.pt"], "does not exist"), ([f"--checkpoint={path}", "--suite=sudku4"], "sudoku4"),
                         ([f"--checkpoint={path}", "--suite=logic"], "in words"),
                         ([f"--checkpoint={tiny.save(tmp_path / 'a.pt', 'dense', {})}"], "Route A")):  # fmt: skip
         with pytest.raises(SystemExit) as stopped:
-            bench_answer.main(["answer", *args])
+            bench_answer.main([*args])
         assert stopped.value.code.startswith("error: ") and words in stopped.value.code and "\n" not in stopped.value.code
 
 
@@ -108,7 +103,7 @@ def test_memory_is_the_same_however_long_it_thinks():
     tasks = [puzzles.maze(np.random.default_rng(0), 12, 12) for _ in range(8)]
 
     def mb(n):
-        return bench.peak_mb(lambda: net.answer(tasks, n_sup=n), "cpu")
+        return bench_kda.peak_mb(lambda: net.answer(tasks, n_sup=n), "cpu")
 
     mb(1)
     few, many = mb(1), mb(6)

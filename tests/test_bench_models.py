@@ -1,14 +1,13 @@
-"""bench.py decode and learn: rows are what they say, on models of a few thousand parameters; how fast they are never fails a test."""
+"""bench/models.py: rows are what they say, on models of a few thousand parameters; their speed fails no test."""
 
 import json
 
 import pytest
 import torch
 
-import bench
-import bench_models
 import prepare
-from bench_models import reaches, read_variant, schedule, sibling
+from bench import models as bench_models
+from bench.models import reaches, read_variant, schedule, sibling
 
 NANOGPT = '''
 import torch, torch.nn as nn, torch.nn.functional as F
@@ -71,10 +70,9 @@ def test_learn_trains_all_beside_each_other(nanogpt, tmp_path, monkeypatch, caps
     monkeypatch.setattr(bench_models, "SMALL", dict(n_layer=4, n_head=2, n_embd=16, block_size=64))
     monkeypatch.setattr(bench_models, "POINTS", 2)
     monkeypatch.chdir(tmp_path)
-    arguments = ["bench.py", "learn", f"--nanogpt={nanogpt}", "--variant=layer_pattern=a", "--seconds=0.4", "--learning_rates=1e-3,1e-2",
+    arguments = ["learn", f"--nanogpt={nanogpt}", "--variant=layer_pattern=a", "--seconds=0.4", "--learning_rates=1e-3,1e-2",
                  "--plot=picture.png", "--json"]  # fmt: skip
-    monkeypatch.setattr("sys.argv", arguments)
-    bench.main()
+    bench_models.main(arguments)
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [r["name"] for r in rows] == ["route a", "layer_pattern=a", "nanogpt"]
     for row in rows:
@@ -119,10 +117,9 @@ def test_variants_are_settings():
     (["learn", "--learning_rates=fast"], "fast"),
     (["walk"], "walk"),
 ])  # fmt: skip
-def test_mistakes_are_one_line(arguments, words, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["bench.py", *arguments])
+def test_mistakes_are_one_line(arguments, words):
     with pytest.raises(SystemExit) as stopped:
-        bench.main()
+        bench_models.main(arguments)
     assert stopped.value.code.startswith("error: ") and words in stopped.value.code and "\n" not in stopped.value.code
 
 

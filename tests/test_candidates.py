@@ -7,17 +7,11 @@ import pytest
 import torch
 from tiny import grid, make
 
-import arc
-import candidates
 import eval_arc
 import model_dense
-import programs
-import puzzles
-import scores
-import suites
-import tokenizer as tok
-import ttt
-from candidates import Settings, solve
+from smol import arc, candidates, programs, puzzles, scores, suites, ttt
+from smol import tokenizer as tok
+from smol.candidates import Settings, solve
 
 
 def tasks_of(*suites_and_counts):

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint as ckpt
-import loop
-import tokenizer as tok
+from smol import checkpoint as ckpt
+from smol import loop
+from smol import tokenizer as tok
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
@@ -100,7 +100,7 @@ def test_a_second_save_replaces_the_first(tmp_path):
 SAVER = """
 import os, signal, sys, time
 import torch
-import checkpoint as ckpt
+from smol import checkpoint as ckpt
 
 path, moment = sys.argv[1:]
 die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
@@ -202,7 +202,7 @@ def test_a_save_that_fails_leaves_nothing_behind(tmp_path):
 FULL = """
 import resource, sys
 import torch
-import checkpoint as ckpt
+from smol import checkpoint as ckpt
 
 path, *limits = sys.argv[1:]
 make = lambda n: {"format": ckpt.CHECKPOINT_FORMAT, "model": "dense", "model_config": {}, "ema": None, "train": {}, "n": n,

@@ -11,12 +11,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-import arc
-import curate
-import puzzles
-import sources
-import suites
-import units
+from smol import arc, curate, puzzles, sources, suites, units
 
 PROSE = [curate.normalise(text) for _, text in sorted(pydoc_data.topics.topics.items())]
 

@@ -10,18 +10,11 @@ import pytest
 import scripts
 import torch
 
-import arc
-import candidates
-import checkpoint
-import loader
 import prepare
-import puzzles
-import records
-import teachers
-import text_teacher
-import tokenizer as tok
-from candidates import Candidate
-from divergences import divergence
+from smol import arc, candidates, checkpoint, loader, puzzles, records, teachers, text_teacher
+from smol import tokenizer as tok
+from smol.candidates import Candidate
+from smol.divergences import divergence
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)

@@ -11,16 +11,12 @@ import pytest
 import torch
 from tiny import grid, make, save
 
-import arc
-import candidates
 import eval_arc
 import model_dense
 import model_trm
-import puzzles
-import report as report_page
-import scores
-import suites
-from candidates import Candidate, Given
+from smol import arc, candidates, puzzles, scores, suites
+from smol import report as report_page
+from smol.candidates import Candidate, Given
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 torch.set_num_threads(1)  # as the other processes have that answers are compared with, to the last bit

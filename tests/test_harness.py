@@ -10,10 +10,10 @@ import torch
 from test_language import Table, tiny
 
 import eval_arc
-import tokenizer as tok
+from smol import tokenizer as tok
 
 try:
-    import harness
+    from smol import harness
 
     missing = False
 except ValueError:  # without lm-eval: our side of the interface, on top of modules that have its names alone
@@ -23,8 +23,8 @@ except ValueError:  # without lm-eval: our side of the interface, on top of modu
             patch.setitem(sys.modules, name, types.ModuleType(name))
         sys.modules["lm_eval"].utils = sys.modules["lm_eval.utils"]
         sys.modules["lm_eval.api.model"].TemplateLM = sys.modules["lm_eval.tasks"].TaskManager = object
-        import harness
-    del sys.modules["harness"]  # for all others, it is missing
+        from smol import harness
+    del sys.modules["smol.harness"], sys.modules["smol"].harness  # for all others, it is missing
     missing = True
 needs_lm_eval = pytest.mark.skipif(missing, reason="needs lm-eval")
 
@@ -160,4 +160,4 @@ def test_without_lm_eval_there_is_one_clear_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "harness", raising=False)
     with pytest.raises(ValueError, match="pip install lm-eval"):
-        import harness  # noqa: F401
+        from smol import harness  # noqa: F401

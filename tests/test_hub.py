@@ -22,9 +22,7 @@ from test_curate import english
 from test_pipeline import code
 
 import prepare
-import puzzles
-import stages
-import tokenizer
+from smol import puzzles, stages, tokenizer
 
 ROOT = Path(__file__).parent.parent
 PARTS = "sudoku4 maze arithmetic".split()
@@ -340,7 +338,7 @@ def test_a_thousand_hard_sudokus_come_from_one_commit(hub, tmp_path):
 
     hub.put("sapientinc/sudoku-extreme", {"train.csv": rows(6), "test.csv": rows(4)})
     first = hub.repos["sapientinc/sudoku-extreme"].branches["main"]
-    command = [sys.executable, str(ROOT / "sudoku_extreme.py"), "--source=hub", "--n=5", "--n_test=3", "--data_dir=data"]
+    command = [sys.executable, "-m", "smol.sudoku_extreme", "--source=hub", "--n=5", "--n_test=3", "--data_dir=data"]
     for _ in range(2):  # and again, when main has moved
         done = subprocess.run(command, cwd=tmp_path, env=hub.env(hub.home, TOKEN), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

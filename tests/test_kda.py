@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-import arc
 import kda as kda_file
-import tokenizer as tok
 from kda import MILD, KimiDeltaAttention, ShortConvFunction, UnitLength, kda, kda_step
 from model_dense import Config, make_blocks, rope_3d, run_blocks, same_document
+from smol import arc
+from smol import tokenizer as tok
 
 torch.set_num_threads(1)  # tensors are small here: threads would only wait for each other
 NAMES = ("q", "k", "v", "g", "beta", "initial_state")

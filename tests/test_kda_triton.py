@@ -11,7 +11,7 @@ import sys
 import pytest
 
 triton = pytest.importorskip("triton")
-import kda_triton as kt  # noqa: E402
+from smol import kda_triton as kt  # noqa: E402
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 SHARED = {75: 64 * 1024, 80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a block can have

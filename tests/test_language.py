@@ -10,13 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import curate
-import language
-import language_items
-import sandbox
-import stages
-import tokenizer as tok
+from smol import checkpoint, curate, language, language_items, sandbox, stages
+from smol import tokenizer as tok
 
 QUESTIONS, FUNCTIONS = language_items.questions(), language_items.functions()
 

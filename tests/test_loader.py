@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-import arc
-import loader as loader_file
-import tokenizer as tok
-from loader import BUCKETS, IGNORE, Ahead, Loader, pad_rows, puzzle_row
+from smol import arc
+from smol import loader as loader_file
+from smol import tokenizer as tok
+from smol.loader import BUCKETS, IGNORE, Ahead, Loader, pad_rows, puzzle_row
 
 torch.set_num_threads(1)
 

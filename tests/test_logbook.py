@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import hardware
-import logbook
-import parallel
+from smol import hardware, logbook, parallel
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,7 +74,8 @@ def test_device_and_dtype():
 
 def test_memory_is_counted_and_its_end_is_recognised():
     # in a process of its own: it is the peak of a whole life, and this one's may have been higher before
-    code = 'import hardware, torch; a = hardware.peak_memory("cpu"); x = torch.ones(100_000_000); print(hardware.peak_memory("cpu") - a)'
+    code = ('import torch; from smol import hardware; a = hardware.peak_memory("cpu"); '
+            'x = torch.ones(100_000_000); print(hardware.peak_memory("cpu") - a)')  # fmt: skip
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert int(run.stdout) > 200_000_000, run.stderr
     with pytest.raises(RuntimeError) as e:
@@ -87,7 +86,7 @@ def test_memory_is_counted_and_its_end_is_recognised():
 
 DRIFT = """
 import torch
-import parallel
+from smol import parallel
 parallel.start("cpu")
 r = parallel.rank
 same = {"a": torch.arange(4.0), "b": torch.tensor([1.0], dtype=torch.float64), "n": torch.tensor(3)}
@@ -116,7 +115,8 @@ def test_three_processes_know_which_one_is_different(tmp_path):
 
 def test_interrupted_before_training_is_one_line():
     # a shell that starts the tests in the background has them, and what they start, ignore SIGINT
-    code = "import os, signal, parallel; signal.signal(signal.SIGINT, signal.default_int_handler); parallel.start('cpu'); " \
+    code = "import os, signal; from smol import parallel; " \
+           "signal.signal(signal.SIGINT, signal.default_int_handler); parallel.start('cpu'); " \
            "os.kill(os.getpid(), signal.SIGINT)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 130 and run.stderr.strip() == "interrupted before the first step: nothing was changed"
@@ -128,7 +128,8 @@ def test_alone_there_is_nobody_to_differ_from():
 
 
 FAULTS = """
-import resource, torch, hardware
+import resource, torch
+from smol import hardware
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(5):

@@ -6,12 +6,11 @@ import torch
 import torch.nn.functional as F
 from test_models import TASKS, dense, make_task, text, trm
 
-import arc
-import hardware
 import model_dense
 import model_trm
-import tokenizer as tok
 from model_dense import Config, Model, cache_bytes, document_starts, next_place, sample, tokens_at_once
+from smol import arc, hardware
+from smol import tokenizer as tok
 
 PATTERNS = ("kkka", "a", "k", "kkkkkkka")
 

@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import arc
 import model_dense
 import model_trm
-import tokenizer as tok
-from loader import pad_rows, puzzle_row
 from model_dense import IGNORE, LinearCrossEntropy, linear_cross_entropy, rope_3d, rotate
 from model_trm import ANSWER_IDS
-from muon import Muon, muon_and_adamw, orthogonal
+from smol import arc
+from smol import tokenizer as tok
+from smol.loader import pad_rows, puzzle_row
+from smol.muon import Muon, muon_and_adamw, orthogonal
 
 torch.set_num_threads(1)  # tensors are small here: threads would only wait for each other
 SHAPE = dict(block_size=256, n_layer=4, n_head=2, n_embd=24, n_ff=32)

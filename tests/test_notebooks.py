@@ -23,7 +23,7 @@ def copy_of_the_repository(folder):
     for path in ROOT.glob("*.*"):
         if path.suffix in (".py", ".toml", ".txt", ".md", ".html"):
             shutil.copy(path, folder)
-    for name in ("config", "notebooks"):
+    for name in ("config", "notebooks", "smol", "bench"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
     prepare.main(["demo", f"--data_dir={folder / 'data'}", *STAGE])
     return folder

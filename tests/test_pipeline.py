@@ -28,16 +28,8 @@ import pyarrow.parquet as pq
 import pytest
 from test_curate import english
 
-import arc
-import curate
-import graphs
-import pipeline
 import prepare
-import puzzles
-import sources
-import stages
-import tokenizer
-import units
+from smol import arc, curate, graphs, pipeline, puzzles, sources, stages, tokenizer, units
 
 ROOT = Path(__file__).parent.parent
 EXAM = "A farmer counts 417 crates of plums before noon and sells two thirds of them to the baker who lives across the river"
@@ -773,7 +765,7 @@ def test_the_share_of_odd_rows_is_over_all_lanes(lane_of_odd):
         rules = {"not_text": {"count": odd, "examples": ["[a:1] x"]}} if odd else {}
         return {"lane": lane, "number": number, "read": 1000, "odd": rules}
 
-    import pipeline
+    from smol import pipeline
 
     bad = [record(lane, 0, 50 * (lane == lane_of_odd)) for lane in range(sources.LANES)]
     assert pipeline.odd_rows("x", bad, last=True) is None
@@ -892,7 +884,7 @@ def test_status_needs_no_place_to_write(built, monkeypatch, capsys):
 def test_show_synth(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, "__file__", str(ROOT / "prepare.py"))
-    import programs
+    from smol import programs
 
     monkeypatch.setattr(programs, "FAMILIES", dict(list(programs.FAMILIES.items())[50:61]))
     prepare.main(["show", "synth"])
@@ -904,7 +896,7 @@ def test_show_synth(tmp_path, monkeypatch, capsys):
 
 
 def test_bench_prepare_has_its_rival_and_projects_the_hours(monkeypatch, capsys):
-    import bench_prepare
+    from bench import prepare as bench_prepare
 
     monkeypatch.setattr(bench_prepare, "PREPARE_MB", 0.6)
     report = bench_prepare.bench_prepare(num_proc=1)

@@ -14,11 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import arc
-import demo
 import prepare
-import puzzles
-import tokenizer
+from smol import arc, demo, puzzles, tokenizer
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--limit_mb=0.05", "--n_arithmetic=80", "--n_sudoku4=300", "--n_sudoku9=4", "--n_maze=60", "--n_transforms=40", "--val_every=9"]

@@ -10,10 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import arc
-import graphs
-import programs
-import tokenizer as tok
+from smol import arc, graphs, programs
+from smol import tokenizer as tok
 
 ROOT = Path(__file__).parent.parent
 

@@ -12,8 +12,8 @@ import torch
 from local_hub import TOKEN, Fault, LocalHub
 from test_train import SHAPE, STAGE
 
-import checkpoint
 import prepare
+from smol import checkpoint
 
 ROOT = Path(__file__).parent.parent
 STEPS = [*SHAPE, "--max_iters=6", "--eval_interval=3", "--decay_iters=0"]
@@ -66,7 +66,7 @@ def test_a_published_run_goes_on_elsewhere_as_if_it_had_never_stopped(hub, data,
     card = hub.files("ada/run")["README.md"].decode()
     assert card.startswith("---\nlicense:") and "after step\n3 of 3" in card and "| stdlib |" in card
 
-    code, out, err = run(hub, "publish.py", "pull", "ada/run", f"--out_dir={far}")
+    code, out, err = run(hub, "-m", "smol.publish", "pull", "ada/run", f"--out_dir={far}")
     assert code == 0 and "step 3 of ada/run" in out, err
     assert (far / "ckpt.pt").read_bytes() == (here / "ckpt.pt").read_bytes() and not (far / ".pull").exists()
     code, out, err = train(hub, data, far, "--init_from=resume")
@@ -76,15 +76,15 @@ def test_a_published_run_goes_on_elsewhere_as_if_it_had_never_stopped(hub, data,
 
 
 def test_weights_alone_serve_for_everything_but_resuming(hub, data, trained, tmp_path):
-    code, out, err = run(hub, "publish.py", "push", trained, "--repo=ada/light")
+    code, out, err = run(hub, "-m", "smol.publish", "push", trained, "--repo=ada/light")
     assert code == 0 and "step 6 is at ada/light, weights alone" in out, err
     assert len(hub.files("ada/light")["ckpt.pt"]) < 0.6 * (trained / "ckpt.pt").stat().st_size
     before = len(hub.log)
-    code, out, err = run(hub, "publish.py", "push", trained, "--repo=ada/light")
+    code, out, err = run(hub, "-m", "smol.publish", "push", trained, "--repo=ada/light")
     assert code == 0 and "already" in out and not [x for x in hub.log[before:] if x[0] == "PUT"], "something was sent again"
 
     far = tmp_path / "far"
-    assert run(hub, "publish.py", "pull", "ada/light", f"--out_dir={far}")[0] == 0
+    assert run(hub, "-m", "smol.publish", "pull", "ada/light", f"--out_dir={far}")[0] == 0
     whole, light = checkpoint.load(trained / "ckpt.pt"), checkpoint.load(far / "ckpt.pt")
     assert all(torch.equal(whole["weights"][k], light["weights"][k]) for k in whole["weights"]) and "optimizers" not in light["train"]
     model, _ = checkpoint.load_model(far / "ckpt.pt")
@@ -121,20 +121,20 @@ def test_training_does_not_wait_for_a_slow_hub(hub, data, tmp_path):
 
 def test_what_breaks_off_or_lies_is_not_taken(hub, trained, tmp_path):
     hub.faults.append(Fault("POST", "/commit/", 500, times=20))
-    code, _, err = run(hub, "publish.py", "push", trained, "--repo=ada/run")
+    code, _, err = run(hub, "-m", "smol.publish", "push", trained, "--repo=ada/run")
     assert code == 1 and "run it again" in err.splitlines()[-1] and "ckpt.pt" not in hub.files("ada/run")
     hub.faults.clear()
-    assert run(hub, "publish.py", "push", trained, "--repo=ada/run")[0] == 0
+    assert run(hub, "-m", "smol.publish", "push", trained, "--repo=ada/run")[0] == 0
 
     digest = hub.repos["ada/run"].commits[hub.repos["ada/run"].branches["main"]]["ckpt.pt"]
     content = hub.blobs[digest]
     hub.blobs[digest] = content[:-1] + b"x"
-    code, _, err = run(hub, "publish.py", "pull", "ada/run", f"--out_dir={tmp_path / 'far'}")
+    code, _, err = run(hub, "-m", "smol.publish", "pull", "ada/run", f"--out_dir={tmp_path / 'far'}")
     assert code == 1 and "hash" in err.splitlines()[-1] and not (tmp_path / "far/ckpt.pt").exists()
     hub.blobs[digest] = content
 
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "ckpt.pt").write_bytes(b"hours of work")
-    code, _, err = run(hub, "publish.py", "pull", "ada/run", f"--out_dir={mine}")
+    code, _, err = run(hub, "-m", "smol.publish", "pull", "ada/run", f"--out_dir={mine}")
     assert code == 1 and "--overwrite=True" in err and (mine / "ckpt.pt").read_bytes() == b"hours of work"

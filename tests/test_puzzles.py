@@ -9,9 +9,9 @@ import sys
 import numpy as np
 import pytest
 
-import puzzles
-from arc import Task
-from puzzles import (
+from smol import puzzles
+from smol.arc import Task
+from smol.puzzles import (
     SUDOKU4_HELD_OUT,
     SUITES,
     TEMPLATES,
@@ -471,7 +471,7 @@ def everything_from_one_seed():
 def test_same_seed_same_puzzles_in_another_process():
     code = "import sys; sys.path[:0] = ['.', 'tests']; import test_puzzles; print(test_puzzles.everything_from_one_seed())"
     other = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": "77"},
-                           cwd=os.path.dirname(puzzles.__file__), capture_output=True, text=True, check=True)
+                           cwd=os.path.dirname(os.path.dirname(puzzles.__file__)), capture_output=True, text=True, check=True)
     assert other.stdout.strip() == everything_from_one_seed()
 
 

@@ -10,8 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-import arc
-import report
+from smol import arc, report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NASTY = "</script><script>document.title = 'broken in'</script><!-- \u2028 <b>bold</b> &amp;"

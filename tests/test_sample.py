@@ -8,12 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-import arc
-import checkpoint
-import puzzles
 import sample
-import thinking
-import tokenizer as tok
+from smol import arc, checkpoint, puzzles, thinking
+from smol import tokenizer as tok
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

@@ -7,8 +7,7 @@ import time
 import numpy as np
 import pytest
 
-import programs
-import sandbox
+from smol import programs, sandbox
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # The way around restricted builtins that everybody knows: some class that is loaded was defined in the module `os`
@@ -135,7 +134,8 @@ def test_a_verdict_cannot_be_forged():
 def test_the_kernel_refuses_without_the_help_of_python(tmp_path):
     """The filter alone, no audit hook: what the code could do if it got around the interpreter altogether."""
     script = """
-import ctypes, os, socket, sys, sandbox
+import ctypes, os, socket, sys
+from smol import sandbox
 libc = ctypes.CDLL(None, use_errno=True)
 assert sandbox.filter_system_calls()
 def attempt(name, *args):

@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 from tiny import grid
 
-import arc
 import eval_arc
-import puzzles
-import scores
-from candidates import Candidate, Given
+from smol import arc, puzzles, scores
+from smol.candidates import Candidate, Given
 
 
 def answers_of(tasks, pick):

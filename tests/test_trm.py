@@ -11,13 +11,12 @@ from test_models import TASKS, TEXT_RECURSION, puzzle_batch, same, text, trm
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import arc
-import bench_recursion
-import bench_train
-import checkpoint
 import kda
 import model_trm
-import tokenizer as tok
+from bench import recursion as bench_recursion
+from bench import train as bench_train
+from smol import arc, checkpoint
+from smol import tokenizer as tok
 
 ROOT = Path(__file__).parent.parent
 
@@ -215,21 +214,21 @@ def test_all_rows_may_halt_at_once():
 def test_experiments_run(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = "n_layer=2,layer_pattern=ka,n_embd=32,n_head=2,n_ff=48"
-    bench_recursion.main(["recursion", "learn", "--task=sudoku4-2-4", f"--contender=A:dense,{small}",
+    bench_recursion.main(["learn", "--task=sudoku4-2-4", f"--contender=A:dense,{small}",
                           f"--contender=B:trm,{small},n_latent=1,n_recursion=1,n_sup=2,carry_turns=2",
                           "--gflops=0.5", "--tokens=256", "--n=3", "--save=saved"])  # fmt: skip
     out = capsys.readouterr().out
     assert "B: " in out and "A: " in out
-    bench_recursion.main(["recursion", "draw", "out/recursion/learn.jsonl"])
-    bench_recursion.main(["recursion", "halting", "saved2.pt", "--suite=sudoku4-4", "--n=5", "--n_sup=4"])
-    bench_recursion.main(["recursion", "bounds", "saved2.pt", "--n_sup=2"])
-    bench_recursion.main(["recursion", "core", "--lengths=32", "--tokens=64", "--steps=1", f"--settings={small}"])
+    bench_recursion.main(["draw", "out/recursion/learn.jsonl"])
+    bench_recursion.main(["halting", "saved2.pt", "--suite=sudoku4-4", "--n=5", "--n_sup=4"])
+    bench_recursion.main(["bounds", "saved2.pt", "--n_sup=2"])
+    bench_recursion.main(["core", "--lengths=32", "--tokens=64", "--steps=1", f"--settings={small}"])
     for picture in ("learn", "halting", "bounds"):
         assert (tmp_path / f"out/recursion/{picture}.png").stat().st_size > 5000
     with pytest.raises(SystemExit, match="Route A"):
-        bench_recursion.main(["recursion", "halting", "saved1.pt"])
+        bench_recursion.main(["halting", "saved1.pt"])
     with pytest.raises(SystemExit, match="chess"):
-        bench_recursion.main(["recursion", "learn", "--task=chess", "--contender=A:dense"])
+        bench_recursion.main(["learn", "--task=chess", "--contender=A:dense"])
 
 
 def test_contenders_have_as_many_parameters():

@@ -2,8 +2,8 @@
 import numpy as np
 import torch
 
-import checkpoint
-import tokenizer as tok
+from smol import checkpoint
+from smol import tokenizer as tok
 
 
 def make(name, block_size=256):

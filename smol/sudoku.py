@@ -1,0 +1,164 @@
+"""
+Sudoku, 4x4 and 9x9: filled grids, puzzles with exactly one solution, a solver, a checker. 0 is a blank.
+
+The checker looks at rows, columns and boxes and does not solve, so neither the generator nor the solver can hide a mistake from it.
+
+What is never trained on: the 4x4 grids in SUDOKU4_HELD_OUT. Read next: puzzles.py, the suites that models are evaluated on.
+"""
+
+import functools
+import hashlib
+import math
+
+import numpy as np
+
+from smol.arc import Task
+
+MAX_BLANKS = {4: 12, 9: 54}     # 4 givens are the fewest for 4x4; 9x9 goes to 64, but digging past 54 takes long
+
+
+def _sudoku_size(grid):
+    grid = np.asarray(grid)
+    if grid.shape not in ((4, 4), (9, 9)):
+        raise ValueError(f"a sudoku is 4x4 or 9x9, this one has shape {grid.shape}")
+    if grid.min() < 0 or grid.max() > len(grid):
+        raise ValueError(f"a {len(grid)}x{len(grid)} sudoku holds 0 (blank) to {len(grid)}, this one holds {grid.min()} to {grid.max()}")
+    return len(grid), math.isqrt(len(grid))
+
+
+def solve_sudoku(grid, limit=2, rng=None):
+    """
+    Solutions of a (4, 4) or (9, 9) grid, at most `limit` of them, as np.uint8 grids; [] when there are none.
+    limit=2 is what it takes to know whether a solution is the only one. With an rng, digits are tried in random order.
+    Backtracking on bitmasks (bit v-1 stands for digit v), most constrained cell first. ValueError if it is no sudoku.
+    """
+    size, box = _sudoku_size(grid)
+    values = np.asarray(grid).tolist()
+    rows, cols, boxes = ([(1 << size) - 1] * size for _ in range(3))     # digits that are still free
+    blanks = []
+    for r in range(size):
+        for c in range(size):
+            b = r // box * box + c // box
+            if not values[r][c]:
+                blanks.append((r, c, b))
+                continue
+            bit = 1 << values[r][c] - 1
+            if not rows[r] & cols[c] & boxes[b] & bit:
+                return []
+            rows[r] ^= bit
+            cols[c] ^= bit
+            boxes[b] ^= bit
+    solutions = []
+
+    def search():
+        if not blanks:
+            solutions.append(np.array(values, np.uint8))
+            return
+        fewest = size + 1
+        for i, (r, c, b) in enumerate(blanks):
+            free = rows[r] & cols[c] & boxes[b]
+            if free.bit_count() < fewest:
+                best, candidates, fewest = i, free, free.bit_count()
+                if fewest <= 1:
+                    break
+        r, c, b = blanks[best]
+        blanks[best] = blanks[-1]
+        blanks.pop()
+        digits = [v for v in range(1, size + 1) if candidates >> v - 1 & 1]
+        if rng is not None:
+            rng.shuffle(digits)
+        for v in digits:
+            bit = 1 << v - 1
+            values[r][c] = v
+            rows[r] ^= bit
+            cols[c] ^= bit
+            boxes[b] ^= bit
+            search()
+            rows[r] ^= bit
+            cols[c] ^= bit
+            boxes[b] ^= bit
+            if len(solutions) >= limit:
+                break
+        values[r][c] = 0
+        blanks.append((r, c, b))
+
+    search()
+    return solutions
+
+
+@functools.cache
+def all_sudoku4():
+    """The 288 filled 4x4 grids, np.uint8 (288, 4, 4), in lexicographic order, read-only (it is shared by all callers)."""
+    grids = np.array(sorted(solve_sudoku(np.zeros((4, 4), np.uint8), limit=1000), key=lambda g: g.tobytes()))
+    grids.flags.writeable = False
+    return grids
+
+
+def _hold_out_sudoku4():
+    # A training grid turned or mirrored on the fly must not become a held-out one, so whole orbits under the eight symmetries of
+    # the square are held out. Orbits have 4 or 8 grids: the most that fits into a fifth of 288 is 56. They are ordered by a hash
+    # and not by a random generator, so that no version of numpy can move the border.
+    orbits = {}
+    for i, grid in enumerate(all_sudoku4()):
+        images = [np.rot90(g, k).tobytes() for g in (grid, grid.T) for k in range(4)]
+        orbits.setdefault(min(images), []).append(i)
+    held = []
+    for key in sorted(orbits, key=lambda image: hashlib.sha256(image).digest()):
+        if len(held) + len(orbits[key]) <= 288 // 5:
+            held += orbits[key]
+    return tuple(sorted(held))
+
+
+SUDOKU4_HELD_OUT = _hold_out_sudoku4()      # indices into all_sudoku4()
+
+
+def sudoku4_grids(split):
+    """The filled 4x4 grids of 'train' (232) or 'test' (56), np.uint8 (n, 4, 4). No symmetry of the square maps one into the other."""
+    if split not in ("train", "test"):
+        raise ValueError(f"unknown split {split!r}: it is 'train' or 'test'")
+    held = np.isin(np.arange(288), SUDOKU4_HELD_OUT)
+    return all_sudoku4()[held if split == "test" else ~held]
+
+
+def sudoku(rng, size, blanks, split="train"):
+    """
+    One puzzle with exactly one solution: Task(kind='sudoku', train=[], test=[(puzzle, answer)]), grids np.uint8 (size, size).
+    size 4: the answer is drawn from sudoku4_grids(split), so the two splits share no answer. size 9: the answer is a random filled
+    grid by backtracking with digits in shuffled order; there are 6.7e21, so `split` only names what it is for. Cells are blanked in
+    random order, skipping those that would allow a second solution. ValueError for a size, split or number of blanks that cannot be.
+    """
+    if size not in MAX_BLANKS:
+        raise ValueError(f"sudoku size {size} is not offered: it is 4 or 9")
+    if not 1 <= blanks <= MAX_BLANKS[size]:
+        raise ValueError(f"{blanks} blanks in a {size}x{size} sudoku: it takes 1 to {MAX_BLANKS[size]}")
+    grids = sudoku4_grids(split)        # also for 9x9: a misspelt split is refused there too
+    everything = all_sudoku4().reshape(288, 16)
+    while True:     # some grids cannot spare this many cells in this order; another draw can
+        if size == 4:
+            answer = grids[rng.integers(len(grids))]
+            agrees = everything == answer.reshape(16)      # uniqueness is a look at all 288 grids: (288, 16)
+        else:
+            answer = solve_sudoku(np.zeros((9, 9), np.uint8), limit=1, rng=rng)[0]
+        puzzle = answer.copy()
+        left = blanks
+        for cell in rng.permutation(size * size).tolist():
+            kept, puzzle.flat[cell] = puzzle.flat[cell], 0
+            unique = agrees[:, puzzle.reshape(-1) > 0].all(1).sum() == 1 if size == 4 else len(solve_sudoku(puzzle)) == 1
+            if not unique:
+                puzzle.flat[cell] = kept
+                continue
+            left -= 1
+            if not left:
+                return Task(id=f"sudoku{size}", kind="sudoku", train=[], test=[(puzzle, answer.copy())])
+
+
+def check_sudoku(puzzle, answer):
+    """True if `answer` fills `puzzle`: same size, givens kept, each row, column and box holds every digit once. Does not solve."""
+    puzzle, answer = np.asarray(puzzle), np.asarray(answer)
+    if puzzle.shape != answer.shape or puzzle.shape not in ((4, 4), (9, 9)):
+        return False
+    size, box = len(puzzle), math.isqrt(len(puzzle))
+    digits = set(range(1, size + 1))
+    boxes = answer.reshape(box, box, box, box).swapaxes(1, 2).reshape(size, size)
+    lines = [*answer.tolist(), *answer.T.tolist(), *boxes.tolist()]
+    return all(set(line) == digits for line in lines) and bool(np.all((puzzle == 0) | (puzzle == answer)))
