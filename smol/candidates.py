@@ -16,7 +16,6 @@ Nothing in here reads a test output: tasks come without (`without_answers`).
 Read next: scores.py (what counts as right), ttt.py (a model that is tuned to one task), eval_arc.py (the command).
 """
 
-import hashlib
 import math
 import re
 from dataclasses import dataclass, field, replace
@@ -26,8 +25,9 @@ import torch
 
 from model_dense import batches_by_length
 from model_trm import surest
-from smol import arc
+from smol import arc, ttt
 from smol import tokenizer as tok
+from smol.loader import draw_rng
 
 RESCORED = 4  # candidates of Route A, those with most votes, that are looked at from other views
 RESCORING_VIEWS = 8  # how many views at most
@@ -77,17 +77,12 @@ class View:
     order: tuple  # which demonstration comes first, second, ...
 
 
-def rng_of(seed, *what):
-    """A generator that depends on the seed and on `what` alone: not on what else is asked, in which order, by how many processes."""
-    return np.random.default_rng([seed, *np.frombuffer(hashlib.sha256(repr(what).encode()).digest(), "<u4")])
-
-
 def views(task, n, seed):
     """
     -> list of at most n different View, the first of them the task as it is; a longer list begins with the shorter. What may be changed is
     what does not change the task: digits of a sudoku can be permuted, but 0 is a blank; in a maze every colour means something.
     """
-    rng, found = rng_of(seed, "views", task.id), [View(arc.IDENTITY, tuple(range(len(task.train))))]
+    rng, found = draw_rng(seed, "views", task.id), [View(arc.IDENTITY, tuple(range(len(task.train))))]
     for _ in range(20 * n):
         if len(found) >= n:
             break
@@ -206,8 +201,6 @@ def solve(model, tasks, settings):
     out, plain = [None] * len(tasks), []
     for i, task in enumerate(tasks):
         if settings.ttt_steps and len(task.train) > 1:
-            from smol import ttt  # which imports this file
-
             tuned = ttt.tune(model, task, settings)
             out[i] = solve(tuned, [task], replace(settings, ttt_steps=0))[0]
         else:
@@ -294,7 +287,7 @@ def write(model, prompts, n, room, stop, settings):
         out = [[written] for written in go_on(ids, room, 0.0)]
     for p, r, written in zip(ids, room, out):
         if n > 1:
-            generator = torch.Generator(device).manual_seed(int(rng_of(settings.seed, "write", p.tolist()).integers(2**31)))
+            generator = torch.Generator(device).manual_seed(int(draw_rng(settings.seed, "write", p.tolist()).integers(2**31)))
             written += go_on(p.repeat(n - 1, 1), [r] * (n - 1), settings.temperature, generator)
     return out
 

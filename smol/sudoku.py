@@ -162,3 +162,11 @@ def check_sudoku(puzzle, answer):
     boxes = answer.reshape(box, box, box, box).swapaxes(1, 2).reshape(size, size)
     lines = [*answer.tolist(), *answer.T.tolist(), *boxes.tolist()]
     return all(set(line) == digits for line in lines) and bool(np.all((puzzle == 0) | (puzzle == answer)))
+
+
+def shuffled(rng, *grids):
+    """9x9 grids (0 is a blank), all seen through the same random symmetry of sudoku."""
+    digits = np.concatenate([[0], rng.permutation(9) + 1]).astype(np.uint8)
+    rows, columns = (np.concatenate([3 * band + rng.permutation(3) for band in rng.permutation(3)]) for _ in range(2))
+    turn = rng.integers(2)
+    return [np.ascontiguousarray(digits[(grid.T if turn else grid)[rows][:, columns]]) for grid in grids]

@@ -12,7 +12,7 @@ emptied as far as a single solution allows, of which those are kept that make a 
 Published on the hub's: TRM 87.4% with an MLP as mixer, about 75% with attention (arXiv 2510.04871).
 
 A sudoku stays one when digits change names, when rows change places within their band, bands, columns and stacks likewise, and when it
-is transposed: 3,359,232 * 9! ways to see each. `shuffled` draws one; loader.py does so at every draw of a source whose augment is
+is transposed: 3,359,232 * 9! ways to see each. `sudoku.shuffled` draws one; loader.py does so at every draw of a source whose augment is
 "sudoku". Before this: puzzles.py (easier ones). Read next: config/sudoku_extreme.py.
 """
 
@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from smol import arc, puzzles, stages, tokenizer
+from smol import arc, puzzles, stages, sudoku, tokenizer
 
 STAGE, REPO, SEED = "sudoku_extreme", "sapientinc/sudoku-extreme", 20
 ALL = 0b111111111  # bit v - 1 stands for digit v
@@ -129,7 +129,7 @@ def hard_sudoku(rng, backtracks):
         filled = solve(first, limit=1)[0]
         if not filled:
             continue
-        answer = shuffled(rng, np.array(filled[0], np.uint8).reshape(9, 9))[0]
+        answer = sudoku.shuffled(rng, np.array(filled[0], np.uint8).reshape(9, 9))[0]
         puzzle = answer.copy()
         for cell in rng.permutation(81).tolist():
             kept, puzzle.flat[cell] = puzzle.flat[cell], 0
@@ -141,14 +141,6 @@ def hard_sudoku(rng, backtracks):
 
 # -----------------------------------------------------------------------------
 # symmetries
-
-
-def shuffled(rng, *grids):
-    """9x9 grids (0 is a blank), all seen through the same random symmetry of sudoku."""
-    digits = np.concatenate([[0], rng.permutation(9) + 1]).astype(np.uint8)
-    rows, columns = (np.concatenate([3 * band + rng.permutation(3) for band in rng.permutation(3)]) for _ in range(2))
-    turn = rng.integers(2)
-    return [np.ascontiguousarray(digits[(grid.T if turn else grid)[rows][:, columns]]) for grid in grids]
 
 
 # -----------------------------------------------------------------------------

@@ -21,8 +21,7 @@ import torch.nn as nn
 from torch.nn.utils import parametrize
 
 from smol import arc
-from smol.candidates import rng_of
-from smol.loader import bucket_length, pad_rows, puzzle_row
+from smol.loader import bucket_length, draw_rng, pad_rows, puzzle_row
 
 ROWS = 4  # leave-one-out views of the task per step
 
@@ -70,7 +69,7 @@ def tune(model, task, settings):
     model of either route, task an arc.Task with two or more demonstrations, settings a candidates.Settings -> a tuned copy in evaluation
     mode, or the model itself where no view of the task fits into its block_size. In float32, whatever the model answers in.
     """
-    rng = rng_of(settings.seed, "ttt", task.id)
+    rng = draw_rng(settings.seed, "ttt", task.id)
     seen = rows(task, settings.ttt_steps * ROWS, model.puzzle_format, model.config.block_size, rng)
     if not seen:
         return model

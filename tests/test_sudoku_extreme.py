@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from smol import arc, puzzles, stages, sudoku_extreme
+from smol import arc, puzzles, stages, sudoku, sudoku_extreme
 from smol.loader import puzzle_row
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +54,7 @@ def test_symmetries_make_other_sudokus_of_the_same_kind(hard):
     puzzle, answer = hard[0].test[0]
     rng, seen = np.random.default_rng(1), set()
     for _ in range(50):
-        p, a = sudoku_extreme.shuffled(rng, puzzle, answer)
+        p, a = sudoku.shuffled(rng, puzzle, answer)
         assert puzzles.check_sudoku(p, a) and (p > 0).sum() == (puzzle > 0).sum()
         seen.add(a.tobytes())
     assert len(seen) == 50
