@@ -284,7 +284,7 @@ def show(c, what):
     if what != "synth":
         raise ValueError("say what to show: python prepare.py show synth")
     folder, rng, written = Path("out/synth"), np.random.default_rng(c.seed), []
-    families = sorted(programs.FAMILIES, key=programs.level)  # stable: by level, in their own order within one
+    families = sorted(programs.FAMILIES, key=lambda f: len(programs.FAMILIES[f][0]))  # by level: its steps
     for page, first in enumerate(tqdm(range(0, len(families), PER_PAGE), desc="drawing", unit=" pages", leave=False), 1):
         rows = []
         for family in families[first : first + PER_PAGE]:

