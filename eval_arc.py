@@ -17,7 +17,7 @@ counted in `too_long` as well. The model is handed tasks with their test outputs
 All of arc1, the 100M models on two T4s (projected, `python -m bench.answer`): Route A in 16 views 8 minutes;
 Route B in 16 views 4.8 hours with its 16 supervision steps, 18 to 36 minutes with --n_sup=2 --halt=0.9, by how
 often it is sure after one step, and at most 25 in 11 views.
-In LOG.md two steps were as good as more, and many views were worth more than many steps: ask your checkpoint with
+On 4x4 sudokus two steps were as good as more, and many views worth more than many steps (LOG.md): ask yours with
 `python -m bench.answer --checkpoint=CKPT`.
 
 A run that was killed goes on where it was: what has been answered, by the same checkpoint with the same settings, is not asked again.

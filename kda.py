@@ -821,8 +821,8 @@ def kda(q, k, v, g, beta, *, scale=None, initial_state=None, output_final_state=
 
 class ShortConvFunction(torch.autograd.Function):
     """
-    Causal depthwise convolution as W shifted multiply-adds. Written out because both autograd through the multiply-adds and
-    the backward of a grouped conv1d are slow on CPU (figures in LOG.md).
+    Causal depthwise convolution as W shifted multiply-adds, written out because autograd through them, or through
+    a grouped conv1d, is slower on a CPU.
     """
 
     @staticmethod
