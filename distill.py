@@ -5,8 +5,6 @@ On-policy distillation: a student answers puzzles, a teacher says at every place
     torchrun --nproc_per_node=2 distill.py config/distill_route_b.py         two processes share the same global batch
     python distill.py config/distill_route_a.py --teacher=hf:gpt2            any of the teachers in teachers.py
     python distill.py config/distill_demo.py                                 once more: goes on from ckpt.pt
-    python distill.py record config/distill_route_a.py --out_dir=out/said    have the teacher answer --record_prompts prompts once; then
-                                                                             --teacher=out/said need not fit beside the student
 
 A step is as train.py's, on the same batches from the loader. A batch of text is learned as there. On a batch of puzzles
     sampling   the student writes answers (Route A, with caches) or has them on its canvas (Route B, at each supervision step); for a share
@@ -34,11 +32,11 @@ from tqdm import tqdm
 import configurator
 from model_dense import IGNORE, row_shares, sample
 from model_trm import ANSWER_ROWS
-from smol import arc, hardware, logbook, loop, parallel, puzzles, records, teachers
+from smol import arc, hardware, logbook, loop, parallel, puzzles, sources, teachers
 from smol import checkpoint as ckpt
 from smol import tokenizer as tok
 from smol.divergences import divergence
-from smol.loader import Ahead, Loader, draw_rng, puzzle_row, read_stage
+from smol.loader import Ahead, Loader, Puzzles, draw_rng, puzzle_row, read_stage
 from smol.parallel import all_agree, difference, local_rank, master, rank, world_size
 
 # -----------------------------------------------------------------------------
@@ -60,14 +58,13 @@ push_full = False
 tracker = ""  # 'trackio' or 'wandb' get the same figures as log.jsonl, if installed
 check_tasks = 32  # held-out puzzles that the teacher solves beforehand, and the student at each validation; 0 for none
 # ---- teacher
-teacher = ""  # path of a checkpoint, of a folder that `record` wrote, of a Hugging Face model, or hf:NAME
+teacher = ""  # path of a checkpoint, of a Hugging Face model, or hf:NAME
 teacher_n_sup: int | None = None  # Route B: supervision steps (None: its own)
 teacher_n_views = 1  # votes over this many views of each puzzle
 teacher_ttt_steps = 0  # test-time training: steps on each task's demonstrations before it answers
 teacher_ttt_learning_rate = 1e-3
 teacher_dtype = "auto"  # of its matrices; auto: dtype
 teacher_vocabulary = "same"  # of a Hugging Face model: 'same' as GPT-2's, or 'cells', another one where the cell map is exact
-record_prompts = 1000  # `record`: how many
 # ---- what is learned
 objective = "forward_kl"  # 'forward_kl', 'reverse_kl', 'jsd', or 'answers': cross-entropy on the answers, whatever the teacher's odds.
 # reverse_kl and jsd are all but blind where teacher and student are certain of different things; at temperature 2, reverse_kl sees it
@@ -76,7 +73,6 @@ temperature = 1.0  # softens both distributions
 on_policy = 1.0  # lambda: share of the batches whose answers are the student's own
 off_policy = "dataset"  # whose answers the others have: 'dataset' or 'teacher'
 sample_temperature = 1.0  # at which the student writes its answers
-verified_bonus = 0.0  # extra, not distillation: weight of a policy gradient for own answers that a checker, or the data, finds right
 # ---- prompts
 data_dir = "data"
 data = "demo"  # name of a prepared stage
@@ -111,8 +107,8 @@ seed = 1337
 # What they may be, as in train.py
 RANGES = {
     "[1, inf)": "eval_interval eval_batches eval_limit log_interval batch_size block_size max_iters max_skipped "
-                "gradient_accumulation_steps teacher_n_sup teacher_n_views record_prompts",
-    "[0, inf)": "check_tasks teacher_ttt_steps teacher_ttt_learning_rate sample_temperature verified_bonus "
+                "gradient_accumulation_steps teacher_n_sup teacher_n_views",
+    "[0, inf)": "check_tasks teacher_ttt_steps teacher_ttt_learning_rate sample_temperature "
                 "mixture learning_rate weight_decay warmup_iters decay_iters min_lr sync_check_interval",
     "(0, inf)": "temperature",
     "[0, inf]": "max_hours grad_clip eval_minutes",
@@ -128,8 +124,7 @@ RANGES = {
     ("auto", "float32", "bfloat16", "float16"): "dtype teacher_dtype",
 }  # fmt: skip
 defaults = configurator.settings(globals())
-config = configurator.configure(globals(), sys.argv[2:] if sys.argv[1:2] == ["record"] else sys.argv[1:])
-recording = sys.argv[1:2] == ["record"]
+config = configurator.configure(globals(), sys.argv[1:])
 LANGUAGE_LIMIT = 0.05  # nats by which the validation loss on text may worsen before there is a warning
 
 began = time.monotonic()
@@ -160,33 +155,43 @@ def check_settings():
         raise ValueError("no teacher: name one with --teacher=PATH")
     if objective == "answers" and on_policy > 0:
         raise ValueError("objective='answers' learns given answers, not the student's own: use --on_policy=0")
-    if recording and os.path.exists(os.path.join(out_dir, records.RECORD)) and not overwrite:
-        raise ValueError(f"{out_dir} holds a record: record it anew with --overwrite=True, or choose another --out_dir")
 
 
 # ---- the prompts
+EVAL_DEMOS = "arc_eval_demos"  # as prepare.py --eval_demos=True calls that source, and reports ask for
+
+
+class Demonstrations(Puzzles):
+    """The demonstrations of ARC's evaluation tasks, never their tests, as a source of the loader's; in no stage."""
+
+    def __init__(self, seed, batch_tokens, block_size, puzzle_format):
+        self.name, self.seed, self.augment = EVAL_DEMOS, seed, "arc"
+        self.documents = [arc.encode(task.kind, task.train + task.test) for task in sources.arc_eval_demos()]
+        self.batch_tokens, self.block_size, self.puzzle_format = batch_tokens, block_size, puzzle_format
+        self.drawn, self.waiting, self.rows = 0, {}, {}
+
+    def row(self, n):
+        epoch, i = divmod(n, len(self.documents))
+        i = draw_rng(self.seed, self.name, epoch).permutation(len(self.documents))[i]
+        rng = draw_rng(self.seed, self.name, f"view {n}")
+        return puzzle_row(self.documents[i], self.puzzle_format, self.augment, rng)
+
+
 def make_loader():
     """train.py's, with every source of text read for validation at least, and the prompts that a stage does not hold."""
     manifest, own, _ = read_stage(data_dir, data, data_tag, verify=False)
     weights = dict(mixture or own["weights"])
-    kinds = {e["source"]: e["kind"] for e in manifest}
-    for name, kind in kinds.items():
-        if kind == "text":
-            weights.setdefault(name, 0)
+    for e in manifest:
+        if e["kind"] == "text":
+            weights.setdefault(e["source"], 0)
     loader = Loader(data_dir, data, tag=data_tag, weights=weights, seed=seed, batch_size=batch_size, block_size=block_size,
                     batches_per_step=gradient_accumulation_steps, puzzle_format=net.puzzle_format, rank=rank, world_size=world_size,
                     verify=local_rank == 0)  # fmt: skip
     shares, shape = dict(zip(loader.names, loader.shares)), (batch_size * block_size, block_size, net.puzzle_format)
-    if isinstance(guide, records.Recorded):
-        shares = {name: share for name, share in shares.items() if kinds[name] == "text"}
-        shares["recorded"] = 1 - sum(shares.values()) or 1.0
-        loader.sources["recorded"] = records.Prompts("recorded", guide.documents, seed, *shape)
     if eval_demonstrations:
         shares = {name: share * (1 - eval_demonstrations) for name, share in shares.items()}
-        shares[records.EVAL_DEMOS] = eval_demonstrations
-        tasks = [task for name in ("arc1_eval", "arc2_eval") for task in arc.load(name)]
-        documents = [arc.encode(task.kind, task.train) for task in tasks if len(task.train) > 1]  # one pair asks; a test is not read
-        loader.sources[records.EVAL_DEMOS] = records.Prompts(records.EVAL_DEMOS, documents, seed, *shape, augment="arc")
+        shares[EVAL_DEMOS] = eval_demonstrations
+        loader.sources[EVAL_DEMOS] = Demonstrations(seed, *shape)
     loader.sources = {name: loader.sources[name] for name in shares}
     loader.names, loader.shares = list(shares), np.array(list(shares.values())) / sum(shares.values())
     return loader
@@ -195,7 +200,7 @@ def make_loader():
 def held_out_tasks(n):
     """n of the stage's held-out puzzles, as many of each source as there are."""
     found = [[arc.decode(shards.document(i)) for i in range(min(shards.n_documents, n))]
-             for kind, name, shards in loader.val if kind == "puzzle" and (name in loader.names or "recorded" in loader.names)]  # fmt: skip
+             for kind, name, shards in loader.val if kind == "puzzle" and name in loader.names]  # fmt: skip
     mixed = [source[i] for i in range(n) for source in found if i < len(source)]
     return [arc.Task("", kind, pairs[:-1], pairs[-1:]) for kind, pairs in mixed[:n]]
 
@@ -204,7 +209,7 @@ def held_out_tasks(n):
 held, started_from, another, problem = None, None, None, None
 try:
     check_settings()
-    tracked = loop.tracker_module(tracker if master and not recording else "")
+    tracked = loop.tracker_module(tracker if master else "")
     device = hardware.pick_device(device)
     device = f"cuda:{local_rank}" if device == "cuda" else device
     dtype = hardware.pick_dtype(dtype, device)
@@ -219,13 +224,13 @@ elif world_size == 1 and "OMP_NUM_THREADS" not in os.environ:
 parallel.start(device_type)
 torch.manual_seed(seed)
 try:
-    if master and os.path.isdir(out_dir) and not recording:
+    if master and os.path.isdir(out_dir):
         held = loop.lock(out_dir)
 except (OSError, ValueError) as e:
     problem = str(e)
 stop_if(problem)
 try:
-    started_from, student_path, resumed = loop.starting_point(init_from, out_dir, overwrite or recording)
+    started_from, student_path, resumed = loop.starting_point(init_from, out_dir, overwrite)
     if resumed and "student" not in started_from["train"]:
         raise ValueError(f"{student_path} was not written by distill.py: start from its weights with "
                          f"--init_from={student_path} and another --out_dir")  # fmt: skip
@@ -247,9 +252,6 @@ try:
         guide = teachers.load(teacher, device, dtype if teacher_dtype == "auto" else teacher_dtype, teacher_vocabulary,
                               n_sup=teacher_n_sup, n_views=teacher_n_views, ttt_steps=teacher_ttt_steps,
                               ttt_learning_rate=teacher_ttt_learning_rate)  # fmt: skip
-        if isinstance(guide, records.Recorded) and guide.conditional and on_policy:
-            raise ValueError(f"{teacher} is of a teacher that writes left to right: what it says holds for its own answers alone, so use "
-                             "--on_policy=0 --off_policy=teacher")  # fmt: skip
     loader = make_loader()
     optimizers = loop.make_optimizers(net, optimizer, weight_decay, learning_rate, (beta1, beta2))
     pinned = {"stage": data, "tag": data_tag, "snapshot": loader.snapshot, "shards": loader.fingerprint,
@@ -296,18 +298,6 @@ if resumed:
 started_from = None  # free its memory
 
 
-# ---- record: the teacher answers, nobody learns
-if recording:
-    try:
-        if world_size > 1:
-            raise ValueError("record runs in one process")
-        found = records.record(out_dir, loader, guide, record_prompts, pinned, held_out_tasks(check_tasks))
-    except (OSError, ValueError) as e:
-        parallel.stop(e)
-    print(f"{found} of {record_prompts} prompts answered (others are too long for the teacher), in {out_dir}")
-    sys.exit(0)
-
-
 # ---- the pieces of a step
 class Stopwatch:
     """Seconds by what they were spent on; a GPU is waited for, or the times would be of launching only."""
@@ -345,13 +335,6 @@ def distance(student, teacher_says, rows, n_rows):
         return 0.0 * student.sum()
     each = divergence(student[known], teacher_says[known], objective, beta, temperature)
     return (each * row_shares(rows[known], n_rows)).sum()
-
-
-def bonus(student, outcomes, rows, tasks, answers):
-    """The labelled extra: raise the probability of own answers that are verified, beside those of this batch that are not."""
-    rewards = torch.tensor([float(is_right(t, a)) for t, a in zip(tasks, answers)], device=student.device)
-    log_p = student.log_softmax(-1).gather(1, outcomes[:, None]).squeeze(1)
-    return -verified_bonus * ((rewards - rewards.mean())[rows] * log_p * row_shares(rows, len(tasks))).sum()
 
 
 def opinions(tasks, answers, stats):
@@ -396,8 +379,7 @@ def left_to_right(batch, watch, stats):
         says = [teachers.places_of_answer(nothing if frames[i] is None else frames[i], *shape) for i, shape in zip(kept, shapes)]
         if not guide.conditional:
             says = [teachers.until_they_part(*both) for both in zip(says, said)]
-        loss = distance(student, torch.cat(says).to(device), rows, len(tasks))
-        return loss + (bonus(student, outcomes, rows, tasks, answers) if verified_bonus and own else 0.0)
+        return distance(student, torch.cat(says).to(device), rows, len(tasks))
 
 
 def given_answers(tasks):
@@ -438,14 +420,14 @@ def on_a_canvas(batch, watch, stats, carry):
             loss, agreed = net.canvas_loss(y, carry["targets"], carry["targets"] != IGNORE, words)
     own = objective != "answers" and draw_rng(seed, f"policy {train['iter']}", batch.key[0]).random() < on_policy
     answers, tasks = None, None
-    if objective != "answers" and (guide.conditional or own and verified_bonus):
+    if objective != "answers" and guide.conditional:
         with watch.measure("sampling"):
             tasks = teachers.tasks_of(carry["idx"].cpu(), carry["targets"].cpu(), net.puzzle_format)
             if own:
                 # where logits are not finite, neither is the loss, and the step is skipped: any draw will do
                 logits = student.detach().cpu().nan_to_num()
                 outcomes = sample(logits, sample_temperature, generator=generator_for(batch.key[0]))
-                answers, outcomes = teachers.read_canvases(outcomes, carry["idx"].cpu()), outcomes.to(device)
+                answers = teachers.read_canvases(outcomes, carry["idx"].cpu())
             else:
                 answers = given_answers(tasks)
     if objective != "answers":
@@ -457,8 +439,6 @@ def on_a_canvas(batch, watch, stats, carry):
             says = says[cells]
         with watch.measure("learning"):
             loss = distance(student, says, rows, len(idx))
-            if verified_bonus and own:
-                loss = loss + bonus(student, outcomes, rows, tasks, answers)
             known = ~says.isnan().any(-1)
             scored = torch.bincount(rows[known], minlength=len(idx)) > 0
             differs = (student.argmax(-1) != says.argmax(-1)) & known
@@ -559,10 +539,8 @@ if master:
     print(f"{start} {student_path}, with {loop.place_of(pinned)}")
     if another:
         print(f"  changed: {another}")
-    if records.EVAL_DEMOS in pinned["sources"]:
+    if EVAL_DEMOS in pinned["sources"]:
         print("the demonstrations of ARC's evaluation tasks are among what it learns from: any report of its results must say so")
-    if verified_bonus:
-        print("with a bonus for verified answers: this is not distillation alone")
     if tracked:
         tracked.init(project="smol-llm", name=os.path.basename(os.path.normpath(out_dir)), config=config, resume="allow")
 if compile:
@@ -575,7 +553,7 @@ net.train()
 tasks = held_out_tasks(check_tasks)
 if not resumed:
     validate()
-    if guide is not None and tasks and not isinstance(guide, records.Recorded):
+    if guide is not None and tasks:
         with autocast:
             theirs = teachers.solved(guide, tasks)
         write_log({"iter": 0, "teacher_solved": theirs, "of": len(tasks)})
@@ -617,8 +595,7 @@ while train["iter"] < max_iters:
         if not hardware.out_of_memory(e):
             raise
         parallel.stop(f"out of memory in a {batch.mode} batch of {len(batch.idx)} x {batch.idx.shape[1]} tokens: lower batch_size (and "
-                      "raise gradient_accumulation_steps), or record the teacher's answers first (distill.py record)",
-                      everyone=False)  # fmt: skip
+                      "raise gradient_accumulation_steps), or set recompute=True", everyone=False)  # fmt: skip
     with watch.measure("learning"):
         average_gradients()
         for o in optimizers:

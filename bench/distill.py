@@ -108,7 +108,6 @@ def main():
     parser.add_argument("--arms", type=lambda s: [int(n) for n in s.split(",")], help="numbers of ARMS' rows, from 0 (default: all)")
     parser.add_argument("--rates", type=lambda s: [float(x) for x in s.split(",")], default=[1e-3], help="learning rates (default 1e-3)")
     parser.add_argument("--others", type=int, default=200, help="held-out puzzles that choose the rate, beside the suite's (default 200)")
-    parser.add_argument("--said", help="a record of the teacher (distill.py record), for the off-policy ways: they need not ask it twice")
     parser.add_argument("--out_dir", default="out/bench_distill")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="of distill.py, for all runs, without the dashes")
     args = parser.parse_intermixed_args()
@@ -120,7 +119,7 @@ def main():
     def run(arm, seed, rate):
         out, student = os.path.join(args.out_dir, f"{list(ARMS).index(arm)}_{seed}_{rate:g}"), args.student.replace("{seed}", str(seed))
         settings = [*(f"--{s}" for s in args.settings), *ARMS[arm], f"--seed={seed}", f"--learning_rate={rate}"]
-        run_arm(out, student, args.said if args.said and "--off_policy=teacher" in settings else args.teacher, args.seconds, settings)
+        run_arm(out, student, args.teacher, args.seconds, settings)
         return out
 
     try:

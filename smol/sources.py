@@ -177,7 +177,7 @@ def _arc_tasks():
 
 
 @functools.cache
-def _arc_eval_demos():
+def arc_eval_demos():
     """The evaluation tasks of both ARCs without their tests: the last demonstration is the question."""
     tasks = {task.id: task for name in ("arc1_eval", "arc2_eval") for task in arc.load(name) if len(task.train) > 1}
     return [arc.Task(i, "arc", tasks[i].train[:-1], tasks[i].train[-1:]) for i in sorted(tasks)]
@@ -197,7 +197,7 @@ def arc_task(rng, index, tasks_of=_arc_tasks):
 
 def arc_eval_demo(rng, index):
     """The same from the demonstrations of evaluation tasks."""
-    return arc_task(rng, index, _arc_eval_demos)
+    return arc_task(rng, index, arc_eval_demos)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

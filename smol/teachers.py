@@ -13,7 +13,7 @@ A teacher is any object with: about (a dict that says what it is), sources (name
 frame depends on the answer it is asked about), frames(tasks, answers) -> list of frames, None where a task is too long for it, and
 write(tasks) -> list of its own grids, None likewise. A task is an arc.Task of one test pair, whose output no teacher reads.
 
-Read next: text_teacher.py and records.py, two more kinds of teacher, and distill.py. Sources: on-policy distillation, arXiv 2306.13649;
+Read next: text_teacher.py, another kind of teacher, and distill.py. Sources: on-policy distillation, arXiv 2306.13649;
 test-time training on a task's demonstrations, arXiv 2411.07279.
 """
 
@@ -248,22 +248,17 @@ def load_ours(path, device, dtype="float32", **options):
 
 def load(path, device, dtype="float32", vocabulary="same", **options):
     """
-    The teacher at path: a checkpoint of ours, a folder that `distill.py record` wrote, or a folder (or hub name, "hf:NAME") of Hugging
-    Face's. options: as for Ours. FileNotFoundError or ValueError, in one line, if it is missing, damaged, or of another family.
+    The teacher at path: a checkpoint of ours, or a folder (or hub name, "hf:NAME") of Hugging Face's. options: as
+    for Ours. FileNotFoundError or ValueError, in one line, if it is missing, damaged, or of another family.
     """
-    from smol import (
-        records,  # these two import this file
-        text_teacher,
-    )
+    from smol import text_teacher  # which imports this file
 
     given = [k for k, v in options.items() if v not in (None, 0, 1) and k != "ttt_learning_rate"]
-    if os.path.isfile(os.path.join(path, records.RECORD)):
-        foreign, teacher = "recorded", lambda: records.Recorded(path)
-    elif path.startswith("hf:") or os.path.isfile(os.path.join(path, "config.json")) and not os.path.isfile(os.path.join(path, "ckpt.pt")):
+    if path.startswith("hf:") or os.path.isfile(os.path.join(path, "config.json")) and not os.path.isfile(os.path.join(path, "ckpt.pt")):
         foreign, teacher = "a Hugging Face model", lambda: text_teacher.HuggingFace(path.removeprefix("hf:"), device, dtype, vocabulary)
     elif os.path.isdir(path):
-        raise ValueError(f"teacher {path} is a folder with neither a config.json of Hugging Face's nor a {records.RECORD} of distill.py "
-                         "record: for a checkpoint of ours, give the path of its ckpt.pt")  # fmt: skip
+        raise ValueError(f"teacher {path} is a folder without a config.json of Hugging Face's: for a checkpoint of ours, "
+                         "give the path of its ckpt.pt")  # fmt: skip
     else:
         return load_ours(path, device, dtype, **options)
     if given:

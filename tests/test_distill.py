@@ -11,7 +11,7 @@ import scripts
 import torch
 
 import prepare
-from smol import arc, candidates, checkpoint, loader, puzzles, records, teachers, text_teacher
+from smol import arc, candidates, checkpoint, loader, puzzles, sources, teachers, text_teacher
 from smol import tokenizer as tok
 from smol.candidates import Candidate
 from smol.divergences import divergence
@@ -55,8 +55,8 @@ def models(tmp_path_factory):
     return {(route, seed): saved(folder, route, seed) for route in ("dense", "trm") for seed in (0, 1)}
 
 
-def distill(data, out, *settings, processes=1, before=()):
-    return scripts.run("distill.py", [*before, f"--data_dir={data}", f"--out_dir={out}", *RUN, *settings], processes)
+def distill(data, out, *settings, processes=1):
+    return scripts.run("distill.py", [f"--data_dir={data}", f"--out_dir={out}", *RUN, *settings], processes)
 
 
 def log(out):
@@ -319,9 +319,9 @@ def test_too_few_outputs_and_too_long_prompts(gpt2, tmp_path):
 @pytest.mark.parametrize("route", ["dense", "trm"])
 def test_a_stopped_run_goes_on_as_if_it_had_not(data, models, tmp_path, route):
     settings = [f"--init_from={models[route, 0]}", f"--teacher={models[route, 1]}", "--max_iters=4", "--eval_interval=4", "--ema=0.9",
-                "--on_policy=0.7", "--objective=jsd", "--temperature=2.0", "--verified_bonus=0.1"]  # fmt: skip
+                "--on_policy=0.7", "--objective=jsd", "--temperature=2.0"]  # fmt: skip
     run = distill(data, tmp_path / "whole", *settings)
-    assert run.returncode == 0 and "bonus for verified answers" in run.stdout, run.stderr
+    assert run.returncode == 0, run.stderr
     whole = checkpoint.load(tmp_path / "whole" / "ckpt.pt")
     assert whole["model"] == route and whole["train"]["iter"] == 4 and set(whole["train"]["data"]["sources"]) >= {"stdlib", "sudoku4"}
     steps = [e for e in log(tmp_path / "whole") if "own_right" in e]
@@ -389,51 +389,18 @@ def test_routes_meet_and_two_processes_take_the_same_steps_as_one(data, models, 
     assert len(one) == 3 and two == pytest.approx(one, rel=1e-4)
 
 
-def test_recorded_answers_teach_as_their_teacher_does(data, models, tmp_path):
-    """A Route B teacher does not mind which answer it is asked about, so its record may be used on-policy."""
-    said = tmp_path / "said"
-    student = f"--init_from={models['dense', 0]}"
-    run = distill(data, said, student, f"--teacher={models['trm', 1]}", "--record_prompts=130", before=["record"])
-    assert run.returncode == 0, run.stderr
-    teacher = teachers.load(str(said), "cpu")
-    assert len(teacher.documents) == 130 and teacher.about["model"] == "trm" and not teacher.conditional
-    live = teachers.load(str(models["trm", 1]), "cpu")
-    tasks = [arc.Task("", kind, pairs[:-1], pairs[-1:]) for kind, pairs in map(arc.decode, teacher.documents[::40])]
-    for task, one, other in zip(tasks, teacher.frames(tasks, [None] * 4), live.frames(tasks, [None] * 4)):
-        assert torch.allclose(one.exp(), other.exp(), atol=2e-3)
-        assert np.array_equal(teacher.write([task])[0], live.write([task])[0])
-    assert teacher.frames(puzzles.heldout("sudoku4")[:1], [None]) == [None]  # what it was not asked
-    run = distill(data, tmp_path / "out", student, f"--teacher={said}", "--max_iters=2", "--eval_interval=2")
-    assert run.returncode == 0 and "recorded" in run.stdout, run.stderr
-
-    shard = next(said.glob("*.log_p.npy"))
-    damaged = bytearray(shard.read_bytes())
-    damaged[-1] ^= 1
-    shard.write_bytes(damaged)
-    with pytest.raises(ValueError, match=f"{shard.name} is damaged.*record again"):
-        teachers.load(str(said), "cpu")
-
-
-def test_a_record_of_left_to_right_answers_is_off_policy_only(data, models, tmp_path):
-    student = f"--init_from={models['trm', 0]}"
-    run = distill(data, tmp_path / "said", student, f"--teacher={models['dense', 1]}", "--record_prompts=20", before=["record"])
-    assert run.returncode == 0, run.stderr
-    fails(distill(data, tmp_path / "a", student, f"--teacher={tmp_path / 'said'}"), "--on_policy=0 --off_policy=teacher")
-    run = distill(data, tmp_path / "b", student, f"--teacher={tmp_path / 'said'}", "--on_policy=0", "--off_policy=teacher", "--max_iters=1",
-                  "--check_tasks=0")  # fmt: skip
-    assert run.returncode == 0, run.stderr
-
-
 def test_evaluation_demonstrations_only_with_the_switch_and_never_their_tests(data, models, tmp_path):
-    run = distill(data, tmp_path, f"--init_from={models['dense', 0]}", f"--teacher={models['dense', 1]}", "--record_prompts=12",
-                  "--eval_demonstrations=1.0", before=["record"])  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    known = {(arc.canonical_hash(x), len(t.train)) for name in ("arc1_eval", "arc2_eval") for t in arc.load(name) for x, _ in t.train}
-    for ids in teachers.load(str(tmp_path), "cpu").documents:
-        _, pairs = arc.decode(ids)
-        assert all((arc.canonical_hash(x), len(pairs)) in known for x, _ in pairs)  # as many pairs as it has demonstrations: no test is one
-    record = json.loads((tmp_path / records.RECORD).read_text())
-    assert "arc_eval_demos" in record["data"]["sources"]
+    known = {}
+    for task in (task for name in ("arc1_eval", "arc2_eval") for task in arc.load(name)):
+        known.setdefault(task.id, []).append([tuple(grid.tobytes() for grid in pair) for pair in task.train])
+    for task in sources.arc_eval_demos():  # as many pairs as there are demonstrations, and these: no test is one
+        assert [tuple(grid.tobytes() for grid in pair) for pair in task.train + task.test] in known[task.id]
+    options = [f"--init_from={models['dense', 0]}", f"--teacher={models['dense', 1]}", "--max_iters=1", "--check_tasks=0"]
+    for share in (0.0, 1.0):
+        run = distill(data, tmp_path / str(share), *options, f"--eval_demonstrations={share}")
+        assert run.returncode == 0, run.stderr
+        learned = checkpoint.load(tmp_path / str(share) / "ckpt.pt")["train"]["data"]["sources"]
+        assert ("arc_eval_demos" in learned) == ("evaluation tasks are among" in run.stdout) == bool(share)
 
 
 def test_warnings_have_their_figures(data, models, tmp_path):
@@ -471,7 +438,7 @@ def test_mistakes_are_told_in_one_line(data, models, tmp_path, monkeypatch):
     fails(distill(data, tmp_path, f"--teacher={models['trm', 1]}"), "no student")
     fails(distill(data, tmp_path, student, f"--teacher={tmp_path / 'gone.pt'}"), r"gone\.pt does not exist")
     (tmp_path / "stranger").mkdir()
-    with pytest.raises(ValueError, match="neither a config.json"):
+    with pytest.raises(ValueError, match="without a config.json"):
         teachers.load(str(tmp_path / "stranger"), "cpu")
     (tmp_path / "text.pt").write_text("no checkpoint")
     with pytest.raises(ValueError, match="not a checkpoint that can be read"):
