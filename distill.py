@@ -595,7 +595,7 @@ while train["iter"] < max_iters:
         if not hardware.out_of_memory(e):
             raise
         parallel.stop(f"out of memory in a {batch.mode} batch of {len(batch.idx)} x {batch.idx.shape[1]} tokens: lower batch_size (and "
-                      "raise gradient_accumulation_steps), or set recompute=True", everyone=False)  # fmt: skip
+                      "raise gradient_accumulation_steps), or set --recompute=True", everyone=False)  # fmt: skip
     with watch.measure("learning"):
         average_gradients()
         for o in optimizers:

@@ -292,7 +292,7 @@ def plan(args):
         passes = net.passes("text")[1] * net.config.text_n_sup if c.model == "trm" else 1
         per_token += saved_bytes(net, idx, idx, "text", torch.bfloat16) / T / (net.config.n_layer * passes)
     guide = 0
-    if taught and not os.path.isfile(os.path.join(c.teacher, "teacher.json")):  # a recorded one takes no memory
+    if taught:
         teacher = checkpoint.make_model(c.teacher_model, c.teacher_model_config)
         halved = sum(p.numel() for p in teacher.blocks.parameters())
         guide = 2 * halved + 4 * (teacher.num_params() - halved)
