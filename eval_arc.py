@@ -44,7 +44,6 @@ came out, suites: {suite: figures}:
     unknown                         tasks of --tasks whose outputs nobody gave: answered, and in none of these figures
     too_long, too_long_ids          tasks with a test input that does not fit into the model's block_size
     by_size                         {'1-25', ...: [solved, total]} test outputs by the number of their cells
-    verdicts                        {'right', 'differs', 'breaks a rule', 'unfinished', 'wrong size', 'no answer': count}, first attempts
     cells_right, cells_right_by_copying     share of cells right in the first attempt, and if the input itself were the answer
     against                         {other model: {only_this, only_other, p}}: tasks that one solves and the
                                     other does not, of those that both were asked; exact McNemar
@@ -59,7 +58,7 @@ answers.jsonl: a line for every model, suite and task tried, {...}:
         input, expected             grids (expected: null where nobody knows it). Text in suites of text (logic): there, strings
         attempts                    [grid, ...], best first: as many as count, and two at least; strings in suites of text
         right                       [bool, ...] of each attempt
-        solved, oracle, verdict     one of the attempts right; any candidate right; what the first attempt is, as in `verdicts`
+        solved, oracle              one of the attempts right; any candidate right
         votes, scores               of each attempt: views and samples that gave it; the model's own score (Route A: mean log-probability
                                     of a cell; Route B: halting probability)
         candidates                  how many different ones there were

@@ -11,7 +11,6 @@ import math
 
 import numpy as np
 
-VERDICTS = ("right", "differs", "breaks a rule", "unfinished", "wrong size", "no answer")
 SIZES = (25, 100, 225, 400, 900)  # cells: borders between the bins of accuracy by size
 KEPT = 2  # attempts of a test input that are kept, at least
 
@@ -35,61 +34,6 @@ def same(a, b):
     return a is not None and b is not None and (a == b if isinstance(a, str) or isinstance(b, str) else np.array_equal(a, b))
 
 
-def verdict(kind, puzzle, answer, expected):
-    """
-    What an answer is, in one of VERDICTS. 'differs' is not what was expected, but breaks no rule that can be checked without the
-    solution: any grid of the right size in ARC; in a maze, a way from start to goal that is not the shortest. 'unfinished' leaves blanks,
-    or a way that does not arrive. A sudoku that is finished and breaks no rule is right, as it has one solution.
-    """
-    if answer is None:
-        return "no answer"
-    if same(answer, expected):
-        return "right"
-    if isinstance(expected, str) or isinstance(answer, str):
-        return "differs"
-    if answer.shape != expected.shape:
-        return "wrong size"
-    if kind == "sudoku":
-        given = puzzle > 0
-        if (answer[given] != puzzle[given]).any() or answer.max() > len(puzzle) or repeats(answer):
-            return "breaks a rule"
-        return "differs" if answer.all() else "unfinished"
-    if kind == "maze":
-        return maze_verdict(puzzle, answer)
-    return "differs"
-
-
-def repeats(grid):
-    """Does a row, column or box of a sudoku hold a digit twice? Blanks do not count."""
-    size, box = len(grid), math.isqrt(len(grid))
-    boxes = grid.reshape(box, box, box, box).swapaxes(1, 2).reshape(size, size)
-    lines = (line[line > 0] for part in (grid, grid.T, boxes) for line in part)
-    return any(len(set(line.tolist())) < len(line) for line in lines)
-
-
-def maze_verdict(maze, answer):
-    """Follow the marked cells (4) from the start: free ones only, one line without branches, up to the goal."""
-    marked = answer == 4
-    if (answer[~marked] != maze[~marked]).any() or (maze[marked] != 0).any():
-        return "breaks a rule"
-    on_way = np.pad(marked | (maze == 2) | (maze == 3), 1)
-    near = on_way[:-2, 1:-1].astype(int) + on_way[2:, 1:-1] + on_way[1:-1, :-2] + on_way[1:-1, 2:]
-    ends = [near[maze == 2][0], near[maze == 3][0]]
-    if (near[marked] > 2).any() or max(ends) > 1:
-        return "breaks a rule"  # it branches, or touches itself
-    (r, c), seen = np.argwhere(maze == 2)[0], 0
-    before = None
-    while True:
-        seen += 1
-        onward = [p for p in ((r - 1, c), (r + 1, c), (r, c - 1), (r, c + 1)) if on_way[p[0] + 1, p[1] + 1] and p != before]
-        if not onward:
-            break
-        before, (r, c) = (r, c), onward[0]
-    if maze[r, c] != 3:
-        return "unfinished"
-    return "differs" if seen == marked.sum() + 2 else "breaks a rule"  # other marks lie about
-
-
 # -----------------------------------------------------------------------------
 # one task
 
@@ -104,11 +48,10 @@ def judge(task, given, attempts):
         ranked = found.candidates if found else []
         kept = ranked[: max(KEPT, attempts)]
         right = [same(c.grid, expected) for c in ranked]
-        first = kept[0].grid if kept else None
         tests.append({
             "input": rows_of(puzzle), "expected": rows_of(expected), "attempts": [rows_of(c.grid) for c in kept],
             "right": right[: len(kept)] if expected is not None else [], "solved": any(right[:attempts]), "oracle": any(right),
-            "verdict": None if expected is None else verdict(task.kind, puzzle, first, expected), "votes": [c.votes for c in kept],
+            "votes": [c.votes for c in kept],
             "scores": [round(float(c.score), 6) if math.isfinite(c.score) else None for c in kept], "candidates": len(ranked),
             "programs": [c.program for c in kept],
             **({"steps": [[rows_of(grid), round(p, 6)] for grid, p in found.steps]} if found and found.steps else {}),
@@ -173,7 +116,6 @@ def figures(records, attempts):
         "unknown": len(records) - len(judged),
         "too_long": sum(r["too_long"] for r in records), "too_long_ids": [r["id"] for r in records if r["too_long"]],
         "by_size": {k: v for k, v in by_size.items() if v[1]},
-        "verdicts": {v: n for v in VERDICTS if (n := sum(t["verdict"] == v for _, t in tests))},
         "cells_right": right, "cells_right_by_copying": copied,
         "seconds": round(sum(r.get("seconds", 0.0) for r in records), 3),
     }  # fmt: skip

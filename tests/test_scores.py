@@ -59,56 +59,6 @@ def test_two_models_are_compared_on_the_tasks_that_both_were_asked():
 
 # what an answer is
 
-def test_a_sudoku_that_breaks_a_rule_is_told_from_one_that_is_not_finished():
-    task = puzzles.heldout("sudoku4", 1)[0]
-    puzzle, answer = task.test[0]
-    blank = tuple(np.argwhere(puzzle == 0)[0])
-    repeated, changed, unfinished, too_high = (answer.copy() for _ in range(4))
-    repeated[blank] = answer[blank[0], (blank[1] + 1) % 4]
-    given = tuple(np.argwhere(puzzle > 0)[0])
-    changed[given] = answer[given] % 4 + 1
-    unfinished[blank] = 0
-    too_high[blank] = 7
-    what = [scores.verdict("sudoku", puzzle, g, answer) for g in (answer, repeated, changed, unfinished, too_high, answer[:3], None)]
-    assert what == ["right", "breaks a rule", "breaks a rule", "unfinished", "breaks a rule", "wrong size", "no answer"]
-
-
-def test_every_finished_sudoku_that_breaks_no_rule_is_right():
-    """Against puzzles.check_sudoku, over random ways to fill the blanks."""
-    puzzle, answer = puzzles.heldout("sudoku4", 1)[0].test[0]
-    rng, seen = np.random.default_rng(0), set()
-    for _ in range(3000):
-        filled = np.where(puzzle == 0, rng.integers(1, 5, puzzle.shape), puzzle).astype(np.uint8)
-        what = scores.verdict("sudoku", puzzle, filled, answer)
-        assert (what == "right") == puzzles.check_sudoku(puzzle, filled)
-        seen.add(what)
-    assert seen == {"right", "breaks a rule"}
-
-
-MAZE = grid("00000/01110/20003/01110/00000")
-
-
-@pytest.mark.parametrize("answer, what", [
-    ("00000/01110/24443/01110/00000", "right"),
-    ("44444/41114/20003/01110/00000", "differs"),         # a way, but not the shortest
-    ("00000/01110/24003/01110/00000", "unfinished"),
-    ("00000/01110/20003/01110/00000", "unfinished"),
-    ("00000/01110/24443/01110/40000", "breaks a rule"),   # a mark that lies about
-    ("00000/01410/24443/01110/00000", "breaks a rule"),   # through a wall
-    ("00000/01110/24442/01110/00000", "breaks a rule"),   # the goal is gone
-    ("44444/41114/24443/01110/00000", "breaks a rule"),   # two ways
-    ("00000/01110/24443", "wrong size"),
-])
-def test_ways_through_a_maze(answer, what):
-    assert scores.verdict("maze", MAZE, grid(answer), grid("00000/01110/24443/01110/00000")) == what
-
-
-def test_answers_of_arc_differ_or_have_the_wrong_size():
-    assert scores.verdict("arc", grid("1"), grid("12"), grid("13")) == "differs"
-    assert scores.verdict("arc", grid("1"), grid("1/2"), grid("13")) == "wrong size"
-    assert scores.verdict("logic", "who?", "Ada", "Ben") == "differs"
-
-
 def test_grids_are_written_down_and_read_back():
     rng = np.random.default_rng(1)
     for shape in ((1, 1), (3, 7), (30, 30)):
@@ -129,10 +79,9 @@ def test_an_oracle_and_its_opposite():
     right = scores.figures(answers_of(TASKS, lambda t, j, y: [y]), 2)
     assert [right[k] for k in ("solved", "total", "outputs_solved", "outputs_total")] == [2, 2, 3, 3]
     assert [right[k] for k in ("pass_1", "pass_2", "oracle", "score", "cells_right")] == [2, 2, 2, 1.0, 1.0]
-    assert right["verdicts"] == {"right": 3} and right["by_size"] == {"1-25": [3, 3]}
+    assert right["by_size"] == {"1-25": [3, 3]}
     wrong = scores.figures(answers_of(TASKS, lambda t, j, y: [(y + 1) % 10]), 2)
     assert [wrong[k] for k in ("solved", "outputs_solved", "pass_1", "pass_2", "oracle", "score", "cells_right")] == [0] * 7
-    assert wrong["verdicts"] == {"differs": 3}
 
 
 def test_attempts_are_counted_one_by_one():
@@ -147,7 +96,6 @@ def test_attempts_are_counted_one_by_one():
 def test_half_a_task_counts_half_in_the_score_and_not_as_solved():
     f = scores.figures(answers_of(TASKS, lambda t, j, y: [y] if j == 0 else []), 2)
     assert (f["solved"], f["score"], f["outputs_solved"]) == (1, 0.75, 2)
-    assert f["verdicts"] == {"right": 2, "no answer": 1}
 
 
 def test_a_coin_that_is_thrown_for_every_output():
@@ -229,4 +177,4 @@ def test_evaluate_gives_records_in_the_order_of_the_tasks():
     tasks = puzzles.heldout("transforms", 20)
     records = eval_arc.evaluate(tasks, lambda part: [[Given([]) for _ in t.test] for t in part], 1, 16)
     assert [r["id"] for r in records] == [t.id for t in tasks]
-    assert all(r["verdict"] == "no answer" for record in records for r in record["test"])
+    assert not any(r["attempts"] or r["solved"] for record in records for r in record["test"])
