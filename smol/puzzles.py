@@ -78,7 +78,7 @@ def check(task):
     puzzle, answer = task.test[0]
     match task.kind:
         case "sudoku":
-            return check_sudoku(puzzle, answer) and len(solve_sudoku(puzzle)) == 1
+            return check_sudoku(puzzle, answer) and len(solve_sudoku(puzzle)[0]) == 1
         case "maze":
             return check_maze(puzzle, answer)
         case "arc":

@@ -28,68 +28,96 @@ def _sudoku_size(grid):
 
 def solve_sudoku(grid, limit=2, rng=None):
     """
-    Solutions of a (4, 4) or (9, 9) grid, at most `limit` of them, as np.uint8 grids; [] when there are none.
-    limit=2 is what it takes to know whether a solution is the only one. With an rng, digits are tried in random order.
-    Backtracking on bitmasks (bit v-1 stands for digit v), most constrained cell first. ValueError if it is no sudoku.
+    -> (solutions of a (4, 4) or (9, 9) grid, at most `limit` of them, as np.uint8 grids;
+    backtracks: guesses that the rules alone refute, and cells of which they refute every guess).
+    limit=2 is what it takes to know whether a solution is the only one. ValueError if it is no sudoku.
+
+    Two rules: a cell with one digit left has it; a digit with one place left in a row, column or box stands
+    there. Where neither applies, a cell with the fewest digits left is guessed, the lowest digit first. With
+    an rng, digits are tried in random order, by the first rule only. Bit v-1 stands for digit v.
     """
     size, box = _sudoku_size(grid)
     values = np.asarray(grid).tolist()
-    rows, cols, boxes = ([(1 << size) - 1] * size for _ in range(3))     # digits that are still free
-    blanks = []
+    free = [(1 << size) - 1] * (3 * size)     # digits that are still to be placed in each row, column, box
+    blanks = []                               # of each: its row, column, box as indices of free
     for r in range(size):
         for c in range(size):
-            b = r // box * box + c // box
+            units = r, size + c, 2 * size + r // box * box + c // box
             if not values[r][c]:
-                blanks.append((r, c, b))
+                blanks.append(units)
                 continue
             bit = 1 << values[r][c] - 1
-            if not rows[r] & cols[c] & boxes[b] & bit:
-                return []
-            rows[r] ^= bit
-            cols[c] ^= bit
-            boxes[b] ^= bit
-    solutions = []
+            for u in units:
+                if not free[u] & bit:
+                    return [], 0
+                free[u] ^= bit
+    solutions, backtracks = [], 0
 
-    def search():
-        if not blanks:
-            solutions.append(np.array(values, np.uint8))
-            return
+    def choose():
+        """-> (index in blanks, digits to try there as bits: none at a contradiction, one where a rule applies)"""
         fewest = size + 1
         for i, (r, c, b) in enumerate(blanks):
-            free = rows[r] & cols[c] & boxes[b]
-            if free.bit_count() < fewest:
-                best, candidates, fewest = i, free, free.bit_count()
+            left = free[r] & free[c] & free[b]
+            if left.bit_count() < fewest:
+                best, digits, fewest = i, left, left.bit_count()
                 if fewest <= 1:
-                    break
-        r, c, b = blanks[best]
-        blanks[best] = blanks[-1]
-        blanks.pop()
-        digits = [v for v in range(1, size + 1) if candidates >> v - 1 & 1]
+                    return best, digits
+        if rng is not None:     # the second rule would change which grids are drawn
+            return best, digits
+        options = [free[r] & free[c] & free[b] for r, c, b in blanks]
+        once, twice = [0] * len(free), [0] * len(free)      # digits with at least one place, at least two
+        for left, units in zip(options, blanks):
+            for u in units:
+                twice[u] |= once[u] & left
+                once[u] |= left
+        if once != free:
+            return best, 0
+        for i, (r, c, b) in enumerate(blanks):
+            only = options[i] & ~(twice[r] & twice[c] & twice[b])
+            if only:
+                return i, only & -only
+        best = min(range(len(blanks)), key=lambda i: (options[i].bit_count(), blanks[i]))
+        return best, options[best]
+
+    def search():
+        """Is there a contradiction by rules alone?"""
+        nonlocal backtracks
+        if not blanks:
+            solutions.append(np.array(values, np.uint8))
+            return False
+        best, bits = choose()
+        digits = [v for v in range(1, size + 1) if bits >> v - 1 & 1]
         if rng is not None:
             rng.shuffle(digits)
+        units = r, c, b = blanks[best]
+        blanks[best] = blanks[-1]
+        blanks.pop()
+        failed = 0
         for v in digits:
             bit = 1 << v - 1
-            values[r][c] = v
-            rows[r] ^= bit
-            cols[c] ^= bit
-            boxes[b] ^= bit
-            search()
-            rows[r] ^= bit
-            cols[c] ^= bit
-            boxes[b] ^= bit
+            values[r][c - size] = v
+            for u in units:
+                free[u] ^= bit
+            failed += search()
+            for u in units:
+                free[u] ^= bit
             if len(solutions) >= limit:
                 break
-        values[r][c] = 0
-        blanks.append((r, c, b))
+        values[r][c - size] = 0
+        blanks.append(units)
+        if len(digits) > 1:
+            backtracks += failed + (failed == len(digits))
+        return len(digits) <= 1 and failed == len(digits)
 
     search()
-    return solutions
+    return solutions, backtracks
 
 
 @functools.cache
 def all_sudoku4():
     """The 288 filled 4x4 grids, np.uint8 (288, 4, 4), in lexicographic order, read-only (it is shared by all callers)."""
-    grids = np.array(sorted(solve_sudoku(np.zeros((4, 4), np.uint8), limit=1000), key=lambda g: g.tobytes()))
+    grids, _ = solve_sudoku(np.zeros((4, 4), np.uint8), limit=1000)
+    grids = np.array(sorted(grids, key=lambda g: g.tobytes()))
     grids.flags.writeable = False
     return grids
 
@@ -138,13 +166,13 @@ def sudoku(rng, size, blanks, split="train"):
             answer = grids[rng.integers(len(grids))]
             agrees = everything == answer.reshape(16)      # uniqueness is a look at all 288 grids: (288, 16)
         else:
-            answer = solve_sudoku(np.zeros((9, 9), np.uint8), limit=1, rng=rng)[0]
+            answer = solve_sudoku(np.zeros((9, 9), np.uint8), limit=1, rng=rng)[0][0]
         puzzle = answer.copy()
         left = blanks
         for cell in rng.permutation(size * size).tolist():
             kept, puzzle.flat[cell] = puzzle.flat[cell], 0
-            unique = agrees[:, puzzle.reshape(-1) > 0].all(1).sum() == 1 if size == 4 else len(solve_sudoku(puzzle)) == 1
-            if not unique:
+            n = agrees[:, puzzle.reshape(-1) > 0].all(1).sum() if size == 4 else len(solve_sudoku(puzzle)[0])
+            if n != 1:
                 puzzle.flat[cell] = kept
                 continue
             left -= 1

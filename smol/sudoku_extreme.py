@@ -27,98 +27,12 @@ from tqdm import tqdm
 from smol import arc, puzzles, stages, sudoku, tokenizer
 
 STAGE, REPO, SEED = "sudoku_extreme", "sapientinc/sudoku-extreme", 20
-ALL = 0b111111111  # bit v - 1 stands for digit v
-
-# which cells share a row, column or box with a cell, and the 27 lines and boxes: flat cell numbers
-UNITS = [[i for i in range(81) if key(i) == n] for key in (lambda i: i // 9, lambda i: i % 9, lambda i: i // 27 * 3 + i % 9 // 3)
-         for n in range(9)]  # fmt: skip
-PEERS = [sorted({j for unit in UNITS if i in unit for j in unit} - {i}) for i in range(81)]
-
-# -----------------------------------------------------------------------------
-# solving, and how hard it is
-
-
-def assign(options, cell, bit):
-    """
-    Write a digit (its bit) into a cell of options, a list of 81 sets of digits still possible, as bits, and everything that follows
-    by the two rules: a digit stands once among peers; a digit with one place left in a unit stands there. False if it leads to a
-    contradiction; options is then spoilt.
-    """
-    waiting = [(cell, bit)]
-    while waiting:
-        cell, bit = waiting.pop()
-        if not options[cell] & bit:
-            return False
-        if options[cell] == bit and cell in options.done:
-            continue
-        options[cell] = bit
-        options.done.add(cell)
-        for peer in PEERS[cell]:
-            if options[peer] & bit:
-                options[peer] &= ~bit
-                left = options[peer]
-                if not left:
-                    return False
-                if left & (left - 1) == 0:
-                    waiting.append((peer, left))
-        if not waiting:
-            for unit in UNITS:
-                once = twice = 0
-                for i in unit:
-                    twice |= once & options[i]
-                    once |= options[i]
-                if once != ALL:
-                    return False
-                single = once & ~twice
-                if single:
-                    waiting += [(i, options[i] & single) for i in unit if options[i] & single and i not in options.done]
-    return True
-
-
-class Options(list):
-    """81 sets of digits that are still possible, as bits; `done`: cells whose digit has been taken from all peers."""
-
-    def __init__(self, options=(ALL,) * 81, done=()):
-        super().__init__(options)
-        self.done = set(done)
-
-
-def solve(grid, limit=2, most_backtracks=None):
-    """
-    -> (solutions of a 9x9 grid, at most `limit`, as lists of 81 digits; backtracks: how often a guess led to a contradiction on the way).
-    Cells with the fewest digits left are guessed first, the lowest digit first. Gives up after `most_backtracks`.
-    """
-    start, found, backtracks = Options(), [], 0
-    for cell, value in enumerate(np.asarray(grid).reshape(-1).tolist()):
-        if value and not assign(start, cell, 1 << value - 1):
-            return [], 0
-    stack = [start]
-    while stack and len(found) < limit:
-        options = stack.pop()
-        open_cells = [(options[i].bit_count(), i) for i in range(81) if options[i] & (options[i] - 1)]
-        if not open_cells:
-            found.append([o.bit_length() for o in options])
-            continue
-        _, cell = min(open_cells)
-        further = []
-        for v in range(9):
-            if options[cell] >> v & 1:
-                guess = Options(options, options.done)
-                if assign(guess, cell, 1 << v):
-                    further.append(guess)
-                else:
-                    backtracks += 1
-        backtracks += not further
-        stack += reversed(further)
-        if most_backtracks is not None and backtracks > most_backtracks:
-            break
-    return found, backtracks
 
 
 def hard_sudoku(rng, backtracks):
     """
-    arc.Task of a 9x9 sudoku with one solution, from which no given can be taken without there being another, and at which `solve` has
-    to turn back at least `backtracks` times. ValueError for a number below 0.
+    arc.Task of a 9x9 sudoku with one solution, from which no given can be taken without there being another,
+    and at which solve_sudoku counts at least `backtracks`. ValueError for a number below 0.
     """
     if backtracks < 0:
         raise ValueError(f"backtracks={backtracks} must be 0 or more")
@@ -126,21 +40,17 @@ def hard_sudoku(rng, backtracks):
         first = np.zeros((9, 9), np.uint8)
         first[0] = rng.permutation(9) + 1  # a solver that tries low digits first finds similar grids: they are shuffled below
         first[1, :2] = rng.permutation([v for v in range(1, 10) if v not in first[0, :3]])[:2]
-        filled = solve(first, limit=1)[0]
+        filled = sudoku.solve_sudoku(first, limit=1)[0]
         if not filled:
             continue
-        answer = sudoku.shuffled(rng, np.array(filled[0], np.uint8).reshape(9, 9))[0]
+        answer = sudoku.shuffled(rng, filled[0])[0]
         puzzle = answer.copy()
         for cell in rng.permutation(81).tolist():
             kept, puzzle.flat[cell] = puzzle.flat[cell], 0
-            if len(solve(puzzle)[0]) != 1:
+            if len(sudoku.solve_sudoku(puzzle)[0]) != 1:
                 puzzle.flat[cell] = kept
-        if solve(puzzle)[1] >= backtracks:
+        if sudoku.solve_sudoku(puzzle)[1] >= backtracks:
             return arc.Task("sudoku_hard", "sudoku", [], [(puzzle, answer)])
-
-
-# -----------------------------------------------------------------------------
-# symmetries
 
 
 # -----------------------------------------------------------------------------
@@ -205,7 +115,7 @@ def prepare(args):
                else f"generated, at least {args.backtracks} backtracks"}  # fmt: skip
     stages.write_stage(Path(args.data_dir), STAGE, entries, mixture, {})
     givens = [int((t.test[0][0] > 0).sum()) for t in tasks["train"]]
-    turns = [solve(t.test[0][0], limit=1, most_backtracks=1000)[1] for t in tasks["train"][:100]]
+    turns = [sudoku.solve_sudoku(t.test[0][0])[1] for t in tasks["train"][:100]]
     print(f"{STAGE}: {len(tasks['train']):,} puzzles to train on, {len(tasks['val']):,} to test, {mixture['origin']}; {min(givens)} to "
           f"{max(givens)} givens, the median of the first 100 takes {int(np.median(turns))} backtracks")  # fmt: skip
 

@@ -113,9 +113,9 @@ def test_solver_finds_every_solution_of_partial_grids():
     for _ in range(30):
         puzzle = all_sudoku4()[rng.integers(288)] * (rng.random((4, 4)) < 0.3)
         expected = {g.tobytes() for g in all_sudoku4() if ((g == puzzle) | (puzzle == 0)).all()}
-        found = solve_sudoku(puzzle, limit=1000)
+        found = solve_sudoku(puzzle, limit=1000)[0]
         assert len(found) == len(expected) and {g.tobytes() for g in found} == expected
-        assert len(solve_sudoku(puzzle)) == min(2, len(expected))
+        assert len(solve_sudoku(puzzle)[0]) == min(2, len(expected))
 
 
 def test_solver_on_9x9():
@@ -123,17 +123,64 @@ def test_solver_on_9x9():
     assert check_sudoku(filled, filled)
     puzzle = filled.copy()
     puzzle[0] = 0
-    assert [s.tolist() for s in solve_sudoku(puzzle)] == [filled.tolist()]
+    assert [s.tolist() for s in solve_sudoku(puzzle)[0]] == [filled.tolist()]
     # two digits that sit crosswise in two columns of one band can be swapped: a second solution
     puzzle = filled.copy()
     a, b = filled[0, 0], filled[0, 1]
     puzzle[(filled == a) | (filled == b)] = 0
     swapped = np.where(filled == a, b, np.where(filled == b, a, filled))
-    found = {s.tobytes() for s in solve_sudoku(puzzle, limit=1000)}
+    found = {s.tobytes() for s in solve_sudoku(puzzle, limit=1000)[0]}
     assert {filled.tobytes(), swapped.tobytes()} <= found
     puzzle = filled.copy()
     puzzle[0, 0], puzzle[0, 1] = filled[0, 1], 0
-    assert solve_sudoku(puzzle) == []
+    assert solve_sudoku(puzzle) == ([], 0)
+    puzzle = filled.copy()
+    puzzle[:4] = 0
+    found = solve_sudoku(puzzle, limit=3)[0]
+    assert len({s.tobytes() for s in found}) == 3 and all(check_sudoku(puzzle, s) for s in found)
+
+
+UNITS = [[(i, j) for j in range(9)] for i in range(9)] + [[(j, i) for j in range(9)] for i in range(9)] + [
+    [(i // 3 * 3 + j // 3, i % 3 * 3 + j % 3) for j in range(9)] for i in range(9)]
+UNITS_OF = {(r, c): [unit for unit in UNITS if (r, c) in unit] for r in range(9) for c in range(9)}
+
+
+def refuted(puzzle):
+    """-> (do the two rules alone show that a 9x9 grid has no solution? backtracks of a search of all of it)"""
+    puzzle, digits = puzzle.copy(), set(range(1, 10))
+    while True:
+        left = {cell: digits.difference(*([puzzle[other] for other in unit] for unit in units))
+                for cell, units in UNITS_OF.items() if not puzzle[cell]}
+        places = [(v, [cell for cell in unit if v in left.get(cell, ())]) for unit in UNITS
+                  for v in digits.difference(puzzle[cell] for cell in unit)]
+        if not all(left.values()) or not all(cells for _, cells in places):
+            return True, 0
+        forced = [(cell, v) for cell, values in left.items() if len(values) == 1 for v in values]
+        forced += [(cells[0], v) for v, cells in places if len(cells) == 1]
+        if not forced:
+            break
+        puzzle[forced[0][0]] = forced[0][1]
+    if not left:
+        return False, 0
+    cell, tried = min(left, key=lambda c: (len(left[c]), c)), []
+    for v in left[cell]:
+        puzzle[cell] = v
+        tried.append(refuted(puzzle))
+    failed = sum(wrong for wrong, _ in tried)
+    return False, sum(n for _, n in tried) + failed + (failed == len(tried))
+
+
+def test_backtracks_are_guesses_that_the_rules_refute():
+    rng, counted = np.random.default_rng(8), []
+    for _ in range(6):
+        puzzle = sudoku(rng, 9, 54).test[0][0]
+        for cell in rng.permutation(np.flatnonzero(puzzle)).tolist():     # no given too many: a hard one
+            kept, puzzle.flat[cell] = puzzle.flat[cell], 0
+            if len(solve_sudoku(puzzle)[0]) > 1:
+                puzzle.flat[cell] = kept
+        counted.append(solve_sudoku(puzzle)[1])
+        assert refuted(puzzle) == (False, counted[-1])
+    assert min(counted) == 0 and max(counted) > 5
 
 
 @pytest.mark.parametrize("size,blanks", [(4, 6), (9, 30)])
@@ -154,7 +201,7 @@ def test_sudoku9_keeps_its_word():
     task = sudoku(np.random.default_rng(0), 9, 45)
     puzzle, answer = task.test[0]
     assert task.kind == "sudoku" and task.train == [] and puzzle.dtype == answer.dtype == np.uint8
-    assert (puzzle == 0).sum() == 45 and check_sudoku(puzzle, answer) and len(solve_sudoku(puzzle)) == 1
+    assert (puzzle == 0).sum() == 45 and check_sudoku(puzzle, answer) and len(solve_sudoku(puzzle)[0]) == 1
 
 
 def exact_cover(rows, columns):
@@ -180,18 +227,22 @@ def exact_cover(rows, columns):
                         columns[d].add(other)
 
 
+def solved_otherwise(puzzle):
+    """At most two solutions of a 9x9 sudoku, by another solver: lists of (row, column, digit)."""
+    rows = {(r, c, v): (("cell", r, c), ("row", r, v), ("column", c, v), ("box", r // 3, c // 3, v))
+            for r in range(9) for c in range(9) for v in range(1, 10) if puzzle[r, c] in (0, v)}
+    columns = {}
+    for name, covered in rows.items():
+        for c in covered:
+            columns.setdefault(c, set()).add(name)
+    return [sorted(found) for found in itertools.islice(exact_cover(rows, columns), 2)]
+
+
 @pytest.mark.parametrize("blanks", [30, 54])
 def test_sudoku9_has_one_solution_by_another_solver(blanks):
     for seed in range(3):
         puzzle, answer = sudoku(np.random.default_rng([blanks, seed]), 9, blanks).test[0]
-        rows = {(r, c, v): (("cell", r, c), ("row", r, v), ("column", c, v), ("box", r // 3, c // 3, v))
-                for r in range(9) for c in range(9) for v in range(1, 10) if puzzle[r, c] in (0, v)}
-        columns = {}
-        for name, covered in rows.items():
-            for c in covered:
-                columns.setdefault(c, set()).add(name)
-        (only,) = itertools.islice(exact_cover(rows, columns), 2)
-        assert sorted(only) == [(r, c, answer[r, c]) for r in range(9) for c in range(9)]
+        assert solved_otherwise(puzzle) == [[(r, c, answer[r, c]) for r in range(9) for c in range(9)]]
 
 
 @pytest.mark.parametrize("size,blanks,split,says", [(6, 5, "train", "4 or 9"), (4, 13, "train", "1 to 12"), (9, 0, "train", "1 to 54"),
