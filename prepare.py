@@ -315,7 +315,8 @@ def show(c, what):
         rows.append((task.id, steps))
     arc.picture(rows, folder / "traces.png", "traces: the test input, what half of them show after each step, the answer")
     stages.write(folder / "traces.txt", "\n\n".join(re.sub(r"(<\|row\|>|<\|input\|>|<\|output\|>)", r"\1\n", t) for t in texts) + "\n")
-    words = [f"--- {kind}\n{make(rng)[0]}" for kind, (make, _) in {**graphs.GRAPHS, **graphs.LOGIC}.items() for _ in range(3)]
+    kinds = graphs.shortest, *(make for make, _ in graphs.LOGIC.values())
+    words = [f"--- {make.__name__}\n{make(rng)[0]}" for make in kinds for _ in range(3)]
     words += [f"--- arithmetic\n{puzzles.arithmetic(rng)[0]}" for _ in range(3)]
     stages.write(folder / "words.txt", "\n\n".join(words) + "\n")
     for path in [*written, *(folder / name for name in ("puzzles.png", "traces.png", "traces.txt", "words.txt"))]:

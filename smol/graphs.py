@@ -1,10 +1,10 @@
 """
-Puzzles in words: graphs (shortest way, connectivity, colouring) and logic (who sits where, knights and knaves), each with one answer.
+Puzzles in words: graphs (shortest way) and logic (who sits where, knights and knaves), each with one answer.
 
-A puzzle is text: "Question: ...", "Solution: ..." step by step, and a last line "Answer: ...". Every kind has a checker that reads nothing
-but the finished text and finds the answer another way than the generator: shortest ways by trying all simple paths where the generator
-settles nodes one by one; connectivity by powers of the adjacency matrix where the generator merges sets; colourings, seatings and knights
-by trying every possibility where the generator plants a solution and adds clues. A checker also refuses a question with two answers.
+A puzzle is text: "Question: ...", "Solution: ..." step by step, and a last line "Answer: ...". Every kind has a
+checker that reads nothing but the finished text and finds the answer another way than the generator: shortest ways
+by trying all simple paths where the generator settles nodes one by one; seatings and knights by trying every
+possibility where the generator plants a solution and adds clues. A checker also refuses a question with two answers.
 
 Read next: programs.py (puzzles on grids), sources.py (where both get their share of a stage).
 """
@@ -12,33 +12,19 @@ Read next: programs.py (puzzles on grids), sources.py (where both get their shar
 import itertools
 import re
 
-import numpy as np
-
 from smol.word_problems import NAMES
-
-COLOURS = ("red", "green", "blue")
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # graphs; nodes are letters
-
-
-def _graph(rng, n, density):
-    """Node names and a random list of edges (i, j), i < j, in random order."""
-    names = [chr(65 + i) for i in rng.permutation(26)[:n]]
-    edges = [(i, j) for i, j in itertools.combinations(range(n), 2) if rng.random() < density]
-    return names, [edges[i] for i in rng.permutation(len(edges))]
-
-
-def _written(names, edges, rng):
-    """'A-B, C-A': every edge written in a random direction."""
-    return ", ".join(f"{names[i]}-{names[j]}" if rng.random() < 0.5 else f"{names[j]}-{names[i]}" for i, j in edges)
 
 
 def shortest(rng):
     """A road map with lengths: the shortest way between two places, unique. -> (text, answer)"""
     while True:
         n = int(rng.integers(5, 9))
-        names, edges = _graph(rng, n, 0.45)
+        names = [chr(65 + i) for i in rng.permutation(26)[:n]]
+        edges = [(i, j) for i, j in itertools.combinations(range(n), 2) if rng.random() < 0.45]
+        edges = [edges[i] for i in rng.permutation(len(edges))]
         length = {edge: int(x) for edge, x in zip(edges, rng.integers(1, 13, size=len(edges)))}
         near = [[(j if i == k else i, length[i, j]) for i, j in edges if k in (i, j)] for k in range(n)]
         # Settle the nearest place, then the next; several counts places with two shortest ways to them.
@@ -83,89 +69,6 @@ def check_shortest(text):
     found.sort()
     unique = len(found) == 1 or len(found) > 1 and found[0][0] < found[1][0]
     return bool(found) and unique and answer == f"{'-'.join(found[0][1])}, length {found[0][0]}"
-
-
-def connected(rng):
-    """How many separate parts a network has, and which computers are in the part of one of them. -> (text, answer)"""
-    while True:
-        n = int(rng.integers(6, 13))
-        names, edges = _graph(rng, n, rng.uniform(0.08, 0.25))
-        part = [{i} for i in range(n)]
-        steps = []
-        for i, j in edges:
-            if part[i] is not part[j]:
-                part[i] |= part[j]
-                for k in part[j]:
-                    part[k] = part[i]
-                steps.append(f"{names[i]}-{names[j]} joins {' '.join(sorted(names[k] for k in part[i]))}.")
-        parts = {id(p): p for p in part}.values()
-        if edges and 1 < len(parts) < n:
-            break
-    k = int(rng.integers(n))
-    members = " ".join(sorted(names[i] for i in part[k]))
-    answer = f"{len(parts)} parts; with {names[k]}: {members}"
-    question = (f"Computers: {' '.join(sorted(names))}. Cables: {_written(names, edges, rng)}. "
-                f"How many separate parts does the network have, and which computers are in the part of {names[k]}?")
-    return f"Question: {question}\nSolution: {' '.join(steps)}\nAnswer: {answer}", answer
-
-
-def check_connected(text):
-    question, answer = _read(text)
-    names = re.search(r"Computers: ([A-Z ]+)\.", question)[1].split()
-    reach = np.eye(len(names), dtype=int)
-    for a, b in re.findall(r"(\w)-(\w)", question):
-        reach[names.index(a), names.index(b)] = reach[names.index(b), names.index(a)] = 1
-    for _ in names:
-        reach = (reach @ reach > 0).astype(int)
-    asked = re.search(r"the part of (\w)\?", question)[1]
-    members = [name for name, there in zip(names, reach[names.index(asked)]) if there]
-    return answer == f"{len({tuple(row) for row in reach.tolist()})} parts; with {asked}: {' '.join(members)}"
-
-
-def colouring(rng):
-    """Colour a map with three colours so that neighbours differ; enough is given that there is one way. -> (text, answer)"""
-    while True:
-        n = int(rng.integers(5, 9))
-        names, edges = _graph(rng, n, 0.5)
-        planted = rng.integers(3, size=n)
-        edges = [(i, j) for i, j in edges if planted[i] != planted[j]]
-        near = [[j if i == k else i for i, j in edges if k in (i, j)] for k in range(n)]
-        given = {}
-        for k in rng.permutation(n).tolist():
-            # Whoever has only one colour left is decided; if nobody is, give away one more.
-            decided, steps = dict(given), []
-            while True:
-                left = {i: [c for c in range(3) if c not in {decided.get(j) for j in near[i]}] for i in range(n) if i not in decided}
-                sure = [i for i in left if len(left[i]) == 1]
-                if not sure:
-                    break
-                i = sure[0]
-                decided[i] = left[i][0]
-                because = sorted({(COLOURS[decided[j]], names[j]) for j in near[i] if j in decided})
-                steps.append(f"{names[i]} is {COLOURS[decided[i]]}, next to {', '.join(f'{who} {c}' for c, who in because)}.")
-            if len(decided) == n:
-                break
-            given[k] = int(planted[k])
-        if len(decided) == n and len(steps) >= 2:
-            break
-    answer = ", ".join(f"{name} {COLOURS[decided[i]]}" for name, i in sorted((name, i) for i, name in enumerate(names)))
-    question = (f"Countries: {' '.join(sorted(names))}. Borders: {_written(names, edges, rng)}. Each country is "
-                f"{COLOURS[0]}, {COLOURS[1]} or {COLOURS[2]}, and neighbours differ. "
-                f"{' '.join(f'{names[i]} is {COLOURS[c]}.' for i, c in given.items())} Which colour has each country?")
-    return f"Question: {question}\nSolution: {' '.join(steps)}\nAnswer: {answer}", answer
-
-
-def check_colouring(text):
-    question, answer = _read(text)
-    names = re.search(r"Countries: ([A-Z ]+)\.", question)[1].split()
-    borders = re.findall(r"(\w)-(\w)", question)
-    given = re.findall(r"\b([A-Z]) is (red|green|blue)\.", question)
-    found = []
-    for colours in itertools.product(COLOURS, repeat=len(names)):
-        of = dict(zip(names, colours))
-        if all(of[name] == c for name, c in given) and all(of[a] != of[b] for a, b in borders):
-            found.append(", ".join(f"{name} {of[name]}" for name in names))
-    return found == [answer]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -339,7 +242,6 @@ def check_knights(text):
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
-GRAPHS = {"shortest": (shortest, check_shortest), "connected": (connected, check_connected), "colouring": (colouring, check_colouring)}
 LOGIC = {"seating": (seating, check_seating), "knights": (knights, check_knights)}
 
 
@@ -349,11 +251,6 @@ def _read(text):
     if not found:
         raise ValueError("not a puzzle: it needs the lines Question, Solution and Answer")
     return found[1], found[2]
-
-
-def graph_puzzle(rng):
-    """-> (text, answer) of a random kind of GRAPHS."""
-    return list(GRAPHS.values())[rng.integers(len(GRAPHS))][0](rng)
 
 
 def logic_puzzle(rng):

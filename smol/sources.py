@@ -239,7 +239,7 @@ SOURCES = {
                       kind="puzzle", suite="sudoku9"),  # fmt: skip
     "maze": Source("synth", "generated here", lambda rng, i: puzzles.maze(rng, *rng.integers(5, 16, size=2).tolist()),
                    kind="puzzle", augment="dihedral", suite="maze"),  # fmt: skip
-    "graphs": Source("synth", "generated here", lambda rng, i: graphs.graph_puzzle(rng)[0]),
+    "graphs": Source("synth", "generated here", lambda rng, i: graphs.shortest(rng)[0]),
     "logic": Source("synth", "generated here", lambda rng, i: graphs.logic_puzzle(rng)[0]),
     "arithmetic": Source("math", "generated here", lambda rng, i: puzzles.arithmetic(rng)[0]),
     "arc": Source("arc", "Apache-2.0", arc_task, kind="puzzle", augment="arc"),

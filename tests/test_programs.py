@@ -194,7 +194,7 @@ def test_tasks_of_every_family_verify(family):
 
 def everything_from_one_seed():
     draw = rng(5)
-    return [[np.asarray(p).tolist() if not isinstance(p, str) else p for p in programs.trace(draw)[1]] + [graphs.graph_puzzle(draw),
+    return [[np.asarray(p).tolist() if not isinstance(p, str) else p for p in programs.trace(draw)[1]] + [graphs.shortest(draw),
             graphs.logic_puzzle(draw)] for _ in range(6)]  # fmt: skip
 
 
@@ -245,7 +245,7 @@ def test_traces_hold_the_program_and_what_it_does():
 # ---- graphs and logic
 
 
-KINDS = {**graphs.GRAPHS, **graphs.LOGIC}
+KINDS = {"shortest": (graphs.shortest, graphs.check_shortest), **graphs.LOGIC}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -272,12 +272,12 @@ def test_an_argument_about_knights_is_whole():
 def test_checkers_refuse_wrong_answers(kind):
     make, check = KINDS[kind]
     draw = rng(12)
-    swapped = {"knight": "knave", "knave": "knight", "red": "green", "green": "blue", "blue": "red"}
+    swapped = {"knight": "knave", "knave": "knight"}
     for _ in range(20):
         text, answer = make(draw)
         if kind == "seating":
             wrong = " ".join(answer.split()[1:] + answer.split()[:1])
-        elif kind in ("knights", "colouring"):
+        elif kind == "knights":
             wrong = re.sub("|".join(swapped), lambda found: swapped[found[0]], answer, count=1)
         else:
             wrong = re.sub(r"\d+", lambda found: str(int(found[0]) + 1), answer, count=1)
@@ -286,7 +286,6 @@ def test_checkers_refuse_wrong_answers(kind):
 
 @pytest.mark.parametrize(("kind", "question", "answer"), [
     ("shortest", "Roads and their lengths: A-B 2, B-C 2, A-D 2, D-C 2. What is the shortest way from A to C?", "A-B-C, length 4"),
-    ("colouring", "Countries: A B. Borders: A-B. Each is red, green or blue, and neighbours differ. A is red. Which?", "A red, B blue"),
     ("seating", "3 people sit on a row of chairs: Ada, Ben, Chen. Ada sits next to Ben. In which order?", "Ada Ben Chen"),
     ("knights", 'Ada says: "Ben is a knight." Ben says: "Ada is a knight." Who?', "Ada knight, Ben knight"),
 ])
@@ -297,7 +296,5 @@ def test_checkers_refuse_questions_with_two_answers(kind, question, answer):
 def test_known_answers():
     text = "Question: Roads: A-B 2, B-C 2, A-C 5. What is the shortest way from A to C?\nSolution: x\nAnswer: A-B-C, length 4"
     assert graphs.check_shortest(text)
-    text = "Question: Computers: A B C D. Cables: A-B, D-B. How many? in the part of A?\nSolution: x\nAnswer: 2 parts; with A: A B D"
-    assert graphs.check_connected(text)
     with pytest.raises(ValueError, match="not a puzzle"):
         graphs.check_knights("hello")
