@@ -147,7 +147,9 @@ def test_shares_are_as_declared_and_everything_decodes(built):
             tokens[e["group"]] = tokens.get(e["group"], 0) + e["tokens"]
     total = sum(tokens.values())
     for group, share in sources.STAGES["stage1"][1].items():
-        assert tokens[group] / total == pytest.approx(share, abs=0.005) and mixture["groups"][group] == pytest.approx(share, abs=0.005)
+        # a source ends with a whole document, and here one of maze_hard is 0.005 of the stage
+        assert tokens[group] / total == pytest.approx(share, abs=0.01)
+        assert mixture["groups"][group] == pytest.approx(tokens[group] / total, abs=1e-8)
     assert sum(mixture["weights"].values()) == pytest.approx(1)
     encoder, kinds = tokenizer.load(), {e["source"]: e["kind"] for e in entries}
     for source, _, ids in documents(built):
