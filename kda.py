@@ -4,7 +4,7 @@ Kimi Delta Attention (KDA): linear attention that decays its memory channel by c
 The file reads top to bottom as an explanation:
   1. recurrent_kda        the definition, one token at a time, and kda_step, which decoding runs
   2. chunk_forward        the same numbers from matrix products, a chunk of tokens at a time, and chunk_backward; what training runs
-     kda_triton.py        the same once more as Triton kernels, for GPUs that Triton knows; a file of its own because it is optional
+     smol/kda_triton.py   the same once more as Triton kernels, for GPUs that Triton knows; a file of its own because it is optional
   3. kda                  the operator: checks its arguments and picks one of the three; works under torch.compile
   4. KimiDeltaAttention   the layer around it: projections, short convolutions, gates, output norm
 
