@@ -42,7 +42,15 @@ from pathlib import Path
 from smol.files import write_whole
 
 PLAIN = (int, float, bool, str, type(None))
-TYPE_NAMES = {"int": int, "float": float, "bool": bool, "str": str, "tuple": tuple, "dict": dict, "None": type(None)}
+TYPE_NAMES = {
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "str": str,
+    "tuple": tuple,
+    "dict": dict,
+    "None": type(None),
+}
 
 
 class ConfigError(ValueError):
@@ -66,7 +74,10 @@ def settings(script_globals):
     return {
         name: script_globals[name]
         for name in names
-        if name in script_globals and not name.startswith("_") and not name.isupper() and is_plain(script_globals[name])
+        if name in script_globals
+        and not name.startswith("_")
+        and not name.isupper()
+        and is_plain(script_globals[name])
     }
 
 
@@ -74,7 +85,9 @@ def defaults_of(script):
     """The settings of a script that is not running, as the globals that `resolve` takes: their values must be literals."""
     script_globals = {"__file__": str(script)}
     for node in ast.parse(Path(script).read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and "configurator" in {getattr(n, "id", None) for n in ast.walk(node)}:
+        if isinstance(node, ast.Assign) and "configurator" in {
+            getattr(n, "id", None) for n in ast.walk(node)
+        }:
             break
         if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
@@ -159,8 +172,10 @@ def allowed_types(default, annotation=None):
 def types_of_settings(script_globals):
     """{name of a setting: the set of types that it takes}."""
     declared = read_source(script_globals) or {}
-    return {name: allowed_types(value, declared.get(name, {}).get("annotation"))
-            for name, value in settings(script_globals).items()}  # fmt: skip
+    return {
+        name: allowed_types(value, declared.get(name, {}).get("annotation"))
+        for name, value in settings(script_globals).items()
+    }
 
 
 def parse_text(text, allowed):
@@ -187,7 +202,9 @@ def coerce(name, value, allowed, where):
         return value
     if type(value) is int and float in allowed:
         return float(value)
-    if type(value) is float and int in allowed and value.is_integer():  # 5e3 is a float to Python and 5000 to people
+    if (
+        type(value) is float and int in allowed and value.is_integer()
+    ):  # 5e3 is a float to Python and 5000 to people
         return int(value)
     wanted = " or ".join(t for t, c in TYPE_NAMES.items() if c in allowed)
     raise ConfigError(f"{name} must be {wanted}, got {type(value).__name__} {value!r:.80} {where}")
@@ -213,7 +230,9 @@ def check_ranges(config, ranges):
             elif isinstance(value, dict):
                 for k, v in value.items():
                     if type(k) is not str or type(v) not in (int, float) or not in_interval(v, allowed):
-                        raise ConfigError(f"{name} must give each name a number in {allowed}, got {k!r}: {v!r}")
+                        raise ConfigError(
+                            f"{name} must give each name a number in {allowed}, got {k!r}: {v!r}"
+                        )
             elif value is not None and not in_interval(value, allowed):
                 raise ConfigError(f"{name} must be in {allowed}, got {value!r}")
 
@@ -248,12 +267,20 @@ def read_config_file(path, chain=()):
     except (OSError, ValueError) as e:  # a folder, an unreadable file, bytes that are not text
         raise ConfigError(f"{path} is not a readable Python config file: {e.args[-1]}") from None
 
-    lines = {node.id: node.lineno for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    lines = {
+        node.id: node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
     applied = []
     for node in tree.body:
-        if isinstance(node, ast.Assign) and [t.id for t in node.targets if isinstance(t, ast.Name)] == ["base"]:
+        if isinstance(node, ast.Assign) and [t.id for t in node.targets if isinstance(t, ast.Name)] == [
+            "base"
+        ]:
             if not (isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)):
-                raise ConfigError(f"{path}, line {node.lineno}: base must be a plain string, the path of the config file to build on")
+                raise ConfigError(
+                    f"{path}, line {node.lineno}: base must be a plain string, the path of the config file to build on"
+                )
             applied += read_config_file(os.path.join(os.path.dirname(path), node.value.value), (*chain, path))
 
     try:
@@ -263,7 +290,12 @@ def read_config_file(path, chain=()):
         raise ConfigError(f"{path}, line {frames[-1] if frames else '?'}: {type(e).__name__}: {e}") from None
 
     for name, value in namespace.items():
-        helper = name.startswith("_") or name.isupper() or isinstance(value, (types.ModuleType, type)) or callable(value)
+        helper = (
+            name.startswith("_")
+            or name.isupper()
+            or isinstance(value, (types.ModuleType, type))
+            or callable(value)
+        )
         if not helper and name != "base":
             where = f"in {path}, line {lines[name]}" if name in lines else f"in {path}"
             applied.append((name, value, where))
@@ -278,7 +310,11 @@ def closest_file(path):
     if folder == Path("."):  # most config files live in config/, and its name is easily left out
         files |= {p.name: str(p) for p in sorted(Path("config").glob("*.py"))}
     closest = difflib.get_close_matches(Path(path).name, files, n=1, cutoff=0.0)
-    return f"; the closest there is {files[closest[0]]}" if closest else f"; there are no config files in {folder}"
+    return (
+        f"; the closest there is {files[closest[0]]}"
+        if closest
+        else f"; there are no config files in {folder}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -309,10 +345,23 @@ def read_source(script_globals):
     declared = {}
     for node in tree.body:
         # the settings end where the script reads them: what it assigns after that (and its config itself) is its own business
-        if isinstance(node, (ast.Assign, ast.Expr, ast.If)) and "configurator" in {getattr(n, "id", None) for n in ast.walk(node)}:
+        if isinstance(node, (ast.Assign, ast.Expr, ast.If)) and "configurator" in {
+            getattr(n, "id", None) for n in ast.walk(node)
+        }:
             break
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        names = [n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+        targets = (
+            node.targets
+            if isinstance(node, ast.Assign)
+            else [node.target]
+            if isinstance(node, ast.AnnAssign)
+            else []
+        )
+        names = [
+            n.id
+            for target in targets
+            for n in ast.walk(target)
+            if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+        ]
         if not names:
             continue
         found = [comments[n][1] for n in range(node.lineno, node.end_lineno + 1) if n in comments]
@@ -328,11 +377,14 @@ def read_source(script_globals):
                 n -= 1
         heading = [text for line, text in sorted(headings.items()) if line < node.lineno and text]
         for name in names:
-            declared.setdefault(name, {
-                "heading": heading[-1] if heading else "",
-                "comment": " ".join(found),
-                "annotation": ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else None,
-            })
+            declared.setdefault(
+                name,
+                {
+                    "heading": heading[-1] if heading else "",
+                    "comment": " ".join(found),
+                    "annotation": ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else None,
+                },
+            )
     return declared
 
 
@@ -343,7 +395,11 @@ def help_text(script_globals):
     values = settings(script_globals)
     shown = {name: f"--{name}={value!r}" for name, value in values.items()}
     width = min(40, max(map(len, shown.values()), default=0))
-    out = [(script_globals.get("__doc__") or "").strip(), "", f"settings: python {script} [config.py ...] --key=value ..."]
+    out = [
+        (script_globals.get("__doc__") or "").strip(),
+        "",
+        f"settings: python {script} [config.py ...] --key=value ...",
+    ]
     heading = ""
     ranges = script_globals.get("RANGES", {}).items()
     interval = {name: allowed for allowed, names in ranges if type(allowed) is str for name in names.split()}

@@ -56,7 +56,9 @@ max_hours = 0.0  # stop and save after this many hours; 0 for never
 push_to = ""  # as in train.py: USER/NAME on the hub, where each checkpoint is published
 push_full = False
 tracker = ""  # 'trackio' or 'wandb' get the same figures as log.jsonl, if installed
-check_tasks = 32  # held-out puzzles that the teacher solves beforehand, and the student at each validation; 0 for none
+check_tasks = (
+    32  # held-out puzzles that the teacher solves beforehand, and the student at each validation; 0 for none
+)
 # ---- teacher
 teacher = ""  # path of a checkpoint, of a Hugging Face model, or hf:NAME
 teacher_n_sup: int | None = None  # Route B: supervision steps (None: its own)
@@ -64,7 +66,9 @@ teacher_n_views = 1  # votes over this many views of each puzzle
 teacher_ttt_steps = 0  # test-time training: steps on each task's demonstrations before it answers
 teacher_ttt_learning_rate = 1e-3
 teacher_dtype = "auto"  # of its matrices; auto: dtype
-teacher_vocabulary = "same"  # of a Hugging Face model: 'same' as GPT-2's, or 'cells', another one where the cell map is exact
+teacher_vocabulary = (
+    "same"  # of a Hugging Face model: 'same' as GPT-2's, or 'cells', another one where the cell map is exact
+)
 # ---- what is learned
 objective = "forward_kl"  # 'forward_kl', 'reverse_kl', 'jsd', or 'answers': cross-entropy on the answers, whatever the teacher's odds.
 # reverse_kl and jsd are all but blind where teacher and student are certain of different things; at temperature 2, reverse_kl sees it
@@ -92,7 +96,9 @@ beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # 0 for none
 ema = 0.0  # decay of the averaged weights that evaluation uses; 0 for none
-max_skipped = 20  # steps in a row whose loss or gradient is not finite: each is skipped, this many end the run
+max_skipped = (
+    20  # steps in a row whose loss or gradient is not finite: each is skipped, this many end the run
+)
 schedule = "wsd"  # as in train.py
 warmup_iters = 20
 decay_iters = 200
@@ -107,9 +113,9 @@ seed = 1337
 # What they may be, as in train.py
 RANGES = {
     "[1, inf)": "eval_interval eval_batches eval_limit log_interval batch_size block_size max_iters max_skipped "
-                "gradient_accumulation_steps teacher_n_sup teacher_n_views",
+    "gradient_accumulation_steps teacher_n_sup teacher_n_views",
     "[0, inf)": "check_tasks teacher_ttt_steps teacher_ttt_learning_rate sample_temperature "
-                "mixture learning_rate weight_decay warmup_iters decay_iters min_lr sync_check_interval",
+    "mixture learning_rate weight_decay warmup_iters decay_iters min_lr sync_check_interval",
     "(0, inf)": "temperature",
     "[0, inf]": "max_hours grad_clip eval_minutes",
     "[0, 1)": "beta1 beta2 ema",
@@ -122,13 +128,15 @@ RANGES = {
     ("wsd", "cosine"): "schedule",
     ("", "trackio", "wandb"): "tracker",
     ("auto", "float32", "bfloat16", "float16"): "dtype teacher_dtype",
-}  # fmt: skip
+}
 defaults = configurator.settings(globals())
 config = configurator.configure(globals(), sys.argv[1:])
 LANGUAGE_LIMIT = 0.05  # nats by which the validation loss on text may worsen before there is a warning
 
 began = time.monotonic()
-ckpt_path, log_path, evals_path = (os.path.join(out_dir, name) for name in ("ckpt.pt", "log.jsonl", "evals.jsonl"))
+ckpt_path, log_path, evals_path = (
+    os.path.join(out_dir, name) for name in ("ckpt.pt", "log.jsonl", "evals.jsonl")
+)
 
 
 def stop_if(problem):
@@ -184,10 +192,24 @@ def make_loader():
     for e in manifest:
         if e["kind"] == "text":
             weights.setdefault(e["source"], 0)
-    loader = Loader(data_dir, data, tag=data_tag, weights=weights, seed=seed, batch_size=batch_size, block_size=block_size,
-                    batches_per_step=gradient_accumulation_steps, puzzle_format=net.puzzle_format, rank=rank, world_size=world_size,
-                    verify=local_rank == 0)  # fmt: skip
-    shares, shape = dict(zip(loader.names, loader.shares)), (batch_size * block_size, block_size, net.puzzle_format)
+    loader = Loader(
+        data_dir,
+        data,
+        tag=data_tag,
+        weights=weights,
+        seed=seed,
+        batch_size=batch_size,
+        block_size=block_size,
+        batches_per_step=gradient_accumulation_steps,
+        puzzle_format=net.puzzle_format,
+        rank=rank,
+        world_size=world_size,
+        verify=local_rank == 0,
+    )
+    shares, shape = (
+        dict(zip(loader.names, loader.shares)),
+        (batch_size * block_size, block_size, net.puzzle_format),
+    )
     if eval_demonstrations:
         shares = {name: share * (1 - eval_demonstrations) for name, share in shares.items()}
         shares[EVAL_DEMOS] = eval_demonstrations
@@ -199,8 +221,11 @@ def make_loader():
 
 def held_out_tasks(n):
     """n of the stage's held-out puzzles, as many of each source as there are."""
-    found = [[arc.decode(shards.document(i)) for i in range(min(shards.n_documents, n))]
-             for kind, name, shards in loader.val if kind == "puzzle" and name in loader.names]  # fmt: skip
+    found = [
+        [arc.decode(shards.document(i)) for i in range(min(shards.n_documents, n))]
+        for kind, name, shards in loader.val
+        if kind == "puzzle" and name in loader.names
+    ]
     mixed = [source[i] for i in range(n) for source in found if i < len(source)]
     return [arc.Task("", kind, pairs[:-1], pairs[-1:]) for kind, pairs in mixed[:n]]
 
@@ -232,8 +257,10 @@ stop_if(problem)
 try:
     started_from, student_path, resumed = loop.starting_point(init_from, out_dir, overwrite)
     if resumed and "student" not in started_from["train"]:
-        raise ValueError(f"{student_path} was not written by distill.py: start from its weights with "
-                         f"--init_from={student_path} and another --out_dir")  # fmt: skip
+        raise ValueError(
+            f"{student_path} was not written by distill.py: start from its weights with "
+            f"--init_from={student_path} and another --out_dir"
+        )
 except (OSError, ValueError) as e:
     problem = str(e)
 stop_if(problem)
@@ -242,21 +269,41 @@ if resumed and started_from["train"]["iter"] >= max_iters:
     loop.nothing_left(started_from, student_path, max_iters, push_to, push_full, say)
 try:
     model = started_from["model"]
-    net = ckpt.make_model(model, started_from["model_config"] | ({} if recompute is None else {"recompute": recompute}))
-    ckpt.load_weights(net, started_from["weights"] if resumed else started_from["ema"] or started_from["weights"], student_path)
+    net = ckpt.make_model(
+        model, started_from["model_config"] | ({} if recompute is None else {"recompute": recompute})
+    )
+    ckpt.load_weights(
+        net,
+        started_from["weights"] if resumed else started_from["ema"] or started_from["weights"],
+        student_path,
+    )
     net.to(device)
     if block_size is None:
         block_size = net.config.block_size
     guide = None
     if teacher:
-        guide = teachers.load(teacher, device, dtype if teacher_dtype == "auto" else teacher_dtype, teacher_vocabulary,
-                              n_sup=teacher_n_sup, n_views=teacher_n_views, ttt_steps=teacher_ttt_steps,
-                              ttt_learning_rate=teacher_ttt_learning_rate)  # fmt: skip
+        guide = teachers.load(
+            teacher,
+            device,
+            dtype if teacher_dtype == "auto" else teacher_dtype,
+            teacher_vocabulary,
+            n_sup=teacher_n_sup,
+            n_views=teacher_n_views,
+            ttt_steps=teacher_ttt_steps,
+            ttt_learning_rate=teacher_ttt_learning_rate,
+        )
     loader = make_loader()
     optimizers = loop.make_optimizers(net, optimizer, weight_decay, learning_rate, (beta1, beta2))
-    pinned = {"stage": data, "tag": data_tag, "snapshot": loader.snapshot, "shards": loader.fingerprint,
-              "teacher": guide and guide.about, "manifest": loader.manifest, "data_dir": data_dir,
-              "shares": loader.rounded_shares()}  # fmt: skip
+    pinned = {
+        "stage": data,
+        "tag": data_tag,
+        "snapshot": loader.snapshot,
+        "shards": loader.fingerprint,
+        "teacher": guide and guide.about,
+        "manifest": loader.manifest,
+        "data_dir": data_dir,
+        "shares": loader.rounded_shares(),
+    }
     # what the weights have seen: here, before, and through the teacher
     seen = started_from["train"].get("data", {}).get("sources", [])
     pinned["sources"] = sorted({*loader.names, *seen, *(guide.sources if guide else [])})
@@ -268,7 +315,9 @@ try:
             raise ValueError(f"{student_path} was distilled with another teacher: {teachers_were}")
         loader.load_state_dict(started_from["train"]["loader"])
         if started_from["train"]["optimizer_name"] != optimizer:
-            raise ValueError(f"{ckpt_path} has the state of optimizer {started_from['train']['optimizer_name']!r}, not {optimizer!r}")
+            raise ValueError(
+                f"{ckpt_path} has the state of optimizer {started_from['train']['optimizer_name']!r}, not {optimizer!r}"
+            )
         for o, state in zip(optimizers, started_from["train"]["optimizers"]):
             ckpt.load_optimizer(o, state)
 except (OSError, ValueError) as e:
@@ -277,10 +326,24 @@ stop_if(problem)
 
 average = {k: v.detach().clone() for k, v in net.state_dict().items()} if ema else None
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
-autocast = torch.autocast(device_type, dtype=getattr(torch, dtype)) if dtype != "float32" else contextlib.nullcontext()
-train = {"iter": 0, "seconds": 0.0, "cpu_seconds": 0.0, "tokens": 0, "val_losses": {}, "val_loss": None, "skipped": 0,
-         "skipped_in_a_row": 0, "student": student_path, "text_before": None,
-         "solved": None}  # fmt: skip
+autocast = (
+    torch.autocast(device_type, dtype=getattr(torch, dtype))
+    if dtype != "float32"
+    else contextlib.nullcontext()
+)
+train = {
+    "iter": 0,
+    "seconds": 0.0,
+    "cpu_seconds": 0.0,
+    "tokens": 0,
+    "val_losses": {},
+    "val_loss": None,
+    "skipped": 0,
+    "skipped_in_a_row": 0,
+    "student": student_path,
+    "text_before": None,
+    "solved": None,
+}
 carries, saved_step = {}, None  # saved_step: of the checkpoint of this run that is in out_dir
 if resumed:
     state = started_from["train"]
@@ -293,7 +356,10 @@ if resumed:
         scaler.load_state_dict(state["scaler"])
     if len(state["rng"]) == world_size:
         loop.restore_random_state(state["rng"], device_type)
-    if all(started_from["config"][k] == config[k] for k in ("batch_size", "block_size", "gradient_accumulation_steps")):
+    if all(
+        started_from["config"][k] == config[k]
+        for k in ("batch_size", "block_size", "gradient_accumulation_steps")
+    ):
         carries = loop.own_carries(state["carries"])
 started_from = None  # free its memory
 
@@ -316,7 +382,9 @@ class Stopwatch:
 
 def generator_for(number):
     """Random numbers for the answers to batch `number` of this step, the same whichever process has it."""
-    return torch.Generator().manual_seed(int(draw_rng(seed, f"answers {train['iter']}", number).integers(2**62)))
+    return torch.Generator().manual_seed(
+        int(draw_rng(seed, f"answers {train['iter']}", number).integers(2**62))
+    )
 
 
 def is_right(task, answer):
@@ -350,8 +418,13 @@ def left_to_right(batch, watch, stats):
     own = draw_rng(seed, f"policy {train['iter']}", batch.key[0]).random() < on_policy
     with watch.measure("sampling"), autocast:
         if own:
-            noise = [draw_rng(seed, f"answers {train['iter']}", batch.key[0])] * len(tasks)  # the same whichever process has the batch
-            prompts, limits = [teachers.prompt(t) for t in tasks], [arc.canvas_shape(t.train, t.test[0][0]) for t in tasks]
+            noise = [draw_rng(seed, f"answers {train['iter']}", batch.key[0])] * len(
+                tasks
+            )  # the same whichever process has the batch
+            prompts, limits = (
+                [teachers.prompt(t) for t in tasks],
+                [arc.canvas_shape(t.train, t.test[0][0]) for t in tasks],
+            )
             answers = [a and a[0] for a in net.decode_grids(prompts, limits, 1, sample_temperature, noise)]
         else:
             answers = given_answers(tasks)
@@ -363,20 +436,32 @@ def left_to_right(batch, watch, stats):
         frames = opinions(tasks, answers, stats) if objective != "answers" else [None] * len(tasks)
     kept = [i for i in range(len(tasks)) if answers[i] is not None]
     shapes = [answers[i].shape for i in kept]
-    stats["answers"], stats["unscored"] = stats["answers"] + len(tasks), stats["unscored"] + sum(f is None for f in frames)
+    stats["answers"], stats["unscored"] = (
+        stats["answers"] + len(tasks),
+        stats["unscored"] + sum(f is None for f in frames),
+    )
     if not kept:
         return 0.0 * sum(p.sum() for p in net.parameters())
     with watch.measure("learning"):
         with autocast:
             student = net.place_logits([teachers.document(tasks[i], answers[i]) for i in kept], shapes)
-        rows = torch.repeat_interleave(torch.tensor(kept), torch.tensor([h * (w + 1) + 1 for h, w in shapes])).to(device)
-        said = [teachers.places_of_answer(teachers.outcomes_of(answers[i], h + 1, w + 1)[..., None], h, w)[:, 0].long()
-                for i, (h, w) in zip(kept, shapes)]  # fmt: skip
+        rows = torch.repeat_interleave(
+            torch.tensor(kept), torch.tensor([h * (w + 1) + 1 for h, w in shapes])
+        ).to(device)
+        said = [
+            teachers.places_of_answer(teachers.outcomes_of(answers[i], h + 1, w + 1)[..., None], h, w)[
+                :, 0
+            ].long()
+            for i, (h, w) in zip(kept, shapes)
+        ]
         outcomes = torch.cat(said).to(device)
         if objective == "answers":
             return (F.cross_entropy(student, outcomes, reduction="none") * row_shares(rows, len(tasks))).sum()
         nothing = torch.full((1, 1, teachers.OUTCOMES), torch.nan)
-        says = [teachers.places_of_answer(nothing if frames[i] is None else frames[i], *shape) for i, shape in zip(kept, shapes)]
+        says = [
+            teachers.places_of_answer(nothing if frames[i] is None else frames[i], *shape)
+            for i, shape in zip(kept, shapes)
+        ]
         if not guide.conditional:
             says = [teachers.until_they_part(*both) for both in zip(says, said)]
         return distance(student, torch.cat(says).to(device), rows, len(tasks))
@@ -402,9 +487,13 @@ def on_a_canvas(batch, watch, stats, carry):
             for i, task, answer in zip(where, tasks, answers):
                 row = (np.zeros(0, np.int64), np.zeros(0, np.int64))
                 if answer is not None:
-                    row = puzzle_row(arc.encode(task.kind, [*task.train, (task.test[0][0], answer)]), "canvas", "none")
+                    row = puzzle_row(
+                        arc.encode(task.kind, [*task.train, (task.test[0][0], answer)]), "canvas", "none"
+                    )
                 targets[i] = IGNORE
-                if len(row[0]) == int((batch.idx[i] != tok.PAD).sum()):  # else its canvas has another size: the rare larger ones
+                if len(row[0]) == int(
+                    (batch.idx[i] != tok.PAD).sum()
+                ):  # else its canvas has another size: the rare larger ones
                     targets[i, : len(row[1])] = torch.from_numpy(row[1])
         elif objective != "answers" and not guide.conditional:
             fresh["teacher"] = torch.full((*idx.shape, teachers.OUTCOMES), torch.nan, device=device)
@@ -418,7 +507,10 @@ def on_a_canvas(batch, watch, stats, carry):
         student = F.linear(y[cells], words[ANSWER_ROWS]).float()
         if objective == "answers":
             loss, agreed = net.canvas_loss(y, carry["targets"], carry["targets"] != IGNORE, words)
-    own = objective != "answers" and draw_rng(seed, f"policy {train['iter']}", batch.key[0]).random() < on_policy
+    own = (
+        objective != "answers"
+        and draw_rng(seed, f"policy {train['iter']}", batch.key[0]).random() < on_policy
+    )
     answers, tasks = None, None
     if objective != "answers" and guide.conditional:
         with watch.measure("sampling"):
@@ -446,11 +538,17 @@ def on_a_canvas(batch, watch, stats, carry):
         stats["unscored"] += int((~scored).sum())
     stats["answers"] += len(idx)
     # the answers on the canvas now, as the model would give them: whatever it learns from, it is told about these
-    wanted = torch.where(carry["targets"][cells] == tok.VOID, teachers.OVER, carry["targets"][cells] - tok.CELL0)
+    wanted = torch.where(
+        carry["targets"][cells] == tok.VOID, teachers.OVER, carry["targets"][cells] - tok.CELL0
+    )
     stats["own"] += len(idx)
-    stats["own_right"] += int((torch.bincount(rows, (student.argmax(-1) != wanted).float(), minlength=len(idx)) == 0).sum())
+    stats["own_right"] += int(
+        (torch.bincount(rows, (student.argmax(-1) != wanted).float(), minlength=len(idx)) == 0).sum()
+    )
     with watch.measure("learning"):
-        q = net.halt_logit(y)  # learns to tell whether the teacher would say the same, as it learned whether an answer is right
+        q = net.halt_logit(
+            y
+        )  # learns to tell whether the teacher would say the same, as it learned whether an answer is right
         loss = loss + 0.5 * F.binary_cross_entropy_with_logits(q, agreed.float())
     return loss, {**carry, "halted": net.halts(q, carry)}
 
@@ -473,10 +571,15 @@ def figures():
 
 def save_checkpoint():
     """Everything that the rest of the run depends on. Returns whether it is on disk; if not, the checkpoint before still is."""
-    whole = {**figures(), "loader": ahead.state, "optimizer_name": optimizer,
-             "optimizers": [o.state_dict() for o in optimizers],
-             "scaler": scaler.state_dict(), "rng": loop.random_states(device_type),
-             "carries": loop.everyones_carries(carries, device)}  # fmt: skip
+    whole = {
+        **figures(),
+        "loader": ahead.state,
+        "optimizer_name": optimizer,
+        "optimizers": [o.state_dict() for o in optimizers],
+        "scaler": scaler.state_dict(),
+        "rng": loop.random_states(device_type),
+        "carries": loop.everyones_carries(carries, device),
+    }
     keep = saved_step is not None
     return loop.save_checkpoint(ckpt_path, net, model, config, average, whole, device, say, keep)
 
@@ -484,8 +587,10 @@ def save_checkpoint():
 def diverged(what):
     """What is in memory is not worth saving: stop, with what there is on disk."""
     there = loop.to_go_on_from(ckpt_path, saved_step)
-    parallel.stop(f"{what}; {there}. Lower learning_rate (now {learning_rate:g}), or see whether the teacher "
-                  f"{teacher} works")  # fmt: skip
+    parallel.stop(
+        f"{what}; {there}. Lower learning_rate (now {learning_rate:g}), or see whether the teacher "
+        f"{teacher} works"
+    )
 
 
 def write_log(entry):
@@ -495,7 +600,9 @@ def write_log(entry):
 
 def validate():
     """As train.py does, and held-out puzzles, solved by the averaged weights; language is guarded."""
-    train["val_losses"], train["val_loss"] = loop.validate(net, average, loader, eval_batches, autocast, device)
+    train["val_losses"], train["val_loss"] = loop.validate(
+        net, average, loader, eval_batches, autocast, device
+    )
     if not all(map(math.isfinite, train["val_losses"].values())):
         diverged(f"the validation loss of step {train['iter']} is not finite ({train['val_losses']})")
     entry = {"iter": train["iter"], "val_loss": train["val_loss"], "val_losses": train["val_losses"]}
@@ -512,8 +619,10 @@ def validate():
     if train["text_before"] is None:
         train["text_before"] = train["val_loss"]
     elif train["val_loss"] is not None and train["val_loss"] > train["text_before"] + LANGUAGE_LIMIT:
-        say(f"warning: the loss on text is {train['val_loss']:.3f}, {train['val_loss'] - train['text_before']:.3f} nats above the "
-            f"{train['text_before']:.3f} before distillation: give text a larger share of the mixture, or lower learning_rate")  # fmt: skip
+        say(
+            f"warning: the loss on text is {train['val_loss']:.3f}, {train['val_loss'] - train['text_before']:.3f} nats above the "
+            f"{train['text_before']:.3f} before distillation: give text a larger share of the mixture, or lower learning_rate"
+        )
 
 
 # ---- ready
@@ -533,16 +642,25 @@ if master:
 stop_if(problem)
 if master:
     print(configurator.show(config, defaults))
-    print(f"student {student_path} ({model}, {net.num_params() / 1e6:.2f}M), {dtype} on {hardware.name(device)}, {optimizer}, {world_size} "
-          f"process{'es' * (world_size > 1)}, prompts {', '.join(loader.names)}\nteacher {json.dumps(guide and guide.about)}")  # fmt: skip
+    print(
+        f"student {student_path} ({model}, {net.num_params() / 1e6:.2f}M), {dtype} on {hardware.name(device)}, {optimizer}, {world_size} "
+        f"process{'es' * (world_size > 1)}, prompts {', '.join(loader.names)}\nteacher {json.dumps(guide and guide.about)}"
+    )
     start = f"going on after step {train['iter']} of" if resumed else "from the weights of"
     print(f"{start} {student_path}, with {loop.place_of(pinned)}")
     if another:
         print(f"  changed: {another}")
     if EVAL_DEMOS in pinned["sources"]:
-        print("the demonstrations of ARC's evaluation tasks are among what it learns from: any report of its results must say so")
+        print(
+            "the demonstrations of ARC's evaluation tasks are among what it learns from: any report of its results must say so"
+        )
     if tracked:
-        tracked.init(project="smol-llm", name=os.path.basename(os.path.normpath(out_dir)), config=config, resume="allow")
+        tracked.init(
+            project="smol-llm",
+            name=os.path.basename(os.path.normpath(out_dir)),
+            config=config,
+            resume="allow",
+        )
 if compile:
     compile = loop.compile_blocks(net, loader, autocast, scaler, device, say)
 loop.say_what_is_not_validated(loader, eval_batches, say)
@@ -559,16 +677,32 @@ if not resumed:
         write_log({"iter": 0, "teacher_solved": theirs, "of": len(tasks)})
         say(f"held-out puzzles solved: teacher {theirs:.1%}, student {train['solved']:.1%}, of {len(tasks)}")
         if theirs < train["solved"]:
-            say(f"warning: the teacher ({theirs:.1%}) is weaker than the student ({train['solved']:.1%}) on {len(tasks)} held-out puzzles")
+            say(
+                f"warning: the teacher ({theirs:.1%}) is weaker than the student ({train['solved']:.1%}) on {len(tasks)} held-out puzzles"
+            )
 ahead = Ahead(loader, pin=device_type == "cuda")
-progress = tqdm(total=max_iters, initial=train["iter"], disable=None if master else True, unit="step", dynamic_ncols=True, mininterval=1.0)
+progress = tqdm(
+    total=max_iters,
+    initial=train["iter"],
+    disable=None if master else True,
+    unit="step",
+    dynamic_ncols=True,
+    mininterval=1.0,
+)
 since_log, stopping, saved, due = {}, False, True, False
 
 # ---- go
 while train["iter"] < max_iters:
     started, cpu_started = time.perf_counter(), time.process_time()
-    lr = loop.learning_rate_at(train["iter"], schedule=schedule, learning_rate=learning_rate, min_lr=min_lr, warmup_iters=warmup_iters,
-                               decay_iters=decay_iters, max_iters=max_iters)  # fmt: skip
+    lr = loop.learning_rate_at(
+        train["iter"],
+        schedule=schedule,
+        learning_rate=learning_rate,
+        min_lr=min_lr,
+        warmup_iters=warmup_iters,
+        decay_iters=decay_iters,
+        max_iters=max_iters,
+    )
     for group in (group for o in optimizers for group in o.param_groups):
         group["lr"] = lr
     try:
@@ -594,8 +728,11 @@ while train["iter"] < max_iters:
     except RuntimeError as e:
         if not hardware.out_of_memory(e):
             raise
-        parallel.stop(f"out of memory in a {batch.mode} batch of {len(batch.idx)} x {batch.idx.shape[1]} tokens: lower batch_size (and "
-                      "raise gradient_accumulation_steps), or set --recompute=True", everyone=False)  # fmt: skip
+        parallel.stop(
+            f"out of memory in a {batch.mode} batch of {len(batch.idx)} x {batch.idx.shape[1]} tokens: lower batch_size (and "
+            "raise gradient_accumulation_steps), or set --recompute=True",
+            everyone=False,
+        )
     with watch.measure("learning"):
         average_gradients()
         for o in optimizers:
@@ -627,33 +764,62 @@ while train["iter"] < max_iters:
     progress.set_postfix_str(f"{batches[0].source} loss {loss:.3f}", refresh=False)
     progress.update()
     if not finite:
-        write_log({"iter": train["iter"], "loss": None, "source": batches[0].source, "skipped": train["skipped"]})
+        write_log(
+            {"iter": train["iter"], "loss": None, "source": batches[0].source, "skipped": train["skipped"]}
+        )
         say(f"step {train['iter']} skipped: loss {loss:.3g}, gradient norm {grad_norm:.3g}")
         if train["skipped_in_a_row"] >= max_skipped:
             what = "what teacher or student say" if sums["mute"] else "loss or gradient"
-            diverged(f"in {train['skipped_in_a_row']} steps in a row {what} was not finite, the last is step "
-                     f"{train['iter']}")  # fmt: skip
+            diverged(
+                f"in {train['skipped_in_a_row']} steps in a row {what} was not finite, the last is step "
+                f"{train['iter']}"
+            )
     elif train["iter"] % log_interval == 0 or train["iter"] == max_iters:
         spent = sum(since_log[k] for k in watch.seconds) or 1.0
-        entry = {"iter": train["iter"], "loss": loss, "source": batches[0].source, "lr": lr, "grad_norm": grad_norm,
-                 "tokens": train["tokens"], "seconds": round(train["seconds"], 3), "cpu_seconds": round(train["cpu_seconds"], 3),
-                 "tokens_per_second": round(since_log["tokens"] / since_log["seconds"], 1),
-                 **{k: round(since_log[k] / spent, 4) for k in watch.seconds},
-                 "own_right": round(since_log["own_right"] / since_log["own"], 4) if since_log["own"] else None,
-                 "unscored": round(since_log["unscored"] / since_log["answers"], 4) if since_log["answers"] else None,
-                 "memory_gb": round(hardware.peak_memory(device) / 1e9, 3), "skipped": train["skipped"]}  # fmt: skip
+        entry = {
+            "iter": train["iter"],
+            "loss": loss,
+            "source": batches[0].source,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "tokens": train["tokens"],
+            "seconds": round(train["seconds"], 3),
+            "cpu_seconds": round(train["cpu_seconds"], 3),
+            "tokens_per_second": round(since_log["tokens"] / since_log["seconds"], 1),
+            **{k: round(since_log[k] / spent, 4) for k in watch.seconds},
+            "own_right": round(since_log["own_right"] / since_log["own"], 4) if since_log["own"] else None,
+            "unscored": round(since_log["unscored"] / since_log["answers"], 4)
+            if since_log["answers"]
+            else None,
+            "memory_gb": round(hardware.peak_memory(device) / 1e9, 3),
+            "skipped": train["skipped"],
+        }
         write_log(entry)
-        say(f"step {train['iter']}: loss {loss:.4f} ({batches[0].source}), lr {lr:.2e}, gradient {grad_norm:.2f}; sampling "
+        say(
+            f"step {train['iter']}: loss {loss:.4f} ({batches[0].source}), lr {lr:.2e}, gradient {grad_norm:.2f}; sampling "
             f"{entry['sampling']:.0%}, scoring {entry['scoring']:.0%}, learning {entry['learning']:.0%} of the time"
             + (f", {entry['own_right']:.1%} of its own answers right" if since_log["own"] else "")
-            + (f", {entry['unscored']:.0%} of the answers without the teacher's opinion" if entry["unscored"] else ""))  # fmt: skip
+            + (
+                f", {entry['unscored']:.0%} of the answers without the teacher's opinion"
+                if entry["unscored"]
+                else ""
+            )
+        )
         since_log = {}
     if sync_check_interval and (train["iter"] % sync_check_interval == 0 or train["iter"] == max_iters):
         both = torch.tensor([loss, grad_norm], dtype=torch.float64, device=device)
-        problem = difference({**dict(net.named_parameters()), **{f"the average of {k}": v for k, v in (average or {}).items()},
-                              "the loss": both[:1], "the gradient norm": both[1:]})  # fmt: skip
+        problem = difference(
+            {
+                **dict(net.named_parameters()),
+                **{f"the average of {k}": v for k, v in (average or {}).items()},
+                "the loss": both[:1],
+                "the gradient norm": both[1:],
+            }
+        )
         if problem:
-            parallel.stop(f"processes are out of sync at step {train['iter']}: {problem}; go on from {ckpt_path} with --init_from=resume")
+            parallel.stop(
+                f"processes are out of sync at step {train['iter']}: {problem}; go on from {ckpt_path} with --init_from=resume"
+            )
     evaluation.collect()
     publication.collect()
     due = due or train["iter"] % eval_interval == 0 or train["iter"] == max_iters or bool(stopping)
@@ -689,7 +855,13 @@ if due:
 if not saved:
     parallel.stop(f"step {train['iter']} could not be saved to {ckpt_path}{lost}")
 if stopping:
-    why = f"by {interrupted[0][0]}" if interrupted else f"after {max_hours:g} hours" if max_hours else "by another process"
+    why = (
+        f"by {interrupted[0][0]}"
+        if interrupted
+        else f"after {max_hours:g} hours"
+        if max_hours
+        else "by another process"
+    )
     say(f"stopped {why} after step {train['iter']}; go on with --init_from=resume (saved to {ckpt_path})")
 else:
     if tasks:

@@ -105,7 +105,9 @@ MEASURED = "measured.jsonl"  # in out_dir: parts of the suites that are no tasks
 EVAL_DEMOS = "arc_eval_demos"  # the source of demonstrations (never test outputs) of evaluation tasks: whoever trains on it is transductive
 SHOWN = 3  # tasks of each suite in the picture
 LEGIBLE = 12  # grids with longer sides are only shown where there is nothing smaller to show
-ALL_STEPS = 6  # a picture has room for this many supervision steps; of more, it shows 1, 2, 4, 8, ... and the last
+ALL_STEPS = (
+    6  # a picture has room for this many supervision steps; of more, it shows 1, 2, 4, 8, ... and the last
+)
 
 # -----------------------------------------------------------------------------
 # asking
@@ -139,7 +141,14 @@ def evaluate(tasks, answer, attempts=1, rows_per_task=1, *, before=None, keep=No
             continue
         asked = [task for task in chunk if task.id not in before]
         started = time.perf_counter()
-        new = [scores.judge(task, given, attempts) for task, given in zip(asked, answer(without_answers(asked)))] if asked else []
+        new = (
+            [
+                scores.judge(task, given, attempts)
+                for task, given in zip(asked, answer(without_answers(asked)))
+            ]
+            if asked
+            else []
+        )
         for record in new:
             record["seconds"] = round((time.perf_counter() - started) / len(asked), 4)
         if keep and new:
@@ -209,9 +218,16 @@ def trained_on(ckpt):
     sources = data.get("sources") or list(config.get("mixture") or {}) or None
     if sources is None and data.get("stage"):
         with contextlib.suppress(OSError, ValueError):
-            _, mixture = stages.read_manifest(config.get("data_dir", "data"), data["stage"], data.get("tag"), verify=False)
+            _, mixture = stages.read_manifest(
+                config.get("data_dir", "data"), data["stage"], data.get("tag"), verify=False
+            )
             sources = sorted(name for name, share in mixture["weights"].items() if share > 0)
-    return {"stage": data.get("stage"), "tag": data.get("tag"), "snapshot": data.get("snapshot"), "sources": sources}
+    return {
+        "stage": data.get("stage"),
+        "tag": data.get("tag"),
+        "snapshot": data.get("snapshot"),
+        "sources": sources,
+    }
 
 
 def report_on(path, model, ckpt, settings, device, dtype):
@@ -219,34 +235,63 @@ def report_on(path, model, ckpt, settings, device, dtype):
     train, data = ckpt.get("train") or {}, trained_on(ckpt)
     was_on = ["transductive"] * (EVAL_DEMOS in (data["sources"] or [])) + ["ttt"] * (settings.ttt_steps > 0)
     return {
-        "params": model.num_params(), "train_seconds": number(train, "seconds"), "tokens_per_second": number(train, "tokens_per_second"),
-        "val_loss": number(train, "val_loss"), "val_losses": {k: number(train["val_losses"], k) for k in train.get("val_losses") or {}},
-        "checkpoint": path, "sha256": stages.sha256_file(path), "iter": train.get("iter"), "model": ckpt["model"],
-        "model_config": dict(ckpt["model_config"]), "config": ckpt.get("config"), "data": data,
+        "params": model.num_params(),
+        "train_seconds": number(train, "seconds"),
+        "tokens_per_second": number(train, "tokens_per_second"),
+        "val_loss": number(train, "val_loss"),
+        "val_losses": {k: number(train["val_losses"], k) for k in train.get("val_losses") or {}},
+        "checkpoint": path,
+        "sha256": stages.sha256_file(path),
+        "iter": train.get("iter"),
+        "model": ckpt["model"],
+        "model_config": dict(ckpt["model_config"]),
+        "config": ckpt.get("config"),
+        "data": data,
         "protocol": " + ".join(was_on) or "inductive",
-        "settings": dataclasses.asdict(settings), "device": device, "card": hardware.name(device), "dtype": dtype,
+        "settings": dataclasses.asdict(settings),
+        "device": device,
+        "card": hardware.name(device),
+        "dtype": dtype,
         "n_sup": (settings.n_sup or model.config.n_sup) if ckpt["model"] == "trm" else None,
-    }  # fmt: skip
+    }
 
 
 def columns(rows):
     """rows: lists of texts, the first is the head -> lines, the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows = [rows[0], ["-" * w for w in widths], *rows[1:]]
-    return ["  ".join([row[0].ljust(widths[0]), *(text.rjust(w) for text, w in zip(row[1:], widths[1:]))]).rstrip() for row in rows]
+    return [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(text.rjust(w) for text, w in zip(row[1:], widths[1:]))]
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def table(report):
     """The report as lines of text: who was asked, what came out suite by suite, and what differs more than chance would have it."""
+
     def shown(value, form):
         return "-" if value is None else format(value, form)
 
-    lines = columns([["", "parameters", "training s", "tokens/s", "loss (text)", "protocol"]] + [
-        [name, f"{r['params']:,}", shown(r["train_seconds"], ",.0f"), shown(r["tokens_per_second"], ",.0f"), shown(r["val_loss"], ".3f"),
-         r["protocol"]] for name, r in report.items()]) + [""]
+    lines = columns(
+        [["", "parameters", "training s", "tokens/s", "loss (text)", "protocol"]]
+        + [
+            [
+                name,
+                f"{r['params']:,}",
+                shown(r["train_seconds"], ",.0f"),
+                shown(r["tokens_per_second"], ",.0f"),
+                shown(r["val_loss"], ".3f"),
+                r["protocol"],
+            ]
+            for name, r in report.items()
+        ]
+    ) + [""]
     notes = []
-    rows = [["", "", "score", "pass@2", "solved", "", "95%", "outputs", "pass@1", "oracle", "too long",
-             "seconds"]]
+    rows = [
+        ["", "", "score", "pass@2", "solved", "", "95%", "outputs", "pass@1", "oracle", "too long", "seconds"]
+    ]
     attempts, tried = {}, {}
     for suite in dict.fromkeys(suite for r in report.values() for suite in r["suites"]):
         for name, r in report.items():
@@ -258,10 +303,21 @@ def table(report):
                 continue
             low, high = s["interval"]
             ranked = [f"{s['score']:.1%}", str(s["pass_2"])] if suite in ARC_RULES else ["", ""]
-            rows.append([suite, name, *ranked, f"{s['solved']}/{s['total']}",
-                         f"{s['solved'] / max(1, s['total']):.1%}", f"{low:.1%} to {high:.1%}",
-                         f"{s['outputs_solved']}/{s['outputs_total']}", str(s["pass_1"]), str(s["oracle"]),
-                         str(s["too_long"]), f"{s['seconds']:.1f}"])
+            rows.append(
+                [
+                    suite,
+                    name,
+                    *ranked,
+                    f"{s['solved']}/{s['total']}",
+                    f"{s['solved'] / max(1, s['total']):.1%}",
+                    f"{low:.1%} to {high:.1%}",
+                    f"{s['outputs_solved']}/{s['outputs_total']}",
+                    str(s["pass_1"]),
+                    str(s["oracle"]),
+                    str(s["too_long"]),
+                    f"{s['seconds']:.1f}",
+                ]
+            )
             other = {k: v for k, v in (s.get("settings") or {}).items() if v != r["settings"].get(k)}
             if other:
                 asked = " ".join(f"--{k}={v}" for k, v in other.items())
@@ -277,12 +333,16 @@ def table(report):
     if len(rows) > 1:
         lines += columns(rows) + [""]
         if any(row[2] for row in rows[1:]):
-            lines.append("score: mean over tasks of the share of their test outputs that are solved, "
-                         "what ARC Prize ranks by.")
+            lines.append(
+                "score: mean over tasks of the share of their test outputs that are solved, "
+                "what ARC Prize ranks by."
+            )
         allowed = "1 attempt"
         if attempts:
             allowed = f"{max(attempts.values())} attempts in {', '.join(attempts)}, 1 in others"
-        lines.append(f"solved: tasks with all test outputs right ({allowed}); oracle: with any of the candidates.")
+        lines.append(
+            f"solved: tasks with all test outputs right ({allowed}); oracle: with any of the candidates."
+        )
     for n, available in tried.items():
         lines.append(f"Limited to the first {n} tasks of each; there are {', '.join(available)}.")
     return "\n".join(lines + notes)
@@ -295,8 +355,11 @@ def words(s):
     if "results" not in s:
         return language.table(s)
     found = ((task, metric, f) for task, metrics in s["results"].items() for metric, f in metrics.items())
-    return "\n".join(f"{task:32}{metric:24}{f['value']:10.4f}   {'{:.4f} to {:.4f}'.format(*f['interval']) if f['interval'] else ''}"
-                     for task, metric, f in found if f["value"] is not None)  # fmt: skip
+    return "\n".join(
+        f"{task:32}{metric:24}{f['value']:10.4f}   {'{:.4f} to {:.4f}'.format(*f['interval']) if f['interval'] else ''}"
+        for task, metric, f in found
+        if f["value"] is not None
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -309,13 +372,18 @@ def choose(tasks, n=SHOWN):
     ones, ones that every model was asked and that fit before others, and first of all ones that show each
     model both right and wrong, where it is.
     """
+
     def size(record):
-        shown = [grid for pair in record["demonstrations"][:1] for grid in pair] + [record["test"][0][k] for k in ("input", "expected")]
+        shown = [grid for pair in record["demonstrations"][:1] for grid in pair] + [
+            record["test"][0][k] for k in ("input", "expected")
+        ]
         largest = max(max(len(grid), len(grid[0])) for grid in shown if grid)
         return largest if largest > LEGIBLE else 0
 
-    outcomes = [{(model, r["test"][0]["right"][:1] == [True]) for model, r in of.items() if not r["too_long"]}
-                for of in tasks]  # fmt: skip
+    outcomes = [
+        {(model, r["test"][0]["right"][:1] == [True]) for model, r in of.items() if not r["too_long"]}
+        for of in tasks
+    ]
     sizes = [size(next(iter(of.values()))) for of in tasks]
     left = sorted((i for i, o in enumerate(outcomes) if o), key=lambda i: (-len(outcomes[i]), sizes[i]))
     chosen, seen = [], set()
@@ -329,7 +397,9 @@ def choose(tasks, n=SHOWN):
 
 def steps_shown(n):
     """Which of supervision steps 1..n are shown: all, or 1, 2, 4, 8, ... and the last."""
-    return list(range(1, n + 1)) if n <= ALL_STEPS else [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
+    return (
+        list(range(1, n + 1)) if n <= ALL_STEPS else [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
+    )
 
 
 def picture_row(names, records):
@@ -352,12 +422,22 @@ def picture_row(names, records):
             continue
         steps = test.get("steps", [])
         for n in steps_shown(len(steps)):
-            panels.append((f"{name} step {n}, halt {steps[n - 1][1]:.2f}", scores.grid_of(steps[n - 1][0]), expected))
+            panels.append(
+                (f"{name} step {n}, halt {steps[n - 1][1]:.2f}", scores.grid_of(steps[n - 1][0]), expected)
+            )
         best = test["attempts"][0] if test["attempts"] else None
         if not steps or best != steps[-1][0]:  # an earlier step was surer, or others have voted against it
-            panels.append((f"{name}, votes {test['votes'][0]}" if steps and best else name, scores.grid_of(best), expected))
+            panels.append(
+                (
+                    f"{name}, votes {test['votes'][0]}" if steps and best else name,
+                    scores.grid_of(best),
+                    expected,
+                )
+            )
     more = f"   (test 1 of {len(task['test'])})" if len(task["test"]) > 1 else ""
-    return (task["id"] if task["id"].startswith(task["suite"]) else f"{task['suite']}   {task['id']}") + more, panels
+    return (
+        task["id"] if task["id"].startswith(task["suite"]) else f"{task['suite']}   {task['id']}"
+    ) + more, panels
 
 
 # -----------------------------------------------------------------------------
@@ -384,7 +464,9 @@ def share(text):
 def key_of(sha256, suite, task, settings, attempts, device, dtype):
     """What a task's record depends on, hashed: the checkpoint, how it is asked, and the task."""
     pairs = [[scores.rows_of(grid) for grid in pair] for pair in task.train + task.test]
-    return hashed([sha256, suite, task.id, pairs, dataclasses.asdict(settings), attempts, device.split(":")[0], dtype])
+    return hashed(
+        [sha256, suite, task.id, pairs, dataclasses.asdict(settings), attempts, device.split(":")[0], dtype]
+    )
 
 
 def hashed(what):
@@ -400,10 +482,15 @@ def ask(name, suite, tasks, model, report, settings, attempts, earlier, out_dir)
     Have a model solve a suite -> records, on the first process. earlier: {key: record} of what has been answered before; what is new goes
     into out_dir as it comes.
     """
-    keys = {t.id: key_of(report["sha256"], suite, t, settings, attempts, report["device"], report["dtype"]) for t in tasks}
+    keys = {
+        t.id: key_of(report["sha256"], suite, t, settings, attempts, report["device"], report["dtype"])
+        for t in tasks
+    }
     before = {t.id: {**earlier[keys[t.id]], "model": name} for t in tasks if keys[t.id] in earlier}
     if before and parallel.master:
-        print(f"{name} {suite}: {len(before)} of {len(tasks)} have been answered before ({out_dir}/answers*.jsonl) and are not asked again")
+        print(
+            f"{name} {suite}: {len(before)} of {len(tasks)} have been answered before ({out_dir}/answers*.jsonl) and are not asked again"
+        )
 
     def keep(records):
         for record in records:
@@ -414,11 +501,27 @@ def ask(name, suite, tasks, model, report, settings, attempts, earlier, out_dir)
 
     device_type = report["device"].split(":")[0]
     half = report["dtype"] != "float32"
-    with tqdm(total=len(tasks), desc=f"{name} {suite}", unit="task", dynamic_ncols=True, leave=False, disable=not parallel.master) as bar:
-        with torch.autocast(device_type, getattr(torch, report["dtype"])) if half else contextlib.nullcontext():
+    with tqdm(
+        total=len(tasks),
+        desc=f"{name} {suite}",
+        unit="task",
+        dynamic_ncols=True,
+        leave=False,
+        disable=not parallel.master,
+    ) as bar:
+        with (
+            torch.autocast(device_type, getattr(torch, report["dtype"])) if half else contextlib.nullcontext()
+        ):
             rows_per_task = settings.augment * settings.samples * (4 if settings.ttt_steps else 1)
-            return evaluate(tasks, lambda part: candidates.solve(model, part, settings), attempts, rows_per_task, before=before,
-                            keep=keep, progress=bar.update)  # fmt: skip
+            return evaluate(
+                tasks,
+                lambda part: candidates.solve(model, part, settings),
+                attempts,
+                rows_per_task,
+                before=before,
+                keep=keep,
+                progress=bar.update,
+            )
 
 
 def measure(name, suite, model, r, limit, out_dir):
@@ -428,7 +531,11 @@ def measure(name, suite, model, r, limit, out_dir):
     """
     path = os.path.join(out_dir, MEASURED)
     config, data = r["config"] or {}, r["data"]
-    stage = {"data_dir": config.get("data_dir") or "data", "stage": data["stage"] or config.get("data"), "tag": data["tag"]}
+    stage = {
+        "data_dir": config.get("data_dir") or "data",
+        "stage": data["stage"] or config.get("data"),
+        "tag": data["tag"],
+    }
     texts = None
     if suite == "language" and stage["stage"]:
         try:
@@ -439,7 +546,9 @@ def measure(name, suite, model, r, limit, out_dir):
     key = hashed([r["sha256"], suite, limit, r["device"].split(":")[0], texts])
     before = {line["part"]: line["found"] for line in logbook.read(path) if line.get("key") == key}
     if before:
-        print(f"{name} {suite}: {len(before)} parts of it have been measured before ({path}) and are not measured again")
+        print(
+            f"{name} {suite}: {len(before)} parts of it have been measured before ({path}) and are not measured again"
+        )
 
     def keep(part, found):
         line = {"key": key, "model": name, "suite": suite, "part": part, "found": draw_report.finite(found)}
@@ -456,17 +565,22 @@ def measure(name, suite, model, r, limit, out_dir):
             return before[suite], key
         except (OSError, ValueError) as e:  # no network: no reason to lose what is there
             return {"error": str(e)}, key
-    return language.evaluate(model, **stage, limit=limit, desc=f"{name} {suite}", before=before, keep=keep), key
+    return language.evaluate(
+        model, **stage, limit=limit, desc=f"{name} {suite}", before=before, keep=keep
+    ), key
 
 
 def say_suite(name, suite, s):
     """A line on one model and suite, as soon as it is known."""
     cells, copied = s["cells_right"], s["cells_right_by_copying"]
     score = f"score {s['score']:.1%}, " if suite in ARC_RULES else ""
-    print(f"{name} {suite}: {score}{s['solved']} of {s['total']} solved, {s['too_long']} too long"
-          + (f", {s['unknown']} more answered whose outputs nobody gave" if s["unknown"] else "")
-          + ("" if cells is None else f"; {cells:.1%} of cells right (copying the input: {copied:.1%})")
-          + f"; {s['seconds']:.1f} s", flush=True)  # fmt: skip
+    print(
+        f"{name} {suite}: {score}{s['solved']} of {s['total']} solved, {s['too_long']} too long"
+        + (f", {s['unknown']} more answered whose outputs nobody gave" if s["unknown"] else "")
+        + ("" if cells is None else f"; {cells:.1%} of cells right (copying the input: {copied:.1%})")
+        + f"; {s['seconds']:.1f} s",
+        flush=True,
+    )
 
 
 def what_is_asked(args):
@@ -475,9 +589,13 @@ def what_is_asked(args):
     the checkpoint is, is a ValueError or OSError in here, before anything takes long.
     """
     if os.path.basename(args.json) != args.json or not args.json.endswith(".json"):
-        raise ValueError(f"--json={args.json} must be the name of a .json file without a folder: the folder is --out_dir")
+        raise ValueError(
+            f"--json={args.json} must be the name of a .json file without a folder: the folder is --out_dir"
+        )
     if not (0 <= args.temperature < math.inf and 0 < args.ttt_lr < math.inf):
-        raise ValueError(f"--temperature={args.temperature} must be 0 or more, and --ttt_lr={args.ttt_lr} above 0")
+        raise ValueError(
+            f"--temperature={args.temperature} must be 0 or more, and --ttt_lr={args.ttt_lr} above 0"
+        )
     chosen = suites.names(args.suites) if args.suites is not None else [] if args.tasks else suites.default()
     tasks = {suite: suites.load(suite) for suite in chosen if suites.is_tasks(suite)}
     if args.tasks:
@@ -489,7 +607,9 @@ def what_is_asked(args):
     dtype = hardware.pick_dtype(args.dtype, device)
     for suite in chosen:
         if suite.startswith("lm_eval:"):
-            from smol import harness  # here, because lm-eval is optional: this says so where it is not installed
+            from smol import (
+                harness,
+            )  # here, because lm-eval is optional: this says so where it is not installed
 
             harness.check(benchmarks(suite))
     return chosen, tasks, device, dtype
@@ -506,15 +626,21 @@ def run(args):
     if len(args.checkpoints) > 1 and args.out_dir is None:
         raise ValueError("with several checkpoints, say with --out_dir=FOLDER where the results go")
     chosen, tasks, device, dtype = what_is_asked(args)
-    settings = candidates.Settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(candidates.Settings)})
+    settings = candidates.Settings(
+        **{f.name: getattr(args, f.name) for f in dataclasses.fields(candidates.Settings)}
+    )
     out_dir = args.out_dir or os.path.dirname(args.checkpoints[0]) or "."
 
     loaded = [checkpoint.load_model(path, device) for path in args.checkpoints]
     if (settings.n_sup or settings.halt is not None) and all(ckpt["model"] != "trm" for _, ckpt in loaded):
-        raise ValueError("--n_sup and --halt are about Route B's supervision steps, and no checkpoint of Route B is given")
+        raise ValueError(
+            "--n_sup and --halt are about Route B's supervision steps, and no checkpoint of Route B is given"
+        )
     before = read_report(os.path.join(out_dir, args.json))
-    reports = [report_on(path, model, ckpt, settings, device, dtype)
-               for path, (model, ckpt) in zip(args.checkpoints, loaded)]
+    reports = [
+        report_on(path, model, ckpt, settings, device, dtype)
+        for path, (model, ckpt) in zip(args.checkpoints, loaded)
+    ]
     names = name_models(args.checkpoints, [ROUTES[ckpt["model"]] for _, ckpt in loaded])
     names = names_among(before, names, args.checkpoints, [r["sha256"] for r in reports])
     report = dict(zip(names, reports))
@@ -524,7 +650,11 @@ def run(args):
     if parallel.world_size > 1:
         parallel.start(device.split(":")[0])
 
-    earlier = {r.get("key"): r for path in glob.glob(os.path.join(glob.escape(out_dir), "answers*.jsonl")) for r in logbook.read(path)}
+    earlier = {
+        r.get("key"): r
+        for path in glob.glob(os.path.join(glob.escape(out_dir), "answers*.jsonl"))
+        for r in logbook.read(path)
+    }
     records = {}
     for name, model in models.items():
         report[name]["suites"] = {}
@@ -533,7 +663,9 @@ def run(args):
                 continue
             part = tasks[suite][: args.limit]
             attempts = (args.attempts or ATTEMPTS) if suite in ARC_RULES else 1
-            records[name, suite] = ask(name, suite, part, model, report[name], settings, attempts, earlier, out_dir)
+            records[name, suite] = ask(
+                name, suite, part, model, report[name], settings, attempts, earlier, out_dir
+            )
             if parallel.master:
                 found = scores.figures(records[name, suite], attempts)
                 found.update(available=len(tasks[suite]), **{k: report[name][k] for k in HOW})
@@ -579,7 +711,9 @@ def finish(args, models, chosen, records, report, out_dir):
         for suite in r["suites"]:
             if (name, suite) in records:
                 others = [other for other in report if other != name and (other, suite) in records]
-                pairs = {other: scores.against(records[name, suite], records[other, suite]) for other in others}
+                pairs = {
+                    other: scores.against(records[name, suite], records[other, suite]) for other in others
+                }
                 r["suites"][suite]["against"] = pairs
         r["seconds"] = round(sum(s.get("seconds", 0.0) for s in r["suites"].values()), 3)
         r["gpu_hours"] = round(r["seconds"] / 3600, 6) if r["device"].startswith("cuda") else None
@@ -616,7 +750,11 @@ def finish(args, models, chosen, records, report, out_dir):
         rows += [picture_row(list(tasks[i]), list(tasks[i].values())) for i in choose(tasks)]
     if rows:
         written.append(("picture", os.path.join(out_dir, "grids.png")))
-        halt = "; halt: how likely Route B thinks it is that all is right" if any(r["model"] == "trm" for r in report.values()) else ""
+        halt = (
+            "; halt: how likely Route B thinks it is that all is right"
+            if any(r["model"] == "trm" for r in report.values())
+            else ""
+        )
         arc.picture(rows, written[-1][1], f"{', '.join(drawn)}   (crosses: wrong cells{halt})")
     written.append(("report", draw_report.write(out_dir, args.json)))
     print("\n" + table(report) + "\n")
@@ -634,34 +772,104 @@ def end_with_stdin():
 
 
 def main():
-    about = __doc__[: __doc__.index("eval.json: {model name")] + "The top of eval_arc.py tells what these files hold, field by field."
+    about = (
+        __doc__[: __doc__.index("eval.json: {model name")]
+        + "The top of eval_arc.py tells what these files hold, field by field."
+    )
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"error: {message}; see python eval_arc.py --help")
     parser.add_argument("checkpoints", metavar="CKPT", nargs="+", help="a ckpt.pt that train.py wrote")
     group = parser.add_argument_group("what is asked")
-    group.add_argument("--suites", metavar="NAMES", help=f"separated by commas (default: all that are there): {suites.ALL}")
-    group.add_argument("--tasks", metavar="PATH",
-                       help="your own tasks: a folder of ARC-style .json files, or one file, of one or many, "
-                            "or Kaggle's ..._challenges.json")  # fmt: skip
-    group.add_argument("--limit", metavar="N", type=positive, help="only the first N tasks of each suite (default: all)")
-    group.add_argument("--attempts", metavar="N", type=positive, help=f"answers that count in ARC suites (default {ATTEMPTS})")
+    group.add_argument(
+        "--suites", metavar="NAMES", help=f"separated by commas (default: all that are there): {suites.ALL}"
+    )
+    group.add_argument(
+        "--tasks",
+        metavar="PATH",
+        help="your own tasks: a folder of ARC-style .json files, or one file, of one or many, "
+        "or Kaggle's ..._challenges.json",
+    )
+    group.add_argument(
+        "--limit", metavar="N", type=positive, help="only the first N tasks of each suite (default: all)"
+    )
+    group.add_argument(
+        "--attempts",
+        metavar="N",
+        type=positive,
+        help=f"answers that count in ARC suites (default {ATTEMPTS})",
+    )
     group = parser.add_argument_group("how it is asked (more of anything takes longer)")
-    group.add_argument("--augment", metavar="N", type=positive, default=1, help="views of each task that vote (default 1: as it is)")
-    group.add_argument("--samples", metavar="N", type=positive, default=1, help="Route A: answers to each view (default 1)")
-    group.add_argument("--temperature", metavar="T", type=float, default=0.8, help="of answers that are drawn (default 0.8)")
-    group.add_argument("--programs", metavar="N", type=whole, default=0, help="programs written for each ARC task (default 0)")
-    group.add_argument("--n_sup", metavar="N", type=positive, help="Route B: supervision steps, at most (default: as it was trained)")
-    group.add_argument("--halt", metavar="P", type=share, help="Route B: stop thinking once it is more than P sure (default: never)")
-    group.add_argument("--ttt_steps", metavar="N", type=whole, default=0, help="test-time training: steps on each task (default 0)")
-    group.add_argument("--ttt_rank", metavar="N", type=whole, default=8, help="its rank; 0 tunes all weights (default 8)")
-    group.add_argument("--ttt_lr", metavar="RATE", type=float, default=1e-3, help="its learning rate (default 1e-3)")
-    group.add_argument("--seed", metavar="N", type=whole, default=1337, help="of views, draws and test-time training (default 1337)")
+    group.add_argument(
+        "--augment",
+        metavar="N",
+        type=positive,
+        default=1,
+        help="views of each task that vote (default 1: as it is)",
+    )
+    group.add_argument(
+        "--samples", metavar="N", type=positive, default=1, help="Route A: answers to each view (default 1)"
+    )
+    group.add_argument(
+        "--temperature", metavar="T", type=float, default=0.8, help="of answers that are drawn (default 0.8)"
+    )
+    group.add_argument(
+        "--programs",
+        metavar="N",
+        type=whole,
+        default=0,
+        help="programs written for each ARC task (default 0)",
+    )
+    group.add_argument(
+        "--n_sup",
+        metavar="N",
+        type=positive,
+        help="Route B: supervision steps, at most (default: as it was trained)",
+    )
+    group.add_argument(
+        "--halt",
+        metavar="P",
+        type=share,
+        help="Route B: stop thinking once it is more than P sure (default: never)",
+    )
+    group.add_argument(
+        "--ttt_steps",
+        metavar="N",
+        type=whole,
+        default=0,
+        help="test-time training: steps on each task (default 0)",
+    )
+    group.add_argument(
+        "--ttt_rank", metavar="N", type=whole, default=8, help="its rank; 0 tunes all weights (default 8)"
+    )
+    group.add_argument(
+        "--ttt_lr", metavar="RATE", type=float, default=1e-3, help="its learning rate (default 1e-3)"
+    )
+    group.add_argument(
+        "--seed",
+        metavar="N",
+        type=whole,
+        default=1337,
+        help="of views, draws and test-time training (default 1337)",
+    )
     group = parser.add_argument_group("where")
-    group.add_argument("--out_dir", metavar="FOLDER", help="where the results go (default: beside the checkpoint)")
-    group.add_argument("--json", metavar="NAME", default="eval.json", help="file name of the figures (default eval.json)")
-    group.add_argument("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU where there is one)")
-    group.add_argument("--dtype", metavar="NAME", default="auto",
-                       help="float32, bfloat16, float16 (default: as train.py would choose; float32 on a CPU)")  # fmt: skip
+    group.add_argument(
+        "--out_dir", metavar="FOLDER", help="where the results go (default: beside the checkpoint)"
+    )
+    group.add_argument(
+        "--json", metavar="NAME", default="eval.json", help="file name of the figures (default eval.json)"
+    )
+    group.add_argument(
+        "--device",
+        metavar="NAME",
+        default="auto",
+        help="cpu, cuda, cuda:1, ... (default: the GPU where there is one)",
+    )
+    group.add_argument(
+        "--dtype",
+        metavar="NAME",
+        default="auto",
+        help="float32, bfloat16, float16 (default: as train.py would choose; float32 on a CPU)",
+    )
     parser.add_argument("--ends_with_stdin", action="store_true", help=argparse.SUPPRESS)  # of loop.py
     args = parser.parse_args()
     if args.ends_with_stdin:

@@ -32,7 +32,9 @@ from smol import tokenizer as tok
 from smol.muon import split_parameters
 from smol.tokenizer import IGNORE
 
-LOGITS_AT_ONCE = 2**23  # the loss over the vocabulary is computed in slices of this many logits (32 MB in float32)
+LOGITS_AT_ONCE = (
+    2**23
+)  # the loss over the vocabulary is computed in slices of this many logits (32 MB in float32)
 CACHE_ROOM = 256  # tokens by which the memory for keys and values grows
 ANSWER_TOKENS = 2**15  # tokens per batch when answering: memory stays the same for short and long tasks
 
@@ -45,14 +47,20 @@ class Config:
     vocab_size: int = tok.VOCAB_SIZE
     n_layer: int = 12
     n_head: int = 10  # of n_embd / n_head dimensions each, in KDA and in full attention
-    n_kv_head: int | None = None  # full attention: heads of keys and values, shared by groups of query heads (None: n_head)
+    n_kv_head: int | None = (
+        None  # full attention: heads of keys and values, shared by groups of query heads (None: n_head)
+    )
     n_embd: int = 640
     n_ff: int = 1984  # hidden width of the SwiGLU
     layer_pattern: str = "kkka"  # tiled over the depth: k is KDA, a is full attention
     rope_base: float = 100.0  # grids have at most 30 rows: low frequencies would never turn
     norm_eps: float = 1e-5
-    separate_documents: bool = True  # text: what comes after an <|endoftext|> knows nothing of what came before it
-    recompute: bool = False  # training keeps only the input of each block, and goes through it again in the backward
+    separate_documents: bool = (
+        True  # text: what comes after an <|endoftext|> knows nothing of what came before it
+    )
+    recompute: bool = (
+        False  # training keeps only the input of each block, and goes through it again in the backward
+    )
 
 
 def check_config(config):
@@ -61,15 +69,23 @@ def check_config(config):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
     if config.vocab_size <= tok.END:
-        raise ValueError(f"vocab_size={config.vocab_size} leaves out reserved ids: at least {tok.END + 1}, usually {tok.VOCAB_SIZE}")
+        raise ValueError(
+            f"vocab_size={config.vocab_size} leaves out reserved ids: at least {tok.END + 1}, usually {tok.VOCAB_SIZE}"
+        )
     if config.n_embd % config.n_head:
         raise ValueError(f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}")
     if config.n_embd // config.n_head < 6 or (config.n_embd // config.n_head) % 2:
-        raise ValueError(f"n_embd / n_head is {config.n_embd // config.n_head}: grid positions need an even head size of at least 6")
+        raise ValueError(
+            f"n_embd / n_head is {config.n_embd // config.n_head}: grid positions need an even head size of at least 6"
+        )
     if config.n_kv_head is not None and (config.n_kv_head < 1 or config.n_head % config.n_kv_head):
-        raise ValueError(f"n_head={config.n_head} query heads cannot be shared evenly by n_kv_head={config.n_kv_head}")
+        raise ValueError(
+            f"n_head={config.n_head} query heads cannot be shared evenly by n_kv_head={config.n_kv_head}"
+        )
     if not config.layer_pattern or set(config.layer_pattern) - set("ka"):
-        raise ValueError(f"layer_pattern={config.layer_pattern!r} may only hold 'k' (KDA) and 'a' (full attention)")
+        raise ValueError(
+            f"layer_pattern={config.layer_pattern!r} may only hold 'k' (KDA) and 'a' (full attention)"
+        )
 
 
 # -----------------------------------------------------------------------------
@@ -124,7 +140,9 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
         self.head_dim = config.n_embd // config.n_head
-        self.qkv_proj = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=False)
+        self.qkv_proj = nn.Linear(
+            config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=False
+        )
         self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps)
         self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps)
@@ -151,8 +169,14 @@ class Attention(nn.Module):
             k, v = (t[:, :, : past + T] for t in cache[:2])
         if visible is None and past and T > 1:
             visible = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None and T > 1,
-                                           enable_gqa=self.n_kv_head != self.n_head)  # fmt: skip
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=visible,
+            is_causal=visible is None and T > 1,
+            enable_gqa=self.n_kv_head != self.n_head,
+        )
         return self.o_proj(y.transpose(1, 2).reshape(B, T, D)), cache
 
 
@@ -190,7 +214,9 @@ class Block(nn.Module):
         if self.kind == "a":
             h, cache = self.mixer(h, rope, cache, visible)
         else:
-            if lines is not None:  # the ways to read a grid go round among the heads, and on from one KDA layer to the next
+            if (
+                lines is not None
+            ):  # the ways to read a grid go round among the heads, and on from one KDA layer to the next
                 ways = (self.first_way + torch.arange(self.mixer.num_heads, device=x.device)) % arc.WAYS
                 lines = [t[..., ways] for t in lines]
             h, cache = self.mixer(h, cache, starts, lines)
@@ -220,7 +246,9 @@ def make_blocks(config, post=False):
     """n_layer blocks with layer_pattern tiled over them."""
     kinds = [config.layer_pattern[i % len(config.layer_pattern)] for i in range(config.n_layer)]
     heads_before = [kinds[:i].count("k") * config.n_head for i in range(config.n_layer)]
-    return nn.ModuleList(Block(config, kind, post, heads % arc.WAYS) for kind, heads in zip(kinds, heads_before))
+    return nn.ModuleList(
+        Block(config, kind, post, heads % arc.WAYS) for kind, heads in zip(kinds, heads_before)
+    )
 
 
 def run_blocks(blocks, x, rope, caches=None, visible=None, recompute=False, starts=None, lines=None):
@@ -232,7 +260,9 @@ def run_blocks(blocks, x, rope, caches=None, visible=None, recompute=False, star
     for i, block in enumerate(blocks):
         if recompute and caches is None and torch.is_grad_enabled():
             # nothing in a block is random, so there is no generator's state to bring back
-            x, cache = checkpoint(block, x, rope, None, visible, starts, lines, use_reentrant=False, preserve_rng_state=False)
+            x, cache = checkpoint(
+                block, x, rope, None, visible, starts, lines, use_reentrant=False, preserve_rng_state=False
+            )
         else:
             x, cache = block(x, rope, None if caches is None else caches[i], visible, starts, lines)
         if caches is not None:
@@ -255,14 +285,19 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, share):
         N, need_grad = len(x), any(ctx.needs_input_grad)
         if torch.is_autocast_enabled(x.device.type):
-            x, weight = x.to(torch.get_autocast_dtype(x.device.type)), weight.to(torch.get_autocast_dtype(x.device.type))
+            x, weight = (
+                x.to(torch.get_autocast_dtype(x.device.type)),
+                weight.to(torch.get_autocast_dtype(x.device.type)),
+            )
         relative = share * N  # about 1: half precision would lose shares of 1 / N
         wide = torch.promote_types(x.dtype, torch.float32)  # of sums
         loss = torch.zeros((), dtype=wide, device=x.device)
         d_x = torch.empty_like(x) if need_grad else None
         d_weight = torch.zeros_like(weight, dtype=wide) if need_grad else None
         rows = max(1, LOGITS_AT_ONCE // len(weight))
-        buffer = x.new_empty(min(rows, N), len(weight))  # one for all slices: fresh memory is slow to touch on a CPU
+        buffer = x.new_empty(
+            min(rows, N), len(weight)
+        )  # one for all slices: fresh memory is slow to touch on a CPU
         for a in range(0, N, rows):
             part, wanted = slice(a, min(a + rows, N)), targets[a : a + rows].unsqueeze(1)
             logits = torch.mm(x[part], weight.t(), out=buffer[: len(wanted)])
@@ -314,7 +349,9 @@ def sample(logits, temperature, top_k=None, top_p=None, generator=None):
         raise ValueError("the model's logits are not finite: training diverged, take an earlier checkpoint")
     if temperature == 0:
         return logits.argmax(-1)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0: no temperature is too low
+    logits = (
+        logits - logits.amax(-1, keepdim=True)
+    ) / temperature  # the largest is 0: no temperature is too low
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1]), -1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -363,7 +400,9 @@ def cache_bytes(config, context, bytes_per_number=4):
         if config.layer_pattern[i % len(config.layer_pattern)] == "a":
             total += 2 * context * (config.n_kv_head or config.n_head) * head_dim * bytes_per_number
         else:
-            total += 3 * 3 * config.n_embd * bytes_per_number + config.n_embd * head_dim * 4  # the state is always float32
+            total += (
+                3 * 3 * config.n_embd * bytes_per_number + config.n_embd * head_dim * 4
+            )  # the state is always float32
     return total
 
 
@@ -374,7 +413,9 @@ def tokens_at_once(config, free):
     there are. On a CPU (0 bytes) it takes as long as the arithmetic, and larger batches would bring nothing.
     """
     tokens = ANSWER_TOKENS
-    while tokens < 4 * ANSWER_TOKENS and 4 * (2 * tokens / 1024) * cache_bytes(config, 1024) <= free:  # counted in rows of 1,024
+    while (
+        tokens < 4 * ANSWER_TOKENS and 4 * (2 * tokens / 1024) * cache_bytes(config, 1024) <= free
+    ):  # counted in rows of 1,024
         tokens *= 2
     return tokens
 
@@ -397,20 +438,28 @@ class Past:
 
     def repeat(self, n):
         """What B rows have read, as B * n rows, each n times in turn: a prompt is read once, and continued n times."""
+
         def rows(value):
             if isinstance(value, torch.Tensor):
                 return value.repeat_interleave(n, 0)
             return tuple(map(rows, value)) if isinstance(value, tuple) else value
 
-        return Past(*(([rows(c) for c in v] if isinstance(v, list) else rows(v)) for v in vars(self).values()))
+        return Past(
+            *(([rows(c) for c in v] if isinstance(v, list) else rows(v)) for v in vars(self).values())
+        )
 
     @staticmethod
     def join(parts):
         """What several lots of rows have read, all up to the same length, as one."""
+
         def rows(values):
             if isinstance(values[0], torch.Tensor):
                 return torch.cat(values)
-            return type(values[0])(map(rows, zip(*values))) if isinstance(values[0], (tuple, list)) else max(values)
+            return (
+                type(values[0])(map(rows, zip(*values)))
+                if isinstance(values[0], (tuple, list))
+                else max(values)
+            )
 
         return Past(*map(rows, zip(*(vars(part).values() for part in parts))))
 
@@ -422,7 +471,12 @@ def next_place(grids, place, before, token):
     """
     mark, after_mark = ((t == tok.INPUT) | (t == tok.OUTPUT) for t in (token, before))
     begins = (token == tok.EOT) | ((token >= tok.ARC) & (token <= tok.PROGRAM))
-    of_grid = ((token >= tok.CELL0) & (token < tok.CELL0 + 10)) | (token == tok.BLANK) | (token == tok.VOID) | (token == tok.ROW)
+    of_grid = (
+        ((token >= tok.CELL0) & (token < tok.CELL0 + 10))
+        | (token == tok.BLANK)
+        | (token == tok.VOID)
+        | (token == tok.ROW)
+    )
     grids = torch.where(begins, 0, grids + mark)
     row = torch.where(mark, 0, place[:, 0] + (before == tok.ROW))
     column = torch.where(mark | after_mark | (before == tok.ROW), 0, place[:, 1] + 1)
@@ -430,7 +484,11 @@ def next_place(grids, place, before, token):
     return grids, torch.stack([row, column, grids], 1) * inside[:, None]
 
 
-GRID_IDS = [*range(tok.CELL0, tok.CELL0 + 10), tok.ROW, tok.EOT]  # what an answer is written with, by the grammar of grids
+GRID_IDS = [
+    *range(tok.CELL0, tok.CELL0 + 10),
+    tok.ROW,
+    tok.EOT,
+]  # what an answer is written with, by the grammar of grids
 
 
 def write_grids(logits, read_on, limits, temperature=1.0, noise=None):
@@ -460,8 +518,13 @@ def write_grids(logits, read_on, limits, temperature=1.0, noise=None):
                 allowed[b, :ROW] = 0 if len(rows[b]) <= most_rows else -torch.inf
         log_p = (logits + allowed).log_softmax(-1)
         drawn = log_p
-        if noise is not None:  # the largest of log p / temperature + Gumbel noise is a draw from that distribution
-            gumbel = [np.zeros(len(GRID_IDS)) if rng is None else temperature * rng.gumbel(size=len(GRID_IDS)) for rng in noise]
+        if (
+            noise is not None
+        ):  # the largest of log p / temperature + Gumbel noise is a draw from that distribution
+            gumbel = [
+                np.zeros(len(GRID_IDS)) if rng is None else temperature * rng.gumbel(size=len(GRID_IDS))
+                for rng in noise
+            ]
             drawn = log_p + torch.from_numpy(np.stack(gumbel))
         drawn = drawn.argmax(-1)
         for b, (choice, unknown) in enumerate(zip(drawn.tolist(), log_p.isnan().any(-1).tolist())):
@@ -522,16 +585,23 @@ class Model(nn.Module):
         return (core_flops_per_token(self.config, context) + head) * (3 if training else 1)
 
     def configure_optimizer(self, weight_decay, learning_rate, betas):
-        return torch.optim.AdamW(split_parameters(self, weight_decay), lr=learning_rate, betas=betas, fused=True)
+        return torch.optim.AdamW(
+            split_parameters(self, weight_decay), lr=learning_rate, betas=betas, fused=True
+        )
 
     def hidden(self, idx, positions=None, caches=None, visible=None, starts=None):
         """
         idx (B, T) -> what the head reads (B, T, n_embd). positions (B, T, 3) when idx alone does not tell them (decoding); visible and
         starts as in run_blocks.
         """
-        rope = rope_3d(arc.positions(idx) if positions is None else positions, self.config.n_embd // self.config.n_head,
-                       self.config.rope_base)  # fmt: skip
-        return self.norm_f(run_blocks(self.blocks, self.wte(idx), rope, caches, visible, self.config.recompute, starts))
+        rope = rope_3d(
+            arc.positions(idx) if positions is None else positions,
+            self.config.n_embd // self.config.n_head,
+            self.config.rope_base,
+        )
+        return self.norm_f(
+            run_blocks(self.blocks, self.wte(idx), rope, caches, visible, self.config.recompute, starts)
+        )
 
     def forward(self, idx, targets=None, *, mode="text", carry=None):
         """
@@ -547,7 +617,11 @@ class Model(nn.Module):
             return F.linear(x, self.wte.weight), None, None
         keep = targets != IGNORE
         x, targets = x[keep], targets[keep]
-        share = row_shares(keep.nonzero()[:, 0], len(idx)) if mode == "puzzle" else torch.ones_like(x[:, 0]).float() / len(x)
+        share = (
+            row_shares(keep.nonzero()[:, 0], len(idx))
+            if mode == "puzzle"
+            else torch.ones_like(x[:, 0]).float() / len(x)
+        )
         return None, linear_cross_entropy(x, self.wte.weight, targets, share), None
 
     # -------------------------------------------------------------------------
@@ -568,7 +642,11 @@ class Model(nn.Module):
         T = max(map(len, prompts))
         rows = max(1, ANSWER_TOKENS // T)
         parts = [self.read_padded(prompts[start : start + rows], T) for start in range(0, len(prompts), rows)]
-        return parts[0] if len(parts) == 1 else (torch.cat([x for x, _ in parts]), Past.join([past for _, past in parts]))
+        return (
+            parts[0]
+            if len(parts) == 1
+            else (torch.cat([x for x, _ in parts]), Past.join([past for _, past in parts]))
+        )
 
     def read_padded(self, prompts, T):
         """`read`, all of them at once, padded to T tokens."""
@@ -584,8 +662,12 @@ class Model(nn.Module):
         positions = arc.positions(idx)
         x = self.hidden(idx, positions, caches, *((same_document(starts), starts) if masked else ()))
         first = torch.where(starts, torch.arange(T, device=device), 0).amax(1)
-        another = torch.cat([idx, torch.full_like(idx[:, :1], tok.INPUT)], 1)  # a grid opened here would have the next number
-        past = Past(caches, T, first, masked, idx[:, -1], positions[:, -1], arc.positions(another)[:, -1, 2] - 1)
+        another = torch.cat(
+            [idx, torch.full_like(idx[:, :1], tok.INPUT)], 1
+        )  # a grid opened here would have the next number
+        past = Past(
+            caches, T, first, masked, idx[:, -1], positions[:, -1], arc.positions(another)[:, -1, 2] - 1
+        )
         return x[:, -1], past
 
     def read_on(self, token, past):
@@ -596,7 +678,9 @@ class Model(nn.Module):
         else:
             starts = None
         if past.masked:
-            visible = (torch.arange(past.length + 1, device=token.device) >= past.first[:, None])[:, None, None]
+            visible = (torch.arange(past.length + 1, device=token.device) >= past.first[:, None])[
+                :, None, None
+            ]
         past.grids, past.place = next_place(past.grids, past.place, past.token, token)
         past.token, past.length = token, past.length + 1
         starts = None if starts is None else starts[:, None]
@@ -604,7 +688,16 @@ class Model(nn.Module):
         return x[:, -1]
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=(tok.EOT,), generator=None):
+    def generate(
+        self,
+        prompts,
+        max_new_tokens,
+        temperature=1.0,
+        top_k=None,
+        top_p=None,
+        stop=(tok.EOT,),
+        generator=None,
+    ):
         """
         Continue prompts, (B, T) long or a list of (T_b,) long, a token at a time: yields (B,) ids as they are drawn. A row that has
         drawn one of `stop` yields PAD from then on; ends when all have. temperature, top_k, top_p as in `sample`.
@@ -614,7 +707,9 @@ class Model(nn.Module):
         done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         stop = torch.tensor(tuple(stop), dtype=torch.long, device=x.device)
         for i in range(max_new_tokens):
-            drawn = sample(F.linear(x, self.wte.weight), temperature, top_k, top_p, generator).masked_fill(done, tok.PAD)
+            drawn = sample(F.linear(x, self.wte.weight), temperature, top_k, top_p, generator).masked_fill(
+                done, tok.PAD
+            )
             yield drawn
             done = done | torch.isin(drawn, stop)
             if done.all() or i == max_new_tokens - 1:
@@ -639,9 +734,18 @@ class Model(nn.Module):
                 if len(prompt) + limit[0] * (limit[1] + 1) <= self.config.block_size:
                     questions.append((i, j, torch.from_numpy(prompt.astype(np.int64)), limit))
         tokens = tokens_at_once(self.config, hardware.free_memory(self.wte.weight.device))
-        for part in batches_by_length(questions, lambda q: samples * (len(q[2]) + q[3][0] * (q[3][1] + 1)), tokens):
-            noise = [None if n == 0 else np.random.default_rng([seed, n, *np.frombuffer(hashlib.sha256(q[2].numpy()).digest(), "<u4")])
-                     for q in part for n in range(samples)]  # fmt: skip
+        for part in batches_by_length(
+            questions, lambda q: samples * (len(q[2]) + q[3][0] * (q[3][1] + 1)), tokens
+        ):
+            noise = [
+                None
+                if n == 0
+                else np.random.default_rng(
+                    [seed, n, *np.frombuffer(hashlib.sha256(q[2].numpy()).digest(), "<u4")]
+                )
+                for q in part
+                for n in range(samples)
+            ]
             drawn = self.decode_grids([q[2] for q in part], [q[3] for q in part], samples, temperature, noise)
             for n, (i, j, _, _) in enumerate(part):
                 answers[i][j] = [a for a in drawn[n * samples : (n + 1) * samples] if a is not None]
@@ -658,8 +762,13 @@ class Model(nn.Module):
         x, past = self.read(prompts)
         if samples > 1:
             x, past = x.repeat_interleave(samples, 0), past.repeat(samples)
-        return write_grids(F.linear(x, head), lambda drawn: F.linear(self.read_on(ids[drawn.to(ids.device)], past), head),
-                           [limit for limit in limits for _ in range(samples)], temperature, noise)  # fmt: skip
+        return write_grids(
+            F.linear(x, head),
+            lambda drawn: F.linear(self.read_on(ids[drawn.to(ids.device)], past), head),
+            [limit for limit in limits for _ in range(samples)],
+            temperature,
+            noise,
+        )
 
     def place_logits(self, documents, shapes):
         """
@@ -669,9 +778,16 @@ class Model(nn.Module):
         ends here": of ROW, in the first column of EOT.
         """
         device = self.wte.weight.device
-        idx = torch.nn.utils.rnn.pad_sequence([ids[:-1] for ids in documents], batch_first=True, padding_value=tok.PAD)
+        idx = torch.nn.utils.rnn.pad_sequence(
+            [ids[:-1] for ids in documents], batch_first=True, padding_value=tok.PAD
+        )
         x = self.hidden(idx.to(device))
-        x = torch.cat([x[b, len(ids) - 2 - h * (w + 1) : len(ids) - 1] for b, (ids, (h, w)) in enumerate(zip(documents, shapes))])
+        x = torch.cat(
+            [
+                x[b, len(ids) - 2 - h * (w + 1) : len(ids) - 1]
+                for b, (ids, (h, w)) in enumerate(zip(documents, shapes))
+            ]
+        )
         logits = F.linear(x, self.wte.weight[torch.tensor(GRID_IDS, device=device)]).float()
         first = torch.cat([torch.arange(h * (w + 1) + 1) % (w + 1) == 0 for h, w in shapes]).to(device)
         return torch.cat([logits[:, :10], torch.where(first, logits[:, 11], logits[:, 10])[:, None]], 1)
@@ -688,11 +804,17 @@ class Model(nn.Module):
         for i, (task, grids) in enumerate(zip(tasks, answers)):
             for j, ((test_input, _), grid) in enumerate(zip(task.test, grids)):
                 if grid is not None:
-                    ids = torch.from_numpy(arc.encode(task.kind, [*task.train, (test_input, grid)]).astype(np.int64))
-                    if len(ids) - 2 <= self.config.block_size:  # neither the last ROW nor the EOT has to be read
+                    ids = torch.from_numpy(
+                        arc.encode(task.kind, [*task.train, (test_input, grid)]).astype(np.int64)
+                    )
+                    if (
+                        len(ids) - 2 <= self.config.block_size
+                    ):  # neither the last ROW nor the EOT has to be read
                         rows.append((i, j, ids, grid.shape))
         for part in batches_by_length(rows, lambda row: len(row[2])):
-            idx = torch.nn.utils.rnn.pad_sequence([ids[:-2] for _, _, ids, _ in part], batch_first=True, padding_value=tok.PAD)
+            idx = torch.nn.utils.rnn.pad_sequence(
+                [ids[:-2] for _, _, ids, _ in part], batch_first=True, padding_value=tok.PAD
+            )
             for x, (i, j, ids, (h, w)) in zip(self.hidden(idx.to(self.wte.weight.device)), part):
                 n = h * (w + 1)  # answer tokens; the EOT comes after them
                 log_p = F.linear(x[len(ids) - 2 - n : len(ids) - 2], self.wte.weight).float().log_softmax(-1)
@@ -706,20 +828,27 @@ def describe(model, passes=1):
     config, n = model.config, model.num_params()
     parts = {"embedding and head": model.wte.weight.numel()}
     for block in model.blocks:
-        for what, module in ((f"{'KDA' if block.kind == 'k' else 'full attention'}", block.mixer), ("SwiGLU", block.mlp)):
+        for what, module in (
+            (f"{'KDA' if block.kind == 'k' else 'full attention'}", block.mixer),
+            ("SwiGLU", block.mlp),
+        ):
             parts[what] = parts.get(what, 0) + sum(p.numel() for p in module.parameters())
     parts["norms and the rest"] = n - sum(parts.values())
     print(f"{model.__class__.__name__}: {config}")
     print("layers: " + " ".join(block.kind for block in model.blocks) + "   (k: KDA, a: full attention)\n")
     for part, count in [*parts.items(), ("all parameters", n)]:
         print(f"  {part:24s} {count:13,}  {count / n:6.1%}")
-    print("\n   context   MFLOP per token, forward   training   MB of cache   per 1,024 tokens   with full attention everywhere")
+    print(
+        "\n   context   MFLOP per token, forward   training   MB of cache   per 1,024 tokens   with full attention everywhere"
+    )
     plain = dataclasses.replace(config, layer_pattern="a", n_kv_head=None)
     for context in (1024, 4096, 16384, 32768):
         held, all_full = (passes * cache_bytes(c, context) / 1e6 for c in (config, plain))
         forward, training = (model.flops_per_token(context, training=t) / 1e6 for t in (False, True))
         per_1k, full_per_1k = (1024 * x / context for x in (held, all_full))
-        print(f"  {context:8,} {forward:26,.0f} {training:10,.0f} {held:13.1f} {per_1k:18.2f} {full_per_1k:30.2f}")
+        print(
+            f"  {context:8,} {forward:26,.0f} {training:10,.0f} {held:13.1f} {per_1k:18.2f} {full_per_1k:30.2f}"
+        )
 
 
 if __name__ == "__main__":

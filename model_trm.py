@@ -46,7 +46,7 @@ from model_dense import (
     row_shares,
     run_blocks,
     same_document,
-)  # fmt: skip
+)
 from model_dense import Model as RouteA
 from smol import arc
 from smol import tokenizer as tok
@@ -81,7 +81,9 @@ class Config:
     text_n_sup: int = 1
     separate_documents: bool = True  # text: as in Route A
     recompute: bool = False  # as in Route A
-    halt_exploration: float = 0.1  # share of puzzles that must go on for a random number of steps whatever the halting head says
+    halt_exploration: float = (
+        0.1  # share of puzzles that must go on for a random number of steps whatever the halting head says
+    )
 
 
 class Model(nn.Module):
@@ -97,7 +99,9 @@ class Model(nn.Module):
                 raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
         for name, most in (("n_grad", "n_recursion"), ("text_n_grad", "text_n_recursion")):
             if getattr(config, name) > getattr(config, most):
-                raise ValueError(f"{name}={getattr(config, name)} recursions cannot have a gradient: {most}={getattr(config, most)}")
+                raise ValueError(
+                    f"{name}={getattr(config, name)} recursions cannot have a gradient: {most}={getattr(config, most)}"
+                )
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = make_blocks(config, post=True)
@@ -141,12 +145,18 @@ class Model(nn.Module):
         """
         forward, backward = self.passes(mode)
         steps, backward = (self.config.text_n_sup if mode == "text" else 1), backward if training else 0
-        core = core_flops_per_token(self.config, context * (2 if mode == "puzzle" else 1)) * (forward + 2 * backward)
+        core = core_flops_per_token(self.config, context * (2 if mode == "puzzle" else 1)) * (
+            forward + 2 * backward
+        )
         head = 2 * self.config.n_embd * self.config.vocab_size if mode == "text" else 0
-        return steps * core + head * (3 * steps if training else 1)  # the head is read after the last step, and learns after each
+        return steps * core + head * (
+            3 * steps if training else 1
+        )  # the head is read after the last step, and learns after each
 
     def configure_optimizer(self, weight_decay, learning_rate, betas):
-        return torch.optim.AdamW(split_parameters(self, weight_decay), lr=learning_rate, betas=betas, fused=True)
+        return torch.optim.AdamW(
+            split_parameters(self, weight_decay), lr=learning_rate, betas=betas, fused=True
+        )
 
     # -------------------------------------------------------------------------
     # the recursion
@@ -205,7 +215,9 @@ class Model(nn.Module):
         y, z = self.start(x)
         each_pass = None if caches is None else iter(caches)
         for _ in range(self.config.text_n_sup):
-            y, z = self.supervision_step(x, y.detach(), z.detach(), "text", rope, visible, starts, caches=each_pass)
+            y, z = self.supervision_step(
+                x, y.detach(), z.detach(), "text", rope, visible, starts, caches=each_pass
+            )
             yield y
 
     def forward_text(self, idx, targets):
@@ -297,7 +309,9 @@ class Model(nn.Module):
             carry = {**fresh, "steps": torch.zeros(len(idx), dtype=torch.long, device=idx.device)}
             carry["halted"] = carry["steps"] == 0
         if carry["idx"].shape != idx.shape:
-            raise ValueError(f"the carry holds rows of shape {tuple(carry['idx'].shape)}, not {tuple(idx.shape)}: keep one per shape")
+            raise ValueError(
+                f"the carry holds rows of shape {tuple(carry['idx'].shape)}, not {tuple(idx.shape)}: keep one per shape"
+            )
         new = carry["halted"]
         rows = {k: torch.where(new.view(-1, *[1] * (v.ndim - 1)), v, carry[k]) for k, v in fresh.items()}
         steps = torch.where(new, 0, carry["steps"]) + 1
@@ -305,7 +319,10 @@ class Model(nn.Module):
         x, rope, visible, lines = self.embed_canvas(rows["idx"], words)
         y, z = self.start(x)
         if "y" in carry:
-            y, z = (torch.where(new[:, None, None], first, carry[k].to(x.dtype)) for first, k in ((y, "y"), (z, "z")))
+            y, z = (
+                torch.where(new[:, None, None], first, carry[k].to(x.dtype))
+                for first, k in ((y, "y"), (z, "z"))
+            )
         y, z = self.supervision_step(x, y, z, "puzzle", rope, visible, lines=lines)
         return y, {**rows, "y": at_rest(y), "z": at_rest(z), "steps": steps, "begun": begun}
 
@@ -372,7 +389,10 @@ class Model(nn.Module):
             idx = torch.full((count, len(part[-1][3])), tok.PAD)
             for row, (_, _, _, ids) in zip(idx, part):
                 row[: len(ids)] = torch.from_numpy(ids.astype(np.int64))
-            yield [(i, j, shape, len(ids) - shape[0] * (shape[1] + 1)) for i, j, shape, ids in part], idx.to(self.wte.weight.device)
+            yield (
+                [(i, j, shape, len(ids) - shape[0] * (shape[1] + 1)) for i, j, shape, ids in part],
+                idx.to(self.wte.weight.device),
+            )
 
     @torch.no_grad()
     def answer(self, tasks, n_sup=None, trace=False, halt=None):
@@ -447,15 +467,23 @@ def at_rest(t):
 def describe_recursion(model, context=1024):
     """Print what n, T and n_sup make of the cost of a token, mode by mode."""
     c = model.config
-    print(f"\n   at a context of {context:,}        passes through the core     MFLOP per token and step    MFLOP per token,")
-    print("            n  T  n_grad  n_sup    per step, with gradient      forward, training         all steps, forward")
+    print(
+        f"\n   at a context of {context:,}        passes through the core     MFLOP per token and step    MFLOP per token,"
+    )
+    print(
+        "            n  T  n_grad  n_sup    per step, with gradient      forward, training         all steps, forward"
+    )
     for mode, n_sup in (("text", c.text_n_sup), ("puzzle", c.n_sup)):
         n, T, n_grad = model.recursion(mode)
         steps_counted = c.text_n_sup if mode == "text" else 1
-        forward, training = (model.flops_per_token(context, mode, t) / steps_counted / 1e6 for t in (False, True))
+        forward, training = (
+            model.flops_per_token(context, mode, t) / steps_counted / 1e6 for t in (False, True)
+        )
         all_passes, kept = model.passes(mode)
-        print(f"   {mode:6s} {n:4d} {T:2d} {n_grad:7d} {n_sup:6d} {all_passes:11d} {kept:14d} {forward:12,.0f} {training:9,.0f} "
-              f"{forward * n_sup:27,.0f}")  # fmt: skip
+        print(
+            f"   {mode:6s} {n:4d} {T:2d} {n_grad:7d} {n_sup:6d} {all_passes:11d} {kept:14d} {forward:12,.0f} {training:9,.0f} "
+            f"{forward * n_sup:27,.0f}"
+        )
 
 
 if __name__ == "__main__":

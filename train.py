@@ -56,7 +56,9 @@ eval_minutes = 10.0  # how long a finished run, with all saved and published, wa
 log_interval = 10  # steps between lines in log.jsonl
 max_hours = 0.0  # stop and save after this many hours, whatever max_iters says (a session's limit, less what saving takes); 0 for never
 push_to = ""  # USER/NAME on the hub: each checkpoint is published there, by a process beside the training (publish.py)
-push_full = False  # publish all that --init_from=resume needs, three times as much, instead of the weights alone
+push_full = (
+    False  # publish all that --init_from=resume needs, three times as much, instead of the weights alone
+)
 tracker = ""  # 'trackio' or 'wandb' get the same figures as log.jsonl, if installed
 # ---- data
 data_dir = "data"
@@ -82,10 +84,16 @@ text_n_latent: int | None = None  # Route B: the same four for text
 text_n_recursion: int | None = None
 text_n_grad: int | None = None
 text_n_sup: int | None = None
-halt_exploration: float | None = None  # Route B: share of puzzles made to go on whatever the halting head says
-n_kv_head: int | None = None  # heads of keys and values in full attention, shared by groups of queries; None: as many as n_head
+halt_exploration: float | None = (
+    None  # Route B: share of puzzles made to go on whatever the halting head says
+)
+n_kv_head: int | None = (
+    None  # heads of keys and values in full attention, shared by groups of queries; None: as many as n_head
+)
 separate_documents: bool | None = None  # documents that are packed into one row know nothing of each other
-recompute: bool | None = None  # go through each block again in the backward: a third more work, a fraction of the memory
+recompute: bool | None = (
+    None  # go through each block again in the backward: a third more work, a fraction of the memory
+)
 # ---- optimizer
 optimizer = "muon"  # for the blocks' matrices, and AdamW for the rest (muon.py); 'adamw' for all
 learning_rate = 6e-4
@@ -95,7 +103,9 @@ beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # 0 for none
 ema = 0.0  # decay of the averaged weights that evaluation uses; 0 for none
-max_skipped = 20  # steps in a row whose loss or gradient is not finite: each is skipped, this many end the run
+max_skipped = (
+    20  # steps in a row whose loss or gradient is not finite: each is skipped, this many end the run
+)
 # ---- schedule
 schedule = "wsd"  # 'wsd': warm up, stay, go down in a straight line over the last decay_iters steps; 'cosine': warm up, half a cosine
 warmup_iters = 100
@@ -104,23 +114,27 @@ min_lr = 0.0
 # ---- system
 device = "auto"  # 'cpu', 'cuda', or auto: cuda where there is one
 dtype = "auto"  # 'float32', 'bfloat16', 'float16'; auto: float32 on CPU, bfloat16 from capability 8.0 on, float16 before
-compile: bool | str = "auto"  # torch.compile the blocks; auto: on a GPU. Where it fails, training goes on without
+compile: bool | str = (
+    "auto"  # torch.compile the blocks; auto: on a GPU. Where it fails, training goes on without
+)
 sync_check_interval = 100  # steps between comparisons of all processes' weights; 0 for none
 seed = 1337
 # ---- stage 0
 sanity = False  # before the steps, learn one batch by heart; after them, a table of PASS and FAIL
 sanity_steps = 100  # steps to learn that batch in
 sanity_tokens = 2048  # tokens of that batch
-sanity_run_tokens = 0.0  # tokens of the run that this prepares: the table says how many hours it would take here
+sanity_run_tokens = (
+    0.0  # tokens of the run that this prepares: the table says how many hours it would take here
+)
 # -----------------------------------------------------------------------------
 # What they may be, checked before anything is loaded. Not here: names, paths, and what is True or False.
 RANGES = {
     "[1, inf)": "eval_interval eval_batches eval_limit log_interval batch_size block_size max_iters max_skipped "
-                "gradient_accumulation_steps n_layer n_head n_kv_head n_embd n_ff n_latent n_recursion n_grad "
-                "n_sup carry_turns text_n_latent text_n_recursion text_n_grad text_n_sup sanity_steps "
-                "sanity_tokens",
+    "gradient_accumulation_steps n_layer n_head n_kv_head n_embd n_ff n_latent n_recursion n_grad "
+    "n_sup carry_turns text_n_latent text_n_recursion text_n_grad text_n_sup sanity_steps "
+    "sanity_tokens",
     "[0, inf)": "mixture learning_rate weight_decay warmup_iters decay_iters min_lr sync_check_interval "
-                "sanity_run_tokens",
+    "sanity_run_tokens",
     "[0, inf]": "max_hours grad_clip eval_minutes",
     "[0, 1)": "beta1 beta2 ema",
     "[0, 1]": "halt_exploration",
@@ -131,14 +145,16 @@ RANGES = {
     ("", "trackio", "wandb"): "tracker",
     ("auto", "float32", "bfloat16", "float16"): "dtype",
     ("auto", True, False): "compile",
-}  # fmt: skip
+}
 defaults = configurator.settings(globals())
 config = configurator.configure(globals(), sys.argv[1:])
 
 # ---- who and where we are
 began = time.monotonic()
 checks = []  # of stage 0
-ckpt_path, log_path, evals_path = (os.path.join(out_dir, name) for name in ("ckpt.pt", "log.jsonl", "evals.jsonl"))
+ckpt_path, log_path, evals_path = (
+    os.path.join(out_dir, name) for name in ("ckpt.pt", "log.jsonl", "evals.jsonl")
+)
 
 
 def stop(message, everyone=True):
@@ -180,8 +196,10 @@ else:
     if world_size == 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(os.cpu_count() or 1)
 if schedule == "wsd" and decay_iters > max_iters:
-    say(f"decay_iters={decay_iters} is longer than max_iters={max_iters}: the rate falls from the start, and never gets above "
-        f"{learning_rate * max_iters / decay_iters:.1e} (learning_rate={learning_rate:g})")  # fmt: skip
+    say(
+        f"decay_iters={decay_iters} is longer than max_iters={max_iters}: the rate falls from the start, and never gets above "
+        f"{learning_rate * max_iters / decay_iters:.1e} (learning_rate={learning_rate:g})"
+    )
 parallel.start(device_type)
 
 # ---- from scratch, from another's weights, or going on
@@ -195,12 +213,16 @@ stop_if(problem)
 try:
     started_from, start_path, resumed = loop.starting_point(init_from, out_dir, overwrite or sanity)
     if resumed and "student" in started_from["train"]:
-        raise ValueError(f"{start_path} was written by distill.py: go on with distill.py, or begin another "
-                         f"run with its weights: --init_from={start_path} and another --out_dir")  # fmt: skip
+        raise ValueError(
+            f"{start_path} was written by distill.py: go on with distill.py, or begin another "
+            f"run with its weights: --init_from={start_path} and another --out_dir"
+        )
     if (resumed or (start_path and init_optimizer)) and "optimizers" not in started_from["train"]:
-        raise ValueError(f"{start_path} has the weights alone, as published without --push_full=True: start "
-                         f"from them with --init_from={start_path} --init_optimizer=False and another "
-                         "--out_dir")  # fmt: skip
+        raise ValueError(
+            f"{start_path} has the weights alone, as published without --push_full=True: start "
+            f"from them with --init_from={start_path} --init_optimizer=False and another "
+            "--out_dir"
+        )
 except (OSError, ValueError) as e:
     problem = str(e)
 stop_if(problem)
@@ -216,22 +238,42 @@ try:
         ckpt.load_weights(net, started_from["weights"], start_path)
     net.to(device)
     optimizers = loop.make_optimizers(net, optimizer, weight_decay, learning_rate, (beta1, beta2))
-    loader = Loader(data_dir, data, tag=data_tag, weights=mixture, seed=seed, batch_size=batch_size, block_size=block_size,
-                    batches_per_step=gradient_accumulation_steps, puzzle_format=net.puzzle_format, rank=rank, world_size=world_size,
-                    verify=local_rank == 0)  # fmt: skip
+    loader = Loader(
+        data_dir,
+        data,
+        tag=data_tag,
+        weights=mixture,
+        seed=seed,
+        batch_size=batch_size,
+        block_size=block_size,
+        batches_per_step=gradient_accumulation_steps,
+        puzzle_format=net.puzzle_format,
+        rank=rank,
+        world_size=world_size,
+        verify=local_rank == 0,
+    )
     learned = set(loader.names)  # what the weights have seen, here and before
     if started_from is not None:
         learned |= set(started_from["train"].get("data", {}).get("sources", []))
-    pinned = {"stage": data, "tag": data_tag, "snapshot": loader.snapshot, "shards": loader.fingerprint,
-              "manifest": loader.manifest, "data_dir": data_dir, "shares": loader.rounded_shares(),
-              "sources": sorted(learned)}  # fmt: skip
+    pinned = {
+        "stage": data,
+        "tag": data_tag,
+        "snapshot": loader.snapshot,
+        "shards": loader.fingerprint,
+        "manifest": loader.manifest,
+        "data_dir": data_dir,
+        "shares": loader.rounded_shares(),
+        "sources": sorted(learned),
+    }
     if resumed:
         another = loop.other_data(started_from["train"]["data"], pinned)
         loader.load_state_dict(started_from["train"]["loader"])
     if resumed or (started_from is not None and init_optimizer):
         if started_from["train"]["optimizer_name"] != optimizer:
-            raise ValueError(f"the checkpoint has the state of optimizer {started_from['train']['optimizer_name']!r}, this run uses "
-                             f"{optimizer!r}: use the same, or its weights alone with --init_from=PATH")  # fmt: skip
+            raise ValueError(
+                f"the checkpoint has the state of optimizer {started_from['train']['optimizer_name']!r}, this run uses "
+                f"{optimizer!r}: use the same, or its weights alone with --init_from=PATH"
+            )
         for o, state in zip(optimizers, started_from["train"]["optimizers"]):
             ckpt.load_optimizer(o, state)
 except (OSError, ValueError) as e:
@@ -245,7 +287,11 @@ if average is not None and started_from is not None:
     for k, v in (started_from["ema"] or {}).items():
         average[k].copy_(v)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
-autocast = torch.autocast(device_type, dtype=getattr(torch, dtype)) if dtype != "float32" else contextlib.nullcontext()
+autocast = (
+    torch.autocast(device_type, dtype=getattr(torch, dtype))
+    if dtype != "float32"
+    else contextlib.nullcontext()
+)
 iteration, trained_seconds, trained_tokens, val_losses, val_loss, carries = 0, 0.0, 0, {}, None, {}
 skipped, skipped_in_a_row = 0, 0
 changed, began_with, saved_step = [], start_path, None  # saved_step: of this run's checkpoint in out_dir
@@ -257,15 +303,32 @@ if resumed:
     skipped, skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
     if state["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
-    where_it_went = ("init_from", "overwrite", "out_dir", "max_hours", "data_dir", "tracker", "push_to", "push_full")
+    where_it_went = (
+        "init_from",
+        "overwrite",
+        "out_dir",
+        "max_hours",
+        "data_dir",
+        "tracker",
+        "push_to",
+        "push_full",
+    )
     changed = [another] if another else []
-    changed += [f"{k}={v!r} (was {started_from['config'].get(k)!r})" for k, v in config.items()
-               if started_from["config"].get(k) != v and k not in where_it_went]  # fmt: skip
+    changed += [
+        f"{k}={v!r} (was {started_from['config'].get(k)!r})"
+        for k, v in config.items()
+        if started_from["config"].get(k) != v and k not in where_it_went
+    ]
     if len(state["rng"]) == world_size:
         loop.restore_random_state(state["rng"], device_type)
     else:
-        changed.append(f"{world_size} processes (were {len(state['rng'])}: the same data in the same order, losses equal but for rounding)")
-    if all(started_from["config"].get(k) == config[k] for k in ("batch_size", "block_size", "gradient_accumulation_steps", "carry_turns")):
+        changed.append(
+            f"{world_size} processes (were {len(state['rng'])}: the same data in the same order, losses equal but for rounding)"
+        )
+    if all(
+        started_from["config"].get(k) == config[k]
+        for k in ("batch_size", "block_size", "gradient_accumulation_steps", "carry_turns")
+    ):
         carries = loop.own_carries(state["carries"])
     elif state["carries"]:
         changed.append("puzzles that were being thought about begin anew, as batches have another shape now")
@@ -276,33 +339,58 @@ started_from = None  # free its memory
 def check_in_sync(loss, grad_norm):
     """All processes must hold the same bits: a broken link or a bug otherwise trains two models and averages their gradients."""
     both = torch.tensor([loss, grad_norm], dtype=torch.float64, device=device)
-    problem = difference({**dict(net.named_parameters()), **{f"the average of {k}": v for k, v in (average or {}).items()},
-                          "the loss": both[:1], "the gradient norm": both[1:]})  # fmt: skip
+    problem = difference(
+        {
+            **dict(net.named_parameters()),
+            **{f"the average of {k}": v for k, v in (average or {}).items()},
+            "the loss": both[:1],
+            "the gradient norm": both[1:],
+        }
+    )
     if problem:
-        stop(f"processes are out of sync at step {iteration}: {problem}; go on from {ckpt_path} with --init_from=resume")
+        stop(
+            f"processes are out of sync at step {iteration}: {problem}; go on from {ckpt_path} with --init_from=resume"
+        )
 
 
 def figures():
     """What a checkpoint tells of the run, beyond what resuming needs."""
     rate = trained_tokens / trained_seconds if trained_seconds else None
-    return {"iter": iteration, "seconds": trained_seconds, "tokens": trained_tokens, "val_loss": val_loss,
-            "val_losses": val_losses, "tokens_per_second": rate, "data": pinned}  # fmt: skip
+    return {
+        "iter": iteration,
+        "seconds": trained_seconds,
+        "tokens": trained_tokens,
+        "val_loss": val_loss,
+        "val_losses": val_losses,
+        "tokens_per_second": rate,
+        "data": pinned,
+    }
 
 
 def save_checkpoint():
     """Everything that the rest of the run depends on. Returns whether it is on disk; if not, the checkpoint before still is."""
-    train = {**figures(), "loader": ahead.state, "optimizer_name": optimizer,
-             "optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict(),
-             "rng": loop.random_states(device_type), "carries": loop.everyones_carries(carries, device), "skipped": skipped,
-             "skipped_in_a_row": skipped_in_a_row, "began_with": began_with}  # fmt: skip
+    train = {
+        **figures(),
+        "loader": ahead.state,
+        "optimizer_name": optimizer,
+        "optimizers": [o.state_dict() for o in optimizers],
+        "scaler": scaler.state_dict(),
+        "rng": loop.random_states(device_type),
+        "carries": loop.everyones_carries(carries, device),
+        "skipped": skipped,
+        "skipped_in_a_row": skipped_in_a_row,
+        "began_with": began_with,
+    }
     keep = saved_step is not None
     return loop.save_checkpoint(ckpt_path, net, model, config, average, train, device, say, keep)
 
 
 def diverged(what):
     """What is in memory is not worth saving: stop, with what there is on disk."""
-    stop(f"{what}; {loop.to_go_on_from(ckpt_path, saved_step)}. Lower learning_rate (now {learning_rate:g}) "
-         f"or grad_clip (now {grad_clip:g}), or raise warmup_iters (now {warmup_iters})")  # fmt: skip
+    stop(
+        f"{what}; {loop.to_go_on_from(ckpt_path, saved_step)}. Lower learning_rate (now {learning_rate:g}) "
+        f"or grad_clip (now {grad_clip:g}), or raise warmup_iters (now {warmup_iters})"
+    )
 
 
 def write_log(entry):
@@ -322,13 +410,29 @@ if sanity:
     for mode in ("text", "puzzle"):
         batch = next(loader.val_batches(mode, 1), None)
         if batch is not None:
-            checks.append(sanity_checks.by_heart(net, batch, mode=mode, steps=sanity_steps, tokens=sanity_tokens, optimizer=optimizer,
-                                                 learning_rate=learning_rate, betas=(beta1, beta2), autocast=autocast,
-                                                 scaled=scaler.is_enabled(), device=device))  # fmt: skip
+            checks.append(
+                sanity_checks.by_heart(
+                    net,
+                    batch,
+                    mode=mode,
+                    steps=sanity_steps,
+                    tokens=sanity_tokens,
+                    optimizer=optimizer,
+                    learning_rate=learning_rate,
+                    betas=(beta1, beta2),
+                    autocast=autocast,
+                    scaled=scaler.is_enabled(),
+                    device=device,
+                )
+            )
 wrapped = net
 if world_size > 1:
-    wrapped = DistributedDataParallel(net, device_ids=[device] if device_type == "cuda" else None, broadcast_buffers=False,
-                                      gradient_as_bucket_view=True)  # fmt: skip
+    wrapped = DistributedDataParallel(
+        net,
+        device_ids=[device] if device_type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
 if master:
     try:
         os.makedirs(out_dir, exist_ok=True)
@@ -347,22 +451,36 @@ card = hardware.name(device)
 peak = hardware.peak_flops(card)
 if master:
     print(configurator.show(config, defaults))
-    print(f"{net.num_params() / 1e6:.2f}M parameters, {dtype} on {card}{', compiled' if compile else ''}, {optimizer}, {world_size} "
-          f"process{'es' * (world_size > 1)}, {gradient_accumulation_steps * batch_size * block_size:,} tokens per step, "
-          f"sources {', '.join(loader.names)}")  # fmt: skip
+    print(
+        f"{net.num_params() / 1e6:.2f}M parameters, {dtype} on {card}{', compiled' if compile else ''}, {optimizer}, {world_size} "
+        f"process{'es' * (world_size > 1)}, {gradient_accumulation_steps * batch_size * block_size:,} tokens per step, "
+        f"sources {', '.join(loader.names)}"
+    )
     if resumed:
         start = f"going on after step {iteration} of {start_path}"
     else:
         start = f"from the weights of {start_path}" if start_path else f"from scratch, into {out_dir}"
     print(f"{start}, with {loop.place_of(pinned)}" + "".join(f"\n  changed: {c}" for c in changed))
     if tracked:
-        tracked.init(project="smol-llm", name=os.path.basename(os.path.normpath(out_dir)), config=config, resume="allow")
+        tracked.init(
+            project="smol-llm",
+            name=os.path.basename(os.path.normpath(out_dir)),
+            config=config,
+            resume="allow",
+        )
 
 loop.say_what_is_not_validated(loader, eval_batches, say)
 interrupted = loop.catch_signals()
 net.train()
 ahead = Ahead(loader, pin=device_type == "cuda")
-progress = tqdm(total=max_iters, initial=iteration, disable=None if master else True, unit="step", dynamic_ncols=True, mininterval=1.0)
+progress = tqdm(
+    total=max_iters,
+    initial=iteration,
+    disable=None if master else True,
+    unit="step",
+    dynamic_ncols=True,
+    mininterval=1.0,
+)
 since_log = {"seconds": 0.0, "tokens": 0, "flops": 0.0, "waited": 0.0, "steps": 0}
 run_log, saved, due, stopping = [], True, False, False
 evaluation = loop.Evaluation(out_dir, eval_suites if master else "", eval_limit, eval_device, say)
@@ -371,8 +489,15 @@ publication = loop.Publication(out_dir, push_to if master else "", push_full, sa
 # ---- go
 while iteration < max_iters:
     started = time.perf_counter()
-    lr = loop.learning_rate_at(iteration, schedule=schedule, learning_rate=learning_rate, min_lr=min_lr, warmup_iters=warmup_iters,
-                               decay_iters=decay_iters, max_iters=max_iters)  # fmt: skip
+    lr = loop.learning_rate_at(
+        iteration,
+        schedule=schedule,
+        learning_rate=learning_rate,
+        min_lr=min_lr,
+        warmup_iters=warmup_iters,
+        decay_iters=decay_iters,
+        max_iters=max_iters,
+    )
     for group in (group for o in optimizers for group in o.param_groups):
         group["lr"] = lr
     batches = ahead.next_step()
@@ -380,20 +505,31 @@ while iteration < max_iters:
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1  # gradients of the processes are averaged once, after the last batch
         number, length = batch.key
-        key = iteration % carry_turns * gradient_accumulation_steps + number, length  # of the carry that this batch goes on with
+        key = (
+            iteration % carry_turns * gradient_accumulation_steps + number,
+            length,
+        )  # of the carry that this batch goes on with
         try:
-            idx, targets = batch.idx.to(device, non_blocking=True), batch.targets.to(device, non_blocking=True)
+            idx, targets = (
+                batch.idx.to(device, non_blocking=True),
+                batch.targets.to(device, non_blocking=True),
+            )
             with contextlib.nullcontext() if world_size == 1 or last else wrapped.no_sync():
                 with autocast:  # the forward alone: inside, the backward's own float32 products would overflow as float16 (LOG.md)
-                    _, loss, carry = wrapped(idx, targets, mode=batch.mode, carry=loop.moved(carries.get(key), device))
+                    _, loss, carry = wrapped(
+                        idx, targets, mode=batch.mode, carry=loop.moved(carries.get(key), device)
+                    )
                 scaler.scale(loss / len(batches)).backward()
         except RuntimeError as e:
             if not hardware.out_of_memory(e):
                 raise
             recomputing = "" if net.config.recompute else "--recompute=True, "
-            stop(f"out of memory on {card}, process {rank}, in a {batch.mode} batch of {len(batch.idx)} x "
-                 f"{batch.idx.shape[1]} tokens: a smaller --batch_size with more --gradient_accumulation_steps, "
-                 f"{recomputing}or a lower --block_size takes less", everyone=False)  # fmt: skip
+            stop(
+                f"out of memory on {card}, process {rank}, in a {batch.mode} batch of {len(batch.idx)} x "
+                f"{batch.idx.shape[1]} tokens: a smaller --batch_size with more --gradient_accumulation_steps, "
+                f"{recomputing}or a lower --block_size takes less",
+                everyone=False,
+            )
         if carry is not None:
             new_carries[key] = loop.moved(carry, "cpu")
         losses.append(loss.detach())
@@ -406,7 +542,9 @@ while iteration < max_iters:
     # Every process learns the same sums, so that all of them step or skip, stop, save and validate together.
     loss = sum(x.item() for x in losses) / len(losses) / world_size
     ending = bool(interrupted) or bool(max_hours and time.monotonic() - began > 3600 * max_hours)
-    loss, tokens, flops, waited, stopping = parallel.sums([loss, tokens, flops, ahead.waited / world_size, ending], device)
+    loss, tokens, flops, waited, stopping = parallel.sums(
+        [loss, tokens, flops, ahead.waited / world_size, ending], device
+    )
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     if finite:
         for o in optimizers:
@@ -425,32 +563,62 @@ while iteration < max_iters:
     seconds = time.perf_counter() - started
     trained_seconds += seconds
     trained_tokens += int(tokens)
-    for k, v in (("seconds", seconds), ("tokens", int(tokens)), ("flops", flops), ("waited", waited), ("steps", 1)):
+    for k, v in (
+        ("seconds", seconds),
+        ("tokens", int(tokens)),
+        ("flops", flops),
+        ("waited", waited),
+        ("steps", 1),
+    ):
         since_log[k] += v
     source = batches[0].source
     progress.set_postfix_str(f"{source} loss {loss:.3f}", refresh=False)
     progress.update()
     if not finite:
-        write_log({"iter": iteration, "loss": None, "source": source, "lr": lr, "skipped": skipped, "scale": scaler.get_scale()})
-        say(f"step {iteration} skipped: loss {loss:.3g}, gradient norm {grad_norm:.3g}"
-            + (f"; loss scale now {scaler.get_scale():g}" if scaler.is_enabled() else ""))  # fmt: skip
+        write_log(
+            {
+                "iter": iteration,
+                "loss": None,
+                "source": source,
+                "lr": lr,
+                "skipped": skipped,
+                "scale": scaler.get_scale(),
+            }
+        )
+        say(
+            f"step {iteration} skipped: loss {loss:.3g}, gradient norm {grad_norm:.3g}"
+            + (f"; loss scale now {scaler.get_scale():g}" if scaler.is_enabled() else "")
+        )
         if skipped_in_a_row >= max_skipped:
-            diverged(f"{skipped_in_a_row} steps in a row had a loss or gradient that is not finite, the last "
-                     f"is step {iteration}")  # fmt: skip
+            diverged(
+                f"{skipped_in_a_row} steps in a row had a loss or gradient that is not finite, the last "
+                f"is step {iteration}"
+            )
     elif iteration % log_interval == 0 or iteration == max_iters:
         entry = {
-            "iter": iteration, "loss": loss, "source": source, "lr": lr, "grad_norm": grad_norm, "tokens": trained_tokens,
-            "seconds": round(trained_seconds, 3), "tokens_per_second": round(since_log["tokens"] / since_log["seconds"], 1),
+            "iter": iteration,
+            "loss": loss,
+            "source": source,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "tokens": trained_tokens,
+            "seconds": round(trained_seconds, 3),
+            "tokens_per_second": round(since_log["tokens"] / since_log["seconds"], 1),
             "mfu": round(since_log["flops"] / since_log["seconds"] / world_size / peak, 4) if peak else None,
             "memory_gb": round(hardware.peak_memory(device) / 1e9, 3),
             "data_wait": round(since_log["waited"] / since_log["seconds"], 4),
-            "eta_hours": round((max_iters - iteration) * since_log["seconds"] / since_log["steps"] / 3600, 3), "skipped": skipped,
-        }  # fmt: skip
+            "eta_hours": round((max_iters - iteration) * since_log["seconds"] / since_log["steps"] / 3600, 3),
+            "skipped": skipped,
+        }
         write_log(entry)
         run_log.append(entry)
-        say(f"step {iteration}: loss {loss:.3f} ({source}), lr {lr:.2e}, gradient {grad_norm:.2f}, {entry['tokens_per_second']:,.0f} "
-            f"tokens/s, " + (f"MFU {entry['mfu']:.1%}, " if peak else "") + f"{entry['memory_gb']:.2f} GB, data wait "
-            f"{entry['data_wait']:.1%}, {entry['eta_hours']:.2f} h to go")  # fmt: skip
+        say(
+            f"step {iteration}: loss {loss:.3f} ({source}), lr {lr:.2e}, gradient {grad_norm:.2f}, {entry['tokens_per_second']:,.0f} "
+            f"tokens/s, "
+            + (f"MFU {entry['mfu']:.1%}, " if peak else "")
+            + f"{entry['memory_gb']:.2f} GB, data wait "
+            f"{entry['data_wait']:.1%}, {entry['eta_hours']:.2f} h to go"
+        )
         since_log = dict.fromkeys(since_log, 0)
     if sync_check_interval and (iteration % sync_check_interval == 0 or iteration == max_iters):
         check_in_sync(loss, grad_norm)
@@ -491,10 +659,18 @@ if tracked:
 publication.end(iteration, at_once=bool(interrupted) or due or not saved)
 evaluation.end(0 if stopping else eval_minutes)
 if stopping:
-    why = f"by {interrupted[0][0]}" if interrupted else f"after {max_hours:g} hours" if max_hours else "by another process"
+    why = (
+        f"by {interrupted[0][0]}"
+        if interrupted
+        else f"after {max_hours:g} hours"
+        if max_hours
+        else "by another process"
+    )
     if due:
-        stop(f"stopped {why} after step {iteration}; nothing was saved, as steps were being skipped whose "
-             f"loss or gradient was not finite{lost}")  # fmt: skip
+        stop(
+            f"stopped {why} after step {iteration}; nothing was saved, as steps were being skipped whose "
+            f"loss or gradient was not finite{lost}"
+        )
     if not saved:
         stop(f"stopped {why} after step {iteration}, and this step could not be saved{lost}")
     say(f"stopped {why} after step {iteration}; go on with --init_from=resume (saved to {ckpt_path})")
@@ -503,8 +679,16 @@ elif due:
 elif not saved:
     stop(f"all {iteration} steps are done, but the last checkpoint could not be saved to {ckpt_path}{lost}")
 elif sanity and master:
-    checks += sanity_checks.afterwards(run_log, val_losses, ckpt_path, net, scaled=scaler.is_enabled(), world_size=world_size, card=card,
-                                       run_tokens=sanity_run_tokens)  # fmt: skip
+    checks += sanity_checks.afterwards(
+        run_log,
+        val_losses,
+        ckpt_path,
+        net,
+        scaled=scaler.is_enabled(),
+        world_size=world_size,
+        card=card,
+        run_tokens=sanity_run_tokens,
+    )
     if not sanity_checks.show(checks, out_dir):
         leave("stage 0 failed")
 parallel.end()

@@ -35,12 +35,34 @@ from model_dense import batches_by_length, cache_bytes, run_blocks, tokens_at_on
 from smol import arc, candidates, checkpoint, hardware, loader, puzzles, scores, suites
 
 # Memory of the cards of hardware.py, GB/s, from NVIDIA's data sheets
-GB_PER_S = {"T4": 320, "V100": 900, "P100": 732, "RTX 3060": 360, "RTX 3090": 936, "RTX 4090": 1008, "A10": 600, "L4": 300, "L40S": 864,
-            "A100": 1555, "H100 PCIe": 2000, "H100": 3350, "H200": 4800}  # fmt: skip
+GB_PER_S = {
+    "T4": 320,
+    "V100": 900,
+    "P100": 732,
+    "RTX 3060": 360,
+    "RTX 3090": 936,
+    "RTX 4090": 1008,
+    "A10": 600,
+    "L4": 300,
+    "L40S": 864,
+    "A100": 1555,
+    "H100 PCIe": 2000,
+    "H100": 3350,
+    "H200": 4800,
+}
 BANDWIDTH_SHARE = 0.7  # of it that is reached: assumed
 LAUNCH_US = 10  # microseconds that PyTorch takes to start an operation on a GPU: assumed
 NARROW = {"n_head": 2, "n_embd": 16, "n_ff": 16, "vocab_size": 50304}
-FREE = ("view", "unsqueeze", "transpose", "slice", "select", "split", "detach", "expand")  # start nothing on the card
+FREE = (
+    "view",
+    "unsqueeze",
+    "transpose",
+    "slice",
+    "select",
+    "split",
+    "detach",
+    "expand",
+)  # start nothing on the card
 HALTS = (None, 0.99, 0.95, 0.9, 0.7, 0.5)  # thresholds that are tried
 
 TURNS = 8  # of a training step, one of its passes, and one with its backward: the least of each counts
@@ -149,16 +171,27 @@ def projection(net, views, card, cards, mfu, steps=None, set_name="arc1_eval"):
     """
     asked, left_out = questions(net, set_name)
     if net.puzzle_format == "canvas":
-        flops = (steps or net.config.n_sup) * sum(n * net.flops_per_token(n, "puzzle") for _, n, _, _ in asked)
+        flops = (steps or net.config.n_sup) * sum(
+            n * net.flops_per_token(n, "puzzle") for _, n, _, _ in asked
+        )
         written = 0.0
     else:
-        read = 1 + (candidates.RESCORED * min(views, candidates.RESCORING_VIEWS) / views if views > 1 else 0)  # and read again, at most
+        read = 1 + (
+            candidates.RESCORED * min(views, candidates.RESCORING_VIEWS) / views if views > 1 else 0
+        )  # and read again, at most
         flops = read * sum(n * net.flops_per_token(n, "puzzle") for _, n, _, _ in asked)
         written = decoding(net, asked, views, card)
     seconds = (views * flops / (hardware.CARDS[card][0] * 1e12 * mfu) + written) / cards
-    return {"set": set_name, "tests": len(asked), "left_out": left_out, "views": views, "pflop": views * flops / 1e15,
-            "hours": seconds / 3600, "hours_writing": written / cards / 3600,
-            "on": f"{cards} x {card} at {mfu:.0%} of its peak"}  # fmt: skip
+    return {
+        "set": set_name,
+        "tests": len(asked),
+        "left_out": left_out,
+        "views": views,
+        "pflop": views * flops / 1e15,
+        "hours": seconds / 3600,
+        "hours_writing": written / cards / 3600,
+        "on": f"{cards} x {card} at {mfu:.0%} of its peak",
+    }
 
 
 def decoding(net, asked, views, card):
@@ -168,7 +201,9 @@ def decoding(net, asked, views, card):
     """
     started = operations(net) * LAUNCH_US / 1e6
     fetched = BANDWIDTH_SHARE * GB_PER_S[card] * 1e9
-    tokens = tokens_at_once(net.config, hardware.CARDS[card][1] * 1e9 - 4 * net.num_params())  # of a card that does nothing else
+    tokens = tokens_at_once(
+        net.config, hardware.CARDS[card][1] * 1e9 - 4 * net.num_params()
+    )  # of a card that does nothing else
     by_task, total = {}, 0.0
     for task, *rest in asked:
         by_task.setdefault(task.id, (task, []))[1].append(rest)
@@ -182,6 +217,7 @@ def decoding(net, asked, views, card):
 
 def operations(net):
     """How many operations PyTorch starts for a step of decoding: counted on a narrow model with as many layers."""
+
     class Count(TorchDispatchMode):
         n = 0
 
@@ -189,7 +225,9 @@ def operations(net):
             Count.n += not any(word in str(func) for word in FREE)
             return func(*args, **(kwargs or {}))
 
-    narrow = checkpoint.make_model("dense", {"n_layer": net.config.n_layer, "layer_pattern": net.config.layer_pattern, **NARROW}).eval()
+    narrow = checkpoint.make_model(
+        "dense", {"n_layer": net.config.n_layer, "layer_pattern": net.config.layer_pattern, **NARROW}
+    ).eval()
     with torch.no_grad():
         _, past = narrow.read(torch.full((2, 8), 5))
         with Count():
@@ -212,14 +250,22 @@ class Recorded:
     def answer(self, tasks, n_sup, trace, halt):
         out = []
         for task in tasks:
-            out.append([None if steps is None else stopped(steps[:n_sup], halt) for steps in self.said[seen(task)]])
+            out.append(
+                [None if steps is None else stopped(steps[:n_sup], halt) for steps in self.said[seen(task)]]
+            )
             self.steps += [len(steps) for steps in out[-1] if steps is not None]
         return out
 
 
 def seen(task):
     """A task's id and all of its grids that a model is shown, as one text."""
-    return repr([task.id, *(scores.rows_of(grid) for pair in task.train for grid in pair), *(scores.rows_of(x) for x, _ in task.test)])
+    return repr(
+        [
+            task.id,
+            *(scores.rows_of(grid) for pair in task.train for grid in pair),
+            *(scores.rows_of(x) for x, _ in task.test),
+        ]
+    )
 
 
 def stopped(steps, halt):
@@ -236,19 +282,37 @@ def halting(net, tasks, views, n_sup):
     """
     settings = candidates.Settings(augment=views)
     said = {}
-    for part in tqdm(eval_arc.chunks(tasks, views), desc="thinking", unit="batch", dynamic_ncols=True, leave=False):
+    for part in tqdm(
+        eval_arc.chunks(tasks, views), desc="thinking", unit="batch", dynamic_ncols=True, leave=False
+    ):
         hidden = candidates.without_answers(part)
-        asked = [candidates.look(view, task) for task in hidden for view in candidates.views(task, views, settings.seed)]
+        asked = [
+            candidates.look(view, task)
+            for task in hidden
+            for view in candidates.views(task, views, settings.seed)
+        ]
         said.update(zip(map(seen, asked), net.answer(asked, n_sup=n_sup, trace=True)))
     found = []
     for n_views, limit, halt in itertools.product(doubled(views), doubled(n_sup), HALTS):
-        recorded, some = Recorded(said), dataclasses.replace(settings, augment=n_views, n_sup=limit, halt=halt)
+        recorded, some = (
+            Recorded(said),
+            dataclasses.replace(settings, augment=n_views, n_sup=limit, halt=halt),
+        )
         given = candidates.solve(recorded, candidates.without_answers(tasks), some)
         figures = scores.figures([scores.judge(task, g, 2) for task, g in zip(tasks, given)], 2)
         steps = float(np.mean(recorded.steps)) if recorded.steps else 0.0
         if halt is None or steps < limit:
-            found.append({"views": n_views, "n_sup": limit, "halt": halt, "steps": steps, "solved": figures["pass_1"],
-                          "pass_2": figures["pass_2"], "total": figures["total"]})  # fmt: skip
+            found.append(
+                {
+                    "views": n_views,
+                    "n_sup": limit,
+                    "halt": halt,
+                    "steps": steps,
+                    "solved": figures["pass_1"],
+                    "pass_2": figures["pass_2"],
+                    "total": figures["total"],
+                }
+            )
     return found
 
 
@@ -259,69 +323,140 @@ def doubled(most):
 
 def print_halting(rows, full, args):
     """The figures of `halting`, cheap ones first, and what they would make of ARC-AGI-1. Marked: no cheaper one solves as many."""
-    print(f"{args.checkpoint} on {rows[0]['total']} tasks of {args.suite}. Minutes: what the 100M model would take for arc1 with as many\n"
-          f"steps on average, on {args.cards} x {args.card} at {args.mfu:.0%} of its peak. *: none that costs less solves as many.\n")
-    print(f"{'views':>7s} {'steps at most':>14s} {'halting above':>14s} {'steps on average':>17s} {'solved':>7s} {'in two attempts':>16s} "
-          f"{'minutes':>8s}")  # fmt: skip
+    print(
+        f"{args.checkpoint} on {rows[0]['total']} tasks of {args.suite}. Minutes: what the 100M model would take for arc1 with as many\n"
+        f"steps on average, on {args.cards} x {args.card} at {args.mfu:.0%} of its peak. *: none that costs less solves as many.\n"
+    )
+    print(
+        f"{'views':>7s} {'steps at most':>14s} {'halting above':>14s} {'steps on average':>17s} {'solved':>7s} {'in two attempts':>16s} "
+        f"{'minutes':>8s}"
+    )
     minutes, best = 60 * projection(full, 1, args.card, args.cards, args.mfu, 1)["hours"], -1
     for r in sorted(rows, key=lambda r: (r["views"] * r["steps"], -r["solved"])):
         halt = "never" if r["halt"] is None else f"{r['halt']:g}"
-        print(f"{'* ' if r['solved'] > best else '  '}{r['views']:5d} {r['n_sup']:14d} {halt:>14s} {r['steps']:17.2f} {r['solved']:7d} "
-              f"{r['pass_2']:16d} {minutes * r['views'] * r['steps']:8.0f}")
+        print(
+            f"{'* ' if r['solved'] > best else '  '}{r['views']:5d} {r['n_sup']:14d} {halt:>14s} {r['steps']:17.2f} {r['solved']:7d} "
+            f"{r['pass_2']:16d} {minutes * r['views'] * r['steps']:8.0f}"
+        )
         best = max(best, r["solved"])
 
 
 def main(argv):
     parser = argparse.ArgumentParser(
-        prog="python -m bench.answer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+        prog="python -m bench.answer",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.error = lambda message: sys.exit(f"error: {message}; see python -m bench.answer --help")
     parser.add_argument("--json", action="store_true", help="the figures as JSON")
-    parser.add_argument("--size", choices=("auto", "full", "small"), default="auto", help="full: 100M; small: 16M; auto: full on a GPU")
-    parser.add_argument("--side", metavar="N", type=positive, help="of the mazes (default: 20 on a GPU, 5 else)")
-    parser.add_argument("--rows", metavar="N", type=positive, help="tasks at a time (default: 16 on a GPU, 2 else)")
-    parser.add_argument("--n_sup", metavar="N", type=positive, default=16, help="supervision steps, at most (default 16)")
-    parser.add_argument("--views", metavar="N", type=positive, default=16, help="ways in which every task is seen, at most (default 16)")
-    parser.add_argument("--card", metavar="NAME", choices=tuple(hardware.CARDS), default="T4",
-                        help=f"of the projection (default T4): {', '.join(hardware.CARDS)}")  # fmt: skip
+    parser.add_argument(
+        "--size",
+        choices=("auto", "full", "small"),
+        default="auto",
+        help="full: 100M; small: 16M; auto: full on a GPU",
+    )
+    parser.add_argument(
+        "--side", metavar="N", type=positive, help="of the mazes (default: 20 on a GPU, 5 else)"
+    )
+    parser.add_argument(
+        "--rows", metavar="N", type=positive, help="tasks at a time (default: 16 on a GPU, 2 else)"
+    )
+    parser.add_argument(
+        "--n_sup", metavar="N", type=positive, default=16, help="supervision steps, at most (default 16)"
+    )
+    parser.add_argument(
+        "--views",
+        metavar="N",
+        type=positive,
+        default=16,
+        help="ways in which every task is seen, at most (default 16)",
+    )
+    parser.add_argument(
+        "--card",
+        metavar="NAME",
+        choices=tuple(hardware.CARDS),
+        default="T4",
+        help=f"of the projection (default T4): {', '.join(hardware.CARDS)}",
+    )
     parser.add_argument("--cards", metavar="N", type=positive, default=2, help="how many of them (default 2)")
-    parser.add_argument("--mfu", metavar="SHARE", type=float, default=0.25, help="of their peak that is reached, assumed (default 0.25)")
-    parser.add_argument("--checkpoint", metavar="CKPT", help="of Route B: what fewer steps and halting cost it, and nothing else")
-    parser.add_argument("--suite", default="sudoku4", help="with --checkpoint: of eval_arc.py, which is asked (default sudoku4)")
-    parser.add_argument("--limit", metavar="N", type=positive, help="with --checkpoint: the first N tasks of it (default all)")
+    parser.add_argument(
+        "--mfu",
+        metavar="SHARE",
+        type=float,
+        default=0.25,
+        help="of their peak that is reached, assumed (default 0.25)",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="CKPT",
+        help="of Route B: what fewer steps and halting cost it, and nothing else",
+    )
+    parser.add_argument(
+        "--suite",
+        default="sudoku4",
+        help="with --checkpoint: of eval_arc.py, which is asked (default sudoku4)",
+    )
+    parser.add_argument(
+        "--limit", metavar="N", type=positive, help="with --checkpoint: the first N tasks of it (default all)"
+    )
     args = parser.parse_args(argv)
     with torch.device("meta"):
-        full = {name: checkpoint.make_model(model, {"block_size": 10240}) for name, model in (("route_a", "dense"), ("route_b", "trm"))}
+        full = {
+            name: checkpoint.make_model(model, {"block_size": 10240})
+            for name, model in (("route_a", "dense"), ("route_b", "trm"))
+        }
     elsewhere = (args.views, args.card, args.cards, args.mfu)
     device = hardware.pick_device("auto")
     if args.checkpoint:
         try:
             net, _ = checkpoint.load_model(args.checkpoint, device)
             if net.puzzle_format != "canvas":
-                raise ValueError(f"--checkpoint={args.checkpoint} is of Route A, which takes no supervision steps")
+                raise ValueError(
+                    f"--checkpoint={args.checkpoint} is of Route A, which takes no supervision steps"
+                )
             tasks = suites.load(args.suite)[: args.limit]
             if not isinstance(tasks[0].test[0][0], np.ndarray):
-                raise ValueError(f"--suite={args.suite} is in words, which take no supervision steps one could leave out")
+                raise ValueError(
+                    f"--suite={args.suite} is in words, which take no supervision steps one could leave out"
+                )
             rows = halting(net, tasks, args.views, args.n_sup)
         except (ValueError, OSError) as e:
             sys.exit(f"error: {e}")
         print(json.dumps(rows, indent=2)) if args.json else print_halting(rows, full["route_b"], args)
         return
-    args.side, args.rows = args.side or (5 if device == "cpu" else 20), args.rows or (2 if device == "cpu" else 16)
+    args.side, args.rows = (
+        args.side or (5 if device == "cpu" else 20),
+        args.rows or (2 if device == "cpu" else 16),
+    )
     dtype = hardware.pick_dtype("auto", device)
-    autocast = contextlib.nullcontext() if dtype == "float32" else torch.autocast(device, dtype=getattr(torch, dtype))
+    autocast = (
+        contextlib.nullcontext()
+        if dtype == "float32"
+        else torch.autocast(device, dtype=getattr(torch, dtype))
+    )
     small = args.size == "small" or (args.size == "auto" and device == "cpu")
     rng = np.random.default_rng(0)
     tasks = [puzzles.maze(rng, args.side, args.side) for _ in range(args.rows)]
     torch.manual_seed(0)
     b = checkpoint.make_model("trm", SMALL if small else {}).to(device)
-    found = {"device": hardware.name(device), "dtype": dtype, "params": b.num_params(), "n_sup": args.n_sup,
-             "route_b": measure(b, tasks, args.n_sup, device, autocast)}  # fmt: skip
+    found = {
+        "device": hardware.name(device),
+        "dtype": dtype,
+        "params": b.num_params(),
+        "n_sup": args.n_sup,
+        "route_b": measure(b, tasks, args.n_sup, device, autocast),
+    }
     a = checkpoint.make_model("dense", SMALL if small else {}).to(device).eval()
     with autocast:
         (taken,) = seconds(lambda: a.answer(tasks), device=device, times=1)
-    found["route_a"] = {"tasks_per_second": len(tasks) / taken, "memory_mb": peak_mb(lambda: a.answer(tasks), device)}
+    found["route_a"] = {
+        "tasks_per_second": len(tasks) / taken,
+        "memory_mb": peak_mb(lambda: a.answer(tasks), device),
+    }
     found["route_a"]["projection"] = projection(full["route_a"], *elsewhere)
-    found["route_b"]["projection"] = {steps: projection(full["route_b"], *elsewhere, steps) for steps in (16, 4, 2, 1)}
+    found["route_b"]["projection"] = {
+        steps: projection(full["route_b"], *elsewhere, steps) for steps in (16, 4, 2, 1)
+    }
     if args.json:
         print(json.dumps(found, indent=2))
         return
@@ -331,23 +466,38 @@ def main(argv):
 
     r, n = found["route_b"], args.n_sup
     off = r["training_ms"] / r["predicted_ms"] - 1
-    print(f"{found['params'] / 1e6:.1f}M parameters, {dtype} on {found['device']}, {r['rows']} tasks of {r['length']} "
-          f"tokens, n {b.config.n_latent}, T {b.config.n_recursion}")  # fmt: skip
-    print(f"Route B answers: {r['steps_per_second']:.2f} supervision steps/s, {r['tasks_per_second']:.2f} tasks/s at {n} steps; memory "
-          + ", ".join(f"{mb(v)} for {k}" for k, v in r["memory_mb"].items()) + " steps; with all activations kept "
-          + ", ".join(f"{mb(v)} for {k}" for k, v in r["memory_mb_all_kept"].items()))  # fmt: skip
-    print(f"Route B trains: {r['training_ms']:,.0f} ms a supervision step, {mb(r['training_mb'])}; its {b.passes('puzzle')[0]} passes, "
-          f"{b.passes('puzzle')[1]} with gradient, predict {r['predicted_ms']:,.0f} ms ({off:+.1%}: a pass takes {r['pass_ms']:.1f} ms, "
-          f"with its backward {r['pass_both_ms']:.1f}); gradient through all passes: {r['training_ms_all_kept']:,.0f} ms, "
-          f"{mb(r['training_mb_all_kept'])}")  # fmt: skip
-    print(f"Route A answers: {found['route_a']['tasks_per_second']:.2f} tasks/s, left to right; memory {mb(found['route_a']['memory_mb'])}")
+    print(
+        f"{found['params'] / 1e6:.1f}M parameters, {dtype} on {found['device']}, {r['rows']} tasks of {r['length']} "
+        f"tokens, n {b.config.n_latent}, T {b.config.n_recursion}"
+    )
+    print(
+        f"Route B answers: {r['steps_per_second']:.2f} supervision steps/s, {r['tasks_per_second']:.2f} tasks/s at {n} steps; memory "
+        + ", ".join(f"{mb(v)} for {k}" for k, v in r["memory_mb"].items())
+        + " steps; with all activations kept "
+        + ", ".join(f"{mb(v)} for {k}" for k, v in r["memory_mb_all_kept"].items())
+    )
+    print(
+        f"Route B trains: {r['training_ms']:,.0f} ms a supervision step, {mb(r['training_mb'])}; its {b.passes('puzzle')[0]} passes, "
+        f"{b.passes('puzzle')[1]} with gradient, predict {r['predicted_ms']:,.0f} ms ({off:+.1%}: a pass takes {r['pass_ms']:.1f} ms, "
+        f"with its backward {r['pass_both_ms']:.1f}); gradient through all passes: {r['training_ms_all_kept']:,.0f} ms, "
+        f"{mb(r['training_mb_all_kept'])}"
+    )
+    print(
+        f"Route A answers: {found['route_a']['tasks_per_second']:.2f} tasks/s, left to right; memory {mb(found['route_a']['memory_mb'])}"
+    )
     p = found["route_a"]["projection"]
     print(f"\n{p['set']}, {p['tests']} test inputs in {p['views']} views, the 100M models on {p['on']}:")
-    print(f"Route A: {p['pflop']:,.1f} PFLOP of reading; writing takes {p['hours_writing']:.2f} h; together {p['hours']:.2f} h")
+    print(
+        f"Route A: {p['pflop']:,.1f} PFLOP of reading; writing takes {p['hours_writing']:.2f} h; together {p['hours']:.2f} h"
+    )
     for steps, p in found["route_b"]["projection"].items():
-        print(f"Route B, {steps:2d} supervision steps on average: {p['pflop']:,.1f} PFLOP, {p['hours']:.2f} h")
-    print(f"(Writing: {LAUNCH_US} us to start each of {operations(full['route_a'])} operations of a step, or memory at "
-          f"{BANDWIDTH_SHARE:.0%} of its rate, both assumed. How many steps --n_sup and --halt leave, and what that costs: --checkpoint.)")
+        print(
+            f"Route B, {steps:2d} supervision steps on average: {p['pflop']:,.1f} PFLOP, {p['hours']:.2f} h"
+        )
+    print(
+        f"(Writing: {LAUNCH_US} us to start each of {operations(full['route_a'])} operations of a step, or memory at "
+        f"{BANDWIDTH_SHARE:.0%} of its rate, both assumed. How many steps --n_sup and --halt leave, and what that costs: --checkpoint.)"
+    )
 
 
 if __name__ == "__main__":

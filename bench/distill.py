@@ -60,16 +60,30 @@ def solved(path, tasks):
 
 def run_arm(out, student, teacher, seconds, settings):
     """Distil until the process has used `seconds` of CPU, by its own count; a run that is there already goes on from where it is."""
+
     def used():
-        return max((e["cpu_seconds"] for e in logbook.read(os.path.join(out, "log.jsonl")) if "cpu_seconds" in e), default=0.0)
+        return max(
+            (e["cpu_seconds"] for e in logbook.read(os.path.join(out, "log.jsonl")) if "cpu_seconds" in e),
+            default=0.0,
+        )
 
     if os.path.exists(os.path.join(out, "ckpt.pt")):
         if used() >= seconds:
             return
         student = "resume"
-    command = [sys.executable, os.path.join(HERE, "distill.py"), f"--out_dir={out}", f"--init_from={student}", f"--teacher={teacher}",
-               "--log_interval=1", f"--check_tasks={CHECK}", "--max_iters=1000000", "--eval_interval=50", "--decay_iters=0",
-               *settings]  # fmt: skip
+    command = [
+        sys.executable,
+        os.path.join(HERE, "distill.py"),
+        f"--out_dir={out}",
+        f"--init_from={student}",
+        f"--teacher={teacher}",
+        "--log_interval=1",
+        f"--check_tasks={CHECK}",
+        "--max_iters=1000000",
+        "--eval_interval=50",
+        "--decay_iters=0",
+        *settings,
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while process.poll() is None:
         time.sleep(0.5)
@@ -92,7 +106,13 @@ def draw(results, path):
         for r in runs:
             axes.plot(*zip(*r["curve"]), ".", color=f"C{number}", ms=4, alpha=0.5)
         at = np.linspace(0, max(x for r in runs for x, _ in r["curve"]), 100)
-        axes.plot(at, np.mean([np.interp(at, *zip(*r["curve"])) for r in runs], 0), color=f"C{number}", lw=1.6, label=arm)
+        axes.plot(
+            at,
+            np.mean([np.interp(at, *zip(*r["curve"])) for r in runs], 0),
+            color=f"C{number}",
+            lw=1.6,
+            label=arm,
+        )
     axes.set(xlabel="CPU seconds, teacher and sampling included", ylabel="share of held-out puzzles solved")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
@@ -100,16 +120,36 @@ def draw(results, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("student", help="its checkpoint; {seed} in it stands for the seed of a run, for students of their own")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "student", help="its checkpoint; {seed} in it stands for the seed of a run, for students of their own"
+    )
     parser.add_argument("teacher")
     parser.add_argument("--seconds", type=float, default=60, help="CPU seconds of a run (default 60)")
     parser.add_argument("--seeds", type=lambda s: [int(n) for n in s.split(",")], default=[1, 2, 3])
-    parser.add_argument("--arms", type=lambda s: [int(n) for n in s.split(",")], help="numbers of ARMS' rows, from 0 (default: all)")
-    parser.add_argument("--rates", type=lambda s: [float(x) for x in s.split(",")], default=[1e-3], help="learning rates (default 1e-3)")
-    parser.add_argument("--others", type=int, default=200, help="held-out puzzles that choose the rate, beside the suite's (default 200)")
+    parser.add_argument(
+        "--arms",
+        type=lambda s: [int(n) for n in s.split(",")],
+        help="numbers of ARMS' rows, from 0 (default: all)",
+    )
+    parser.add_argument(
+        "--rates",
+        type=lambda s: [float(x) for x in s.split(",")],
+        default=[1e-3],
+        help="learning rates (default 1e-3)",
+    )
+    parser.add_argument(
+        "--others",
+        type=int,
+        default=200,
+        help="held-out puzzles that choose the rate, beside the suite's (default 200)",
+    )
     parser.add_argument("--out_dir", default="out/bench_distill")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="of distill.py, for all runs, without the dashes")
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help="of distill.py, for all runs, without the dashes"
+    )
     args = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     before = {}
@@ -117,8 +157,16 @@ def main():
     names = [list(ARMS)[i] for i in args.arms] if args.arms else list(ARMS)[:4]
 
     def run(arm, seed, rate):
-        out, student = os.path.join(args.out_dir, f"{list(ARMS).index(arm)}_{seed}_{rate:g}"), args.student.replace("{seed}", str(seed))
-        settings = [*(f"--{s}" for s in args.settings), *ARMS[arm], f"--seed={seed}", f"--learning_rate={rate}"]
+        out, student = (
+            os.path.join(args.out_dir, f"{list(ARMS).index(arm)}_{seed}_{rate:g}"),
+            args.student.replace("{seed}", str(seed)),
+        )
+        settings = [
+            *(f"--{s}" for s in args.settings),
+            *ARMS[arm],
+            f"--seed={seed}",
+            f"--learning_rate={rate}",
+        ]
         run_arm(out, student, args.teacher, args.seconds, settings)
         return out
 
@@ -126,7 +174,10 @@ def main():
         for path in (args.teacher, *(args.student.replace("{seed}", str(seed)) for seed in args.seeds)):
             if os.path.isfile(path):
                 before[path] = solved(path, suite), solved(path, others)
-                print(f"before: {path}, {before[path][0]} of {len(suite)}, {before[path][1]} of {len(others)} others", flush=True)
+                print(
+                    f"before: {path}, {before[path][0]} of {len(suite)}, {before[path][1]} of {len(others)} others",
+                    flush=True,
+                )
         for arm in tqdm(names, unit="way"):
             tried = dict.fromkeys(args.rates, 0)
             for rate in args.rates if len(args.rates) > 1 else ():
@@ -141,23 +192,50 @@ def main():
                 curve = [(used[e["iter"]], e["student_solved"]) for e in log if "student_solved" in e]
                 path = os.path.join(out, "ckpt.pt")
                 right, right_of_others = solved(path, suite), solved(path, others)
-                shares = {k: round(statistics.mean(e[k] for e in steps), 3) for k in ("sampling", "scoring", "learning")}
-                results.append({"arm": arm, "seed": seed, "rate": rate, "tried": tried, "solved": right,
-                                "others": right_of_others, "steps": steps[-1]["iter"], "cpu_seconds": steps[-1]["cpu_seconds"],
-                                **shares, "curve": curve})  # fmt: skip
-                print(json.dumps({k: v for k, v in results[-1].items() if k not in ("curve", "tried")}), flush=True)
-                write_whole(json.dumps({"before": before, "results": results}).encode(), os.path.join(args.out_dir, "results.json"))
+                shares = {
+                    k: round(statistics.mean(e[k] for e in steps), 3)
+                    for k in ("sampling", "scoring", "learning")
+                }
+                results.append(
+                    {
+                        "arm": arm,
+                        "seed": seed,
+                        "rate": rate,
+                        "tried": tried,
+                        "solved": right,
+                        "others": right_of_others,
+                        "steps": steps[-1]["iter"],
+                        "cpu_seconds": steps[-1]["cpu_seconds"],
+                        **shares,
+                        "curve": curve,
+                    }
+                )
+                print(
+                    json.dumps({k: v for k, v in results[-1].items() if k not in ("curve", "tried")}),
+                    flush=True,
+                )
+                write_whole(
+                    json.dumps({"before": before, "results": results}).encode(),
+                    os.path.join(args.out_dir, "results.json"),
+                )
                 draw(results, os.path.join(args.out_dir, "curves.png"))
     except (OSError, ValueError) as e:
         sys.exit(f"error: {e}")
-    print(f"\n| way | rate | solved of {len(suite)} | mean | of {len(others)} others | mean | steps | sampling, scoring, learning |")
+    print(
+        f"\n| way | rate | solved of {len(suite)} | mean | of {len(others)} others | mean | steps | sampling, scoring, learning |"
+    )
     print("|---" * 8 + "|")
     for arm in names:
         rows = [r for r in results if r["arm"] == arm]
         by_seed = {k: ", ".join(str(r[k]) for r in rows) for k in ("solved", "others", "steps")}
-        mean = {k: statistics.mean(r[k] for r in rows) for k in ("solved", "others", "sampling", "scoring", "learning")}
-        print(f"| {arm} | {rows[0]['rate']:g} | {by_seed['solved']} | {mean['solved']:.1f} | {by_seed['others']} | {mean['others']:.1f} | "
-              f"{by_seed['steps']} | {mean['sampling']:.0%}, {mean['scoring']:.0%}, {mean['learning']:.0%} |")  # fmt: skip
+        mean = {
+            k: statistics.mean(r[k] for r in rows)
+            for k in ("solved", "others", "sampling", "scoring", "learning")
+        }
+        print(
+            f"| {arm} | {rows[0]['rate']:g} | {by_seed['solved']} | {mean['solved']:.1f} | {by_seed['others']} | {mean['others']:.1f} | "
+            f"{by_seed['steps']} | {mean['sampling']:.0%}, {mean['scoring']:.0%}, {mean['learning']:.0%} |"
+        )
 
 
 if __name__ == "__main__":

@@ -42,7 +42,9 @@ def load_nanogpt(path):
     """Imports model.py of a checkout of nanoGPT. FileNotFoundError in one line if it is not there."""
     file = os.path.join(path, "model.py")
     if not os.path.isfile(file):
-        raise FileNotFoundError(f"--nanogpt={path}: there is no model.py; give the folder of a checkout of github.com/karpathy/nanoGPT")
+        raise FileNotFoundError(
+            f"--nanogpt={path}: there is no model.py; give the folder of a checkout of github.com/karpathy/nanoGPT"
+        )
     spec = importlib.util.spec_from_file_location("nanogpt_model", file)
     module = importlib.util.module_from_spec(spec)
     sys.modules["nanogpt_model"] = module  # its dataclass looks for itself there
@@ -59,9 +61,16 @@ def quietly(make, *args):
 # -----------------------------------------------------------------------------
 # learn
 
-SMALL = dict(n_layer=8, n_head=2, n_embd=64, block_size=1024)  # the small sibling on a CPU; n_ff follows from the number of parameters
+SMALL = dict(
+    n_layer=8, n_head=2, n_embd=64, block_size=1024
+)  # the small sibling on a CPU; n_ff follows from the number of parameters
 SMALL_CUDA = dict(n_layer=12, n_head=6, n_embd=384, block_size=1024)
-TEXT = {"stdlib": 1, "langref": 1, "docstrings": 1, "arithmetic": 1}  # sources of the demo stage, in equal parts
+TEXT = {
+    "stdlib": 1,
+    "langref": 1,
+    "docstrings": 1,
+    "arithmetic": 1,
+}  # sources of the demo stage, in equal parts
 BETAS, WEIGHT_DECAY, GRAD_CLIP = (0.9, 0.95), 0.1, 1.0
 WARMUP, DECAY = 0.05, 0.4  # shares of the budget in which the learning rate goes up, and down to zero
 POINTS = 12  # of the curve
@@ -96,7 +105,9 @@ def read_variant(text):
     for part in text.split(","):
         name, _, value = part.partition("=")
         if name != "optimizer" and name not in Config.__dataclass_fields__:
-            raise ValueError(f"--variant={text}: {name!r} is no setting of Route A; there are {', '.join(Config.__dataclass_fields__)}")
+            raise ValueError(
+                f"--variant={text}: {name!r} is no setting of Route A; there are {', '.join(Config.__dataclass_fields__)}"
+            )
         try:
             literal = {"True": True, "False": False}.get(value)
             settings[name] = literal if literal is not None else kinds.get(name, int)(value)
@@ -139,8 +150,12 @@ def validation_loss(net, loader, rows, device, autocast):
     losses = {}
     for source, _, idx, targets in loader.val_batches("text", rows):
         with autocast:
-            losses.setdefault(source, []).append((net(idx.to(device), targets.to(device))[1].item(), len(idx)))
-    return statistics.fmean(sum(loss * n for loss, n in rows) / sum(n for _, n in rows) for rows in losses.values())
+            losses.setdefault(source, []).append(
+                (net(idx.to(device), targets.to(device))[1].item(), len(idx))
+            )
+    return statistics.fmean(
+        sum(loss * n for loss, n in rows) / sum(n for _, n in rows) for rows in losses.values()
+    )
 
 
 def train_together(contenders, budget, device, autocast, val_batches, points=POINTS):
@@ -150,7 +165,9 @@ def train_together(contenders, budget, device, autocast, val_batches, points=POI
         for c in waiting:
             train_a_turn(c, budget, device, autocast)
             if c.seconds >= budget * (len(c.curve) + 1) / points or c.seconds >= budget:
-                c.curve.append((c.seconds, c.tokens, validation_loss(c.net, c.loader, val_batches, device, autocast)))
+                c.curve.append(
+                    (c.seconds, c.tokens, validation_loss(c.net, c.loader, val_batches, device, autocast))
+                )
         progress.n = round(sum(min(c.seconds, budget) for c in contenders))
         progress.refresh()
     progress.close()
@@ -168,7 +185,15 @@ def reaches(curve, loss, axis):
     return None
 
 
-def bench_learn(device, nanogpt=None, variants=(), seconds=240.0, learning_rates=(1e-3, 3e-3, 1e-2, 3e-2), data_dir="data", seed=1):
+def bench_learn(
+    device,
+    nanogpt=None,
+    variants=(),
+    seconds=240.0,
+    learning_rates=(1e-3, 3e-3, 1e-2, 3e-2),
+    data_dir="data",
+    seed=1,
+):
     """
     Train Route A's small sibling, its variants (as read_variant takes them) and nanoGPT, all with about the same number of parameters,
     for `seconds` each; before that, each for a quarter of them with every one of learning_rates, to find its own best.
@@ -177,8 +202,11 @@ def bench_learn(device, nanogpt=None, variants=(), seconds=240.0, learning_rates
     """
     small = SMALL if device == "cpu" else SMALL_CUDA
     batch_size, val_batches = (1, 2) if device == "cpu" else (16, 4)
-    autocast = torch.autocast(device, dtype=torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float16,
-                              enabled=device == "cuda")  # fmt: skip
+    autocast = torch.autocast(
+        device,
+        dtype=torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float16,
+        enabled=device == "cuda",
+    )
     families = {"route a": {}}
     families.update((text, read_variant(text)) for text in variants)
     with torch.device("meta"):
@@ -198,31 +226,58 @@ def bench_learn(device, nanogpt=None, variants=(), seconds=240.0, learning_rates
             settings = {**small, **families[name]}
             how = settings.pop("optimizer", "adamw")
             net = sibling(settings, params).to(device)
-            optimizers = ([net.configure_optimizer(WEIGHT_DECAY, learning_rate, BETAS)] if how == "adamw"
-                          else muon_and_adamw(net, WEIGHT_DECAY, learning_rate, BETAS))  # fmt: skip
-        loader = Loader(data_dir, "demo", weights=TEXT, seed=seed, batch_size=batch_size, block_size=small["block_size"],
-                        batches_per_step=1, puzzle_format="autoregressive", verify=False)  # fmt: skip
+            optimizers = (
+                [net.configure_optimizer(WEIGHT_DECAY, learning_rate, BETAS)]
+                if how == "adamw"
+                else muon_and_adamw(net, WEIGHT_DECAY, learning_rate, BETAS)
+            )
+        loader = Loader(
+            data_dir,
+            "demo",
+            weights=TEXT,
+            seed=seed,
+            batch_size=batch_size,
+            block_size=small["block_size"],
+            batches_per_step=1,
+            puzzle_format="autoregressive",
+            verify=False,
+        )
         return Contender(name, net, optimizers, learning_rate, loader)
 
     swept = {name: {} for name in families}
     if len(learning_rates) > 1:
-        for rate in learning_rates:  # one rate at a time: memory for all contenders, not for all contenders times all rates
+        for rate in (
+            learning_rates
+        ):  # one rate at a time: memory for all contenders, not for all contenders times all rates
             tried = [contender(name, rate) for name in families]
             train_together(tried, seconds / 4, device, autocast, val_batches, points=1)
             for c in tried:
                 swept[c.name][rate] = c.curve[-1][2]
-    best = {name: min(swept[name], key=lambda rate: swept[name][rate], default=learning_rates[0]) for name in families}
+    best = {
+        name: min(swept[name], key=lambda rate: swept[name][rate], default=learning_rates[0])
+        for name in families
+    }
     finalists = [contender(name, best[name]) for name in families]
     train_together(finalists, seconds, device, autocast, val_batches)
     rival = finalists[-1].curve[-1]
     rows = []
     for c in finalists:
-        shares = [None if (at := reaches(c.curve, rival[2], axis)) is None else at / rival[axis] for axis in (0, 1)]
-        rows.append({
-            "name": c.name, "params": sum(p.numel() for p in c.net.parameters()), "learning_rate": c.learning_rate, "swept": swept[c.name],
-            "tokens_per_second": c.tokens / c.seconds, "curve": c.curve, "loss": c.curve[-1][2], "seconds_share": shares[0],
-            "tokens_share": shares[1],
-        })  # fmt: skip
+        shares = [
+            None if (at := reaches(c.curve, rival[2], axis)) is None else at / rival[axis] for axis in (0, 1)
+        ]
+        rows.append(
+            {
+                "name": c.name,
+                "params": sum(p.numel() for p in c.net.parameters()),
+                "learning_rate": c.learning_rate,
+                "swept": swept[c.name],
+                "tokens_per_second": c.tokens / c.seconds,
+                "curve": c.curve,
+                "loss": c.curve[-1][2],
+                "seconds_share": shares[0],
+                "tokens_share": shares[1],
+            }
+        )
     return rows
 
 
@@ -231,12 +286,18 @@ def print_learn(rows):
     print(f"{titles}   reaches {rows[-1]['name']}'s loss at a share of its seconds, tokens")
     for row in rows:
         shares = ["never" if row[s] is None else f"{row[s]:.0%}" for s in ("seconds_share", "tokens_share")]
-        print(f"{row['name']:44s} {row['params']:10,} {row['learning_rate']:9g} {row['tokens_per_second']:8.0f} {row['curve'][-1][1]:9,} "
-              f"{row['loss']:6.3f}   {shares[0]:>7s} {shares[1]:>7s}")  # fmt: skip
+        print(
+            f"{row['name']:44s} {row['params']:10,} {row['learning_rate']:9g} {row['tokens_per_second']:8.0f} {row['curve'][-1][1]:9,} "
+            f"{row['loss']:6.3f}   {shares[0]:>7s} {shares[1]:>7s}"
+        )
     print("\nvalidation loss by share of the seconds, and what a quarter of them gave at each learning rate")
     for row in rows:
-        print(f"{row['name']:44s} " + " ".join(f"{loss:.3f}" for _, _, loss in row["curve"]) + "   "
-              + ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in row["swept"].items()))  # fmt: skip
+        print(
+            f"{row['name']:44s} "
+            + " ".join(f"{loss:.3f}" for _, _, loss in row["curve"])
+            + "   "
+            + ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in row["swept"].items())
+        )
 
 
 def plot_learn(rows, path):
@@ -247,7 +308,9 @@ def plot_learn(rows, path):
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (which, label) in zip(axes, ((0, "seconds of training"), (1, "tokens"))):
         for row in rows:
-            axis.plot([p[which] for p in row["curve"]], [p[2] for p in row["curve"]], marker=".", label=row["name"])
+            axis.plot(
+                [p[which] for p in row["curve"]], [p[2] for p in row["curve"]], marker=".", label=row["name"]
+            )
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("validation loss, nats per token")
@@ -267,8 +330,20 @@ def filled(model, context, batch):
     _, past = model.read(torch.full((batch, 1), tok.EOT, device=model.wte.weight.device))
     for i, block in enumerate(model.blocks):
         if block.kind == "a":
-            past.caches[i] = *(torch.randn(batch, block.mixer.n_kv_head, context, block.mixer.head_dim, device=model.wte.weight.device,
-                                           dtype=past.caches[i][0].dtype) for _ in range(2)), context  # fmt: skip
+            past.caches[i] = (
+                *(
+                    torch.randn(
+                        batch,
+                        block.mixer.n_kv_head,
+                        context,
+                        block.mixer.head_dim,
+                        device=model.wte.weight.device,
+                        dtype=past.caches[i][0].dtype,
+                    )
+                    for _ in range(2)
+                ),
+                context,
+            )
     past.length = context
     return past
 
@@ -281,7 +356,10 @@ def bench_decode(device, nanogpt=None, contexts=CONTEXTS, batches=(1, 8), steps=
     of the batch), cache_bytes (of the batch), ratio (of the second's ms to this one's)}.
     """
     torch.manual_seed(0)
-    models = {"route a": Model(Config(**settings)), "layer_pattern=a": Model(Config(**{**settings, "layer_pattern": "a"}))}
+    models = {
+        "route a": Model(Config(**settings)),
+        "layer_pattern=a": Model(Config(**{**settings, "layer_pattern": "a"})),
+    }
     models = {name: model.to(device).eval() for name, model in models.items()}
     rows = []
     for batch in batches:
@@ -297,43 +375,86 @@ def bench_decode(device, nanogpt=None, contexts=CONTEXTS, batches=(1, 8), steps=
                     sample(F.linear(model.read_on(token, pasts[name]), model.wte.weight), 0)
                     times[name].append(1000 * (clock(device) - start))
             ms = {name: statistics.median(t[2:]) for name, t in times.items()}
-            held = {name: batch * cache_bytes(model.config, context, model.wte.weight.element_size()) for name, model in models.items()}
+            held = {
+                name: batch * cache_bytes(model.config, context, model.wte.weight.element_size())
+                for name, model in models.items()
+            }
             del pasts
             if nanogpt is not None and batch == 1 and (device != "cpu" or context <= NANOGPT_LIMIT):
                 c, module = models["route a"].config, load_nanogpt(nanogpt)
-                shape = dict(vocab_size=tok.VOCAB_SIZE, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, dropout=0.0, bias=False)
+                shape = dict(
+                    vocab_size=tok.VOCAB_SIZE,
+                    n_layer=c.n_layer,
+                    n_head=c.n_head,
+                    n_embd=c.n_embd,
+                    dropout=0.0,
+                    bias=False,
+                )
                 gpt = quietly(module.GPT, module.GPTConfig(block_size=context + 1, **shape)).to(device).eval()
                 idx = torch.full((1, context), 17, device=device)
                 start = clock(device)
                 gpt.generate(idx, 1, top_k=1)
                 ms["nanogpt"], held["nanogpt"] = 1000 * (clock(device) - start), 0
             for name in ms:
-                rows.append({"context": context, "batch": batch, "name": name, "ms": ms[name], "cache_bytes": held[name],
-                             "ratio": ms["layer_pattern=a"] / ms[name]})  # fmt: skip
+                rows.append(
+                    {
+                        "context": context,
+                        "batch": batch,
+                        "name": name,
+                        "ms": ms[name],
+                        "cache_bytes": held[name],
+                        "ratio": ms["layer_pattern=a"] / ms[name],
+                    }
+                )
     return rows
 
 
 def print_decode(rows):
-    print(f"{'context':>8s} {'batch':>5s} {'':18s} {'ms per step':>11s} {'MB of cache':>11s} {'times as fast as layer_pattern=a':>32s}")
+    print(
+        f"{'context':>8s} {'batch':>5s} {'':18s} {'ms per step':>11s} {'MB of cache':>11s} {'times as fast as layer_pattern=a':>32s}"
+    )
     for row in rows:
         held = row["cache_bytes"] / 1e6
-        print(f"{row['context']:8,} {row['batch']:5} {row['name']:18s} {row['ms']:11.1f} {held:11.1f} {row['ratio']:32.2f}")
+        print(
+            f"{row['context']:8,} {row['batch']:5} {row['name']:18s} {row['ms']:11.1f} {held:11.1f} {row['ratio']:32.2f}"
+        )
 
 
 def main(argv):
     parser = argparse.ArgumentParser(
-        prog="python -m bench.models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+        prog="python -m bench.models",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.error = lambda message: sys.exit(f"error: {message}; see python -m bench.models --help")
     parser.add_argument("what", choices=["decode", "learn"])
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--nanogpt", metavar="PATH", help="a checkout of github.com/karpathy/nanoGPT to compare with")
+    parser.add_argument(
+        "--nanogpt", metavar="PATH", help="a checkout of github.com/karpathy/nanoGPT to compare with"
+    )
     if argv[:1] == ["learn"]:
-        parser.add_argument("--variant", metavar="SETTINGS", action="append", default=[],
-                            help="Route A with other settings as well, such as layer_pattern=a,optimizer=adamw; may be given again")
-        parser.add_argument("--seconds", type=float, default=240.0, help="training time for each contender (default 240)")
-        parser.add_argument("--learning_rates", metavar="LIST", default="1e-3,3e-3,1e-2,3e-2",
-                            help="tried for a quarter of the seconds each; a single one is just taken (default %(default)s)")
-        parser.add_argument("--plot", metavar="PNG", default="out/bench_learn.png", help="the picture (default out/bench_learn.png)")
+        parser.add_argument(
+            "--variant",
+            metavar="SETTINGS",
+            action="append",
+            default=[],
+            help="Route A with other settings as well, such as layer_pattern=a,optimizer=adamw; may be given again",
+        )
+        parser.add_argument(
+            "--seconds", type=float, default=240.0, help="training time for each contender (default 240)"
+        )
+        parser.add_argument(
+            "--learning_rates",
+            metavar="LIST",
+            default="1e-3,3e-3,1e-2,3e-2",
+            help="tried for a quarter of the seconds each; a single one is just taken (default %(default)s)",
+        )
+        parser.add_argument(
+            "--plot",
+            metavar="PNG",
+            default="out/bench_learn.png",
+            help="the picture (default out/bench_learn.png)",
+        )
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)

@@ -53,12 +53,18 @@ def prepare_text(megabytes, folder):
             break
     sentences, prose = sorted(sentences), []
     while size < megabytes * 1e6:
-        prose.append("\n\n".join(" ".join(draw.choices(sentences, k=draw.randint(3, 8))) for _ in range(draw.randint(2, 9))))
+        prose.append(
+            "\n\n".join(
+                " ".join(draw.choices(sentences, k=draw.randint(3, 8))) for _ in range(draw.randint(2, 9))
+            )
+        )
         size += len(prose[-1].encode())
     for name, column, texts in (("fineweb_edu", "text", prose), ("codeparrot", "content", code)):
         (folder / name).mkdir(parents=True)
         for i in range(2):  # a file for each process
-            pq.write_table(pa.table({column: texts[i::2]}), folder / name / f"{i}.parquet", row_group_size=500)
+            pq.write_table(
+                pa.table({column: texts[i::2]}), folder / name / f"{i}.parquet", row_group_size=500
+            )
     return size
 
 
@@ -73,15 +79,21 @@ def nanogpt_way(folder, out, num_proc):
 
     parts = []
     for source in sorted(folder.iterdir()):
-        part = datasets.Dataset.from_parquet([str(p) for p in sorted(source.glob("*.parquet"))], cache_dir=str(out))
-        parts.append(part if "text" in part.column_names else part.rename_column(part.column_names[0], "text"))
+        part = datasets.Dataset.from_parquet(
+            [str(p) for p in sorted(source.glob("*.parquet"))], cache_dir=str(out)
+        )
+        parts.append(
+            part if "text" in part.column_names else part.rename_column(part.column_names[0], "text")
+        )
     data = datasets.concatenate_datasets(parts)
     start = time.perf_counter()
     done = data.map(tokenize, remove_columns=["text"], num_proc=num_proc, load_from_cache_file=False)
     tokens = np.memmap(out / "train.bin", np.uint16, "w+", shape=(int(np.sum(done["len"], dtype=np.uint64)),))
     batches, at = min(1024, len(done)), 0
     for i in range(batches):
-        ids = np.concatenate(done.shard(num_shards=batches, index=i, contiguous=True).with_format("numpy")["ids"])
+        ids = np.concatenate(
+            done.shard(num_shards=batches, index=i, contiguous=True).with_format("numpy")["ids"]
+        )
         tokens[at : at + len(ids)] = ids
         at += len(ids)
     tokens.flush()
@@ -92,7 +104,9 @@ def tokenize_files(paths, out):
     """Tokenising as units.py does it, and nothing else: parquet in, a file of tokens out."""
     with open(out, "wb") as f:
         for path in paths:
-            documents = [units.tokenise([row.get("text") or row["content"]]) for row in sources.read_file(path)]
+            documents = [
+                units.tokenise([row.get("text") or row["content"]]) for row in sources.read_file(path)
+            ]
             np.concatenate(documents).tofile(f)
 
 
@@ -103,11 +117,23 @@ def bench_prepare(num_proc=2):
         folder = Path(folder)
         megabytes = prepare_text(PREPARE_MB, folder / "text") / 1e6
         (folder / "nano").mkdir()
-        seconds = {"nanoGPT's way: datasets.map, tiktoken, memmap": nanogpt_way(folder / "text", folder / "nano", num_proc)}
+        seconds = {
+            "nanoGPT's way: datasets.map, tiktoken, memmap": nanogpt_way(
+                folder / "text", folder / "nano", num_proc
+            )
+        }
 
-        files = [[p for f in sorted((folder / "text").iterdir()) for p in [sorted(f.glob("*.parquet"))[i]]] for i in range(2)]
+        files = [
+            [p for f in sorted((folder / "text").iterdir()) for p in [sorted(f.glob("*.parquet"))[i]]]
+            for i in range(2)
+        ]
         start = time.perf_counter()
-        jobs = [multiprocessing.get_context("fork").Process(target=tokenize_files, args=(files[i], folder / f"{i}.bin")) for i in range(2)]
+        jobs = [
+            multiprocessing.get_context("fork").Process(
+                target=tokenize_files, args=(files[i], folder / f"{i}.bin")
+            )
+            for i in range(2)
+        ]
         for batch in [jobs] if num_proc > 1 else [[job] for job in jobs]:
             for job in batch:
                 job.start()
@@ -116,36 +142,65 @@ def bench_prepare(num_proc=2):
         seconds["tokenising alone"] = time.perf_counter() - start
 
         c = SimpleNamespace(**configurator.settings(vars(prepare)))
-        c.data_dir, c.source_dir, c.sources = str(folder / "data"), str(folder / "text"), "fineweb_edu,codeparrot"
+        c.data_dir, c.source_dir, c.sources = (
+            str(folder / "data"),
+            str(folder / "text"),
+            "fineweb_edu,codeparrot",
+        )
         c.limit_mb, c.num_proc = 10 * megabytes, num_proc  # more than there is: all of it is read
         data = folder / "data"
         tokens, found, notes = pipeline.plan(c, data, "stage1")
         with workers.local_workers(num_proc) as run:
             evaluations = pipeline.gather_evaluations(c, data, found, notes)
             if num_proc > 1:
-                run([{"first": 0, "last": -1, "source": "", "folder": ""}] * num_proc, print)  # the processes start before the clock does
+                run(
+                    [{"first": 0, "last": -1, "source": "", "folder": ""}] * num_proc, print
+                )  # the processes start before the clock does
             start = time.perf_counter()
             with contextlib.redirect_stdout(sys.stderr):  # what it has to say is not part of the report
-                pipeline.build_with_workers(c, data, "stage1", tokens, found, evaluations, {"inputs": {}, "notes": notes}, run)
+                pipeline.build_with_workers(
+                    c, data, "stage1", tokens, found, evaluations, {"inputs": {}, "notes": notes}, run
+                )
             seconds["all of it: read, filter, tokenise, deduplicate, write"] = time.perf_counter() - start
     base, *_ = seconds.values()
-    rows = [{"what": what, "mb_per_second": megabytes / s, "per_core": megabytes / s / num_proc, "ratio": base / s}
-            for what, s in seconds.items()]  # fmt: skip
+    rows = [
+        {
+            "what": what,
+            "mb_per_second": megabytes / s,
+            "per_core": megabytes / s / num_proc,
+            "ratio": base / s,
+        }
+        for what, s in seconds.items()
+    ]
     hours = STAGE_GB * 1e3 / (rows[-1]["per_core"] * STAGE_CORES) / 3600
-    return {"megabytes": megabytes, "processes": num_proc, "rows": rows, f"hours_for_{STAGE_GB}_gb_on_{STAGE_CORES}_cores": hours}
+    return {
+        "megabytes": megabytes,
+        "processes": num_proc,
+        "rows": rows,
+        f"hours_for_{STAGE_GB}_gb_on_{STAGE_CORES}_cores": hours,
+    }
 
 
 def show_prepare(report):
-    print(f"{report['megabytes']:.1f} MB of text, {report['processes']} processes; ratio: speed over nanoGPT's way")
+    print(
+        f"{report['megabytes']:.1f} MB of text, {report['processes']} processes; ratio: speed over nanoGPT's way"
+    )
     for r in report["rows"]:
-        print(f"{r['what']:56s} {r['mb_per_second']:7.2f} MB/s {r['per_core']:7.2f} MB/s per core {r['ratio']:6.2f}")
+        print(
+            f"{r['what']:56s} {r['mb_per_second']:7.2f} MB/s {r['per_core']:7.2f} MB/s per core {r['ratio']:6.2f}"
+        )
     hours = report[f"hours_for_{STAGE_GB}_gb_on_{STAGE_CORES}_cores"]
-    print(f"{STAGE_GB} GB of text on {STAGE_CORES} cores like these: {hours:.1f} hours, if the network keeps up")
+    print(
+        f"{STAGE_GB} GB of text on {STAGE_CORES} cores like these: {hours:.1f} hours, if the network keeps up"
+    )
 
 
 def main(argv):
     parser = argparse.ArgumentParser(
-        prog="python -m bench.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+        prog="python -m bench.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args(argv)
     report = bench_prepare()

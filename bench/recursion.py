@@ -59,8 +59,14 @@ def draw(task, rng, train=True):
     """
     kind, *numbers = task.split("-")
     known = len(numbers) > 0 if kind in ("sudoku4", "sudoku9", "maze") else kind in ("turn", "transforms")
-    if not known or not all(n.isdigit() for n in numbers) or (kind == "turn" and not all(1 <= int(n) <= 8 for n in numbers)):
-        raise ValueError(f"--task={task}: there are sudoku4-BLANKS, sudoku9-BLANKS, maze-SIDE, turn, turn-WAYS (up to 8) and transforms")
+    if (
+        not known
+        or not all(n.isdigit() for n in numbers)
+        or (kind == "turn" and not all(1 <= int(n) <= 8 for n in numbers))
+    ):
+        raise ValueError(
+            f"--task={task}: there are sudoku4-BLANKS, sudoku9-BLANKS, maze-SIDE, turn, turn-WAYS (up to 8) and transforms"
+        )
     numbers = [int(n) for n in numbers]
     n = numbers and (int(rng.integers(numbers[0], numbers[-1] + 1)) if train else numbers[-1])
     if kind == "maze":
@@ -100,7 +106,9 @@ class Puzzles:
     def next_batch(self):
         while True:
             task = self.pool[self.rng.integers(len(self.pool))] if self.pool else self.draw()
-            row = loader.puzzle_row(arc.encode(task.kind, [*task.train, *task.test]), self.puzzle_format, "none")
+            row = loader.puzzle_row(
+                arc.encode(task.kind, [*task.train, *task.test]), self.puzzle_format, "none"
+            )
             length = loader.bucket_length(len(row[0]))
             rows = self.waiting.setdefault(length, [])
             rows.append(row)
@@ -159,12 +167,17 @@ def loss_of(net, idx, targets, carry):
 
 def hidden(tasks):
     """The tasks without their answers."""
-    return [arc.Task(t.id, t.kind, t.train, [(x, np.zeros((1, 1), np.uint8)) for x, _ in t.test]) for t in tasks]
+    return [
+        arc.Task(t.id, t.kind, t.train, [(x, np.zeros((1, 1), np.uint8)) for x, _ in t.test]) for t in tasks
+    ]
 
 
 def solved(net, tasks):
     """How many of the tasks the model answers exactly, first answers only."""
-    return sum(bool(a[0]) and np.array_equal(a[0][0][0], t.test[0][1]) for a, t in zip(net.answer(hidden(tasks)), tasks))
+    return sum(
+        bool(a[0]) and np.array_equal(a[0][0][0], t.test[0][1])
+        for a, t in zip(net.answer(hidden(tasks)), tasks)
+    )
 
 
 def right_by_steps(net, tasks, n_sup):
@@ -174,11 +187,15 @@ def right_by_steps(net, tasks, n_sup):
     """
     traces = [a[0] for a in net.answer(hidden(tasks), n_sup=n_sup, trace=True)]
     answers = [[surest(trace[: n + 1]) for n in range(n_sup)] for trace in traces]
-    right = [[bool(a) and np.array_equal(a[0][0], t.test[0][1]) for a in steps] for t, steps in zip(tasks, answers)]
+    right = [
+        [bool(a) and np.array_equal(a[0][0], t.test[0][1]) for a in steps] for t, steps in zip(tasks, answers)
+    ]
     return np.array(right), np.array([[p for _, p in trace] for trace in traces])
 
 
-def train(net, batches, tasks, flops, learning_rate, optimizer="adamw", carry_turns=1, points=8, progress=None):
+def train(
+    net, batches, tasks, flops, learning_rate, optimizer="adamw", carry_turns=1, points=8, progress=None
+):
     """
     Train on `batches` until `flops` have been spent. carry_turns: a puzzle of Route B takes a supervision step every so many steps, so that
     a batch of eight rows does not show the same ones on end. -> (curve, average weights): curve has {flops, seconds (of the processor),
@@ -219,8 +236,17 @@ def train(net, batches, tasks, flops, learning_rate, optimizer="adamw", carry_tu
         if spent >= flops * (len(curve) + 1) / points or spent >= flops:
             own = {k: v.detach().clone() for k, v in net.state_dict().items()}
             net.eval().load_state_dict(average)
-            curve.append({"flops": spent, "seconds": round(seconds, 1), "steps": steps, "puzzles": seen, "solved": solved(net, tasks),
-                          "loss": round(float(np.mean(recent)), 4), "gradient": round(largest, 2)})  # fmt: skip
+            curve.append(
+                {
+                    "flops": spent,
+                    "seconds": round(seconds, 1),
+                    "steps": steps,
+                    "puzzles": seen,
+                    "solved": solved(net, tasks),
+                    "loss": round(float(np.mean(recent)), 4),
+                    "gradient": round(largest, 2),
+                }
+            )
             net.load_state_dict(own)
             recent, largest = [], 0.0
             print(json.dumps(curve[-1]), file=sys.stderr, flush=True)
@@ -238,9 +264,21 @@ def learn(args):
         params = params or net.num_params()
         batches = Puzzles(args.task, net.puzzle_format, args.tokens, args.seed, avoid, args.pool)
         with tqdm(total=round(args.gflops), unit="GFLOP", desc=name, leave=False, disable=None) as progress:
-            curve, average = train(net, batches, tasks, args.gflops * 1e9, **recipe, points=args.points, progress=progress)
-        row = {"name": name, "contender": text, "task": args.task, "pool": args.pool, "seed": args.seed, "n": args.n,
-               "test_seed": args.test_seed, "params": net.num_params(), **recipe, "curve": curve}
+            curve, average = train(
+                net, batches, tasks, args.gflops * 1e9, **recipe, points=args.points, progress=progress
+            )
+        row = {
+            "name": name,
+            "contender": text,
+            "task": args.task,
+            "pool": args.pool,
+            "seed": args.seed,
+            "n": args.n,
+            "test_seed": args.test_seed,
+            "params": net.num_params(),
+            **recipe,
+            "curve": curve,
+        }
         net.eval().load_state_dict(average)
         if net.puzzle_format == "canvas" and net.config.n_sup > 1:
             right, _ = right_by_steps(net, tasks, 32)
@@ -248,13 +286,26 @@ def learn(args):
         rows.append(row)
         with open(args.out, "a") as f:
             f.write(json.dumps(row) + "\n")
-        print(f"{name}: {row['params']:,} parameters, {curve[-1]['steps']} steps, {curve[-1]['puzzles']:,} puzzles, "
-              f"{curve[-1]['seconds']:.0f} s, solved {' '.join(str(p['solved']) for p in curve)} of {args.n}"
-              + (f", by supervision steps {row['solved_by_n_sup']}" if "solved_by_n_sup" in row else ""), flush=True)  # fmt: skip
+        print(
+            f"{name}: {row['params']:,} parameters, {curve[-1]['steps']} steps, {curve[-1]['puzzles']:,} puzzles, "
+            f"{curve[-1]['seconds']:.0f} s, solved {' '.join(str(p['solved']) for p in curve)} of {args.n}"
+            + (f", by supervision steps {row['solved_by_n_sup']}" if "solved_by_n_sup" in row else ""),
+            flush=True,
+        )
         if args.save:
-            checkpoint.save({"format": checkpoint.CHECKPOINT_FORMAT, "model": text.partition(":")[2].split(",")[0],
-                             "model_config": dict(vars(net.config)), "weights": average, "ema": None, "tokenizer": tok.fingerprint(),
-                             "config": None, "train": {}}, f"{args.save}{len(rows)}.pt")  # fmt: skip
+            checkpoint.save(
+                {
+                    "format": checkpoint.CHECKPOINT_FORMAT,
+                    "model": text.partition(":")[2].split(",")[0],
+                    "model_config": dict(vars(net.config)),
+                    "weights": average,
+                    "ema": None,
+                    "tokenizer": tok.fingerprint(),
+                    "config": None,
+                    "train": {},
+                },
+                f"{args.save}{len(rows)}.pt",
+            )
 
 
 def draw_learning(paths, png):
@@ -266,9 +317,18 @@ def draw_learning(paths, png):
     with saved_figure(png, 1, len(tasks)) as axes:
         for axis, task in zip(axes, tasks):
             for row in (r for r in rows if r["task"] == task):
-                x, y = [p["flops"] / 1e12 for p in row["curve"]], [100 * p["solved"] / row["n"] for p in row["curve"]]
-                axis.plot([0, *x], [0, *y], marker=".", color=f"C{names.index(row['name'])}", label=f"{row['name']}, seed {row['seed']}",
-                          linestyle=("-", "--", ":", "-.")[seeds.index(row["seed"]) % 4])  # fmt: skip
+                x, y = (
+                    [p["flops"] / 1e12 for p in row["curve"]],
+                    [100 * p["solved"] / row["n"] for p in row["curve"]],
+                )
+                axis.plot(
+                    [0, *x],
+                    [0, *y],
+                    marker=".",
+                    color=f"C{names.index(row['name'])}",
+                    label=f"{row['name']}, seed {row['seed']}",
+                    linestyle=("-", "--", ":", "-.")[seeds.index(row["seed"]) % 4],
+                )
             axis.set(title=task, xlabel="training TFLOP", ylabel="solved exactly, %", ylim=(-2, 102))
             axis.legend()
 
@@ -325,7 +385,9 @@ def follow(net, idx, targets, n_sup, dtype=torch.float32, scale=1.0):
         (scale * loss).backward()
         total = torch.stack([p.grad.float().norm() for p in net.parameters()]).norm().item() / scale
         net.zero_grad(set_to_none=True)
-        steps.append({"size": sizes.copy(), "largest": largest.copy(), "passed_back": back[::-1], "gradient": total})
+        steps.append(
+            {"size": sizes.copy(), "largest": largest.copy(), "passed_back": back[::-1], "gradient": total}
+        )
     handle.remove()
     net.config.n_sup, net.config.halt_exploration = before
     return steps
@@ -336,7 +398,11 @@ def bounds(args):
     tasks = puzzles.heldout(args.suite, args.rows)
     rows = [loader.puzzle_row(arc.encode(t.kind, [*t.train, *t.test]), "canvas", "none") for t in tasks]
     idx, targets = loader.pad_rows(rows, loader.bucket_length(max(len(x) for x, _ in rows)))
-    net = checkpoint.load_model(args.checkpoint)[0] if args.checkpoint else make_contender(f"B:trm,{args.settings}", None, 1)[1]
+    net = (
+        checkpoint.load_model(args.checkpoint)[0]
+        if args.checkpoint
+        else make_contender(f"B:trm,{args.settings}", None, 1)[1]
+    )
     kind = {"dtype": getattr(torch, args.dtype), "scale": args.scale}
     found = {"as it is": follow(net, idx, targets, args.n_sup, **kind)}
     if not args.checkpoint:
@@ -345,14 +411,18 @@ def bounds(args):
                 if name.endswith(("o_proj.weight", "down_proj.weight")):
                     p *= (net.config.n_layer / 2) ** 0.5
         found["branches at full size"] = follow(net, idx, targets, args.n_sup, **kind)
-    print(f"{net.num_params() / 1e6:.1f}M parameters, {net.config.n_layer} layers, {len(idx)} rows of {idx.shape[1]}, {args.dtype}, "
-          f"{args.n_sup} supervision steps of {net.passes('puzzle')[0]} passes, {net.passes('puzzle')[1]} with gradient")  # fmt: skip
+    print(
+        f"{net.num_params() / 1e6:.1f}M parameters, {net.config.n_layer} layers, {len(idx)} rows of {idx.shape[1]}, {args.dtype}, "
+        f"{args.n_sup} supervision steps of {net.passes('puzzle')[0]} passes, {net.passes('puzzle')[1]} with gradient"
+    )
     for what, steps in found.items():
         sizes, largest = ([x for s in steps for x in s[k]] for k in ("size", "largest"))
         growth = [s["passed_back"][0] / s["passed_back"][-1] for s in steps]
-        print(f"{what}: vectors have size {min(sizes):.2f} to {max(sizes):.2f}, no number is beyond {max(largest):.1f}; the gradient is "
-              f"{min(s['gradient'] for s in steps):.3g} to {max(s['gradient'] for s in steps):.3g}, at the first pass with gradient "
-              f"{min(growth):.2g} to {max(growth):.2g} times what it is at the last")  # fmt: skip
+        print(
+            f"{what}: vectors have size {min(sizes):.2f} to {max(sizes):.2f}, no number is beyond {max(largest):.1f}; the gradient is "
+            f"{min(s['gradient'] for s in steps):.3g} to {max(s['gradient'] for s in steps):.3g}, at the first pass with gradient "
+            f"{min(growth):.2g} to {max(growth):.2g} times what it is at the last"
+        )
     with saved_figure(args.png, 1, 2) as (left, right):
         for what, steps in found.items():
             left.plot([x for s in steps for x in s["size"]], lw=1, label=f"{what}: size")
@@ -360,9 +430,15 @@ def bounds(args):
             n = len(steps[0]["passed_back"])
             for i, s in enumerate(steps):
                 shade = {"color": f"C{list(found).index(what)}", "alpha": 0.3 + 0.7 * i / len(steps)}
-                right.plot(range(1, n + 1), s["passed_back"], **shade, label=what if i == len(steps) - 1 else None)
+                right.plot(
+                    range(1, n + 1), s["passed_back"], **shade, label=what if i == len(steps) - 1 else None
+                )
         left.set(xlabel="pass through the core", yscale="log", title="what comes out of a pass")
-        right.set(xlabel="pass with gradient, first to last", yscale="log", title="gradient at its output, a line per supervision step")
+        right.set(
+            xlabel="pass with gradient, first to last",
+            yscale="log",
+            title="gradient at its output, a line per supervision step",
+        )
         left.legend()
         right.legend()
 
@@ -379,7 +455,9 @@ def halting(args):
     net, _ = checkpoint.load_model(args.checkpoint)
     if net.puzzle_format != "canvas":
         raise ValueError(f"{args.checkpoint} is of Route A, which takes no supervision steps")
-    tasks = puzzles.heldout(args.suite, args.n) if args.suite in puzzles.SUITES else unseen(args.suite, args.n)[0]
+    tasks = (
+        puzzles.heldout(args.suite, args.n) if args.suite in puzzles.SUITES else unseen(args.suite, args.n)[0]
+    )
     right, p = right_by_steps(net, tasks, args.n_sup)
     fixed = [(n, 100 * right[:, n - 1].mean()) for n in range(1, args.n_sup + 1)]
     early = []
@@ -396,7 +474,9 @@ def halting(args):
     with saved_figure(args.png, 1, 1) as (axis,):
         axis.plot(*zip(*fixed), marker=".", label="as many steps for all")
         axis.plot(*zip(*early), marker="o", ls="--", label="until it believes its answer")
-        axis.set(xlabel="supervision steps, on average", ylabel="solved exactly, %", xscale="log", title=args.suite)
+        axis.set(
+            xlabel="supervision steps, on average", ylabel="solved exactly, %", xscale="log", title=args.suite
+        )
         axis.legend()
 
 
@@ -406,7 +486,10 @@ def halting(args):
 
 def core(args):
     """Seconds per training step of Route B with each layer pattern, equal parameters, by sequence length: medians, in turns."""
-    print(f"{'':8s} {'parameters':>10s} " + " ".join(f"{f'{T} x {max(1, args.tokens // T)} rows':>18s}" for T in args.lengths))
+    print(
+        f"{'':8s} {'parameters':>10s} "
+        + " ".join(f"{f'{T} x {max(1, args.tokens // T)} rows':>18s}" for T in args.lengths)
+    )
     params, nets = None, {}
     for pattern in args.patterns:
         nets[pattern] = make_contender(f"x:trm,layer_pattern={pattern},{args.settings}", params, 1)[1].train()
@@ -432,23 +515,38 @@ def core(args):
 
 def main(argv):
     parser = argparse.ArgumentParser(
-        prog="python -m bench.recursion", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+        prog="python -m bench.recursion",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.error = lambda message: sys.exit(f"error: {message}; see python -m bench.recursion --help")
     commands = parser.add_subparsers(dest="what", required=True)
     p = commands.add_parser("learn", help="contenders on one task, equal parameters and training FLOPs")
     p.add_argument("--task", default="sudoku4-8")
     p.add_argument("--contender", action="append", required=True, metavar="NAME:MODEL,SETTING=VALUE")
-    p.add_argument("--pool", type=int, metavar="N", help="train on the same N puzzles again and again (default: always fresh ones)")
+    p.add_argument(
+        "--pool",
+        type=int,
+        metavar="N",
+        help="train on the same N puzzles again and again (default: always fresh ones)",
+    )
     p.add_argument("--gflops", type=float, default=4000, help="of training, for each (default 4000)")
     p.add_argument("--tokens", type=int, default=2048, help="per step")
     p.add_argument("--learning_rate", type=float, default=2e-3)
     p.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     p.add_argument("--n", type=int, default=100, help="held-out puzzles")
-    p.add_argument("--test_seed", type=int, default=31337, help="draws them: a recipe chosen on some must prove itself on others")
+    p.add_argument(
+        "--test_seed",
+        type=int,
+        default=31337,
+        help="draws them: a recipe chosen on some must prove itself on others",
+    )
     p.add_argument("--points", type=int, default=8, help="of the curve")
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--out", default="out/recursion/learn.jsonl")
-    p.add_argument("--save", metavar="PREFIX", help="keep the averaged weights of contender 1, 2, ... as PREFIX1.pt, ...")
+    p.add_argument(
+        "--save", metavar="PREFIX", help="keep the averaged weights of contender 1, 2, ... as PREFIX1.pt, ..."
+    )
     p.set_defaults(run=learn)
     p = commands.add_parser("draw", help="a picture of what learn has written")
     p.add_argument("jsonl", nargs="+")
@@ -456,7 +554,9 @@ def main(argv):
     p.set_defaults(run=lambda args: draw_learning(args.jsonl, args.png))
     p = commands.add_parser("bounds", help="sizes of vectors and gradients, pass by pass")
     p.add_argument("checkpoint", nargs="?", help="a trained model; without, a fresh one of --settings")
-    p.add_argument("--settings", default="n_layer=8,n_head=12,n_embd=768,n_ff=2208", help="default: the 100M model")
+    p.add_argument(
+        "--settings", default="n_layer=8,n_head=12,n_embd=768,n_ff=2208", help="default: the 100M model"
+    )
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     p.add_argument("--scale", type=float, default=1.0, help="of the loss, as in float16 training")
     p.add_argument("--suite", default="sudoku4", choices=puzzles.SUITES)
@@ -464,7 +564,9 @@ def main(argv):
     p.add_argument("--n_sup", type=int, default=16)
     p.add_argument("--png", default="out/recursion/bounds.png")
     p.set_defaults(run=bounds)
-    p = commands.add_parser("halting", help="accuracy against the average number of steps, from one checkpoint")
+    p = commands.add_parser(
+        "halting", help="accuracy against the average number of steps, from one checkpoint"
+    )
     p.add_argument("checkpoint", metavar="CKPT")
     p.add_argument("--suite", default="sudoku4", help="a suite of puzzles.py, or a --task of learn")
     p.add_argument("--n", type=int, default=100)

@@ -34,7 +34,12 @@ from smol.loader import BUCKETS
 from smol.muon import muon_and_adamw
 
 TRAIN_LENGTHS = (1024, 4096, 8192)
-SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 256, "n_ff": 688}  # on a CPU: 16M parameters, and a table before lunch
+SMALL = {
+    "n_layer": 4,
+    "n_head": 4,
+    "n_embd": 256,
+    "n_ff": 688,
+}  # on a CPU: 16M parameters, and a table before lunch
 
 
 def one_step(spec):
@@ -45,7 +50,9 @@ def one_step(spec):
     """
     device, rows, T = spec["device"], spec["rows"], spec["T"]
     torch.manual_seed(0)
-    if device == "cpu":  # no more than there is: a computer that swaps measures nothing, and one that is out of memory kills
+    if (
+        device == "cpu"
+    ):  # no more than there is: a computer that swaps measures nothing, and one that is out of memory kills
         pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         with open("/proc/self/statm") as f:
             taken = int(f.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
@@ -56,11 +63,18 @@ def one_step(spec):
         sys.modules["nanogpt"] = nanogpt
         found.loader.exec_module(nanogpt)
         shape = {k: v for k, v in spec["settings"].items() if k in ("n_layer", "n_head", "n_embd")}
-        net = nanogpt.GPT(nanogpt.GPTConfig(block_size=T, vocab_size=tok.VOCAB_SIZE, dropout=0.0, bias=False, **shape))
+        net = nanogpt.GPT(
+            nanogpt.GPTConfig(block_size=T, vocab_size=tok.VOCAB_SIZE, dropout=0.0, bias=False, **shape)
+        )
         matrices = [p for p in net.parameters() if p.ndim == 2]
-        flops = 6 * sum(p.numel() for p in matrices if p is not net.transformer.wpe.weight) + 6 * shape["n_layer"] * shape["n_embd"] * T
+        flops = (
+            6 * sum(p.numel() for p in matrices if p is not net.transformer.wpe.weight)
+            + 6 * shape["n_layer"] * shape["n_embd"] * T
+        )
     else:
-        net = checkpoint.make_model(spec["model"], {**spec["settings"], "block_size": T, "recompute": spec.get("recompute")})
+        net = checkpoint.make_model(
+            spec["model"], {**spec["settings"], "block_size": T, "recompute": spec.get("recompute")}
+        )
         flops = net.flops_per_token(T, training=True)
     net.to(device).train()
     now = time.perf_counter
@@ -82,7 +96,11 @@ def one_step(spec):
 
     def step():
         for _ in range(spec.get("batches", 1)):
-            with torch.autocast(device, dtype=getattr(torch, spec["dtype"])) if half else contextlib.nullcontext():
+            with (
+                torch.autocast(device, dtype=getattr(torch, spec["dtype"]))
+                if half
+                else contextlib.nullcontext()
+            ):
                 loss = net(idx, targets)[1]
             scaler.scale(loss).backward()
         for o in optimizers:
@@ -104,17 +122,28 @@ def one_step(spec):
         times.append(now() - start)
     seconds = statistics.median(times[1:])
     rate, peak = rows * T * spec.get("batches", 1) / seconds, hardware.peak_flops(hardware.name(device))
-    return {"tokens_per_second": rate, "ms": 1000 * seconds, "memory_gb": hardware.peak_memory(device) / 1e9,
-            "mfu": rate * flops / peak if peak else None, "params": sum(p.numel() for p in net.parameters())}  # fmt: skip
+    return {
+        "tokens_per_second": rate,
+        "ms": 1000 * seconds,
+        "memory_gb": hardware.peak_memory(device) / 1e9,
+        "mfu": rate * flops / peak if peak else None,
+        "params": sum(p.numel() for p in net.parameters()),
+    }
 
 
 def apart(spec):
     """one_step in a process of its own; None if its memory does not suffice. ValueError, with its last line, if it fails otherwise."""
-    run = subprocess.run([sys.executable, "-m", "bench.train", "step", json.dumps(spec)], capture_output=True, text=True,
-                         cwd=ROOT)  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-m", "bench.train", "step", json.dumps(spec)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     if run.returncode == 0:
         return json.loads(run.stdout.splitlines()[-1])
-    if run.returncode == OUT_OF_MEMORY or run.returncode == -9:  # -9: by the system, before Python could say so
+    if (
+        run.returncode == OUT_OF_MEMORY or run.returncode == -9
+    ):  # -9: by the system, before Python could say so
         return None
     raise ValueError((run.stderr.strip().splitlines() or [f"it ended with {run.returncode}"])[-1])
 
@@ -145,12 +174,20 @@ def bench_train(args):
     """Rows of {what, T, rows, tokens_per_second, ms, memory_gb, mfu, params, ratio}; ratio: tokens per second over the plain GPT's."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = SMALL if args.size == "small" or (args.size == "auto" and device == "cpu") else {}
-    contestants = [("plain GPT", {"model": "dense", "settings": same_size_gpt(settings)}),
-                   ("Route A", {"model": "dense", "settings": settings}), ("Route B", {"model": "trm", "settings": settings})]  # fmt: skip
+    contestants = [
+        ("plain GPT", {"model": "dense", "settings": same_size_gpt(settings)}),
+        ("Route A", {"model": "dense", "settings": settings}),
+        ("Route B", {"model": "trm", "settings": settings}),
+    ]
     if args.nanogpt:
         shape = vars(checkpoint.make_model("dense", settings).config)
         contestants.append(("nanoGPT", {"model": "nanogpt", "path": args.nanogpt, "settings": shape}))
-    common = {"device": device, "dtype": hardware.pick_dtype("auto", device), "steps": args.steps, "compile": args.compile}
+    common = {
+        "device": device,
+        "dtype": hardware.pick_dtype("auto", device),
+        "steps": args.steps,
+        "compile": args.compile,
+    }
     rows = []
     for T in args.lengths:
         found = {}  # every contestant twice, in turns and back again: a machine that slows down does so for all. The better one counts
@@ -159,23 +196,42 @@ def bench_train(args):
             if figures and figures["ms"] < found.get(what, {"ms": float("inf")})["ms"]:
                 found[what] = figures
         for what, _ in contestants:
-            rows.append({"what": what, "T": T, "rows": max(1, args.tokens // T), **found.get(what, {"failed": "out of memory"})})
+            rows.append(
+                {
+                    "what": what,
+                    "T": T,
+                    "rows": max(1, args.tokens // T),
+                    **found.get(what, {"failed": "out of memory"}),
+                }
+            )
             if what in found and "plain GPT" in found:
                 rows[-1]["ratio"] = found[what]["tokens_per_second"] / found["plain GPT"]["tokens_per_second"]
-    machine = {"device": hardware.name(device), "torch": torch.__version__, "dtype": common["dtype"], "compile": args.compile,
-               "threads": torch.get_num_threads() if device == "cpu" else None}  # fmt: skip
+    machine = {
+        "device": hardware.name(device),
+        "torch": torch.__version__,
+        "dtype": common["dtype"],
+        "compile": args.compile,
+        "threads": torch.get_num_threads() if device == "cpu" else None,
+    }
     if args.json:
         print(json.dumps({**machine, "rows": rows}, indent=2))
         return
-    print(", ".join(f"{k} {v}" for k, v in machine.items()) + "; a step is forward, backward, clipping and AdamW on one batch of text")
-    print(f"{'':10s} {'T':>6s} {'rows':>5s} {'params':>8s} {'ms':>9s} {'tokens/s':>10s} {'ratio':>6s} {'GB':>6s} {'MFU':>6s}")
+    print(
+        ", ".join(f"{k} {v}" for k, v in machine.items())
+        + "; a step is forward, backward, clipping and AdamW on one batch of text"
+    )
+    print(
+        f"{'':10s} {'T':>6s} {'rows':>5s} {'params':>8s} {'ms':>9s} {'tokens/s':>10s} {'ratio':>6s} {'GB':>6s} {'MFU':>6s}"
+    )
     for r in rows:
         if "failed" in r:
             print(f"{r['what']:10s} {r['T']:6d} {r['rows']:5d}   {r['failed']}")
             continue
         ratio, mfu = (f"{r['ratio']:6.2f}" if "ratio" in r else ""), (f"{r['mfu']:6.1%}" if r["mfu"] else "-")
-        print(f"{r['what']:10s} {r['T']:6d} {r['rows']:5d} {r['params'] / 1e6:7.1f}M {r['ms']:9.1f} {r['tokens_per_second']:10,.0f} "
-              f"{ratio:>6s} {r['memory_gb']:6.2f} {mfu:>6s}")  # fmt: skip
+        print(
+            f"{r['what']:10s} {r['T']:6d} {r['rows']:5d} {r['params'] / 1e6:7.1f}M {r['ms']:9.1f} {r['tokens_per_second']:10,.0f} "
+            f"{ratio:>6s} {r['memory_gb']:6.2f} {mfu:>6s}"
+        )
 
 
 def training_config(config_path, overrides=()):
@@ -184,8 +240,14 @@ def training_config(config_path, overrides=()):
     of a distillation is assumed to be the default model, of Route B if its path says so. ValueError for a mistake in it.
     """
     if not os.path.basename(config_path).startswith("distill"):
-        return SimpleNamespace(**configurator.resolve(configurator.defaults_of(os.path.join(ROOT, "train.py")), [config_path, *overrides]))
-    c = configurator.resolve(configurator.defaults_of(os.path.join(ROOT, "distill.py")), [config_path, *overrides])
+        return SimpleNamespace(
+            **configurator.resolve(
+                configurator.defaults_of(os.path.join(ROOT, "train.py")), [config_path, *overrides]
+            )
+        )
+    c = configurator.resolve(
+        configurator.defaults_of(os.path.join(ROOT, "distill.py")), [config_path, *overrides]
+    )
     for name, path in (("model", c["init_from"]), ("teacher_model", c["teacher"])):
         if os.path.isfile(path):
             saved = checkpoint.load(path)
@@ -203,10 +265,21 @@ def sweep(args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     half = "bfloat16" if device == "cpu" or torch.cuda.get_device_capability() >= (8, 0) else "float16"
     total = c.batch_size * c.gradient_accumulation_steps  # rows of a step: the global batch stays what it is
-    base = {"model": c.model, "settings": vars(c), "T": c.block_size, "device": device, "optimizer": c.optimizer, "steps": args.steps}
+    base = {
+        "model": c.model,
+        "settings": vars(c),
+        "T": c.block_size,
+        "device": device,
+        "optimizer": c.optimizer,
+        "steps": args.steps,
+    }
     tried = []
-    print(f"{c.model}, block_size {c.block_size}, global batch {total * c.block_size:,} tokens, on {hardware.name(device)}")
-    print(f"{'dtype':9s} {'compile':7s} {'recompute':9s} {'batch_size':>10s} {'tokens/s':>10s} {'GB':>6s} {'MFU':>6s}")
+    print(
+        f"{c.model}, block_size {c.block_size}, global batch {total * c.block_size:,} tokens, on {hardware.name(device)}"
+    )
+    print(
+        f"{'dtype':9s} {'compile':7s} {'recompute':9s} {'batch_size':>10s} {'tokens/s':>10s} {'GB':>6s} {'MFU':>6s}"
+    )
     for dtype in (half, "float32"):
         for compiled in (False, True) if device == "cuda" or args.compile else (False,):
             for recompute in (False, True):
@@ -215,7 +288,12 @@ def sweep(args):
                     spec = {**base, "dtype": dtype, "compile": compiled, "recompute": recompute, "rows": rows}
                     head = f"{dtype:9s} {compiled!s:7s} {recompute!s:9s} {rows:10d}"
                     try:
-                        figures = apart({**spec, "settings": {k: v for k, v in spec["settings"].items() if k != "recompute"}})
+                        figures = apart(
+                            {
+                                **spec,
+                                "settings": {k: v for k, v in spec["settings"].items() if k != "recompute"},
+                            }
+                        )
                     except ValueError as e:
                         print(f"{head}   fails: {str(e):.90}", flush=True)
                         break
@@ -223,7 +301,10 @@ def sweep(args):
                         print(f"{head}   out of memory", flush=True)
                         break
                     mfu = f"{figures['mfu']:6.1%}" if figures["mfu"] else "-"
-                    print(f"{head} {figures['tokens_per_second']:10,.0f} {figures['memory_gb']:6.2f} {mfu:>6s}", flush=True)
+                    print(
+                        f"{head} {figures['tokens_per_second']:10,.0f} {figures['memory_gb']:6.2f} {mfu:>6s}",
+                        flush=True,
+                    )
                     tried.append((figures["tokens_per_second"], spec))
                     if figures["tokens_per_second"] < 1.02 * best:
                         break  # twice the rows gain nothing any more
@@ -232,9 +313,11 @@ def sweep(args):
     if not tried:
         raise ValueError("nothing fits: take a shorter block_size or a smaller model")
     rate, spec = max(tried, key=lambda t: t[0])
-    print(f"\nfastest, {rate:,.0f} tokens/s on one device; the same global batch:\n--batch_size={spec['rows']} "
-          f"--gradient_accumulation_steps={max(1, round(total / spec['rows']))} --dtype={spec['dtype']} --compile={spec['compile']} "
-          f"--recompute={spec['recompute']}")  # fmt: skip
+    print(
+        f"\nfastest, {rate:,.0f} tokens/s on one device; the same global batch:\n--batch_size={spec['rows']} "
+        f"--gradient_accumulation_steps={max(1, round(total / spec['rows']))} --dtype={spec['dtype']} --compile={spec['compile']} "
+        f"--recompute={spec['recompute']}"
+    )
 
 
 def saved_bytes(net, idx, targets, mode, dtype):
@@ -244,7 +327,9 @@ def saved_bytes(net, idx, targets, mode, dtype):
 
     def keep(t):
         if t.untyped_storage().data_ptr() not in seen:
-            kept[t.untyped_storage().data_ptr()] = t  # the tensor, so that its address is not given to another
+            kept[t.untyped_storage().data_ptr()] = (
+                t  # the tensor, so that its address is not given to another
+            )
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", dtype=dtype):
@@ -265,10 +350,14 @@ def plan(args):
     text, puzzle = (net.flops_per_token(c.block_size, mode, training=True) for mode in ("text", "puzzle"))
     flops = tokens * ((1 - args.puzzles) * text + args.puzzles * puzzle)
     params = net.num_params()
-    print(f"{args.config}: {params / 1e6:.1f}M parameters, {c.max_iters:,} steps of {per_step:,} tokens = {tokens / 1e9:.2f}B tokens, "
-          f"{tokens / params:.1f} per parameter")  # fmt: skip
-    print(f"  FLOPs per token in training: {text / 1e9:.2f}G text, {puzzle / 1e9:.2f}G puzzles; {args.puzzles:.0%} of the tokens are "
-          f"puzzles: {flops / 1e18:.2f}e18 in all")  # fmt: skip
+    print(
+        f"{args.config}: {params / 1e6:.1f}M parameters, {c.max_iters:,} steps of {per_step:,} tokens = {tokens / 1e9:.2f}B tokens, "
+        f"{tokens / params:.1f} per parameter"
+    )
+    print(
+        f"  FLOPs per token in training: {text / 1e9:.2f}G text, {puzzle / 1e9:.2f}G puzzles; {args.puzzles:.0%} of the tokens are "
+        f"puzzles: {flops / 1e18:.2f}e18 in all"
+    )
     if args.log:
         entries = [e for e in logbook.read(args.log) if "tokens_per_second" in e]
         if not entries:
@@ -278,16 +367,22 @@ def plan(args):
     else:
         again = 4 / 3 if c.recompute else 1  # the forward is done twice
         rate = tokens / (again * flops / (args.cards * peak * 1e12 * args.mfu))
-        print(f"  hours: {tokens / rate / 3600:.1f} at {rate:,.0f} tokens/s on {args.cards} x {args.card}, if they do {args.mfu:.0%} of "
-              f"their published {peak} TFLOPS (assumed: after a first run, give its --log=OUT_DIR/log.jsonl)")  # fmt: skip
+        print(
+            f"  hours: {tokens / rate / 3600:.1f} at {rate:,.0f} tokens/s on {args.cards} x {args.card}, if they do {args.mfu:.0%} of "
+            f"their published {peak} TFLOPS (assumed: after a first run, give its --log=OUT_DIR/log.jsonl)"
+        )
     if taught:
         print("  of learning alone: what sampling and scoring add is in the log.jsonl of a first run")
     T = min(c.block_size, 1024)
     idx = torch.randint(0, tok.N_GPT2, (1, T), generator=torch.Generator().manual_seed(0))
-    per_token = saved_bytes(net, idx, idx, "text", torch.bfloat16) / T  # as many bytes as float16, which few CPUs can
+    per_token = (
+        saved_bytes(net, idx, idx, "text", torch.bfloat16) / T
+    )  # as many bytes as float16, which few CPUs can
     if c.model == "trm":  # a puzzle keeps more passes through the core than text
         per_token *= max(1, net.passes("puzzle")[1] / (net.passes("text")[1] * net.config.text_n_sup))
-    if c.recompute:  # beside the inputs of all blocks, one block as a whole, at the moment it is gone through again
+    if (
+        c.recompute
+    ):  # beside the inputs of all blocks, one block as a whole, at the moment it is gone through again
         net.config.recompute = False
         passes = net.passes("text")[1] * net.config.text_n_sup if c.model == "trm" else 1
         per_token += saved_bytes(net, idx, idx, "text", torch.bfloat16) / T / (net.config.n_layer * passes)
@@ -300,37 +395,62 @@ def plan(args):
         guide += 2 * 8 * teacher.config.n_embd * max(model_dense.ANSWER_TOKENS, c.batch_size * c.block_size)
         if c.model == "dense":  # the caches of its own answers, in float32, before learning begins
             guide += model_dense.cache_bytes(net.config, c.block_size) * c.batch_size
-    fixed = params * (16 + 4 * bool(c.ema) + 4 * (args.cards > 1))  # weights, gradients, two of AdamW's; average; the copy DDP sends
+    fixed = params * (
+        16 + 4 * bool(c.ema) + 4 * (args.cards > 1)
+    )  # weights, gradients, two of AdamW's; average; the copy DDP sends
     activations = per_token * c.batch_size * c.block_size
     carried = 0
-    if c.model == "trm":  # y and z of the puzzles that are being thought about, in float16: for every batch and length, if all occur
+    if (
+        c.model == "trm"
+    ):  # y and z of the puzzles that are being thought about, in float16: for every batch and length, if all occur
         kept = sum(length <= c.block_size for length in BUCKETS) * c.gradient_accumulation_steps // args.cards
         carried = 2 * 2 * net.config.n_embd * c.batch_size * c.block_size * kept
-    print(f"  memory per card: {fixed / 1e9:.1f} GB for weights, gradients, optimizer" + (", average" if c.ema else "")
-          + (f"; {guide / 1e9:.1f} GB for the teacher in half precision, its scoring, and the student's caches" if taught else "")
-          + f"; {activations / 1e9:.1f} GB for activations ({per_token / 1e3:.0f} kB a token, counted on this machine with the PyTorch "
-          f"form of KDA{', recomputed' if c.recompute else ''}); of {memory} GB")  # fmt: skip
+    print(
+        f"  memory per card: {fixed / 1e9:.1f} GB for weights, gradients, optimizer"
+        + (", average" if c.ema else "")
+        + (
+            f"; {guide / 1e9:.1f} GB for the teacher in half precision, its scoring, and the student's caches"
+            if taught
+            else ""
+        )
+        + f"; {activations / 1e9:.1f} GB for activations ({per_token / 1e3:.0f} kB a token, counted on this machine with the PyTorch "
+        f"form of KDA{', recomputed' if c.recompute else ''}); of {memory} GB"
+    )
     if carried:
-        print(f"  memory of the host: at most {carried * args.cards / 1e9:.1f} GB for puzzles that are being thought about")
+        print(
+            f"  memory of the host: at most {carried * args.cards / 1e9:.1f} GB for puzzles that are being thought about"
+        )
     if fixed + guide + activations > 0.9 * memory * 1e9:
-        print("  that does not fit: lower batch_size (and raise gradient_accumulation_steps), or recompute=True")
+        print(
+            "  that does not fit: lower batch_size (and raise gradient_accumulation_steps), or recompute=True"
+        )
 
 
 def main(argv):
     parser = argparse.ArgumentParser(
-        prog="python -m bench.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+        prog="python -m bench.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.error = lambda message: sys.exit(f"error: {message}; see python -m bench.train --help")
     commands = parser.add_subparsers(dest="what", required=True)
     p = commands.add_parser("train", help="the real step of both routes beside a plain GPT of the same size")
     p.add_argument("--json", action="store_true")
-    p.add_argument("--size", choices=("auto", "full", "small"), default="auto", help="full: 100M; small: 16M; auto: full on a GPU")
+    p.add_argument(
+        "--size",
+        choices=("auto", "full", "small"),
+        default="auto",
+        help="full: 100M; small: 16M; auto: full on a GPU",
+    )
     p.add_argument("--lengths", type=lambda s: [int(n) for n in s.split(",")], default=list(TRAIN_LENGTHS))
     p.add_argument("--tokens", type=int, default=8192, help="per batch (default 8192)")
     p.add_argument("--steps", type=int, default=3)
     p.add_argument("--compile", action="store_true")
     p.add_argument("--nanogpt", metavar="PATH", help="nanoGPT's model.py, to be timed as well")
     p.set_defaults(run=bench_train)
-    p = commands.add_parser("sweep", help="the fastest batch size, dtype, compile and recompute for a config on this machine")
+    p = commands.add_parser(
+        "sweep", help="the fastest batch size, dtype, compile and recompute for a config on this machine"
+    )
     p.add_argument("config")
     p.add_argument("overrides", nargs="*", help="key=value, as for train.py without the dashes")
     p.add_argument("--steps", type=int, default=3)
@@ -343,7 +463,9 @@ def main(argv):
     p.add_argument("--card", default="T4")
     p.add_argument("--cards", type=int, default=2)
     p.add_argument("--mfu", type=float, default=0.25)
-    p.add_argument("--puzzles", type=float, default=0.2, help="share of puzzles in the tokens (default 0.2, stage 1's)")
+    p.add_argument(
+        "--puzzles", type=float, default=0.2, help="share of puzzles in the tokens (default 0.2, stage 1's)"
+    )
     p.add_argument("--log", help="log.jsonl of a run, for the speed")
     p.set_defaults(run=plan)
     args = parser.parse_args(argv)

@@ -9,9 +9,15 @@ block_size = 1024
 batch_size = 2
 gradient_accumulation_steps = 1
 mixture = {
-    "stdlib": 0.1, "langref": 0.1, "docstrings": 0.1, "arithmetic": 0.1,
-    "sudoku4": 0.3, "maze": 0.1, "transforms": 0.1, "arc": 0.1,
-}  # fmt: skip
+    "stdlib": 0.1,
+    "langref": 0.1,
+    "docstrings": 0.1,
+    "arithmetic": 0.1,
+    "sudoku4": 0.3,
+    "maze": 0.1,
+    "transforms": 0.1,
+    "arc": 0.1,
+}
 optimizer = "adamw"  # what its learning rate was found with
 learning_rate = 3e-3
 max_iters = 250

@@ -9,9 +9,15 @@ n_sup = 4
 halt_exploration = 0.3
 ema = 0.99
 mixture = {
-    "stdlib": 0.03, "langref": 0.03, "docstrings": 0.03, "arithmetic": 0.03,
-    "sudoku4": 0.6, "maze": 0.14, "transforms": 0.08, "arc": 0.06,
-}  # fmt: skip
+    "stdlib": 0.03,
+    "langref": 0.03,
+    "docstrings": 0.03,
+    "arithmetic": 0.03,
+    "sudoku4": 0.6,
+    "maze": 0.14,
+    "transforms": 0.08,
+    "arc": 0.06,
+}
 learning_rate = 2e-3
 max_iters = 600
 decay_iters = 250

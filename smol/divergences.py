@@ -31,7 +31,10 @@ def divergence(student, teacher, kind="reverse_kl", beta=0.5, temperature=1.0):
     student, teacher (..., V): logits or log-probabilities, finite for the student -> (...), 0 where they agree. temperature softens
     both. beta: jsd's, between 0 and 1. ValueError for another kind.
     """
-    q, p = (t.to(torch.promote_types(t.dtype, torch.float32)).div(temperature).log_softmax(-1) for t in (student, teacher.detach()))
+    q, p = (
+        t.to(torch.promote_types(t.dtype, torch.float32)).div(temperature).log_softmax(-1)
+        for t in (student, teacher.detach())
+    )
     if kind == "reverse_kl":
         return kl(q, p)
     if kind == "forward_kl":

@@ -49,7 +49,9 @@ def shortest(rng):
         roads = ", ".join(f"{names[i]}-{names[j]} {length[i, j]}" for i, j in edges)
         answer = f"{'-'.join(names[k] for k in reversed(way))}, length {distance[goal]}"
         steps = steps[: settled.index(goal)]
-        question = f"Roads and their lengths: {roads}. What is the shortest way from {names[0]} to {names[goal]}?"
+        question = (
+            f"Roads and their lengths: {roads}. What is the shortest way from {names[0]} to {names[goal]}?"
+        )
         return f"Question: {question}\nSolution: {' '.join(steps)}\nAnswer: {answer}", answer
 
 
@@ -114,8 +116,10 @@ def seating(rng):
         so_far.append((text, who))
         steps.append(f"{text.format(*who)} Leaves {len(possible(so_far))} of {len(orders)} orders.")
     answer = " ".join(sorted(people, key=place.get))
-    question = (f"{n} people sit on a row of chairs: {', '.join(sorted(people))}. {' '.join(t.format(*w) for t, w in chosen)} "
-                "In which order do they sit, from left to right?")
+    question = (
+        f"{n} people sit on a row of chairs: {', '.join(sorted(people))}. {' '.join(t.format(*w) for t, w in chosen)} "
+        "In which order do they sit, from left to right?"
+    )
     return f"Question: {question}\nSolution: {' '.join(steps)}\nAnswer: {answer}", answer
 
 
@@ -156,12 +160,24 @@ def _statement(rng, speaker, n):
 def _claim(kind, who, knight):
     """Is the claim true, if knight[i] says who is a knight?"""
     a, b = knight[who[0]], knight[who[-1]]
-    return {"knave": not a, "knight": a, "same": a == b, "different": a != b, "both": a and b, "either": a or b}[kind]
+    return {
+        "knave": not a,
+        "knight": a,
+        "same": a == b,
+        "different": a != b,
+        "both": a and b,
+        "either": a or b,
+    }[kind]
 
 
-SAYS = {"knave": "{0} is a knave", "knight": "{0} is a knight", "same": "{0} and {1} are of the same kind",
-        "different": "{0} and {1} are of different kinds", "both": "{0} and {1} are both knights",
-        "either": "at least one of {0} and {1} is a knight"}  # fmt: skip
+SAYS = {
+    "knave": "{0} is a knave",
+    "knight": "{0} is a knight",
+    "same": "{0} and {1} are of the same kind",
+    "different": "{0} and {1} are of different kinds",
+    "both": "{0} and {1} are both knights",
+    "either": "at least one of {0} and {1} is a knight",
+}
 
 
 def _suppose(assumed, people, claims):
@@ -199,16 +215,28 @@ def knights(rng):
         n = int(rng.integers(3, 6))
         people = [NAMES[i] for i in rng.permutation(len(NAMES))[:n]]
         claims = [_statement(rng, i, n) for i in range(n)]
-        kinds = [k for k in itertools.product((True, False), repeat=n) if all(_claim(*claims[i], k) == k[i] for i in range(n))]
+        kinds = [
+            k
+            for k in itertools.product((True, False), repeat=n)
+            if all(_claim(*claims[i], k) == k[i] for i in range(n))
+        ]
         if len(kinds) != 1:
             continue
         knight = kinds[0]
-        (refuted, no), (found, yes) = _suppose(not knight[0], people, claims), _suppose(knight[0], people, claims)
+        (refuted, no), (found, yes) = (
+            _suppose(not knight[0], people, claims),
+            _suppose(knight[0], people, claims),
+        )
         if no.endswith("could not have spoken so.") and yes == "That fits.":
             break
     answer = ", ".join(f"{p} {'knight' if k else 'knave'}" for p, k in sorted(zip(people, knight)))
-    words = " ".join(f'{p} says: "{SAYS[kind].format(*(people[j] for j in who))}."' for p, (kind, who) in zip(people, claims))
-    question = f"Knights always tell the truth, knaves always lie. {words} Who is a knight, and who is a knave?"
+    words = " ".join(
+        f'{p} says: "{SAYS[kind].format(*(people[j] for j in who))}."'
+        for p, (kind, who) in zip(people, claims)
+    )
+    question = (
+        f"Knights always tell the truth, knaves always lie. {words} Who is a knight, and who is a knave?"
+    )
     return f"Question: {question}\nSolution: {refuted} {found}\nAnswer: {answer}", answer
 
 

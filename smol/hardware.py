@@ -37,11 +37,15 @@ def pick_device(device):
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}: leave it out, or use --device=cpu")
+        raise ValueError(
+            f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}: leave it out, or use --device=cpu"
+        )
     if device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}, but PyTorch sees no GPU: use --device=cpu")
     if ":" in device and int(device.split(":")[1]) >= torch.cuda.device_count():
-        raise ValueError(f"device={device!r}, but PyTorch counts {torch.cuda.device_count()} GPUs, from cuda:0 on")
+        raise ValueError(
+            f"device={device!r}, but PyTorch counts {torch.cuda.device_count()} GPUs, from cuda:0 on"
+        )
     return device
 
 
@@ -68,7 +72,9 @@ def keep_freed_memory():
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
-        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: blocks of up to 32 MB, the most it allows, come from the heap
+        libc.mallopt(
+            -3, 32 << 20
+        )  # M_MMAP_THRESHOLD: blocks of up to 32 MB, the most it allows, come from the heap
 
 
 def peak_flops(card):
@@ -81,7 +87,10 @@ def peak_memory(device):
     """Most bytes that this process has held so far: allocated by PyTorch on a GPU, resident on a CPU."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError), open("/proc/self/status") as f:  # Linux. There, ru_maxrss begins at what the parent held
+    with (
+        contextlib.suppress(OSError),
+        open("/proc/self/status") as f,
+    ):  # Linux. There, ru_maxrss begins at what the parent held
         for line in f:
             if line.startswith("VmHWM"):
                 return int(line.split()[1]) * 1024
@@ -92,7 +101,11 @@ def free_memory(device):
     """Bytes that tensors could still take on a GPU: what nobody has, and what PyTorch keeps for later. 0 on a CPU, which does not tell."""
     if device.type != "cuda":
         return 0
-    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (
+        torch.cuda.mem_get_info(device)[0]
+        + torch.cuda.memory_reserved(device)
+        - torch.cuda.memory_allocated(device)
+    )
 
 
 def out_of_memory(error):

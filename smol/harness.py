@@ -50,8 +50,18 @@ class Wrapped(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
         """requests: list of (texts, context ids, continuation ids) -> list of (log-probability, is it what greedy decoding gives)."""
-        rows = [(context if context[:1] == [tok.EOT] else [tok.EOT, *context], continuation) for _, context, continuation in requests]
-        with tqdm(total=len(rows), desc="likelihoods", unit="text", dynamic_ncols=True, leave=False, disable=disable_tqdm) as bar:
+        rows = [
+            (context if context[:1] == [tok.EOT] else [tok.EOT, *context], continuation)
+            for _, context, continuation in requests
+        ]
+        with tqdm(
+            total=len(rows),
+            desc="likelihoods",
+            unit="text",
+            dynamic_ncols=True,
+            leave=False,
+            disable=disable_tqdm,
+        ) as bar:
             scores = language.log_probabilities(self.model, rows, bar.update)
         return [(float(nats.sum(dtype="float64")), bool(greedy.all())) for nats, greedy in scores]
 
@@ -59,7 +69,9 @@ class Wrapped(TemplateLM):
         """-> the log-probability of each text, every token predicted once, from what came before it in its window of block_size."""
         rows, owners = [], []
         for n, request in enumerate(requests):
-            windows = lm_eval.utils.get_rolling_token_windows(self.tok_encode(request.args[0]), tok.EOT, self.model.config.block_size, 1)
+            windows = lm_eval.utils.get_rolling_token_windows(
+                self.tok_encode(request.args[0]), tok.EOT, self.model.config.block_size, 1
+            )
             for context, continuation in map(lm_eval.utils.make_disjoint_window, windows):
                 rows.append((context, continuation))
                 owners.append(n)
@@ -70,8 +82,18 @@ class Wrapped(TemplateLM):
 
     def generate_until(self, requests, disable_tqdm=False):
         """-> what the model writes after each text, greedily, up to the first of the words in `until`."""
-        out, together = [], BATCH if self.model.puzzle_format == "autoregressive" else 1  # Route B's generate() ends with its first row
-        with tqdm(total=len(requests), desc="writing", unit="text", dynamic_ncols=True, leave=False, disable=disable_tqdm) as bar:
+        out, together = (
+            [],
+            BATCH if self.model.puzzle_format == "autoregressive" else 1,
+        )  # Route B's generate() ends with its first row
+        with tqdm(
+            total=len(requests),
+            desc="writing",
+            unit="text",
+            dynamic_ncols=True,
+            leave=False,
+            disable=disable_tqdm,
+        ) as bar:
             for start in range(0, len(requests), together):
                 part = [request.args for request in requests[start : start + together]]
                 out += self.write([context for context, _ in part], [settings for _, settings in part])
@@ -80,18 +102,21 @@ class Wrapped(TemplateLM):
 
     def write(self, contexts, settings):
         device = next(self.model.parameters()).device
-        untils = [[s["until"]] if isinstance(s.get("until"), str) else list(s.get("until") or []) for s in settings]
+        untils = [
+            [s["until"]] if isinstance(s.get("until"), str) else list(s.get("until") or []) for s in settings
+        ]
         asked = [s.get("max_gen_toks", MAX_TOKENS) for s in settings]
         fit = [self.fit([tok.EOT, *self.tok_encode(context)], n) for context, n in zip(contexts, asked)]
         prompts, most = [torch.tensor(ids, device=device) for ids, _ in fit], [n for _, n in fit]
         written = [[] for _ in contexts]
-        for drawn in self.model.generate(torch.stack(prompts) if len(prompts) == 1 else prompts, max(most), temperature=0):
+        for drawn in self.model.generate(
+            torch.stack(prompts) if len(prompts) == 1 else prompts, max(most), temperature=0
+        ):
             for ids, token in zip(written, drawn.tolist()):
                 ids.append(token)
             if all(len(ids) >= n or cut(ids, words)[1] for ids, n, words in zip(written, most, untils)):
                 break
         return [cut(ids[:n], words)[0] for ids, n, words in zip(written, most, untils)]
-
 
     def fit(self, ids, asked):
         """
@@ -103,9 +128,11 @@ class Wrapped(TemplateLM):
         n = min(asked, max(block - len(ids), block // 2))
         if (n < asked or len(ids) > block - n) and not self.told:
             self.told = True
-            print(f"block_size {block} has no room for a prompt of {len(ids)} tokens and {asked} after it: "
-                  f"the prompt's last {min(len(ids), block - n)} are read and at most {n} written "
-                  "(of others this is not said)")  # fmt: skip
+            print(
+                f"block_size {block} has no room for a prompt of {len(ids)} tokens and {asked} after it: "
+                f"the prompt's last {min(len(ids), block - n)} are read and at most {n} written "
+                "(of others this is not said)"
+            )
         return ids[-(block - n) :], n
 
 
@@ -143,14 +170,22 @@ def evaluate(model, tasks, limit=None, include_path=None):
     """
     started, known = time.perf_counter(), check(tasks, include_path)
     try:
-        found = lm_eval.simple_evaluate(Wrapped(model), tasks=list(tasks), limit=limit, task_manager=known, bootstrap_iters=1000,
-                                        log_samples=False)  # fmt: skip
+        found = lm_eval.simple_evaluate(
+            Wrapped(model),
+            tasks=list(tasks),
+            limit=limit,
+            task_manager=known,
+            bootstrap_iters=1000,
+            log_samples=False,
+        )
     except (ConnectionError, OSError) as e:
         raise OSError(f"lm-eval cannot get {', '.join(tasks)}: {str(e).splitlines()[0]}") from None
     results = {}
     for task, figures in found["results"].items():
         for name, value in figures.items():
-            metric, _, how = name.partition(",")  # "acc,none": the filter that answers went through comes after the comma
+            metric, _, how = name.partition(
+                ","
+            )  # "acc,none": the filter that answers went through comes after the comma
             if isinstance(value, (int, float)) and how and not metric.endswith("_stderr"):
                 error = figures.get(f"{metric}_stderr,{how}")
                 interval = None

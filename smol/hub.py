@@ -53,11 +53,16 @@ def plainly(doing):
     except errors.RevisionNotFoundError:
         raise ValueError(f"{doing}: there is no such revision or tag on the hub") from None
     except errors.RepositoryNotFoundError:
-        raise ValueError(f"{doing}: there is no such repository, or this login may not see it (`hf auth login`, or HF_TOKEN)") from None
+        raise ValueError(
+            f"{doing}: there is no such repository, or this login may not see it (`hf auth login`, or HF_TOKEN)"
+        ) from None
     except errors.HfHubHTTPError as e:
         code = e.response.status_code
-        advice = {401: "log in with `hf auth login`, or set HF_TOKEN", 403: "this login may not do that",
-                  429: "too many requests: run it again later"}.get(code, "run it again to go on")  # fmt: skip
+        advice = {
+            401: "log in with `hf auth login`, or set HF_TOKEN",
+            403: "this login may not do that",
+            429: "too many requests: run it again later",
+        }.get(code, "run it again to go on")
         raise ValueError(f"{doing}: the hub answered {code}; {advice}") from None
     except Exception as e:
         # RuntimeError: an upload that failed several times. The network's own errors are those of the client's HTTP library, of which
@@ -95,18 +100,26 @@ def card(repo, stage, tag, snapshot, mixture):
         train = about.get("train", {})
         where = about.get("repo") or "generated, or from an installed package"
         revision = f" at `{about['revision'][:12]}`" if about.get("revision") else ""
-        rows.append(f"| {name} | {share:.1%} | {train.get('tokens', 0):,} | {where}{revision} | {about.get('licence', '')} |")
-    header = {"license": "other", "license_name": "mixed", "pretty_name": f"smol-llm {stage}", "language": ["en"],
-              "task_categories": ["text-generation"], "tags": ["smol-llm", "arc-agi", "pretokenized"],
-              "viewer": False}  # fmt: skip
+        rows.append(
+            f"| {name} | {share:.1%} | {train.get('tokens', 0):,} | {where}{revision} | {about.get('licence', '')} |"
+        )
+    header = {
+        "license": "other",
+        "license_name": "mixed",
+        "pretty_name": f"smol-llm {stage}",
+        "language": ["en"],
+        "task_categories": ["text-generation"],
+        "tags": ["smol-llm", "arc-agi", "pretokenized"],
+        "viewer": False,
+    }
     front = "\n".join(f"{k}: {json.dumps(v)}" for k, v in header.items())
     return f"""---
 {front}
 ---
 # smol-llm {stage}:{tag}
 
-{snapshot['tokens']:,} tokens in {snapshot['documents']:,} documents, ready for training: GPT-2's byte-pair encoding with reserved
-ids for grids, uint16, in shards with document offsets. Shares: {', '.join(f'{g} {s:.1%}' for g, s in mixture['groups'].items())}.
+{snapshot["tokens"]:,} tokens in {snapshot["documents"]:,} documents, ready for training: GPT-2's byte-pair encoding with reserved
+ids for grids, uint16, in shards with document offsets. Shares: {", ".join(f"{g} {s:.1%}" for g, s in mixture["groups"].items())}.
 
     python prepare.py pull {repo}:{tag}
     python train.py config/route_a_{stage}.py --data={stage} --data_tag={tag}
@@ -131,7 +144,9 @@ def push(data, name, repo, private):
 
     stage, tag = split_name(name)
     if tag is None:
-        raise ValueError(f"only a frozen stage is pushed: python prepare.py freeze {stage} --tag=v0.1, then push {stage}:v0.1")
+        raise ValueError(
+            f"only a frozen stage is pushed: python prepare.py freeze {stage} --tag=v0.1, then push {stage}:v0.1"
+        )
     if not repo:
         raise ValueError(f"say where to: python prepare.py push {name} --repo=USER/NAME")
     repo_name(repo)
@@ -157,12 +172,16 @@ def push(data, name, repo, private):
         file = there.get(path)
         if file is None or file.size != ours[path].stat().st_size:
             return False
-        return file.lfs.sha256 == sha256_file(ours[path]) if file.lfs else file.blob_id == git_hash(ours[path])
+        return (
+            file.lfs.sha256 == sha256_file(ours[path]) if file.lfs else file.blob_id == git_hash(ours[path])
+        )
 
     if tag in tags:
         different = [path for path in ours if not is_there(path)]
         if different:
-            raise ValueError(f"{repo} has a tag {tag!r} already, with another {different[0]}: a tag never moves; push under another one")
+            raise ValueError(
+                f"{repo} has a tag {tag!r} already, with another {different[0]}: a tag never moves; push under another one"
+            )
         print(f"{name} is already at {repo}, tag {tag}")
         return
 
@@ -171,17 +190,27 @@ def push(data, name, repo, private):
     with tqdm(total=total, desc=f"pushing to {repo}", unit="B", unit_scale=True) as progress:
         while missing:
             batch, size = [], 0
-            while missing and len(batch) < COMMIT_FILES and (not batch or size + ours[missing[0]].stat().st_size <= COMMIT_BYTES):
+            while (
+                missing
+                and len(batch) < COMMIT_FILES
+                and (not batch or size + ours[missing[0]].stat().st_size <= COMMIT_BYTES)
+            ):
                 size += ours[missing[0]].stat().st_size
                 batch.append(missing.pop(0))
-            operations = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=str(ours[path])) for path in batch]
+            operations = [
+                CommitOperationAdd(path_in_repo=path, path_or_fileobj=str(ours[path])) for path in batch
+            ]
             with plainly(f"pushing {batch[0]} to {repo}"):
                 api.create_commit(repo, operations, commit_message=f"Shards of {name}", repo_type="dataset")
             progress.update(size)
     # The stage's own files come in one commit, with which what belongs to earlier tags goes; at those tags it stays.
     stale = [path for path in there if path not in ours and path not in BESIDES]
     operations = [CommitOperationAdd(path_in_repo=n, path_or_fileobj=str(ours[n])) for n in FROZEN_FILES]
-    operations.append(CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=card(repo, stage, tag, snapshot, mixture).encode()))
+    operations.append(
+        CommitOperationAdd(
+            path_in_repo="README.md", path_or_fileobj=card(repo, stage, tag, snapshot, mixture).encode()
+        )
+    )
     operations += [CommitOperationDelete(path_in_repo=path) for path in stale]
     with plainly(f"pushing the manifest of {name} to {repo}"):
         commit = api.create_commit(repo, operations, commit_message=f"{name}", repo_type="dataset").oid
@@ -211,8 +240,10 @@ def pull(data, name):
     log = data / "metadata" / "pulled.json"
     pulled = read_json(log)
     if pulled.get(name, commit) != commit:
-        raise ValueError(f"the tag {tag!r} of {repo} has moved: it was commit {pulled[name][:12]} and is {commit[:12]} now; a frozen stage "
-                         f"never changes, so ask who moved it (or remove the line from {log} to accept it)")  # fmt: skip
+        raise ValueError(
+            f"the tag {tag!r} of {repo} has moved: it was commit {pulled[name][:12]} and is {commit[:12]} now; a frozen stage "
+            f"never changes, so ask who moved it (or remove the line from {log} to accept it)"
+        )
 
     waiting = data / "work" / "pull" / f"{repo.replace('/', '--')}-{commit[:12]}"
 
@@ -238,8 +269,14 @@ def pull(data, name):
         write(check / file, bytes_)
     check_snapshot(check, stage, tag, blame)
     entries, _ = check_manifest(data, check, stage, blame, verify=False, shards=False)
-    if frozen.exists() and any((frozen / file).read_bytes() != content[file] for file in FROZEN_FILES[:2] if (frozen / file).is_file()):
-        raise ValueError(f"{frozen} is there already and is another stage than {name}: a tag never changes; use another --data_dir")
+    if frozen.exists() and any(
+        (frozen / file).read_bytes() != content[file]
+        for file in FROZEN_FILES[:2]
+        if (frozen / file).is_file()
+    ):
+        raise ValueError(
+            f"{frozen} is there already and is another stage than {name}: a tag never changes; use another --data_dir"
+        )
 
     wanted = {}
     for entry in entries:
@@ -250,12 +287,16 @@ def pull(data, name):
         if path not in there:
             raise ValueError(f"{path} is missing at {name}{blame}")
         if there[path] != size:
-            raise ValueError(f"{path} has {there[path]} bytes at {name} where the manifest says {size}{blame}")
+            raise ValueError(
+                f"{path} has {there[path]} bytes at {name} where the manifest says {size}{blame}"
+            )
     extra = sorted(set(there) - set(wanted) - set(FROZEN_FILES) - set(BESIDES))
     if extra:
         raise ValueError(f"{extra[0]} at {name} does not belong to the stage{blame}")
 
-    with tqdm(total=sum(size for _, size, _ in wanted.values()), desc=f"pulling {name}", unit="B", unit_scale=True) as progress:
+    with tqdm(
+        total=sum(size for _, size, _ in wanted.values()), desc=f"pulling {name}", unit="B", unit_scale=True
+    ) as progress:
         for path, (place, size, digest) in wanted.items():
             if not (place.is_file() and place.stat().st_size == size and sha256_file(place) == digest):
                 found = waiting / path
@@ -264,7 +305,9 @@ def pull(data, name):
                     found = download(path)
                 if sha256_file(found) != digest:
                     found.unlink()
-                    raise ValueError(f"{path} of {name} does not have the SHA-256 that its manifest says{blame}")
+                    raise ValueError(
+                        f"{path} of {name} does not have the SHA-256 that its manifest says{blame}"
+                    )
                 place.parent.mkdir(parents=True, exist_ok=True)
                 with open(found, "rb+") as f:
                     os.fsync(f.fileno())

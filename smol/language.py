@@ -24,10 +24,10 @@ from smol import language_items, loader, sandbox
 from smol import tokenizer as tok
 from smol.scores import interval
 
-BATCH_TOKENS = 2048    # in one pass through the model: its logits are 50,304 numbers for each
+BATCH_TOKENS = 2048  # in one pass through the model: its logits are 50,304 numbers for each
 SOURCE_TOKENS = 65536  # read of each source, in windows of block_size spread evenly over it
-CODE_TOKENS = 96       # a function may have
-CODE_BATCH = 14        # functions that Route A writes at a time, and that are lost when a run is killed
+CODE_TOKENS = 96  # a function may have
+CODE_BATCH = 14  # functions that Route A writes at a time, and that are lost when a run is killed
 
 
 # -----------------------------------------------------------------------------
@@ -57,7 +57,10 @@ def log_probabilities(model, rows, progress=lambda n: None):
     start = 0
     while start < len(order):  # rows of similar length together, as many as BATCH_TOKENS allows
         count = 1
-        while start + count < len(order) and (count + 1) * sum(map(len, rows[order[start + count]])) <= BATCH_TOKENS:
+        while (
+            start + count < len(order)
+            and (count + 1) * sum(map(len, rows[order[start + count]])) <= BATCH_TOKENS
+        ):
             count += 1
         part = order[start : start + count]
         given = [(list(rows[i][0]) + list(rows[i][1]))[-longest - 1 :] for i in part]
@@ -83,7 +86,9 @@ def log_probabilities(model, rows, progress=lambda n: None):
 def held_out(data_dir, stage, tag=None):
     """-> {text source: its validation shards, as the manifest has them} of a stage. FileNotFoundError or ValueError if it is not there."""
     out = {}
-    for entry in sorted(loader.read_stage(data_dir, stage, tag, verify=False)[0], key=lambda entry: entry["source"]):
+    for entry in sorted(
+        loader.read_stage(data_dir, stage, tag, verify=False)[0], key=lambda entry: entry["source"]
+    ):
         if entry["kind"] == "text" and entry["split"] == "val":
             out.setdefault(entry["source"], []).append(entry)
     return out
@@ -101,7 +106,9 @@ def bits_per_byte(model, data_dir, entries, source_tokens=SOURCE_TOKENS, progres
     text, or the model no probability for it that is finite. Ends of documents and reserved ids are read but not
     counted: they are no text.
     """
-    bytes_of = np.array([len(tok.load().decode_single_token_bytes(i)) if i < tok.EOT else 0 for i in range(tok.VOCAB_SIZE)])
+    bytes_of = np.array(
+        [len(tok.load().decode_single_token_bytes(i)) if i < tok.EOT else 0 for i in range(tok.VOCAB_SIZE)]
+    )
     shards, size = loader.Shards(data_dir, entries), model.config.block_size
     picks = windows(shards.n_tokens, size, source_tokens)
     ids = [shards.slice(i * size, min((i + 1) * size + 1, shards.n_tokens)) for i in picks]
@@ -113,8 +120,12 @@ def bits_per_byte(model, data_dir, entries, source_tokens=SOURCE_TOKENS, progres
     above, below = np.array(surprise), np.array(counted)
     if not below.sum() or not np.isfinite(above).all():
         return None
-    return {"bits_per_byte": round(float(above.sum() / below.sum()), 6), "interval": ratio_interval(above, below),
-            "bytes": int(below.sum()), "tokens": sum(len(w) - 1 for w in ids)}  # fmt: skip
+    return {
+        "bits_per_byte": round(float(above.sum() / below.sum()), 6),
+        "interval": ratio_interval(above, below),
+        "bytes": int(below.sum()),
+        "tokens": sum(len(w) - 1 for w in ids),
+    }
 
 
 def answer_questions(model, limit=None, progress=lambda n: None):
@@ -125,7 +136,11 @@ def answer_questions(model, limit=None, progress=lambda n: None):
     log_probabilities}, ...].
     """
     items, encode = spread(language_items.questions(), limit), tok.load().encode_ordinary
-    rows = [([tok.EOT, *encode(beginning)], encode(" " + choice)) for _, beginning, choices, _ in items for choice in choices]
+    rows = [
+        ([tok.EOT, *encode(beginning)], encode(" " + choice))
+        for _, beginning, choices, _ in items
+        for choice in choices
+    ]
     scores = iter([float(nats.sum(dtype=np.float64)) for nats, _ in log_probabilities(model, rows, progress)])
     points, per_byte, categories, answers = [], [], {}, []
     for category, beginning, choices, right in items:
@@ -135,19 +150,35 @@ def answer_questions(model, limit=None, progress=lambda n: None):
         per_byte.append(best_is(scaled, right))
         counted = categories.setdefault(category, [0, 0])
         counted[0], counted[1] = counted[0] + points[-1], counted[1] + 1
-        answers.append({"category": category, "question": beginning, "choices": list(choices), "right": right,
-                        "picked": int(given.argmax()), "log_probabilities": given.round(4).tolist()})  # fmt: skip
+        answers.append(
+            {
+                "category": category,
+                "question": beginning,
+                "choices": list(choices),
+                "right": right,
+                "picked": int(given.argmax()),
+                "log_probabilities": given.round(4).tolist(),
+            }
+        )
     n = len(items)
     return {
-        "total": n, "right": sum(points), "accuracy": round(sum(points) / n, 6), "interval": interval(sum(points), n), "chance": 0.25,
-        "accuracy_per_byte": round(sum(per_byte) / n, 6), "interval_per_byte": interval(sum(per_byte), n),
-        "by_category": categories, "answers": answers,
-    }  # fmt: skip
+        "total": n,
+        "right": sum(points),
+        "accuracy": round(sum(points) / n, 6),
+        "interval": interval(sum(points), n),
+        "chance": 0.25,
+        "accuracy_per_byte": round(sum(per_byte) / n, 6),
+        "interval_per_byte": interval(sum(per_byte), n),
+        "by_category": categories,
+        "answers": answers,
+    }
 
 
 def spread(items, limit):
     """At most `limit` of the items, evenly spread, in order."""
-    return [items[i] for i in np.linspace(0, len(items) - 1, min(limit or len(items), len(items))).astype(int)]
+    return [
+        items[i] for i in np.linspace(0, len(items) - 1, min(limit or len(items), len(items))).astype(int)
+    ]
 
 
 def best_is(scores, right):
@@ -162,12 +193,16 @@ def write_code(model, items, progress=lambda n: None):
     There is no chance level: a function that returns nothing passes no test.
     """
     answers = []
-    together = CODE_BATCH if model.puzzle_format == "autoregressive" else 1  # Route B's generate() ends when its first row does
+    together = (
+        CODE_BATCH if model.puzzle_format == "autoregressive" else 1
+    )  # Route B's generate() ends when its first row does
     for start in range(0, len(items), together):
         part = items[start : start + together]
         for (name, stub, tests, _, _), written in zip(part, complete(model, [stub for _, stub, *_ in part])):
             result = sandbox.run_tests(stub + written, tests)
-            answers.append({"name": name, "stub": stub, "written": written, "solved": result.ok, "reason": result.reason})
+            answers.append(
+                {"name": name, "stub": stub, "written": written, "solved": result.ok, "reason": result.reason}
+            )
         progress(len(part))
     return answers
 
@@ -198,7 +233,16 @@ def body(ids):
     return text, end < len(ids)
 
 
-def evaluate(model, data_dir="data", stage=None, tag=None, limit=None, desc="language", before=None, keep=lambda part, found: None):
+def evaluate(
+    model,
+    data_dir="data",
+    stage=None,
+    tag=None,
+    limit=None,
+    desc="language",
+    before=None,
+    keep=lambda part, found: None,
+):
     """
     -> {bits_per_byte: {source: figures}, questions, code: {total, solved, accuracy, interval, answers}, seconds}: as the functions above
     give them; bits_per_byte is {} where no stage is named. limit: only so many questions and functions, and a share of the text to match.
@@ -222,20 +266,34 @@ def evaluate(model, data_dir="data", stage=None, tag=None, limit=None, desc="lan
     bits, source_tokens = {}, int(SOURCE_TOKENS * share)
     for source, entries in (held_out(data_dir, stage, tag) if stage else {}).items():
         rows = len(windows(sum(entry["tokens"] for entry in entries), model.config.block_size, source_tokens))
-        bits[source] = measured(f"bits per byte of {source}",
-                                lambda progress, e=entries: bits_per_byte(model, data_dir, e, source_tokens, progress), rows)  # fmt: skip
+        bits[source] = measured(
+            f"bits per byte of {source}",
+            lambda progress, e=entries: bits_per_byte(model, data_dir, e, source_tokens, progress),
+            rows,
+        )
     rows = sum(len(choices) for _, _, choices, _ in spread(language_items.questions(), limit))
     questions = measured("questions", lambda progress: answer_questions(model, limit, progress), rows)
     functions, answers = spread(language_items.functions(), limit), []
     for start in range(0, len(functions), CODE_BATCH):
         part = functions[start : start + CODE_BATCH]
-        answers += measured(f"code from {part[0][0]} on", lambda progress, part=part: write_code(model, part, progress), len(part))
+        answers += measured(
+            f"code from {part[0][0]} on",
+            lambda progress, part=part: write_code(model, part, progress),
+            len(part),
+        )
     solved, n = sum(a["solved"] for a in answers), len(answers)
     return {
-        "bits_per_byte": {source: figures for source, figures in bits.items() if figures}, "questions": questions,
-        "code": {"total": n, "solved": solved, "accuracy": round(solved / n, 6), "interval": interval(solved, n), "answers": answers},
+        "bits_per_byte": {source: figures for source, figures in bits.items() if figures},
+        "questions": questions,
+        "code": {
+            "total": n,
+            "solved": solved,
+            "accuracy": round(solved / n, 6),
+            "interval": interval(solved, n),
+            "answers": answers,
+        },
         "seconds": round(seconds, 3),
-    }  # fmt: skip
+    }
 
 
 # -----------------------------------------------------------------------------
@@ -244,16 +302,26 @@ def evaluate(model, data_dir="data", stage=None, tag=None, limit=None, desc="lan
 
 def table(figures):
     """The figures as lines of text."""
+
     def row(name, value, interval, more):
         shown = "" if interval is None else "{:.3f} to {:.3f}".format(*interval)
         return f"{name:32}{value:8.3f}   {shown:16}   {more}"
 
     lines = [f"{'':32}{'':8}   {'95%':16}"]
-    lines += [row(f"bits per byte, {source}", f["bits_per_byte"], f["interval"], f"{f['bytes']:,} bytes")
-              for source, f in figures["bits_per_byte"].items()]
+    lines += [
+        row(f"bits per byte, {source}", f["bits_per_byte"], f["interval"], f"{f['bytes']:,} bytes")
+        for source, f in figures["bits_per_byte"].items()
+    ]
     q, c = figures["questions"], figures["code"]
-    lines.append(row("questions", q["accuracy"], q["interval"], f"{q['right']:g} of {q['total']}; chance {q['chance']}"))
+    lines.append(
+        row(
+            "questions", q["accuracy"], q["interval"], f"{q['right']:g} of {q['total']}; chance {q['chance']}"
+        )
+    )
     lines.append(row("questions, per byte", q["accuracy_per_byte"], q["interval_per_byte"], ""))
-    lines += [f"  {name:30}{right / total:8.3f}   {'':16}   {right:g} of {total}" for name, (right, total) in q["by_category"].items()]
+    lines += [
+        f"  {name:30}{right / total:8.3f}   {'':16}   {right:g} of {total}"
+        for name, (right, total) in q["by_category"].items()
+    ]
     lines.append(row("code", c["accuracy"], c["interval"], f"{c['solved']} of {c['total']}"))
     return "\n".join(lines)

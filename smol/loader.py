@@ -34,8 +34,37 @@ from smol.stages import read_manifest, sha256_file
 from smol.tokenizer import IGNORE
 
 # Rows are padded to the next of these lengths: at most a quarter is padding, and the shapes stay few.
-BUCKETS = (16, 24, 32, 44, 48, 64, 80, 96, 116, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024, 1280, 1536, 2048, 2560, 3072,
-           4096, 5120, 6144, 8192, 10240)  # fmt: skip
+BUCKETS = (
+    16,
+    24,
+    32,
+    44,
+    48,
+    64,
+    80,
+    96,
+    116,
+    128,
+    160,
+    192,
+    256,
+    320,
+    384,
+    512,
+    640,
+    768,
+    1024,
+    1280,
+    1536,
+    2048,
+    2560,
+    3072,
+    4096,
+    5120,
+    6144,
+    8192,
+    10240,
+)
 
 
 @dataclass
@@ -147,8 +176,10 @@ class Text:
         self.shards = Shards(data_dir, entries)
         self.n_windows = (self.shards.n_tokens - 1) // block_size
         if self.n_windows < 1:
-            raise ValueError(f"source {name!r} has {self.shards.n_tokens} tokens, fewer than one row of block_size={block_size}; "
-                             "lower block_size or prepare more of it")  # fmt: skip
+            raise ValueError(
+                f"source {name!r} has {self.shards.n_tokens} tokens, fewer than one row of block_size={block_size}; "
+                "lower block_size or prepare more of it"
+            )
         self.drawn, self.epoch, self.order = 0, -1, None
 
     def window(self, i):
@@ -161,7 +192,10 @@ class Text:
         for n in range(self.drawn, self.drawn + self.batch_size):
             epoch, i = divmod(n, self.n_windows)
             if epoch != self.epoch:
-                self.epoch, self.order = epoch, draw_rng(self.seed, self.name, epoch).permutation(self.n_windows)
+                self.epoch, self.order = (
+                    epoch,
+                    draw_rng(self.seed, self.name, epoch).permutation(self.n_windows),
+                )
             if build:
                 rows.append(self.window(int(self.order[i])))
         self.drawn += self.batch_size
@@ -180,14 +214,25 @@ class Puzzles:
     mode = "puzzle"
 
     def __init__(self, name, data_dir, entries, seed, batch_tokens, block_size, puzzle_format):
-        self.name, self.seed, self.batch_tokens, self.block_size, self.puzzle_format = name, seed, batch_tokens, block_size, puzzle_format
+        self.name, self.seed, self.batch_tokens, self.block_size, self.puzzle_format = (
+            name,
+            seed,
+            batch_tokens,
+            block_size,
+            puzzle_format,
+        )
         self.shards = Shards(data_dir, entries)
         self.augment = entries[0]["augment"]
         self.drawn, self.waiting, self.rows = 0, {}, {}
 
     def row(self, n):
         rng = draw_rng(self.seed, self.name, n)
-        return puzzle_row(self.shards.document(int(rng.integers(self.shards.n_documents))), self.puzzle_format, self.augment, rng)
+        return puzzle_row(
+            self.shards.document(int(rng.integers(self.shards.n_documents))),
+            self.puzzle_format,
+            self.augment,
+            rng,
+        )
 
     def next_batch(self, build=True):
         skipped = 0
@@ -197,7 +242,9 @@ class Puzzles:
             if len(idx) > self.block_size:
                 skipped += 1
                 if skipped > 10000:
-                    raise ValueError(f"10,000 draws of {self.name!r} in a row were longer than block_size={self.block_size}: raise it")
+                    raise ValueError(
+                        f"10,000 draws of {self.name!r} in a row were longer than block_size={self.block_size}: raise it"
+                    )
                 continue
             skipped = 0
             length = min(bucket_length(len(idx)), self.block_size)
@@ -208,7 +255,10 @@ class Puzzles:
                 return pad_rows(rows, length) if build else None
 
     def state(self):
-        return {"drawn": self.drawn, "waiting": {str(length): list(draws) for length, draws in self.waiting.items()}}
+        return {
+            "drawn": self.drawn,
+            "waiting": {str(length): list(draws) for length, draws in self.waiting.items()},
+        }
 
     def restore(self, state):
         self.drawn = state["drawn"]
@@ -239,13 +289,32 @@ class Loader:
     damaged, or does not have what is asked for.
     """
 
-    def __init__(self, data_dir, stage, *, tag=None, weights=None, seed, batch_size, block_size, batches_per_step, puzzle_format,
-                 rank=0, world_size=1, verify=True):  # fmt: skip
+    def __init__(
+        self,
+        data_dir,
+        stage,
+        *,
+        tag=None,
+        weights=None,
+        seed,
+        batch_size,
+        block_size,
+        batches_per_step,
+        puzzle_format,
+        rank=0,
+        world_size=1,
+        verify=True,
+    ):
         manifest, mixture, self.snapshot = read_stage(data_dir, stage, tag, verify)
         weights = dict(weights or mixture["weights"])
         if any(w < 0 for w in weights.values()) or not sum(weights.values()) > 0:
             raise ValueError(f"the mixture needs shares of 0 or more, and not only zeros: {weights}")
-        self.seed, self.rank, self.world_size, self.batches_per_step = seed, rank, world_size, batches_per_step
+        self.seed, self.rank, self.world_size, self.batches_per_step = (
+            seed,
+            rank,
+            world_size,
+            batches_per_step,
+        )
         self.sources, self.val, self.without_val = {}, [], []
         self.step = 0
         for name in sorted(weights):
@@ -253,11 +322,15 @@ class Loader:
             if not entries:
                 have = ", ".join(sorted({e["source"] for e in manifest}))
                 raise ValueError(f"stage {stage!r} has no source {name!r}; it has: {have}")
-            make = {"text": lambda *a: Text(*a, batch_size, block_size),
-                    "puzzle": lambda *a: Puzzles(*a, batch_size * block_size, block_size, puzzle_format)}[entries[0]["kind"]]  # fmt: skip
+            make = {
+                "text": lambda *a: Text(*a, batch_size, block_size),
+                "puzzle": lambda *a: Puzzles(*a, batch_size * block_size, block_size, puzzle_format),
+            }[entries[0]["kind"]]
             train = [e for e in entries if e["split"] == "train"]
             if weights[name] > 0 and not train:
-                raise ValueError(f"source {name!r} of stage {stage!r} has no training shard: give it weight 0 or leave it out")
+                raise ValueError(
+                    f"source {name!r} of stage {stage!r} has no training shard: give it weight 0 or leave it out"
+                )
             if weights[name] > 0:
                 self.sources[name] = make(name, data_dir, train, seed)
             held_out = [e for e in entries if e["split"] == "val"]
@@ -270,7 +343,9 @@ class Loader:
         self.batch_size, self.block_size, self.puzzle_format = batch_size, block_size, puzzle_format
         used = [e["sha256"] for e in manifest if e["source"] in self.sources]
         self.manifest = sha256_file(os.path.join(data_dir, "stages", stage, tag or "", "manifest.jsonl"))
-        self.fingerprint = hashlib.sha256("\n".join(used).encode()).hexdigest()  # of the data this loader reads
+        self.fingerprint = hashlib.sha256(
+            "\n".join(used).encode()
+        ).hexdigest()  # of the data this loader reads
         self.names = list(self.sources)
         self.shares = np.array([weights[name] for name in self.names], dtype=np.float64)
         self.shares /= self.shares.sum()
@@ -288,7 +363,11 @@ class Loader:
             mine = number % self.world_size == self.rank
             made = source.next_batch(mine)
             if mine:
-                batches.append(Batch(source.mode, *made, name, (number, made[0].shape[1]), int((made[0] != tok.PAD).sum())))
+                batches.append(
+                    Batch(
+                        source.mode, *made, name, (number, made[0].shape[1]), int((made[0] != tok.PAD).sum())
+                    )
+                )
         self.step += 1
         return batches
 
@@ -304,7 +383,12 @@ class Loader:
                 windows = (shards.n_tokens - 1) // self.block_size
                 count = min(n, -(-windows // self.batch_size))
                 picks = np.linspace(0, max(windows - 1, 0), min(windows, count * self.batch_size)).astype(int)
-                rows = ((ids[:-1], ids[1:]) for ids in (shards.slice(i * self.block_size, (i + 1) * self.block_size + 1) for i in picks))
+                rows = (
+                    (ids[:-1], ids[1:])
+                    for ids in (
+                        shards.slice(i * self.block_size, (i + 1) * self.block_size + 1) for i in picks
+                    )
+                )
                 lengths = {self.block_size: list(rows)}
             else:
                 lengths = {}
@@ -325,12 +409,16 @@ class Loader:
         why = dict.fromkeys(self.without_val, "it has no validation shard")
         for kind, name, shards in self.val:
             if kind == "text" and shards.n_tokens <= self.block_size:
-                why[name] = (f"{shards.n_tokens} tokens for validation, and a row takes {self.block_size + 1}: "
-                             f"block_size={self.block_size}")  # fmt: skip
+                why[name] = (
+                    f"{shards.n_tokens} tokens for validation, and a row takes {self.block_size + 1}: "
+                    f"block_size={self.block_size}"
+                )
             if kind == "puzzle":
                 some = [shards.document(i) for i in range(min(shards.n_documents, n * self.batch_size))]
                 if all(len(puzzle_row(d, self.puzzle_format, "none")[0]) > self.block_size for d in some):
-                    why[name] = f"its first {len(some)} puzzles for validation exceed block_size={self.block_size}"
+                    why[name] = (
+                        f"its first {len(some)} puzzles for validation exceed block_size={self.block_size}"
+                    )
         return why
 
     def state_dict(self):
@@ -340,8 +428,10 @@ class Loader:
     def load_state_dict(self, state):
         """Go on where state_dict was taken. ValueError if the sources have changed since."""
         if sorted(state["sources"]) != sorted(self.sources):
-            raise ValueError(f"the checkpoint was reading {sorted(state['sources'])}, this run reads {sorted(self.sources)}: "
-                             "resume with the same mixture")  # fmt: skip
+            raise ValueError(
+                f"the checkpoint was reading {sorted(state['sources'])}, this run reads {sorted(self.sources)}: "
+                "resume with the same mixture"
+            )
         self.step = state["step"]
         for name, source in self.sources.items():
             source.restore(state["sources"][name])

@@ -45,7 +45,9 @@ def check_settings(config, ranges):
         raise ValueError(f"mixture must give a share above 0 to some source, got {config['mixture']}")
     batches = config["gradient_accumulation_steps"]
     if batches % world_size:
-        raise ValueError(f"gradient_accumulation_steps={batches} cannot be shared evenly by {world_size} processes")
+        raise ValueError(
+            f"gradient_accumulation_steps={batches} cannot be shared evenly by {world_size} processes"
+        )
     checks = {"push_to": publish.repo_name, "eval_suites": check_suites, "eval_device": hardware.pick_device}
     for name, check in checks.items():
         if config[name] or name == "eval_device":
@@ -66,7 +68,9 @@ def learning_rate_at(it, *, schedule, learning_rate, min_lr, warmup_iters, decay
     """The rate of step `it`. Both schedules warm up linearly and end at min_lr, unless the plateau has no end."""
     up = min(1.0, (it + 1) / max(1, warmup_iters))
     if schedule == "cosine":
-        down = 0.5 + 0.5 * math.cos(math.pi * min(1.0, max(0, it - warmup_iters) / max(1, max_iters - warmup_iters)))
+        down = 0.5 + 0.5 * math.cos(
+            math.pi * min(1.0, max(0, it - warmup_iters) / max(1, max_iters - warmup_iters))
+        )
     else:
         down = min(1.0, (max_iters - it) / decay_iters) if decay_iters else 1.0
     return min_lr + (learning_rate - min_lr) * min(up, down)
@@ -131,8 +135,10 @@ def say_what_is_not_validated(loader, eval_batches, say):
     missing = loader.not_validated(eval_batches)
     if missing:
         nothing = "nothing can be validated, this run will have no validation loss: "
-        say((nothing if len(missing) == len(loader.val) + len(loader.without_val) else "not validated: ")
-            + "; ".join(f"{name} ({why})" for name, why in missing.items()))  # fmt: skip
+        say(
+            (nothing if len(missing) == len(loader.val) + len(loader.without_val) else "not validated: ")
+            + "; ".join(f"{name} ({why})" for name, why in missing.items())
+        )
 
 
 # -----------------------------------------------------------------------------
@@ -173,8 +179,10 @@ def starting_point(init_from, out_dir, anew):
         if init_from in ("resume", "auto", began_with):
             return checkpoint, path, True
     if held:
-        raise ValueError(f"{path} exists: go on with --init_from=resume, start again with --overwrite=True, "
-                         "or choose another --out_dir")  # fmt: skip
+        raise ValueError(
+            f"{path} exists: go on with --init_from=resume, start again with --overwrite=True, "
+            "or choose another --out_dir"
+        )
     if init_from in ("auto", "scratch"):
         return None, None, False
     return ckpt.load_finite(init_from), init_from, False
@@ -191,8 +199,10 @@ def same_start(step, device):
 def nothing_left(checkpoint, path, max_iters, push_to, push_full, say):
     """The run has taken all of its steps: say so, publish what may have been left, end with exit code 0."""
     step, out_dir = checkpoint["train"]["iter"], os.path.dirname(path)
-    say(f"{path} is of step {step}: there is nothing left to do: max_iters={max_iters}; a larger one goes "
-        "on, --overwrite=True begins anew")  # fmt: skip
+    say(
+        f"{path} is of step {step}: there is nothing left to do: max_iters={max_iters}; a larger one goes "
+        "on, --overwrite=True begins anew"
+    )
     Publication(out_dir, push_to if master else "", push_full, say).end(step, at_once=False)
     parallel.leave(code=0)
 
@@ -212,8 +222,10 @@ def other_data(before, now):
     """
     if any(before[k] != now[k] for k in ("shards", "tag", "snapshot")):
         advice = "name the same data, data_tag and data_dir, or begin another run with its weights"
-        raise ValueError(f"this run has learned from {place_of(before)}, and now there is {place_of(now)}: "
-                         f"{advice} (--init_from=PATH, another --out_dir)")  # fmt: skip
+        raise ValueError(
+            f"this run has learned from {place_of(before)}, and now there is {place_of(now)}: "
+            f"{advice} (--init_from=PATH, another --out_dir)"
+        )
     changed = [k for k in ("stage", "data_dir", "manifest", "shares") if k in before and before[k] != now[k]]
     if not changed:
         return None
@@ -252,7 +264,9 @@ def own_carries(everyones):
 
 def random_states(device_type):
     """The states of PyTorch's generators in every process, on the first."""
-    return gather({"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if device_type == "cuda" else None})
+    return gather(
+        {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if device_type == "cuda" else None}
+    )
 
 
 def restore_random_state(states, device_type):
@@ -277,12 +291,21 @@ def unsound(net, average):
 def contents(net, model, config, average, train):
     """What a checkpoint holds (checkpoint.py has its format)."""
     return {
-        "format": ckpt.CHECKPOINT_FORMAT, "model": model, "model_config": dict(vars(net.config)),
-        "weights": net.state_dict(), "ema": average, "tokenizer": tok.fingerprint(), "config": config,
-        "versions": {"torch": str(torch.__version__), "cuda": torch.version.cuda, "numpy": np.__version__,
-                     "python": platform.python_version()},
+        "format": ckpt.CHECKPOINT_FORMAT,
+        "model": model,
+        "model_config": dict(vars(net.config)),
+        "weights": net.state_dict(),
+        "ema": average,
+        "tokenizer": tok.fingerprint(),
+        "config": config,
+        "versions": {
+            "torch": str(torch.__version__),
+            "cuda": torch.version.cuda,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
         "train": train,
-    }  # fmt: skip
+    }
 
 
 def save_checkpoint(path, net, model, config, average, train, device, say, keep):
@@ -305,7 +328,9 @@ def save_checkpoint(path, net, model, config, average, train, device, say, keep)
         except OSError as e:
             saved = False
             kept = "the one before is untouched" if os.path.exists(path) else "there is none before it"
-            say(f"the checkpoint of step {train['iter']} could not be saved ({e.strerror or e}); {kept}, and training goes on")
+            say(
+                f"the checkpoint of step {train['iter']} could not be saved ({e.strerror or e}); {kept}, and training goes on"
+            )
     return parallel.sums([saved], device)[0] == world_size
 
 
@@ -347,7 +372,9 @@ def catch_signals():
 
     def on_signal(number, frame):
         # torchrun passes on a signal that the terminal has already sent to everyone: that is still the first one
-        if interrupted and not ("TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - interrupted[0][1] < 2):
+        if interrupted and not (
+            "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - interrupted[0][1] < 2
+        ):
             os._exit(128 + number)
         interrupted.append((signal.Signals(number).name, time.monotonic()))
 
@@ -380,7 +407,9 @@ def compile_blocks(net, loader, autocast, scaler, device, say):
         for block in net.blocks:
             block._compiled_call_impl = None  # what block.compile() sets; nothing public takes it back
         torch._dynamo.reset()
-        say(f"torch.compile does not work here, going on without it ({problem or 'it failed in another process'})")
+        say(
+            f"torch.compile does not work here, going on without it ({problem or 'it failed in another process'})"
+        )
     return not failed
 
 
@@ -389,7 +418,9 @@ def tracker_module(tracker):
     try:
         return importlib.import_module(tracker) if tracker else None
     except ImportError:
-        raise ValueError(f"--tracker={tracker} needs a package that is not installed: pip install {tracker}") from None
+        raise ValueError(
+            f"--tracker={tracker} needs a package that is not installed: pip install {tracker}"
+        ) from None
 
 
 def write_log(entry, path, say, tracked=None):
@@ -399,7 +430,10 @@ def write_log(entry, path, say, tracked=None):
         say(problem)
     if tracked:
         figures = {**entry, **{f"val_loss/{k}": v for k, v in entry.get("val_losses", {}).items()}}
-        tracked.log({k: v for k, v in figures.items() if k != "iter" and isinstance(v, (int, float))}, step=entry["iter"])
+        tracked.log(
+            {k: v for k, v in figures.items() if k != "iter" and isinstance(v, (int, float))},
+            step=entry["iter"],
+        )
 
 
 class Evaluation:
@@ -420,19 +454,27 @@ class Evaluation:
             return
         self.process.stdin.close()
         if ended:
-            self.say(f"the evaluation of step {self.step} was ended {ended}: python eval_arc.py "
-                     f"{os.path.join(self.out_dir, 'ckpt.pt')} --suites={self.suites} does it")  # fmt: skip
+            self.say(
+                f"the evaluation of step {self.step} was ended {ended}: python eval_arc.py "
+                f"{os.path.join(self.out_dir, 'ckpt.pt')} --suites={self.suites} does it"
+            )
         elif self.process.returncode == 0:
             with open(os.path.join(self.out_dir, "eval_step", "eval.json")) as f:
                 (figures,) = (r for r in json.load(f).values() if r["checkpoint"] == self.link)
             figures["checkpoint"] = os.path.join(self.out_dir, "ckpt.pt")  # the second name is soon gone
-            solved = {suite: f"{r['solved']}/{r['total']}" for suite, r in figures["suites"].items() if "solved" in r}
+            solved = {
+                suite: f"{r['solved']}/{r['total']}"
+                for suite, r in figures["suites"].items()
+                if "solved" in r
+            }
             self.say(f"step {self.step}: solved " + ", ".join(f"{suite} {n}" for suite, n in solved.items()))
             write_log({"iter": self.step, **figures}, os.path.join(self.out_dir, "evals.jsonl"), self.say)
         else:
             with open(os.path.join(self.out_dir, "eval_step.log"), encoding="utf-8", errors="replace") as f:
                 lines = f.read().strip().splitlines()
-            self.say(f"the evaluation of step {self.step} failed: {lines[-1] if lines else self.process.returncode}")
+            self.say(
+                f"the evaluation of step {self.step} failed: {lines[-1] if lines else self.process.returncode}"
+            )
         os.remove(self.link)
         self.process = None
 
@@ -445,11 +487,20 @@ class Evaluation:
         except OSError as e:
             self.say(f"step {step} is not evaluated: {self.link}: {e.strerror}")
             return
-        command = [sys.executable, os.path.join(ROOT, "eval_arc.py"), self.link,
-                   f"--suites={self.suites}", f"--limit={self.limit}", f"--device={self.device}",
-                   f"--out_dir={os.path.join(self.out_dir, 'eval_step')}", "--ends_with_stdin"]  # fmt: skip
+        command = [
+            sys.executable,
+            os.path.join(ROOT, "eval_arc.py"),
+            self.link,
+            f"--suites={self.suites}",
+            f"--limit={self.limit}",
+            f"--device={self.device}",
+            f"--out_dir={os.path.join(self.out_dir, 'eval_step')}",
+            "--ends_with_stdin",
+        ]
         env = {"OMP_NUM_THREADS": "1", **publish.environment_alone()}
-        with open(os.path.join(self.out_dir, "eval_step.log"), "w") as f:  # a pipe would be full one day, with nobody reading it
+        with open(
+            os.path.join(self.out_dir, "eval_step.log"), "w"
+        ) as f:  # a pipe would be full one day, with nobody reading it
             # However this process ends, by kill -9 too, its end of the pipe is closed: the evaluation ends
             ours = {"stdin": subprocess.PIPE, "stdout": f, "stderr": subprocess.STDOUT}
             self.process = subprocess.Popen(command, **ours, start_new_session=True, env=env)
@@ -479,7 +530,9 @@ class Publication:
     def __init__(self, out_dir, repo, full, say):
         self.out_dir, self.repo, self.full, self.say = out_dir, repo, full, say
         self.step = None  # the last one that a push was begun for
-        self.going_on = publish.begin(out_dir, repo, full) if repo else None  # makes the repository: a wrong login shows now
+        self.going_on = (
+            publish.begin(out_dir, repo, full) if repo else None
+        )  # makes the repository: a wrong login shows now
 
     def collect(self, wait=0.0):
         """What has come of the push that is going on, if it has ended (wait: that many seconds for it)."""
@@ -493,7 +546,9 @@ class Publication:
         self.collect(wait)
         if self.repo and self.going_on is None and self.step != step:
             try:
-                self.going_on = publish.begin(self.out_dir, self.repo, self.full, os.path.join(self.out_dir, "ckpt.pt"))
+                self.going_on = publish.begin(
+                    self.out_dir, self.repo, self.full, os.path.join(self.out_dir, "ckpt.pt")
+                )
                 self.step = step
             except OSError as e:
                 self.say(f"step {step} is not published: {e.filename}: {e.strerror}")
@@ -509,4 +564,6 @@ class Publication:
         if self.going_on is not None:
             self.going_on[0].kill()
             publish.outcome(self.going_on, wait=publish.PATIENCE)
-        self.say(f"step {step} is not published: python -m smol.publish push {self.out_dir} --repo={self.repo} --full={self.full} does it")
+        self.say(
+            f"step {step} is not published: python -m smol.publish push {self.out_dir} --repo={self.repo} --full={self.full} does it"
+        )

@@ -22,16 +22,24 @@ def _carve(rng, height, width):
     seen[r][c] = True
     walls[top + 2 * r, left + 2 * c] = False
     stack = [(r, c)]
-    chance = iter(rng.random(2 * rows * cols).tolist())     # one number per step forward or back, drawn at once for speed
+    chance = iter(
+        rng.random(2 * rows * cols).tolist()
+    )  # one number per step forward or back, drawn at once for speed
     while stack:
         r, c = stack[-1]
-        ways = [(y, x) for y, x in ((r - 1, c), (r + 1, c), (r, c - 1), (r, c + 1)) if 0 <= y < rows and 0 <= x < cols and not seen[y][x]]
+        ways = [
+            (y, x)
+            for y, x in ((r - 1, c), (r + 1, c), (r, c - 1), (r, c + 1))
+            if 0 <= y < rows and 0 <= x < cols and not seen[y][x]
+        ]
         if not ways:
             stack.pop()
             continue
         y, x = ways[int(next(chance) * len(ways))]
         seen[y][x] = True
-        walls[top + 2 * y, left + 2 * x] = walls[top + r + y, left + c + x] = False     # the cell, and the wall on the way to it
+        walls[top + 2 * y, left + 2 * x] = walls[top + r + y, left + c + x] = (
+            False  # the cell, and the wall on the way to it
+        )
         stack.append((y, x))
     if rng.random() < 0.5:
         walls &= rng.random((height, width)) > rng.uniform(0.05, 0.4)
@@ -69,7 +77,9 @@ def maze(rng, height, width):
         cells = [i for i, is_free in enumerate(free) if is_free]
         start = cells[rng.integers(len(cells))]
         distance, parent, several = _breadth_first(free, start, width + 2)
-        goals = [cell for cell, steps in distance.items() if 2 * steps >= height + width and cell not in several]
+        goals = [
+            cell for cell, steps in distance.items() if 2 * steps >= height + width and cell not in several
+        ]
         if not goals:
             continue
         goal = goals[rng.integers(len(goals))]
@@ -80,7 +90,12 @@ def maze(rng, height, width):
         while cell != start:
             answer.flat[cell] = 4
             cell = parent[cell]
-        return Task(id=f"maze{height}x{width}", kind="maze", train=[], test=[(puzzle[1:-1, 1:-1].copy(), answer[1:-1, 1:-1].copy())])
+        return Task(
+            id=f"maze{height}x{width}",
+            kind="maze",
+            train=[],
+            test=[(puzzle[1:-1, 1:-1].copy(), answer[1:-1, 1:-1].copy())],
+        )
 
 
 def check_maze(maze, answer, only=True):
@@ -90,26 +105,38 @@ def check_maze(maze, answer, only=True):
     neighbours in layer d - 1.
     """
     maze, answer = np.asarray(maze), np.asarray(answer)
-    if maze.ndim != 2 or maze.shape != answer.shape or (maze == 2).sum() != 1 or (maze == 3).sum() != 1 or maze.max() > 3:
+    if (
+        maze.ndim != 2
+        or maze.shape != answer.shape
+        or (maze == 2).sum() != 1
+        or (maze == 3).sum() != 1
+        or maze.max() > 3
+    ):
         return False
     marked = answer == 4
     if (answer[~marked] != maze[~marked]).any() or (maze[marked] != 0).any():
         return False
-    ways, unseen, steps = (maze == 2).astype(object), (maze != 1) & (maze != 2), 0      # Python integers: ways can outgrow 64 bits
+    ways, unseen, steps = (
+        (maze == 2).astype(object),
+        (maze != 1) & (maze != 2),
+        0,
+    )  # Python integers: ways can outgrow 64 bits
     goal = maze == 3
     while unseen[goal][0]:
         around = np.pad(ways, 1)
         ways = (around[:-2, 1:-1] + around[2:, 1:-1] + around[1:-1, :-2] + around[1:-1, 2:]) * unseen
         layer = ways > 0
         if not layer.any():
-            return False        # no way at all
+            return False  # no way at all
         unseen &= ~layer
         steps += 1
         if not goal[layer].any() and (layer & marked).sum() != 1:
-            return False        # the marked way has one cell in every layer
+            return False  # the marked way has one cell in every layer
     if (only and ways[goal][0] != 1) or marked.sum() != steps - 1:
         return False
     on_path = np.pad(marked | (maze == 2) | goal, 1).astype(int)
     neighbours = on_path[:-2, 1:-1] + on_path[2:, 1:-1] + on_path[1:-1, :-2] + on_path[1:-1, 2:]
     # one cell a layer, and the cells hang together in a line: a shortest way
-    return bool((neighbours[marked] == 2).all() and neighbours[maze == 2][0] == 1 and neighbours[goal][0] == 1)
+    return bool(
+        (neighbours[marked] == 2).all() and neighbours[maze == 2][0] == 1 and neighbours[goal][0] == 1
+    )

@@ -37,10 +37,15 @@ def muon_and_adamw(model, weight_decay, learning_rate, betas):
     matrices, rest = split_parameters(model, weight_decay)
     device = matrices["params"][0].device
     if hasattr(torch.optim, "Muon") and half(device) == torch.bfloat16:
-        muon = torch.optim.Muon(matrices["params"], lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        muon = torch.optim.Muon(
+            matrices["params"], lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
     else:
         muon = Muon(matrices["params"], lr=learning_rate, weight_decay=weight_decay)
-    return [muon, torch.optim.AdamW(rest["params"], lr=learning_rate, betas=betas, weight_decay=0.0, fused=True)]
+    return [
+        muon,
+        torch.optim.AdamW(rest["params"], lr=learning_rate, betas=betas, weight_decay=0.0, fused=True),
+    ]
 
 
 class Muon(torch.optim.Optimizer):

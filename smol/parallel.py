@@ -14,7 +14,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+rank, local_rank, world_size = (
+    int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+)
 master = rank == 0
 objects = None  # the group over which Python objects go
 
@@ -33,7 +35,15 @@ def leave(message=None, code=1):
     """Exit at once. torchrun shows at its very end what is in the file it names, so our line is written there as well."""
     if message and os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with contextlib.suppress(OSError), open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as f:
-            json.dump({"message": {"message": f"error: {message}", "extraInfo": {"timestamp": str(int(time.time()))}}}, f)
+            json.dump(
+                {
+                    "message": {
+                        "message": f"error: {message}",
+                        "extraInfo": {"timestamp": str(int(time.time()))},
+                    }
+                },
+                f,
+            )
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # a process group that others have left would keep us waiting
@@ -105,7 +115,10 @@ def difference(tensors):
     """
     if world_size == 1:
         return None
-    bits = [t.detach().reshape(-1).view(torch.int32 if t.element_size() == 4 else torch.int64) for t in tensors.values()]
+    bits = [
+        t.detach().reshape(-1).view(torch.int32 if t.element_size() == 4 else torch.int64)
+        for t in tensors.values()
+    ]
     mine = torch.stack([b.sum(dtype=torch.int64) for b in bits])
     everyones = [torch.empty_like(mine) for _ in range(world_size)]
     dist.all_gather(everyones, mine)
@@ -114,5 +127,7 @@ def difference(tensors):
     for r in range(world_size):
         wrong = [name for name, same in zip(tensors, (everyones[r] == typical).tolist()) if not same]
         if wrong:
-            return f"process {r} differs in {wrong[0]}" + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
+            return f"process {r} differs in {wrong[0]}" + (
+                f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            )
     return None

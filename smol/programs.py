@@ -259,7 +259,9 @@ def sparse(rng, params):
 def banded(rng, params):
     """Rows or columns that come several times."""
     grid = scattered_small(rng, params)
-    return grid.repeat(rng.integers(1, 4, size=len(grid)), 0).repeat(rng.integers(1, 4, size=grid.shape[1]), 1)
+    return grid.repeat(rng.integers(1, 4, size=len(grid)), 0).repeat(
+        rng.integers(1, 4, size=grid.shape[1]), 1
+    )
 
 
 # name: (every setting of the parameters, the function, what makes an input); as in transforms.py
@@ -333,7 +335,10 @@ FAMILIES = {
 
 def program_text(steps):
     """list of (name, parameters) -> the program as Python-like text."""
-    lines = [f"    grid = {name}({', '.join(['grid', *(f'{k}={v}' for k, v in params.items())])})" for name, params in steps]
+    lines = [
+        f"    grid = {name}({', '.join(['grid', *(f'{k}={v}' for k, v in params.items())])})"
+        for name, params in steps
+    ]
     return "\n".join(["def solve(grid):", *lines, "    return grid"]) + "\n"
 
 
@@ -348,10 +353,14 @@ def parse(text):
         for line in lines:
             call = line.value
             name, params = call.func.id, {k.arg: ast.literal_eval(k.value) for k in call.keywords}
-            if [ast.unparse(t) for t in line.targets] != ["grid"] or [ast.unparse(a) for a in call.args] != ["grid"]:
+            if [ast.unparse(t) for t in line.targets] != ["grid"] or [ast.unparse(a) for a in call.args] != [
+                "grid"
+            ]:
                 raise ValueError(f"line {line.lineno} does not turn grid into grid")
             if name not in LANGUAGE:
-                raise ValueError(f"no function {name!r}: the closest is {difflib.get_close_matches(name, LANGUAGE, 1, 0)[0]!r}")
+                raise ValueError(
+                    f"no function {name!r}: the closest is {difflib.get_close_matches(name, LANGUAGE, 1, 0)[0]!r}"
+                )
             if params not in LANGUAGE[name][0]:
                 raise ValueError(f"{name} does not take {params}")
             steps.append((name, params))
@@ -407,13 +416,20 @@ def make(rng, family=None):
         make_one = make_input or LANGUAGE[steps[0][0]][2]
         named = {k: v for _, params in steps[:1] for k, v in params.items()}
         text = program_text(steps)
-        for _ in range(20):  # some programs do nothing with some inputs; after a while another program is better
+        for _ in range(
+            20
+        ):  # some programs do nothing with some inputs; after a while another program is better
             inputs = [np.ascontiguousarray(make_one(rng, named)) for _ in range(int(rng.integers(3, 6)))]
             stages = [[x, *run(text, x)] for x in inputs]
             pairs = [(s[0], s[-1]) for s in stages]
-            if len({(x.shape, x.tobytes()) for x in inputs}) < len(inputs) or any(max(g.shape) > arc.MAX_SIDE for s in stages for g in s):
+            if len({(x.shape, x.tobytes()) for x in inputs}) < len(inputs) or any(
+                max(g.shape) > arc.MAX_SIDE for s in stages for g in s
+            ):
                 continue
-            if any(same(x, y) or not y.any() for x, y in pairs) or len({(y.shape, y.tobytes()) for _, y in pairs}) == 1:
+            if (
+                any(same(x, y) or not y.any() for x, y in pairs)
+                or len({(y.shape, y.tobytes()) for _, y in pairs}) == 1
+            ):
                 continue
             if any(all(same(s[i], s[i + 1]) for s in stages) for i in range(len(steps))):
                 continue

@@ -39,7 +39,15 @@ overwrite = False  # pull: replace another ckpt.pt there
 
 PATIENCE = 900.0  # seconds that train.py waits at its end for a push: a session on Kaggle has that left after max_hours=11.5
 BESIDES = ("config.json", "log.jsonl", "loss.png")
-FIGURES = ("iter", "seconds", "tokens", "val_loss", "val_losses", "tokens_per_second", "data")  # of "train", what is not for going on
+FIGURES = (
+    "iter",
+    "seconds",
+    "tokens",
+    "val_loss",
+    "val_losses",
+    "tokens_per_second",
+    "data",
+)  # of "train", what is not for going on
 
 
 def card(repo, at):
@@ -48,9 +56,16 @@ def card(repo, at):
     data = train["data"]
     losses = "".join(f"| {name} | {loss:.3f} |\n" for name, loss in (train["val_losses"] or {}).items())
     size = sum(w.numel() for w in at["weights"].values())
-    kept = "the whole checkpoint: `--init_from=resume` goes on from it" if "optimizers" in train else "the weights alone"
+    kept = (
+        "the whole checkpoint: `--init_from=resume` goes on from it"
+        if "optimizers" in train
+        else "the weights alone"
+    )
     header = {"license": "mit", "tags": ["smol-llm", "arc-agi", "pytorch"], "pipeline_tag": "text-generation"}
-    return "---\n" + "\n".join(f"{k}: {json.dumps(v)}" for k, v in header.items()) + f"""
+    return (
+        "---\n"
+        + "\n".join(f"{k}: {json.dumps(v)}" for k, v in header.items())
+        + f"""
 ---
 # {repo.split("/")[1]}
 
@@ -67,6 +82,7 @@ of `{data["stage"]}`, {f"tag `{data['tag']}`, snapshot `{data['snapshot'][:12]}`
 {losses}
 `config.json` has every setting of the run, `log.jsonl` every figure.
 """
+    )
 
 
 def same(file, path):
@@ -113,10 +129,16 @@ def push(folder, repo, full, private, path=""):
         at = None  # sending takes minutes, beside a training that needs the memory
         api = create(repo, private)
         ours = {"ckpt.pt": path, "README.md": os.path.join(work, "README.md")}
-        ours |= {name: os.path.join(folder, name) for name in BESIDES if os.path.isfile(os.path.join(folder, name))}
+        ours |= {
+            name: os.path.join(folder, name) for name in BESIDES if os.path.isfile(os.path.join(folder, name))
+        }
         with plainly(f"cannot read {repo}"):
             there = files_of(api, repo, None, "model")
-        operations = [CommitOperationAdd(path_in_repo=n, path_or_fileobj=p) for n, p in ours.items() if not same(there.get(n), p)]
+        operations = [
+            CommitOperationAdd(path_in_repo=n, path_or_fileobj=p)
+            for n, p in ours.items()
+            if not same(there.get(n), p)
+        ]
         if not operations:
             print(f"step {step} is at {repo} already")
             return
@@ -147,7 +169,9 @@ def pull(name, out_dir, overwrite):
         raise ValueError(f"{name} has no ckpt.pt: it is not a repository that publish.py made")
     place = Path(out_dir) / "ckpt.pt"
     if place.is_file() and not same(files["ckpt.pt"], place) and not overwrite:
-        raise ValueError(f"{place} is there already and is another checkpoint: choose another --out_dir, or --overwrite=True")
+        raise ValueError(
+            f"{place} is there already and is another checkpoint: choose another --out_dir, or --overwrite=True"
+        )
     waiting = Path(out_dir) / ".pull"  # kept when a download breaks off: run again, it goes on from there
     for path in ("ckpt.pt", *BESIDES):
         if path not in files:
@@ -162,7 +186,11 @@ def pull(name, out_dir, overwrite):
         if path in files:
             os.replace(waiting / path, Path(out_dir) / path)
     shutil.rmtree(waiting)
-    on = "--init_from=resume goes on from it" if "optimizers" in at["train"] else f"weights alone: --init_from={place} starts from them"
+    on = (
+        "--init_from=resume goes on from it"
+        if "optimizers" in at["train"]
+        else f"weights alone: --init_from={place} starts from them"
+    )
     print(f"{place} is step {at['train']['iter']} of {name}, commit {commit[:12]}; {on}")
 
 
@@ -172,7 +200,11 @@ def pull(name, out_dir, overwrite):
 
 def environment_alone():
     """Ours, for a process that is not one of torchrun's."""
-    return {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE")}
+    return {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE")
+    }
 
 
 def begin(out_dir, repo, full, ckpt_path=None):
@@ -187,11 +219,15 @@ def begin(out_dir, repo, full, ckpt_path=None):
         from smol import checkpoint as ckpt
 
         link = os.path.join(out_dir, "ckpt.push")
-        ckpt.second_name(ckpt_path, link)  # the next checkpoint replaces the first name, and takes nothing from under the reader
+        ckpt.second_name(
+            ckpt_path, link
+        )  # the next checkpoint replaces the first name, and takes nothing from under the reader
         command.append(f"--checkpoint={link}")
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     own = environment_alone() | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=own)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=own
+    )
     return process, link
 
 
@@ -211,13 +247,18 @@ def outcome(begun, wait=0.0):
         shutil.rmtree(os.path.join(os.path.dirname(link), ".push"), ignore_errors=True)  # where it was killed
     if process.returncode == 0:
         return lines[-1] if lines else ""
-    return f"not published: {lines[-1].removeprefix('error: ') if lines else f'exit code {process.returncode}'}"
+    return (
+        f"not published: {lines[-1].removeprefix('error: ') if lines else f'exit code {process.returncode}'}"
+    )
 
 
 def main(argv):
     command, argument, rest = (argv[:1] or [""])[0], "", argv[1:]
-    needs = {"push": "what to push: python -m smol.publish push out/route_a_stage1 --repo=USER/NAME",
-             "pull": "what to pull: python -m smol.publish pull USER/NAME --out_dir=DIR", "create": ""}  # fmt: skip
+    needs = {
+        "push": "what to push: python -m smol.publish push out/route_a_stage1 --repo=USER/NAME",
+        "pull": "what to pull: python -m smol.publish pull USER/NAME --out_dir=DIR",
+        "create": "",
+    }
     if "--help" in argv or "-h" in argv:
         print(configurator.help_text(globals()))
         return

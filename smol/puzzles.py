@@ -24,7 +24,12 @@ from smol.word_problems import NAMES, TEMPLATES, THINGS, arithmetic, check_arith
 
 SUITES = ("sudoku4", "sudoku9", "maze", "transforms")
 HELD_OUT_N = {"sudoku4": 100, "sudoku9": 50, "maze": 50, "transforms": 50}
-HELD_OUT_SEED = {"sudoku4": 4004, "sudoku9": 9009, "maze": 7007, "transforms": 1234}    # changing one changes what was measured
+HELD_OUT_SEED = {
+    "sudoku4": 4004,
+    "sudoku9": 9009,
+    "maze": 7007,
+    "transforms": 1234,
+}  # changing one changes what was measured
 
 
 def task_hash(task):
@@ -52,7 +57,9 @@ def heldout(suite, n=None):
         raise ValueError(f"unknown suite {suite!r}; did you mean {close!r}? There are {', '.join(SUITES)}")
     n = HELD_OUT_N[suite] if n is None else n
     if not 0 <= n <= HELD_OUT_N[suite]:
-        raise ValueError(f"{n} held-out puzzles of {suite}: there are {HELD_OUT_N[suite]}, and only these are kept out of training")
+        raise ValueError(
+            f"{n} held-out puzzles of {suite}: there are {HELD_OUT_N[suite]}, and only these are kept out of training"
+        )
     rng = np.random.default_rng(HELD_OUT_SEED[suite])
     tasks, seen = [], set()
     while len(tasks) < n:

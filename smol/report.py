@@ -29,16 +29,26 @@ def gather(out_dir, json_name="eval.json"):
     if os.path.isfile(os.path.join(out_dir, json_name)):
         report = read_json(os.path.join(out_dir, json_name))
         for name, r in report.items():
-            models.append({**{k: v for k, v in r.items() if k not in LEFT_OUT}, "name": name, "suites": r.get("suites") or {}})
+            models.append(
+                {
+                    **{k: v for k, v in r.items() if k not in LEFT_OUT},
+                    "name": name,
+                    "suites": r.get("suites") or {},
+                }
+            )
             if r.get("checkpoint"):
                 logs[name] = os.path.join(os.path.dirname(r["checkpoint"]) or ".", "evals.jsonl")
         for record in logbook.read(os.path.join(out_dir, "answers.jsonl")):
             add(tasks, record, report)
     if not logs or os.path.join(out_dir, "evals.jsonl") not in logs.values():
         logs.setdefault(os.path.basename(os.path.abspath(out_dir)), os.path.join(out_dir, "evals.jsonl"))
-    history = [{"name": name, "points": points} for name, path in logs.items() if (points := read_history(path))]
+    history = [
+        {"name": name, "points": points} for name, path in logs.items() if (points := read_history(path))
+    ]
     if not models and not history:
-        raise FileNotFoundError(f"nothing to draw in {out_dir}: it has no {json_name}, which eval_arc.py writes, and no evals.jsonl")
+        raise FileNotFoundError(
+            f"nothing to draw in {out_dir}: it has no {json_name}, which eval_arc.py writes, and no evals.jsonl"
+        )
     return {"models": models, "tasks": list(tasks.values()), "history": history, "palette": arc.PALETTE}
 
 
@@ -46,13 +56,25 @@ def add(tasks, record, names):
     """Put a line of answers.jsonl with the other models' answers to the same task. names: of the models in the report."""
     if not {"model", "suite", "id", "test"} <= record.keys() or record["model"] not in names:
         return
-    task = tasks.setdefault((record["suite"], record["id"]), {
-        "suite": record["suite"], "id": record["id"], "kind": record.get("kind"), "demonstrations": record.get("demonstrations") or [],
-        "test": [{"input": t.get("input"), "expected": t.get("expected")} for t in record["test"]], "answers": {}})  # fmt: skip
+    task = tasks.setdefault(
+        (record["suite"], record["id"]),
+        {
+            "suite": record["suite"],
+            "id": record["id"],
+            "kind": record.get("kind"),
+            "demonstrations": record.get("demonstrations") or [],
+            "test": [{"input": t.get("input"), "expected": t.get("expected")} for t in record["test"]],
+            "answers": {},
+        },
+    )
     task["answers"][record["model"]] = {
-        "solved": record.get("solved"), "too_long": record.get("too_long"),
-        "test": [{k: v for k, v in t.items() if k not in ("input", "expected", "right", "candidates")} for t in record["test"]],
-    }  # fmt: skip
+        "solved": record.get("solved"),
+        "too_long": record.get("too_long"),
+        "test": [
+            {k: v for k, v in t.items() if k not in ("input", "expected", "right", "candidates")}
+            for t in record["test"]
+        ],
+    }
 
 
 def read_json(path):
@@ -70,8 +92,11 @@ def read_history(path):
     """evals.jsonl -> list of {iter, suites: {suite: {solved, total, interval}}} by step, of suites of tasks; empty if there is no file."""
     points = {}
     for entry in logbook.read(path):
-        suites = {suite: {k: s.get(k) for k in ("solved", "total", "interval")}
-                  for suite, s in (entry.get("suites") or {}).items() if isinstance(s, dict) and s.get("total") and "solved" in s}
+        suites = {
+            suite: {k: s.get(k) for k in ("solved", "total", "interval")}
+            for suite, s in (entry.get("suites") or {}).items()
+            if isinstance(s, dict) and s.get("total") and "solved" in s
+        }
         if suites and isinstance(entry.get("iter"), int):
             points.setdefault(entry["iter"], {"iter": entry["iter"], "suites": {}})["suites"].update(suites)
     return [points[i] for i in sorted(points)]
@@ -90,7 +115,9 @@ def page(data, title):
     """-> the HTML. Whatever is in `data`, it cannot end the script element that it stands in."""
     with open(TEMPLATE, encoding="utf-8") as f:
         before, after = f.read().replace("$TITLE$", html.escape(title)).split("$DATA$</script>")
-    return before + json.dumps(finite(data), separators=(",", ":")).replace("<", "\\u003c") + "</script>" + after
+    return (
+        before + json.dumps(finite(data), separators=(",", ":")).replace("<", "\\u003c") + "</script>" + after
+    )
 
 
 def write(out_dir, json_name="eval.json"):

@@ -44,23 +44,59 @@ import time
 import warnings
 from dataclasses import dataclass
 
-SECONDS = 2           # of CPU for a function with its tests, or for one program on its grids
-MEMORY_MB = 256       # more than the interpreter itself takes
+SECONDS = 2  # of CPU for a function with its tests, or for one program on its grids
+MEMORY_MB = 256  # more than the interpreter itself takes
 OUTPUT_BYTES = 65536  # of results that a function may give
 TEXT_CHARACTERS = 20_000  # a longer program is not looked at
-PROGRAMS = 200        # in one process; it starts in a quarter of a second
-MODULES = ("math", "re", "collections", "itertools", "functools", "string", "heapq", "bisect", "operator", "statistics", "fractions",
-           "decimal", "random", "typing", "dataclasses", "enum", "copy", "abc", "textwrap")  # what functions may import
-ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1", "OPENBLAS_NUM_THREADS": "1"}  # sets have the same order every time
+PROGRAMS = 200  # in one process; it starts in a quarter of a second
+MODULES = (
+    "math",
+    "re",
+    "collections",
+    "itertools",
+    "functools",
+    "string",
+    "heapq",
+    "bisect",
+    "operator",
+    "statistics",
+    "fractions",
+    "decimal",
+    "random",
+    "typing",
+    "dataclasses",
+    "enum",
+    "copy",
+    "abc",
+    "textwrap",
+)  # what functions may import
+ENVIRONMENT = {
+    "PYTHONHASHSEED": "0",
+    "PYTHONSAFEPATH": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}  # sets have the same order every time
 READY = b'{"value": "ready"}\n'  # what the process says when it is confined, before it looks at anything
-FORBIDDEN = ("open", "input", "breakpoint", "exit", "quit", "help", "eval", "exec", "compile", "copyright", "credits", "license")
+FORBIDDEN = (
+    "open",
+    "input",
+    "breakpoint",
+    "exit",
+    "quit",
+    "help",
+    "eval",
+    "exec",
+    "compile",
+    "copyright",
+    "credits",
+    "license",
+)
 
 
 @dataclass(frozen=True)
 class Result:
     ok: bool
     value: object = None  # when ok: see the function that gives it
-    reason: str = ""      # when not ok: what went wrong, in one line
+    reason: str = ""  # when not ok: what went wrong, in one line
 
 
 # -----------------------------------------------------------------------------
@@ -72,7 +108,9 @@ def call(code, calls, seconds=SECONDS, memory_mb=MEMORY_MB):
     Run `code`, then every expression in `calls` (list of str) with what it defined. -> Result whose value is the list of their values,
     which must be plain: numbers, texts, None, and lists, tuples, dicts and sets of them.
     """
-    lines, problem = _start("functions", {"code": code, "calls": calls, "seconds": seconds, "memory_mb": memory_mb}, seconds)
+    lines, problem = _start(
+        "functions", {"code": code, "calls": calls, "seconds": seconds, "memory_mb": memory_mb}, seconds
+    )
     values = []
     for line in lines:
         if "error" in line:
@@ -111,12 +149,23 @@ def run_programs(jobs, seconds=SECONDS, memory_mb=MEMORY_MB):
     while len(results) < len(jobs):
         part = jobs[len(results) : len(results) + PROGRAMS]
         given = [(text[: TEXT_CHARACTERS + 1], [grid.tolist() for grid in grids]) for text, grids in part]
-        paths = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), *filter(os.path.isabs, sys.path)]
+        paths = [
+            os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+            *filter(os.path.isabs, sys.path),
+        ]
         size = OUTPUT_BYTES + 4000 * sum(len(grids) for _, grids in part)  # a 30x30 grid is 2,760 characters
-        lines, problem = _start("programs", {"jobs": given, "seconds": seconds, "memory_mb": memory_mb, "paths": paths},
-                                seconds * len(part) + 30, size)
-        results += [Result(False, reason=line["error"]) if "error" in line
-                    else Result(True, [np.array(grid, np.uint8) for grid in line["value"]]) for line in lines[: len(part)]]
+        lines, problem = _start(
+            "programs",
+            {"jobs": given, "seconds": seconds, "memory_mb": memory_mb, "paths": paths},
+            seconds * len(part) + 30,
+            size,
+        )
+        results += [
+            Result(False, reason=line["error"])
+            if "error" in line
+            else Result(True, [np.array(grid, np.uint8) for grid in line["value"]])
+            for line in lines[: len(part)]
+        ]
         if len(lines) < len(part):
             results.append(Result(False, reason=problem or "it ended before it was done"))
     return results
@@ -150,10 +199,18 @@ def _start(kind, job, seconds, output_bytes=OUTPUT_BYTES):
     """
     folder, errors = tempfile.mkdtemp(prefix="sandbox-"), tempfile.TemporaryFile()
     process = subprocess.Popen(
-        [sys.executable, "-s", "-S", "-B", os.path.abspath(__file__), f"--inside={kind}"], cwd=folder, env=ENVIRONMENT,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
+        [sys.executable, "-s", "-S", "-B", os.path.abspath(__file__), f"--inside={kind}"],
+        cwd=folder,
+        env=ENVIRONMENT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        start_new_session=True,
+    )
     try:
-        output, problem = _talk(process, json.dumps(job).encode(), time.monotonic() + 4 * seconds + 30, output_bytes)
+        output, problem = _talk(
+            process, json.dumps(job).encode(), time.monotonic() + 4 * seconds + 30, output_bytes
+        )
     finally:
         try:
             os.killpg(process.pid, signal.SIGKILL)  # its group, whether or not its leader has ended
@@ -188,7 +245,9 @@ def _talk(process, given, deadline, output_bytes):
     os.set_blocking(process.stdin.fileno(), False)
     while True:
         left = deadline - time.monotonic()
-        readable, writable, _ = select.select([process.stdout], [process.stdin] if given else [], [], max(left, 0))
+        readable, writable, _ = select.select(
+            [process.stdout], [process.stdin] if given else [], [], max(left, 0)
+        )
         if left <= 0:
             return bytes(output), "it did not end"
         if writable:
@@ -215,10 +274,61 @@ def _talk(process, given, deadline, output_bytes):
 # System calls that computing needs, on x86-64: read write close fstat lseek mmap mprotect munmap brk rt_sigaction rt_sigprocmask
 # rt_sigreturn readv writev sched_yield mremap madvise nanosleep getitimer setitimer getpid exit gettimeofday getrusage sigaltstack futex
 # sched_getaffinity restart_syscall clock_gettime clock_getres clock_nanosleep exit_group getrandom rseq
-SYSTEM_CALLS = (0, 1, 3, 5, 8, 9, 10, 11, 12, 13, 14, 15, 19, 20, 24, 25, 28, 35, 36, 38, 39, 60, 96, 98, 131, 202, 204, 219, 228, 229, 230,
-                231, 318, 334)
-REFUSED = ("open", "import", "os.", "socket.", "subprocess.", "ctypes.", "shutil.", "tempfile.", "resource.", "signal.", "fcntl.", "mmap.",
-           "pty.", "pathlib.", "glob.", "syslog.", "sys.addaudithook")  # audit events that begin so
+SYSTEM_CALLS = (
+    0,
+    1,
+    3,
+    5,
+    8,
+    9,
+    10,
+    11,
+    12,
+    13,
+    14,
+    15,
+    19,
+    20,
+    24,
+    25,
+    28,
+    35,
+    36,
+    38,
+    39,
+    60,
+    96,
+    98,
+    131,
+    202,
+    204,
+    219,
+    228,
+    229,
+    230,
+    231,
+    318,
+    334,
+)
+REFUSED = (
+    "open",
+    "import",
+    "os.",
+    "socket.",
+    "subprocess.",
+    "ctypes.",
+    "shutil.",
+    "tempfile.",
+    "resource.",
+    "signal.",
+    "fcntl.",
+    "mmap.",
+    "pty.",
+    "pathlib.",
+    "glob.",
+    "syslog.",
+    "sys.addaudithook",
+)  # audit events that begin so
 
 
 def confine(seconds, memory_mb):
@@ -230,8 +340,14 @@ def confine(seconds, memory_mb):
     except OSError:  # not Linux
         taken = 0
     seconds += round(time.process_time())  # the kernel counts whole seconds, from the process's start
-    for name, soft, hard in (("CPU", seconds, seconds + 1), ("AS", taken + (memory_mb << 20), None), ("FSIZE", 0, None),
-                             ("CORE", 0, None), ("NPROC", 0, None), ("NOFILE", 3, None)):
+    for name, soft, hard in (
+        ("CPU", seconds, seconds + 1),
+        ("AS", taken + (memory_mb << 20), None),
+        ("FSIZE", 0, None),
+        ("CORE", 0, None),
+        ("NPROC", 0, None),
+        ("NOFILE", 3, None),
+    ):
         try:
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (soft, hard or soft))
             held.append(f"limit {name}")
@@ -256,14 +372,22 @@ def filter_system_calls():
     load, equal, give = 0x20, 0x15, 0x06
     allow, refuse, kill = 0x7FFF0000, 0x00050001, 0x80000000
     n = len(SYSTEM_CALLS)
-    program = [(load, 0, 0, 4), (equal, 1, 0, 0xC000003E), (give, 0, 0, kill),  # in another processor's numbering they mean other calls
-               (load, 0, 0, 0), *((equal, n - i, 0, number) for i, number in enumerate(SYSTEM_CALLS)),
-               (give, 0, 0, refuse), (give, 0, 0, allow)]
+    program = [
+        (load, 0, 0, 4),
+        (equal, 1, 0, 0xC000003E),
+        (give, 0, 0, kill),  # in another processor's numbering they mean other calls
+        (load, 0, 0, 0),
+        *((equal, n - i, 0, number) for i, number in enumerate(SYSTEM_CALLS)),
+        (give, 0, 0, refuse),
+        (give, 0, 0, allow),
+    ]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in program))
     about = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(program), ctypes.addressof(code)))
     prctl = ctypes.CDLL(None, use_errno=True).prctl
     prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
-    return prctl(38, 1, 0, 0, 0) == 0 and prctl(22, 2, ctypes.addressof(about), 0, 0) == 0  # no new privileges; the filter
+    return (
+        prctl(38, 1, 0, 0, 0) == 0 and prctl(22, 2, ctypes.addressof(about), 0, 0) == 0
+    )  # no new privileges; the filter
 
 
 class Nowhere:
@@ -283,7 +407,11 @@ def say(line):
 
 
 def describe(e):
-    return "it took too much memory" if isinstance(e, MemoryError) else _short(f"{type(e).__name__}: {e}".rstrip(": \n").replace("\n", " "))
+    return (
+        "it took too much memory"
+        if isinstance(e, MemoryError)
+        else _short(f"{type(e).__name__}: {e}".rstrip(": \n").replace("\n", " "))
+    )
 
 
 def inside(kind):
@@ -291,10 +419,15 @@ def inside(kind):
     warnings.simplefilter("ignore")  # to show one, Python would open the source
     if kind == "programs":
         sys.path[:] = job["paths"]
-        sys.modules["torch"] = type(sys)("torch")  # arc.py imports it for what nobody does here; it would be seconds and gigabytes
+        sys.modules["torch"] = type(sys)(
+            "torch"
+        )  # arc.py imports it for what nobody does here; it would be seconds and gigabytes
         from smol import programs
 
-        programs.run("def solve(grid):\n    grid = crop(grid)\n    return grid\n", __import__("numpy").ones((2, 2), "uint8"))
+        programs.run(
+            "def solve(grid):\n    grid = crop(grid)\n    return grid\n",
+            __import__("numpy").ones((2, 2), "uint8"),
+        )
         confine(job["seconds"] * len(job["jobs"]) + 5, job["memory_mb"])
         say({"value": "ready"})
         inside_programs(programs, job["jobs"], job["seconds"])
@@ -351,7 +484,9 @@ def inside_program(programs, text, grid):
     grid = programs.np.array(grid, "uint8")
     out = [grid, *programs.run(text, grid)][-1]
     if out.ndim != 2 or not all(1 <= side <= 30 for side in out.shape):
-        raise ValueError(f"it makes a grid of {'x'.join(map(str, out.shape))}, where sides of 1 to 30 are wanted")
+        raise ValueError(
+            f"it makes a grid of {'x'.join(map(str, out.shape))}, where sides of 1 to 30 are wanted"
+        )
     return out.tolist()
 
 

@@ -40,7 +40,12 @@ def by_heart(net, batch, *, mode, steps, tokens, optimizer, learning_rate, betas
     before = {k: v.detach().clone() for k, v in net.state_dict().items()}
     optimizers = loop.make_optimizers(net, optimizer, 0.0, learning_rate, betas)
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=scaled)
-    progress = tqdm(range(steps), desc=f"one {mode} batch by heart", leave=False, disable=None if parallel.master else True)
+    progress = tqdm(
+        range(steps),
+        desc=f"one {mode} batch by heart",
+        leave=False,
+        disable=None if parallel.master else True,
+    )
     for i in progress:
         for group in (group for o in optimizers for group in o.param_groups):
             group["lr"] = learning_rate * min(1, (i + 1) / 10)
@@ -73,16 +78,36 @@ def afterwards(run_log, val_losses, ckpt_path, net, *, scaled, world_size, card,
     waits = sum(e["data_wait"] for e in settled) / len(settled)
     written = ckpt.load(ckpt_path)["weights"]
     checks = [
-        (f"{last['iter']} steps", last["skipped"] <= (last["iter"] // 2 if scaled else 0),
-         f"{last['skipped']} skipped, loss {run_log[0]['loss']:.3f} to {last['loss']:.3f}, gradient {last['grad_norm']:.2f}"),
-        ("validation", bool(val_losses) and all(map(math.isfinite, val_losses.values())),
-         ", ".join(f"{k} {v:.2f}" for k, v in val_losses.items()) or "of nothing, as said above"),
-        ("checkpoint", all(torch.equal(written[k], v.cpu()) for k, v in net.state_dict().items()), "reads back bit for bit"),
+        (
+            f"{last['iter']} steps",
+            last["skipped"] <= (last["iter"] // 2 if scaled else 0),
+            f"{last['skipped']} skipped, loss {run_log[0]['loss']:.3f} to {last['loss']:.3f}, gradient {last['grad_norm']:.2f}",
+        ),
+        (
+            "validation",
+            bool(val_losses) and all(map(math.isfinite, val_losses.values())),
+            ", ".join(f"{k} {v:.2f}" for k, v in val_losses.items()) or "of nothing, as said above",
+        ),
+        (
+            "checkpoint",
+            all(torch.equal(written[k], v.cpu()) for k, v in net.state_dict().items()),
+            "reads back bit for bit",
+        ),
         ("processes in sync", True, f"{world_size}, the same bits" if world_size > 1 else "only one"),
         ("waiting for data", waits < 0.02, f"{waits:.2%} of the time"),
-        ("speed", rate > 0, f"{rate:,.0f} tokens/s" + (f", MFU {last['mfu']:.1%}" if last["mfu"] else "") + f" on {card}"),
+        (
+            "speed",
+            rate > 0,
+            f"{rate:,.0f} tokens/s" + (f", MFU {last['mfu']:.1%}" if last["mfu"] else "") + f" on {card}",
+        ),
         ("memory", True, f"{last['memory_gb']:.2f} GB at most, of process 0"),
-    ]  # fmt: skip
+    ]
     if run_tokens:
-        checks.append(("the run it prepares", True, f"{run_tokens / 1e9:g}B tokens: {run_tokens / rate / 3600:,.1f} h here"))
+        checks.append(
+            (
+                "the run it prepares",
+                True,
+                f"{run_tokens / 1e9:g}B tokens: {run_tokens / rate / 3600:,.1f} h here",
+            )
+        )
     return checks

@@ -21,17 +21,27 @@ KEPT = 2  # attempts of a test input that are kept, at least
 
 def rows_of(grid):
     """np.uint8 (h, w), or None -> list of strings, a row each, a digit each cell: how a grid is written down. Text stays text."""
-    return grid if grid is None or isinstance(grid, str) else ["".join(map(str, row)) for row in grid.tolist()]
+    return (
+        grid if grid is None or isinstance(grid, str) else ["".join(map(str, row)) for row in grid.tolist()]
+    )
 
 
 def grid_of(rows):
     """The inverse of rows_of."""
-    return rows if rows is None or isinstance(rows, str) else np.array([[int(c) for c in row] for row in rows], np.uint8)
+    return (
+        rows
+        if rows is None or isinstance(rows, str)
+        else np.array([[int(c) for c in row] for row in rows], np.uint8)
+    )
 
 
 def same(a, b):
     """Are two answers (grids, texts, or None) the same?"""
-    return a is not None and b is not None and (a == b if isinstance(a, str) or isinstance(b, str) else np.array_equal(a, b))
+    return (
+        a is not None
+        and b is not None
+        and (a == b if isinstance(a, str) or isinstance(b, str) else np.array_equal(a, b))
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -48,20 +58,34 @@ def judge(task, given, attempts):
         ranked = found.candidates if found else []
         kept = ranked[: max(KEPT, attempts)]
         right = [same(c.grid, expected) for c in ranked]
-        tests.append({
-            "input": rows_of(puzzle), "expected": rows_of(expected), "attempts": [rows_of(c.grid) for c in kept],
-            "right": right[: len(kept)] if expected is not None else [], "solved": any(right[:attempts]), "oracle": any(right),
-            "votes": [c.votes for c in kept],
-            "scores": [round(float(c.score), 6) if math.isfinite(c.score) else None for c in kept], "candidates": len(ranked),
-            "programs": [c.program for c in kept],
-            **({"steps": [[rows_of(grid), round(p, 6)] for grid, p in found.steps]} if found and found.steps else {}),
-        })  # fmt: skip
+        tests.append(
+            {
+                "input": rows_of(puzzle),
+                "expected": rows_of(expected),
+                "attempts": [rows_of(c.grid) for c in kept],
+                "right": right[: len(kept)] if expected is not None else [],
+                "solved": any(right[:attempts]),
+                "oracle": any(right),
+                "votes": [c.votes for c in kept],
+                "scores": [round(float(c.score), 6) if math.isfinite(c.score) else None for c in kept],
+                "candidates": len(ranked),
+                "programs": [c.program for c in kept],
+                **(
+                    {"steps": [[rows_of(grid), round(p, 6)] for grid, p in found.steps]}
+                    if found and found.steps
+                    else {}
+                ),
+            }
+        )
     known = all(t["expected"] is not None for t in tests)
     return {
-        "id": task.id, "kind": task.kind, "solved": all(t["solved"] for t in tests) if known else None,
+        "id": task.id,
+        "kind": task.kind,
+        "solved": all(t["solved"] for t in tests) if known else None,
         "too_long": any(found is None for found in given),
-        "demonstrations": [[rows_of(x), rows_of(y)] for x, y in task.train], "test": tests,
-    }  # fmt: skip
+        "demonstrations": [[rows_of(x), rows_of(y)] for x, y in task.train],
+        "test": tests,
+    }
 
 
 # -----------------------------------------------------------------------------
@@ -74,7 +98,10 @@ def interval(k, n):
         return [0.0, 1.0]
     z, p = 1.959964, k / n
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [round(max(0.0, (middle - half) / (1 + z * z / n)), 6), round(min(1.0, (middle + half) / (1 + z * z / n)), 6)]
+    return [
+        round(max(0.0, (middle - half) / (1 + z * z / n)), 6),
+        round(min(1.0, (middle + half) / (1 + z * z / n)), 6),
+    ]
 
 
 def mcnemar(only_one, only_other):
@@ -101,24 +128,47 @@ def figures(records, attempts):
 
     by_size, start = {}, 1
     for stop in SIZES:
-        part = [t["solved"] for _, t in tests if not isinstance(t["expected"], str) and start <= cells(t["expected"]) <= stop]
+        part = [
+            t["solved"]
+            for _, t in tests
+            if not isinstance(t["expected"], str) and start <= cells(t["expected"]) <= stop
+        ]
         by_size[f"{start}-{stop}"] = [sum(part), len(part)]
         start = stop + 1
-    shares = [(share_right(t["attempts"][0] if t["attempts"] else None, t["expected"]), share_right(t["input"], t["expected"]))
-              for r, t in tests if not isinstance(t["expected"], str) and not (r["too_long"] and not t["attempts"])]  # fmt: skip
+    shares = [
+        (
+            share_right(t["attempts"][0] if t["attempts"] else None, t["expected"]),
+            share_right(t["input"], t["expected"]),
+        )
+        for r, t in tests
+        if not isinstance(t["expected"], str) and not (r["too_long"] and not t["attempts"])
+    ]
     right, copied = np.mean(shares, axis=0).round(6).tolist() if shares else (None, None)
     return {
-        "total": len(judged), "solved": solved, "interval": interval(solved, len(judged)),
-        "score": round(sum(np.mean([t["solved"] for t in r["test"]]) for r in judged) / max(1, len(judged)), 6),
-        "outputs_total": len(tests), "outputs_solved": outputs, "outputs_interval": interval(outputs, len(tests)), "attempts": attempts,
-        "pass_1": passed(1), "pass_2": passed(2), "oracle": sum(all(t["oracle"] for t in r["test"]) for r in judged),
-        "candidates": round(float(np.mean([t["candidates"] for r in records for t in r["test"]])), 3) if records else None,
+        "total": len(judged),
+        "solved": solved,
+        "interval": interval(solved, len(judged)),
+        "score": round(
+            sum(np.mean([t["solved"] for t in r["test"]]) for r in judged) / max(1, len(judged)), 6
+        ),
+        "outputs_total": len(tests),
+        "outputs_solved": outputs,
+        "outputs_interval": interval(outputs, len(tests)),
+        "attempts": attempts,
+        "pass_1": passed(1),
+        "pass_2": passed(2),
+        "oracle": sum(all(t["oracle"] for t in r["test"]) for r in judged),
+        "candidates": round(float(np.mean([t["candidates"] for r in records for t in r["test"]])), 3)
+        if records
+        else None,
         "unknown": len(records) - len(judged),
-        "too_long": sum(r["too_long"] for r in records), "too_long_ids": [r["id"] for r in records if r["too_long"]],
+        "too_long": sum(r["too_long"] for r in records),
+        "too_long_ids": [r["id"] for r in records if r["too_long"]],
         "by_size": {k: v for k, v in by_size.items() if v[1]},
-        "cells_right": right, "cells_right_by_copying": copied,
+        "cells_right": right,
+        "cells_right_by_copying": copied,
         "seconds": round(sum(r.get("seconds", 0.0) for r in records), 3),
-    }  # fmt: skip
+    }
 
 
 def cells(rows):
@@ -142,9 +192,19 @@ def submission(records):
     {task id: [{"attempt_1": grid, "attempt_2": grid} for each test input]}, grids as lists of lists: the format of the ARC Prize. Where
     there is no second attempt, the first is given again; where there is none at all, a single black cell.
     """
+
     def attempt(rows):
         return [[int(c) for c in row] for row in rows]
 
-    return {r["id"]: [{"attempt_1": attempt(t["attempts"][0]) if t["attempts"] else [[0]],
-                       "attempt_2": attempt(t["attempts"][min(1, len(t["attempts"]) - 1)]) if t["attempts"] else [[0]]}
-                      for t in r["test"]] for r in records}  # fmt: skip
+    return {
+        r["id"]: [
+            {
+                "attempt_1": attempt(t["attempts"][0]) if t["attempts"] else [[0]],
+                "attempt_2": attempt(t["attempts"][min(1, len(t["attempts"]) - 1)])
+                if t["attempts"]
+                else [[0]],
+            }
+            for t in r["test"]
+        ]
+        for r in records
+    }

@@ -73,7 +73,9 @@ class Source:
     split: str = "train"
     files: str | None = None  # pattern, where only part of a split is wanted
     columns: tuple = ()  # of a csv file: all read as text (81 digits of a sudoku are not a number)
-    suite: str | None = None  # of held-out puzzles (puzzles.py) that it is validated on; those of all suites stay out of training
+    suite: str | None = (
+        None  # of held-out puzzles (puzzles.py) that it is validated on; those of all suites stay out of training
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -148,6 +150,7 @@ def gsm8k(row):
 
 def sudoku_extreme(row):
     """81 characters each, a dot for a blank."""
+
     def grid(text):
         return np.array([0 if c == "." else int(c) for c in text], np.uint8).reshape(9, 9)
 
@@ -157,6 +160,7 @@ def sudoku_extreme(row):
 
 def maze_hard(row):
     """30 x 30 characters: # wall, space free, S start, G goal; in the answer o on the way."""
+
     def grid(text):
         side = max(int(len(text) ** 0.5), 1)
         return np.array([" #SGo".index(c) for c in text], np.uint8).reshape(side, side)
@@ -172,14 +176,21 @@ def _arc_tasks():
     version is taken: it is the later one.
     """
     evaluation = {task.id for name in ("arc1_eval", "arc2_eval") for task in arc.load(name)}
-    tasks = {task.id: task for name in ("arc1_train", "arc2_train") for task in arc.load(name) if task.id not in evaluation}
+    tasks = {
+        task.id: task
+        for name in ("arc1_train", "arc2_train")
+        for task in arc.load(name)
+        if task.id not in evaluation
+    }
     return [arc.Task(i, "arc", tasks[i].train, [pair]) for i in sorted(tasks) for pair in tasks[i].test]
 
 
 @functools.cache
 def arc_eval_demos():
     """The evaluation tasks of both ARCs without their tests: the last demonstration is the question."""
-    tasks = {task.id: task for name in ("arc1_eval", "arc2_eval") for task in arc.load(name) if len(task.train) > 1}
+    tasks = {
+        task.id: task for name in ("arc1_eval", "arc2_eval") for task in arc.load(name) if len(task.train) > 1
+    }
     return [arc.Task(i, "arc", tasks[i].train[:-1], tasks[i].train[-1:]) for i in sorted(tasks)]
 
 
@@ -206,39 +217,98 @@ def arc_eval_demo(rng, index):
 # naming the columns that there are.
 
 SOURCES = {
-    "fineweb_edu": Source("web", "ODC-By-1.0", column("text"), "prose", repo="HuggingFaceFW/fineweb-edu", config="sample-10BT"),
+    "fineweb_edu": Source(
+        "web", "ODC-By-1.0", column("text"), "prose", repo="HuggingFaceFW/fineweb-edu", config="sample-10BT"
+    ),
     # 27 parquet files; licence of its card; columns not on it: public training scripts read `text`
-    "openwebtext2": Source("web", "Apache-2.0", column("text"), "prose", repo="Geralt-Targaryen/openwebtext2"),
-    "wikipedia": Source("web", "CC-BY-SA-3.0, GFDL", column("text"), "prose", repo="wikimedia/wikipedia", config="20231101.en"),
+    "openwebtext2": Source(
+        "web", "Apache-2.0", column("text"), "prose", repo="Geralt-Targaryen/openwebtext2"
+    ),
+    "wikipedia": Source(
+        "web", "CC-BY-SA-3.0, GFDL", column("text"), "prose", repo="wikimedia/wikipedia", config="20231101.en"
+    ),
     # columns of the cards of its halves, codeparrot-clean-train and -valid
-    "codeparrot": Source("code", "that of each file: column license", column("content"), "code", repo="codeparrot/codeparrot-clean"),
+    "codeparrot": Source(
+        "code",
+        "that of each file: column license",
+        column("content"),
+        "code",
+        repo="codeparrot/codeparrot-clean",
+    ),
     "open_web_math": Source("math", "ODC-By-1.0", column("text"), "math", repo="open-web-math/open-web-math"),
     "gsm8k": Source("math", "MIT", gsm8k, "dialogue", repo="openai/gsm8k", config="main"),
     # Strings of cells: as HRM's build_sudoku_dataset.py and build_maze_dataset.py read them, and several others' code. No licence is given.
     # A maze of maze_hard has many shortest ways, of which the answer is one: answers are checked to be ways, not to be the only one.
-    "sudoku_extreme": Source("synth", "none given", sudoku_extreme, kind="puzzle", repo="sapientinc/sudoku-extreme", files="train.csv",
-                             columns=("source", "question", "answer", "rating")),  # fmt: skip
-    "maze_hard": Source("synth", "none given", maze_hard, kind="puzzle", augment="dihedral", repo="sapientinc/maze-30x30-hard-1k",
-                        files="train.csv", columns=("source", "question", "answer", "rating")),  # fmt: skip
+    "sudoku_extreme": Source(
+        "synth",
+        "none given",
+        sudoku_extreme,
+        kind="puzzle",
+        repo="sapientinc/sudoku-extreme",
+        files="train.csv",
+        columns=("source", "question", "answer", "rating"),
+    ),
+    "maze_hard": Source(
+        "synth",
+        "none given",
+        maze_hard,
+        kind="puzzle",
+        augment="dihedral",
+        repo="sapientinc/maze-30x30-hard-1k",
+        files="train.csv",
+        columns=("source", "question", "answer", "rating"),
+    ),
     # from stage 2 on. messages = [{role, content}]
     "smol_smoltalk": Source("web", "Apache-2.0", chat, "dialogue", repo="HuggingFaceTB/smol-smoltalk"),
     # licence of its card, files of the split train_1M seen; columns as public training code reads them
     "openmath_instruct": Source(
-        "math", "CC-BY-4.0", question_and_answer("problem", "generated_solution"), "dialogue",
-        repo="nvidia/OpenMathInstruct-2", split="train_1M"),  # fmt: skip
+        "math",
+        "CC-BY-4.0",
+        question_and_answer("problem", "generated_solution"),
+        "dialogue",
+        repo="nvidia/OpenMathInstruct-2",
+        split="train_1M",
+    ),
     # licence of its card; instruction, response: as public training code reads them. Python only, checked by execution
     "oss_instruct": Source(
-        "code", "ODC-By-1.0", question_and_answer("instruction", "response"), "dialogue",
-        repo="bigcode/self-oss-instruct-sc2-exec-filter-50k"),  # fmt: skip
+        "code",
+        "ODC-By-1.0",
+        question_and_answer("instruction", "response"),
+        "dialogue",
+        repo="bigcode/self-oss-instruct-sc2-exec-filter-50k",
+    ),
     # generated here
-    "programs": Source("synth", "generated here", lambda rng, i: programs.task(rng), kind="puzzle", augment="arc", suite="transforms"),
+    "programs": Source(
+        "synth",
+        "generated here",
+        lambda rng, i: programs.task(rng),
+        kind="puzzle",
+        augment="arc",
+        suite="transforms",
+    ),
     "traces": Source("synth", "generated here", lambda rng, i: programs.trace(rng)),
-    "sudoku4": Source("synth", "generated here", lambda rng, i: puzzles.sudoku(rng, 4, int(rng.integers(4, 9)), "train"),
-                      kind="puzzle", suite="sudoku4"),  # fmt: skip
-    "sudoku9": Source("synth", "generated here", lambda rng, i: puzzles.sudoku(rng, 9, int(rng.integers(20, 55)), "train"),
-                      kind="puzzle", suite="sudoku9"),  # fmt: skip
-    "maze": Source("synth", "generated here", lambda rng, i: puzzles.maze(rng, *rng.integers(5, 16, size=2).tolist()),
-                   kind="puzzle", augment="dihedral", suite="maze"),  # fmt: skip
+    "sudoku4": Source(
+        "synth",
+        "generated here",
+        lambda rng, i: puzzles.sudoku(rng, 4, int(rng.integers(4, 9)), "train"),
+        kind="puzzle",
+        suite="sudoku4",
+    ),
+    "sudoku9": Source(
+        "synth",
+        "generated here",
+        lambda rng, i: puzzles.sudoku(rng, 9, int(rng.integers(20, 55)), "train"),
+        kind="puzzle",
+        suite="sudoku9",
+    ),
+    "maze": Source(
+        "synth",
+        "generated here",
+        lambda rng, i: puzzles.maze(rng, *rng.integers(5, 16, size=2).tolist()),
+        kind="puzzle",
+        augment="dihedral",
+        suite="maze",
+    ),
     "graphs": Source("synth", "generated here", lambda rng, i: graphs.shortest(rng)[0]),
     "logic": Source("synth", "generated here", lambda rng, i: graphs.logic_puzzle(rng)[0]),
     "arithmetic": Source("math", "generated here", lambda rng, i: puzzles.arithmetic(rng)[0]),
@@ -250,23 +320,76 @@ SOURCES = {
 # Texts that models are tested on and that must not be quoted in training: {name: (repo, config, split, columns)}.
 EVALUATION_TEXTS = {"gsm8k_test": ("openai/gsm8k", "main", "test", ("question", "answer"))}
 # Puzzles that models are tested on: {name: (the source whose dataset has them, file)}; looked at when that source is in the stage.
-EVALUATION_PUZZLES = {"sudoku_extreme_test": ("sudoku_extreme", "test.csv"), "maze_hard_test": ("maze_hard", "test.csv")}
+EVALUATION_PUZZLES = {
+    "sudoku_extreme_test": ("sudoku_extreme", "test.csv"),
+    "maze_hard_test": ("maze_hard", "test.csv"),
+}
 
 # A stage: megabytes in all, the share of each group, and how the sources of a group divide its share. Sources that cannot fill theirs
 # (GSM8K is small) give what they have, and the others of the group give the rest.
-SYNTH = {"programs": 5, "traces": 3, "sudoku_extreme": 2, "sudoku9": 1, "sudoku4": 0.5, "maze_hard": 0.5, "maze": 1, "graphs": 1,
-         "logic": 1}  # fmt: skip
+SYNTH = {
+    "programs": 5,
+    "traces": 3,
+    "sudoku_extreme": 2,
+    "sudoku9": 1,
+    "sudoku4": 0.5,
+    "maze_hard": 0.5,
+    "maze": 1,
+    "graphs": 1,
+    "logic": 1,
+}
 STAGES = {
-    "stage1": (30_000, {"web": 0.5, "code": 0.2, "math": 0.1, "synth": 0.1, "arc": 0.1}, {
-        "fineweb_edu": 6, "openwebtext2": 2, "wikipedia": 2, "codeparrot": 1, "gsm8k": 0.2, "arithmetic": 0.2, "open_web_math": 9, **SYNTH,
-        "arc": 1}),
-    "stage2": (10_000, {"web": 0.4, "code": 0.2, "math": 0.1, "synth": 0.15, "arc": 0.15}, {
-        "smol_smoltalk": 3, "fineweb_edu": 4, "openwebtext2": 1, "wikipedia": 1, "oss_instruct": 2, "codeparrot": 4, "gsm8k": 0.5,
-        "arithmetic": 0.2, "openmath_instruct": 4, "open_web_math": 5, **SYNTH, "arc": 1}),
-    "stage3": (5_000, {"web": 0.3, "code": 0.2, "math": 0.1, "synth": 0.2, "arc": 0.2}, {
-        "smol_smoltalk": 5, "fineweb_edu": 3, "wikipedia": 1, "oss_instruct": 3, "codeparrot": 3, "gsm8k": 0.5, "arithmetic": 0.2,
-        "openmath_instruct": 6, "open_web_math": 3, **SYNTH, "arc": 1}),
-}  # fmt: skip
+    "stage1": (
+        30_000,
+        {"web": 0.5, "code": 0.2, "math": 0.1, "synth": 0.1, "arc": 0.1},
+        {
+            "fineweb_edu": 6,
+            "openwebtext2": 2,
+            "wikipedia": 2,
+            "codeparrot": 1,
+            "gsm8k": 0.2,
+            "arithmetic": 0.2,
+            "open_web_math": 9,
+            **SYNTH,
+            "arc": 1,
+        },
+    ),
+    "stage2": (
+        10_000,
+        {"web": 0.4, "code": 0.2, "math": 0.1, "synth": 0.15, "arc": 0.15},
+        {
+            "smol_smoltalk": 3,
+            "fineweb_edu": 4,
+            "openwebtext2": 1,
+            "wikipedia": 1,
+            "oss_instruct": 2,
+            "codeparrot": 4,
+            "gsm8k": 0.5,
+            "arithmetic": 0.2,
+            "openmath_instruct": 4,
+            "open_web_math": 5,
+            **SYNTH,
+            "arc": 1,
+        },
+    ),
+    "stage3": (
+        5_000,
+        {"web": 0.3, "code": 0.2, "math": 0.1, "synth": 0.2, "arc": 0.2},
+        {
+            "smol_smoltalk": 5,
+            "fineweb_edu": 3,
+            "wikipedia": 1,
+            "oss_instruct": 3,
+            "codeparrot": 3,
+            "gsm8k": 0.5,
+            "arithmetic": 0.2,
+            "openmath_instruct": 6,
+            "open_web_math": 3,
+            **SYNTH,
+            "arc": 1,
+        },
+    ),
+}
 
 
 def instantiate(document):
@@ -284,6 +407,7 @@ def instantiate(document):
 
 def code_hash(*modules, without=()):
     """Of what the modules do: their comments do not count, nor the tables of these names."""
+
     def counts(node):
         named = {ast.unparse(target) for target in node.targets} if isinstance(node, ast.Assign) else set()
         return not named & set(without)
@@ -371,11 +495,18 @@ def local_files(source_dir, name):
     folder = Path(source_dir) / name
     if not folder.is_dir():
         return []
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not NO_DATA.fullmatch(p.name)
-                   and not any(part.startswith(".") for part in p.relative_to(folder).parts))  # fmt: skip
+    files = sorted(
+        p
+        for p in folder.rglob("*")
+        if p.is_file()
+        and not NO_DATA.fullmatch(p.name)
+        and not any(part.startswith(".") for part in p.relative_to(folder).parts)
+    )
     for path in files:
         if not path.name.removesuffix(".gz").removesuffix(".zst").endswith(SUFFIXES):
-            raise ValueError(f"{path} is of no kind that can be read: {', '.join(SUFFIXES)}, all but parquet also as .gz or .zst")
+            raise ValueError(
+                f"{path} is of no kind that can be read: {', '.join(SUFFIXES)}, all but parquet also as .gz or .zst"
+            )
     if not files:
         raise ValueError(f"{folder} is empty: put files of {name!r} there, or remove the folder")
     return files
@@ -567,7 +698,16 @@ def open_rows(name, where, seed, lane, state):
     if "files" in where:
         return LocalRows([Path(p) for p in where["files"]], lane, state)
     if source.repo:
-        return HubRows(source.repo, source.config, source.split, source.files, source.columns, where["revision"], lane, state)
+        return HubRows(
+            source.repo,
+            source.config,
+            source.split,
+            source.files,
+            source.columns,
+            where["revision"],
+            lane,
+            state,
+        )
     return GeneratedRows(name, seed, lane, state)
 
 

@@ -33,10 +33,25 @@ NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"  # of a stage, a tag, a source, a shard: n
 SHARD = rf"processed/{NAME}/{NAME}\.bin"
 FROZEN_FILES = ("manifest.jsonl", "mixture.json", "snapshot.json")
 KEYS = {
-    "path": str, "sha256": str, "idx_sha256": str, "tokens": int, "documents": int, "bytes": int, "source": str, "group": str,
-    "kind": str, "split": str, "augment": str, "tokenizer": str,
-}  # fmt: skip
-VALUES = {"group": GROUPS, "kind": ("text", "puzzle"), "split": ("train", "val"), "augment": ("none", "dihedral", "arc", "sudoku")}
+    "path": str,
+    "sha256": str,
+    "idx_sha256": str,
+    "tokens": int,
+    "documents": int,
+    "bytes": int,
+    "source": str,
+    "group": str,
+    "kind": str,
+    "split": str,
+    "augment": str,
+    "tokenizer": str,
+}
+VALUES = {
+    "group": GROUPS,
+    "kind": ("text", "puzzle"),
+    "split": ("train", "val"),
+    "augment": ("none", "dihedral", "arc", "sudoku"),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -49,7 +64,11 @@ def sha256(data):
 
 def sha256_file(path):
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else sha256(f.read())
+        return (
+            hashlib.file_digest(f, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else sha256(f.read())
+        )
 
 
 def write(path, data):
@@ -94,10 +113,19 @@ def write_shard(data, about, split, documents):
     write((data / path).with_suffix(".idx"), offsets)
     write(data / path, tokens)
     return {
-        "path": path, "sha256": digest, "idx_sha256": sha256(offsets), "tokens": len(tokens) // 2, "documents": len(documents),
-        "bytes": len(tokens), "source": about["source"], "group": about["group"], "kind": about["kind"], "split": split,
-        "augment": about["augment"] if split == "train" else "none", "tokenizer": tokenizer.fingerprint(),
-    }  # fmt: skip
+        "path": path,
+        "sha256": digest,
+        "idx_sha256": sha256(offsets),
+        "tokens": len(tokens) // 2,
+        "documents": len(documents),
+        "bytes": len(tokens),
+        "source": about["source"],
+        "group": about["group"],
+        "kind": about["kind"],
+        "split": split,
+        "augment": about["augment"] if split == "train" else "none",
+        "tokenizer": tokenizer.fingerprint(),
+    }
 
 
 def write_stage(data, stage, entries, mixture, metadata):
@@ -132,7 +160,11 @@ def manifests(data):
 
 def listed_shards(data):
     """The paths, relative to data, that any manifest lists. Reads loosely: a damaged manifest must not get its shards deleted."""
-    return {path for manifest in manifests(data) for path in re.findall(rf'"path": "({SHARD})"', manifest.read_text(errors="replace"))}
+    return {
+        path
+        for manifest in manifests(data)
+        for path in re.findall(rf'"path": "({SHARD})"', manifest.read_text(errors="replace"))
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -167,11 +199,17 @@ def read_manifest(data_dir, stage, tag=None, verify=True):
         if tag is not None:
             there = sorted(p.parent.name for p in (data / "stages" / stage).glob("*/manifest.jsonl"))
             advice = f"freeze it: python prepare.py freeze {stage} --tag={tag}{where}, or pull it: prepare.py pull USER/REPO:{tag}{where}"
-            raise FileNotFoundError(f"stage {stage!r} has no tag {tag!r} in {data}/ (tags there: {', '.join(there) or 'none'}); {advice}")
+            raise FileNotFoundError(
+                f"stage {stage!r} has no tag {tag!r} in {data}/ (tags there: {', '.join(there) or 'none'}); {advice}"
+            )
         if stage in BUILDABLE:
-            raise FileNotFoundError(f"stage {stage!r} is not prepared in {data}/; run: python prepare.py {stage}{where}")
+            raise FileNotFoundError(
+                f"stage {stage!r} is not prepared in {data}/; run: python prepare.py {stage}{where}"
+            )
         there = sorted(p.parent.name for p in (data / "stages").glob("*/manifest.jsonl"))
-        raise FileNotFoundError(f"there is no stage {stage!r} in {data}/; there is: {', '.join(there) or 'none'}")
+        raise FileNotFoundError(
+            f"there is no stage {stage!r} in {data}/; there is: {', '.join(there) or 'none'}"
+        )
     if tag is None and stage in BUILDABLE:
         repair = f"; build the stage anew: python prepare.py {stage} --force=True{where}"
     elif tag is None:
@@ -199,7 +237,9 @@ def check_snapshot(folder, stage, tag, repair):
             raise ValueError(f"{folder / name} is missing{repair}")
         if sha256_file(folder / name) != digest:
             raise ValueError(f"{folder / name} was changed after the stage was frozen{repair}")
-    extra = sorted(p.name for p in folder.iterdir() if p.name not in FROZEN_FILES and not p.name.endswith(".tmp"))
+    extra = sorted(
+        p.name for p in folder.iterdir() if p.name not in FROZEN_FILES and not p.name.endswith(".tmp")
+    )
     if extra:
         raise ValueError(f"{folder / extra[0]} does not belong to the frozen stage{repair}")
     return snapshot
@@ -223,15 +263,35 @@ def check_manifest(data, folder, stage, repair, verify, shards=True):
             entry = None
         check(isinstance(entry, dict), manifest_path, f"is damaged {at}: not a JSON object")
         for key, kind in KEYS.items():
-            check(type(entry.get(key)) is kind, manifest_path, f"is damaged {at}: {key} is missing or not {kind.__name__}")
+            check(
+                type(entry.get(key)) is kind,
+                manifest_path,
+                f"is damaged {at}: {key} is missing or not {kind.__name__}",
+            )
         for key, values in VALUES.items():
-            check(entry[key] in values, manifest_path, f"is damaged {at}: {key} is {entry[key]!r}, not one of {', '.join(values)}")
+            check(
+                entry[key] in values,
+                manifest_path,
+                f"is damaged {at}: {key} is {entry[key]!r}, not one of {', '.join(values)}",
+            )
         # exactly this shape: no absolute path, no "..", nothing outside of data/processed
         inside = re.fullmatch(SHARD, entry["path"])
-        check(inside, manifest_path, f"is damaged {at}: the path {entry['path']!r} is not processed/SOURCE/NAME.bin inside {data}/")
+        check(
+            inside,
+            manifest_path,
+            f"is damaged {at}: the path {entry['path']!r} is not processed/SOURCE/NAME.bin inside {data}/",
+        )
         check(entry["path"] not in paths, manifest_path, f"is damaged {at}: {entry['path']} is listed twice")
-        check(entry["tokenizer"] == tokenizer.fingerprint(), manifest_path, f"{at} was made with another tokenizer")
-        check(entry["bytes"] == 2 * entry["tokens"], manifest_path, f"is damaged {at}: bytes of {entry['path']} are not twice its tokens")
+        check(
+            entry["tokenizer"] == tokenizer.fingerprint(),
+            manifest_path,
+            f"{at} was made with another tokenizer",
+        )
+        check(
+            entry["bytes"] == 2 * entry["tokens"],
+            manifest_path,
+            f"is damaged {at}: bytes of {entry['path']} are not twice its tokens",
+        )
         paths.add(entry["path"])
         entries.append(entry)
     check(entries, manifest_path, "is empty")
@@ -239,7 +299,11 @@ def check_manifest(data, folder, stage, repair, verify, shards=True):
     try:
         mixture = json.loads(mixture_path.read_bytes())
         shares = mixture["weights"]
-        ok = mixture["stage"] == stage and isinstance(mixture["seed"], int) and isinstance(mixture["groups"], dict)
+        ok = (
+            mixture["stage"] == stage
+            and isinstance(mixture["seed"], int)
+            and isinstance(mixture["groups"], dict)
+        )
         ok = ok and all(w >= 0 for w in shares.values()) and abs(sum(shares.values()) - 1) < 1e-6
         ok = ok and mixture["tokenizer"] == tokenizer.fingerprint()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -247,14 +311,20 @@ def check_manifest(data, folder, stage, repair, verify, shards=True):
     check(ok, mixture_path, "is missing or damaged")
     trained = {entry["source"] for entry in entries if entry["split"] == "train"}
     for source, share in shares.items():
-        check(share == 0 or source in trained, mixture_path, f"gives weight to {source!r}, of which the manifest has no training shard")
+        check(
+            share == 0 or source in trained,
+            mixture_path,
+            f"gives weight to {source!r}, of which the manifest has no training shard",
+        )
     # catches what no other check can: an edited split, source, or a line taken out
     recorded = mixture.get("manifest_sha256", sha256(manifest))
     check(recorded == sha256(manifest), manifest_path, "was changed after it was written")
     if not shards:
         return entries, mixture
 
-    for entry in entries:  # all the cheap checks first: a missing file should not take an hour of hashing to be noticed
+    for entry in (
+        entries
+    ):  # all the cheap checks first: a missing file should not take an hour of hashing to be noticed
         for path, size in shard_files(data, entry):
             check(path.is_file(), path, "is missing")
             found = path.stat().st_size
@@ -262,12 +332,22 @@ def check_manifest(data, folder, stage, repair, verify, shards=True):
     if not verify:
         return entries, mixture
     total = sum(entry["bytes"] for entry in entries)
-    with tqdm(total=total, desc="verifying", unit="B", unit_scale=True, leave=False, disable=total < 2e8) as progress:
+    with tqdm(
+        total=total, desc="verifying", unit="B", unit_scale=True, leave=False, disable=total < 2e8
+    ) as progress:
         for entry in entries:
             (tokens_path, _), (idx_path, _) = shard_files(data, entry)
             tokens, offsets = tokens_path.read_bytes(), idx_path.read_bytes()
-            check(sha256(tokens) == entry["sha256"], tokens_path, "was changed: its SHA-256 is not the manifest's")
-            check(sha256(offsets) == entry["idx_sha256"], idx_path, "was changed: its SHA-256 is not the manifest's")
+            check(
+                sha256(tokens) == entry["sha256"],
+                tokens_path,
+                "was changed: its SHA-256 is not the manifest's",
+            )
+            check(
+                sha256(offsets) == entry["idx_sha256"],
+                idx_path,
+                "was changed: its SHA-256 is not the manifest's",
+            )
             tokens, offsets = np.frombuffer(tokens, "<u2"), np.frombuffer(offsets, "<i8")
             rising = offsets[0] == 0 and offsets[-1] == len(tokens) and bool(np.all(np.diff(offsets) > 0))
             check(rising, idx_path, f"does not rise from 0 to the {len(tokens)} tokens of its shard")
@@ -311,18 +391,30 @@ def freeze(data, stage, tag):
     split_name(f"{stage}:{tag}")
     source, folder = data / "stages" / stage, data / "stages" / stage / tag
     entries, mixture = read_manifest(data, stage)
-    manifest_sha256, mixture_sha256 = sha256_file(source / "manifest.jsonl"), sha256_file(source / "mixture.json")
+    manifest_sha256, mixture_sha256 = (
+        sha256_file(source / "manifest.jsonl"),
+        sha256_file(source / "mixture.json"),
+    )
     if folder.exists():
         frozen = check_snapshot(folder, stage, tag, "; freeze under another tag")
         if (frozen["manifest_sha256"], frozen["mixture_sha256"]) == (manifest_sha256, mixture_sha256):
             return folder
-        raise ValueError(f"the tag {tag!r} of {stage!r} is taken by another state of it, frozen on {frozen['created']}: choose another tag")
+        raise ValueError(
+            f"the tag {tag!r} of {stage!r} is taken by another state of it, frozen on {frozen['created']}: choose another tag"
+        )
     metadata = {n: read_json(data / "metadata" / stage / f"{n}.json") for n in ("provenance", "filters")}
     snapshot = {
-        "stage": stage, "tag": tag, "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "tokenizer": mixture["tokenizer"], "manifest_sha256": manifest_sha256, "mixture_sha256": mixture_sha256,
-        "shards": len(entries), "tokens": sum(e["tokens"] for e in entries), "documents": sum(e["documents"] for e in entries), **metadata,
-    }  # fmt: skip
+        "stage": stage,
+        "tag": tag,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "tokenizer": mixture["tokenizer"],
+        "manifest_sha256": manifest_sha256,
+        "mixture_sha256": mixture_sha256,
+        "shards": len(entries),
+        "tokens": sum(e["tokens"] for e in entries),
+        "documents": sum(e["documents"] for e in entries),
+        **metadata,
+    }
     files = {name: (source / name).read_bytes() for name in FROZEN_FILES[:2]}
     install_frozen(folder, {**files, "snapshot.json": to_json(snapshot).encode()})
     return folder

@@ -14,7 +14,7 @@ import numpy as np
 
 from smol.arc import Task
 
-MAX_BLANKS = {4: 12, 9: 54}     # 4 givens are the fewest for 4x4; 9x9 goes to 64, but digging past 54 takes long
+MAX_BLANKS = {4: 12, 9: 54}  # 4 givens are the fewest for 4x4; 9x9 goes to 64, but digging past 54 takes long
 
 
 def _sudoku_size(grid):
@@ -22,7 +22,9 @@ def _sudoku_size(grid):
     if grid.shape not in ((4, 4), (9, 9)):
         raise ValueError(f"a sudoku is 4x4 or 9x9, this one has shape {grid.shape}")
     if grid.min() < 0 or grid.max() > len(grid):
-        raise ValueError(f"a {len(grid)}x{len(grid)} sudoku holds 0 (blank) to {len(grid)}, this one holds {grid.min()} to {grid.max()}")
+        raise ValueError(
+            f"a {len(grid)}x{len(grid)} sudoku holds 0 (blank) to {len(grid)}, this one holds {grid.min()} to {grid.max()}"
+        )
     return len(grid), math.isqrt(len(grid))
 
 
@@ -38,8 +40,8 @@ def solve_sudoku(grid, limit=2, rng=None):
     """
     size, box = _sudoku_size(grid)
     values = np.asarray(grid).tolist()
-    free = [(1 << size) - 1] * (3 * size)     # digits that are still to be placed in each row, column, box
-    blanks = []                               # of each: its row, column, box as indices of free
+    free = [(1 << size) - 1] * (3 * size)  # digits that are still to be placed in each row, column, box
+    blanks = []  # of each: its row, column, box as indices of free
     for r in range(size):
         for c in range(size):
             units = r, size + c, 2 * size + r // box * box + c // box
@@ -62,10 +64,10 @@ def solve_sudoku(grid, limit=2, rng=None):
                 best, digits, fewest = i, left, left.bit_count()
                 if fewest <= 1:
                     return best, digits
-        if rng is not None:     # the second rule would change which grids are drawn
+        if rng is not None:  # the second rule would change which grids are drawn
             return best, digits
         options = [free[r] & free[c] & free[b] for r, c, b in blanks]
-        once, twice = [0] * len(free), [0] * len(free)      # digits with at least one place, at least two
+        once, twice = [0] * len(free), [0] * len(free)  # digits with at least one place, at least two
         for left, units in zip(options, blanks):
             for u in units:
                 twice[u] |= once[u] & left
@@ -137,7 +139,7 @@ def _hold_out_sudoku4():
     return tuple(sorted(held))
 
 
-SUDOKU4_HELD_OUT = _hold_out_sudoku4()      # indices into all_sudoku4()
+SUDOKU4_HELD_OUT = _hold_out_sudoku4()  # indices into all_sudoku4()
 
 
 def sudoku4_grids(split):
@@ -159,12 +161,12 @@ def sudoku(rng, size, blanks, split="train"):
         raise ValueError(f"sudoku size {size} is not offered: it is 4 or 9")
     if not 1 <= blanks <= MAX_BLANKS[size]:
         raise ValueError(f"{blanks} blanks in a {size}x{size} sudoku: it takes 1 to {MAX_BLANKS[size]}")
-    grids = sudoku4_grids(split)        # also for 9x9: a misspelt split is refused there too
+    grids = sudoku4_grids(split)  # also for 9x9: a misspelt split is refused there too
     everything = all_sudoku4().reshape(288, 16)
-    while True:     # some grids cannot spare this many cells in this order; another draw can
+    while True:  # some grids cannot spare this many cells in this order; another draw can
         if size == 4:
             answer = grids[rng.integers(len(grids))]
-            agrees = everything == answer.reshape(16)      # uniqueness is a look at all 288 grids: (288, 16)
+            agrees = everything == answer.reshape(16)  # uniqueness is a look at all 288 grids: (288, 16)
         else:
             answer = solve_sudoku(np.zeros((9, 9), np.uint8), limit=1, rng=rng)[0][0]
         puzzle = answer.copy()
@@ -195,6 +197,8 @@ def check_sudoku(puzzle, answer):
 def shuffled(rng, *grids):
     """9x9 grids (0 is a blank), all seen through the same random symmetry of sudoku."""
     digits = np.concatenate([[0], rng.permutation(9) + 1]).astype(np.uint8)
-    rows, columns = (np.concatenate([3 * band + rng.permutation(3) for band in rng.permutation(3)]) for _ in range(2))
+    rows, columns = (
+        np.concatenate([3 * band + rng.permutation(3) for band in rng.permutation(3)]) for _ in range(2)
+    )
     turn = rng.integers(2)
     return [np.ascontiguousarray(digits[(grid.T if turn else grid)[rows][:, columns]]) for grid in grids]

@@ -38,7 +38,9 @@ def hard_sudoku(rng, backtracks):
         raise ValueError(f"backtracks={backtracks} must be 0 or more")
     while True:
         first = np.zeros((9, 9), np.uint8)
-        first[0] = rng.permutation(9) + 1  # a solver that tries low digits first finds similar grids: they are shuffled below
+        first[0] = (
+            rng.permutation(9) + 1
+        )  # a solver that tries low digits first finds similar grids: they are shuffled below
         first[1, :2] = rng.permutation([v for v in range(1, 10) if v not in first[0, :3]])[:2]
         filled = sudoku.solve_sudoku(first, limit=1)[0]
         if not filled:
@@ -86,13 +88,20 @@ def prepare(args):
         try:
             from smol.pipeline import Revisions  # a second that generated puzzles can do without
 
-            revision = Revisions(Path(args.data_dir)).of(REPO)  # the one that all of this data folder is built from
-            tasks = {"train": from_hub("train", args.n, rng, revision), "val": from_hub("test", args.n_test, rng, revision)}
+            revision = Revisions(Path(args.data_dir)).of(
+                REPO
+            )  # the one that all of this data folder is built from
+            tasks = {
+                "train": from_hub("train", args.n, rng, revision),
+                "val": from_hub("test", args.n_test, rng, revision),
+            }
             source = "hub"
         except Exception as e:  # noqa: BLE001 (no network, no package, no permission: the hub's client raises many kinds)
             why = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]:.100}"
             if source == "hub":
-                raise ValueError(f"{REPO} cannot be had ({why}); --source=generated makes hard puzzles here") from None
+                raise ValueError(
+                    f"{REPO} cannot be had ({why}); --source=generated makes hard puzzles here"
+                ) from None
             print(f"{REPO} cannot be had ({why}): making puzzles here")
     if not tasks:
         source, made, seen = "generated", [], set()
@@ -108,16 +117,27 @@ def prepare(args):
     if wrong:
         raise ValueError(f"{len(wrong)} of the puzzles have a wrong answer: nothing was written")
     about = {"source": STAGE, "group": "synth", "kind": "puzzle", "augment": "sudoku"}
-    entries = [stages.write_shard(Path(args.data_dir), about, split, [arc.encode(t.kind, t.test) for t in part])
-               for split, part in tasks.items()]  # fmt: skip
-    mixture = {"stage": STAGE, "seed": SEED, "tokenizer": tokenizer.fingerprint(), "weights": {STAGE: 1.0}, "groups": {"synth": 1.0},
-               "origin": f"{REPO}, commit {revision}" if source == "hub"
-               else f"generated, at least {args.backtracks} backtracks"}  # fmt: skip
+    entries = [
+        stages.write_shard(Path(args.data_dir), about, split, [arc.encode(t.kind, t.test) for t in part])
+        for split, part in tasks.items()
+    ]
+    mixture = {
+        "stage": STAGE,
+        "seed": SEED,
+        "tokenizer": tokenizer.fingerprint(),
+        "weights": {STAGE: 1.0},
+        "groups": {"synth": 1.0},
+        "origin": f"{REPO}, commit {revision}"
+        if source == "hub"
+        else f"generated, at least {args.backtracks} backtracks",
+    }
     stages.write_stage(Path(args.data_dir), STAGE, entries, mixture, {})
     givens = [int((t.test[0][0] > 0).sum()) for t in tasks["train"]]
     turns = [sudoku.solve_sudoku(t.test[0][0])[1] for t in tasks["train"][:100]]
-    print(f"{STAGE}: {len(tasks['train']):,} puzzles to train on, {len(tasks['val']):,} to test, {mixture['origin']}; {min(givens)} to "
-          f"{max(givens)} givens, the median of the first 100 takes {int(np.median(turns))} backtracks")  # fmt: skip
+    print(
+        f"{STAGE}: {len(tasks['train']):,} puzzles to train on, {len(tasks['val']):,} to test, {mixture['origin']}; {min(givens)} to "
+        f"{max(givens)} givens, the median of the first 100 takes {int(np.median(turns))} backtracks"
+    )
 
 
 def evaluate(args):
@@ -129,33 +149,50 @@ def evaluate(args):
     model, _ = checkpoint.load_model(args.checkpoint, pick_device("auto"))
     manifest, mixture = stages.read_manifest(args.data_dir, STAGE)
     shards = Shards(args.data_dir, [e for e in manifest if e["split"] == "val"])
-    tasks = [arc.Task(str(i), *arc.decode(shards.document(i))[:1], [], arc.decode(shards.document(i))[1])
-             for i in range(min(shards.n_documents, args.n_test))]  # fmt: skip
+    tasks = [
+        arc.Task(str(i), *arc.decode(shards.document(i))[:1], [], arc.decode(shards.document(i))[1])
+        for i in range(min(shards.n_documents, args.n_test))
+    ]
     hidden = [arc.Task(t.id, t.kind, [], [(t.test[0][0], np.zeros((1, 1), np.uint8))]) for t in tasks]
     canvas = model.puzzle_format == "canvas"
     right = []
     for start in tqdm(range(0, len(tasks), 50), unit_scale=50, unit="puzzle", leave=False, disable=None):
         part = hidden[start : start + 50]
         answers = model.answer(part, n_sup=args.n_sup, trace=True) if canvas else model.answer(part)
-        right += [[grid is not None and np.array_equal(grid, t.test[0][1]) for grid, _ in a[0] or [(None, 0)]]
-                  for t, a in zip(tasks[start:], answers)]  # of Route B what each step says, as in the paper, not the surest so far
+        right += [
+            [grid is not None and np.array_equal(grid, t.test[0][1]) for grid, _ in a[0] or [(None, 0)]]
+            for t, a in zip(tasks[start:], answers)
+        ]  # of Route B what each step says, as in the paper, not the surest so far
     right = np.array(right)
     print(f"{len(tasks)} test puzzles, {mixture.get('origin')}")
     for n in range(1, right.shape[1] + 1):
         if n & (n - 1) == 0 or n == right.shape[1]:
-            print(f"after {n:2d} supervision steps   solved {right[:, n - 1].sum()} ({right[:, n - 1].mean():.1%})" if canvas else
-                  f"solved {right[:, 0].sum()} ({right[:, 0].mean():.1%})")  # fmt: skip
+            print(
+                f"after {n:2d} supervision steps   solved {right[:, n - 1].sum()} ({right[:, n - 1].mean():.1%})"
+                if canvas
+                else f"solved {right[:, 0].sum()} ({right[:, 0].mean():.1%})"
+            )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.error = lambda message: sys.exit(f"error: {message}; see python -m smol.sudoku_extreme --help")
-    parser.add_argument("checkpoint", nargs="?", metavar="CKPT", help="evaluate this one (default: prepare the stage)")
-    parser.add_argument("--source", choices=("auto", "hub", "generated"), default="auto", help="auto: the hub if it is there")
+    parser.add_argument(
+        "checkpoint", nargs="?", metavar="CKPT", help="evaluate this one (default: prepare the stage)"
+    )
+    parser.add_argument(
+        "--source", choices=("auto", "hub", "generated"), default="auto", help="auto: the hub if it is there"
+    )
     parser.add_argument("--n", type=int, default=1000, help="puzzles to train on (default 1000)")
     parser.add_argument("--n_test", type=int, default=400, help="others to test on (default 400)")
-    parser.add_argument("--backtracks", type=int, default=5, help="a generated puzzle takes at least so many (default 5)")
-    parser.add_argument("--n_sup", type=int, help="supervision steps when evaluating (default: as it was trained)")
+    parser.add_argument(
+        "--backtracks", type=int, default=5, help="a generated puzzle takes at least so many (default 5)"
+    )
+    parser.add_argument(
+        "--n_sup", type=int, help="supervision steps when evaluating (default: as it was trained)"
+    )
     parser.add_argument("--data_dir", default="data")
     args = parser.parse_args()
     try:

@@ -30,7 +30,11 @@ HARDER = {"sudoku9_medium": 42, "sudoku9_hard": 54}  # blanks; puzzles.py's own 
 FILES = {"sudoku_extreme": sources.sudoku_extreme, "maze_hard": sources.maze_hard}
 OF_FILES = 1000  # tasks taken from a file, the first ones
 N_GENERATED = 50  # tasks of suites that are made here
-SEEDS = {"sudoku9_medium": 90042, "sudoku9_hard": 90054, "logic": 7117}  # changing one changes what was measured
+SEEDS = {
+    "sudoku9_medium": 90042,
+    "sudoku9_hard": 90054,
+    "logic": 7117,
+}  # changing one changes what was measured
 GROUPS = {"sudoku": ("sudoku4", "sudoku9", *HARDER, "sudoku_extreme"), "maze": ("maze", "maze_hard")}
 SUITES = (*ARC_SUITES, *puzzles.SUITES, *HARDER, *FILES, "logic")
 ALL = ", ".join(dict.fromkeys((*SUITES, *GROUPS, "language", "lm_eval:NAME")))
@@ -50,7 +54,11 @@ def found(name):
 
 def default():
     """The names of all suites that are there, language last: what is asked when nobody says what to ask."""
-    return [name for name in ("arc1", "arc2", *GROUPS["sudoku"], *GROUPS["maze"], "transforms", "logic") if found(name)] + ["language"]
+    return [
+        name
+        for name in ("arc1", "arc2", *GROUPS["sudoku"], *GROUPS["maze"], "transforms", "logic")
+        if found(name)
+    ] + ["language"]
 
 
 def names(text):
@@ -72,7 +80,9 @@ def names(text):
             closest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0)[0]
             raise ValueError(f"unknown suite {name!r}: did you mean {closest!r}? There are {ALL}")
         elif not found(name):
-            raise ValueError(f"suite {name!r} needs {os.path.join(RAW, name, 'test.csv')}, which is not there (suites.py says whose it is)")
+            raise ValueError(
+                f"suite {name!r} needs {os.path.join(RAW, name, 'test.csv')}, which is not there (suites.py says whose it is)"
+            )
         else:
             out.append(name)
     if not out:

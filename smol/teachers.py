@@ -107,8 +107,19 @@ def task_of_row(idx, targets, puzzle_format):
     if puzzle_format == "canvas":
         start = np.flatnonzero(idx == tok.OUTPUT)[-1] + 1
         width = np.flatnonzero(idx[start:] == tok.ROW)[0]
-        question, answer = (arc.read_canvas(ids[start:], ((n - start) // (width + 1), width)) for ids in (idx, targets))
-        ids = np.concatenate([idx[: start - 1], [tok.INPUT], arc.encode_grid(question), [tok.OUTPUT], arc.encode_grid(answer), [tok.EOT]])
+        question, answer = (
+            arc.read_canvas(ids[start:], ((n - start) // (width + 1), width)) for ids in (idx, targets)
+        )
+        ids = np.concatenate(
+            [
+                idx[: start - 1],
+                [tok.INPUT],
+                arc.encode_grid(question),
+                [tok.OUTPUT],
+                arc.encode_grid(answer),
+                [tok.EOT],
+            ]
+        )
     else:
         ids = np.append(idx, targets[-1])
     kind, pairs = arc.decode(ids)
@@ -174,24 +185,48 @@ class Ours:
     (candidates.py). ttt_steps > 0: before a task, that many steps on its demonstrations at ttt_learning_rate, by a copy (ttt.py).
     """
 
-    def __init__(self, model, about, sources=(), n_sup=None, n_views=1, ttt_steps=0, ttt_learning_rate=candidates.Settings.ttt_lr):
+    def __init__(
+        self,
+        model,
+        about,
+        sources=(),
+        n_sup=None,
+        n_views=1,
+        ttt_steps=0,
+        ttt_learning_rate=candidates.Settings.ttt_lr,
+    ):
         self.model, self.sources = model, sources
-        self.settings = candidates.Settings(augment=n_views, n_sup=n_sup, ttt_steps=ttt_steps, ttt_lr=ttt_learning_rate)
+        self.settings = candidates.Settings(
+            augment=n_views, n_sup=n_sup, ttt_steps=ttt_steps, ttt_lr=ttt_learning_rate
+        )
         self.canvas = model.puzzle_format == "canvas"
         self.conditional = not self.canvas and n_views == 1
-        self.about = {**about, "n_sup": (n_sup or model.config.n_sup) if self.canvas else None, "views": n_views, "ttt_steps": ttt_steps}
+        self.about = {
+            **about,
+            "n_sup": (n_sup or model.config.n_sup) if self.canvas else None,
+            "views": n_views,
+            "ttt_steps": ttt_steps,
+        }
 
     def frames(self, tasks, answers):
         if self.settings.augment > 1:
-            return [frame_of_votes(c, arc.canvas_shape(t.train, t.test[0][0])) if any(x.votes for x in c) else None
-                    for c, t in zip(self.solve(tasks), tasks)]  # fmt: skip
+            return [
+                frame_of_votes(c, arc.canvas_shape(t.train, t.test[0][0]))
+                if any(x.votes for x in c)
+                else None
+                for c, t in zip(self.solve(tasks), tasks)
+            ]
         frames, plain = [None] * len(tasks), []
         for i, task in enumerate(tasks):
             if self.settings.ttt_steps and len(task.train) > 1:
-                (frames[i],) = self.frames_of(ttt.tune(self.model, with_id(task), self.settings), [task], [answers[i]])
+                (frames[i],) = self.frames_of(
+                    ttt.tune(self.model, with_id(task), self.settings), [task], [answers[i]]
+                )
             else:
                 plain.append(i)
-        for i, frame in zip(plain, self.frames_of(self.model, [tasks[i] for i in plain], [answers[i] for i in plain])):
+        for i, frame in zip(
+            plain, self.frames_of(self.model, [tasks[i] for i in plain], [answers[i] for i in plain])
+        ):
             frames[i] = frame
         return frames
 
@@ -207,11 +242,19 @@ class Ours:
                 for row, (i, _, (h, w), start) in zip(log_p, where):
                     frames[i] = row[start : start + h * (w + 1)].view(h, w + 1, OUTCOMES)[:, :w]
         else:
-            rows = [(i, document(t, a), a.shape) for i, (t, a) in enumerate(zip(tasks, answers)) if a is not None]
+            rows = [
+                (i, document(t, a), a.shape) for i, (t, a) in enumerate(zip(tasks, answers)) if a is not None
+            ]
             rows = [row for row in rows if len(row[1]) - 1 <= model.config.block_size]
             for part in batches_by_length(rows, lambda row: len(row[1])):
-                log_p = model.place_logits([ids for _, ids, _ in part], [shape for *_, shape in part]).log_softmax(-1).cpu()
-                for (i, _, (h, w)), places in zip(part, log_p.split([h * (w + 1) + 1 for *_, (h, w) in part])):
+                log_p = (
+                    model.place_logits([ids for _, ids, _ in part], [shape for *_, shape in part])
+                    .log_softmax(-1)
+                    .cpu()
+                )
+                for (i, _, (h, w)), places in zip(
+                    part, log_p.split([h * (w + 1) + 1 for *_, (h, w) in part])
+                ):
                     frames[i] = frame_of_answer(places, h, w)
         model.train(training)
         return frames
@@ -220,7 +263,9 @@ class Ours:
         """For each task its list of candidates.Candidate, best first; empty where it is too long."""
         training = self.model.training
         self.model.eval()
-        given = candidates.solve(self.model, candidates.without_answers([with_id(task) for task in tasks]), self.settings)
+        given = candidates.solve(
+            self.model, candidates.without_answers([with_id(task) for task in tasks]), self.settings
+        )
         self.model.train(training)
         return [g.candidates if g is not None else [] for (g,) in given]
 
@@ -238,8 +283,14 @@ def load_ours(path, device, dtype="float32", **options):
             if isinstance(module, torch.nn.Linear):
                 module.to(getattr(torch, dtype))
     model.requires_grad_(False)
-    about = {"kind": "checkpoint", "path": str(path), "sha256": sha256_file(path), "model": saved["model"],
-             "iter": saved["train"].get("iter"), "tokenizer": saved["tokenizer"]}  # fmt: skip
+    about = {
+        "kind": "checkpoint",
+        "path": str(path),
+        "sha256": sha256_file(path),
+        "model": saved["model"],
+        "iter": saved["train"].get("iter"),
+        "tokenizer": saved["tokenizer"],
+    }
     return Ours(model, about, saved["train"].get("data", {}).get("sources", []), **options)
 
 
@@ -254,13 +305,24 @@ def load(path, device, dtype="float32", vocabulary="same", **options):
     from smol import text_teacher  # which imports this file
 
     given = [k for k, v in options.items() if v not in (None, 0, 1) and k != "ttt_learning_rate"]
-    if path.startswith("hf:") or os.path.isfile(os.path.join(path, "config.json")) and not os.path.isfile(os.path.join(path, "ckpt.pt")):
-        foreign, teacher = "a Hugging Face model", lambda: text_teacher.HuggingFace(path.removeprefix("hf:"), device, dtype, vocabulary)
+    if (
+        path.startswith("hf:")
+        or os.path.isfile(os.path.join(path, "config.json"))
+        and not os.path.isfile(os.path.join(path, "ckpt.pt"))
+    ):
+        foreign, teacher = (
+            "a Hugging Face model",
+            lambda: text_teacher.HuggingFace(path.removeprefix("hf:"), device, dtype, vocabulary),
+        )
     elif os.path.isdir(path):
-        raise ValueError(f"teacher {path} is a folder without a config.json of Hugging Face's: for a checkpoint of ours, "
-                         "give the path of its ckpt.pt")  # fmt: skip
+        raise ValueError(
+            f"teacher {path} is a folder without a config.json of Hugging Face's: for a checkpoint of ours, "
+            "give the path of its ckpt.pt"
+        )
     else:
         return load_ours(path, device, dtype, **options)
     if given:
-        raise ValueError(f"{', '.join(f'teacher_{k}' for k in given)}: for checkpoints of ours alone, and teacher {path} is {foreign}")
+        raise ValueError(
+            f"{', '.join(f'teacher_{k}' for k in given)}: for checkpoints of ours alone, and teacher {path} is {foreign}"
+        )
     return teacher()

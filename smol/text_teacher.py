@@ -17,8 +17,17 @@ from smol.teachers import document, frame_of_answer, prompt
 
 # How a grid puzzle reads as text. One piece per reserved token; a cell is the one token " 0".." 9" of GPT-2, the end of a row its "\n",
 # the end of an answer its <|endoftext|>.
-PIECES = {tok.ARC: "Puzzle\n", tok.SUDOKU: "Sudoku\n", tok.MAZE: "Maze\n", tok.LOGIC: "Logic\n", tok.PROGRAM: "Program\n",
-          tok.INPUT: "Input:\n", tok.OUTPUT: "Output:\n", tok.ROW: "\n", **{tok.CELL0 + c: f" {c}" for c in range(10)}}  # fmt: skip
+PIECES = {
+    tok.ARC: "Puzzle\n",
+    tok.SUDOKU: "Sudoku\n",
+    tok.MAZE: "Maze\n",
+    tok.LOGIC: "Logic\n",
+    tok.PROGRAM: "Program\n",
+    tok.INPUT: "Input:\n",
+    tok.OUTPUT: "Output:\n",
+    tok.ROW: "\n",
+    **{tok.CELL0 + c: f" {c}" for c in range(10)},
+}
 
 
 def render(ids):
@@ -43,7 +52,9 @@ class HuggingFace:
         try:
             import transformers
         except ImportError:
-            raise ValueError(f"teacher {name} needs a package that is not installed: pip install transformers") from None
+            raise ValueError(
+                f"teacher {name} needs a package that is not installed: pip install transformers"
+            ) from None
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         try:
@@ -51,35 +62,55 @@ class HuggingFace:
             self.model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
         except Exception as e:  # noqa: BLE001 (a broken folder fails in any way it likes)
             why = (str(e).strip().splitlines() or [""])[0]
-            raise ValueError(f"teacher {name} cannot be loaded by transformers ({type(e).__name__}): {why:.200}") from None
+            raise ValueError(
+                f"teacher {name} cannot be loaded by transformers ({type(e).__name__}): {why:.200}"
+            ) from None
         differs = vocabulary_differs(encoder)
         if differs and vocabulary != "cells":
-            raise ValueError(f"teacher {name} has another vocabulary than GPT-2's: {differs}. If the cell map is exact for it, "
-                             "--teacher_vocabulary=cells uses it for grids alone")  # fmt: skip
+            raise ValueError(
+                f"teacher {name} has another vocabulary than GPT-2's: {differs}. If the cell map is exact for it, "
+                "--teacher_vocabulary=cells uses it for grids alone"
+            )
         self.ids = {token: encoder.encode(piece, add_special_tokens=False) for token, piece in PIECES.items()}
         self.end = tok.EOT if not differs else encoder.eos_token_id
         self.check_map(encoder, name)
         vocabulary_size = self.model.get_output_embeddings().weight.shape[0]
         if max(self.end, *(i for ids in self.ids.values() for i in ids)) >= vocabulary_size:
-            raise ValueError(f"teacher {name} has {vocabulary_size:,} outputs, too few for its tokenizer: they do not belong together")
+            raise ValueError(
+                f"teacher {name} has {vocabulary_size:,} outputs, too few for its tokenizer: they do not belong together"
+            )
         self.model.to(device).eval().requires_grad_(False)
-        self.outcomes = torch.tensor([*(self.ids[tok.CELL0 + c][0] for c in range(10)), self.ids[tok.ROW][0], self.end], device=device)
+        self.outcomes = torch.tensor(
+            [*(self.ids[tok.CELL0 + c][0] for c in range(10)), self.ids[tok.ROW][0], self.end], device=device
+        )
         self.context = getattr(self.model.config, "max_position_embeddings", None) or 10**9
-        self.about = {"kind": "huggingface", "path": str(name), "model": self.model.config.model_type,
-                      "parameters": self.model.num_parameters(),
-                      "tokenizer": tok.fingerprint() if not differs else f"another one: {differs}"}  # fmt: skip
+        self.about = {
+            "kind": "huggingface",
+            "path": str(name),
+            "model": self.model.config.model_type,
+            "parameters": self.model.num_parameters(),
+            "tokenizer": tok.fingerprint() if not differs else f"another one: {differs}",
+        }
 
     def check_map(self, encoder, name):
         """ValueError unless the map is exact: a text of pieces is the tokens of its pieces, and a cell, and a row's end, is one of them."""
         many = [PIECES[t] for t in (*range(tok.CELL0, tok.CELL0 + 10), tok.ROW) if len(self.ids[t]) != 1]
         if many or self.end is None:
-            raise ValueError(f"the cell map is not exact for teacher {name}: "
-                             + (f"{many[0]!r} is not one token" if many else "it has no token for the end of a text"))  # fmt: skip
-        grids = [np.arange(10, dtype=np.uint8).reshape(2, 5), np.zeros((3, 1), np.uint8), np.full((1, 3), 9, np.uint8)]
+            raise ValueError(
+                f"the cell map is not exact for teacher {name}: "
+                + (f"{many[0]!r} is not one token" if many else "it has no token for the end of a text")
+            )
+        grids = [
+            np.arange(10, dtype=np.uint8).reshape(2, 5),
+            np.zeros((3, 1), np.uint8),
+            np.full((1, 3), 9, np.uint8),
+        ]
         for kind in arc.KINDS:
             ids = arc.encode(kind, [(x, y) for x in grids for y in grids])[:-1]
             if encoder.encode(render(ids), add_special_tokens=False) != self.tokens(ids):
-                raise ValueError(f"the cell map is not exact for teacher {name}: its tokenizer joins pieces of a grid")
+                raise ValueError(
+                    f"the cell map is not exact for teacher {name}: its tokenizer joins pieces of a grid"
+                )
 
     def tokens(self, ids):
         """ids of ours, without EOT -> list of the teacher's."""
@@ -95,8 +126,12 @@ class HuggingFace:
                 if len(ids) <= self.context:
                     rows.append((i, torch.tensor(ids), answer.shape[0] * (answer.shape[1] + 1) + 1))
         for part in batches_by_length(rows, lambda row: len(row[1])):
-            idx = torch.nn.utils.rnn.pad_sequence([ids for _, ids, _ in part], batch_first=True).to(self.outcomes.device)
-            seen = torch.nn.utils.rnn.pad_sequence([torch.ones_like(ids) for _, ids, _ in part], batch_first=True).to(idx.device)
+            idx = torch.nn.utils.rnn.pad_sequence([ids for _, ids, _ in part], batch_first=True).to(
+                self.outcomes.device
+            )
+            seen = torch.nn.utils.rnn.pad_sequence(
+                [torch.ones_like(ids) for _, ids, _ in part], batch_first=True
+            ).to(idx.device)
             logits = self.model(idx, attention_mask=seen).logits
             for row, (i, ids, n) in zip(logits, part):
                 out[i] = row[len(ids) - n : len(ids)].float().log_softmax(-1)[:, self.outcomes].cpu()
@@ -122,13 +157,23 @@ class HuggingFace:
                 rows.append((i, ids, limit))
         for part in batches_by_length(rows, lambda row: len(row[1]) + row[2][0] * (row[2][1] + 1)):
             longest = max(len(ids) for _, ids, _ in part)
-            idx = torch.tensor([[0] * (longest - len(ids)) + ids for _, ids, _ in part], device=self.outcomes.device)
-            seen = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for _, ids, _ in part], device=idx.device)
+            idx = torch.tensor(
+                [[0] * (longest - len(ids)) + ids for _, ids, _ in part], device=self.outcomes.device
+            )
+            seen = torch.tensor(
+                [[0] * (longest - len(ids)) + [1] * len(ids) for _, ids, _ in part], device=idx.device
+            )
             state = {"past": None, "seen": seen}
 
             def read(new):
                 at = (state["seen"].cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
-                out = self.model(new, attention_mask=state["seen"], position_ids=at, past_key_values=state["past"], use_cache=True)
+                out = self.model(
+                    new,
+                    attention_mask=state["seen"],
+                    position_ids=at,
+                    past_key_values=state["past"],
+                    use_cache=True,
+                )
                 state["past"] = out.past_key_values
                 return out.logits[:, -1][:, self.outcomes]
 
@@ -148,7 +193,9 @@ def vocabulary_differs(encoder):
     letters = bytes_as_letters()
     wrong = []
     for i in range(tok.N_GPT2):
-        ours = "<|endoftext|>" if i == tok.EOT else "".join(letters[b] for b in enc.decode_single_token_bytes(i))
+        ours = (
+            "<|endoftext|>" if i == tok.EOT else "".join(letters[b] for b in enc.decode_single_token_bytes(i))
+        )
         if theirs.get(i) != ours:
             wrong.append((i, ours, theirs.get(i)))
     if not wrong:
@@ -161,6 +208,10 @@ def vocabulary_differs(encoder):
 
 def bytes_as_letters():
     """The letters that GPT-2's vocabulary files write bytes with: printable ones as they are, the others counted up from 256."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = [b for b in range(256) if b not in printable]
     return {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}

@@ -25,7 +25,13 @@ from smol.files import write_whole
 
 WIDTH = 640  # pixels of the picture
 FINE = 2  # drawn that much larger and then scaled down, so that edges are smooth
-GLIDE, STEP_MS, HOLD_MS, FIRST_MS, LAST_MS = 5, 55, 300, 900, 2800  # frames between two steps, and how long things stay
+GLIDE, STEP_MS, HOLD_MS, FIRST_MS, LAST_MS = (
+    5,
+    55,
+    300,
+    900,
+    2800,
+)  # frames between two steps, and how long things stay
 BACKGROUND, PANEL, INK, FAINT = "#0d1117", "#1a212c", "#e6edf3", "#6b7686"
 TEAL, GOLD, CORAL = "#5eead4", "#fbbf24", "#fb7185"
 OUTSIDE = "#131922"  # of the answer, on a canvas larger than it
@@ -53,7 +59,9 @@ def thoughts(model, task, test=0, n_sup=None, halt=None):
                 raise ValueError("the model's logits are not finite: there is nothing to draw")
             steps.append((logits.softmax(-1).view(H, W + 1, 11)[:, :W].cpu().numpy(), probability.item()))
         return steps
-    raise ValueError(f"task {task.id} does not fit into this checkpoint's block_size={model.config.block_size}")
+    raise ValueError(
+        f"task {task.id} does not fit into this checkpoint's block_size={model.config.block_size}"
+    )
 
 
 @functools.cache
@@ -61,7 +69,9 @@ def font(size):
     from matplotlib import get_data_path
     from PIL import ImageFont
 
-    return ImageFont.truetype(os.path.join(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), round(size * FINE))
+    return ImageFont.truetype(
+        os.path.join(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), round(size * FINE)
+    )
 
 
 def palette(kind):
@@ -88,7 +98,10 @@ def board(pen, left, top, side, p, kind, given=None, wrong=None):
     colours = p @ palette(kind)
     for r in range(H):
         for c in range(W):
-            x, y = left + c * cell + (c // box * wide if box else 0), top + r * cell + (r // box * wide if box else 0)
+            x, y = (
+                left + c * cell + (c // box * wide if box else 0),
+                top + r * cell + (r // box * wide if box else 0),
+            )
             place = [v * FINE for v in (x + gap, y + gap, x + cell - gap, y + cell - gap)]
             is_given = given is not None and given[r, c] > 0
             fill = rgb(GIVEN) if is_given else colours[r, c]
@@ -98,10 +111,17 @@ def board(pen, left, top, side, p, kind, given=None, wrong=None):
                 sure = 1.0 if is_given else max(0.0, float(p[r, c, value]) * 1.12 - 0.12)
                 ink = rgb(INK if is_given else TEAL) * sure + fill * (1 - sure)
                 if value:
-                    pen.text((place[0] / 2 + place[2] / 2, place[1] / 2 + place[3] / 2), str(value), anchor="mm", font=font(cell * 0.5),
-                             fill=tuple(ink.round().astype(int)))  # fmt: skip
+                    pen.text(
+                        (place[0] / 2 + place[2] / 2, place[1] / 2 + place[3] / 2),
+                        str(value),
+                        anchor="mm",
+                        font=font(cell * 0.5),
+                        fill=tuple(ink.round().astype(int)),
+                    )
             if wrong is not None and wrong[r, c]:
-                pen.rounded_rectangle(place, radius=cell * 0.14 * FINE, outline=CORAL, width=max(2, round(cell * 0.07 * FINE)))
+                pen.rounded_rectangle(
+                    place, radius=cell * 0.14 * FINE, outline=CORAL, width=max(2, round(cell * 0.07 * FINE))
+                )
 
 
 def one_hot(grid, shape=None):
@@ -148,7 +168,14 @@ def draw(task, test, p, halt, step, n_steps, verdict=None, wrong=None):
 
     y = top + side + 38
     write(edge, y, f"step {max(0, round(step + 0.49)) if step else 0} of {n_steps}", 15)
-    write(WIDTH - edge, y, f"{halt:.0%} sure that all is right" if step else "", 15, TEAL if halt > 0.5 else FAINT, "rm")
+    write(
+        WIDTH - edge,
+        y,
+        f"{halt:.0%} sure that all is right" if step else "",
+        15,
+        TEAL if halt > 0.5 else FAINT,
+        "rm",
+    )
     y += 30
     pen.rounded_rectangle([v * FINE for v in (edge, y - 3, WIDTH - edge, y + 3)], radius=3 * FINE, fill=PANEL)
     if halt * step > 0:
@@ -173,14 +200,22 @@ def film(task, test, steps):
         for i in range(1, GLIDE + 1):
             t = i / GLIDE
             t = t * t * (3 - 2 * t)  # slowly off, slowly on
-            frames.append(draw(task, test, last[0] * (1 - t) + p * t, last[1] * (1 - t) + halt * t, k + t, len(steps)))
+            frames.append(
+                draw(task, test, last[0] * (1 - t) + p * t, last[1] * (1 - t) + halt * t, k + t, len(steps))
+            )
             times.append(STEP_MS)
         times[-1] = HOLD_MS
         last = p, halt
     p, halt = last
-    target = arc.canvas_target(expected, (H, W)).reshape(H, W + 1)[:, :W] if all(np.array(expected.shape) <= (H, W)) else None
+    target = (
+        arc.canvas_target(expected, (H, W)).reshape(H, W + 1)[:, :W]
+        if all(np.array(expected.shape) <= (H, W))
+        else None
+    )
     wrong = np.ones((H, W), bool) if target is None else np.array(ANSWER_IDS)[p.argmax(-1)] != target
-    verdict = ("solved", TEAL) if not wrong.any() else (f"{int(wrong.sum())} of {wrong.size} cells wrong", CORAL)
+    verdict = (
+        ("solved", TEAL) if not wrong.any() else (f"{int(wrong.sum())} of {wrong.size} cells wrong", CORAL)
+    )
     frames.append(draw(task, test, p, halt, float(len(steps)), len(steps), verdict, wrong))
     return frames, [*times, LAST_MS]
 
@@ -199,10 +234,17 @@ def save_gif(task, test, steps, path):
     for i, colour in enumerate(inks := (INK, FAINT, TEAL, GOLD, CORAL)):
         for j in range(16):
             shade = rgb(BACKGROUND) * (15 - j) / 15 + rgb(colour) * j / 15
-            place = (j * w // 16, 3 * h + i * h // len(inks), (j + 1) * w // 16, 3 * h + (i + 1) * h // len(inks))
+            place = (
+                j * w // 16,
+                3 * h + i * h // len(inks),
+                (j + 1) * w // 16,
+                3 * h + (i + 1) * h // len(inks),
+            )
             sample.paste(tuple(shade.round().astype(int)), place)
     shared = sample.quantize(255, dither=Image.Dither.NONE)
     frames = [frame.quantize(palette=shared, dither=Image.Dither.NONE) for frame in frames]
     buffer = io.BytesIO()
-    frames[0].save(buffer, "gif", save_all=True, append_images=frames[1:], duration=times, loop=0, optimize=False)
+    frames[0].save(
+        buffer, "gif", save_all=True, append_images=frames[1:], duration=times, loop=0, optimize=False
+    )
     write_whole(buffer.getvalue(), path)

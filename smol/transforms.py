@@ -56,20 +56,22 @@ def shift(grid, dy, dx):
     """Everything moves, and what leaves is lost."""
     out = np.zeros_like(grid)
     h, w = grid.shape
-    out[max(dy, 0):h + min(dy, 0), max(dx, 0):w + min(dx, 0)] = grid[max(-dy, 0):h + min(-dy, 0), max(-dx, 0):w + min(-dx, 0)]
+    out[max(dy, 0) : h + min(dy, 0), max(dx, 0) : w + min(dx, 0)] = grid[
+        max(-dy, 0) : h + min(-dy, 0), max(-dx, 0) : w + min(-dx, 0)
+    ]
     return out
 
 
 def crop(grid):
     """The smallest rectangle that holds every coloured cell."""
     rows, cols = np.nonzero(grid)
-    return grid[rows.min():rows.max() + 1, cols.min():cols.max() + 1] if len(rows) else grid
+    return grid[rows.min() : rows.max() + 1, cols.min() : cols.max() + 1] if len(rows) else grid
 
 
 def crop_colour(grid, a):
     """The smallest rectangle that holds every cell of colour a, with all that is in it."""
     rows, cols = np.nonzero(grid == a)
-    return grid[rows.min():rows.max() + 1, cols.min():cols.max() + 1] if len(rows) else grid
+    return grid[rows.min() : rows.max() + 1, cols.min() : cols.max() + 1] if len(rows) else grid
 
 
 def scale(grid, k):
@@ -171,7 +173,7 @@ def fill_enclosed(grid, a):
 
 def rays(grid, side):
     """Every coloured cell draws a line in its colour towards one side (0 down, 1 right, 2 up, 3 left), up to the next coloured cell."""
-    turns = (3, 0, 1, 2)[side]              # turned so that lines run to the right
+    turns = (3, 0, 1, 2)[side]  # turned so that lines run to the right
     out = np.rot90(grid, -turns).copy()
     for c in range(1, out.shape[1]):
         out[:, c] = np.where(out[:, c] == 0, out[:, c - 1], out[:, c])
@@ -196,7 +198,7 @@ def count_bars(grid, axis):
     order = [c for c in sorted(range(1, 10), key=lambda c: (-counts[c], c)) if counts[c]]
     out = np.zeros((max(len(order), 1), max(counts.max(), 1)), np.uint8)
     for bar, c in zip(out, order, strict=False):
-        bar[:counts[c]] = c
+        bar[: counts[c]] = c
     return out if axis else out.T
 
 
@@ -240,6 +242,7 @@ def commonest(grid, least):
 
 # Inputs. Each maker takes (rng, params) and returns a grid on which the parameters can show; transform() draws again where they do not.
 
+
 def size_of(rng, low, high):
     return int(rng.integers(low, high + 1)), int(rng.integers(low, high + 1))
 
@@ -251,9 +254,15 @@ def colours_of(rng, n, avoid=()):
 def scattered(rng, params, low=3, high=8):
     """Two to four colours at random on the background; colours that the parameters name are among them."""
     named = [params[k] for k in ("a", "b") if params.get(k)]
-    colours = np.array([*named, *colours_of(rng, int(rng.integers(2, 5)) - len(named), avoid=named)], np.uint8)
+    colours = np.array(
+        [*named, *colours_of(rng, int(rng.integers(2, 5)) - len(named), avoid=named)], np.uint8
+    )
     shape = size_of(rng, low, high)
-    return np.where(rng.random(shape) < rng.uniform(0.25, 0.7), colours[rng.integers(len(colours), size=shape)], np.uint8(0))
+    return np.where(
+        rng.random(shape) < rng.uniform(0.25, 0.7),
+        colours[rng.integers(len(colours), size=shape)],
+        np.uint8(0),
+    )
 
 
 def scattered_small(rng, params):
@@ -291,8 +300,8 @@ def rectangles(rng, params):
     for colour in colours_of(rng, int(rng.integers(1, 5)), avoid=[params.get("a")]):
         y, x = size_of(rng, 1, 3)
         r, c = int(rng.integers(h - y + 1)), int(rng.integers(w - x + 1))
-        if not grid[max(r - 1, 0):r + y + 1, max(c - 1, 0):c + x + 1].any():
-            grid[r:r + y, c:c + x] = np.where(rng.random((y, x)) < 0.85, colour, np.uint8(0))
+        if not grid[max(r - 1, 0) : r + y + 1, max(c - 1, 0) : c + x + 1].any():
+            grid[r : r + y, c : c + x] = np.where(rng.random((y, x)) < 0.85, colour, np.uint8(0))
     return grid
 
 
@@ -312,9 +321,9 @@ def rings(rng, params):
     for colour in colours_of(rng, int(rng.integers(1, 4)), avoid=[params["a"]]):
         y, x = size_of(rng, 3, 4)
         r, c = int(rng.integers(h - y + 1)), int(rng.integers(w - x + 1))
-        if not grid[r:r + y, c:c + x].any():
-            grid[r:r + y, c:c + x] = colour
-            grid[r + 1:r + y - 1, c + 1:c + x - 1] = 0
+        if not grid[r : r + y, c : c + x].any():
+            grid[r : r + y, c : c + x] = colour
+            grid[r + 1 : r + y - 1, c + 1 : c + x - 1] = 0
             if rng.random() < 0.25:
                 grid[r, c + 1] = 0
     return grid
@@ -325,7 +334,7 @@ def counted(rng, params):
     grid = np.zeros(size_of(rng, 4, 8), np.uint8)
     n = int(rng.integers(2, 5))
     counts = rng.permutation(min(8, grid.size // n))[:n] + 1
-    grid.flat[rng.permutation(grid.size)[:counts.sum()]] = colours_of(rng, n).repeat(counts)
+    grid.flat[rng.permutation(grid.size)[: counts.sum()]] = colours_of(rng, n).repeat(counts)
     return grid
 
 
@@ -368,12 +377,24 @@ TRANSFORMS = {
     "swap": ([p for p in settings_of(a=COLOURS, b=COLOURS) if p["a"] < p["b"]], swap, scattered),
     "replace": ([p for p in settings_of(a=COLOURS, b=range(10)) if p["a"] != p["b"]], replace, scattered),
     "next_colour": (settings_of(k=range(1, 9)), next_colour, scattered),
-    "roll": ([p for p in settings_of(dy=range(-2, 3), dx=range(-2, 3)) if p["dy"] or p["dx"]], roll, scattered),
-    "shift": ([p for p in settings_of(dy=range(-2, 3), dx=range(-2, 3)) if p["dy"] or p["dx"]], shift, scattered),
+    "roll": (
+        [p for p in settings_of(dy=range(-2, 3), dx=range(-2, 3)) if p["dy"] or p["dx"]],
+        roll,
+        scattered,
+    ),
+    "shift": (
+        [p for p in settings_of(dy=range(-2, 3), dx=range(-2, 3)) if p["dy"] or p["dx"]],
+        shift,
+        scattered,
+    ),
     "crop": (settings_of(), crop, rectangles),
     "crop_colour": (settings_of(a=COLOURS), crop_colour, scattered),
     "scale": (settings_of(k=(2, 3)), scale, scattered_small),
-    "tile": ([p for p in settings_of(ny=(1, 2, 3), nx=(1, 2, 3)) if p["ny"] * p["nx"] > 1], tile, scattered_small),
+    "tile": (
+        [p for p in settings_of(ny=(1, 2, 3), nx=(1, 2, 3)) if p["ny"] * p["nx"] > 1],
+        tile,
+        scattered_small,
+    ),
     "mirror": (settings_of(side=range(4)), mirror, scattered_medium),
     "kaleidoscope": (settings_of(), kaleidoscope, scattered_medium),
     "gravity": (settings_of(side=range(4)), gravity, scattered),
@@ -394,7 +415,9 @@ TRANSFORMS = {
 
 
 def same(a, b):
-    return a.shape == b.shape and a.tobytes() == b.tobytes()     # several times faster than np.array_equal on grids this small
+    return (
+        a.shape == b.shape and a.tobytes() == b.tobytes()
+    )  # several times faster than np.array_equal on grids this small
 
 
 def _ambiguous(demos, test):
@@ -402,9 +425,13 @@ def _ambiguous(demos, test):
     first = demos[0]
     for settings, apply, _ in TRANSFORMS.values():
         for params in settings:
-            if not same(apply(first[0], **params), first[1]):      # most programs end here, so this line is most of the time
+            if not same(
+                apply(first[0], **params), first[1]
+            ):  # most programs end here, so this line is most of the time
                 continue
-            if all(same(apply(x, **params), y) for x, y in demos) and not same(apply(test[0], **params), test[1]):
+            if all(same(apply(x, **params), y) for x, y in demos) and not same(
+                apply(test[0], **params), test[1]
+            ):
                 return True
     return False
 
@@ -422,10 +449,17 @@ def transform(rng):
     while True:
         inputs = [np.ascontiguousarray(make_input(rng, params)) for _ in range(int(rng.integers(3, 6)))]
         pairs = [(x, np.ascontiguousarray(apply(x, **params))) for x in inputs]
-        if any(same(x, y) or not y.any() for x, y in pairs) or len({(x.shape, x.tobytes()) for x in inputs}) < len(inputs):
+        if any(same(x, y) or not y.any() for x, y in pairs) or len(
+            {(x.shape, x.tobytes()) for x in inputs}
+        ) < len(inputs):
             continue
         if not _ambiguous(pairs[:-1], pairs[-1]):
-            return Task(id=":".join([name, *(f"{k}={v}" for k, v in params.items())]), kind="arc", train=pairs[:-1], test=pairs[-1:])
+            return Task(
+                id=":".join([name, *(f"{k}={v}" for k, v in params.items())]),
+                kind="arc",
+                train=pairs[:-1],
+                test=pairs[-1:],
+            )
 
 
 def program_of(task_id):
@@ -434,7 +468,9 @@ def program_of(task_id):
     fields = [re.fullmatch(r"(\w+)=(-?\d+)", setting) for setting in settings]
     params = {field[1]: int(field[2]) for field in fields if field}
     if name not in TRANSFORMS or not all(fields) or params not in TRANSFORMS[name][0]:
-        raise ValueError(f"{task_id!r} names no program: a name in TRANSFORMS and its parameters, like 'roll:dy=1:dx=-2'")
+        raise ValueError(
+            f"{task_id!r} names no program: a name in TRANSFORMS and its parameters, like 'roll:dy=1:dx=-2'"
+        )
     return name, params
 
 

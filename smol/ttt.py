@@ -79,7 +79,9 @@ def tune(model, task, settings):
     parameters = [p for p in tuned.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.ttt_lr, weight_decay=0.0)
     device = model.wte.weight.device
-    length = min(bucket_length(max(len(idx) for idx, _ in seen)), model.config.block_size)  # one shape: Route B's carry keeps it
+    length = min(
+        bucket_length(max(len(idx) for idx, _ in seen)), model.config.block_size
+    )  # one shape: Route B's carry keeps it
     carry = None
     with torch.autocast(device.type, enabled=False):
         for step in range(settings.ttt_steps):
@@ -93,5 +95,7 @@ def tune(model, task, settings):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     for layer in layers:
-        parametrize.remove_parametrizations(layer, "weight")  # W + B A becomes the weight: answering costs what it did
+        parametrize.remove_parametrizations(
+            layer, "weight"
+        )  # W + B A becomes the weight: answering costs what it did
     return tuned.eval()

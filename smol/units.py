@@ -148,20 +148,35 @@ def make_unit(job, number, rows, iterator):
             break
     state = rows.state()
     dropped.merge(odd.rules)
-    judged = judge_puzzles if source.kind == "puzzle" or any(task for _, task, _, _ in documents) else judge_texts
+    judged = (
+        judge_puzzles if source.kind == "puzzle" or any(task for _, task, _, _ in documents) else judge_texts
+    )
     kept, keys, bands = judged(source, documents, dropped, job)
     tokens = np.concatenate(kept) if kept else np.zeros(0, np.uint16)
     ends = np.concatenate([[0], np.cumsum([len(t) for t in kept])]).astype("<i8")
-    files = {"tokens": tokens.astype("<u2").tobytes(), "ends": ends.tobytes(), "keys": np.array(keys, "<u8").reshape(-1, 2).T.tobytes()}
+    files = {
+        "tokens": tokens.astype("<u2").tobytes(),
+        "ends": ends.tobytes(),
+        "keys": np.array(keys, "<u8").reshape(-1, 2).T.tobytes(),
+    }
     if bands is not None:
         files["bands"] = bands.astype("<u8").tobytes()
     for suffix, content in files.items():
         write(unit_path(job["folder"], job["lane"], number, suffix), content)
     record = {
-        "source": name, "lane": job["lane"], "number": number, "read": read, "documents": len(kept), "tokens": len(tokens), "bytes": size,
-        "end": end, "state": state, "dropped": dropped.rules, "odd": odd.rules,
+        "source": name,
+        "lane": job["lane"],
+        "number": number,
+        "read": read,
+        "documents": len(kept),
+        "tokens": len(tokens),
+        "bytes": size,
+        "end": end,
+        "state": state,
+        "dropped": dropped.rules,
+        "odd": odd.rules,
         "files": {suffix: (len(content), sha256(content)) for suffix, content in files.items()},
-    }  # fmt: skip
+    }
     sealed = {**record, "sha256": sha256(json.dumps(record).encode())}
     # last: now the unit is there
     write(unit_path(job["folder"], job["lane"], number, "json"), json.dumps(sealed))
@@ -175,7 +190,10 @@ def tokenise(parts):
     """
     encoder = tokenizer.load()
     # without a list of Python integers on the way this is encode_ordinary, and a fifth faster
-    arrays = [encoder.encode_to_numpy(p, disallowed_special=()) if isinstance(p, str) else np.atleast_1d(p) for p in parts]
+    arrays = [
+        encoder.encode_to_numpy(p, disallowed_special=()) if isinstance(p, str) else np.atleast_1d(p)
+        for p in parts
+    ]
     ids = np.concatenate([*arrays, [tokenizer.EOT]])
     if not 0 <= ids.min() <= ids.max() <= tokenizer.END:
         raise ValueError(f"token ids from {ids.min()} to {ids.max()}: the tokenizer has 0 to {tokenizer.END}")
@@ -209,7 +227,10 @@ def judge_texts(source, documents, dropped, job):
     for i, name in _evaluations(job["evaluations"])[0].quoted(words).items():
         verdicts[i] = verdicts[i] or f"quotes_{name}"
     if source.profile == "none":  # generated, as the suites of puzzles in words are
-        verdicts = [rule or ("held_out" if curate.held_out().asks(text) else None) for rule, text in zip(verdicts, texts)]
+        verdicts = [
+            rule or ("held_out" if curate.held_out().asks(text) else None)
+            for rule, text in zip(verdicts, texts)
+        ]
     good = [i for i, rule in enumerate(verdicts) if rule is None]
     for i, rule in enumerate(verdicts):
         if rule is not None:
@@ -248,7 +269,9 @@ def judge_puzzles(source, documents, dropped, job):
             ids = tokenise(parts)
             # An ARC task comes back turned and recoloured, on purpose, and all its images are on the same side of the split. Of other
             # puzzles the images are the same puzzle, because the loader makes them by itself.
-            same = key_of(ids.tobytes()) if source.group == "arc" or source.kind == "text" else puzzle_key(task)
+            same = (
+                key_of(ids.tobytes()) if source.group == "arc" or source.kind == "text" else puzzle_key(task)
+            )
             tokens.append(ids)
             keys.append((same, key_of(task.id.encode()) if source.group == "arc" else same))
     return tokens, keys, None

@@ -59,8 +59,10 @@ def local_workers(num_proc):
                 try:
                     what, value = pipe.recv()
                 except (EOFError, ConnectionResetError):
-                    raise ValueError("a worker process was killed (out of memory?); run the same command again to go on, "
-                                     "perhaps with a smaller --num_proc") from None  # fmt: skip
+                    raise ValueError(
+                        "a worker process was killed (out of memory?); run the same command again to go on, "
+                        "perhaps with a smaller --num_proc"
+                    ) from None
                 if what == "unit":
                     report(value)
                 elif what == "error":

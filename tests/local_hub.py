@@ -48,7 +48,11 @@ class Repo:
         return digest
 
     def find(self, revision):
-        return self.branches.get(revision) or self.tags.get(revision) or (revision if revision in self.commits else None)
+        return (
+            self.branches.get(revision)
+            or self.tags.get(revision)
+            or (revision if revision in self.commits else None)
+        )
 
 
 class LocalHub:
@@ -71,7 +75,9 @@ class LocalHub:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        self.store = self.url.replace("127.0.0.1", "localhost")  # another host than the hub's, as for the real one
+        self.store = self.url.replace(
+            "127.0.0.1", "localhost"
+        )  # another host than the hub's, as for the real one
         self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
         self.thread.start()
 
@@ -82,9 +88,16 @@ class LocalHub:
     def env(self, home, token=TOKEN):
         """Environment for a process that is to talk to this hub and to nothing else, with its caches under `home`."""
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-        extra = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-                 "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_ETAG_TIMEOUT": "5", "NO_PROXY": "127.0.0.1,localhost",
-                 "no_proxy": "127.0.0.1,localhost"}  # fmt: skip
+        extra = {
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_ETAG_TIMEOUT": "5",
+            "NO_PROXY": "127.0.0.1,localhost",
+            "no_proxy": "127.0.0.1,localhost",
+        }
         return {**clean, **extra, **({"HF_TOKEN": token} if token else {})}
 
     # what is in it
@@ -100,7 +113,9 @@ class LocalHub:
         """Commit {path: bytes} to a dataset, without a client. -> commit id"""
         entry = self.repos.setdefault(repo, Repo(private))
         before = entry.commits.get(entry.branches.get("main"), {})
-        return entry.add({**before, **{path: self.blob(content, len(content) > 1000) for path, content in files.items()}})
+        return entry.add(
+            {**before, **{path: self.blob(content, len(content) > 1000) for path, content in files.items()}}
+        )
 
     def files(self, repo, revision="main"):
         entry = self.repos[repo]
@@ -112,14 +127,30 @@ class LocalHub:
         url = urlsplit(http.path)
         path, query = unquote(url.path), parse_qs(url.query, keep_blank_values=True)
         chunked = "chunked" in http.headers.get("Transfer-Encoding", "")
-        body = self.read_chunks(http.rfile) if chunked else http.rfile.read(int(http.headers.get("Content-Length") or 0))
+        body = (
+            self.read_chunks(http.rfile)
+            if chunked
+            else http.rfile.read(int(http.headers.get("Content-Length") or 0))
+        )
         with self.lock:
             self.log.append((http.command, path))
-            fault = next((f for f in self.faults if f.times and f.method == http.command and re.search(f.pattern, path)), None)
+            fault = next(
+                (
+                    f
+                    for f in self.faults
+                    if f.times and f.method == http.command and re.search(f.pattern, path)
+                ),
+                None,
+            )
             if fault:
                 fault.times -= 1
         if fault and fault.kind != "cut":
-            return self.answer(http, fault.kind, {"error": "as the test asked"}, {"Retry-After": "0"} if fault.kind == 429 else {})
+            return self.answer(
+                http,
+                fault.kind,
+                {"error": "as the test asked"},
+                {"Retry-After": "0"} if fault.kind == 429 else {},
+            )
         self.cut = bool(fault)
         try:
             self.route(http, path, query, body)
@@ -163,13 +194,17 @@ class LocalHub:
             return self.answer(http, 401, {"error": "Invalid username or password."})
         if entry is None or entry.private and not self.authorised(http):
             status = 404 if self.authorised(http) else 401
-            return self.answer(http, status, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+            return self.answer(
+                http, status, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"}
+            )
         return entry
 
     def commit_of(self, http, entry, revision):
         commit = entry.find(revision)
         if commit is None:
-            self.answer(http, 404, {"error": f"Invalid rev id: {revision}"}, {"X-Error-Code": "RevisionNotFound"})
+            self.answer(
+                http, 404, {"error": f"Invalid rev id: {revision}"}, {"X-Error-Code": "RevisionNotFound"}
+            )
         return commit
 
     def entry_of(self, path, digest):
@@ -184,7 +219,11 @@ class LocalHub:
         method = http.command
         if path == "/api/whoami-v2":
             ok = self.authorised(http)
-            return self.answer(http, 200 if ok else 401, {"type": "user", "name": "ada", "orgs": []} if ok else {"error": "Unauthorized"})
+            return self.answer(
+                http,
+                200 if ok else 401,
+                {"type": "user", "name": "ada", "orgs": []} if ok else {"error": "Unauthorized"},
+            )
         if path == "/api/validate-yaml":  # of dataset cards
             return self.answer(http, 200, {"errors": [], "warnings": []})
         if path == "/api/repos/create":
@@ -193,7 +232,11 @@ class LocalHub:
             if not self.authorised(http):
                 return self.answer(http, 401, {"error": "Invalid username or password."})
             if name in self.repos:
-                return self.answer(http, 409, {"error": "You already created this dataset repo", "url": f"{self.url}/datasets/{name}"})
+                return self.answer(
+                    http,
+                    409,
+                    {"error": "You already created this dataset repo", "url": f"{self.url}/datasets/{name}"},
+                )
             self.repos[name] = Repo(asked.get("private", False) or asked.get("visibility") == "private")
             self.repos[name].add({".gitattributes": self.blob(b"*.bin filter=lfs\n")})
             return self.answer(http, 200, {"url": f"{self.url}/datasets/{name}", "name": name})
@@ -216,7 +259,9 @@ class LocalHub:
             return self.content(http, found[1], {"ETag": f'"{found[1]}"'})
         if found := re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self.resolve(http, *found.groups())
-        if found := re.fullmatch(r"/api/(?:datasets|models)/([^/]+/[^/]+)(?:/(\w[\w-]*)(?:/([^/]+)(?:/(.+))?)?)?", path):
+        if found := re.fullmatch(
+            r"/api/(?:datasets|models)/([^/]+/[^/]+)(?:/(\w[\w-]*)(?:/([^/]+)(?:/(.+))?)?)?", path
+        ):
             return self.api(http, *found.groups(), query, body)
         return self.answer(http, 404, {"error": f"this hub does not know {method} {path}"})
 
@@ -226,10 +271,15 @@ class LocalHub:
         if entry is None:
             return None
         if what == "refs":
+
             def refs(kind, all_of):
                 return [{"name": n, "ref": f"refs/{kind}/{n}", "targetCommit": c} for n, c in all_of.items()]
 
-            return self.answer(http, 200, {"branches": refs("heads", entry.branches), "tags": refs("tags", entry.tags), "converts": []})
+            return self.answer(
+                http,
+                200,
+                {"branches": refs("heads", entry.branches), "tags": refs("tags", entry.tags), "converts": []},
+            )
         if what == "tag" and http.command == "POST":
             commit = self.commit_of(http, entry, revision)
             tag = json.loads(body)["tag"]
@@ -246,10 +296,25 @@ class LocalHub:
         if what in (None, "revision"):
             siblings = [{"rfilename": path} for path in sorted(files)]
             date = "2026-01-01T00:00:00.000Z"
-            return self.answer(http, 200, {
-                "_id": name, "id": name, "sha": commit, "private": entry.private, "gated": False, "disabled": False,
-                "downloads": 0, "likes": 0, "tags": [],
-                "author": name.split("/")[0], "siblings": siblings, "lastModified": date, "createdAt": date})  # fmt: skip
+            return self.answer(
+                http,
+                200,
+                {
+                    "_id": name,
+                    "id": name,
+                    "sha": commit,
+                    "private": entry.private,
+                    "gated": False,
+                    "disabled": False,
+                    "downloads": 0,
+                    "likes": 0,
+                    "tags": [],
+                    "author": name.split("/")[0],
+                    "siblings": siblings,
+                    "lastModified": date,
+                    "createdAt": date,
+                },
+            )
         if what == "tree":
             return self.tree(http, name, files, revision, rest, query)
         if what == "paths-info":
@@ -257,13 +322,25 @@ class LocalHub:
             paths = form["paths"] if isinstance(form["paths"], list) else [form["paths"]]
             out = [self.entry_of(p, files[p]) for p in paths if p in files]
             folders = [p for p in paths if any(f.startswith(p.rstrip("/") + "/") for f in files)]
-            return self.answer(http, 200, out + [{"type": "directory", "path": p, "oid": "0" * 40, "size": 0} for p in folders])
+            return self.answer(
+                http,
+                200,
+                out + [{"type": "directory", "path": p, "oid": "0" * 40, "size": 0} for p in folders],
+            )
         if what == "preupload":
+
             def mode(file):
-                large = file["path"].endswith((".bin", ".pt")) or file["size"] > 1000 and file["path"].endswith(".idx")
+                large = (
+                    file["path"].endswith((".bin", ".pt"))
+                    or file["size"] > 1000
+                    and file["path"].endswith(".idx")
+                )
                 return "lfs" if large else "regular"
 
-            out = [{"path": f["path"], "uploadMode": mode(f), "shouldIgnore": False} for f in json.loads(body)["files"]]
+            out = [
+                {"path": f["path"], "uploadMode": mode(f), "shouldIgnore": False}
+                for f in json.loads(body)["files"]
+            ]
             return self.answer(http, 200, {"files": out})
         if what == "commit":
             files = dict(files)
@@ -274,12 +351,18 @@ class LocalHub:
                     files[value["path"]] = self.blob(base64.b64decode(value["content"]))
                 elif item["key"] == "lfsFile":
                     if value["oid"] not in self.blobs:
-                        return self.answer(http, 400, {"error": f"LFS object {value['oid']} was not uploaded"})
+                        return self.answer(
+                            http, 400, {"error": f"LFS object {value['oid']} was not uploaded"}
+                        )
                     files[value["path"]] = value["oid"]
                 elif item["key"] == "deletedFile":
                     del files[value["path"]]
             commit = entry.add(files, revision)
-            return self.answer(http, 200, {"success": True, "commitOid": commit, "commitUrl": f"{self.url}/{name}/commit/{commit}"})
+            return self.answer(
+                http,
+                200,
+                {"success": True, "commitOid": commit, "commitUrl": f"{self.url}/{name}/commit/{commit}"},
+            )
         return self.answer(http, 404, {"error": f"no API {what}"})
 
     def tree(self, http, name, files, revision, folder, query):
@@ -290,14 +373,18 @@ class LocalHub:
         entries, folders = [], set()
         for path in sorted(f for f in files if f.startswith(below)):
             parts = path[len(below) :].split("/")
-            folders |= {below + "/".join(parts[:i]) for i in range(1, len(parts) if recursive else min(len(parts), 2))}
+            folders |= {
+                below + "/".join(parts[:i]) for i in range(1, len(parts) if recursive else min(len(parts), 2))
+            }
             if recursive or len(parts) == 1:
                 entries.append(self.entry_of(path, files[path]))
         entries += [{"type": "directory", "path": f, "oid": "0" * 40, "size": 0} for f in sorted(folders)]
         start = int(query.get("cursor", ["0"])[0])
         headers = {}
         if start + PAGE < len(entries):
-            headers["Link"] = f'<{self.url}{urlsplit(http.path).path}?recursive={recursive}&cursor={start + PAGE}>; rel="next"'
+            headers["Link"] = (
+                f'<{self.url}{urlsplit(http.path).path}?recursive={recursive}&cursor={start + PAGE}>; rel="next"'
+            )
         return self.answer(http, 200, entries[start : start + PAGE], headers)
 
     def resolve(self, http, name, revision, path):
@@ -308,12 +395,21 @@ class LocalHub:
         if commit is None:
             return None
         if path not in entry.commits[commit]:
-            return self.answer(http, 404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+            return self.answer(
+                http,
+                404,
+                {"error": "Entry not found"},
+                {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit},
+            )
         digest = entry.commits[commit][path]
         content = self.blobs[digest]
         headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if digest in self.lfs:  # as the hub: on to the store, which knows no repositories
-            headers |= {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(content)), "ETag": f'"{digest}"'}
+            headers |= {
+                "X-Linked-Etag": f'"{digest}"',
+                "X-Linked-Size": str(len(content)),
+                "ETag": f'"{digest}"',
+            }
             return self.answer(http, 302, b"", {**headers, "Location": f"{self.store}/lfs/{digest}"})
         return self.content(http, digest, {**headers, "ETag": f'"{self.entry_of(path, digest)["oid"]}"'})
 

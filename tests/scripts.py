@@ -22,8 +22,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "numpy", "tiktoken", "tqdm", "matplotlib.figure",
-                               "matplotlib.backends.backend_agg"])  # fmt: skip
+server.set_forkserver_preload(
+    [
+        "torch",
+        "torch.distributed",
+        "torch._dynamo",
+        "numpy",
+        "tiktoken",
+        "tqdm",
+        "matplotlib.figure",
+        "matplotlib.backends.backend_agg",
+    ]
+)
 
 
 def as_script(script, arguments, out, env):
@@ -60,10 +70,17 @@ def run(script, arguments, processes=1, timeout=300):
     with tempfile.TemporaryDirectory() as folder:
         started = []
         for rank in range(processes):
-            env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+            env = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
             words = [str(a) for a in arguments]
-            p = server.Process(target=as_script, args=(script, words, f"{folder}/{rank}", env if processes > 1 else {}))
+            p = server.Process(
+                target=as_script, args=(script, words, f"{folder}/{rank}", env if processes > 1 else {})
+            )
             p.start()
             started.append(p)
         for p in started:
@@ -87,7 +104,9 @@ def stage_without_validation(data, copy, *sources):
     shutil.copytree(data, copy)
     stage = copy / "stages" / "demo"
     lines = (stage / "manifest.jsonl").read_text().splitlines(keepends=True)
-    kept = [line for line in lines if (e := json.loads(line))["split"] == "train" or e["source"] not in sources]
+    kept = [
+        line for line in lines if (e := json.loads(line))["split"] == "train" or e["source"] not in sources
+    ]
     assert len(kept) < len(lines)
     (stage / "manifest.jsonl").write_text("".join(kept))
     mixture = json.loads((stage / "mixture.json").read_text())

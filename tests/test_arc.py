@@ -1,7 +1,8 @@
 """Grids: every ARC task through the codec, positions against a plain loop, symmetries undone, canvases, scores, pictures.
 
-    python -m pytest tests/test_arc.py
+python -m pytest tests/test_arc.py
 """
+
 import math
 import os
 
@@ -39,7 +40,10 @@ def test_sets_are_complete():
 
 
 def test_find():
-    assert len(arc.find("00576224").train) == 2 and arc.find(TASKS["arc2_eval"][0].id).id == TASKS["arc2_eval"][0].id
+    assert (
+        len(arc.find("00576224").train) == 2
+        and arc.find(TASKS["arc2_eval"][0].id).id == TASKS["arc2_eval"][0].id
+    )
     with pytest.raises(ValueError, match="00576224"):
         arc.find("0057622")
     with pytest.raises(ValueError, match="arc1_eval"):
@@ -49,9 +53,23 @@ def test_find():
 def test_validate_grid():
     assert same(arc.validate_grid([[0, 9], [3, 4]]), np.array([[0, 9], [3, 4]], np.uint8))
     assert same(arc.validate_grid([[0.0, 9], [3, 4.0]]), np.array([[0, 9], [3, 4]], np.uint8))
-    for bad in ([[np.nan]], [[np.inf, 1]], [[1e300]],
-                [], [[]], [1, 2], [[1, 2], [3]], [[10]], [[-1]], [[0.5]], [["1"]], [[None]], [[True]],
-                np.zeros((31, 1), int), np.zeros((1, 1, 1), int)):
+    for bad in (
+        [[np.nan]],
+        [[np.inf, 1]],
+        [[1e300]],
+        [],
+        [[]],
+        [1, 2],
+        [[1, 2], [3]],
+        [[10]],
+        [[-1]],
+        [[0.5]],
+        [["1"]],
+        [[None]],
+        [[True]],
+        np.zeros((31, 1), int),
+        np.zeros((1, 1, 1), int),
+    ):
         with pytest.raises(ValueError, match="not a grid"):
             arc.validate_grid(bad)
 
@@ -65,7 +83,9 @@ def test_every_task_round_trips(name):
         for question in task.test:
             pairs = task.train + [question]
             ids = arc.encode(task.kind, pairs)
-            assert ids.dtype == np.uint16 and len(ids) == 2 + sum(1 + g.shape[0] * (g.shape[1] + 1) for p in pairs for g in p)
+            assert ids.dtype == np.uint16 and len(ids) == 2 + sum(
+                1 + g.shape[0] * (g.shape[1] + 1) for p in pairs for g in p
+            )
             kind, back = arc.decode(ids)
             assert kind == task.kind and len(back) == len(pairs)
             assert all(same(a, b) for p, q in zip(pairs, back) for a, b in zip(p, q))
@@ -77,14 +97,29 @@ def test_known_encoding():
     assert arc.encode("program", [(x, y)]).tolist() == want
     assert arc.encode_prompt("program", [], x).tolist() == want[:9]
     assert arc.encode_prompt("program", [(x, y)], x).tolist() == want[:-1] + want[1:9]
-    canvas = [CELL0 + 1, CELL0 + 2, BLANK, ROW, CELL0 + 3, CELL0 + 4, BLANK, ROW, BLANK, BLANK, BLANK, ROW]  # x in its corner
+    canvas = [
+        CELL0 + 1,
+        CELL0 + 2,
+        BLANK,
+        ROW,
+        CELL0 + 3,
+        CELL0 + 4,
+        BLANK,
+        ROW,
+        BLANK,
+        BLANK,
+        BLANK,
+        ROW,
+    ]  # x in its corner
     assert arc.encode_prompt("program", [], x, canvas=(3, 3)).tolist() == [PROGRAM, OUTPUT, *canvas]
     assert arc.encode_prompt("program", [(x, y)], x, canvas=(3, 3)).tolist() == [*want[:-1], OUTPUT, *canvas]
     with pytest.raises(ValueError, match="2x2 does not fit on a canvas of 2x1"):
         arc.encode_prompt("program", [], x, canvas=(2, 1))
     assert arc.encode_prompt("program", [], x).dtype == np.uint16
     big = np.zeros((40, 2), np.uint8)
-    assert same(arc.decode(arc.encode("maze", [(big, big)]))[1][0][0], big)  # the limit of 30 is ARC's, not the format's
+    assert same(
+        arc.decode(arc.encode("maze", [(big, big)]))[1][0][0], big
+    )  # the limit of 30 is ARC's, not the format's
     for kind, pairs in (("chess", [(x, y)]), ("arc", []), ("arc", [(x, y[:0])]), ("arc", [(x, y + 5)])):
         with pytest.raises(ValueError):
             arc.encode(kind, pairs)
@@ -94,21 +129,33 @@ I, O, R, E = INPUT, OUTPUT, ROW, EOT
 C = CELL0
 
 
-@pytest.mark.parametrize("ids, position", [
-    ([], 0), ([E], 0), ([I, C, R, O, C, R, E], 0),                               # no kind
-    ([ARC, E], 1), ([ARC, C, R, O, C, R, E], 1), ([ARC, O, C, R, I, C, R, E], 1),  # no input first
-    ([ARC, I, C, R, O, C, R], 7),                                                # no end
-    ([ARC, I, C, R, E], 4),                                                      # no output
-    ([ARC, I, C, R, O, C, R, I, C, R, E], 10),                                   # nor for the last input
-    ([ARC, I, C, R, I, C, R, E], 4),                                             # two inputs in a row
-    ([ARC, I, O, C, R, E], 2), ([ARC, I, C, R, O, E], 5),                        # no grid
-    ([ARC, I, R, O, C, R, E], 2),                                                # an empty row
-    ([ARC, I, C, O, C, R, E], 3), ([ARC, I, C, R, C, O, C, R, E], 5),            # the end of a row missing
-    ([ARC, I, C, C, R, C, R, O, C, R, E], 6), ([ARC, I, C, R, C, C, R, O, C, R, E], 6),  # ragged
-    ([ARC, I, C, R, R, O, C, R, E], 4),
-    ([ARC, I, C, 11, R, O, C, R, E], 3), ([ARC, I, BLANK, R, O, C, R, E], 2), ([ARC, I, C, R, O, VOID, R, E], 5),
-    ([ARC, I, C, R, O, C, R, E, ARC, I, C, R, O, C, R, E], 7),                   # two documents
-])
+@pytest.mark.parametrize(
+    "ids, position",
+    [
+        ([], 0),
+        ([E], 0),
+        ([I, C, R, O, C, R, E], 0),  # no kind
+        ([ARC, E], 1),
+        ([ARC, C, R, O, C, R, E], 1),
+        ([ARC, O, C, R, I, C, R, E], 1),  # no input first
+        ([ARC, I, C, R, O, C, R], 7),  # no end
+        ([ARC, I, C, R, E], 4),  # no output
+        ([ARC, I, C, R, O, C, R, I, C, R, E], 10),  # nor for the last input
+        ([ARC, I, C, R, I, C, R, E], 4),  # two inputs in a row
+        ([ARC, I, O, C, R, E], 2),
+        ([ARC, I, C, R, O, E], 5),  # no grid
+        ([ARC, I, R, O, C, R, E], 2),  # an empty row
+        ([ARC, I, C, O, C, R, E], 3),
+        ([ARC, I, C, R, C, O, C, R, E], 5),  # the end of a row missing
+        ([ARC, I, C, C, R, C, R, O, C, R, E], 6),
+        ([ARC, I, C, R, C, C, R, O, C, R, E], 6),  # ragged
+        ([ARC, I, C, R, R, O, C, R, E], 4),
+        ([ARC, I, C, 11, R, O, C, R, E], 3),
+        ([ARC, I, BLANK, R, O, C, R, E], 2),
+        ([ARC, I, C, R, O, VOID, R, E], 5),
+        ([ARC, I, C, R, O, C, R, E, ARC, I, C, R, O, C, R, E], 7),  # two documents
+    ],
+)
 def test_malformed_tasks_are_refused(ids, position):
     with pytest.raises(ValueError, match=rf"malformed task: .*position {position}\b"):
         arc.decode(np.array(ids))
@@ -122,7 +169,11 @@ def test_any_one_damage_is_noticed():
     refused = 0
     for at in range(len(ids)):
         other = int(rng.integers(50250, 50280))
-        for damaged in (ids[:at] + ids[at + 1:], ids[:at] + ids[at:at + 1] + ids[at:], ids[:at] + [other] + ids[at + 1:]):
+        for damaged in (
+            ids[:at] + ids[at + 1 :],
+            ids[:at] + ids[at : at + 1] + ids[at:],
+            ids[:at] + [other] + ids[at + 1 :],
+        ):
             try:
                 assert arc.encode(*arc.decode(damaged)).tolist() == damaged
             except ValueError as e:
@@ -143,6 +194,7 @@ def test_canvas_covers_the_evaluation_sets():
                 assert max(h, w) <= 30
                 fits.append(y.shape[0] <= h and y.shape[1] <= w)
         return sum(fits), len(fits)
+
     assert coverage("arc1_eval") == (413, 419) and round(413 / 419, 3) == 0.986
     assert coverage("arc2_eval") == (165, 167) and round(165 / 167, 3) == 0.988
 
@@ -151,8 +203,8 @@ def test_canvas_shape():
     g = np.zeros
     assert arc.canvas_shape([], g((4, 7))) == (4, 7)
     assert arc.canvas_shape([(g((3, 3)), g((9, 6)))], g((4, 4))) == (12, 8)
-    assert arc.canvas_shape([(g((3, 3)), g((7, 1)))], g((3, 2))) == (7, 3)   # 3 * (7/3) is 7, not 8
-    assert arc.canvas_shape([(g((2, 2)), g((3, 3)))], g((5, 5))) == (8, 8)   # 7.5 rounded up
+    assert arc.canvas_shape([(g((3, 3)), g((7, 1)))], g((3, 2))) == (7, 3)  # 3 * (7/3) is 7, not 8
+    assert arc.canvas_shape([(g((2, 2)), g((3, 3)))], g((5, 5))) == (8, 8)  # 7.5 rounded up
     assert arc.canvas_shape([(g((5, 20)), g((1, 1)))], g((2, 3))) == (5, 20)
     assert arc.canvas_shape([(g((1, 1)), g((30, 30)))], g((2, 3))) == (30, 30)
 
@@ -164,10 +216,12 @@ def test_canvas_round_trip():
         shape = tuple(int(s + rng.integers(0, 5)) for s in answer.shape)
         target = arc.canvas_target(answer, shape)
         assert target.dtype == np.int64 and len(target) == shape[0] * (shape[1] + 1)
-        canvas = arc.encode_prompt("arc", [], answer, canvas=shape)[-len(target):]
+        canvas = arc.encode_prompt("arc", [], answer, canvas=shape)[-len(target) :]
         assert np.array_equal(target == -100, canvas == ROW) and same(arc.read_canvas(canvas, shape), answer)
         assert same(arc.read_canvas(target, shape), answer)
-        assert same(arc.read_canvas(np.where(target == -100, CELL0 + 5, target), shape), answer)  # whatever is predicted at ROW
+        assert same(
+            arc.read_canvas(np.where(target == -100, CELL0 + 5, target), shape), answer
+        )  # whatever is predicted at ROW
         assert same(arc.read_canvas(torch.from_numpy(target), shape), answer)
 
 
@@ -208,8 +262,20 @@ def test_positions_of_a_small_document():
     x, y = np.zeros((2, 2), np.uint8), np.zeros((1, 1), np.uint8)
     got = arc.positions(torch.tensor(np.concatenate([arc.encode("arc", [(x, y)])]).astype(np.int64))[None])
     assert got.shape == (1, 12, 3) and got.dtype == torch.int64
-    assert got[0].tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, 1], [0, 1, 1], [0, 2, 1], [1, 0, 1], [1, 1, 1], [1, 2, 1],
-                               [0, 0, 2], [0, 0, 2], [0, 1, 2], [0, 0, 0]]
+    assert got[0].tolist() == [
+        [0, 0, 0],
+        [0, 0, 1],
+        [0, 0, 1],
+        [0, 1, 1],
+        [0, 2, 1],
+        [1, 0, 1],
+        [1, 1, 1],
+        [1, 2, 1],
+        [0, 0, 2],
+        [0, 0, 2],
+        [0, 1, 2],
+        [0, 0, 0],
+    ]
 
 
 def test_lines_of_a_small_document():
@@ -222,7 +288,9 @@ def test_lines_of_a_small_document():
         3: [[11], [10], [9, 8], [7, 4], [6, 3], [5, 2, 1], [0]],
         4: [[0], [1, 2], [3], [4], [5], [6], [7], [8, 9], [10], [11]],
         5: [[11], [10], [9, 8], [7], [6], [5], [4], [3], [2, 1], [0]],
-        6: [[0, 1, 2, 8, 9, 3, 10, 4, 11, 5, 6, 7]],  # a pair is one line: at each place the input, then the output
+        6: [
+            [0, 1, 2, 8, 9, 3, 10, 4, 11, 5, 6, 7]
+        ],  # a pair is one line: at each place the input, then the output
         7: [[0, 7, 6, 5, 4, 11, 3, 10, 1, 2, 8, 9]],
     }
     for padding in (0, 3):
@@ -232,7 +300,10 @@ def test_lines_of_a_small_document():
             pad = [list(range(12, 12 + padding))] if padding else []
             wanted = [pad[0][::-1], *wanted] if padding and way in (1, 3, 5) else wanted + pad
             assert order[0, :, way].tolist() == [t for line in wanted for t in line]
-            assert starts[0, :, way].nonzero().flatten().tolist() == np.cumsum([0] + [len(line) for line in wanted[:-1]]).tolist()
+            assert (
+                starts[0, :, way].nonzero().flatten().tolist()
+                == np.cumsum([0] + [len(line) for line in wanted[:-1]]).tolist()
+            )
             assert order[0, :, way][back[0, :, way]].tolist() == list(range(len(ids) + padding))
 
 
@@ -244,10 +315,14 @@ def test_without_demonstrations_pairs_are_rows():
             assert all(torch.equal(t[..., rows], t[..., pairs]) == same for t in (order, back, starts))
 
 
-@pytest.mark.parametrize("h, w, side", ((9, 9, 3), (4, 4, 2), (4, 7, 3), (1, 30, 5), (30, 2, 5), (3, 3, 2), (2, 2, 1)))
+@pytest.mark.parametrize(
+    "h, w, side", ((9, 9, 3), (4, 4, 2), (4, 7, 3), (1, 30, 5), (30, 2, 5), (3, 3, 2), (2, 2, 1))
+)
 def test_tiles_are_squares_as_large_as_a_line(h, w, side):
     """Those of a sudoku are its boxes. Every cell lies in one; along the right and lower edges they may be smaller."""
-    idx = torch.tensor(arc.encode("arc", [(np.zeros((h, w), np.uint8), np.zeros((1, 1), np.uint8))]).astype(np.int64))[None]
+    idx = torch.tensor(
+        arc.encode("arc", [(np.zeros((h, w), np.uint8), np.zeros((1, 1), np.uint8))]).astype(np.int64)
+    )[None]
     order, _, starts = arc.grid_lines(idx, arc.positions(idx))
     cell = {2 + i * (w + 1) + j: (i, j) for i in range(h) for j in range(w)}  # after the kind and the opening
     for way in (4, 5):
@@ -255,7 +330,10 @@ def test_tiles_are_squares_as_large_as_a_line(h, w, side):
         cells = [[cell[t] for t in tile.tolist() if t in cell] for tile in tiles]
         cells = [tile for tile in (c[::-1] if way == 5 else c for c in cells) if tile]
         corners = [(a, b) for a in range(0, h, side) for b in range(0, w, side)]
-        wanted = [[(i, j) for i in range(a, min(a + side, h)) for j in range(b, min(b + side, w))] for a, b in corners]
+        wanted = [
+            [(i, j) for i in range(a, min(a + side, h)) for j in range(b, min(b + side, w))]
+            for a, b in corners
+        ]
         assert sorted(cells) == sorted(wanted)
 
 
@@ -265,11 +343,18 @@ def test_positions_match_the_loop():
     for i in range(12):  # packed rows: documents, text, canvases, padding, cut anywhere
         parts = []
         for task in rng.choice(TASKS["arc1_train"], size=6):
-            parts += [arc.encode("arc", task.train + task.test[:1]), rng.integers(0, 50256, size=rng.integers(0, 30)), [EOT][:i % 2],
-                      arc.encode_prompt("maze", [], random_grid(rng, 6), canvas=(7, 8)), [PAD] * int(rng.integers(0, 4))]
+            parts += [
+                arc.encode("arc", task.train + task.test[:1]),
+                rng.integers(0, 50256, size=rng.integers(0, 30)),
+                [EOT][: i % 2],
+                arc.encode_prompt("maze", [], random_grid(rng, 6), canvas=(7, 8)),
+                [PAD] * int(rng.integers(0, 4)),
+            ]
         start = int(rng.integers(0, 300))
-        rows.append(np.concatenate(parts)[start:start + 2000].astype(np.int64))
-    noise = rng.choice([5, EOT, ARC, INPUT, OUTPUT, ROW, CELL0, CELL0 + 9, BLANK, VOID, PAD], size=(20, 1000))  # no sense at all
+        rows.append(np.concatenate(parts)[start : start + 2000].astype(np.int64))
+    noise = rng.choice(
+        [5, EOT, ARC, INPUT, OUTPUT, ROW, CELL0, CELL0 + 9, BLANK, VOID, PAD], size=(20, 1000)
+    )  # no sense at all
     for batch in (np.stack(rows), noise, noise[:, :1], np.full((2, 9), PAD)):
         got = arc.positions(torch.from_numpy(batch))
         assert got.tolist() == [[list(p) for p in positions_by_loop(row)] for row in batch.tolist()]
@@ -284,7 +369,11 @@ def test_invert_undoes_augment():
         grid = random_grid(rng)
         aug = Augment(i % 8, tuple(rng.permutation(10).tolist()))
         turned = arc.augment(aug, grid)
-        assert turned.flags.c_contiguous and same(arc.invert(aug, turned), grid) and same(arc.augment(aug, arc.invert(aug, grid)), grid)
+        assert (
+            turned.flags.c_contiguous
+            and same(arc.invert(aug, turned), grid)
+            and same(arc.augment(aug, arc.invert(aug, grid)), grid)
+        )
     assert same(arc.augment(arc.IDENTITY, grid), grid)
 
 
@@ -294,17 +383,24 @@ def test_the_eight_symmetries_are_eight_and_turn_as_documented():
     assert seen[0] == g.tolist() and seen[1] == [[3, 6], [2, 5], [1, 4]] and seen[2] == [[6, 5, 4], [3, 2, 1]]
     assert seen[4] == [[1, 4], [2, 5], [3, 6]]
     assert len({str(s) for s in seen}) == 8
-    assert arc.augment(Augment(0, (1, 0) + tuple(range(2, 10))), np.array([[0, 1, 2]], np.uint8)).tolist() == [[1, 0, 2]]
+    assert arc.augment(
+        Augment(0, (1, 0) + tuple(range(2, 10))), np.array([[0, 1, 2]], np.uint8)
+    ).tolist() == [[1, 0, 2]]
 
 
 def test_random_augment():
     def draw(how, seed, n=2000):
         rng = np.random.default_rng(seed)
         return [arc.random_augment(rng, how) for _ in range(n)]
+
     assert set(draw("none", 0, 5)) == {arc.IDENTITY}
-    assert {a.dihedral for a in draw("dihedral", 0)} == set(range(8)) and {a.colours for a in draw("dihedral", 0)} == {tuple(range(10))}
+    assert {a.dihedral for a in draw("dihedral", 0)} == set(range(8)) and {
+        a.colours for a in draw("dihedral", 0)
+    } == {tuple(range(10))}
     free = draw("arc", 0)
-    assert {a.dihedral for a in free} == set(range(8)) and all(sorted(a.colours) == list(range(10)) for a in free)
+    assert {a.dihedral for a in free} == set(range(8)) and all(
+        sorted(a.colours) == list(range(10)) for a in free
+    )
     assert len({a.colours for a in free}) > 1900 and {a.colours[0] for a in free} == set(range(10))
     assert draw("arc", 5, 10) == draw("arc", 5, 10) != draw("arc", 6, 10)
     with pytest.raises(ValueError, match="flip"):
@@ -317,7 +413,9 @@ def test_canonical_hash_is_the_same_under_every_symmetry_and_no_other():
         grid = random_grid(rng, 8)
         want = arc.canonical_hash(grid)
         for k in range(8):
-            assert arc.canonical_hash(arc.augment(Augment(k, tuple(rng.permutation(10).tolist())), grid)) == want
+            assert (
+                arc.canonical_hash(arc.augment(Augment(k, tuple(rng.permutation(10).tolist())), grid)) == want
+            )
         # several grids: alike only where all are turned and recoloured alike
         other, colours = random_grid(rng, 8), tuple(rng.permutation(10).tolist())
         want = arc.canonical_hash(grid, other)
@@ -326,6 +424,7 @@ def test_canonical_hash_is_the_same_under_every_symmetry_and_no_other():
         assert all(same[::9]) and arc.canonical_hash(other, grid) != want
     a, b = np.arange(6, dtype=np.uint8).reshape(2, 3), np.arange(4, dtype=np.uint8).reshape(2, 2)
     assert len({arc.canonical_hash(a, g) for g in (b, np.rot90(b), b + 1, b.T)}) == 4
+
     # against brute force: on small grids, equal hashes exactly where some symmetry and recolouring takes one to the other
     def orbit(g):
         forms = set()
@@ -337,8 +436,12 @@ def test_canonical_hash_is_the_same_under_every_symmetry_and_no_other():
                         if len({a, b, c}) == 3:
                             forms.add(str(np.array([a, b, c])[turned].tolist()))
         return frozenset(forms)
-    grids = [np.array(list(np.base_repr(n, 3).zfill(h * w)), int).reshape(h, w).astype(np.uint8)
-             for h, w in ((1, 4), (2, 2), (4, 1), (2, 3)) for n in range(3 ** (h * w))]
+
+    grids = [
+        np.array(list(np.base_repr(n, 3).zfill(h * w)), int).reshape(h, w).astype(np.uint8)
+        for h, w in ((1, 4), (2, 2), (4, 1), (2, 3))
+        for n in range(3 ** (h * w))
+    ]
     hashes, orbits = [arc.canonical_hash(g) for g in grids], [orbit(g) for g in grids]
     assert len(set(hashes)) == len(set(orbits)) == len(set(zip(hashes, orbits)))
 
@@ -354,13 +457,26 @@ def test_scores():
         s = arc.score(tasks, answers, **kw)
         assert s["outputs_total"] == 3 and s["tasks_total"] == 2
         return s["outputs_solved"], s["tasks_solved"], s["per_task"]
+
     assert solved({}) == (0, 0, {"one": [False], "two": [False, False]})
     assert solved({"one": [[a]], "two": [[a], [b]]}) == (3, 2, {"one": [True], "two": [True, True]})
-    assert solved({"one": [[wrong, a]], "two": [[wrong, wrong, a], [wrong, b]]}) == (2, 1, {"one": [True], "two": [False, True]})
-    assert solved({"one": [[wrong, a]], "two": [[a], [b]]}, attempts=1) == (2, 1, {"one": [False], "two": [True, True]})
+    assert solved({"one": [[wrong, a]], "two": [[wrong, wrong, a], [wrong, b]]}) == (
+        2,
+        1,
+        {"one": [True], "two": [False, True]},
+    )
+    assert solved({"one": [[wrong, a]], "two": [[a], [b]]}, attempts=1) == (
+        2,
+        1,
+        {"one": [False], "two": [True, True]},
+    )
     assert solved({"one": [None], "two": [[None, a], None]}) == (1, 0, {"one": [False], "two": [True, False]})
     assert solved({"one": [], "two": [[a]]}) == (1, 0, {"one": [False], "two": [True, False]})
-    assert solved({"one": [[a[:1]]], "two": [[a.astype(np.int64)], [[]]]}) == (1, 0, {"one": [False], "two": [True, False]})
+    assert solved({"one": [[a[:1]]], "two": [[a.astype(np.int64)], [[]]]}) == (
+        1,
+        0,
+        {"one": [False], "two": [True, False]},
+    )
 
 
 def test_true_answers_solve_everything():
@@ -392,9 +508,11 @@ def test_ansi():
     rng = np.random.default_rng(5)
     grid = random_grid(rng)
     lines = colours_on_screen(arc.ansi(grid))
-    rgb = [";".join(str(int(p[i:i + 2], 16)) for i in (1, 3, 5)) for p in arc.PALETTE]
+    rgb = [";".join(str(int(p[i : i + 2], 16)) for i in (1, 3, 5)) for p in arc.PALETTE]
     assert len(set(rgb)) == 10
-    assert [[back for _, back in line] for line in lines] == [[rgb[c] for c in row for _ in range(2)] for row in grid]
+    assert [[back for _, back in line] for line in lines] == [
+        [rgb[c] for c in row for _ in range(2)] for row in grid
+    ]
     wrong = rng.random(grid.shape) < 0.5
     marked = colours_on_screen(arc.ansi(grid, wrong))
     assert [[ch != " " for ch, _ in line[::2]] for line in marked] == wrong.tolist()
@@ -415,6 +533,7 @@ def test_wrong_cells():
 
 def test_picture_shows_colours_and_crosses(tmp_path):
     from matplotlib.image import imread
+
     path = str(tmp_path / "new" / "grids.png")
     grid = np.array([[2]], np.uint8)
 
@@ -422,10 +541,13 @@ def test_picture_shows_colours_and_crosses(tmp_path):
         arc.picture([("row", panels)], path, "a $title")
         image = (imread(path)[..., :3] * 255).round().astype(int)
         return int((image == [0xFF, 0x41, 0x36]).all(-1).sum())
+
     right, crossed = reds([("a", grid, grid)]), reds([("a", grid, grid + 1)])
     assert right > 400 and right * 0.3 < crossed < right * 0.95  # the cross covers a part of the cell
     assert reds([("a", None, None)]) == reds([("a", None, grid)]) == 0
-    assert math.isclose(reds([("a", grid, None), ("b", np.tile(grid, (2, 3)), None)]), 7 * right, rel_tol=0.1)  # same cell size along a row
+    assert math.isclose(
+        reds([("a", grid, None), ("b", np.tile(grid, (2, 3)), None)]), 7 * right, rel_tol=0.1
+    )  # same cell size along a row
     assert os.listdir(tmp_path / "new") == ["grids.png"]  # nothing else left behind
     arc.picture([], path)
 

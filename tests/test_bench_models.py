@@ -9,7 +9,7 @@ import prepare
 from bench import models as bench_models
 from bench.models import reaches, read_variant, schedule, sibling
 
-NANOGPT = '''
+NANOGPT = """
 import torch, torch.nn as nn, torch.nn.functional as F
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ class GPT(nn.Module):
         return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
         return torch.cat([idx, self(idx)[0][:, -1:].argmax(-1)], 1)
-'''
+"""
 
 
 @pytest.fixture
@@ -41,13 +41,19 @@ def nanogpt(tmp_path):
 
 
 def test_decode_rows(nanogpt):
-    rows = bench_models.bench_decode("cpu", nanogpt, contexts=(30, 300), batches=(1, 2), steps=1, n_layer=4, n_head=2, n_embd=24, n_ff=32)
+    rows = bench_models.bench_decode(
+        "cpu", nanogpt, contexts=(30, 300), batches=(1, 2), steps=1, n_layer=4, n_head=2, n_embd=24, n_ff=32
+    )
     names = ["route a", "layer_pattern=a", "nanogpt"]
     assert [(r["context"], r["batch"], r["name"]) for r in rows] == (
-        [(30, 1, n) for n in names] + [(300, 1, n) for n in names] + [(30, 2, n) for n in names[:2]])  # fmt: skip
+        [(30, 1, n) for n in names] + [(300, 1, n) for n in names] + [(30, 2, n) for n in names[:2]]
+    )
     assert all(r["ms"] > 0 for r in rows)
     held = {(r["context"], r["batch"], r["name"]): r["cache_bytes"] for r in rows}
-    assert held[300, 1, "layer_pattern=a"] == 4 * 2 * 300 * 24 * 4 and held[30, 2, "route a"] == 2 * held[30, 1, "route a"]
+    assert (
+        held[300, 1, "layer_pattern=a"] == 4 * 2 * 300 * 24 * 4
+        and held[30, 2, "route a"] == 2 * held[30, 1, "route a"]
+    )
     assert held[300, 1, "route a"] - held[30, 1, "route a"] == 2 * 270 * 24 * 4
 
 
@@ -60,18 +66,35 @@ def test_a_filled_past_costs_and_holds_what_a_read_one_does():
         for past in (read, filled):
             model.read_on(torch.tensor([1, 2]), past)
     for a, b in zip(read.caches, filled.caches):
-        assert [t.shape if torch.is_tensor(t) else t for t in a] == [t.shape if torch.is_tensor(t) else t for t in b]
+        assert [t.shape if torch.is_tensor(t) else t for t in a] == [
+            t.shape if torch.is_tensor(t) else t for t in b
+        ]
 
 
 def test_learn_trains_all_beside_each_other(nanogpt, tmp_path, monkeypatch, capsys):
-    small = ["--val_every=3", "--limit_mb=0.1", "--n_arithmetic=100", "--n_sudoku4=20", "--n_sudoku9=2", "--n_maze=4", "--n_transforms=4"]
+    small = [
+        "--val_every=3",
+        "--limit_mb=0.1",
+        "--n_arithmetic=100",
+        "--n_sudoku4=20",
+        "--n_sudoku9=2",
+        "--n_maze=4",
+        "--n_transforms=4",
+    ]
     prepare.main(["demo", f"--data_dir={tmp_path / 'data'}", *small])
     capsys.readouterr()
     monkeypatch.setattr(bench_models, "SMALL", dict(n_layer=4, n_head=2, n_embd=16, block_size=64))
     monkeypatch.setattr(bench_models, "POINTS", 2)
     monkeypatch.chdir(tmp_path)
-    arguments = ["learn", f"--nanogpt={nanogpt}", "--variant=layer_pattern=a", "--seconds=0.4", "--learning_rates=1e-3,1e-2",
-                 "--plot=picture.png", "--json"]  # fmt: skip
+    arguments = [
+        "learn",
+        f"--nanogpt={nanogpt}",
+        "--variant=layer_pattern=a",
+        "--seconds=0.4",
+        "--learning_rates=1e-3,1e-2",
+        "--plot=picture.png",
+        "--json",
+    ]
     bench_models.main(arguments)
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [r["name"] for r in rows] == ["route a", "layer_pattern=a", "nanogpt"]
@@ -80,7 +103,12 @@ def test_learn_trains_all_beside_each_other(nanogpt, tmp_path, monkeypatch, caps
         assert set(row["swept"]) == {"0.001", "0.01"}
         assert row["learning_rate"] == float(min(row["swept"], key=row["swept"].get))
         seconds, tokens, losses = zip(*row["curve"])
-        assert list(seconds) == sorted(seconds) and seconds[-1] >= 0.4 and list(tokens) == sorted(tokens) and losses[-1] == row["loss"] < 11
+        assert (
+            list(seconds) == sorted(seconds)
+            and seconds[-1] >= 0.4
+            and list(tokens) == sorted(tokens)
+            and losses[-1] == row["loss"] < 11
+        )
     assert rows[-1]["seconds_share"] <= 1 and rows[-1]["tokens_share"] <= 1
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -106,20 +134,31 @@ def test_schedule_goes_up_and_down_to_zero():
 
 def test_variants_are_settings():
     got = read_variant("layer_pattern=ka,n_layer=3,separate_documents=False,rope_base=7,optimizer=muon")
-    assert got == {"layer_pattern": "ka", "n_layer": 3, "separate_documents": False, "rope_base": 7.0, "optimizer": "muon"}
+    assert got == {
+        "layer_pattern": "ka",
+        "n_layer": 3,
+        "separate_documents": False,
+        "rope_base": 7.0,
+        "optimizer": "muon",
+    }
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["learn", "--variant=n_layers=3"], "'n_layers' is no setting"),
-    (["learn", "--variant=n_layer=three"], "'three' is not a value"),
-    (["learn", "--nanogpt=nowhere"], "nowhere: there is no model.py"),
-    (["learn", "--seconds=0"], "--seconds"),
-    (["learn", "--learning_rates=fast"], "fast"),
-    (["walk"], "walk"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["learn", "--variant=n_layers=3"], "'n_layers' is no setting"),
+        (["learn", "--variant=n_layer=three"], "'three' is not a value"),
+        (["learn", "--nanogpt=nowhere"], "nowhere: there is no model.py"),
+        (["learn", "--seconds=0"], "--seconds"),
+        (["learn", "--learning_rates=fast"], "fast"),
+        (["walk"], "walk"),
+    ],
+)
 def test_mistakes_are_one_line(arguments, words):
     with pytest.raises(SystemExit) as stopped:
         bench_models.main(arguments)
-    assert stopped.value.code.startswith("error: ") and words in stopped.value.code and "\n" not in stopped.value.code
-
-
+    assert (
+        stopped.value.code.startswith("error: ")
+        and words in stopped.value.code
+        and "\n" not in stopped.value.code
+    )

@@ -1,4 +1,5 @@
 """From a model to its attempts: views and their inverses, votes, programs, test-time training, and that none of it sees an answer."""
+
 import copy
 from dataclasses import replace
 
@@ -16,7 +17,9 @@ from smol.candidates import Settings, solve
 
 def tasks_of(*suites_and_counts):
     """So many of each suite, the smallest: an untrained model writes until there is no room left."""
-    return [task for suite, n in suites_and_counts for task in sorted(suites.load(suite), key=eval_arc.length)[:n]]
+    return [
+        task for suite, n in suites_and_counts for task in sorted(suites.load(suite), key=eval_arc.length)[:n]
+    ]
 
 
 def exact(name, block_size=256):
@@ -29,13 +32,17 @@ def exact(name, block_size=256):
 
 def plain(given):
     """What solve returned, as something that can be compared."""
+
     def of(g):
-        return None if g is None else [(np.asarray(c.grid).tolist(), c.votes, c.program) for c in g.candidates]
+        return (
+            None if g is None else [(np.asarray(c.grid).tolist(), c.votes, c.program) for c in g.candidates]
+        )
 
     return [list(map(of, task)) for task in given]
 
 
 # views
+
 
 @pytest.mark.parametrize("suite, most", [("transforms", 40), ("sudoku4", 40), ("maze", 8)])
 def test_views_are_different_and_a_longer_list_begins_with_the_shorter(suite, most):
@@ -45,7 +52,7 @@ def test_views_are_different_and_a_longer_list_begins_with_the_shorter(suite, mo
         assert candidates.views(task, 5, seed=3) == some[:5]
         assert some[0].symmetry == arc.IDENTITY and some[0].order == tuple(range(len(task.train)))
         assert candidates.views(task, most, seed=4) != some
-    assert len(candidates.views(suites.load("maze")[0], 100, seed=3)) == 8   # there are no more
+    assert len(candidates.views(suites.load("maze")[0], 100, seed=3)) == 8  # there are no more
 
 
 @pytest.mark.parametrize("suite", ["transforms", "sudoku4", "sudoku9", "maze"])
@@ -55,9 +62,11 @@ def test_a_view_is_another_task_of_the_same_kind_and_its_answer_turns_back_into_
             seen = candidates.look(view, task)
             puzzle, answer = seen.test[0]
             assert np.array_equal(arc.invert(view.symmetry, answer), task.test[0][1])
-            assert sorted(x.tobytes() for x, _ in seen.train) == sorted(arc.augment(view.symmetry, x).tobytes() for x, _ in task.train)
+            assert sorted(x.tobytes() for x, _ in seen.train) == sorted(
+                arc.augment(view.symmetry, x).tobytes() for x, _ in task.train
+            )
             if suite != "transforms":
-                assert puzzles.check(seen)   # still a sudoku, still a maze, with this one solution
+                assert puzzles.check(seen)  # still a sudoku, still a maze, with this one solution
 
 
 class Sees:
@@ -72,9 +81,11 @@ class Sees:
         out = []
         for task in tasks:
             for x, y in task.train:
-                assert np.array_equal(y, np.rot90(x, 2))   # what a view shows is the same task
+                assert np.array_equal(y, np.rot90(x, 2))  # what a view shows is the same task
             self.left -= 1
-            out.append([[(np.rot90(x, 2) if self.left >= 0 else np.roll(x, 1, 1), -1.0)] for x, _ in task.test])
+            out.append(
+                [[(np.rot90(x, 2) if self.left >= 0 else np.roll(x, 1, 1), -1.0)] for x, _ in task.test]
+            )
         return out
 
     def answer_logits(self, tasks, answers):
@@ -87,29 +98,43 @@ class Sees:
 def turned(n=3):
     rng = np.random.default_rng(0)
     pairs = [(x, np.rot90(x, 2)) for x in (rng.permutation(12).reshape(3, 4) % 10 for _ in range(n + 1))]
-    return arc.Task("turned", "arc", *([(x.astype(np.uint8), y.astype(np.uint8)) for x, y in part] for part in (pairs[:n], pairs[n:])))
+    return arc.Task(
+        "turned",
+        "arc",
+        *([(x.astype(np.uint8), y.astype(np.uint8)) for x, y in part] for part in (pairs[:n], pairs[n:])),
+    )
 
 
 def test_the_answer_of_most_views_comes_first():
     task = turned()
     for right in (16, 9):
-        (given,), = solve(Sees(right), [task], Settings(augment=16))
-        assert np.array_equal(given.candidates[0].grid, task.test[0][1]) and given.candidates[0].votes == right
+        ((given,),) = solve(Sees(right), [task], Settings(augment=16))
+        assert (
+            np.array_equal(given.candidates[0].grid, task.test[0][1]) and given.candidates[0].votes == right
+        )
         assert sum(c.votes for c in given.candidates) == 16
 
 
 def test_votes_come_before_scores_and_a_program_before_both():
     a, b, c = grid("1"), grid("22"), grid("3/3")
-    ranked = candidates.vote([(a, 1, -0.1, None), (b, 1, -5.0, None), (b, 1, -7.0, None), (c, 1, 0.0, "solve"), (a, 0, 9.0, None)])
+    ranked = candidates.vote(
+        [(a, 1, -0.1, None), (b, 1, -5.0, None), (b, 1, -7.0, None), (c, 1, 0.0, "solve"), (a, 0, 9.0, None)]
+    )
     assert [x.grid.tolist() for x in ranked] == [c.tolist(), b.tolist(), a.tolist()]
-    assert [(x.votes, x.score, x.program) for x in ranked] == [(1, 0.0, "solve"), (2, -6.0, None), (1, -0.1, None)]
+    assert [(x.votes, x.score, x.program) for x in ranked] == [
+        (1, 0.0, "solve"),
+        (2, -6.0, None),
+        (1, -0.1, None),
+    ]
 
 
 def test_one_view_is_what_the_model_answers_by_itself():
     tasks = tasks_of(("sudoku4", 2), ("transforms", 4))
     for name in ("dense", "trm"):
         model = exact(name, 400)
-        for task, given, by_itself in zip(tasks, solve(model, tasks, Settings()), model.answer(eval_arc.without_answers(tasks))):
+        for task, given, by_itself in zip(
+            tasks, solve(model, tasks, Settings()), model.answer(eval_arc.without_answers(tasks))
+        ):
             for found, wanted in zip(given, by_itself):
                 assert (found is None) == (wanted is None), task.id
                 if found:
@@ -170,7 +195,9 @@ def test_route_a_that_says_nothing_at_a_place_has_no_candidate_there(monkeypatch
 def test_route_b_keeps_every_step_of_the_task_as_it_is():
     model, tasks = exact("trm"), tasks_of(("sudoku4", 3))
     for given, (trace,) in zip(solve(model, tasks, Settings(augment=4)), model.answer(tasks, trace=True)):
-        assert [(g.tolist(), pytest.approx(p, abs=1e-5)) for g, p in given[0].steps] == [(g.tolist(), p) for g, p in trace]
+        assert [(g.tolist(), pytest.approx(p, abs=1e-5)) for g, p in given[0].steps] == [
+            (g.tolist(), p) for g, p in trace
+        ]
 
 
 def test_route_b_stops_where_it_is_sure_enough():
@@ -187,13 +214,24 @@ def test_a_score_of_route_a_is_the_mean_over_views_of_what_its_cells_are_likely(
             log_p = []
             for view in candidates.views(task, 3, settings.seed):
                 seen = candidates.look(view, task)
-                ids = torch.from_numpy(arc.encode("sudoku", [(seen.test[0][0], arc.augment(view.symmetry, c.grid))]).astype(np.int64))
-                p = model(ids[None, :-2], mode="puzzle")[0][0].log_softmax(-1).gather(1, ids[1:-1, None])[:, 0]
-                log_p.append(p[(ids[1:-1] >= tok.CELL0) & (ids[1:-1] < tok.CELL0 + 10)][-c.grid.size :].mean().item())
+                ids = torch.from_numpy(
+                    arc.encode("sudoku", [(seen.test[0][0], arc.augment(view.symmetry, c.grid))]).astype(
+                        np.int64
+                    )
+                )
+                p = (
+                    model(ids[None, :-2], mode="puzzle")[0][0]
+                    .log_softmax(-1)
+                    .gather(1, ids[1:-1, None])[:, 0]
+                )
+                log_p.append(
+                    p[(ids[1:-1] >= tok.CELL0) & (ids[1:-1] < tok.CELL0 + 10)][-c.grid.size :].mean().item()
+                )
             assert c.score == pytest.approx(np.mean(log_p), abs=1e-4)
 
 
 # what draws depend on
+
 
 def test_samples_are_drawn_from_one_reading_as_if_each_had_read_alone():
     """The same distribution in both: first cells drawn many times, against the probabilities that the model gives."""
@@ -206,7 +244,9 @@ def test_samples_are_drawn_from_one_reading_as_if_each_had_read_alone():
     grid_, log_p = drawn[7]
     tokens = torch.from_numpy(arc.encode("sudoku", [(task.test[0][0], grid_)]).astype(np.int64))
     assert grid_.shape[1] <= 4 and len(tokens) and log_p < 0
-    assert [g.tolist() for g, _ in drawn] == [g.tolist() for g, _ in model.answer([task], samples=600, temperature=1.0, seed=1)[0][0]]
+    assert [g.tolist() for g, _ in drawn] == [
+        g.tolist() for g, _ in model.answer([task], samples=600, temperature=1.0, seed=1)[0][0]
+    ]
 
 
 @pytest.mark.parametrize("name", ["dense", "trm"])
@@ -236,8 +276,15 @@ def test_nothing_of_the_answers_reaches_the_model(name, monkeypatch):
     monkeypatch.setattr(candidates, "PROGRAM_TOKENS", 12)
     rng, model = np.random.default_rng(3), make(name, 400)
     tasks = tasks_of(("transforms", 2), ("sudoku4", 1))
-    noisy = [arc.Task(t.id, t.kind, t.train, [(x, rng.integers(0, 10, rng.integers(1, 31, 2)).astype(np.uint8)) for x, _ in t.test])
-             for t in tasks]
+    noisy = [
+        arc.Task(
+            t.id,
+            t.kind,
+            t.train,
+            [(x, rng.integers(0, 10, rng.integers(1, 31, 2)).astype(np.uint8)) for x, _ in t.test],
+        )
+        for t in tasks
+    ]
     settings = Settings(augment=2, samples=2, ttt_steps=2, programs=2)
     seen, given = [], []
 
@@ -267,14 +314,17 @@ def test_puzzles_in_words_are_read_up_to_the_solution_and_answered_behind_answer
 
         def generate(self, prompts, max_new_tokens, temperature, stop, generator):
             asked.append(encoder.decode(prompts[0][1:].tolist()))
-            rows = [encoder.encode_ordinary(t) + [tok.EOT] for t in (self.texts[:1] if temperature == 0 else self.texts[: len(prompts)])]
+            rows = [
+                encoder.encode_ordinary(t) + [tok.EOT]
+                for t in (self.texts[:1] if temperature == 0 else self.texts[: len(prompts)])
+            ]
             for i in range(max(map(len, rows))):
                 yield torch.tensor([row[i] if i < len(row) else tok.PAD for row in rows])
 
-    (given,), = solve(Writes(), [task], Settings(samples=4))
+    ((given,),) = solve(Writes(), [task], Settings(samples=4))
     assert asked == [f"{question}\nSolution:"] * 2
     assert [(c.grid, c.votes) for c in given.candidates] == [(expected, 2), ("Nobody", 1)]
-    (nothing,), = solve(Writes(), eval_arc.without_answers([task]), Settings(samples=1))
+    ((nothing,),) = solve(Writes(), eval_arc.without_answers([task]), Settings(samples=1))
     assert [c.grid for c in nothing.candidates] == [expected]
     assert solve(make("dense", 20), [task], Settings()) == [[None]]
 
@@ -290,17 +340,26 @@ def test_a_prompt_at_which_numbers_are_not_finite_costs_its_own_text_alone():
                 yield torch.stack([p[-1] for p in prompts])
 
     prompts = [[tok.EOT, 6], [tok.EOT, 5], [tok.EOT, 7]]
-    assert candidates.write(Breaks(), prompts, 2, [2, 3, 4], (), Settings()) == [[[6] * 2] * 2, [[], []], [[7] * 4] * 2]
+    assert candidates.write(Breaks(), prompts, 2, [2, 3, 4], (), Settings()) == [
+        [[6] * 2] * 2,
+        [[], []],
+        [[7] * 4] * 2,
+    ]
 
 
 # programs
 
+
 def test_only_programs_that_pass_every_demonstration_answer():
     task, steps = programs.make(np.random.default_rng(4), "turn_then_colour")
     right = programs.program_text(steps)
-    texts = ["def solve(grid):\n    grid = crop(grid)\n    return grid\n", "import os\n",
-             "def solve(grid):\n    return open('/etc/passwd')\n",
-             "def solve(grid):\n" + "    grid = tile(grid, ny=3, nx=3)\n" * 30 + "    return grid\n", right]
+    texts = [
+        "def solve(grid):\n    grid = crop(grid)\n    return grid\n",
+        "import os\n",
+        "def solve(grid):\n    return open('/etc/passwd')\n",
+        "def solve(grid):\n" + "    grid = tile(grid, ny=3, nx=3)\n" * 30 + "    return grid\n",
+        right,
+    ]
     encoder = tok.load()
 
     class Writes:
@@ -308,17 +367,21 @@ def test_only_programs_that_pass_every_demonstration_answer():
         wte = make("dense").wte
 
         def generate(self, prompts, max_new_tokens, temperature, stop, generator):
-            rows = [encoder.encode_ordinary(t) + [tok.OUTPUT] for t in (["nonsense"] if temperature == 0 else texts[: len(prompts)])]
+            rows = [
+                encoder.encode_ordinary(t) + [tok.OUTPUT]
+                for t in (["nonsense"] if temperature == 0 else texts[: len(prompts)])
+            ]
             for i in range(max(map(len, rows))):
                 yield torch.tensor([row[i] if i < len(row) else tok.PAD for row in rows])
 
     (found,) = candidates.from_programs(Writes(), task, Settings(programs=6))
     assert [(g.tolist(), text) for g, _, _, text in found] == [(task.test[0][1].tolist(), right)]
-    (nothing,) = candidates.from_programs(Writes(), task, Settings(programs=5))   # all but the right one
+    (nothing,) = candidates.from_programs(Writes(), task, Settings(programs=5))  # all but the right one
     assert nothing == []
 
 
 # test-time training
+
 
 @pytest.mark.parametrize("name", ["dense", "trm"])
 @pytest.mark.parametrize("rank", [0, 4])
@@ -339,7 +402,7 @@ def test_a_tuned_model_has_learned_its_task_and_the_model_itself_is_untouched(na
         gained.append(loss(model) - loss(tuned))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not model.training and not tuned.training
-    assert tuned.state_dict().keys() == before.keys()   # nothing is left beside the weights
+    assert tuned.state_dict().keys() == before.keys()  # nothing is left beside the weights
     changed = {k for k, v in tuned.state_dict().items() if not torch.equal(v, before[k])}
     assert changed
     if rank:
@@ -349,7 +412,9 @@ def test_a_tuned_model_has_learned_its_task_and_the_model_itself_is_untouched(na
 
 def test_tuning_depends_on_the_seed_and_on_nothing_else():
     model, task, settings = make("dense", 512), turned(), Settings(ttt_steps=2, ttt_lr=1e-2)
-    tuned, again, other = (ttt.tune(model, task, s).state_dict() for s in (settings, settings, replace(settings, seed=2)))
+    tuned, again, other = (
+        ttt.tune(model, task, s).state_dict() for s in (settings, settings, replace(settings, seed=2))
+    )
     assert all(torch.equal(v, again[k]) for k, v in tuned.items())
     assert not all(torch.equal(v, other[k]) for k, v in tuned.items())
 
@@ -367,10 +432,14 @@ def test_low_rank_changes_are_of_low_rank():
 
 def test_the_test_input_is_not_learned_from_and_one_demonstration_is_too_few():
     task = turned()
-    other = arc.Task(task.id, task.kind, task.train, [(np.zeros((9, 9), np.uint8), np.zeros((1, 1), np.uint8))])
+    other = arc.Task(
+        task.id, task.kind, task.train, [(np.zeros((9, 9), np.uint8), np.zeros((1, 1), np.uint8))]
+    )
     model, settings = make("dense", 512), Settings(ttt_steps=3)
     a, b = (ttt.tune(model, t, settings).state_dict() for t in (task, other))
     assert all(torch.equal(v, b[k]) for k, v in a.items())
     alone = [arc.Task("alone", "arc", task.train[:1], task.test)]
     assert plain(solve(model, alone, settings)) == plain(solve(model, alone, Settings()))
-    assert ttt.tune(make("dense", 20), task, settings).config.block_size == 20   # nothing fits: the model as it is
+    assert (
+        ttt.tune(make("dense", 20), task, settings).config.block_size == 20
+    )  # nothing fits: the model as it is

@@ -30,10 +30,23 @@ def make(model="dense", **changes):
     optimizer = net.configure_optimizer(0.1, 1e-3, (0.9, 0.95))
     net(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]]))[1].backward()
     optimizer.step()
-    train = {"iter": 7, "optimizer": optimizer.state_dict(), "loader": {"step": 3, "sources": {"a": {"drawn": 5}}},
-             "carries": {"0/96": {"y": torch.ones(2, 3), "halted": torch.tensor([True, False])}}, "loss": float("nan")}  # fmt: skip
-    return {"format": ckpt.CHECKPOINT_FORMAT, "model": model, "model_config": {**SMALL, "layer_pattern": None},
-            "weights": net.state_dict(), "ema": None, "tokenizer": tok.fingerprint(), "train": train, **changes}  # fmt: skip
+    train = {
+        "iter": 7,
+        "optimizer": optimizer.state_dict(),
+        "loader": {"step": 3, "sources": {"a": {"drawn": 5}}},
+        "carries": {"0/96": {"y": torch.ones(2, 3), "halted": torch.tensor([True, False])}},
+        "loss": float("nan"),
+    }
+    return {
+        "format": ckpt.CHECKPOINT_FORMAT,
+        "model": model,
+        "model_config": {**SMALL, "layer_pattern": None},
+        "weights": net.state_dict(),
+        "ema": None,
+        "tokenizer": tok.fingerprint(),
+        "train": train,
+        **changes,
+    }
 
 
 def equal(a, b):
@@ -173,13 +186,29 @@ def test_a_killed_save_leaves_a_whole_checkpoint(tmp_path):
     again and again; where files can have two names and where they cannot. The one before is kept.
     """
     path = tmp_path / "ckpt.pt"
-    exact = ["half written", "before flush", "before link", "before rename 1", "after rename 1",
-             "before rename 2", "after rename 2", "before rename 1 without links",
-             "after rename 1 without links", "before rename 1 without links", "after rename 1 without links",
-             "after rename 2 without links"]  # fmt: skip
+    exact = [
+        "half written",
+        "before flush",
+        "before link",
+        "before rename 1",
+        "after rename 1",
+        "before rename 2",
+        "after rename 2",
+        "before rename 1 without links",
+        "after rename 1 without links",
+        "before rename 1 without links",
+        "after rename 1 without links",
+        "after rename 2 without links",
+    ]
     arbitrary = [str(n) for n in (1, 3, 7, 12, 19, 26, 34, 45, 61, 83)]
-    done = subprocess.run([sys.executable, "-c", SAVER, str(path), ",".join(exact + arbitrary)], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=100)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", SAVER, str(path), ",".join(exact + arbitrary)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=100,
+    )
     assert done.returncode == 0, done.stderr
     lines = [line.split("|") for line in done.stdout.splitlines()]
     assert [line[0] for line in lines] == exact + arbitrary
@@ -220,8 +249,14 @@ for limit in map(int, limits):
 
 def test_a_disk_that_is_full_is_said_and_keeps_what_was_there(tmp_path):
     """A write that fails at the first byte, between and inside tensors, and near the end: always an OSError, always the old file."""
-    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path / "ckpt.pt"), "0", "1", "50000", "200001", "400000"], cwd=ROOT,
-                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=100)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path / "ckpt.pt"), "0", "1", "50000", "200001", "400000"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=100,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["File too large|1"] * 5
     assert os.listdir(tmp_path) == ["ckpt.pt"]
@@ -277,7 +312,13 @@ def test_the_same_command_begins_goes_on_and_never_replaces_another_run(tmp_path
 
 def test_machines_that_do_not_hold_the_same_checkpoint_do_not_begin(monkeypatch):
     monkeypatch.setattr(loop, "world_size", 2)
-    for others, mine, same in ((9, 9, True), (-1, None, True), (9, None, False), (9, 7, False), (-1, 9, False)):
+    for others, mine, same in (
+        (9, 9, True),
+        (-1, None, True),
+        (9, None, False),
+        (9, 7, False),
+        (-1, 9, False),
+    ):
         monkeypatch.setattr(loop.parallel, "sums", lambda values, device, others=others: [values[0] + others])
         assert (loop.same_start(mine, "cpu") is None) == same, (others, mine)
 
@@ -291,14 +332,25 @@ def test_one_folder_has_one_run(tmp_path):
 
 
 def test_other_data_are_named_or_refused():
-    data = {"stage": "demo", "tag": None, "snapshot": None, "shards": "a" * 64, "manifest": "b" * 64,
-            "data_dir": "data", "shares": {"x": 1.0}, "sources": ["x"]}  # fmt: skip
+    data = {
+        "stage": "demo",
+        "tag": None,
+        "snapshot": None,
+        "shards": "a" * 64,
+        "manifest": "b" * 64,
+        "data_dir": "data",
+        "shares": {"x": 1.0},
+        "sources": ["x"],
+    }
     assert loop.other_data(data, {**data, "sources": ["x", "y"]}) is None
     older = {k: data[k] for k in ("stage", "tag", "snapshot", "shards")}
     assert loop.other_data(older, data) is None  # what an older checkpoint does not say cannot differ
-    changes = [("data_dir", "/moved", ("/moved/", "data/")), ("manifest", "c" * 64, ("c" * 12, "b" * 12)),
-               ("shares", {"x": 0.5, "y": 0.5}, ("0.5", "1.0")),
-               ("stage", "mine", ("mine", "demo"))]  # fmt: skip
+    changes = [
+        ("data_dir", "/moved", ("/moved/", "data/")),
+        ("manifest", "c" * 64, ("c" * 12, "b" * 12)),
+        ("shares", {"x": 0.5, "y": 0.5}, ("0.5", "1.0")),
+        ("stage", "mine", ("mine", "demo")),
+    ]
     for what, value, named in changes:
         line = loop.other_data(data, {**data, what: value})
         assert "\n" not in line and all(name in line for name in named), line
@@ -359,7 +411,9 @@ def test_a_second_name_outlives_the_first(tmp_path, monkeypatch):
     path, other = tmp_path / "ckpt.pt", tmp_path / "other.pt"
     for links in (True, False):  # some file systems, such as exFAT, have none
         if not links:
-            monkeypatch.setattr(os, "link", lambda a, b: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")))
+            monkeypatch.setattr(
+                os, "link", lambda a, b: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted"))
+            )
         ckpt.save(make(train={"iter": 1}), path)
         ckpt.second_name(path, other)
         ckpt.save(make(train={"iter": 2}), path)
@@ -387,7 +441,14 @@ def test_missing_and_folder(tmp_path):
 
 def test_not_a_checkpoint(tmp_path):
     path = tmp_path / "ckpt.pt"
-    for content in (b"", b"hello, I am a text file\n" * 50, b"PK\x03\x04" + bytes(100), os.urandom(2000), b"\x80\x02", bytes(10000)):
+    for content in (
+        b"",
+        b"hello, I am a text file\n" * 50,
+        b"PK\x03\x04" + bytes(100),
+        os.urandom(2000),
+        b"\x80\x02",
+        bytes(10000),
+    ):
         path.write_bytes(content)
         refused(path, "not a checkpoint|damaged")
     for value in ([1, 2], {"a": 1}, torch.ones(3), "text", {"format": 1}, {"weights": {}}):
@@ -396,10 +457,18 @@ def test_not_a_checkpoint(tmp_path):
 
 
 def test_what_people_have_at_hand_is_named(tmp_path):
-    path, weights = tmp_path / "ckpt.pt", {"transformer.wte.weight": torch.zeros(3, 2), "lm_head.weight": torch.zeros(3, 2)}
+    path, weights = (
+        tmp_path / "ckpt.pt",
+        {"transformer.wte.weight": torch.zeros(3, 2), "lm_head.weight": torch.zeros(3, 2)},
+    )
     nano = {"model": weights, "optimizer": {}, "model_args": {"n_layer": 2}, "iter_num": 5, "config": {}}
-    for value, words in ((nano, "nanoGPT"), (weights, "bare state dict"), (OrderedDict(weights), "bare state dict"),
-                         ({**nano, "config": argparse.Namespace(n_layer=2)}, "Python objects"), (torch.nn.Linear(2, 2), "Python objects")):
+    for value, words in (
+        (nano, "nanoGPT"),
+        (weights, "bare state dict"),
+        (OrderedDict(weights), "bare state dict"),
+        ({**nano, "config": argparse.Namespace(n_layer=2)}, "Python objects"),
+        (torch.nn.Linear(2, 2), "Python objects"),
+    ):
         torch.save(value, path)
         refused(path, words, "not a checkpoint that train.py wrote")
 
@@ -474,14 +543,22 @@ def test_weights_of_another_model(tmp_path):
     torch.save(make(model="trm"), path)
     net = ckpt.make_model("dense", SMALL)
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    refused(path, "does not fit", "q_head|y_init", call=lambda p: ckpt.load_weights(net, ckpt.load(p)["weights"], p))
+    refused(
+        path,
+        "does not fit",
+        "q_head|y_init",
+        call=lambda p: ckpt.load_weights(net, ckpt.load(p)["weights"], p),
+    )
     assert equal(dict(net.state_dict()), before)
 
 
-@pytest.mark.parametrize("wrap, prefix", [
-    (torch.nn.parallel.DataParallel, "module."),
-    (lambda net: torch.compile(net, backend="eager"), "_orig_mod."),
-])
+@pytest.mark.parametrize(
+    "wrap, prefix",
+    [
+        (torch.nn.parallel.DataParallel, "module."),
+        (lambda net: torch.compile(net, backend="eager"), "_orig_mod."),
+    ],
+)
 def test_weights_of_a_wrapped_model_are_named_as_such(tmp_path, wrap, prefix):
     path, net = tmp_path / "ckpt.pt", ckpt.make_model("dense", SMALL)
     torch.save(make(weights=dict(wrap(net).state_dict())), path)
@@ -494,7 +571,9 @@ def test_models_that_do_not_exist():
     assert "\n" not in str(e.value)
     with pytest.raises(ValueError, match="n_head"):
         ckpt.make_model("dense", {**SMALL, "n_embd": 13})
-    net = ckpt.make_model("trm", {**SMALL, "n_sup": 5, "learning_rate": 1})  # settings of others are not the model's
+    net = ckpt.make_model(
+        "trm", {**SMALL, "n_sup": 5, "learning_rate": 1}
+    )  # settings of others are not the model's
     assert net.config.n_sup == 5
 
 

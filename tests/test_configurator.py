@@ -62,13 +62,27 @@ def script(tmp_path):
         for name, text in config_files.items():
             (tmp_path / "config" / f"{name}.py").write_text(text)
         env = {"PYTHONPATH": str(ROOT), "PATH": ""}
-        return subprocess.run([sys.executable, "toy.py", *argv], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            [sys.executable, "toy.py", *argv],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
     return run
 
 
 SETTINGS = {
-    "n_layer": 12, "learning_rate": 6e-4, "compile": True, "name": "x", "betas": (0.9, 0.95),
-    "mixture": {"a": 1.0}, "anything": None, "fast": False,
+    "n_layer": 12,
+    "learning_rate": 6e-4,
+    "compile": True,
+    "name": "x",
+    "betas": (0.9, 0.95),
+    "mixture": {"a": 1.0},
+    "anything": None,
+    "fast": False,
 }
 
 
@@ -100,17 +114,39 @@ def test_a_script_as_people_run_it(script):
     config = json.loads(done.stdout)
     # definition order, and only the script's own lowercase settings
     assert list(config) == [
-        "model", "n_layer", "n_head", "layer_pattern", "dropout", "learning_rate", "betas", "compile", "max_iters",
-        "mixture", "out_dir", "seed",
+        "model",
+        "n_layer",
+        "n_head",
+        "layer_pattern",
+        "dropout",
+        "learning_rate",
+        "betas",
+        "compile",
+        "max_iters",
+        "mixture",
+        "out_dir",
+        "seed",
     ]
-    assert config["n_layer"] == 6 and config["model"] == "trm" and config["learning_rate"] == 1.0 and config["mixture"] == {"maze": 0.5}
-    assert config["max_iters"] == 5000 and type(config["max_iters"]) is int and type(config["learning_rate"]) is float
+    assert (
+        config["n_layer"] == 6
+        and config["model"] == "trm"
+        and config["learning_rate"] == 1.0
+        and config["mixture"] == {"maze": 0.5}
+    )
+    assert (
+        config["max_iters"] == 5000
+        and type(config["max_iters"]) is int
+        and type(config["learning_rate"]) is float
+    )
 
 
 def test_a_mistake_is_one_line_on_stderr(script):
     done = script("--n_layr=3")
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr == "error: unknown setting 'n_layr' on the command line: the closest is 'n_layer' (--help lists them all)\n"
+    assert (
+        done.stderr
+        == "error: unknown setting 'n_layr' on the command line: the closest is 'n_layer' (--help lists them all)\n"
+    )
 
 
 def test_help_shows_docstring_defaults_and_comments(script):
@@ -122,13 +158,19 @@ def test_help_shows_docstring_defaults_and_comments(script):
     text = {line.split("=")[0].strip(): " ".join(line.split()) for line in lines if line.startswith("  --")}
     assert text["--model"] == "--model='dense' 'dense' or 'trm'"
     assert text["--n_head"] == "--n_head=4"
-    assert text["--layer_pattern"] == "--layer_pattern='kkka' what each layer mixes with, tiled over the depth"
+    assert (
+        text["--layer_pattern"] == "--layer_pattern='kkka' what each layer mixes with, tiled over the depth"
+    )
     assert text["--dropout"] == "--dropout=0.0"
     assert text["--learning_rate"] == "--learning_rate=0.0006 the peak, reached after the warmup"
     assert text["--mixture"] == "--mixture={'sudoku4': 1.0} shares"
     assert text["--out_dir"] == "--out_dir=None anywhere"
     assert not {"--pi", "--LIMIT", "--_private", "--later", "--defaults"} & set(text)
-    assert lines.index("model") < lines.index(next(x for x in lines if "--model" in x)) < lines.index("optimizer")
+    assert (
+        lines.index("model")
+        < lines.index(next(x for x in lines if "--model" in x))
+        < lines.index("optimizer")
+    )
 
 
 def test_later_files_win_and_the_command_line_wins_over_files(folder):
@@ -141,14 +183,28 @@ def test_later_files_win_and_the_command_line_wins_over_files(folder):
 
 def test_a_config_file_builds_on_another_over_several_levels(folder):
     (folder / "sub").mkdir()
-    write(folder, shape="n_layer = 1\nname = 'shape'\ncompile = False\n", stage="name = 'stage'\nbase = 'shape.py'\n")
+    write(
+        folder,
+        shape="n_layer = 1\nname = 'shape'\ncompile = False\n",
+        stage="name = 'stage'\nbase = 'shape.py'\n",
+    )
     write(folder / "sub", mine="base = '../stage.py'\n_half = 0.5\nlearning_rate = _half / 5\n")
     config = resolve("config/sub/mine.py")
-    assert (config["n_layer"], config["name"], config["compile"], config["learning_rate"]) == (1, "stage", False, 0.1)
+    assert (config["n_layer"], config["name"], config["compile"], config["learning_rate"]) == (
+        1,
+        "stage",
+        False,
+        0.1,
+    )
 
 
 def test_a_base_twice_is_fine_and_a_circle_is_not(folder):
-    write(folder, shape="n_layer = 1\n", a="base = 'shape.py'\nname = 'a'\n", b="base = 'shape.py'\nname = 'b'\n")
+    write(
+        folder,
+        shape="n_layer = 1\n",
+        a="base = 'shape.py'\nname = 'a'\n",
+        b="base = 'shape.py'\nname = 'b'\n",
+    )
     assert resolve("config/a.py", "config/b.py")["name"] == "b"
     write(folder, c="base = 'd.py'\n", d="base = '../config/c.py'\n", e="base = 'e.py'\n")
     with pytest.raises(configurator.ConfigError, match="circle: config/c.py -> config/d.py -> config/c.py"):
@@ -157,57 +213,101 @@ def test_a_base_twice_is_fine_and_a_circle_is_not(folder):
         resolve("config/e.py")
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("--learning_rate=100", 100.0), ("--learning_rate=1e-3", 1e-3), ("--learning_rate=inf", float("inf")),
-    ("--n_layer=5e3", 5000), ("--n_layer=-1", -1),
-    ("--compile=False", False), ("--compile=false", False), ("--fast=true", True), ("--name=5", "5"),
-    ("--name=a=b", "a=b"), ("--name='quoted'", "quoted"),
-    ("--name=", ""), ("--name=None", "None"), ("--betas=0.8,0.9", (0.8, 0.9)),
-    ("--betas=[0.8, 0.9]", (0.8, 0.9)), ("--mixture={'b': 0.5, 'c': 0.5}", {"b": 0.5, "c": 0.5}),
-    ("--anything=3", 3), ("--anything=out/x", "out/x"), ("--anything=None", None),
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("--learning_rate=100", 100.0),
+        ("--learning_rate=1e-3", 1e-3),
+        ("--learning_rate=inf", float("inf")),
+        ("--n_layer=5e3", 5000),
+        ("--n_layer=-1", -1),
+        ("--compile=False", False),
+        ("--compile=false", False),
+        ("--fast=true", True),
+        ("--name=5", "5"),
+        ("--name=a=b", "a=b"),
+        ("--name='quoted'", "quoted"),
+        ("--name=", ""),
+        ("--name=None", "None"),
+        ("--betas=0.8,0.9", (0.8, 0.9)),
+        ("--betas=[0.8, 0.9]", (0.8, 0.9)),
+        ("--mixture={'b': 0.5, 'c': 0.5}", {"b": 0.5, "c": 0.5}),
+        ("--anything=3", 3),
+        ("--anything=out/x", "out/x"),
+        ("--anything=None", None),
+    ],
+)
 def test_values_on_the_command_line(text, expected):
     value = resolve(text)[text[2:].split("=")[0]]
     assert value == expected and type(value) is type(expected)
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("--n_layer=x", "n_layer must be int, got str 'x'"), ("--n_layer=1.5", "n_layer must be int, got float 1.5"),
-    ("--n_layer=True", "n_layer must be int, got bool"), ("--compile=1", "compile must be bool, got int 1"),
-    ("--compile=yes", "compile must be bool, got str"),
-    ("--learning_rate=fast", "learning_rate must be float, got str"), ("--learning_rate=True", "learning_rate must be float, got bool"),
-    ("--betas=0.9", "betas must be tuple, got float"), ("--mixture=sudoku4", "mixture must be dict, got str"),
-    ("--n_layer=None", "n_layer must be int, got NoneType"),
-    ("--compile", "--compile needs a value: write --compile=True"), ("--n_layer", "--n_layer needs a value"), ("-n=3", "write --key=value"),
-    ("--name out/x", "--name needs a value: write --name=out/x"), ("--compile false", "write --compile=false"),
-    ("--compile out/x", "write --compile=True"), ("--name config/x.py", "write --name=VALUE"),
-    ("--name --n_layer=3", "write --name=VALUE"), ("--nam out/x", "unknown setting 'nam'.*'name'"),
-    ("--n_layers=3", "unknown setting 'n_layers'.*'n_layer'"), ("--=3", "unknown setting"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("--n_layer=x", "n_layer must be int, got str 'x'"),
+        ("--n_layer=1.5", "n_layer must be int, got float 1.5"),
+        ("--n_layer=True", "n_layer must be int, got bool"),
+        ("--compile=1", "compile must be bool, got int 1"),
+        ("--compile=yes", "compile must be bool, got str"),
+        ("--learning_rate=fast", "learning_rate must be float, got str"),
+        ("--learning_rate=True", "learning_rate must be float, got bool"),
+        ("--betas=0.9", "betas must be tuple, got float"),
+        ("--mixture=sudoku4", "mixture must be dict, got str"),
+        ("--n_layer=None", "n_layer must be int, got NoneType"),
+        ("--compile", "--compile needs a value: write --compile=True"),
+        ("--n_layer", "--n_layer needs a value"),
+        ("-n=3", "write --key=value"),
+        ("--name out/x", "--name needs a value: write --name=out/x"),
+        ("--compile false", "write --compile=false"),
+        ("--compile out/x", "write --compile=True"),
+        ("--name config/x.py", "write --name=VALUE"),
+        ("--name --n_layer=3", "write --name=VALUE"),
+        ("--nam out/x", "unknown setting 'nam'.*'name'"),
+        ("--n_layers=3", "unknown setting 'n_layers'.*'n_layer'"),
+        ("--=3", "unknown setting"),
+    ],
+)
 def test_wrong_values_name_both_types(text, message):
     with pytest.raises(configurator.ConfigError, match=message):
         resolve(*text.split(" "))
 
 
-@pytest.mark.parametrize("command, value", [
-    (["prepare", "demo", "--data_dir", "d"], "--data_dir=d"), (["prepare", "--tag", "v1", "freeze", "demo"], "--tag=v1"),
-    (["smol.publish", "push", "out/x", "--repo", "me/it"], "--repo=me/it"),
-])
+@pytest.mark.parametrize(
+    "command, value",
+    [
+        (["prepare", "demo", "--data_dir", "d"], "--data_dir=d"),
+        (["prepare", "--tag", "v1", "freeze", "demo"], "--tag=v1"),
+        (["smol.publish", "push", "out/x", "--repo", "me/it"], "--repo=me/it"),
+    ],
+)
 def test_commands_with_words_of_their_own_say_where_the_equals_sign_goes(command, value, monkeypatch):
     main = importlib.import_module(command[0]).main
     with pytest.raises(SystemExit, match=f"^error: --[a-z_]+ needs a value: write {value}$"):
         main(command[1:])
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("n_layer = 1\n\nlerning_rate = 3\n", r"unknown setting 'lerning_rate' in config/x.py, line 3: the closest is 'learning_rate'"),
-    ("n_layer = 1\nname = 7\n", "name must be str, got int 7 in config/x.py, line 2"),
-    ("name = 'a'\nn_layer = (\n", "config/x.py, line 2: "),
-    ("name = 'a'\nn_layer = 1 / 0\n", "config/x.py, line 2: ZeroDivisionError: division by zero"),
-    ("n_layer = n_layer * 2\n", "config/x.py, line 1: NameError"),  # a file does not see the defaults: what it says is what it sets
-    ("base = 3\n", "config/x.py, line 1: base must be a plain string"),
-    ("base = 'y.py'\n", r"config/y.py \(the base of config/x.py\) does not exist; the closest there is config/x.py"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "n_layer = 1\n\nlerning_rate = 3\n",
+            r"unknown setting 'lerning_rate' in config/x.py, line 3: the closest is 'learning_rate'",
+        ),
+        ("n_layer = 1\nname = 7\n", "name must be str, got int 7 in config/x.py, line 2"),
+        ("name = 'a'\nn_layer = (\n", "config/x.py, line 2: "),
+        ("name = 'a'\nn_layer = 1 / 0\n", "config/x.py, line 2: ZeroDivisionError: division by zero"),
+        (
+            "n_layer = n_layer * 2\n",
+            "config/x.py, line 1: NameError",
+        ),  # a file does not see the defaults: what it says is what it sets
+        ("base = 3\n", "config/x.py, line 1: base must be a plain string"),
+        (
+            "base = 'y.py'\n",
+            r"config/y.py \(the base of config/x.py\) does not exist; the closest there is config/x.py",
+        ),
+    ],
+)
 def test_mistakes_in_a_config_file_name_file_and_line(folder, text, message):
     write(folder, x=text)
     with pytest.raises(configurator.ConfigError, match=message):
@@ -235,32 +335,58 @@ def test_an_annotation_says_what_none_may_become(script):
 
 
 RANGES = {
-    "[1, inf)": "n_layer anything", "(0, 1)": "low", "[0, 1]": "high", "[-2.5, inf]": "rate", "[0, inf)": "shares",
+    "[1, inf)": "n_layer anything",
+    "(0, 1)": "low",
+    "[0, 1]": "high",
+    "[-2.5, inf]": "rate",
+    "[0, inf)": "shares",
     ("a", "b", True): "kind",
 }
 FINE = {
-    "n_layer": 1, "anything": None, "low": 0.5, "high": 0, "rate": -2.5, "shares": {"x": 0, "y": 2.5}, "kind": "a",
+    "n_layer": 1,
+    "anything": None,
+    "low": 0.5,
+    "high": 0,
+    "rate": -2.5,
+    "shares": {"x": 0, "y": 2.5},
+    "kind": "a",
     "other": -9,
 }
 
 
 def test_what_is_in_its_range_passes():
     configurator.check_ranges(FINE, RANGES)
-    for name, value in (("high", 1.0), ("rate", math.inf), ("shares", {}), ("kind", True), ("n_layer", 10**20)):
+    for name, value in (
+        ("high", 1.0),
+        ("rate", math.inf),
+        ("shares", {}),
+        ("kind", True),
+        ("n_layer", 10**20),
+    ):
         configurator.check_ranges({**FINE, name: value}, RANGES)
 
 
-@pytest.mark.parametrize("name, value, message", [
-    ("n_layer", 0, "n_layer must be in [1, inf), got 0"), ("n_layer", math.inf, "[1, inf), got inf"),
-    ("anything", 0, "anything must be in [1, inf)"), ("low", 0.0, "low must be in (0, 1), got 0.0"),
-    ("low", 1.0, "(0, 1), got 1.0"), ("high", 1.0001, "high must be in [0, 1], got 1.0001"),
-    ("high", -1e-9, "[0, 1], got -1e-09"), ("high", math.nan, "[0, 1], got nan"),
-    ("rate", -3.0, "rate must be in [-2.5, inf], got -3.0"), ("rate", math.nan, "got nan"),
-    ("shares", {"x": 1, "y": "2"}, "shares must give each name a number in [0, inf), got 'y': '2'"),
-    ("shares", {"x": -1}, "got 'x': -1"), ("shares", {"x": math.nan}, "got 'x': nan"),
-    ("shares", {"x": True}, "got 'x': True"), ("shares", {5: 1.0}, "got 5: 1.0"),
-    ("kind", "c", "kind must be one of 'a', 'b', True, got 'c'"),
-])
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("n_layer", 0, "n_layer must be in [1, inf), got 0"),
+        ("n_layer", math.inf, "[1, inf), got inf"),
+        ("anything", 0, "anything must be in [1, inf)"),
+        ("low", 0.0, "low must be in (0, 1), got 0.0"),
+        ("low", 1.0, "(0, 1), got 1.0"),
+        ("high", 1.0001, "high must be in [0, 1], got 1.0001"),
+        ("high", -1e-9, "[0, 1], got -1e-09"),
+        ("high", math.nan, "[0, 1], got nan"),
+        ("rate", -3.0, "rate must be in [-2.5, inf], got -3.0"),
+        ("rate", math.nan, "got nan"),
+        ("shares", {"x": 1, "y": "2"}, "shares must give each name a number in [0, inf), got 'y': '2'"),
+        ("shares", {"x": -1}, "got 'x': -1"),
+        ("shares", {"x": math.nan}, "got 'x': nan"),
+        ("shares", {"x": True}, "got 'x': True"),
+        ("shares", {5: 1.0}, "got 5: 1.0"),
+        ("kind", "c", "kind must be one of 'a', 'b', True, got 'c'"),
+    ],
+)
 def test_what_is_not_is_named_with_its_value_and_its_range(name, value, message):
     with pytest.raises(configurator.ConfigError) as said:
         configurator.check_ranges({**FINE, name: value}, RANGES)
@@ -274,8 +400,19 @@ def test_every_number_and_choice_of_a_script_has_a_range(script):
     config, types = configurator.settings(own), configurator.types_of_settings(own)
     configurator.check_ranges(config, own["RANGES"])
     listed = {name: allowed for allowed, names in own["RANGES"].items() for name in names.split()}
-    free = {"out_dir", "init_from", "eval_suites", "eval_device", "push_to", "data_dir", "data", "data_tag", "teacher",
-            "layer_pattern", "device"}  # names and paths, looked at by check_settings or by whoever reads them
+    free = {
+        "out_dir",
+        "init_from",
+        "eval_suites",
+        "eval_device",
+        "push_to",
+        "data_dir",
+        "data",
+        "data_tag",
+        "teacher",
+        "layer_pattern",
+        "device",
+    }  # names and paths, looked at by check_settings or by whoever reads them
     switches = {name for name, allowed in types.items() if allowed <= {bool, type(None)}}
     assert set(config) - free - switches == set(listed)
     for name, allowed in listed.items():
@@ -287,7 +424,9 @@ def test_every_number_and_choice_of_a_script_has_a_range(script):
 
 
 def test_help_shows_the_range(monkeypatch):
-    text = configurator.help_text({"n_layer": 12, "kind": "a", "RANGES": {"[1, inf)": "n_layer", ("a", "b"): "kind"}})
+    text = configurator.help_text(
+        {"n_layer": 12, "kind": "a", "RANGES": {"[1, inf)": "n_layer", ("a", "b"): "kind"}}
+    )
     assert "--n_layer=12  in [1, inf)" in text and "--kind='a'\n" in text + "\n"
 
 

@@ -1,4 +1,5 @@
 """The evaluation as a command: what it writes, that runs can be killed, split and repeated, and what it refuses."""
+
 import json
 import os
 import subprocess
@@ -20,18 +21,60 @@ from smol.candidates import Candidate, Given
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 torch.set_num_threads(1)  # as the other processes have that answers are compared with, to the last bit
-FIGURES = {"total", "solved", "interval", "score", "outputs_total", "outputs_solved", "outputs_interval", "attempts", "pass_1", "pass_2",
-           "oracle", "candidates", "unknown", "too_long", "too_long_ids", "by_size", "cells_right", "cells_right_by_copying",
-           "seconds", "available", "against", "protocol", "settings", "n_sup"}
-TESTED = {"input", "expected", "attempts", "right", "solved", "oracle", "votes", "scores", "candidates", "programs"}
+FIGURES = {
+    "total",
+    "solved",
+    "interval",
+    "score",
+    "outputs_total",
+    "outputs_solved",
+    "outputs_interval",
+    "attempts",
+    "pass_1",
+    "pass_2",
+    "oracle",
+    "candidates",
+    "unknown",
+    "too_long",
+    "too_long_ids",
+    "by_size",
+    "cells_right",
+    "cells_right_by_copying",
+    "seconds",
+    "available",
+    "against",
+    "protocol",
+    "settings",
+    "n_sup",
+}
+TESTED = {
+    "input",
+    "expected",
+    "attempts",
+    "right",
+    "solved",
+    "oracle",
+    "votes",
+    "scores",
+    "candidates",
+    "programs",
+}
 RECORD = {"key", "model", "suite", "id", "kind", "solved", "too_long", "seconds", "demonstrations", "test"}
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
-    train = {"iter": 7, "seconds": 12.5, "tokens_per_second": 1000.0, "val_loss": 9.25, "val_losses": {"text": 9.25, "maze": float("nan")}}
-    return save(folder / "a" / "ckpt.pt", "dense", train), save(folder / "b" / "ckpt.pt", "trm", {"iter": 8, "val_loss": float("nan")})
+    train = {
+        "iter": 7,
+        "seconds": 12.5,
+        "tokens_per_second": 1000.0,
+        "val_loss": 9.25,
+        "val_losses": {"text": 9.25, "maze": float("nan")},
+    }
+    return save(folder / "a" / "ckpt.pt", "dense", train), save(
+        folder / "b" / "ckpt.pt", "trm", {"iter": 8, "val_loss": float("nan")}
+    )
 
 
 def call(monkeypatch, *args):
@@ -40,9 +83,15 @@ def call(monkeypatch, *args):
 
 
 def command(*args, **kw):
-    return subprocess.Popen([sys.executable, "eval_arc.py", *map(str, args), "--device=cpu"], cwd=ROOT, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, **kw,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "eval_arc.py", *map(str, args), "--device=cpu"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **kw,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def answers(folder):
@@ -56,6 +105,7 @@ def answers(folder):
 
 # asking
 
+
 @pytest.mark.parametrize("name", ["dense", "trm"])
 def test_too_long_is_what_does_not_fit_into_block_size(name):
     """The row a model needs is counted here from the document format alone: markers, cells, row ends, and room for the answer."""
@@ -64,7 +114,9 @@ def test_too_long_is_what_does_not_fit_into_block_size(name):
     sudoku, maze = {"dense": (43, 115), "trm": (22, 58)}[name]
     for block_size, fits in ((sudoku - 1, 0), (sudoku, 3), (maze - 1, 3), (maze, 5)):
         model = make(name, block_size)
-        figures = scores.figures(eval_arc.evaluate(tasks, lambda part: candidates.solve(model, part, candidates.Settings())), 1)
+        figures = scores.figures(
+            eval_arc.evaluate(tasks, lambda part: candidates.solve(model, part, candidates.Settings())), 1
+        )
         assert figures["total"] - figures["too_long"] == fits
         assert (figures["cells_right"] is None) == (fits == 0)
 
@@ -93,11 +145,20 @@ def test_without_answers_leaves_the_tasks_alone():
 
 # names, picture
 
+
 def test_names_tell_checkpoints_apart():
     assert eval_arc.name_models(["x/ckpt.pt", "y/ckpt.pt"], ["route_a", "route_b"]) == ["route_a", "route_b"]
-    assert eval_arc.name_models(["x/a.pt", "y/a.pt", "z/a.pt"], ["route_a", "route_a", "route_b"]) == ["x", "y", "route_b"]
+    assert eval_arc.name_models(["x/a.pt", "y/a.pt", "z/a.pt"], ["route_a", "route_a", "route_b"]) == [
+        "x",
+        "y",
+        "route_b",
+    ]
     assert eval_arc.name_models(["x/a.pt", "x/b.pt"], ["route_b", "route_b"]) == ["x/a.pt", "x/b.pt"]
-    assert eval_arc.name_models(["route_b/1.pt", "x/2.pt", "y/3.pt"], ["route_a", "route_a", "route_b"]) == ["route_b/1.pt", "x", "y/3.pt"]
+    assert eval_arc.name_models(["route_b/1.pt", "x/2.pt", "y/3.pt"], ["route_a", "route_a", "route_b"]) == [
+        "route_b/1.pt",
+        "x",
+        "y/3.pt",
+    ]
 
 
 def records_of(tasks, right, given=None):
@@ -125,7 +186,10 @@ def test_the_picture_shows_right_and_wrong_answers_of_each_model():
 
 def test_the_picture_prefers_what_fits_and_is_legible():
     large = arc.Task("large", "arc", [], [(np.zeros((20, 20), np.uint8), grid("1"))])
-    small = [arc.Task(name, "arc", [], [(grid("12"), grid("1"))]) for name in ("small", "long for one", "long for both")]
+    small = [
+        arc.Task(name, "arc", [], [(grid("12"), grid("1"))])
+        for name in ("small", "long for one", "long for both")
+    ]
     tasks = [large, *small]
     one = records_of(tasks, [], {"long for both": [None]})
     other = records_of(tasks, [], {"long for both": [None], "long for one": [None]})
@@ -146,16 +210,30 @@ def test_a_row_shows_every_step_and_ends_with_the_answer_that_was_scored():
         for record in eval_arc.evaluate(tasks, lambda part: candidates.solve(model, part, settings)):
             title, panels = eval_arc.picture_row(["B"], [{**record, "suite": "sudoku4"}])
             assert title == record["id"]
-            assert [p[0].split(",")[0] for p in panels][:5] == ["puzzle", "expected", "B step 1", "B step 2", "B step 3"]
+            assert [p[0].split(",")[0] for p in panels][:5] == [
+                "puzzle",
+                "expected",
+                "B step 1",
+                "B step 2",
+                "B step 3",
+            ]
             assert scores.rows_of(panels[-1][1]) == record["test"][0]["attempts"][0]
             assert all(scores.rows_of(p[2]) == record["test"][0]["expected"] for p in panels[2:])
 
 
 # the command
 
+
 def test_both_routes_through_the_command_line(checkpoints, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(candidates, "ANSWER_TOKENS", 20)  # an untrained model uses them all
-    call(monkeypatch, *checkpoints, "--suites=sudoku4,transforms,logic,arc1", "--limit=2", f"--out_dir={tmp_path}", "--json=report.json")
+    call(
+        monkeypatch,
+        *checkpoints,
+        "--suites=sudoku4,transforms,logic,arc1",
+        "--limit=2",
+        f"--out_dir={tmp_path}",
+        "--json=report.json",
+    )
     out = capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)  # NaN is not JSON
     assert list(report) == ["route_a", "route_b"]
@@ -167,13 +245,31 @@ def test_both_routes_through_the_command_line(checkpoints, tmp_path, monkeypatch
         for suite, n in (("sudoku4", 100), ("transforms", 50), ("logic", 50), ("arc1", 400)):
             s = r["suites"][suite]
             assert set(s) == FIGURES and (s["total"], s["available"]) == (2, n)
-            assert s["attempts"] == (2 if suite == "arc1" else 1) and s["solved"] + s["too_long"] <= s["total"]
-        assert r["suites"]["arc1"]["too_long"] == len(r["suites"]["arc1"]["too_long_ids"]) > 0 == r["suites"]["sudoku4"]["too_long"]
-        assert r["protocol"] == "inductive" and r["settings"]["augment"] == 1 and r["gpu_hours"] is None and r["seconds"] > 0
+            assert (
+                s["attempts"] == (2 if suite == "arc1" else 1) and s["solved"] + s["too_long"] <= s["total"]
+            )
+        assert (
+            r["suites"]["arc1"]["too_long"]
+            == len(r["suites"]["arc1"]["too_long_ids"])
+            > 0
+            == r["suites"]["sudoku4"]["too_long"]
+        )
+        assert (
+            r["protocol"] == "inductive"
+            and r["settings"]["augment"] == 1
+            and r["gpu_hours"] is None
+            and r["seconds"] > 0
+        )
     a, b = report["route_a"], report["route_b"]
     assert (a["train_seconds"], a["tokens_per_second"], a["val_loss"], a["iter"]) == (12.5, 1000.0, 9.25, 7)
     assert a["val_losses"] == {"text": 9.25, "maze": None}
-    assert (b["train_seconds"], b["tokens_per_second"], b["val_loss"], b["iter"], b["n_sup"]) == (None, None, None, 8, 3)
+    assert (b["train_seconds"], b["tokens_per_second"], b["val_loss"], b["iter"], b["n_sup"]) == (
+        None,
+        None,
+        None,
+        8,
+        3,
+    )
     assert a["sha256"] != b["sha256"] and a["n_sup"] is None
     assert list(a["suites"]["arc1"]["against"]) == ["route_b"]
     assert min(matplotlib.image.imread(tmp_path / "grids.png").shape[:2]) > 100
@@ -188,7 +284,9 @@ def test_both_routes_through_the_command_line(checkpoints, tmp_path, monkeypatch
             assert ("steps" in t) == (model == "route_b" and suite != "logic" and not r["too_long"])
             assert len(t["attempts"]) == len(t["right"]) == len(t["votes"]) == len(t["scores"])
         tasks = {t.id: t for t in suites.load(suite)}
-        assert [scores.grid_of(t["expected"]) if suite != "logic" else t["expected"] for t in r["test"]][0].__class__ in (np.ndarray, str)
+        assert [scores.grid_of(t["expected"]) if suite != "logic" else t["expected"] for t in r["test"]][
+            0
+        ].__class__ in (np.ndarray, str)
         assert [t["input"] for t in r["test"]] == [scores.rows_of(x) for x, _ in tasks[i].test]
         assert [t["expected"] for t in r["test"]] == [scores.rows_of(y) for _, y in tasks[i].test]
         assert r["demonstrations"] == [[scores.rows_of(x), scores.rows_of(y)] for x, y in tasks[i].train]
@@ -196,7 +294,9 @@ def test_both_routes_through_the_command_line(checkpoints, tmp_path, monkeypatch
         for suite, s in report[name]["suites"].items():
             part = [r for (m, p, _), r in records.items() if (m, p) == (name, suite)]
             assert s["solved"] == sum(r["solved"] for r in part)
-    assert sorted(json.loads((tmp_path / "submission_route_a_arc1.json").read_text())) == sorted(t.id for t in suites.load("arc1")[:2])
+    assert sorted(json.loads((tmp_path / "submission_route_a_arc1.json").read_text())) == sorted(
+        t.id for t in suites.load("arc1")[:2]
+    )
 
 
 def test_one_checkpoint_is_reported_beside_it(checkpoints, tmp_path, monkeypatch, capsys):
@@ -234,7 +334,10 @@ def test_a_killed_run_goes_on_and_gives_what_it_would_have_given(checkpoints, tm
     assert not (killed / "eval.json").exists()
     lines = partial.read_text().splitlines(keepends=True)
     partial.write_text("".join(lines[:2]) + lines[2][:50])
-    first, (found, *_) = json.loads(lines[0]), [json.loads(line) for line in measured.read_text().splitlines()]
+    first, (found, *_) = (
+        json.loads(lines[0]),
+        [json.loads(line) for line in measured.read_text().splitlines()],
+    )
     with open(measured, "a") as f:
         f.write('{"key": "cut off in the mid')
     call(monkeypatch, *args, f"--out_dir={killed}")
@@ -242,13 +345,18 @@ def test_a_killed_run_goes_on_and_gives_what_it_would_have_given(checkpoints, tm
     assert "2 of 3 have been answered before" in said and "parts of it have been measured before" in said
     assert not partial.exists()
     again = [json.loads(line) for line in (killed / "answers.jsonl").read_text().splitlines()]
-    assert first in again   # with the seconds it took then: it was not asked again
+    assert first in again  # with the seconds it took then: it was not asked again
     call(monkeypatch, *args, f"--out_dir={whole}")
     assert answers(killed) == answers(whole)
-    a, b = (json.loads((folder / "eval.json").read_text())["route_b"]["suites"]["language"] for folder in (killed, whole))
+    a, b = (
+        json.loads((folder / "eval.json").read_text())["route_b"]["suites"]["language"]
+        for folder in (killed, whole)
+    )
     assert a.pop("seconds") >= found["found"]["seconds"] and b.pop("seconds") > 0 and a == b
     assert a["questions"] == found["found"]["figures"]
-    lines = [json.loads(line) for line in measured.read_text().splitlines()]  # what this evaluation has found, and nothing older
+    lines = [
+        json.loads(line) for line in measured.read_text().splitlines()
+    ]  # what this evaluation has found, and nothing older
     assert {line["part"] for line in lines} > {"questions"} and len({line["key"] for line in lines}) == 1
     call(monkeypatch, checkpoints[1], "--suites=language", "--limit=1", f"--out_dir={killed}")
     keys = {json.loads(line)["key"] for line in measured.read_text().splitlines()}
@@ -256,7 +364,9 @@ def test_a_killed_run_goes_on_and_gives_what_it_would_have_given(checkpoints, tm
     assert answers(killed) == answers(whole)
 
 
-def test_other_settings_another_checkpoint_or_another_task_are_asked_anew(checkpoints, tmp_path, monkeypatch, capsys):
+def test_other_settings_another_checkpoint_or_another_task_are_asked_anew(
+    checkpoints, tmp_path, monkeypatch, capsys
+):
     def asked_before(*args):
         call(monkeypatch, *args, f"--out_dir={tmp_path}", "--device=cpu")
         return "answered before" in capsys.readouterr().out
@@ -282,8 +392,10 @@ def test_a_second_evaluation_leaves_the_results_of_the_first(checkpoints, tmp_pa
     def evaluate(*args):
         call(monkeypatch, *args, f"--out_dir={out}", "--device=cpu")
         report = json.loads((out / "eval.json").read_text(), parse_constant=pytest.fail)
-        of = {(model, suite): len([k for k in answers(out) if k[:2] == (model, suite)])
-              for model, suite, _ in answers(out)}  # fmt: skip
+        of = {
+            (model, suite): len([k for k in answers(out) if k[:2] == (model, suite)])
+            for model, suite, _ in answers(out)
+        }
         parts = ((name, suite, s) for name, r in report.items() for suite, s in r["suites"].items())
         assert of == {(name, suite): s["total"] for name, suite, s in parts}
         assert matplotlib.image.imread(out / "grids.png").shape[0] > 100
@@ -312,7 +424,8 @@ def test_a_second_evaluation_leaves_the_results_of_the_first(checkpoints, tmp_pa
     others = {("other", "sudoku4"): 2, ("route_a", "sudoku4"): 2}
     assert of == {("route_b", "sudoku4"): 3, ("route_b", "tasks"): 1, **others}
     assert {name: set(r["suites"]["sudoku4"]["against"]) for name, r in report.items()} == {
-        name: set(report) - {name} for name in report}  # fmt: skip
+        name: set(report) - {name} for name in report
+    }
     assert (out / "submission.json").read_text() == prize
 
     report, of = evaluate(run / "ckpt.pt", "--suites=sudoku4", "--limit=1", "--augment=2")  # the same
@@ -400,10 +513,15 @@ def test_a_model_of_nan_answers_nothing_and_its_evaluation_ends(name, tmp_path, 
 def test_two_processes_give_what_one_gives(checkpoints, tmp_path, monkeypatch):
     args = [*checkpoints, "--suites=sudoku4", "--limit=3", "--augment=16", "--samples=2", "--device=cpu"]
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29577"]
-    done = subprocess.run([sys.executable, *launcher, "eval_arc.py", *args, f"--out_dir={tmp_path / '2'}"], cwd=ROOT, capture_output=True,
-                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, *launcher, "eval_arc.py", *args, f"--out_dir={tmp_path / '2'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("route_a sudoku4: ") == 1   # one of them speaks
+    assert done.stdout.count("route_a sudoku4: ") == 1  # one of them speaks
     call(monkeypatch, *args, f"--out_dir={tmp_path / '1'}")
     one, two = answers(tmp_path / "1"), answers(tmp_path / "2")
     assert one == two and len(one) == 6
@@ -415,50 +533,76 @@ def test_your_own_tasks(checkpoints, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "known.json").write_text(json.dumps({"train": [pair, pair], "test": [pair]}))
-    (folder / "open.json").write_text(json.dumps({"train": [pair, pair], "test": [{"input": pair["input"]}] * 2}))
+    (folder / "open.json").write_text(
+        json.dumps({"train": [pair, pair], "test": [{"input": pair["input"]}] * 2})
+    )
     call(monkeypatch, checkpoints[1], f"--tasks={folder}", f"--out_dir={tmp_path}")
     s = json.loads((tmp_path / "eval.json").read_text())["route_b"]["suites"]
-    assert list(s) == ["tasks"] and (s["tasks"]["total"], s["tasks"]["unknown"], s["tasks"]["attempts"]) == (1, 1, 2)
+    assert list(s) == ["tasks"] and (s["tasks"]["total"], s["tasks"]["unknown"], s["tasks"]["attempts"]) == (
+        1,
+        1,
+        2,
+    )
     submission = json.loads((tmp_path / "submission.json").read_text())
     assert {k: len(v) for k, v in submission.items()} == {"known": 1, "open": 2}
     assert answers(tmp_path)["route_b", "tasks", "open"]["solved"] is None
 
 
-@pytest.mark.parametrize("sources, steps, protocol", [
-    (["arc", "maze"], 0, "inductive"), (["arc", "maze"], 3, "ttt"), (["arc", "arc_eval_demos"], 0, "transductive"), (None, 0, "inductive"),
-    (["arc_eval_demos"], 3, "transductive + ttt"),
-])
+@pytest.mark.parametrize(
+    "sources, steps, protocol",
+    [
+        (["arc", "maze"], 0, "inductive"),
+        (["arc", "maze"], 3, "ttt"),
+        (["arc", "arc_eval_demos"], 0, "transductive"),
+        (None, 0, "inductive"),
+        (["arc_eval_demos"], 3, "transductive + ttt"),
+    ],
+)
 def test_the_report_says_what_was_known_of_the_tasks(sources, steps, protocol):
-    ckpt = {"model": "dense", "model_config": {}, "train": {"data": {"stage": "s", "tag": "t", "sources": sources}}}
-    report = eval_arc.report_on(__file__, make("dense"), ckpt, candidates.Settings(ttt_steps=steps), "cpu", "float32")
-    assert report["protocol"] == protocol and report["data"] == {"stage": "s", "tag": "t", "snapshot": None, "sources": sources}
+    ckpt = {
+        "model": "dense",
+        "model_config": {},
+        "train": {"data": {"stage": "s", "tag": "t", "sources": sources}},
+    }
+    report = eval_arc.report_on(
+        __file__, make("dense"), ckpt, candidates.Settings(ttt_steps=steps), "cpu", "float32"
+    )
+    assert report["protocol"] == protocol and report["data"] == {
+        "stage": "s",
+        "tag": "t",
+        "snapshot": None,
+        "sources": sources,
+    }
 
 
-@pytest.mark.parametrize("args, words", [
-    (["{bad}"], "not a checkpoint"),
-    (["{good}", "{bad}"], "not a checkpoint"),
-    (["{torch}"], "bare state dict"),
-    (["{newer}"], "update smol-llm"),
-    (["{nano}"], "nanoGPT"),
-    (["{folder}/missing.pt"], "does not exist"),
-    (["{good}", "--suites=sudoku4,sudku4"], "did you mean 'sudoku4'"),
-    (["{good}", "--suites="], "names no suite"),
-    (["{good}", "--suites=maze_hard"], "test.csv"),
-    (["{good}", "--tasks={folder}/nowhere"], "there is no"),
-    (["{good}", "--tasks={bad}"], "not JSON"),
-    (["{good}", "--limit=0"], "1 or more"),
-    (["{good}", "--augment=many"], "1 or more"),
-    (["{good}", "--n_sup=4"], "Route B"),
-    (["{good}", "--halt=90"], "between 0 and 1"),
-    (["{good}", "--temperature=-1"], "0 or more"),
-    (["{good}", "--ttt_lr=nan"], "above 0"),
-    (["{good}", "--json=../eval.json"], "without a folder"),
-    (["{good}", "--device=abacus"], "--device=cpu"),
-    (["{good}", "--dtype=int8"], "float32"),
-    (["{good}", "{good}"], "given twice"),
-    (["{good}", "--out_dir={bad}"], "notes.txt"),
-    ([], "CKPT"),
-])
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["{bad}"], "not a checkpoint"),
+        (["{good}", "{bad}"], "not a checkpoint"),
+        (["{torch}"], "bare state dict"),
+        (["{newer}"], "update smol-llm"),
+        (["{nano}"], "nanoGPT"),
+        (["{folder}/missing.pt"], "does not exist"),
+        (["{good}", "--suites=sudoku4,sudku4"], "did you mean 'sudoku4'"),
+        (["{good}", "--suites="], "names no suite"),
+        (["{good}", "--suites=maze_hard"], "test.csv"),
+        (["{good}", "--tasks={folder}/nowhere"], "there is no"),
+        (["{good}", "--tasks={bad}"], "not JSON"),
+        (["{good}", "--limit=0"], "1 or more"),
+        (["{good}", "--augment=many"], "1 or more"),
+        (["{good}", "--n_sup=4"], "Route B"),
+        (["{good}", "--halt=90"], "between 0 and 1"),
+        (["{good}", "--temperature=-1"], "0 or more"),
+        (["{good}", "--ttt_lr=nan"], "above 0"),
+        (["{good}", "--json=../eval.json"], "without a folder"),
+        (["{good}", "--device=abacus"], "--device=cpu"),
+        (["{good}", "--dtype=int8"], "float32"),
+        (["{good}", "{good}"], "given twice"),
+        (["{good}", "--out_dir={bad}"], "notes.txt"),
+        ([], "CKPT"),
+    ],
+)
 def test_bad_input_is_one_line_and_overwrites_nothing(args, words, checkpoints, tmp_path, monkeypatch):
     (tmp_path / "notes.txt").write_text("text, no checkpoint\n" * 20)
     torch.save({"a": torch.zeros(2)}, tmp_path / "torch.pt")
@@ -467,8 +611,12 @@ def test_bad_input_is_one_line_and_overwrites_nothing(args, words, checkpoints, 
     for name in ("eval.json", "grids.png"):
         (tmp_path / name).write_text("from before")
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    names = {"bad": tmp_path / "notes.txt", "good": checkpoints[0], "folder": tmp_path,
-             **{name: tmp_path / f"{name}.pt" for name in ("torch", "newer", "nano")}}
+    names = {
+        "bad": tmp_path / "notes.txt",
+        "good": checkpoints[0],
+        "folder": tmp_path,
+        **{name: tmp_path / f"{name}.pt" for name in ("torch", "newer", "nano")},
+    }
     args = [a.format(**names) for a in args]
     if not any(a.startswith("--out_dir") for a in args) and args:
         args.append(f"--out_dir={tmp_path}")

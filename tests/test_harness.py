@@ -1,4 +1,5 @@
 """Our models behind lm-eval's interface: its figures are the ones that are known, on tasks built from local files."""
+
 import functools
 import json
 import math
@@ -28,27 +29,50 @@ except ValueError:  # without lm-eval: our side of the interface, on top of modu
     missing = True
 needs_lm_eval = pytest.mark.skipif(missing, reason="needs lm-eval")
 
-CAPITALS = (("France", ("Paris", "Rome")), ("Italy", ("Oslo", "Rome")), ("Norway", ("Oslo", "Bern")), ("Peru", ("Lima", "Quito")))
+CAPITALS = (
+    ("France", ("Paris", "Rome")),
+    ("Italy", ("Oslo", "Rome")),
+    ("Norway", ("Oslo", "Bern")),
+    ("Peru", ("Lima", "Quito")),
+)
 RIGHT = (0, 1, 0, 0)
 TEXTS = ("Grids are made of cells.", "Cells have colours, ten of them.")
 TASKS = {
-    "capitals": {"output_type": "multiple_choice", "doc_to_text": "The capital of {{country}} is", "doc_to_choice": "cities",
-                 "doc_to_target": "right", "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]},
-    "sentences": {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
-                  "metric_list": [{"metric": "bits_per_byte"}]},
-    "writing": {"output_type": "generate_until", "doc_to_text": "The capital of {{country}} is", "doc_to_target": "{{city}}",
-                "generation_kwargs": {"until": ["."], "max_gen_toks": 8},
-                "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]},
-}  # fmt: skip
+    "capitals": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "The capital of {{country}} is",
+        "doc_to_choice": "cities",
+        "doc_to_target": "right",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    },
+    "sentences": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "bits_per_byte"}],
+    },
+    "writing": {
+        "output_type": "generate_until",
+        "doc_to_text": "The capital of {{country}} is",
+        "doc_to_target": "{{city}}",
+        "generation_kwargs": {"until": ["."], "max_gen_toks": 8},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    },
+}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("tasks")
     rows = {
-        "capitals": [{"country": c, "cities": list(cities), "right": right} for (c, cities), right in zip(CAPITALS, RIGHT)],
+        "capitals": [
+            {"country": c, "cities": list(cities), "right": right}
+            for (c, cities), right in zip(CAPITALS, RIGHT)
+        ],
         "sentences": [{"text": text} for text in TEXTS],
-        "writing": [{"country": c, "city": f" {cities[right]}"} for (c, cities), right in zip(CAPITALS, RIGHT)],
+        "writing": [
+            {"country": c, "city": f" {cities[right]}"} for (c, cities), right in zip(CAPITALS, RIGHT)
+        ],
     }
     for name, task in TASKS.items():
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[name]))
@@ -61,14 +85,23 @@ def folder(tmp_path_factory):
 @needs_lm_eval
 def test_three_kinds_of_tasks_give_what_is_known(folder):
     """A model that knows three of the four capitals by heart, and is sure of the wrong one of the fourth."""
-    known = [f"The capital of {c} is {cities[right]}. And more" for (c, cities), right in zip(CAPITALS[:3], RIGHT)]
-    figures = harness.evaluate(Table([*known, "The capital of Peru is Quito."]), ["capitals", "writing"], include_path=folder)
+    known = [
+        f"The capital of {c} is {cities[right]}. And more" for (c, cities), right in zip(CAPITALS[:3], RIGHT)
+    ]
+    figures = harness.evaluate(
+        Table([*known, "The capital of Peru is Quito."]), ["capitals", "writing"], include_path=folder
+    )
     capitals, writing = figures["results"]["capitals"], figures["results"]["writing"]
-    assert capitals["acc"]["value"] == 0.75 and 0 < capitals["acc"]["interval"][0] < 0.75 < capitals["acc"]["interval"][1] <= 1
+    assert (
+        capitals["acc"]["value"] == 0.75
+        and 0 < capitals["acc"]["interval"][0] < 0.75 < capitals["acc"]["interval"][1] <= 1
+    )
     assert writing["exact_match"]["value"] == 0.75
     assert figures["items"] == {"capitals": 4, "writing": 4} and json.loads(json.dumps(figures)) == figures
 
-    sentences = harness.evaluate(Table(), ["sentences"], include_path=folder)["results"]["sentences"]  # all tokens are equally likely to it
+    sentences = harness.evaluate(Table(), ["sentences"], include_path=folder)["results"][
+        "sentences"
+    ]  # all tokens are equally likely to it
     tokens = sum(len(tok.load().encode_ordinary(t)) for t in TEXTS)
     expected = math.log2(tok.VOCAB_SIZE) * tokens / sum(map(len, TEXTS))
     assert sentences["bits_per_byte"]["value"] == pytest.approx(expected, rel=1e-5)
@@ -85,7 +118,9 @@ def test_both_routes_go_through(folder, name):
 def test_a_text_longer_than_the_block_is_read_in_windows():
     """Every token predicted once, and all but a window's first from those before it."""
     model, ids = tiny("dense", block_size=8), tok.load().encode_ordinary(" ".join(TEXTS) * 2)
-    (got,) = harness.Wrapped(model).loglikelihood_rolling([type("Request", (), {"args": (" ".join(TEXTS) * 2,)})])
+    (got,) = harness.Wrapped(model).loglikelihood_rolling(
+        [type("Request", (), {"args": (" ".join(TEXTS) * 2,)})]
+    )
     given, expected = [tok.EOT, *ids], 0.0
     last = len(ids) - len(ids) % 8 if len(ids) % 8 else len(ids)
     for start in range(0, last, 8):
@@ -118,11 +153,19 @@ class Reads:
             yield torch.full((len(prompts),), tok.load().encode_ordinary(" a")[0])
 
 
-@pytest.mark.parametrize("words, asked, read, written", [
-    # What is written gives way to the prompt, down to half of block_size; then the prompt does
-    (20, 8, 21, 8), (20, 60, 21, 43), (20, 64, 21, 43), (20, 2048, 21, 43),
-    (80, 16, 48, 16), (60, 40, 32, 32), (80, 2048, 32, 32),
-])
+@pytest.mark.parametrize(
+    "words, asked, read, written",
+    [
+        # What is written gives way to the prompt, down to half of block_size; then the prompt does
+        (20, 8, 21, 8),
+        (20, 60, 21, 43),
+        (20, 64, 21, 43),
+        (20, 2048, 21, 43),
+        (80, 16, 48, 16),
+        (60, 40, 32, 32),
+        (80, 2048, 32, 32),
+    ],
+)
 def test_a_prompt_keeps_its_room_whatever_is_asked_for_beside_it(words, asked, read, written, capsys):
     prompts, settings = [" b" * words, " b" * 20], [{"max_gen_toks": asked}, {"max_gen_toks": 8}]
     for order in (1, -1):
@@ -144,12 +187,18 @@ def test_what_is_written_ends_at_the_first_of_the_words():
 
 @needs_lm_eval
 def test_an_unknown_task_is_an_error_in_a_line_before_anything_is_measured(folder, tmp_path, monkeypatch):
-    few = functools.partial(harness.TaskManager, include_defaults=False)  # lm-eval's own are thousands of files
+    few = functools.partial(
+        harness.TaskManager, include_defaults=False
+    )  # lm-eval's own are thousands of files
     monkeypatch.setattr(harness, "TaskManager", lambda **kw: few(include_path=folder))
     harness.manager.cache_clear()
     with pytest.raises(ValueError, match="no task 'capitol': the closest are capitals"):
         harness.evaluate(Table(), ["capitol"], include_path=folder)
-    monkeypatch.setattr(sys, "argv", ["eval_arc.py", "ckpt.pt", "--suites=sudoku4,lm_eval:capitals,sentense", f"--out_dir={tmp_path}"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["eval_arc.py", "ckpt.pt", "--suites=sudoku4,lm_eval:capitals,sentense", f"--out_dir={tmp_path}"],
+    )
     with pytest.raises(SystemExit, match="^error: lm-eval has no task 'sentense': the closest are sentences"):
         eval_arc.main()
     assert not list(tmp_path.iterdir())

@@ -37,8 +37,13 @@ def small_stage(data, salt=0):
         for split, n in (("train", 40), ("val", 5)):
             documents = [np.array([*rng.integers(0, 50000, 30), tokenizer.EOT], np.uint16) for _ in range(n)]
             entries.append(stages.write_shard(data, about, split, documents))
-    mixture = {"stage": "stage1", "seed": 1, "tokenizer": tokenizer.fingerprint(), "weights": {n: 1 / 3 for n in PARTS},
-               "groups": {"synth": 2 / 3, "math": 1 / 3}}  # fmt: skip
+    mixture = {
+        "stage": "stage1",
+        "seed": 1,
+        "tokenizer": tokenizer.fingerprint(),
+        "weights": {n: 1 / 3 for n in PARTS},
+        "groups": {"synth": 2 / 3, "math": 1 / 3},
+    }
     about = {n: {"licence": "generated here", "train": {"tokens": 1240}} for n in PARTS}
     stages.write_stage(data, "stage1", entries, mixture, {"provenance": {"sources": about}, "filters": {}})
     stages.freeze(data, "stage1", "v0.1")
@@ -59,8 +64,14 @@ def data(tmp_path):
 
 
 def command(hub, *words, token=TOKEN, **more):
-    return subprocess.Popen([sys.executable, str(ROOT / "prepare.py"), *map(str, words)], env={**hub.env(hub.home, token), **more},
-                            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "prepare.py"), *map(str, words)],
+        env={**hub.env(hub.home, token), **more},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def run(hub, *words, **more):
@@ -83,7 +94,9 @@ def same(a, b):
     entries, mixture = prepare.read_manifest(a, "stage1", tag="v0.1")
     assert (entries, mixture) == prepare.read_manifest(b, "stage1", tag="v0.1")
     for name in stages.FROZEN_FILES:
-        assert (a / "stages/stage1/v0.1" / name).read_bytes() == (b / "stages/stage1/v0.1" / name).read_bytes()
+        assert (a / "stages/stage1/v0.1" / name).read_bytes() == (
+            b / "stages/stage1/v0.1" / name
+        ).read_bytes()
 
 
 def test_a_stage_goes_to_the_hub_and_comes_back(hub, data, tmp_path):
@@ -92,12 +105,22 @@ def test_a_stage_goes_to_the_hub_and_comes_back(hub, data, tmp_path):
     entries, _ = prepare.read_manifest(data, "stage1", tag="v0.1")
     there = hub.files("ada/stage1", "v0.1")
     assert hub.repos["ada/stage1"].private
-    expected = {p for e in entries for p in (e["path"], e["path"][:-4] + ".idx")} | {*stages.FROZEN_FILES, "README.md", ".gitattributes"}
+    expected = {p for e in entries for p in (e["path"], e["path"][:-4] + ".idx")} | {
+        *stages.FROZEN_FILES,
+        "README.md",
+        ".gitattributes",
+    }
     assert set(there) == expected
     card = there["README.md"].decode()
-    assert card.startswith("---\nlicense:") and "| sudoku4 | 33.3% | 1,240 |" in card and "prepare.py pull ada/stage1:v0.1\n" in card
+    assert (
+        card.startswith("---\nlicense:")
+        and "| sudoku4 | 33.3% | 1,240 |" in card
+        and "prepare.py pull ada/stage1:v0.1\n" in card
+    )
     before = len(hub.log)
-    assert push(hub, data)[0] == 0 and not [x for x in hub.log[before:] if x[0] == "PUT" or "commit" in x[1]], "something was sent again"
+    assert push(hub, data)[0] == 0 and not [
+        x for x in hub.log[before:] if x[0] == "PUT" or "commit" in x[1]
+    ], "something was sent again"
 
     code_, out, _ = pull(hub, tmp_path / "far")
     assert code_ == 0 and "--data=stage1 --data_tag=v0.1" in out
@@ -105,12 +128,18 @@ def test_a_stage_goes_to_the_hub_and_comes_back(hub, data, tmp_path):
     assert run(hub, "verify", "stage1:v0.1", f"--data_dir={tmp_path / 'far'}")[0] == 0
     assert not list((tmp_path / "far/work").rglob("*.bin"))
     before = len(hub.log)
-    assert pull(hub, tmp_path / "far")[0] == 0 and not [p for _, p in hub.log[before:] if "/lfs/" in p], "the second pull fetched shards"
+    assert pull(hub, tmp_path / "far")[0] == 0 and not [p for _, p in hub.log[before:] if "/lfs/" in p], (
+        "the second pull fetched shards"
+    )
 
 
 def test_trouble_on_the_way_is_got_over(hub, data, tmp_path):
     """What the clients retry themselves, and what they leave to the next run."""
-    hub.faults = [Fault("PUT", "/lfs/", 500, 2), Fault("POST", "/preupload/", 503, 1), Fault("GET", "/refs", 429, 1)]
+    hub.faults = [
+        Fault("PUT", "/lfs/", 500, 2),
+        Fault("POST", "/preupload/", 503, 1),
+        Fault("GET", "/refs", 429, 1),
+    ]
     code_, _, error = push(hub, data)
     if code_:
         assert error.startswith("error: ") and "run it again" in error
@@ -129,8 +158,14 @@ def test_trouble_on_the_way_is_got_over(hub, data, tmp_path):
 
 def test_killed_in_the_middle_and_run_again(hub, data, tmp_path):
     for words, moment in (
-        (("push", "stage1:v0.1", "--repo=ada/stage1", f"--data_dir={data}"), lambda: [x for x in hub.log if x[0] == "PUT"]),
-        (("pull", "ada/stage1:v0.1", f"--data_dir={tmp_path / 'far'}"), lambda: list((tmp_path / "far").glob("processed/*/*"))),
+        (
+            ("push", "stage1:v0.1", "--repo=ada/stage1", f"--data_dir={data}"),
+            lambda: [x for x in hub.log if x[0] == "PUT"],
+        ),
+        (
+            ("pull", "ada/stage1:v0.1", f"--data_dir={tmp_path / 'far'}"),
+            lambda: list((tmp_path / "far").glob("processed/*/*")),
+        ),
     ):
         process = command(hub, *words)
         while not moment() and process.poll() is None:
@@ -147,7 +182,9 @@ def test_killed_in_the_middle_and_run_again(hub, data, tmp_path):
 @pytest.mark.parametrize("token", [None, "hf_wrong"])
 def test_without_a_login_nothing_is_pushed(hub, data, token):
     code_, _, error = push(hub, data, token=token)
-    assert code_ == 1 and error.startswith("error: cannot log in") and "hf auth login" in error and not hub.repos
+    assert (
+        code_ == 1 and error.startswith("error: cannot log in") and "hf auth login" in error and not hub.repos
+    )
 
 
 def corrupt(hub, files, path):
@@ -172,19 +209,37 @@ def believable(files, manifest):
     mixture = json.dumps(mixture).encode()
     snapshot = json.loads(files["snapshot.json"])
     snapshot.update(manifest_sha256=stages.sha256(manifest), mixture_sha256=stages.sha256(mixture))
-    return {"manifest.jsonl": manifest, "mixture.json": mixture, "snapshot.json": json.dumps(snapshot).encode()}
+    return {
+        "manifest.jsonl": manifest,
+        "mixture.json": mixture,
+        "snapshot.json": json.dumps(snapshot).encode(),
+    }
 
 
-@pytest.mark.parametrize(("lie", "says"), [
-    (lambda f: {first_bin(f): bytes([f[first_bin(f)][0] ^ 1]) + f[first_bin(f)][1:]}, "does not have the SHA-256 that its manifest says"),
-    (lambda f: {first_bin(f): f[first_bin(f)][:-2]}, "bytes at ada/stage1:v0.1 where the manifest says"),
-    (lambda f: {first_bin(f): None}, "is missing at ada/stage1:v0.1"),
-    (lambda f: {"snapshot.json": None}, "is no frozen stage: snapshot.json is missing"),
-    (lambda f: {"setup.py": b"print('boo')"}, "setup.py at ada/stage1:v0.1 does not belong to the stage"),
-    (lambda f: {"manifest.jsonl": f["manifest.jsonl"].replace(b'"val"', b'"train"')}, "manifest.jsonl was changed after"),
-    (lambda f: believable(f, escape(f)), "not processed/SOURCE/NAME.bin"),
-    (lambda f: {"snapshot.json": f["snapshot.json"].replace(b'"stage": "stage1"', b'"stage": "../../x"')}, "snapshot.json is damaged"),
-])
+@pytest.mark.parametrize(
+    ("lie", "says"),
+    [
+        (
+            lambda f: {first_bin(f): bytes([f[first_bin(f)][0] ^ 1]) + f[first_bin(f)][1:]},
+            "does not have the SHA-256 that its manifest says",
+        ),
+        (lambda f: {first_bin(f): f[first_bin(f)][:-2]}, "bytes at ada/stage1:v0.1 where the manifest says"),
+        (lambda f: {first_bin(f): None}, "is missing at ada/stage1:v0.1"),
+        (lambda f: {"snapshot.json": None}, "is no frozen stage: snapshot.json is missing"),
+        (lambda f: {"setup.py": b"print('boo')"}, "setup.py at ada/stage1:v0.1 does not belong to the stage"),
+        (
+            lambda f: {"manifest.jsonl": f["manifest.jsonl"].replace(b'"val"', b'"train"')},
+            "manifest.jsonl was changed after",
+        ),
+        (lambda f: believable(f, escape(f)), "not processed/SOURCE/NAME.bin"),
+        (
+            lambda f: {
+                "snapshot.json": f["snapshot.json"].replace(b'"stage": "stage1"', b'"stage": "../../x"')
+            },
+            "snapshot.json is damaged",
+        ),
+    ],
+)
 def test_a_repository_that_lies_is_not_believed(hub, data, tmp_path, lie, says):
     shards = {p.relative_to(data).as_posix(): p.read_bytes() for p in (data / "processed").rglob("*.*")}
     files = {**shards, **{n: (data / "stages/stage1/v0.1" / n).read_bytes() for n in stages.FROZEN_FILES}}
@@ -218,26 +273,35 @@ def test_tags_do_not_move(hub, data, tmp_path):
     same(data, tmp_path / "far")
 
 
-@pytest.mark.parametrize(("words", "says"), [
-    (["pull", "ada/stage1"], "say which tag"),
-    (["pull", "stage1:v0.1"], "write USER/NAME"),
-    (["pull", "ada/nothing:v0.1"], "no such repository"),
-    (["pull", "ada/empty:v0.1"], "has no tag 'v0.1'; it has none"),
-    (["push", "stage1", "--repo=ada/x"], "only a frozen stage is pushed"),
-    (["push", "stage1:v0.1"], "say where to"),
-    (["push", "stage1:v9", "--repo=ada/x"], "has no tag 'v9'"),
-    (["push", "stage1:../v9", "--repo=ada/x"], "is not the name of a stage"),
-    (["freeze", "stage1"], "say under which tag"),
-])
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["pull", "ada/stage1"], "say which tag"),
+        (["pull", "stage1:v0.1"], "write USER/NAME"),
+        (["pull", "ada/nothing:v0.1"], "no such repository"),
+        (["pull", "ada/empty:v0.1"], "has no tag 'v0.1'; it has none"),
+        (["push", "stage1", "--repo=ada/x"], "only a frozen stage is pushed"),
+        (["push", "stage1:v0.1"], "say where to"),
+        (["push", "stage1:v9", "--repo=ada/x"], "has no tag 'v9'"),
+        (["push", "stage1:../v9", "--repo=ada/x"], "is not the name of a stage"),
+        (["freeze", "stage1"], "say under which tag"),
+    ],
+)
 def test_mistakes_are_one_line(hub, data, words, says, monkeypatch):
     """In this process, where the client has read its settings already: what needs an answer from the hub is told where it is."""
     import huggingface_hub
 
     hub.put("ada/empty", {"README.md": b"x"})
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: huggingface_hub.hf_api.HfApi(endpoint=hub.url, token=TOKEN))
+    monkeypatch.setattr(
+        huggingface_hub, "HfApi", lambda: huggingface_hub.hf_api.HfApi(endpoint=hub.url, token=TOKEN)
+    )
     with pytest.raises(SystemExit) as e:
         prepare.main([*words, f"--data_dir={data}"])
-    assert says in str(e.value.code) and str(e.value.code).startswith("error: ") and "\n" not in str(e.value.code)
+    assert (
+        says in str(e.value.code)
+        and str(e.value.code).startswith("error: ")
+        and "\n" not in str(e.value.code)
+    )
 
 
 # ---- streaming
@@ -260,27 +324,63 @@ def configs(**paths):
 
 
 def publish(hub):
-    hub.put("HuggingFaceFW/fineweb-edu", {
-        "README.md": configs(sample_10BT={"train": "sample/10BT/*"}),
-        **{f"sample/10BT/{i:03d}.parquet": parquet([{"text": english(20, 100 * i + j), "id": "x"} for j in range(60)]) for i in range(3)}})
+    hub.put(
+        "HuggingFaceFW/fineweb-edu",
+        {
+            "README.md": configs(sample_10BT={"train": "sample/10BT/*"}),
+            **{
+                f"sample/10BT/{i:03d}.parquet": parquet(
+                    [{"text": english(20, 100 * i + j), "id": "x"} for j in range(60)]
+                )
+                for i in range(3)
+            },
+        },
+    )
     for i in range(2):
         lines = "".join(json.dumps({"content": code(50 * i + j), "license": "mit"}) + "\n" for j in range(50))
         hub.put("codeparrot/codeparrot-clean", {f"file-{i}.json.gz": gzip.compress(lines.encode())})
-    school = [{"question": f"What is {i} and {i + 1} more than {i + 2} put together in one sum?", "answer": f"#### {i}"} for i in range(60)]
-    hub.put("openai/gsm8k", {
-        "README.md": configs(main={"train": "main/train-*", "test": "main/test-*"}),
-        "main/train-0.parquet": parquet(school),
-        "main/test-0.parquet": parquet([{"question": "An exam question that is nowhere else to be found, they say.", "answer": "#### 3"}])})
+    school = [
+        {
+            "question": f"What is {i} and {i + 1} more than {i + 2} put together in one sum?",
+            "answer": f"#### {i}",
+        }
+        for i in range(60)
+    ]
+    hub.put(
+        "openai/gsm8k",
+        {
+            "README.md": configs(main={"train": "main/train-*", "test": "main/test-*"}),
+            "main/train-0.parquet": parquet(school),
+            "main/test-0.parquet": parquet(
+                [
+                    {
+                        "question": "An exam question that is nowhere else to be found, they say.",
+                        "answer": "#### 3",
+                    }
+                ]
+            ),
+        },
+    )
     rng, rows = np.random.default_rng(2), ["source,question,answer,rating"]
     for _ in range(30):
         question, answer = puzzles.sudoku(rng, 9, 30).test[0]
-        rows.append("x,{},{},7".format("".join(str(v or ".") for v in question.flat), "".join(map(str, answer.flat))))
+        rows.append(
+            "x,{},{},7".format("".join(str(v or ".") for v in question.flat), "".join(map(str, answer.flat)))
+        )
     tested_on = "\n".join([rows[0], rows[5]]).encode() + b"\n"
-    hub.put("sapientinc/sudoku-extreme", {"train.csv": "\n".join(rows).encode() + b"\n", "test.csv": tested_on})
+    hub.put(
+        "sapientinc/sudoku-extreme", {"train.csv": "\n".join(rows).encode() + b"\n", "test.csv": tested_on}
+    )
 
 
-STREAM = ["stage1", "--sources=fineweb_edu,codeparrot,gsm8k,sudoku_extreme,sudoku9,arc", "--limit_mb=0.25", "--unit_mb=0.03",
-          "--stage_val_every=20", "--num_proc=1"]  # fmt: skip
+STREAM = [
+    "stage1",
+    "--sources=fineweb_edu,codeparrot,gsm8k,sudoku_extreme,sudoku9,arc",
+    "--limit_mb=0.25",
+    "--unit_mb=0.03",
+    "--stage_val_every=20",
+    "--num_proc=1",
+]
 
 
 def test_streaming_from_the_hub_survives_kills_and_a_moving_branch(hub, tmp_path):
@@ -288,10 +388,19 @@ def test_streaming_from_the_hub_survives_kills_and_a_moving_branch(hub, tmp_path
     code_, _, error = run(hub, *STREAM, f"--data_dir={tmp_path / 'one'}")
     assert code_ == 0, error
     entries, mixture = prepare.read_manifest(tmp_path / "one", "stage1")
-    assert {e["source"] for e in entries} == {"fineweb_edu", "codeparrot", "gsm8k", "sudoku_extreme", "sudoku9", "arc"}
+    assert {e["source"] for e in entries} == {
+        "fineweb_edu",
+        "codeparrot",
+        "gsm8k",
+        "sudoku_extreme",
+        "sudoku9",
+        "arc",
+    }
     provenance = json.loads((tmp_path / "one/metadata/stage1/provenance.json").read_text())
     assert provenance["sources"]["gsm8k"]["revision"] == hub.repos["openai/gsm8k"].branches["main"]
-    dropped = json.loads((tmp_path / "one/metadata/stage1/filters.json").read_text())["sudoku_extreme"]["dropped"]
+    dropped = json.loads((tmp_path / "one/metadata/stage1/filters.json").read_text())["sudoku_extreme"][
+        "dropped"
+    ]
     assert dropped["is_in_sudoku_extreme_test"]["count"] == 1
 
     # cut connections and a kill on the way; then main moves, but the build goes on with the commit it began with
@@ -301,7 +410,10 @@ def test_streaming_from_the_hub_survives_kills_and_a_moving_branch(hub, tmp_path
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    hub.put("openai/gsm8k", {"main/train-0.parquet": parquet([{"question": "Something else?", "answer": "#### 0"}])})
+    hub.put(
+        "openai/gsm8k",
+        {"main/train-0.parquet": parquet([{"question": "Something else?", "answer": "#### 0"}])},
+    )
     for _ in range(3):
         code_, _, error = run(hub, *STREAM, f"--data_dir={tmp_path / 'two'}")
         if code_ == 0:
@@ -333,15 +445,33 @@ def test_a_thousand_hard_sudokus_come_from_one_commit(hub, tmp_path):
 
     def rows(n):
         made = [puzzles.sudoku(rng, 9, 30).test[0] for _ in range(n)]
-        lines = [",".join(["kaggle", *("".join(map(str, grid.reshape(-1))).replace("0", ".") for grid in pair), "3"]) for pair in made]
+        lines = [
+            ",".join(
+                ["kaggle", *("".join(map(str, grid.reshape(-1))).replace("0", ".") for grid in pair), "3"]
+            )
+            for pair in made
+        ]
         return "\n".join(["source,question,answer,rating", *lines, ""]).encode()
 
     hub.put("sapientinc/sudoku-extreme", {"train.csv": rows(6), "test.csv": rows(4)})
     first = hub.repos["sapientinc/sudoku-extreme"].branches["main"]
-    command = [sys.executable, "-m", "smol.sudoku_extreme", "--source=hub", "--n=5", "--n_test=3", "--data_dir=data"]
+    command = [
+        sys.executable,
+        "-m",
+        "smol.sudoku_extreme",
+        "--source=hub",
+        "--n=5",
+        "--n_test=3",
+        "--data_dir=data",
+    ]
     for _ in range(2):  # and again, when main has moved
-        done = subprocess.run(command, cwd=tmp_path, env={**hub.env(hub.home, TOKEN), "PYTHONPATH": str(ROOT)},
-                              capture_output=True, text=True)  # fmt: skip
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env={**hub.env(hub.home, TOKEN), "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
         manifest, mixture = stages.read_manifest(tmp_path / "data", "sudoku_extreme")
         assert {e["split"]: e["documents"] for e in manifest} == {"train": 5, "val": 3}

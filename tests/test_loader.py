@@ -29,13 +29,31 @@ def write_stage(data, sources, weights=None, stage="demo"):
         offsets = np.cumsum([0] + [len(d) for d in documents]).astype("<i8").tobytes()
         path.write_bytes(tokens)
         path.with_suffix(".idx").write_bytes(offsets)
-        entries.append({"path": str(path.relative_to(data)), "sha256": hashlib.sha256(tokens).hexdigest(),
-                        "idx_sha256": hashlib.sha256(offsets).hexdigest(), "tokens": len(tokens) // 2, "documents": len(documents),
-                        "bytes": len(tokens), "source": name, "group": "web" if kind == "text" else "synth", "kind": kind,
-                        "split": split, "augment": augment, "tokenizer": tok.fingerprint()})  # fmt: skip
+        entries.append(
+            {
+                "path": str(path.relative_to(data)),
+                "sha256": hashlib.sha256(tokens).hexdigest(),
+                "idx_sha256": hashlib.sha256(offsets).hexdigest(),
+                "tokens": len(tokens) // 2,
+                "documents": len(documents),
+                "bytes": len(tokens),
+                "source": name,
+                "group": "web" if kind == "text" else "synth",
+                "kind": kind,
+                "split": split,
+                "augment": augment,
+                "tokenizer": tok.fingerprint(),
+            }
+        )
     names = sorted({e["source"] for e in entries if e["split"] == "train"})
     weights = weights or {name: 1 / len(names) for name in names}
-    mixture = {"stage": stage, "seed": 1, "tokenizer": tok.fingerprint(), "weights": weights, "groups": {"web": 1.0}}
+    mixture = {
+        "stage": stage,
+        "seed": 1,
+        "tokenizer": tok.fingerprint(),
+        "weights": weights,
+        "groups": {"web": 1.0},
+    }
     folder = data / "stages" / stage
     folder.mkdir(parents=True)
     (folder / "manifest.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
@@ -64,21 +82,38 @@ def puzzle_documents(n, seed=0, low=1, high=4, most=4, kind="arc"):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Two text sources, one of them in two shards, and two of puzzles."""
-    return write_stage(tmp_path_factory.mktemp("data"), [
-        ("prose", "text", "train", "none", text_documents(40)),
-        ("prose", "text", "train", "none", text_documents(30, first=600)),
-        ("prose", "text", "val", "none", text_documents(20, first=2000)),
-        ("code", "text", "train", "none", text_documents(25, first=3000)),
-        ("grids", "puzzle", "train", "arc", puzzle_documents(60)),
-        ("grids", "puzzle", "train", "arc", puzzle_documents(7, seed=5)),
-        ("grids", "puzzle", "val", "arc", puzzle_documents(30, seed=1)),
-        ("sudoku", "puzzle", "train", "dihedral", puzzle_documents(20, seed=2, low=4, high=4, most=1, kind="sudoku")),
-        ("sudoku", "puzzle", "val", "dihedral", puzzle_documents(9, seed=3, low=4, high=4, most=1, kind="sudoku")),
-    ])  # fmt: skip
+    return write_stage(
+        tmp_path_factory.mktemp("data"),
+        [
+            ("prose", "text", "train", "none", text_documents(40)),
+            ("prose", "text", "train", "none", text_documents(30, first=600)),
+            ("prose", "text", "val", "none", text_documents(20, first=2000)),
+            ("code", "text", "train", "none", text_documents(25, first=3000)),
+            ("grids", "puzzle", "train", "arc", puzzle_documents(60)),
+            ("grids", "puzzle", "train", "arc", puzzle_documents(7, seed=5)),
+            ("grids", "puzzle", "val", "arc", puzzle_documents(30, seed=1)),
+            (
+                "sudoku",
+                "puzzle",
+                "train",
+                "dihedral",
+                puzzle_documents(20, seed=2, low=4, high=4, most=1, kind="sudoku"),
+            ),
+            (
+                "sudoku",
+                "puzzle",
+                "val",
+                "dihedral",
+                puzzle_documents(9, seed=3, low=4, high=4, most=1, kind="sudoku"),
+            ),
+        ],
+    )
 
 
 def make(data, **settings):
-    defaults = dict(stage="demo", seed=1, batch_size=2, block_size=96, batches_per_step=4, puzzle_format="autoregressive")
+    defaults = dict(
+        stage="demo", seed=1, batch_size=2, block_size=96, batches_per_step=4, puzzle_format="autoregressive"
+    )
     return Loader(data, **{**defaults, **settings})
 
 
@@ -165,7 +200,11 @@ def test_every_token_is_seen_once_in_an_epoch(data, block_size):
         batches = [loader.next_step()[0] for _ in range(windows)]
         rows = {}
         for b in batches:
-            assert b.mode == "text" and b.idx.shape == b.targets.shape == (1, block_size) and b.idx.dtype == torch.long
+            assert (
+                b.mode == "text"
+                and b.idx.shape == b.targets.shape == (1, block_size)
+                and b.idx.dtype == torch.long
+            )
             assert torch.equal(b.idx[:, 1:], b.targets[:, :-1])
             rows[tuple(b.idx[0].tolist())] = b.targets[0, -1].item()
         orders.append([tuple(b.idx[0].tolist()) for b in batches])
@@ -201,7 +240,9 @@ def symmetries(got, pairs):
             for g, g0 in zip(pair, pairs[i]):
                 turned = np.rot90(g0.T if turn >= 4 else g0, turn % 4)
                 fits = fits and turned.shape == g.shape
-                fits = fits and all(colours.setdefault(int(a), int(b)) == b for a, b in zip(turned.flat, g.flat))
+                fits = fits and all(
+                    colours.setdefault(int(a), int(b)) == b for a, b in zip(turned.flat, g.flat)
+                )
         if fits and len(set(colours.values())) == len(colours):
             yield turn, colours, order
 
@@ -225,7 +266,12 @@ def test_a_canvas_row_shows_nothing_of_the_answer():
         *demos, (test_input, answer) = pairs
         idx, targets = puzzle_row(document, "canvas", "none")
         H, W = np.maximum(arc.canvas_shape(demos, test_input), answer.shape)
-        seen = np.concatenate([[arc.KINDS[kind]], *([m, *arc.encode_grid(g)] for p in demos for m, g in zip((tok.INPUT, tok.OUTPUT), p))])
+        seen = np.concatenate(
+            [
+                [arc.KINDS[kind]],
+                *([m, *arc.encode_grid(g)] for p in demos for m, g in zip((tok.INPUT, tok.OUTPUT), p)),
+            ]
+        )
         prompt = [*seen, tok.OUTPUT]
         assert np.array_equal(idx[: len(prompt)], prompt)
         shown = idx[len(prompt) :].reshape(H, W + 1)
@@ -268,7 +314,11 @@ def test_an_augmented_row_is_a_symmetry_of_its_document(augment):
         if len(pairs) == 3:
             orders.add(order)
             tests.add(order[-1])
-    assert len(orders) >= 3 and tests == {0, 1, 2}  # demonstrations change places, every pair is once the test
+    assert len(orders) >= 3 and tests == {
+        0,
+        1,
+        2,
+    }  # demonstrations change places, every pair is once the test
     if augment == "none":
         assert turns == {0} and not recoloured
     else:
@@ -296,7 +346,9 @@ def test_both_formats_see_the_same_puzzles(data):
 
 @pytest.mark.parametrize("puzzle_format", ("autoregressive", "canvas"))
 def test_puzzle_batches_are_full_but_never_too_large(data, puzzle_format):
-    loader = make(data, weights={"grids": 1, "sudoku": 1}, puzzle_format=puzzle_format, batch_size=4, block_size=128)
+    loader = make(
+        data, weights={"grids": 1, "sudoku": 1}, puzzle_format=puzzle_format, batch_size=4, block_size=128
+    )
     shapes = {}
     for _ in range(20):
         for number, batch in enumerate(loader.next_step()):
@@ -314,7 +366,10 @@ def test_puzzle_batches_are_full_but_never_too_large(data, puzzle_format):
 
 
 def test_rows_longer_than_the_block_are_skipped(tmp_path):
-    short, long = puzzle_documents(5, low=1, high=2, most=1), puzzle_documents(5, seed=1, low=9, high=9, most=2)
+    short, long = (
+        puzzle_documents(5, low=1, high=2, most=1),
+        puzzle_documents(5, seed=1, low=9, high=9, most=2),
+    )
     data = write_stage(tmp_path, [("mixed", "puzzle", "train", "none", short + long)])
     loader = make(data, block_size=24, batch_size=2)
     for _ in range(10):
@@ -328,7 +383,10 @@ def test_rows_longer_than_the_block_are_skipped(tmp_path):
 
 def test_few_short_rows_among_many_long_ones_are_no_error(tmp_path):
     """Ten thousand long draws have to come in a row before the source is given up."""
-    short, long = puzzle_documents(1, low=1, high=1, most=1), puzzle_documents(1, seed=1, low=5, high=5, most=1)
+    short, long = (
+        puzzle_documents(1, low=1, high=1, most=1),
+        puzzle_documents(1, seed=1, low=5, high=5, most=1),
+    )
     data = write_stage(tmp_path, [("mixed", "puzzle", "train", "none", short + 29 * long)])
     loader = make(data, block_size=16, batch_size=450, batches_per_step=1)
     assert loader.next_step()[0].idx.shape == (450, 16)
@@ -345,7 +403,10 @@ def test_draws_cover_all_documents(data):
 
 def test_pad_rows():
     idx, targets = pad_rows([(np.array([1, 2]), np.array([3, 4])), (np.array([5]), np.array([6]))], 3)
-    assert idx.tolist() == [[1, 2, tok.PAD], [5, tok.PAD, tok.PAD]] and targets.tolist() == [[3, 4, IGNORE], [6, IGNORE, IGNORE]]
+    assert idx.tolist() == [[1, 2, tok.PAD], [5, tok.PAD, tok.PAD]] and targets.tolist() == [
+        [3, 4, IGNORE],
+        [6, IGNORE, IGNORE],
+    ]
 
 
 # ---- the mixture
@@ -375,19 +436,28 @@ def test_a_step_belongs_to_one_source(data):
 
 
 def test_the_stage_has_a_mixture_of_its_own(tmp_path):
-    data = write_stage(tmp_path, [("a", "text", "train", "none", text_documents(9)), ("b", "text", "train", "none", text_documents(9))],
-                       weights={"a": 1.0, "b": 0.0})  # fmt: skip
+    data = write_stage(
+        tmp_path,
+        [
+            ("a", "text", "train", "none", text_documents(9)),
+            ("b", "text", "train", "none", text_documents(9)),
+        ],
+        weights={"a": 1.0, "b": 0.0},
+    )
     assert list(make(data).sources) == ["a"]
     assert list(make(data, weights={"b": 2}).sources) == ["b"]
 
 
-@pytest.mark.parametrize("settings, message", (
-    (dict(weights={"prose": 1, "wiki": 1}), "wiki.*it has: code, grids, prose, sudoku"),
-    (dict(weights={"prose": 0, "code": 0}), "zero"),
-    (dict(weights={"prose": 2, "code": -1}), "-1"),
-    (dict(stage="stage9"), "stage9"),
-    (dict(stage="../demo"), "not the name"),
-))  # fmt: skip
+@pytest.mark.parametrize(
+    "settings, message",
+    (
+        (dict(weights={"prose": 1, "wiki": 1}), "wiki.*it has: code, grids, prose, sudoku"),
+        (dict(weights={"prose": 0, "code": 0}), "zero"),
+        (dict(weights={"prose": 2, "code": -1}), "-1"),
+        (dict(stage="stage9"), "stage9"),
+        (dict(stage="../demo"), "not the name"),
+    ),
+)
 def test_a_mixture_that_cannot_be(data, settings, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as e:
         make(data, **settings)
@@ -396,7 +466,10 @@ def test_a_mixture_that_cannot_be(data, settings, message):
 
 def test_weight_for_a_source_that_is_only_held_out(tmp_path):
     """To train on what is there instead would quietly be another mixture."""
-    data = write_stage(tmp_path, [("a", "text", "train", "none", text_documents(9)), ("b", "text", "val", "none", text_documents(9))])
+    data = write_stage(
+        tmp_path,
+        [("a", "text", "train", "none", text_documents(9)), ("b", "text", "val", "none", text_documents(9))],
+    )
     with pytest.raises(ValueError, match="'b'"):
         make(data, weights={"a": 1, "b": 1}, block_size=16)
 
@@ -421,7 +494,10 @@ def test_missing_stage_and_damaged_shards(tmp_path):
 
 
 def val(loader, mode, n):
-    return [(name, number, idx.tolist(), targets.tolist()) for name, number, idx, targets in loader.val_batches(mode, n)]
+    return [
+        (name, number, idx.tolist(), targets.tolist())
+        for name, number, idx, targets in loader.val_batches(mode, n)
+    ]
 
 
 @pytest.mark.parametrize("mode", ("text", "puzzle"))
@@ -434,7 +510,10 @@ def test_validation_is_always_the_same_and_shared_out(data, mode, puzzle_format)
     assert val(loader, mode, 3) == alone
     assert val(make(data, seed=7, puzzle_format=puzzle_format), mode, 3) == alone
     for world_size in (2, 3):
-        parts = [val(make(data, puzzle_format=puzzle_format, rank=r, world_size=world_size), mode, 3) for r in range(world_size)]
+        parts = [
+            val(make(data, puzzle_format=puzzle_format, rank=r, world_size=world_size), mode, 3)
+            for r in range(world_size)
+        ]
         assert sorted(b for part in parts for b in part) == sorted(alone)
 
 
@@ -447,7 +526,9 @@ def test_validation_text_is_held_out_text_in_order(data):
         ends = [row[-1] for _, _, _, targets in batches for row in targets]
         assert len({tuple(row) for row in rows}) == len(rows)
         for row, end in zip(rows, ends):
-            at = int(np.flatnonzero(tokens == next(t for t in row if t != tok.EOT))[0]) - [t != tok.EOT for t in row].index(True)
+            at = int(np.flatnonzero(tokens == next(t for t in row if t != tok.EOT))[0]) - [
+                t != tok.EOT for t in row
+            ].index(True)
             assert tokens[at : at + 17].tolist() == [*row, end]
     assert len(rows) == (len(tokens) - 1) // 16  # asked for enough, all of it
 
@@ -455,28 +536,47 @@ def test_validation_text_is_held_out_text_in_order(data):
 def test_validation_puzzles_are_left_as_they_are(data):
     loader = make(data, weights={"grids": 1, "sudoku": 0}, batch_size=40, block_size=128)
     documents = {tuple(d[:-1].tolist()) for d in puzzle_documents(30, seed=1) if len(d) <= 129}
-    rows = [tuple(t for t in row if t != tok.PAD) for name, _, idx, _ in val(loader, "puzzle", 1) if name == "grids" for row in idx]
+    rows = [
+        tuple(t for t in row if t != tok.PAD)
+        for name, _, idx, _ in val(loader, "puzzle", 1)
+        if name == "grids"
+        for row in idx
+    ]
     assert len(rows) == len(set(rows)) and set(rows) == documents
 
 
 def test_validation_reads_no_more_puzzles_than_n_batches_of_batch_size(data):
     for n in (1, 2, 3):
         for name in ("grids", "sudoku"):
-            rows = [row for source, _, idx, _ in val(make(data, batch_size=4), "puzzle", n) for row in idx if source == name]
+            rows = [
+                row
+                for source, _, idx, _ in val(make(data, batch_size=4), "puzzle", n)
+                for row in idx
+                if source == name
+            ]
             assert 0 < len(rows) <= 4 * n
 
 
 @pytest.mark.parametrize("puzzle_format", ("autoregressive", "canvas"))
-@pytest.mark.parametrize("tokens, block_size", [(13, 12), (13, 13), (26, 14), (130, 96), (130, "a small puzzle's")])
-def test_what_is_not_validated_is_what_validation_gives_no_rows_of(tmp_path, tokens, block_size, puzzle_format):
+@pytest.mark.parametrize(
+    "tokens, block_size", [(13, 12), (13, 13), (26, 14), (130, 96), (130, "a small puzzle's")]
+)
+def test_what_is_not_validated_is_what_validation_gives_no_rows_of(
+    tmp_path, tokens, block_size, puzzle_format
+):
     short, long = (puzzle_documents(3, low=side, high=side, most=1, kind="sudoku") for side in (2, 8))
-    data = write_stage(tmp_path, [
-        ("prose", "text", "train", "none", text_documents(40)),
-        ("prose", "text", "val", "none", text_documents(tokens // 13)),
-        ("code", "text", "train", "none", text_documents(40)),
-        ("small", "puzzle", "train", "none", short), ("small", "puzzle", "val", "none", short),
-        ("large", "puzzle", "train", "none", short), ("large", "puzzle", "val", "none", [*long, *short]),
-    ])  # fmt: skip
+    data = write_stage(
+        tmp_path,
+        [
+            ("prose", "text", "train", "none", text_documents(40)),
+            ("prose", "text", "val", "none", text_documents(tokens // 13)),
+            ("code", "text", "train", "none", text_documents(40)),
+            ("small", "puzzle", "train", "none", short),
+            ("small", "puzzle", "val", "none", short),
+            ("large", "puzzle", "train", "none", short),
+            ("large", "puzzle", "val", "none", [*long, *short]),
+        ],
+    )
     if isinstance(block_size, str):
         block_size = max(len(puzzle_row(d, puzzle_format, "none")[0]) for d in short)
     weights = {"prose": 1, "code": 0, "small": 1, "large": 1}
@@ -526,10 +626,16 @@ def test_padding_is_not_counted(data):
 
 def test_windows_across_shards(data):
     """Every stretch of three shards read as one, also those that begin and end at their borders."""
-    entries = [e for e in map(json.loads, open(data / "stages" / "demo" / "manifest.jsonl")) if e["source"] in ("prose", "code")]
+    entries = [
+        e
+        for e in map(json.loads, open(data / "stages" / "demo" / "manifest.jsonl"))
+        if e["source"] in ("prose", "code")
+    ]
     shards = loader_file.Shards(data, entries)
     whole = np.concatenate([np.fromfile(data / e["path"], "<u2") for e in entries]).astype(np.int64)
-    borders = sorted({int(b) + d for b in shards.first_token for d in (-1, 0, 1)} & set(range(len(whole) + 1)))
+    borders = sorted(
+        {int(b) + d for b in shards.first_token for d in (-1, 0, 1)} & set(range(len(whole) + 1))
+    )
     for start, stop in itertools.combinations(borders, 2):
         assert (shards.slice(start, stop) == whole[start:stop]).all()
 
@@ -548,7 +654,9 @@ def test_a_frozen_stage_is_read_by_its_tag(tmp_path):
         snapshot[name.split(".")[0] + "_sha256"] = hashlib.sha256((stage / name).read_bytes()).hexdigest()
     (frozen / "snapshot.json").write_text(json.dumps(snapshot))
     assert run(make(data, tag="v1"), 5) == run(make(data), 5)
-    assert make(data, tag="v1").snapshot == hashlib.sha256((frozen / "snapshot.json").read_bytes()).hexdigest()
+    assert (
+        make(data, tag="v1").snapshot == hashlib.sha256((frozen / "snapshot.json").read_bytes()).hexdigest()
+    )
     assert make(data).snapshot is None
     # the working stage may go on changing; the frozen one may not
     (stage / "manifest.jsonl").write_text("")

@@ -42,18 +42,38 @@ def test_a_line_that_cannot_be_written_is_told_and_no_exception():
 
 
 def test_the_picture_is_drawn_from_any_log(tmp_path):
-    for entries in ([], [{"iter": 1, "loss": None}, {"iter": 2, "loss": 3.0}, {"iter": 2, "val_losses": {"a": 2.0}},
-                         {"iter": 4, "val_losses": {"b": 1.0, "a": 1.0}}]):  # fmt: skip
+    for entries in (
+        [],
+        [
+            {"iter": 1, "loss": None},
+            {"iter": 2, "loss": 3.0},
+            {"iter": 2, "val_losses": {"a": 2.0}},
+            {"iter": 4, "val_losses": {"b": 1.0, "a": 1.0}},
+        ],
+    ):
         (tmp_path / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
         logbook.draw_losses(str(tmp_path))
         assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("reported", "tflops"), [
-    ("Tesla T4", 65), ("NVIDIA GeForce RTX 3060", 25.5), ("NVIDIA GeForce RTX 3060 Laptop GPU", 25.5), ("NVIDIA A100-SXM4-80GB", 312),
-    ("NVIDIA A100-PCIE-40GB", 312), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA L4", 121), ("NVIDIA L40S", 362),
-    ("CPU", None), ("Quadro T400", None), ("NVIDIA A10", 125), ("NVIDIA GB10", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("reported", "tflops"),
+    [
+        ("Tesla T4", 65),
+        ("NVIDIA GeForce RTX 3060", 25.5),
+        ("NVIDIA GeForce RTX 3060 Laptop GPU", 25.5),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100-PCIE-40GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("CPU", None),
+        ("Quadro T400", None),
+        ("NVIDIA A10", 125),
+        ("NVIDIA GB10", None),
+    ],
+)
 def test_cards_are_known_by_the_names_that_drivers_report(reported, tflops):
     assert hardware.peak_flops(reported) == (tflops and tflops * 1e12)
 
@@ -74,9 +94,13 @@ def test_device_and_dtype():
 
 def test_memory_is_counted_and_its_end_is_recognised():
     # in a process of its own: it is the peak of a whole life, and this one's may have been higher before
-    code = ('import torch; from smol import hardware; a = hardware.peak_memory("cpu"); '
-            'x = torch.ones(100_000_000); print(hardware.peak_memory("cpu") - a)')  # fmt: skip
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    code = (
+        'import torch; from smol import hardware; a = hardware.peak_memory("cpu"); '
+        'x = torch.ones(100_000_000); print(hardware.peak_memory("cpu") - a)'
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+    )
     assert int(run.stdout) > 200_000_000, run.stderr
     with pytest.raises(RuntimeError) as e:
         torch.empty(2**60, dtype=torch.uint8)
@@ -103,27 +127,49 @@ parallel.end()
 
 def test_three_processes_know_which_one_is_different(tmp_path):
     (tmp_path / "drift.py").write_text(DRIFT)
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "drift.py"], cwd=tmp_path,
-                         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-                         timeout=200)  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "drift.py"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert run.returncode == 0, run.stderr
     said = [eval((tmp_path / f"said{r}").read_text()) for r in range(3)]
-    want = [None, "process 0 differs in b and 1 more", "process 2 differs in b and 1 more", None, "broken (process 1)", "all", [3.0, 1.5]]
+    want = [
+        None,
+        "process 0 differs in b and 1 more",
+        "process 2 differs in b and 1 more",
+        None,
+        "broken (process 1)",
+        "all",
+        [3.0, 1.5],
+    ]
     assert [s[:-1] for s in said] == [want] * 3
     assert [s[-1] for s in said] == [[0, 10, 20], [], []]
 
 
 def test_interrupted_before_training_is_one_line():
     # a shell that starts the tests in the background has them, and what they start, ignore SIGINT
-    code = "import os, signal; from smol import parallel; " \
-           "signal.signal(signal.SIGINT, signal.default_int_handler); parallel.start('cpu'); " \
-           "os.kill(os.getpid(), signal.SIGINT)"
+    code = (
+        "import os, signal; from smol import parallel; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); parallel.start('cpu'); "
+        "os.kill(os.getpid(), signal.SIGINT)"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert run.returncode == 130 and run.stderr.strip() == "interrupted before the first step: nothing was changed"
+    assert (
+        run.returncode == 130
+        and run.stderr.strip() == "interrupted before the first step: nothing was changed"
+    )
 
 
 def test_alone_there_is_nobody_to_differ_from():
-    assert parallel.difference({"a": torch.ones(2)}) is None and parallel.all_agree("x") == "x" and parallel.sums([1, 2], "cpu") == [1, 2]
+    assert (
+        parallel.difference({"a": torch.ones(2)}) is None
+        and parallel.all_agree("x") == "x"
+        and parallel.sums([1, 2], "cpu") == [1, 2]
+    )
     assert parallel.gather(5) == [5]
 
 
@@ -145,7 +191,10 @@ print(given_back, faults())
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_freed_memory_is_kept_for_the_next_tensor():
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}  # what the C library starts from; it may raise it by itself later
+    env = {
+        **os.environ,
+        "MALLOC_MMAP_THRESHOLD_": "131072",
+    }  # what the C library starts from; it may raise it by itself later
     run = subprocess.run([sys.executable, "-c", FAULTS], env=env, capture_output=True, text=True, cwd=ROOT)
     given_back, kept = map(int, run.stdout.split())
     assert given_back > 5000 and kept < 500, run.stdout  # 8 MB are 2,000 pages

@@ -62,7 +62,9 @@ def test_changing_one_document_moves_no_other(pattern):
         assert (moved[0, a + (a > 0) : b] > 1e-3).all()
         moved[0, a:b] = 0
         assert moved.max() < 1e-9, (a, b)
-    joined = dense(layer_pattern=pattern, separate_documents=False, n_layer=len(pattern) if len(pattern) > 4 else 4)
+    joined = dense(
+        layer_pattern=pattern, separate_documents=False, n_layer=len(pattern) if len(pattern) > 4 else 4
+    )
     before, other = joined(idx)[0], idx.clone()
     other[0, 5] += 1
     assert (joined(other)[0] - before)[0, bounds[2]].abs().max() > 1e-5
@@ -78,7 +80,9 @@ def test_no_gradient_crosses_documents():
     head = dense()
     logits = head(idx[:, bounds[1] :])[0]
     F.cross_entropy(logits[0], targets[0, bounds[1] :]).backward()
-    torch.testing.assert_close(model.wte.weight.grad[only_first], head.wte.weight.grad[only_first], rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(
+        model.wte.weight.grad[only_first], head.wte.weight.grad[only_first], rtol=1e-3, atol=1e-7
+    )
 
 
 @torch.no_grad()
@@ -105,6 +109,7 @@ def test_attention_gets_a_mask_only_where_a_row_has_several_documents(monkeypatc
         return attend(*args, attn_mask=attn_mask, is_causal=is_causal, **kwargs)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+
     def find_elsewhere(idx):
         starts = find(idx.as_subclass(Elsewhere))
         return None if starts is None else starts.as_subclass(torch.Tensor)
@@ -141,7 +146,15 @@ def test_recomputing_knows_documents_too():
 def prompts_of_all_kinds():
     grids = torch.from_numpy(arc.encode("arc", make_task(4).train).astype(np.int64))
     packed, _ = documents([9, 4, 1])
-    return [text(1, 12)[0], text(1, 1, seed=1)[0], torch.tensor([tok.EOT]), packed[0], packed[0, :-1], grids[:-4], grids[:9]]
+    return [
+        text(1, 12)[0],
+        text(1, 1, seed=1)[0],
+        torch.tensor([tok.EOT]),
+        packed[0],
+        packed[0, :-1],
+        grids[:-4],
+        grids[:9],
+    ]
 
 
 @pytest.mark.parametrize("separate", (True, False))
@@ -187,13 +200,28 @@ def test_each_row_stops_by_itself():
         end = min(end, len(row))
         assert row[:end] == want[:end] and set(row[end:]) <= {tok.PAD}
     both = [next(i for i, t in enumerate(row) if t in stop) for row in free[:2].tolist()]
-    assert len(list(model.generate(prompts[:2], 10, temperature=0, stop=stop))) == max(both) + 1  # nobody is left
+    assert (
+        len(list(model.generate(prompts[:2], 10, temperature=0, stop=stop))) == max(both) + 1
+    )  # nobody is left
 
 
 def test_positions_are_carried_on():
     """Against arc.positions of the whole row, for token soup."""
     rng = np.random.default_rng(0)
-    ids = [tok.EOT, tok.ARC, tok.SUDOKU, tok.INPUT, tok.OUTPUT, tok.ROW, tok.CELL0, tok.CELL0 + 9, tok.BLANK, tok.VOID, tok.PAD, 17]
+    ids = [
+        tok.EOT,
+        tok.ARC,
+        tok.SUDOKU,
+        tok.INPUT,
+        tok.OUTPUT,
+        tok.ROW,
+        tok.CELL0,
+        tok.CELL0 + 9,
+        tok.BLANK,
+        tok.VOID,
+        tok.PAD,
+        17,
+    ]
     p = np.array([1, 1, 1, 3, 3, 6, 9, 9, 2, 2, 1, 1]) / 39
     idx = torch.from_numpy(rng.choice(ids, (64, 120), p=p))
     want = arc.positions(idx)
@@ -222,7 +250,9 @@ def test_appending_to_a_cache_does_not_copy_it_every_time():
         cache = model_dense.append(cache, k, -k)
         moved += cache[0].data_ptr() != before
     assert cache[2] == 900 and moved <= 4
-    assert torch.equal(cache[0][:, :, :900], k.repeat(1, 1, 300, 1)) and torch.equal(cache[1][:, :, :900], -cache[0][:, :, :900])
+    assert torch.equal(cache[0][:, :, :900], k.repeat(1, 1, 300, 1)) and torch.equal(
+        cache[1][:, :, :900], -cache[0][:, :, :900]
+    )
 
 
 # ---- sampling
@@ -232,12 +262,20 @@ def test_top_p_draws_from_the_likeliest_that_reach_it():
     p = torch.tensor([0.05, 0.4, 0.15, 0.3, 0.1])
     logits = p.log().repeat(20000, 1)
     rng = torch.Generator().manual_seed(0)
-    for top_p, kept in ((0.01, [1]), (0.41, [1, 3]), (0.69, [1, 3]), (0.71, [1, 3, 2]), (1.0, [0, 1, 2, 3, 4])):
+    for top_p, kept in (
+        (0.01, [1]),
+        (0.41, [1, 3]),
+        (0.69, [1, 3]),
+        (0.71, [1, 3, 2]),
+        (1.0, [0, 1, 2, 3, 4]),
+    ):
         share = sample(logits, 1.0, top_p=top_p, generator=rng).bincount(minlength=5) / len(logits)
         want = torch.zeros(5)
         want[kept] = p[kept] / p[kept].sum()
         assert (share - want).abs().max() < 0.015, top_p
-    share = sample(logits, 1.0, top_k=2, top_p=0.5, generator=rng).bincount(minlength=5) / len(logits)  # 4/7 of what top_k leaves
+    share = sample(logits, 1.0, top_k=2, top_p=0.5, generator=rng).bincount(minlength=5) / len(
+        logits
+    )  # 4/7 of what top_k leaves
     assert share[1] == 1
     share = sample(logits, 0.5, generator=rng).bincount(minlength=5) / len(logits)
     assert (share - p.square() / p.square().sum()).abs().max() < 0.015
@@ -262,7 +300,9 @@ def test_grouped_queries_are_full_attention_with_repeated_keys_and_values():
     full.load_state_dict(weights)
     idx, _ = documents([20, 15])
     torch.testing.assert_close(grouped(idx)[0], full(idx)[0], rtol=1e-4, atol=1e-4)
-    drawn = [torch.stack(list(m.generate(idx[:, :30], 8, temperature=0, stop=())), 1) for m in (grouped, full)]
+    drawn = [
+        torch.stack(list(m.generate(idx[:, :30], 8, temperature=0, stop=())), 1) for m in (grouped, full)
+    ]
     assert torch.equal(*drawn)
     assert cache_bytes(grouped.config, 100) < cache_bytes(full.config, 100)
 
@@ -306,12 +346,16 @@ def test_batches_by_length_do_not_change_answers(monkeypatch):
     model = dense(1, size=0.3)
     whole, given = model.answer(TASKS), [[y for _, y in task.test] for task in TASKS]
     rescored, batches, write = model.answer_logits(TASKS, given), [], model_dense.write_grids
-    monkeypatch.setattr(model_dense, "write_grids", lambda *args: batches.append(len(args[2])) or write(*args))
+    monkeypatch.setattr(
+        model_dense, "write_grids", lambda *args: batches.append(len(args[2])) or write(*args)
+    )
     monkeypatch.setattr(model_dense, "ANSWER_TOKENS", 150)
     for free in (0, 1e9):
         monkeypatch.setattr(hardware, "free_memory", lambda device, free=free: free)
         for a, b in zip(whole, model.answer(TASKS)):
-            assert all(np.array_equal(x[0][0], y[0][0]) and abs(x[0][1] - y[0][1]) < 1e-3 for x, y in zip(a, b))
+            assert all(
+                np.array_equal(x[0][0], y[0][0]) and abs(x[0][1] - y[0][1]) < 1e-3 for x, y in zip(a, b)
+            )
         batches.append(None)
     small, large = batches[: batches.index(None)], batches[batches.index(None) + 1 : -1]
     assert sum(small) == sum(large) and len(small) > len(large)

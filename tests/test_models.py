@@ -48,7 +48,11 @@ def trm(seed=0, size=0.1, **settings):
 
 
 def both(**settings):
-    return [("dense", dense(**settings)), ("trm", trm(**settings)), ("trm recursive", trm(**TEXT_RECURSION, **settings))]
+    return [
+        ("dense", dense(**settings)),
+        ("trm", trm(**settings)),
+        ("trm recursive", trm(**TEXT_RECURSION, **settings)),
+    ]
 
 
 def routes(**settings):
@@ -74,7 +78,13 @@ def make_task(seed, demos=2, tests=1, side=3):
     return arc.Task(f"t{seed}", "arc", [pair() for _ in range(demos)], [pair() for _ in range(tests)])
 
 
-TASKS = [make_task(0), make_task(1, demos=1, tests=2), make_task(2, demos=3), make_task(3, demos=1, side=5), make_task(0)]
+TASKS = [
+    make_task(0),
+    make_task(1, demos=1, tests=2),
+    make_task(2, demos=3),
+    make_task(3, demos=1, side=5),
+    make_task(0),
+]
 
 
 def puzzle_batch(puzzle_format, seeds, length=None):
@@ -97,12 +107,24 @@ def test_defaults_are_the_100m_model(file):
     assert 98e6 <= n <= 102e6
     kinds = "".join(block.kind for block in model.blocks)
     assert kinds == "kkka" * (len(kinds) // 4)
-    assert model.flops_per_token(1024) > 2 * 0.9 * n  # every matrix is used at least once, a multiply and an add each
+    assert (
+        model.flops_per_token(1024) > 2 * 0.9 * n
+    )  # every matrix is used at least once, a multiply and an add each
 
 
 @pytest.mark.parametrize("file", (model_dense, model_trm))
-@pytest.mark.parametrize("wrong", (dict(n_embd=25), dict(n_embd=8), dict(n_embd=18), dict(layer_pattern=""), dict(layer_pattern="kx"),
-                                   dict(n_head=0), dict(vocab_size=1000)))  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    (
+        dict(n_embd=25),
+        dict(n_embd=8),
+        dict(n_embd=18),
+        dict(layer_pattern=""),
+        dict(layer_pattern="kx"),
+        dict(n_head=0),
+        dict(vocab_size=1000),
+    ),
+)
 def test_impossible_shapes_are_refused_in_one_line(file, wrong):
     with pytest.raises(ValueError) as e:
         file.Model(file.Config(**{**SHAPE, **wrong}))
@@ -149,10 +171,14 @@ def test_optimizer_holds_every_parameter_once_and_decays_matrices_only():
         assert sorted(held) == sorted(id(p) for p in model.parameters())
         decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
         names = {n for n, p in model.named_parameters() if id(p) in decayed}
-        assert names and not [n for n in names if "norm" in n or "bias" in n or "A_log" in n or "conv" in n or "wte" in n]
+        assert names and not [
+            n for n in names if "norm" in n or "bias" in n or "A_log" in n or "conv" in n or "wte" in n
+        ]
         gates = ("f_proj", "g_proj", "b_proj", "q_head")
         assert not [n for n in names if any(gate in n for gate in gates)]
-        assert {n for n, _ in model.named_parameters() if n.endswith("_proj.weight") and "b_proj" not in n} == names
+        assert {
+            n for n, _ in model.named_parameters() if n.endswith("_proj.weight") and "b_proj" not in n
+        } == names
 
 
 def test_muon_takes_the_decayed_matrices_and_adamw_the_rest():
@@ -162,14 +188,21 @@ def test_muon_takes_the_decayed_matrices_and_adamw_the_rest():
         assert sorted(held) == sorted(id(p) for p in model.parameters())
         decayed = model.configure_optimizer(0.1, 1e-3, (0.9, 0.95)).param_groups[0]["params"]
         assert [id(p) for p in muon.param_groups[0]["params"]] == [id(p) for p in decayed]
-        assert all(p.ndim == 2 for p in decayed) and not any(group["weight_decay"] for group in adamw.param_groups)
+        assert all(p.ndim == 2 for p in decayed) and not any(
+            group["weight_decay"] for group in adamw.param_groups
+        )
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch has one to compare with from 2.9 on")
 def test_our_muon_is_pytorchs():
     rng = torch.Generator().manual_seed(0)
-    weights = [[torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(((24, 40), (40, 24), (32, 32)))]
-               for _ in range(2)]  # fmt: skip
+    weights = [
+        [
+            torch.randn(shape, generator=torch.Generator().manual_seed(i))
+            for i, shape in enumerate(((24, 40), (40, 24), (32, 32)))
+        ]
+        for _ in range(2)
+    ]
     ours = Muon(weights[0], lr=1e-2, weight_decay=0.1)
     theirs = torch.optim.Muon(weights[1], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     start = [w.clone() for w in weights[0]]
@@ -181,12 +214,16 @@ def test_our_muon_is_pytorchs():
         theirs.step()
     for a, b, old in zip(*weights, start):
         assert (a - b).norm() < 0.02 * (a - old).norm()  # bfloat16 has 8 bits
-    theirs.load_state_dict({**theirs.state_dict(), "state": ours.state_dict()["state"]})  # a run may go on with the other one
+    theirs.load_state_dict(
+        {**theirs.state_dict(), "state": ours.state_dict()["state"]}
+    )  # a run may go on with the other one
 
 
 def test_an_update_of_muon_has_singular_values_near_one():
     for shape in ((30, 50), (50, 30)):
-        u, _, v = torch.linalg.svd(torch.randn(shape, generator=torch.Generator().manual_seed(1)), full_matrices=False)
+        u, _, v = torch.linalg.svd(
+            torch.randn(shape, generator=torch.Generator().manual_seed(1)), full_matrices=False
+        )
         s = torch.logspace(0, -2, 30)
         values = torch.linalg.svdvals(orthogonal((u * s) @ v).float())
         assert values.min() > 0.3 and values.max() < 1.3, values
@@ -196,7 +233,10 @@ def test_recomputed_activations_give_the_same_gradients():
     for name, model in both():
         gradients = []
         for model.config.recompute in (False, True):
-            for mode, batch in (("text", (text(2, 8), text(2, 8, seed=1))), ("puzzle", puzzle_batch(model.puzzle_format, range(3)))):
+            for mode, batch in (
+                ("text", (text(2, 8), text(2, 8, seed=1))),
+                ("puzzle", puzzle_batch(model.puzzle_format, range(3))),
+            ):
                 model.zero_grad()
                 model.train()(*batch, mode=mode)[1].backward()
                 gradients.append([p.grad.clone() for p in model.parameters()])
@@ -212,7 +252,10 @@ def test_linear_cross_entropy(at_once, monkeypatch):
     monkeypatch.setattr(model_dense, "LOGITS_AT_ONCE", at_once)
     rng = torch.Generator().manual_seed(0)
     N, D, V = 13, 6, 31
-    x, weight = torch.randn(N, D, generator=rng).requires_grad_(), torch.randn(V, D, generator=rng).requires_grad_()
+    x, weight = (
+        torch.randn(N, D, generator=rng).requires_grad_(),
+        torch.randn(V, D, generator=rng).requires_grad_(),
+    )
     targets, share = torch.randint(0, V, (N,), generator=rng), torch.rand(N, generator=rng) / N
     got = LinearCrossEntropy.apply(x, weight, targets, share)
     want = (F.cross_entropy(x @ weight.T, targets, reduction="none") * share).sum()
@@ -246,9 +289,12 @@ def test_linear_cross_entropy_in_float64_and_once_only():
 
 def test_without_gradients_only_the_logits_are_computed():
     """Three products for loss and gradients, one for the loss alone; the loss is the same."""
+
     class Products(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.count = getattr(self, "count", 0) + (func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out))
+            self.count = getattr(self, "count", 0) + (
+                func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out)
+            )
             return func(*args, **(kwargs or {}))
 
     x, weight = torch.randn(5, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
@@ -318,7 +364,12 @@ def test_attention_is_its_formula():
     visible[..., 15:] = False
     free = attention_by_hand(a, x[0], positions[0], 100.0, lambda i: list(range(15)))
     torch.testing.assert_close(a(x, rope, visible=visible)[0][0], free, rtol=1e-4, atol=1e-5)
-    for cuts in ([7, 13], [1] * 20, [20], [19, 1]):  # prefill, more than one token onto a cache, single tokens
+    for cuts in (
+        [7, 13],
+        [1] * 20,
+        [20],
+        [19, 1],
+    ):  # prefill, more than one token onto a cache, single tokens
         cache, parts, start = a.empty_cache(1), [], 0
         for n in cuts:
             y, cache = a(x[:, start : start + n], tuple(t[:, :, start : start + n] for t in rope), cache)
@@ -331,9 +382,14 @@ def test_rotation_depends_on_differences_only_and_leaves_text_alone():
     q, k = torch.randn(2, 1, 1, 1, 12, generator=torch.Generator().manual_seed(0))
 
     def product(a, b):
-        return (rotate(q, rope_3d(torch.tensor([[a]]), 12, 100.0)) * rotate(k, rope_3d(torch.tensor([[b]]), 12, 100.0))).sum()
+        return (
+            rotate(q, rope_3d(torch.tensor([[a]]), 12, 100.0))
+            * rotate(k, rope_3d(torch.tensor([[b]]), 12, 100.0))
+        ).sum()
 
-    torch.testing.assert_close(product([3, 7, 1], [1, 2, 4]), product([13, 10, 5], [11, 5, 8]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        product([3, 7, 1], [1, 2, 4]), product([13, 10, 5], [11, 5, 8]), rtol=1e-4, atol=1e-5
+    )
     assert abs(product([3, 7, 1], [1, 2, 4]) - product([3, 7, 2], [1, 2, 4])) > 1e-4
     assert torch.equal(rotate(q, rope_3d(torch.zeros(1, 1, 3, dtype=torch.long), 12, 100.0)), q)
 
@@ -363,7 +419,9 @@ def test_text_loss_is_cross_entropy_of_the_logits():
             assert logits.shape == (2, 10, tok.VOCAB_SIZE) and nothing is None and carry is None
             _, loss, carry = model(idx, targets)
             assert carry is None
-        torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE))
+        torch.testing.assert_close(
+            loss, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+        )
 
 
 @torch.no_grad()
@@ -373,7 +431,9 @@ def check_greedy(model, idx, n, what):
     full = model(torch.cat([idx, drawn], 1))[0][:, idx.shape[1] - 1 : -1, : tok.END + 1]
     best = full.max(-1).values
     # The argmax itself, or a draw with it up to rounding.
-    torch.testing.assert_close(full.gather(-1, drawn[..., None])[..., 0], best, rtol=1e-4, atol=1e-4, msg=what)
+    torch.testing.assert_close(
+        full.gather(-1, drawn[..., None])[..., 0], best, rtol=1e-4, atol=1e-4, msg=what
+    )
 
 
 def test_greedy_decoding_equals_the_full_forward():
@@ -395,10 +455,14 @@ def test_sampling():
     idx = text(2, 5)
 
     def draw(seed, **kw):
-        return torch.stack(list(model.generate(idx, 20, generator=torch.Generator().manual_seed(seed), stop=(), **kw)), 1)
+        return torch.stack(
+            list(model.generate(idx, 20, generator=torch.Generator().manual_seed(seed), stop=(), **kw)), 1
+        )
 
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
-    assert torch.equal(draw(1, top_k=1), torch.stack(list(model.generate(idx, 20, temperature=0, stop=())), 1))
+    assert torch.equal(
+        draw(1, top_k=1), torch.stack(list(model.generate(idx, 20, temperature=0, stop=())), 1)
+    )
     with torch.no_grad():
         model.wte.weight[tok.END + 1 :] = 100 * model.norm_f.weight  # ids without a name would win every draw
     assert draw(3).max() <= tok.END
@@ -467,6 +531,7 @@ def test_dense_answers_equal_greedy_decoding_by_hand_alone_and_in_batches():
 
 def counted(read_on, most):
     """read_on, which gives up after `most` calls: a loop that never ends is a failure, and no wait."""
+
     def limited(*args):
         limited.calls += 1
         assert limited.calls <= most, "goes on and on"
@@ -557,7 +622,9 @@ def test_dense_answer_logits_are_log_probabilities_of_the_forward():
             if answer is None:
                 continue
             assert log_p.shape == answer.shape and log_p.dtype == np.float32
-            ids = torch.from_numpy(arc.encode(task.kind, [*task.train, (test_input, answer)]).astype(np.int64))
+            ids = torch.from_numpy(
+                arc.encode(task.kind, [*task.train, (test_input, answer)]).astype(np.int64)
+            )
             all_log_p = model(ids[None])[0][0].log_softmax(-1)
             start = len(arc.encode_prompt(task.kind, task.train, test_input))
             h, w = answer.shape
@@ -583,8 +650,10 @@ def test_an_answer_that_just_fits_can_be_given_and_rescored():
     task = make_task(0, side=2)
     (test_input, _) = task.test[0]
     h, w = arc.canvas_shape(task.train, test_input)
-    sizes = {"dense": len(arc.encode_prompt(task.kind, task.train, test_input)) + h * (w + 1),
-             "trm": len(arc.encode_prompt(task.kind, task.train, test_input, (h, w)))}  # fmt: skip
+    sizes = {
+        "dense": len(arc.encode_prompt(task.kind, task.train, test_input)) + h * (w + 1),
+        "trm": len(arc.encode_prompt(task.kind, task.train, test_input, (h, w))),
+    }
     for name, size in sizes.items():
         model = dict(routes(block_size=size))[name]
         assert model.answer([task])[0][0], name
@@ -599,13 +668,20 @@ def canvas_by_hand(row):
     """bool (L,): the cells, blank or not, behind the last <|output|> of a row."""
     ids = row.tolist()
     start = max(i for i, token in enumerate(ids) if token == tok.OUTPUT)
-    return torch.tensor([i > start and (tok.CELL0 <= token < tok.CELL0 + 10 or token == tok.BLANK) for i, token in enumerate(ids)])
+    return torch.tensor(
+        [
+            i > start and (tok.CELL0 <= token < tok.CELL0 + 10 or token == tok.BLANK)
+            for i, token in enumerate(ids)
+        ]
+    )
 
 
 def test_cells_of_the_canvas():
     idx, targets = puzzle_batch("canvas", range(12), length=128)
     cells = arc.canvas_cells(idx, arc.positions(idx))
-    assert torch.equal(cells, torch.stack([canvas_by_hand(row) for row in idx])) and torch.equal(cells, targets != IGNORE)
+    assert torch.equal(cells, torch.stack([canvas_by_hand(row) for row in idx])) and torch.equal(
+        cells, targets != IGNORE
+    )
     words = text(2, 30)
     assert not arc.canvas_cells(words, arc.positions(words)).any()
 
@@ -641,7 +717,9 @@ def lines_by_hand(row, way):
         return [line]
     lines = [list(range(before))]
     for places in grids:
-        side = round(max(1 + max(r for r, _ in places), max(c for _, c in places)) ** 0.5)  # as many cells as a line, about
+        side = round(
+            max(1 + max(r for r, _ in places), max(c for _, c in places)) ** 0.5
+        )  # as many cells as a line, about
         line_of = (lambda r, c: r, lambda r, c: c, lambda r, c: (r // side, c // side))[way % 6 // 2]
         for line in sorted({line_of(*p) for p in places}):
             lines.append(sorted(at for p, tokens in places.items() if line_of(*p) == line for at in tokens))
@@ -693,7 +771,9 @@ def trm_by_hand(model, idx, n, T, n_sup, seen, n_grad=1):
     """
     d = model.config.n_embd
     rope = rope_3d(arc.positions(idx), d // model.config.n_head, model.config.rope_base)
-    given = None if seen is None else torch.stack([canvas_by_hand(row) for row in idx]) & (idx != tok.BLANK)  # the test input's cells
+    given = (
+        None if seen is None else torch.stack([canvas_by_hand(row) for row in idx]) & (idx != tok.BLANK)
+    )  # the test input's cells
 
     def embed():
         x = model.wte.weight[idx]
@@ -731,8 +811,10 @@ def canvas_loss_by_hand(model, y, idx, targets):
     return sum(answer) / len(answer), sum(halting) / len(halting)
 
 
-@pytest.mark.parametrize("n, T, n_grad, n_sup, n_head", ((2, 2, 1, 3, 2), (1, 1, 1, 2, 4), (1, 3, 1, 1, 2),
-                                                         (3, 1, 1, 2, 1), (2, 2, 2, 2, 2), (1, 3, 2, 2, 4)))  # fmt: skip
+@pytest.mark.parametrize(
+    "n, T, n_grad, n_sup, n_head",
+    ((2, 2, 1, 3, 2), (1, 1, 1, 2, 4), (1, 3, 1, 1, 2), (3, 1, 1, 2, 1), (2, 2, 2, 2, 2), (1, 3, 2, 2, 4)),
+)
 def test_training_is_the_published_recursion(n, T, n_grad, n_sup, n_head):
     model = trm(n_latent=n, n_recursion=T, n_grad=n_grad, n_sup=n_sup, n_head=n_head, halt_exploration=0.0)
     with torch.no_grad():
@@ -821,7 +903,9 @@ def test_never_more_than_n_sup_steps():
     carry, seen = None, []
     for step in range(7):
         with torch.no_grad():
-            _, _, carry = model(*puzzle_batch("canvas", range(10 * step, 10 * step + 5), 96), mode="puzzle", carry=carry)
+            _, _, carry = model(
+                *puzzle_batch("canvas", range(10 * step, 10 * step + 5), 96), mode="puzzle", carry=carry
+            )
         assert carry["steps"].min() >= 1 and carry["steps"].max() <= 3
         assert carry["halted"][carry["steps"] == 3].all()
         seen.append(carry["steps"].max().item())
@@ -925,7 +1009,9 @@ def test_padding_changes_nothing():
             idx, targets = puzzle_batch(model.puzzle_format, [seed])
             padded, padded_targets = puzzle_batch(model.puzzle_format, [seed], 128)
             a, b = model(idx, mode="puzzle")[0], model(padded, mode="puzzle")[0]
-            torch.testing.assert_close(b[:, : idx.shape[1], -60:], a[..., -60:], rtol=1e-3, atol=1e-3, msg=name)
+            torch.testing.assert_close(
+                b[:, : idx.shape[1], -60:], a[..., -60:], rtol=1e-3, atol=1e-3, msg=name
+            )
             a, b = model(idx, targets, mode="puzzle")[1], model(padded, padded_targets, mode="puzzle")[1]
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=name)
         model.train()
@@ -942,7 +1028,9 @@ def test_rows_of_a_puzzle_batch_do_not_mix():
         for b in range(4):
             alone = model(idx[b : b + 1], mode="puzzle")[0][0]
             real = idx[b] != tok.PAD
-            torch.testing.assert_close(alone[real, -60:], together[b, real, -60:], rtol=1e-3, atol=1e-3, msg=name)
+            torch.testing.assert_close(
+                alone[real, -60:], together[b, real, -60:], rtol=1e-3, atol=1e-3, msg=name
+            )
 
 
 def test_puzzle_loss_is_the_mean_over_rows():
@@ -951,7 +1039,9 @@ def test_puzzle_loss_is_the_mean_over_rows():
         idx, targets = puzzle_batch(model.puzzle_format, range(4), 96)
         with torch.no_grad():
             parts = [model(idx[b : b + 1], targets[b : b + 1], mode="puzzle")[1] for b in range(4)]
-            torch.testing.assert_close(model(idx, targets, mode="puzzle")[1], sum(parts) / 4, rtol=1e-4, atol=1e-4, msg=name)
+            torch.testing.assert_close(
+                model(idx, targets, mode="puzzle")[1], sum(parts) / 4, rtol=1e-4, atol=1e-4, msg=name
+            )
 
 
 # ---- Route B: answers
@@ -961,7 +1051,9 @@ def test_puzzle_loss_is_the_mean_over_rows():
 def trm_answers_by_hand(model, task, test_input):
     """What stands on the canvas after each supervision step, and the halting head's probability."""
     H, W = arc.canvas_shape(task.train, test_input)
-    idx = torch.from_numpy(arc.encode_prompt(task.kind, task.train, test_input, canvas=(H, W)).astype(np.int64))[None]
+    idx = torch.from_numpy(
+        arc.encode_prompt(task.kind, task.train, test_input, canvas=(H, W)).astype(np.int64)
+    )[None]
     c, everyone = model.config, torch.ones(1, 1, 1, idx.shape[1]).bool()
     for y, _ in trm_by_hand(model, idx, c.n_latent, c.n_recursion, c.n_sup, everyone):
         choice = (y[0, -H * (W + 1) :] @ model.wte.weight[torch.tensor(ANSWER_IDS)].T).argmax(-1)
@@ -1023,7 +1115,9 @@ def test_trm_answer_logits_are_those_of_the_forward():
         for (test_input, _), (H, W), answer, log_p in zip(task.test, per_task, given, got):
             if log_p is None:
                 continue
-            idx = torch.from_numpy(arc.encode_prompt(task.kind, task.train, test_input, canvas=(H, W)).astype(np.int64))[None]
+            idx = torch.from_numpy(
+                arc.encode_prompt(task.kind, task.train, test_input, canvas=(H, W)).astype(np.int64)
+            )[None]
             want = model(idx, mode="puzzle")[0][0].log_softmax(-1)[-H * (W + 1) :]
             assert log_p.shape == answer.shape and log_p.dtype == np.float32
             for r in range(answer.shape[0]):
@@ -1038,8 +1132,11 @@ def learn(route, mode, make_batch, steps):
     """A model as it is initialised, trained on one batch -> model, losses."""
     torch.manual_seed(0)
     shape = {**SHAPE, "n_layer": 2, "layer_pattern": "ka", "n_embd": 48, "n_head": 4}
-    model = (model_dense.Model(model_dense.Config(**shape)) if route == "dense"
-             else model_trm.Model(model_trm.Config(**shape, **RECURSION))).train()  # fmt: skip
+    model = (
+        model_dense.Model(model_dense.Config(**shape))
+        if route == "dense"
+        else model_trm.Model(model_trm.Config(**shape, **RECURSION))
+    ).train()
     batch = make_batch(model.puzzle_format)
     optimizer = model.configure_optimizer(0.0, 5e-3, (0.9, 0.95))
     losses, carry = [], None

@@ -24,7 +24,9 @@ def copy_of_the_repository(folder):
         if path.suffix in (".py", ".toml", ".txt", ".md", ".html"):
             shutil.copy(path, folder)
     for name in ("config", "notebooks", "smol", "bench"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+        shutil.copytree(
+            ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+        )
     prepare.main(["demo", f"--data_dir={folder / 'data'}", *STAGE])
     return folder
 
@@ -36,8 +38,13 @@ def copy(tmp_path_factory):
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_runs_from_top_to_bottom(copy, name, monkeypatch):
-    for k, v in {"SMOL_QUICK": "1", "OMP_NUM_THREADS": "1", "IPYTHONDIR": str(copy / ".ipython"),
-                 "JUPYTER_DATA_DIR": str(copy / ".jupyter"), "CUDA_VISIBLE_DEVICES": ""}.items():  # fmt: skip
+    for k, v in {
+        "SMOL_QUICK": "1",
+        "OMP_NUM_THREADS": "1",
+        "IPYTHONDIR": str(copy / ".ipython"),
+        "JUPYTER_DATA_DIR": str(copy / ".jupyter"),
+        "CUDA_VISIBLE_DEVICES": "",
+    }.items():
         monkeypatch.setenv(k, v)
     notebook = nbformat.read(copy / "notebooks" / name, as_version=4)
     where = {"metadata": {"path": str(copy / "notebooks")}}
@@ -50,7 +57,9 @@ def test_a_notebook_runs_from_top_to_bottom(copy, name, monkeypatch):
     text = "".join(output.get("text", "") for output in shown)
     assert pictures == {"00_env_smoke.ipynb": 0}.get(name, 2), (pictures, text[-2000:])
     if "train" in name or "kaggle" in name:
-        assert "stage 0 of" in text and len(re.findall("PASS   one (text|puzzle) batch by heart", text)) == 2, text[-2000:]
+        assert (
+            "stage 0 of" in text and len(re.findall("PASS   one (text|puzzle) batch by heart", text)) == 2
+        ), text[-2000:]
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -60,4 +69,6 @@ def test_a_notebook_is_thin_and_committed_without_outputs(name):
     for cell in notebook.cells:
         if cell.cell_type == "code":
             assert cell.outputs == [] and cell.execution_count is None
-            assert not re.search(r"^\s*(def|class) ", cell.source, re.M), "logic belongs into the files that notebooks call"
+            assert not re.search(r"^\s*(def|class) ", cell.source, re.M), (
+                "logic belongs into the files that notebooks call"
+            )

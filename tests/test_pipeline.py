@@ -38,10 +38,14 @@ SMALL = ["--limit_mb=1.2", "--unit_mb=0.06", "--stage_val_every=15", "--num_proc
 
 def code(i):
     draw = random.Random(i)
-    names = [f"{draw.choice(('get', 'set', 'find'))}_{draw.choice(('row', 'file', 'page'))}_{draw.randrange(999)}" for _ in range(6)]
+    names = [
+        f"{draw.choice(('get', 'set', 'find'))}_{draw.choice(('row', 'file', 'page'))}_{draw.randrange(999)}"
+        for _ in range(6)
+    ]
     return "import os\n\n\n" + "\n\n".join(
         f"def {name}(x, y={draw.randrange(10**6)}):\n    # {english(1, (i, j))[:50]!r}\n    return x * y + {draw.randrange(10**6)}\n"
-        for j, name in enumerate(names))  # fmt: skip
+        for j, name in enumerate(names)
+    )
 
 
 def write_sources(folder):
@@ -52,15 +56,24 @@ def write_sources(folder):
     texts = [*prose[:50], prose[3], "x", english(10, 999) + EXAM.upper() + ".\n", *prose[50:300]]
     rows = [{"text": t, "id": str(i)} for i, t in enumerate(texts)]
     for i in range(2):
-        pq.write_table(pa.Table.from_pylist(rows[i::2]), folder / f"fineweb_edu/{i}.parquet", row_group_size=40)
+        pq.write_table(
+            pa.Table.from_pylist(rows[i::2]), folder / f"fineweb_edu/{i}.parquet", row_group_size=40
+        )
     (folder / "wikipedia").mkdir()
-    wiki = ["Le vieux pont de la ville est ferme depuis que la riviere a monte la nuit derniere. " * 9, near, prose[7], *prose[300:400]]
+    wiki = [
+        "Le vieux pont de la ville est ferme depuis que la riviere a monte la nuit derniere. " * 9,
+        near,
+        prose[7],
+        *prose[300:400],
+    ]
     with pa.output_stream(folder / "wikipedia/w.jsonl.zst", compression="zstd") as f:
         f.write("".join(json.dumps({"title": "t", "text": t}) + "\n" for t in wiki).encode())
     (folder / "openwebtext2").mkdir()
     (folder / "openwebtext2/o.txt").write_text("<|endoftext|>\n".join(prose[400:440]))
     (folder / "codeparrot").mkdir()
-    secret = next(o for t in arc.load("arc1_eval") for _, o in t.test if min(o.shape) > 8 and len(np.unique(o[:3])) > 4)
+    secret = next(
+        o for t in arc.load("arc1_eval") for _, o in t.test if min(o.shape) > 8 and len(np.unique(o[:3])) > 4
+    )
     task = "TASK = " + str(np.rot90(secret).tolist()).replace("], ", "],\n") + "\n"
     programs = [*map(code, range(20)), code(4), code(9) + task, *map(code, range(20, 260))]
     with gzip.open(folder / "codeparrot/c.jsonl.gz", "wt") as f:
@@ -70,9 +83,13 @@ def write_sources(folder):
         out = csv.DictWriter(f, ["url", "text"])
         out.writeheader()
         out.writerows({"url": "u", "text": english(18, 5000 + i) + "\nSo $x^2 = 4$.\n"} for i in range(40))
-    school = [{"question": f"Ann has {i} plums and buys {i + 3} more at the market. How many has she now?",
-               "answer": f"Now it is {i} + {i + 3} = <<{i}+{i + 3}={2 * i + 3}>>{2 * i + 3}.\n#### {2 * i + 3}"}
-              for i in range(30)]  # fmt: skip
+    school = [
+        {
+            "question": f"Ann has {i} plums and buys {i + 3} more at the market. How many has she now?",
+            "answer": f"Now it is {i} + {i + 3} = <<{i}+{i + 3}={2 * i + 3}>>{2 * i + 3}.\n#### {2 * i + 3}",
+        }
+        for i in range(30)
+    ]
     for name, rows in (("gsm8k", school), ("gsm8k_test", [{"question": EXAM + ".", "answer": "#### 278"}])):
         (folder / name).mkdir()
         (folder / name / "g.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -80,16 +97,23 @@ def write_sources(folder):
     rows, draw = ["source,question,answer,rating"], np.random.default_rng(1)
     for _ in range(40):
         question, answer = puzzles.sudoku(draw, 9, 30).test[0]
-        rows.append("x,{},{},7".format("".join(str(v or ".") for v in question.flat), "".join(map(str, answer.flat))))
+        rows.append(
+            "x,{},{},7".format("".join(str(v or ".") for v in question.flat), "".join(map(str, answer.flat)))
+        )
     rows[4] = rows[4][:-4] + str(9 - int(rows[4][-4])) + rows[4][-3:]  # an answer that is wrong
     (folder / "sudoku_extreme/s.csv").write_text("\n".join(rows) + "\n")
     turned = ["".join(np.rot90(np.array(list(text)).reshape(9, 9)).flat) for text in rows[7].split(",")[1:3]]
     (folder / "sudoku_extreme_test").mkdir()  # one of these is a test puzzle, turned
-    (folder / "sudoku_extreme_test/t.csv").write_text("\n".join([rows[0], ",".join(["x", *turned, "7"])]) + "\n")
+    (folder / "sudoku_extreme_test/t.csv").write_text(
+        "\n".join([rows[0], ",".join(["x", *turned, "7"])]) + "\n"
+    )
     (folder / "maze_hard").mkdir()
     question, answer = puzzles.maze(draw, 30, 30).test[0]
-    (folder / "maze_hard/m.csv").write_text("source,question,answer,rating\nx,{},{},1\n".format(
-        *("".join(" #SGo"[v] for v in grid.flat) for grid in (question, answer))))  # fmt: skip
+    (folder / "maze_hard/m.csv").write_text(
+        "source,question,answer,rating\nx,{},{},1\n".format(
+            *("".join(" #SGo"[v] for v in grid.flat) for grid in (question, answer))
+        )
+    )
 
 
 def build(data, source_dir, *options):
@@ -121,19 +145,28 @@ def documents(data, source=None, split=None, stage="stage1"):
     for line in (data / "stages" / stage / "manifest.jsonl").read_text().splitlines():
         e = json.loads(line)
         if source in (None, e["source"]) and split in (None, e["split"]):
-            tokens, ends = np.fromfile(data / e["path"], "<u2"), np.fromfile((data / e["path"]).with_suffix(".idx"), "<i8")
+            tokens, ends = (
+                np.fromfile(data / e["path"], "<u2"),
+                np.fromfile((data / e["path"]).with_suffix(".idx"), "<i8"),
+            )
             for a, b in itertools.pairwise(ends):
                 yield e["source"], e["split"], tokens[a:b]
 
 
 def shards(data):
     found = sorted([*(data / "processed").rglob("*.*"), *(data / "stages").rglob("*.*")])
-    return {p.relative_to(data).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in found if p.suffix != ".tmp"}
+    return {
+        p.relative_to(data).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in found
+        if p.suffix != ".tmp"
+    }
 
 
 def filters(data):
-    return {name: {rule: found["count"] for rule, found in report["dropped"].items()}
-            for name, report in json.loads((data / "metadata/stage1/filters.json").read_text()).items()}  # fmt: skip
+    return {
+        name: {rule: found["count"] for rule, found in report["dropped"].items()}
+        for name, report in json.loads((data / "metadata/stage1/filters.json").read_text()).items()
+    }
 
 
 # ---- what is in it
@@ -166,13 +199,19 @@ def test_what_must_go_is_gone_and_counted(built):
     dropped = filters(built)
     assert dropped["fineweb_edu"]["exact_duplicate"] == 1 and dropped["fineweb_edu"]["quotes_gsm8k_test"] == 1
     assert dropped["fineweb_edu"]["gopher_few_or_many_words"] == 1
-    assert dropped["wikipedia"]["near_duplicate"] == 1 and dropped["wikipedia"]["exact_duplicate"] == 1  # across sources
+    assert (
+        dropped["wikipedia"]["near_duplicate"] == 1 and dropped["wikipedia"]["exact_duplicate"] == 1
+    )  # across sources
     assert sum(dropped["wikipedia"].values()) == 3  # and the French one
     assert dropped["codeparrot"]["exact_duplicate"] == 1
     assert dropped["codeparrot"]["quotes_arc_cells"] + dropped["codeparrot"].get("quotes_arc_rows", 0) == 1
     assert dropped["sudoku_extreme"] == {"wrong_answer": 1, "is_in_sudoku_extreme_test": 1}
     encoder = tokenizer.load()
-    texts = [encoder.decode(ids.tolist()) for source, _, ids in documents(built) if source in ("fineweb_edu", "wikipedia", "openwebtext2")]
+    texts = [
+        encoder.decode(ids.tolist())
+        for source, _, ids in documents(built)
+        if source in ("fineweb_edu", "wikipedia", "openwebtext2")
+    ]
     assert len(texts) > 100 and not [t for t in texts if "417" in t and "crates" in t.lower()]
     sets = [curate.shingle_set(t) for t in texts]
     assert max(curate.overlap(a, b) for a, b in itertools.combinations(sets[:150], 2)) < curate.NEAR_DUPLICATE
@@ -184,7 +223,10 @@ def test_examples_of_what_was_dropped_can_be_read(built):
     report = json.loads((built / "metadata/stage1/filters.json").read_text())
     assert all(d["count"] and len(d["examples"]) <= 3 for r in report.values() for d in r["dropped"].values())
     provenance = json.loads((built / "metadata/stage1/provenance.json").read_text())
-    assert provenance["sources"]["wikipedia"]["licence"].startswith("CC-BY-SA") and provenance["inputs"]["evaluations"]["gsm8k_test"] == 1
+    assert (
+        provenance["sources"]["wikipedia"]["licence"].startswith("CC-BY-SA")
+        and provenance["inputs"]["evaluations"]["gsm8k_test"] == 1
+    )
     (digest,) = provenance["sources"]["wikipedia"]["files"].values()
     assert len(digest) == 64 and provenance["inputs"]["evaluations"]["sudoku_extreme_test"] == 1
 
@@ -213,7 +255,10 @@ def test_no_evaluation_output_in_puzzles_or_traces(built):
             continue
         marks = [*np.flatnonzero((ids == tokenizer.INPUT) | (ids == tokenizer.OUTPUT)), len(ids)]
         for a, b in itertools.pairwise(marks):
-            grid = [int(i) for i in itertools.takewhile(lambda i: tokenizer.CELL0 <= i <= tokenizer.ROW, ids[a + 1 : b])]
+            grid = [
+                int(i)
+                for i in itertools.takewhile(lambda i: tokenizer.CELL0 <= i <= tokenizer.ROW, ids[a + 1 : b])
+            ]
             width = grid.index(tokenizer.ROW) + 1
             cells = np.array(grid[: len(grid) // width * width]).reshape(-1, width)[:, :-1] - tokenizer.CELL0
             seen += 1
@@ -226,7 +271,13 @@ def test_images_of_an_arc_task_are_on_one_side_of_the_split(source_dir, tmp_path
     build(tmp_path, source_dir, "--sources=arc", "--limit_mb=40", "--unit_mb=8")
 
     def trait(ids):  # what neither symmetry nor colours nor the order of pairs change
-        return tuple(sorted(tuple(sorted(np.unique(g, return_counts=True)[1])) for pair in arc.decode(ids)[1] for g in pair))
+        return tuple(
+            sorted(
+                tuple(sorted(np.unique(g, return_counts=True)[1]))
+                for pair in arc.decode(ids)[1]
+                for g in pair
+            )
+        )
 
     sides, n = {"train": set(), "val": set()}, 0
     for _, split, ids in documents(tmp_path, "arc"):
@@ -242,13 +293,21 @@ def test_processes_and_kills_change_no_byte(built, source_dir, tmp_path):
     options = [f"--data_dir={tmp_path}", f"--source_dir={source_dir}", *SMALL]
     draw, kills = random.Random(1), 0
     for attempt in range(40):
-        process = subprocess.Popen([sys.executable, str(ROOT / "prepare.py"), "stage1", *options], cwd=tmp_path,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                   env={**os.environ, "PYTHONHASHSEED": str(attempt)})  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "prepare.py"), "stage1", *options],
+            cwd=tmp_path,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONHASHSEED": str(attempt)},
+        )
         there = len(list(tmp_path.glob("work/*/*/*.json")))
         wanted = there + draw.randrange(1, 30)
         while process.poll() is None and kills < 3:
-            if len(list(tmp_path.glob("work/*/*/*.json"))) >= wanted or kills == 2 and list(tmp_path.glob("processed/*/*.bin")):
+            if (
+                len(list(tmp_path.glob("work/*/*/*.json"))) >= wanted
+                or kills == 2
+                and list(tmp_path.glob("processed/*/*.bin"))
+            ):
                 process.send_signal(signal.SIGKILL)
                 process.wait()
                 kills += 1
@@ -291,7 +350,10 @@ def test_building_again_does_nothing_and_a_setting_builds_anew(copy, source_dir,
 def test_the_validation_split_is_stable_when_a_source_grows(built, source_dir, tmp_path):
     grown = tmp_path / "sources"
     shutil.copytree(source_dir, grown)
-    pq.write_table(pa.Table.from_pylist([{"text": english(20, 7000 + i), "id": "x"} for i in range(60)]), grown / "fineweb_edu/9.parquet")
+    pq.write_table(
+        pa.Table.from_pylist([{"text": english(20, 7000 + i), "id": "x"} for i in range(60)]),
+        grown / "fineweb_edu/9.parquet",
+    )
     build(tmp_path / "data", grown, "--limit_mb=1.5")
     for name in ("fineweb_edu", "codeparrot"):
         old = {(ids.tobytes(), split) for _, split, ids in documents(built, name)}
@@ -314,13 +376,28 @@ def test_a_frozen_stage_survives_other_builds(copy, source_dir):
     prepare.main(["verify", "stage1:v1", f"--data_dir={copy}"])
 
 
-@pytest.mark.parametrize(("file", "change", "says"), [
-    ("manifest.jsonl", lambda b: b.replace(b'"val"', b'"train"', 1), "manifest.jsonl was changed after the stage was frozen"),
-    ("mixture.json", lambda b: b.replace(b"0.", b"0.0", 1), "mixture.json was changed after the stage was frozen"),
-    ("snapshot.json", lambda b: b.replace(b'"tag": "v1"', b'"tag": "v2"'), "snapshot.json is missing, damaged or of another"),
-    ("snapshot.json", None, "snapshot.json is missing"),
-    ("extra.txt", lambda b: b"x", "extra.txt does not belong"),
-])
+@pytest.mark.parametrize(
+    ("file", "change", "says"),
+    [
+        (
+            "manifest.jsonl",
+            lambda b: b.replace(b'"val"', b'"train"', 1),
+            "manifest.jsonl was changed after the stage was frozen",
+        ),
+        (
+            "mixture.json",
+            lambda b: b.replace(b"0.", b"0.0", 1),
+            "mixture.json was changed after the stage was frozen",
+        ),
+        (
+            "snapshot.json",
+            lambda b: b.replace(b'"tag": "v1"', b'"tag": "v2"'),
+            "snapshot.json is missing, damaged or of another",
+        ),
+        ("snapshot.json", None, "snapshot.json is missing"),
+        ("extra.txt", lambda b: b"x", "extra.txt does not belong"),
+    ],
+)
 def test_an_edited_frozen_stage_is_named(copy, file, change, says):
     prepare.main(["freeze", "stage1", "--tag=v1", f"--data_dir={copy}"])
     path = copy / "stages/stage1/v1" / file
@@ -348,10 +425,11 @@ def keyed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("keyed")
     rows = {
         "fineweb_edu": [{"text": english(9, i), "body": english(9, 1000 + i)} for i in range(60)],
-        "oss_instruct": [{"instruction": english(2, 2000 + i), "response": english(5, 3000 + i)}
-                         for i in range(60)],
+        "oss_instruct": [
+            {"instruction": english(2, 2000 + i), "response": english(5, 3000 + i)} for i in range(60)
+        ],
         "codeparrot": [{"content": code(i)} for i in range(60)],
-    }  # fmt: skip
+    }
     for name, records in rows.items():
         (folder / "in" / name).mkdir(parents=True)
         (folder / "in" / name / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
@@ -385,22 +463,28 @@ def stage2(patch, groups=lambda g: g, weights=lambda w: w):
 FROM_FILES = {"fineweb_edu", "oss_instruct", "codeparrot"}
 
 
-@pytest.mark.parametrize(("change", "anew"), [
-    (lambda patch: entry(patch, "fineweb_edu", document=sources.column("body")), {"fineweb_edu"}),
-    (lambda patch: entry(patch, "fineweb_edu", profile="none"), {"fineweb_edu"}),
-    (lambda patch: entry(patch, "oss_instruct", document=lambda row: row["response"]), {"oss_instruct"}),
-    (rule_of_prose, {"fineweb_edu"}),
-    # what the document calls, and what the reader's reader calls
-    (lambda patch: edited(patch, "turns", "ASSISTANT, text.strip()", "ASSISTANT, text"), {"oss_instruct"}),
-    (lambda patch: edited(patch, "open_text", "gzip.open(path", "gzip.open(str(path)"), FROM_FILES),
-    (lambda patch: patch.setattr(sources, "TEXT_FILE_CHARS", 9), FROM_FILES),
-    (lambda patch: edited(patch, "GeneratedRows", "str(index)", "f'{index}'"), {"arithmetic"}),
-    (lambda patch: stage2(patch, groups=lambda old: {**old, "web": 0.2, "code": 0.4}), set()),
-    (lambda patch: stage2(patch, weights=lambda old: {**old, "oss_instruct": 3}), set()),
-    (lambda patch: stage2(patch, weights=lambda old: dict(reversed(old.items()))), set()),
-    (lambda patch: entry(patch, "fineweb_edu", licence="CC0-1.0"), set()),
-    (lambda patch: edited(patch, "column", "return", "# it says why\n    return"), None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "anew"),
+    [
+        (lambda patch: entry(patch, "fineweb_edu", document=sources.column("body")), {"fineweb_edu"}),
+        (lambda patch: entry(patch, "fineweb_edu", profile="none"), {"fineweb_edu"}),
+        (lambda patch: entry(patch, "oss_instruct", document=lambda row: row["response"]), {"oss_instruct"}),
+        (rule_of_prose, {"fineweb_edu"}),
+        # what the document calls, and what the reader's reader calls
+        (
+            lambda patch: edited(patch, "turns", "ASSISTANT, text.strip()", "ASSISTANT, text"),
+            {"oss_instruct"},
+        ),
+        (lambda patch: edited(patch, "open_text", "gzip.open(path", "gzip.open(str(path)"), FROM_FILES),
+        (lambda patch: patch.setattr(sources, "TEXT_FILE_CHARS", 9), FROM_FILES),
+        (lambda patch: edited(patch, "GeneratedRows", "str(index)", "f'{index}'"), {"arithmetic"}),
+        (lambda patch: stage2(patch, groups=lambda old: {**old, "web": 0.2, "code": 0.4}), set()),
+        (lambda patch: stage2(patch, weights=lambda old: {**old, "oss_instruct": 3}), set()),
+        (lambda patch: stage2(patch, weights=lambda old: dict(reversed(old.items()))), set()),
+        (lambda patch: entry(patch, "fineweb_edu", licence="CC0-1.0"), set()),
+        (lambda patch: edited(patch, "column", "return", "# it says why\n    return"), None),
+    ],
+)
 def test_what_changed_is_made_anew_and_nothing_else(keyed, tmp_path, monkeypatch, capsys, change, anew):
     """anew: whose units are made again (of none: the stage is built of those there); None: nothing to do."""
     data = tmp_path / "data"
@@ -585,29 +669,53 @@ def test_clean_deletes_nothing_where_a_manifest_is_damaged(keyed, tmp_path, dama
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_stage(source_dir, tmp_path, built):
-    limited = ("import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-               "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));"
-               "sys.path[:0] = [sys.argv.pop(1)]; import prepare; prepare.main(sys.argv[1:])")  # fmt: skip
-    command = [sys.executable, "-c", limited, str(ROOT), "stage1", f"--data_dir={tmp_path}", f"--source_dir={source_dir}", *SMALL]
+    limited = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));"
+        "sys.path[:0] = [sys.argv.pop(1)]; import prepare; prepare.main(sys.argv[1:])"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        limited,
+        str(ROOT),
+        "stage1",
+        f"--data_dir={tmp_path}",
+        f"--source_dir={source_dir}",
+        *SMALL,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.strip().split("\n")[-1].startswith("error: [Errno 27] File too large")
+    assert done.returncode == 1 and done.stderr.strip().split("\n")[-1].startswith(
+        "error: [Errno 27] File too large"
+    )
     assert not list(tmp_path.glob("stages/*/manifest.jsonl")) and not list(tmp_path.rglob("*.tmp"))
     build(tmp_path, source_dir)
     assert shards(tmp_path) == shards(built)
 
 
-@pytest.mark.parametrize(("name", "content", "says"), [
-    ("fineweb_edu/9.jsonl", b'{"text": "a"}\n{"text": "b\n', "not_a_row 1"),
-    ("fineweb_edu/9.jsonl", b'{"body": "a"}\n', "has no column 'text': it has body"),
-    ("fineweb_edu/9.jsonl", b"[1, 2]\n", "not an object with columns"),
-    ("fineweb_edu/9.parquet", b"PAR1 no", "9.parquet at row 1"),
-    ("fineweb_edu/9.jsonl.gz", gzip.compress(b'{"text": "aaaa"}\n' * 999, mtime=0)[:40], "9.jsonl.gz at row"),
-    ("fineweb_edu/9.jsonl.zst", pa.compress(b'{"text": "aaaa"}\n' * 999, "zstd", asbytes=True)[:20], "9.jsonl.zst at row"),
-    ("fineweb_edu/9.jsonl", "{\"text\": \"\xe9\"}\n".encode("latin-1"), "not_text 1, as [9.jsonl:1]"),
-    ("fineweb_edu/9.json", b'[{"text": "a"}, {"text": "b"', "9.json at row 1"),
-    ("fineweb_edu/9.pdf", b"x", "9.pdf is of no kind that can be read"),
-    ("finewebedu/9.jsonl", b"x", "folder 'finewebedu', which is not the name of a source"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("fineweb_edu/9.jsonl", b'{"text": "a"}\n{"text": "b\n', "not_a_row 1"),
+        ("fineweb_edu/9.jsonl", b'{"body": "a"}\n', "has no column 'text': it has body"),
+        ("fineweb_edu/9.jsonl", b"[1, 2]\n", "not an object with columns"),
+        ("fineweb_edu/9.parquet", b"PAR1 no", "9.parquet at row 1"),
+        (
+            "fineweb_edu/9.jsonl.gz",
+            gzip.compress(b'{"text": "aaaa"}\n' * 999, mtime=0)[:40],
+            "9.jsonl.gz at row",
+        ),
+        (
+            "fineweb_edu/9.jsonl.zst",
+            pa.compress(b'{"text": "aaaa"}\n' * 999, "zstd", asbytes=True)[:20],
+            "9.jsonl.zst at row",
+        ),
+        ("fineweb_edu/9.jsonl", '{"text": "\xe9"}\n'.encode("latin-1"), "not_text 1, as [9.jsonl:1]"),
+        ("fineweb_edu/9.json", b'[{"text": "a"}, {"text": "b"', "9.json at row 1"),
+        ("fineweb_edu/9.pdf", b"x", "9.pdf is of no kind that can be read"),
+        ("finewebedu/9.jsonl", b"x", "folder 'finewebedu', which is not the name of a source"),
+    ],
+)
 def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, says, capsys):
     path = tmp_path / "in" / name
     path.parent.mkdir(parents=True)
@@ -618,14 +726,17 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, says, caps
     assert not list((tmp_path / "data").glob("stages/*/manifest.jsonl"))
 
 
-@pytest.mark.parametrize(("file", "content", "words"), [
-    ("metadata/stage2/filters.json", b"{", ["status"]),
-    ("metadata/stage2/provenance.json", b"[]", ["freeze", "stage2:v1"]),
-    ("work/keys.json", b"\xff", ["clean"]),
-    ("work/keys.json", b"3", ["stage2", *KEYED, "--force"]),
-    ("metadata/revisions.json", b"", ["stage2", "--dry_run"]),
-    ("metadata/pulled.json", b"{]", ["pull", "ada/x:v1"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("metadata/stage2/filters.json", b"{", ["status"]),
+        ("metadata/stage2/provenance.json", b"[]", ["freeze", "stage2:v1"]),
+        ("work/keys.json", b"\xff", ["clean"]),
+        ("work/keys.json", b"3", ["stage2", *KEYED, "--force"]),
+        ("metadata/revisions.json", b"", ["stage2", "--dry_run"]),
+        ("metadata/pulled.json", b"{]", ["pull", "ada/x:v1"]),
+    ],
+)
 def test_a_damaged_note_is_named(keyed, tmp_path, monkeypatch, file, content, words):
     import huggingface_hub
 
@@ -635,19 +746,27 @@ def test_a_damaged_note_is_named(keyed, tmp_path, monkeypatch, file, content, wo
     hub = types.SimpleNamespace(
         list_repo_refs=lambda *_, **__: types.SimpleNamespace(tags=[types.SimpleNamespace(name="v1")]),
         dataset_info=lambda *_, **__: types.SimpleNamespace(sha="0" * 40),
-        list_repo_tree=lambda *_, **__: [])  # fmt: skip
+        list_repo_tree=lambda *_, **__: [],
+    )
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
     options = [f"--source_dir={keyed / 'in'}"] if "--force" in words else []
     with pytest.raises(SystemExit, match=f"error: {data / file} is damaged"):
         prepare.main([*words, f"--data_dir={data}", *options])
 
 
-@pytest.mark.parametrize(("texts", "options", "says"), [
-    ([english(20, 5)], ["--stage_val_every=2"], "kept 1, all for validation"),
-    (["x", english(20, 5)], ["--stage_val_every=2"], "dropped by gopher_few.* 1; kept 1, all for validation"),
-    (["x", "y"], [], "dropped by gopher_few_or_many_words 2"),
-    ([], [], "its sources are empty"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("texts", "options", "says"),
+    [
+        ([english(20, 5)], ["--stage_val_every=2"], "kept 1, all for validation"),
+        (
+            ["x", english(20, 5)],
+            ["--stage_val_every=2"],
+            "dropped by gopher_few.* 1; kept 1, all for validation",
+        ),
+        (["x", "y"], [], "dropped by gopher_few_or_many_words 2"),
+        ([], [], "its sources are empty"),
+    ],
+)
 def test_where_the_documents_of_an_empty_group_went(tmp_path, texts, options, says):
     (tmp_path / "in/fineweb_edu").mkdir(parents=True)
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
@@ -677,9 +796,17 @@ def prose_rows(n, first=0):
 
 def test_odd_rows_are_dropped_and_counted_with_file_and_row(tmp_path):
     """No row stops a build, and nothing but text becomes a document: no list of numbers passes for ids."""
-    odd = [{"text": 17}, {"text": None}, {"text": [tokenizer.ROW, 70_000, -1]}, {"text": {"a": "b"}},
-           {"text": "half \ud83d a pair"}, '{"text": "\udce9 in Latin 1"}', '{"text": "cut', {"body": "x"},
-           '"x"']  # fmt: skip
+    odd = [
+        {"text": 17},
+        {"text": None},
+        {"text": [tokenizer.ROW, 70_000, -1]},
+        {"text": {"a": "b"}},
+        {"text": "half \ud83d a pair"},
+        '{"text": "\udce9 in Latin 1"}',
+        '{"text": "cut',
+        {"body": "x"},
+        '"x"',
+    ]
     good = prose_rows(20)
     write_rows(tmp_path / "in/fineweb_edu/a.jsonl", [*good[:3], "", "  ", *odd, *good[3:]], head="\ufeff")
     build(tmp_path / "data", tmp_path / "in", "--sources=fineweb_edu", "--stage_val_every=3")
@@ -693,12 +820,20 @@ def test_odd_rows_are_dropped_and_counted_with_file_and_row(tmp_path):
     prepare.main(["verify", "stage1", f"--data_dir={tmp_path / 'data'}"])
 
 
-@pytest.mark.parametrize("name, content", [
-    ("a.jsonl", lambda rows: "\n\n".join(map(json.dumps, rows)).encode("utf-8-sig")),
-    ("a.json", lambda rows: json.dumps(rows, indent=1).encode("utf-8-sig")),
-    ("a.csv", lambda rows: "\n\n".join(["text", *(r["text"].replace("\n", " ") for r in rows)]).encode("utf-8-sig")),
-    ("a.txt", lambda rows: "<|endoftext|>\n".join(row["text"] for row in rows).encode("utf-8-sig")),
-])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.jsonl", lambda rows: "\n\n".join(map(json.dumps, rows)).encode("utf-8-sig")),
+        ("a.json", lambda rows: json.dumps(rows, indent=1).encode("utf-8-sig")),
+        (
+            "a.csv",
+            lambda rows: "\n\n".join(["text", *(r["text"].replace("\n", " ") for r in rows)]).encode(
+                "utf-8-sig"
+            ),
+        ),
+        ("a.txt", lambda rows: "<|endoftext|>\n".join(row["text"] for row in rows).encode("utf-8-sig")),
+    ],
+)
 def test_reading_goes_on_where_it_was(tmp_path, name, content):
     """Blank lines, a byte order mark, an array: from any row on, the rest is the same."""
     rows = [{"text": english(2, i)} for i in range(5)]
@@ -724,6 +859,7 @@ def test_binary_columns_are_decoded(tmp_path):
 
 def test_too_many_odd_rows_stop_the_build_and_are_named(tmp_path):
     """Before all of them are read, in the same words on any number of processes; a few do not."""
+
     def odd(i):
         return {"text": i, "padding": "x" * 500}
 
@@ -758,6 +894,7 @@ def test_odd_rows_that_a_stage_does_not_reach_do_not_stop_it(tmp_path):
 @pytest.mark.parametrize("lane_of_odd", [0, 3])
 def test_the_share_of_odd_rows_is_over_all_lanes(lane_of_odd):
     """One bad file among eight is judged with the others, and judged alike whichever it is."""
+
     def record(lane, number, odd):
         rules = {"not_text": {"count": odd, "examples": ["[a:1] x"]}} if odd else {}
         return {"lane": lane, "number": number, "read": 1000, "odd": rules}
@@ -794,7 +931,11 @@ def test_puzzles_that_are_none_are_dropped_and_counted(source_dir, tmp_path, cap
     build(tmp_path / "data", tmp_path / "in", "--sources=sudoku_extreme,maze_hard", "--stage_val_every=9")
     dropped = filters(tmp_path / "data")
     assert dropped["sudoku_extreme"] == {
-        "wrong_answer": 1, "is_in_sudoku_extreme_test": 1, "not_as_expected": 3, "not_text": 1}  # fmt: skip
+        "wrong_answer": 1,
+        "is_in_sudoku_extreme_test": 1,
+        "not_as_expected": 3,
+        "not_text": 1,
+    }
     assert dropped["maze_hard"]["not_as_expected"] == 2
     (note,) = [line for line in capsys.readouterr().out.splitlines() if "rows of sudoku_extreme_test" in line]
     assert note.startswith("note: 1 rows") and "size 82" in note
@@ -802,8 +943,17 @@ def test_puzzles_that_are_none_are_dropped_and_counted(source_dir, tmp_path, cap
 
 def test_hidden_files_and_cards_are_not_read(tmp_path):
     folder = tmp_path / "in/fineweb_edu"
-    for name in ("a.jsonl", "b/c.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl", ".cache/hub/x/d.jsonl",
-                 "b/.hidden.jsonl", "README.md", "readme.txt", "LICENSE", "b/NOTES.md"):  # fmt: skip
+    for name in (
+        "a.jsonl",
+        "b/c.jsonl",
+        ".ipynb_checkpoints/a-checkpoint.jsonl",
+        ".cache/hub/x/d.jsonl",
+        "b/.hidden.jsonl",
+        "README.md",
+        "readme.txt",
+        "LICENSE",
+        "b/NOTES.md",
+    ):
         write_rows(folder / name, prose_rows(1))
     assert sources.local_files(tmp_path / "in", "fineweb_edu") == [folder / "a.jsonl", folder / "b/c.jsonl"]
     (tmp_path / "in/.cache").mkdir()
@@ -828,17 +978,20 @@ def test_a_document_that_is_too_long_is_dropped_before_it_costs_memory(tmp_path,
     assert units.MAX_CHARS >= 20 * max(most for _, most in limits.values())  # of whatever words: too many
 
 
-@pytest.mark.parametrize(("options", "says"), [
-    (["--sources=finewebedu"], "--sources names 'finewebedu'"),
-    (["--source_dir=/nonexistent"], "is not a folder"),
-    (["--limit_mb=0"], "--limit_mb must be above 0"),
-    (["--limit_mb=1e-6", "--sources=sudoku4"], "--limit_mb=1e-06 is less than a token"),
-    (["--engine=spark"], "--engine must be"),
-    (["--stage_val_every=1"], "--stage_val_every must be"),
-    (["--num_proc=-2"], "--num_proc must be"),
-    (["--source_dir={empty}"], "no source of web, code is left"),
-    (["--source_dir={empty}", "--sources=fineweb_edu"], "no source is left: fineweb_edu: no folder"),
-])
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--sources=finewebedu"], "--sources names 'finewebedu'"),
+        (["--source_dir=/nonexistent"], "is not a folder"),
+        (["--limit_mb=0"], "--limit_mb must be above 0"),
+        (["--limit_mb=1e-6", "--sources=sudoku4"], "--limit_mb=1e-06 is less than a token"),
+        (["--engine=spark"], "--engine must be"),
+        (["--stage_val_every=1"], "--stage_val_every must be"),
+        (["--num_proc=-2"], "--num_proc must be"),
+        (["--source_dir={empty}"], "no source of web, code is left"),
+        (["--source_dir={empty}", "--sources=fineweb_edu"], "no source is left: fineweb_edu: no folder"),
+    ],
+)
 def test_mistakes_are_one_line(tmp_path, options, says):
     (tmp_path / "empty").mkdir()
     options = [o.format(empty=tmp_path / "empty") for o in options]
@@ -850,25 +1003,37 @@ def test_mistakes_are_one_line(tmp_path, options, says):
 def test_a_dry_run_says_what_and_does_nothing(source_dir, tmp_path, capsys):
     build(tmp_path / "data", source_dir, "--dry_run", "--limit_mb=100")
     out = capsys.readouterr().out
-    assert "25,000,000 training tokens" in out and "fineweb_edu" in out and "2 files in" in out and not (tmp_path / "data").exists()
+    assert (
+        "25,000,000 training tokens" in out
+        and "fineweb_edu" in out
+        and "2 files in" in out
+        and not (tmp_path / "data").exists()
+    )
 
 
 def test_a_stage_too_large_for_its_sources_keeps_its_shares(source_dir, tmp_path, capsys):
     build(tmp_path, source_dir, "--limit_mb=8", "--unit_mb=0.2")
     assert "note: the sources have documents for" in capsys.readouterr().out
     _, mixture = prepare.read_manifest(tmp_path, "stage1", verify=False)
-    assert mixture["groups"] == pytest.approx(sources.STAGES["stage1"][1], abs=0.02)  # a single ARC task is 2% of so small a stage
+    assert mixture["groups"] == pytest.approx(
+        sources.STAGES["stage1"][1], abs=0.02
+    )  # a single ARC task is 2% of so small a stage
 
 
 def test_status_draws_the_mixture(built, capsys):
     prepare.main(["status", f"--data_dir={built}"])
     out = capsys.readouterr().out
-    assert "near_duplicate 1" in out and "fineweb_edu" in out and all(f"\n{group:7}" in out for group in stages.GROUPS)
+    assert (
+        "near_duplicate 1" in out
+        and "fineweb_edu" in out
+        and all(f"\n{group:7}" in out for group in stages.GROUPS)
+    )
     assert (built / "metadata/mixture.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_status_needs_no_place_to_write(built, monkeypatch, capsys):
     """A data folder may be mounted read-only."""
+
     def write(*args):
         raise OSError(errno.EROFS, "Read-only file system", "metadata/mixture.png.1.tmp")
 
@@ -909,36 +1074,61 @@ def test_bench_prepare_has_its_rival_and_projects_the_hours(monkeypatch, capsys)
 
 
 def test_dialogues_have_their_tokens():
-    document = sources.turns(("system", "Be brief."), ("user", " Hi "), ("assistant", "Hello."), ("user", "Bye"), ("assistant", "Bye."))
+    document = sources.turns(
+        ("system", "Be brief."),
+        ("user", " Hi "),
+        ("assistant", "Hello."),
+        ("user", "Bye"),
+        ("assistant", "Bye."),
+    )
     ids = units.tokenise(document)
-    assert tokenizer.load().decode(ids.tolist()) == ("<|user|>Be brief.\n\nHi<|end|><|assistant|>Hello.<|end|>"
-                                                     "<|user|>Bye<|end|><|assistant|>Bye.<|end|><|endoftext|>")  # fmt: skip
+    assert tokenizer.load().decode(ids.tolist()) == (
+        "<|user|>Be brief.\n\nHi<|end|><|assistant|>Hello.<|end|>"
+        "<|user|>Bye<|end|><|assistant|>Bye.<|end|><|endoftext|>"
+    )
     # text that spells a reserved token does not become one
     assert (units.tokenise(sources.turns(("user", "<|end|>"))) == tokenizer.END).sum() == 1
 
 
-@pytest.mark.parametrize("messages, means", [
-    ([("user", "Q1"), ("assistant", "A1"), ("system", "Be brief."), ("system", "Be kind."), ("user", "Q2"),
-      ("assistant", "A2")],
-     "<u>Q1.<a>A1.<u>Be brief.\n\nBe kind.\n\nQ2.<a>A2."),
-    ([("user", "Q1"), ("system", "Be brief."), ("assistant", "A1")], "<u>Q1.<u>Be brief..<a>A1."),
-    ([("system", "Be brief"), ("assistant", "A1"), ("system", "The end")], "<u>Be brief.<a>A1.<u>The end."),
-    ([("system", " "), ("user", "Q1"), ("user", "Q2"), ("assistant", "A1")], "<u>Q1.<u>Q2.<a>A1."),
-])
+@pytest.mark.parametrize(
+    "messages, means",
+    [
+        (
+            [
+                ("user", "Q1"),
+                ("assistant", "A1"),
+                ("system", "Be brief."),
+                ("system", "Be kind."),
+                ("user", "Q2"),
+                ("assistant", "A2"),
+            ],
+            "<u>Q1.<a>A1.<u>Be brief.\n\nBe kind.\n\nQ2.<a>A2.",
+        ),
+        ([("user", "Q1"), ("system", "Be brief."), ("assistant", "A1")], "<u>Q1.<u>Be brief..<a>A1."),
+        (
+            [("system", "Be brief"), ("assistant", "A1"), ("system", "The end")],
+            "<u>Be brief.<a>A1.<u>The end.",
+        ),
+        ([("system", " "), ("user", "Q1"), ("user", "Q2"), ("assistant", "A1")], "<u>Q1.<u>Q2.<a>A1."),
+    ],
+)
 def test_no_text_of_a_dialogue_is_lost(messages, means):
     marks = {tokenizer.USER: "<u>", tokenizer.ASSISTANT: "<a>", tokenizer.END: "."}
     assert "".join(marks.get(part, part) for part in sources.turns(*messages)) == means
 
 
-@pytest.mark.parametrize("messages, rule", [
-    ([{"role": "user", "content": "Q"}, {"role": "tool", "content": "42"}], "unknown_role"),
-    ([{"role": None, "content": "Q"}], "unknown_role"),
-    ([{"role": "user", "content": "Q"}, {"role": "assistant", "content": None}], "not_text"),
-    ([{"role": "user", "content": ["Q", tokenizer.END]}], "not_text"),
-    (None, "not_as_expected"),
-    (["Q", "A"], "not_as_expected"),
-    ([{"from": "human", "value": "Q"}], "no_column"),
-])
+@pytest.mark.parametrize(
+    "messages, rule",
+    [
+        ([{"role": "user", "content": "Q"}, {"role": "tool", "content": "42"}], "unknown_role"),
+        ([{"role": None, "content": "Q"}], "unknown_role"),
+        ([{"role": "user", "content": "Q"}, {"role": "assistant", "content": None}], "not_text"),
+        ([{"role": "user", "content": ["Q", tokenizer.END]}], "not_text"),
+        (None, "not_as_expected"),
+        (["Q", "A"], "not_as_expected"),
+        ([{"from": "human", "value": "Q"}], "no_column"),
+    ],
+)
 def test_who_is_not_known_is_not_taken_for_somebody_else(messages, rule):
     with pytest.raises(sources.OddRow) as e:
         sources.to_document("smol_smoltalk", {"files": []}, {"messages": messages}, first=False)
@@ -956,55 +1146,103 @@ def test_stages_2_and_3_have_their_shares_and_sources():
         assert sum(groups.values()) == pytest.approx(1) and set(groups) == set(stages.GROUPS)
         assert {sources.SOURCES[name].group for name in weights} == set(groups)
     assert [list(groups.values()) for _, groups, _ in sources.STAGES.values()] == [
-        [0.5, 0.2, 0.1, 0.1, 0.1], [0.4, 0.2, 0.1, 0.15, 0.15], [0.3, 0.2, 0.1, 0.2, 0.2]]  # fmt: skip
+        [0.5, 0.2, 0.1, 0.1, 0.1],
+        [0.4, 0.2, 0.1, 0.15, 0.15],
+        [0.3, 0.2, 0.1, 0.2, 0.2],
+    ]
 
 
 def test_stages_2_and_3_from_local_files(tmp_path):
     """Instruction sets in the columns of the real ones; what comes out are dialogues, and the second stage makes hardly a new unit."""
+
     def turn(role, n, seed):
         return {"role": role, "content": english(n, seed)}
 
-    chats = [[turn("user", 2, (i, 1)), turn("assistant", 6, (i, 2)), turn("user", 1, (i, 3)), turn("assistant", 4, (i, 4))]
-             for i in range(150)]  # fmt: skip
+    chats = [
+        [
+            turn("user", 2, (i, 1)),
+            turn("assistant", 6, (i, 2)),
+            turn("user", 1, (i, 3)),
+            turn("assistant", 4, (i, 4)),
+        ]
+        for i in range(150)
+    ]
     rows = {
-        "smol_smoltalk": [{"messages": [{"role": "system", "content": "Be brief."}, *chat] if i % 3 == 0 else chat, "source": "x"}
-                          for i, chat in enumerate(chats)],
-        "oss_instruct": [{"instruction": english(2, (i, 5)), "response": f"```python\n{code(i)}```\n"} for i in range(120)],
-        "openmath_instruct": [{"problem": english(2, (i, 6)), "generated_solution": english(5, (i, 7)), "expected_answer": str(i)}
-                              for i in range(120)],
-    }  # fmt: skip
+        "smol_smoltalk": [
+            {
+                "messages": [{"role": "system", "content": "Be brief."}, *chat] if i % 3 == 0 else chat,
+                "source": "x",
+            }
+            for i, chat in enumerate(chats)
+        ],
+        "oss_instruct": [
+            {"instruction": english(2, (i, 5)), "response": f"```python\n{code(i)}```\n"} for i in range(120)
+        ],
+        "openmath_instruct": [
+            {
+                "problem": english(2, (i, 6)),
+                "generated_solution": english(5, (i, 7)),
+                "expected_answer": str(i),
+            }
+            for i in range(120)
+        ],
+    }
     for name, records in rows.items():
         (tmp_path / "in" / name).mkdir(parents=True)
         pq.write_table(pa.Table.from_pylist(records), tmp_path / "in" / name / "0.parquet")
     for stage in ("stage2", "stage3"):
         asked = "--sources=smol_smoltalk,oss_instruct,openmath_instruct,sudoku4,arc"
-        prepare.main([stage, f"--data_dir={tmp_path}", f"--source_dir={tmp_path / 'in'}", asked, *SMALL[1:], "--limit_mb=0.3"])
+        prepare.main(
+            [
+                stage,
+                f"--data_dir={tmp_path}",
+                f"--source_dir={tmp_path / 'in'}",
+                asked,
+                *SMALL[1:],
+                "--limit_mb=0.3",
+            ]
+        )
         entries, mixture = prepare.read_manifest(tmp_path, stage)
-        assert mixture["groups"] == pytest.approx(sources.STAGES[stage][1], abs=0.03)  # 75,000 tokens, and a task of ARC can have 5,000
+        assert mixture["groups"] == pytest.approx(
+            sources.STAGES[stage][1], abs=0.03
+        )  # 75,000 tokens, and a task of ARC can have 5,000
         marks, sign = {}, {tokenizer.USER: "u", tokenizer.ASSISTANT: "a", tokenizer.END: "."}
         for source, _, ids in documents(tmp_path, stage=stage):
             marks.setdefault(source, set()).add("".join(sign.get(i, "") for i in ids.tolist()))
             assert ids[-1] == tokenizer.EOT
-        assert marks["smol_smoltalk"] == {"u.a.u.a."} and marks["oss_instruct"] == marks["openmath_instruct"] == {"u.a."}
+        assert marks["smol_smoltalk"] == {"u.a.u.a."} and marks["oss_instruct"] == marks[
+            "openmath_instruct"
+        ] == {"u.a."}
         assert marks["sudoku4"] == marks["arc"] == {""}
 
 
 def test_what_is_generated_needs_no_network(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    prepare.main(["stage1", f"--data_dir={tmp_path}", "--sources=sudoku4,maze,logic", *SMALL[1:], "--limit_mb=0.1"])
+    prepare.main(
+        ["stage1", f"--data_dir={tmp_path}", "--sources=sudoku4,maze,logic", *SMALL[1:], "--limit_mb=0.1"]
+    )
     out = capsys.readouterr().out
     assert "nothing is kept out for quoting gsm8k_test: all is generated here" in out
     assert {e["source"] for e in prepare.read_manifest(tmp_path, "stage1")[0]} == {"sudoku4", "maze", "logic"}
 
 
-@pytest.mark.parametrize("name, shows",
-                         [("graphs", "Question:"), ("sudoku4", "<|sudoku|><|input|>"), ("traces", "<|program|>"), ("wikipedia", "pont")])
+@pytest.mark.parametrize(
+    "name, shows",
+    [
+        ("graphs", "Question:"),
+        ("sudoku4", "<|sudoku|><|input|>"),
+        ("traces", "<|program|>"),
+        ("wikipedia", "pont"),
+    ],
+)
 def test_the_first_documents_of_a_source(name, shows, source_dir):
     files = sources.local_files(source_dir, name)
     where, shown = {"files": files} if files else {}, []
     for origin, row in itertools.islice(sources.open_rows(name, where, 1, 0, None), 3):
         _, _, parts = sources.instantiate(sources.to_document(name, where, row, sources.is_first(origin)))
-        shown += [p if isinstance(p, str) else tokenizer.load().decode(np.atleast_1d(p).tolist()) for p in parts]
+        shown += [
+            p if isinstance(p, str) else tokenizer.load().decode(np.atleast_1d(p).tolist()) for p in parts
+        ]
     assert shows in "".join(shown)
 
 

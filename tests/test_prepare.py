@@ -18,7 +18,15 @@ import prepare
 from smol import arc, demo, puzzles, tokenizer
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--limit_mb=0.05", "--n_arithmetic=80", "--n_sudoku4=300", "--n_sudoku9=4", "--n_maze=60", "--n_transforms=40", "--val_every=9"]
+SMALL = [
+    "--limit_mb=0.05",
+    "--n_arithmetic=80",
+    "--n_sudoku4=300",
+    "--n_sudoku9=4",
+    "--n_maze=60",
+    "--n_transforms=40",
+    "--val_every=9",
+]
 
 
 def build(data, *options):
@@ -60,7 +68,9 @@ def documents(data, split, source=None):
 def test_every_source_trains_and_the_documents_decode(built):
     entries, mixture = prepare.read_manifest(built, "demo")
     assert {e["source"] for e in entries if e["split"] == "train"} == set(demo.SOURCES)
-    assert {e["group"] for e in entries} == set(mixture["groups"]) and abs(sum(mixture["groups"].values()) - 1) < 1e-6
+    assert {e["group"] for e in entries} == set(mixture["groups"]) and abs(
+        sum(mixture["groups"].values()) - 1
+    ) < 1e-6
     encoder, kinds = tokenizer.load(), {e["source"]: e["kind"] for e in entries}
     for split in ("train", "val"):
         for source, tokens in documents(built, split):
@@ -73,7 +83,11 @@ def test_every_source_trains_and_the_documents_decode(built):
                 assert encoder.decode(tokens[:-1].tolist()).endswith("\n")
     # the text is the text that was gathered
     raw = [json.loads(line)["text"] for line in (built / "raw/demo/langref.jsonl").read_text().splitlines()]
-    kept = {encoder.decode(t[:-1].tolist()) for split in ("train", "val") for _, t in documents(built, split, "langref")}
+    kept = {
+        encoder.decode(t[:-1].tolist())
+        for split in ("train", "val")
+        for _, t in documents(built, split, "langref")
+    }
     assert kept and kept <= set(raw)
 
 
@@ -86,7 +100,11 @@ def test_training_and_validation_share_no_document(built):
 def test_augmentation_is_for_training_only(built):
     entries, _ = prepare.read_manifest(built, "demo")
     train = {e["source"]: e["augment"] for e in entries if e["split"] == "train"}
-    assert train["sudoku4"] == "none" and train["maze"] == "dihedral" and train["arc"] == train["transforms"] == "arc"
+    assert (
+        train["sudoku4"] == "none"
+        and train["maze"] == "dihedral"
+        and train["arc"] == train["transforms"] == "arc"
+    )
     assert {e["augment"] for e in entries if e["split"] == "val"} == {"none"}
 
 
@@ -124,7 +142,9 @@ def is_evaluation_output(grid, outputs):
 
 def test_no_evaluation_output_is_in_any_shard_under_any_symmetry(built):
     outputs = evaluation_outputs()
-    assert sum(map(len, outputs.values())) == 419 + 167  # test pairs of ARC-AGI-1 evaluation and of ARC-AGI-2 public evaluation
+    assert (
+        sum(map(len, outputs.values())) == 419 + 167
+    )  # test pairs of ARC-AGI-1 evaluation and of ARC-AGI-2 public evaluation
 
     # the check itself finds what it is to find: an output in disguise, and training tasks that are dropped for it
     rng = np.random.default_rng(0)
@@ -132,7 +152,11 @@ def test_no_evaluation_output_is_in_any_shard_under_any_symmetry(built):
         disguised = rng.permutation(10)[np.rot90(output.T, int(rng.integers(4)))]
         trivial = output.size <= 9 or len(np.unique(output)) == 1
         assert is_evaluation_output(disguised.astype(np.uint8), outputs) != trivial
-    tainted = {t.id for t in arc.load("arc1_train") if any(is_evaluation_output(g, outputs) for pair in t.train + t.test for g in pair)}
+    tainted = {
+        t.id
+        for t in arc.load("arc1_train")
+        if any(is_evaluation_output(g, outputs) for pair in t.train + t.test for g in pair)
+    }
     assert tainted
 
     seen = 0
@@ -147,12 +171,19 @@ def test_no_evaluation_output_is_in_any_shard_under_any_symmetry(built):
 
 def test_no_evaluation_task_is_trained_on(built):
     def inputs(name):
-        return {pair[0].tobytes() + bytes(pair[0].shape) for task in arc.load(name) for pair in task.test if pair[0].size > 30}
+        return {
+            pair[0].tobytes() + bytes(pair[0].shape)
+            for task in arc.load(name)
+            for pair in task.test
+            if pair[0].size > 30
+        }
 
     questions = inputs("arc1_eval") | inputs("arc2_eval")
     trained = [arc.decode(tokens)[1][-1][0] for _, tokens in documents(built, "train", "arc")]
     assert not [g for g in trained if g.tobytes() + bytes(g.shape) in questions]
-    assert questions & inputs("arc2_train"), "the check would find the ARC-AGI-1 evaluation tasks in ARC-AGI-2's training set"
+    assert questions & inputs("arc2_train"), (
+        "the check would find the ARC-AGI-1 evaluation tasks in ARC-AGI-2's training set"
+    )
 
 
 def test_no_held_out_puzzle_is_trained_on(built):
@@ -190,7 +221,10 @@ def test_a_killed_build_leaves_no_stage_and_is_completed_to_the_same_bytes(built
     for moment in ("raw/demo/stdlib.jsonl", "processed/maze"):
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "prepare.py"), "demo", f"--data_dir={tmp_path}", *SMALL],
-            cwd=tmp_path, env={**os.environ, "PYTHONHASHSEED": "7"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONHASHSEED": "7"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         while not (tmp_path / moment).exists() and process.poll() is None:
             time.sleep(0.005)
@@ -198,7 +232,9 @@ def test_a_killed_build_leaves_no_stage_and_is_completed_to_the_same_bytes(built
         assert process.wait() == -signal.SIGKILL, "the build was over before it could be killed"
         with pytest.raises(FileNotFoundError, match="is not prepared"):
             prepare.read_manifest(tmp_path, "demo")
-    (tmp_path / "processed/maze/train-000000000000.bin.tmp").write_bytes(b"half a sha")  # as a kill in the middle of a write leaves it
+    (tmp_path / "processed/maze/train-000000000000.bin.tmp").write_bytes(
+        b"half a sha"
+    )  # as a kill in the middle of a write leaves it
     build(tmp_path)
     prepare.read_manifest(tmp_path, "demo")
     ours, theirs = files(tmp_path), files(built)
@@ -222,7 +258,9 @@ def test_another_seed_builds_anew_and_force_repairs(copy, capsys):
     entries, mixture = prepare.read_manifest(copy, "demo")
     assert mixture["seed"] == 2 and (copy / "stages/demo/manifest.jsonl").read_bytes() != manifest
     listed = {e["path"] for e in entries}
-    assert {name for name in files(copy) if name.endswith(".bin")} == listed  # what no stage lists any more is gone
+    assert {
+        name for name in files(copy) if name.endswith(".bin")
+    } == listed  # what no stage lists any more is gone
     assert [name for name in old if name.endswith(".bin") and name not in listed]
 
     damaged = copy / min(listed)
@@ -291,6 +329,7 @@ def unsorted_idx(data):
         for e in entries:
             if e["path"].endswith(shard(data).name):
                 e["idx_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+
     rewrite_manifest(data, change)
 
 
@@ -306,6 +345,7 @@ def escape(data):
 
     def change(entries):
         entries[0]["path"] = "processed/../../outside/x.bin"
+
     rewrite_manifest(data, change)
 
 
@@ -327,6 +367,7 @@ def beyond_the_vocabulary(data):
         for e in entries:
             if e["path"].endswith(path.name):
                 e["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+
     rewrite_manifest(data, change)
 
 
@@ -338,21 +379,24 @@ def lose_mixture(data):
     (data / "stages/demo/mixture.json").unlink()
 
 
-@pytest.mark.parametrize(("damage", "named", "problem"), [
-    (truncate, "maze/train-", "has 100 bytes where the manifest says"),
-    (edit, "maze/train-", "SHA-256"),
-    (lose, "maze/train-", "is missing"),
-    (edit_idx, ".idx", "SHA-256"),
-    (lose_idx, ".idx", "is missing"),
-    (unsorted_idx, ".idx", "does not rise"),
-    (beyond_the_vocabulary, "maze/train-", "has token ids beyond 50280"),
-    (swap_split, "manifest.jsonl", "was changed after it was written"),
-    (escape, "manifest.jsonl", "outside/x.bin"),
-    (escape_absolute, "manifest.jsonl", "not processed/SOURCE/NAME.bin"),
-    (other_tokenizer, "manifest.jsonl", "another tokenizer"),
-    (not_json, "manifest.jsonl", "not a JSON object"),
-    (lose_mixture, "mixture.json", "is missing or damaged"),
-])
+@pytest.mark.parametrize(
+    ("damage", "named", "problem"),
+    [
+        (truncate, "maze/train-", "has 100 bytes where the manifest says"),
+        (edit, "maze/train-", "SHA-256"),
+        (lose, "maze/train-", "is missing"),
+        (edit_idx, ".idx", "SHA-256"),
+        (lose_idx, ".idx", "is missing"),
+        (unsorted_idx, ".idx", "does not rise"),
+        (beyond_the_vocabulary, "maze/train-", "has token ids beyond 50280"),
+        (swap_split, "manifest.jsonl", "was changed after it was written"),
+        (escape, "manifest.jsonl", "outside/x.bin"),
+        (escape_absolute, "manifest.jsonl", "not processed/SOURCE/NAME.bin"),
+        (other_tokenizer, "manifest.jsonl", "another tokenizer"),
+        (not_json, "manifest.jsonl", "not a JSON object"),
+        (lose_mixture, "mixture.json", "is missing or damaged"),
+    ],
+)
 def test_damage_is_named_and_says_what_to_do(built, tmp_path, damage, named, problem):
     data = tmp_path / "data"
     for folder in ("stages", "processed"):
@@ -366,17 +410,20 @@ def test_damage_is_named_and_says_what_to_do(built, tmp_path, damage, named, pro
     assert named in message and problem in message and "prepare.py demo --force=True" in message
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["verify", "demo"], "stage 'demo' is not prepared in .*; run: python prepare.py demo"),
-    (["verify", "stage7"], "there is no stage 'stage7'"),
-    (["verify", "../demo"], "not the name of a stage"),
-    (["verify"], "say which stage"),
-    (["verfy", "demo"], "unknown command 'verfy': the closest is 'verify'"),
-    ([], "say what to do"),
-    (["demo", "--n_mazes=5"], "the closest is 'n_maze'"),
-    (["demo", "--weights={'sudoku': 1}"], "unknown source 'sudoku'.*'sudoku"),
-    (["demo", "--n_maze=0"], "--n_maze must be at least 1"),
-])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["verify", "demo"], "stage 'demo' is not prepared in .*; run: python prepare.py demo"),
+        (["verify", "stage7"], "there is no stage 'stage7'"),
+        (["verify", "../demo"], "not the name of a stage"),
+        (["verify"], "say which stage"),
+        (["verfy", "demo"], "unknown command 'verfy': the closest is 'verify'"),
+        ([], "say what to do"),
+        (["demo", "--n_mazes=5"], "the closest is 'n_maze'"),
+        (["demo", "--weights={'sudoku': 1}"], "unknown source 'sudoku'.*'sudoku"),
+        (["demo", "--n_maze=0"], "--n_maze must be at least 1"),
+    ],
+)
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path, words, message):
     with pytest.raises(SystemExit, match=message) as e:
         prepare.main([*words, f"--data_dir={tmp_path / 'data'}"])

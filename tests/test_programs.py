@@ -47,7 +47,11 @@ def filled(grid, value_of):
 
 def near4(grid, r, c):
     h, w = grid.shape
-    return [int(grid[y, x]) for y, x in ((r - 1, c), (r, c - 1), (r, c + 1), (r + 1, c)) if 0 <= y < h and 0 <= x < w]
+    return [
+        int(grid[y, x])
+        for y, x in ((r - 1, c), (r, c - 1), (r, c + 1), (r + 1, c))
+        if 0 <= y < h and 0 <= x < w
+    ]
 
 
 def slow_box(g):
@@ -75,7 +79,12 @@ def slow_cross(g):
 
 def slow_diagonals(g, up):
     coloured = [(r, c) for (r, c), v in sorted(cells(g).items()) if v]
-    return filled(g, lambda r, c: g[r, c] or ([g[y, x] for y, x in coloured if (r + c == y + x if up else r - c == y - x)] + [0])[0])
+    return filled(
+        g,
+        lambda r, c: (
+            g[r, c] or ([g[y, x] for y, x in coloured if (r + c == y + x if up else r - c == y - x)] + [0])[0]
+        ),
+    )
 
 
 def slow_odd_colour(g):
@@ -113,7 +122,9 @@ SLOW = {
     "keep": lambda g, a: filled(g, lambda r, c: a if g[r, c] == a else 0),
     "negative": lambda g, a: filled(g, lambda r, c: 0 if g[r, c] else a),
     "paint": lambda g, a: filled(g, lambda r, c: a if g[r, c] else 0),
-    "hollow": lambda g: filled(g, lambda r, c: 0 if len(near4(g, r, c)) == 4 and all(near4(g, r, c)) else g[r, c]),
+    "hollow": lambda g: filled(
+        g, lambda r, c: 0 if len(near4(g, r, c)) == 4 and all(near4(g, r, c)) else g[r, c]
+    ),
     "grow": lambda g: filled(g, lambda r, c: g[r, c] or next((v for v in near4(g, r, c) if v), 0)),
     "smallest": lambda g: only(g, min(objects_of(g), key=len, default=[])),
     "without_specks": lambda g: only(g, {at for part in objects_of(g) if len(part) > 1 for at in part}),
@@ -124,18 +135,30 @@ SLOW = {
     "diagonals": slow_diagonals,
     "checker": lambda g, odd: filled(g, lambda r, c: g[r, c] if (r + c) % 2 == odd else 0),
     "stripes": lambda g, axis, k, a: filled(g, lambda r, c: a if (c if axis else r) % k == 0 else g[r, c]),
-    "half": lambda g, side: {0: g[-(len(g) // 2):], 1: g[:, -(g.shape[1] // 2):], 2: g[:len(g) // 2], 3: g[:, :g.shape[1] // 2]}[side],
+    "half": lambda g, side: {
+        0: g[-(len(g) // 2) :],
+        1: g[:, -(g.shape[1] // 2) :],
+        2: g[: len(g) // 2],
+        3: g[:, : g.shape[1] // 2],
+    }[side],
     "beside": lambda g, k: np.hstack([g, (g, g[::-1], g[::-1, ::-1])[k]]),
     "fold": lambda g, axis: slow_fold(g if axis == 0 else g.T) if axis == 0 else slow_fold(g.T).T,
-    "sort_cells": lambda g, axis: np.array([sorted(x) for x in (g.T if axis == 0 else g)], np.uint8).T if axis == 0 else
-    np.array([sorted(x) for x in g], np.uint8),
+    "sort_cells": lambda g, axis: (
+        np.array([sorted(x) for x in (g.T if axis == 0 else g)], np.uint8).T
+        if axis == 0
+        else np.array([sorted(x) for x in g], np.uint8)
+    ),
     "row_colour": slow_row_colour,
     "distinct_lines": slow_distinct,
     "odd_colour": slow_odd_colour,
-    "fall_apart": lambda g, dy: filled(g, lambda r, c: cells(g).get((r - dy if c % 2 == 0 else r + dy, c), 0)),
+    "fall_apart": lambda g, dy: filled(
+        g, lambda r, c: cells(g).get((r - dy if c % 2 == 0 else r + dy, c), 0)
+    ),
     "widen": lambda g, axis: slow_widen(g) if axis == 0 else slow_widen(g.T).T,
-    "margin": lambda g, k: filled(np.zeros((g.shape[0] + 2 * k, g.shape[1] + 2 * k)), lambda r, c: cells(g).get((r - k, c - k), 0)),
-}  # fmt: skip
+    "margin": lambda g, k: filled(
+        np.zeros((g.shape[0] + 2 * k, g.shape[1] + 2 * k)), lambda r, c: cells(g).get((r - k, c - k), 0)
+    ),
+}
 
 
 def slow_widen(g):
@@ -155,7 +178,11 @@ def test_functions_do_what_a_plain_loop_does(name):
         for params in settings[:: max(1, len(settings) // 8)]:
             grid = np.ascontiguousarray(make_input(draw, params))
             before = grid.copy()
-            assert np.array_equal(apply(grid, **params), SLOW[name](grid, **params)), (name, params, grid.tolist())
+            assert np.array_equal(apply(grid, **params), SLOW[name](grid, **params)), (
+                name,
+                params,
+                grid.tolist(),
+            )
             assert np.array_equal(grid, before), "the input was changed"
 
 
@@ -179,7 +206,11 @@ def test_tasks_of_every_family_verify(family):
     for _ in range(2):
         task, steps = programs.make(draw, family)
         text = programs.program_text(steps)
-        assert len(steps) == len(programs.FAMILIES[family][0]) and 2 <= len(task.train) <= 4 and len(task.test) == 1
+        assert (
+            len(steps) == len(programs.FAMILIES[family][0])
+            and 2 <= len(task.train) <= 4
+            and len(task.test) == 1
+        )
         # the text is Python: executed as such, with the language's functions, it gives the same
         space = {name: apply for name, (_, apply, _) in programs.LANGUAGE.items()}
         exec(text, space)  # noqa: S102
@@ -194,26 +225,34 @@ def test_tasks_of_every_family_verify(family):
 
 def everything_from_one_seed():
     draw = rng(5)
-    return [[np.asarray(p).tolist() if not isinstance(p, str) else p for p in programs.trace(draw)[1]] + [graphs.shortest(draw),
-            graphs.logic_puzzle(draw)] for _ in range(6)]  # fmt: skip
+    return [
+        [np.asarray(p).tolist() if not isinstance(p, str) else p for p in programs.trace(draw)[1]]
+        + [graphs.shortest(draw), graphs.logic_puzzle(draw)]
+        for _ in range(6)
+    ]
 
 
 def test_same_seed_same_tasks_in_another_process():
     code = "import sys; sys.path[:0] = ['.', 'tests']; import test_programs; print(test_programs.everything_from_one_seed())"
     env = {**os.environ, "PYTHONHASHSEED": "77"}
-    other = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+    other = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert other.stdout.strip() == str(everything_from_one_seed())
 
 
-@pytest.mark.parametrize(("text", "says"), [
-    ("def solve(grid):\n    grid = crop(grid)\n    return grid\n", None),
-    ("def solve(grid):\n    grid = crp(grid)\n    return grid\n", "closest is 'crop'"),
-    ("def solve(grid):\n    grid = flip(grid, axis=7)\n    return grid\n", "does not take"),
-    ("def solve(grid):\n    import os\n    return grid\n", "not a program"),
-    ("def solve(grid):\n    grid = crop(other)\n    return grid\n", "does not turn grid into grid"),
-    ("def solve(grid):\n    return 1\n", "return grid"),
-    ("nonsense(", "not a program"),
-])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("def solve(grid):\n    grid = crop(grid)\n    return grid\n", None),
+        ("def solve(grid):\n    grid = crp(grid)\n    return grid\n", "closest is 'crop'"),
+        ("def solve(grid):\n    grid = flip(grid, axis=7)\n    return grid\n", "does not take"),
+        ("def solve(grid):\n    import os\n    return grid\n", "not a program"),
+        ("def solve(grid):\n    grid = crop(other)\n    return grid\n", "does not turn grid into grid"),
+        ("def solve(grid):\n    return 1\n", "return grid"),
+        ("nonsense(", "not a program"),
+    ],
+)
 def test_parse(text, says):
     if says is None:
         assert programs.program_text(programs.parse(text)) == text
@@ -231,7 +270,9 @@ def test_traces_hold_the_program_and_what_it_does():
         at = ids.index(-1)
         # what comes before the program is the task as a puzzle has it, but for the kind of document
         kind, pairs = arc.decode([*ids[:at], tok.OUTPUT, *arc.encode_grid(task.test[0][1]), tok.EOT])
-        assert kind == "program" and all(np.array_equal(a, b) for p, q in zip(pairs, task.train + task.test) for a, b in zip(p, q))
+        assert kind == "program" and all(
+            np.array_equal(a, b) for p, q in zip(pairs, task.train + task.test) for a, b in zip(p, q)
+        )
         # what comes after it are the grids of its steps, the last of which is the answer
         after = ids[at + 1 :]
         grids = [np.array(x) for x in programs.run(text, task.test[0][0])]
@@ -284,11 +325,26 @@ def test_checkers_refuse_wrong_answers(kind):
         assert wrong != answer and not check(text.removesuffix(answer) + wrong), text
 
 
-@pytest.mark.parametrize(("kind", "question", "answer"), [
-    ("shortest", "Roads and their lengths: A-B 2, B-C 2, A-D 2, D-C 2. What is the shortest way from A to C?", "A-B-C, length 4"),
-    ("seating", "3 people sit on a row of chairs: Ada, Ben, Chen. Ada sits next to Ben. In which order?", "Ada Ben Chen"),
-    ("knights", 'Ada says: "Ben is a knight." Ben says: "Ada is a knight." Who?', "Ada knight, Ben knight"),
-])
+@pytest.mark.parametrize(
+    ("kind", "question", "answer"),
+    [
+        (
+            "shortest",
+            "Roads and their lengths: A-B 2, B-C 2, A-D 2, D-C 2. What is the shortest way from A to C?",
+            "A-B-C, length 4",
+        ),
+        (
+            "seating",
+            "3 people sit on a row of chairs: Ada, Ben, Chen. Ada sits next to Ben. In which order?",
+            "Ada Ben Chen",
+        ),
+        (
+            "knights",
+            'Ada says: "Ben is a knight." Ben says: "Ada is a knight." Who?',
+            "Ada knight, Ben knight",
+        ),
+    ],
+)
 def test_checkers_refuse_questions_with_two_answers(kind, question, answer):
     assert not KINDS[kind][1](f"Question: {question}\nSolution: so\nAnswer: {answer}")
 

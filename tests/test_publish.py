@@ -37,7 +37,9 @@ def hub(tmp_path):
 def run(hub, *words, token=TOKEN):
     """-> (exit code, what it printed, what it complained about)"""
     env = {**hub.env(hub.home, token), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *map(str, words)], env=env, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], env=env, cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
     assert TOKEN not in done.stdout + done.stderr and "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout, done.stderr.strip()
 
@@ -50,15 +52,29 @@ def train(hub, data, out, *settings, **more):
 def trained(data, tmp_path_factory):
     """The out_dir of a run of six steps that was never near a hub."""
     out = tmp_path_factory.mktemp("run") / "out"
-    subprocess.run([sys.executable, "train.py", f"--data_dir={data}", f"--out_dir={out}", *STEPS],
-                   cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)  # fmt: skip
+    subprocess.run(
+        [sys.executable, "train.py", f"--data_dir={data}", f"--out_dir={out}", *STEPS],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+    )
     return out
 
 
 def test_a_published_run_goes_on_elsewhere_as_if_it_had_never_stopped(hub, data, trained, tmp_path):
     here, far = tmp_path / "here", tmp_path / "far"
-    code, out, err = train(hub, data, here, "--max_iters=3", "--push_to=ada/run", "--push_full=True",
-                           "--eval_suites=arc1", "--eval_limit=400", "--eval_minutes=0.01")  # fmt: skip
+    code, out, err = train(
+        hub,
+        data,
+        here,
+        "--max_iters=3",
+        "--push_to=ada/run",
+        "--push_full=True",
+        "--eval_suites=arc1",
+        "--eval_limit=400",
+        "--eval_minutes=0.01",
+    )
     assert code == 0 and "step 3 is at ada/run, all of it" in out + err, (out, err)
     # published first, however long an evaluation takes
     assert out.index("step 3 is at ada/run") < out.index("the evaluation of step 3 was ended")
@@ -81,12 +97,17 @@ def test_weights_alone_serve_for_everything_but_resuming(hub, data, trained, tmp
     assert len(hub.files("ada/light")["ckpt.pt"]) < 0.6 * (trained / "ckpt.pt").stat().st_size
     before = len(hub.log)
     code, out, err = run(hub, "-m", "smol.publish", "push", trained, "--repo=ada/light")
-    assert code == 0 and "already" in out and not [x for x in hub.log[before:] if x[0] == "PUT"], "something was sent again"
+    assert code == 0 and "already" in out and not [x for x in hub.log[before:] if x[0] == "PUT"], (
+        "something was sent again"
+    )
 
     far = tmp_path / "far"
     assert run(hub, "-m", "smol.publish", "pull", "ada/light", f"--out_dir={far}")[0] == 0
     whole, light = checkpoint.load(trained / "ckpt.pt"), checkpoint.load(far / "ckpt.pt")
-    assert all(torch.equal(whole["weights"][k], light["weights"][k]) for k in whole["weights"]) and "optimizers" not in light["train"]
+    assert (
+        all(torch.equal(whole["weights"][k], light["weights"][k]) for k in whole["weights"])
+        and "optimizers" not in light["train"]
+    )
     model, _ = checkpoint.load_model(far / "ckpt.pt")
     assert model.num_params() == sum(w.numel() for w in whole["weights"].values())
     code, out, err = train(hub, data, far, "--init_from=resume")
@@ -95,7 +116,11 @@ def test_weights_alone_serve_for_everything_but_resuming(hub, data, trained, tmp
 
 def test_a_hub_that_fails_costs_one_line_and_no_step(hub, data, tmp_path):
     code, out, err = train(hub, data, tmp_path / "out", "--push_to=ada/run", token=None)
-    assert code == 0 and "hf auth login" in out + err and checkpoint.load(tmp_path / "out/ckpt.pt")["train"]["iter"] == 6
+    assert (
+        code == 0
+        and "hf auth login" in out + err
+        and checkpoint.load(tmp_path / "out/ckpt.pt")["train"]["iter"] == 6
+    )
     assert "ada/run" not in hub.repos
 
 
@@ -104,11 +129,21 @@ def test_training_does_not_wait_for_a_slow_hub(hub, data, tmp_path):
     try:
         env = {**hub.env(hub.home), "OMP_NUM_THREADS": "1"}
         words = ["train.py", f"--data_dir={data}", f"--out_dir={tmp_path}", *STEPS, "--push_to=ada/run"]
-        process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(
+            [sys.executable, *words],
+            cwd=ROOT,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         until = time.monotonic() + 120
         while time.monotonic() < until:
             log = tmp_path / "log.jsonl"
-            if log.exists() and any(json.loads(line).get("iter") == 6 and "val_loss" in line for line in log.read_text().splitlines()):
+            if log.exists() and any(
+                json.loads(line).get("iter") == 6 and "val_loss" in line
+                for line in log.read_text().splitlines()
+            ):
                 break
             time.sleep(0.2)
         else:

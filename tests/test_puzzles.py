@@ -1,4 +1,5 @@
 """Puzzles: what is generated is right by references written here, wrong answers are refused, and the same seed gives the same puzzle."""
+
 import hashlib
 import itertools
 import os
@@ -50,12 +51,13 @@ def digest(tasks):
 
 # sudoku
 
+
 def test_the_288_grids_by_enumeration():
     """All stacks of four permutations, filtered by columns and boxes: no solver involved."""
     found = []
     for rows in itertools.product(itertools.permutations(range(1, 5)), repeat=4):
         columns = zip(*rows, strict=True)
-        boxes = [rows[r][c:c + 2] + rows[r + 1][c:c + 2] for r in (0, 2) for c in (0, 2)]
+        boxes = [rows[r][c : c + 2] + rows[r + 1][c : c + 2] for r in (0, 2) for c in (0, 2)]
         if all(len(set(line)) == 4 for line in [*columns, *boxes]):
             found.append(rows)
     assert len(found) == 288
@@ -93,11 +95,14 @@ def test_sudoku4_has_one_solution_by_brute_force(blanks):
         puzzle, answer = sudoku(rng, 4, blanks, split).test[0]
         assert (puzzle == 0).sum() == blanks
         assert answer.tobytes() in {g.tobytes() for g in sudoku4_grids(split)}
-        fillings = np.repeat(puzzle[None], 4 ** blanks, 0)
+        fillings = np.repeat(puzzle[None], 4**blanks, 0)
         fillings[:, puzzle == 0] = np.indices((4,) * blanks).reshape(blanks, -1).T + 1
         valid = np.ones(len(fillings), bool)
-        for cells in [(r, slice(None)) for r in range(4)] + [(slice(None), c) for c in range(4)] \
-                + [(slice(r, r + 2), slice(c, c + 2)) for r in (0, 2) for c in (0, 2)]:
+        for cells in (
+            [(r, slice(None)) for r in range(4)]
+            + [(slice(None), c) for c in range(4)]
+            + [(slice(r, r + 2), slice(c, c + 2)) for r in (0, 2) for c in (0, 2)]
+        ):
             valid &= (np.sort(fillings[(slice(None), *cells)].reshape(-1, 4), 1) == [1, 2, 3, 4]).all(1)
         assert fillings[valid].tolist() == [answer.tolist()]
 
@@ -140,8 +145,11 @@ def test_solver_on_9x9():
     assert len({s.tobytes() for s in found}) == 3 and all(check_sudoku(puzzle, s) for s in found)
 
 
-UNITS = [[(i, j) for j in range(9)] for i in range(9)] + [[(j, i) for j in range(9)] for i in range(9)] + [
-    [(i // 3 * 3 + j // 3, i % 3 * 3 + j % 3) for j in range(9)] for i in range(9)]
+UNITS = (
+    [[(i, j) for j in range(9)] for i in range(9)]
+    + [[(j, i) for j in range(9)] for i in range(9)]
+    + [[(i // 3 * 3 + j // 3, i % 3 * 3 + j % 3) for j in range(9)] for i in range(9)]
+)
 UNITS_OF = {(r, c): [unit for unit in UNITS if (r, c) in unit] for r in range(9) for c in range(9)}
 
 
@@ -149,10 +157,16 @@ def refuted(puzzle):
     """-> (do the two rules alone show that a 9x9 grid has no solution? backtracks of a search of all of it)"""
     puzzle, digits = puzzle.copy(), set(range(1, 10))
     while True:
-        left = {cell: digits.difference(*([puzzle[other] for other in unit] for unit in units))
-                for cell, units in UNITS_OF.items() if not puzzle[cell]}
-        places = [(v, [cell for cell in unit if v in left.get(cell, ())]) for unit in UNITS
-                  for v in digits.difference(puzzle[cell] for cell in unit)]
+        left = {
+            cell: digits.difference(*([puzzle[other] for other in unit] for unit in units))
+            for cell, units in UNITS_OF.items()
+            if not puzzle[cell]
+        }
+        places = [
+            (v, [cell for cell in unit if v in left.get(cell, ())])
+            for unit in UNITS
+            for v in digits.difference(puzzle[cell] for cell in unit)
+        ]
         if not all(left.values()) or not all(cells for _, cells in places):
             return True, 0
         forced = [(cell, v) for cell, values in left.items() if len(values) == 1 for v in values]
@@ -174,7 +188,7 @@ def test_backtracks_are_guesses_that_the_rules_refute():
     rng, counted = np.random.default_rng(8), []
     for _ in range(6):
         puzzle = sudoku(rng, 9, 54).test[0][0]
-        for cell in rng.permutation(np.flatnonzero(puzzle)).tolist():     # no given too many: a hard one
+        for cell in rng.permutation(np.flatnonzero(puzzle)).tolist():  # no given too many: a hard one
             kept, puzzle.flat[cell] = puzzle.flat[cell], 0
             if len(solve_sudoku(puzzle)[0]) > 1:
                 puzzle.flat[cell] = kept
@@ -192,7 +206,7 @@ def test_check_sudoku_refuses_every_changed_cell(size, blanks):
             wrong = answer.copy()
             wrong.flat[cell] = value
             assert not check_sudoku(puzzle, wrong)
-    other = answer % size + 1       # a valid grid, but not with these givens
+    other = answer % size + 1  # a valid grid, but not with these givens
     assert check_sudoku(other, other) and not check_sudoku(puzzle, other)
     assert not check_sudoku(puzzle, answer[:-1]) and not check_sudoku(puzzle, puzzle)
 
@@ -229,8 +243,13 @@ def exact_cover(rows, columns):
 
 def solved_otherwise(puzzle):
     """At most two solutions of a 9x9 sudoku, by another solver: lists of (row, column, digit)."""
-    rows = {(r, c, v): (("cell", r, c), ("row", r, v), ("column", c, v), ("box", r // 3, c // 3, v))
-            for r in range(9) for c in range(9) for v in range(1, 10) if puzzle[r, c] in (0, v)}
+    rows = {
+        (r, c, v): (("cell", r, c), ("row", r, v), ("column", c, v), ("box", r // 3, c // 3, v))
+        for r in range(9)
+        for c in range(9)
+        for v in range(1, 10)
+        if puzzle[r, c] in (0, v)
+    }
     columns = {}
     for name, covered in rows.items():
         for c in covered:
@@ -245,8 +264,15 @@ def test_sudoku9_has_one_solution_by_another_solver(blanks):
         assert solved_otherwise(puzzle) == [[(r, c, answer[r, c]) for r in range(9) for c in range(9)]]
 
 
-@pytest.mark.parametrize("size,blanks,split,says", [(6, 5, "train", "4 or 9"), (4, 13, "train", "1 to 12"), (9, 0, "train", "1 to 54"),
-                                                    (9, 30, "validation", "'validation'")])
+@pytest.mark.parametrize(
+    "size,blanks,split,says",
+    [
+        (6, 5, "train", "4 or 9"),
+        (4, 13, "train", "1 to 12"),
+        (9, 0, "train", "1 to 54"),
+        (9, 30, "validation", "'validation'"),
+    ],
+)
 def test_impossible_sudokus_are_refused(size, blanks, split, says):
     with pytest.raises(ValueError, match=says):
         sudoku(np.random.default_rng(0), size, blanks, split)
@@ -259,6 +285,7 @@ def test_solver_refuses_what_is_no_sudoku(bad):
 
 
 # mazes
+
 
 def simple_paths(puzzle):
     """Every way from start to goal that enters no cell twice, by plain recursion."""
@@ -292,7 +319,7 @@ def test_mazes_have_one_shortest_path_by_exhaustion():
             expected[cell] = 4
         assert answer.tolist() == expected.tolist()
         loops += len(paths) > 1
-    assert 5 < loops < 55       # trees and mazes with a choice, both
+    assert 5 < loops < 55  # trees and mazes with a choice, both
 
 
 @pytest.mark.parametrize("height,width", [(3, 3), (4, 9), (7, 7), (8, 8), (30, 30)])
@@ -318,29 +345,36 @@ def test_check_maze_refuses_every_changed_cell():
         assert not check_maze(puzzle, puzzle) and not check_maze(puzzle, answer[1:])
 
 
-@pytest.mark.parametrize("puzzle,answer,right", [
-    ("2000/1110/3000", "2444/1114/3444", True),
-    ("2000/0110/0003", "2444/0114/0003", False),     # two shortest ways
-    ("2000/0110/3000", "2000/4110/3000", True),
-    ("2000/0110/3000", "2444/0114/3444", False),     # the long way round
-    ("2010/0010/0013", "2010/0010/0013", False),     # no way
-    ("20003/00000", "24443/00000", True),
-    ("20003/00000", "24403/00400", False),           # a cell beside the way
-    ("20003/00000", "24443/00400", False),           # one cell too many
-    ("20003/00000", "24043/04000", False),           # one cell for each step, but they do not hang together
-    ("23", "23", True),
-    ("22003", "24443", False),
-])
+@pytest.mark.parametrize(
+    "puzzle,answer,right",
+    [
+        ("2000/1110/3000", "2444/1114/3444", True),
+        ("2000/0110/0003", "2444/0114/0003", False),  # two shortest ways
+        ("2000/0110/3000", "2000/4110/3000", True),
+        ("2000/0110/3000", "2444/0114/3444", False),  # the long way round
+        ("2010/0010/0013", "2010/0010/0013", False),  # no way
+        ("20003/00000", "24443/00000", True),
+        ("20003/00000", "24403/00400", False),  # a cell beside the way
+        ("20003/00000", "24443/00400", False),  # one cell too many
+        ("20003/00000", "24043/04000", False),  # one cell for each step, but they do not hang together
+        ("23", "23", True),
+        ("22003", "24443", False),
+    ],
+)
 def test_check_maze_by_hand(puzzle, answer, right):
     assert check_maze(grid(puzzle), grid(answer)) is right
 
 
 def test_one_of_several_shortest_ways():
     room = grid("200/000/003")
-    assert check_maze(room, grid("244/004/003"), only=False) and check_maze(room, grid("200/444/003"), only=False)
-    assert not check_maze(room, grid("200/440/003"), only=False)                  # an end that leads nowhere
+    assert check_maze(room, grid("244/004/003"), only=False) and check_maze(
+        room, grid("200/444/003"), only=False
+    )
+    assert not check_maze(room, grid("200/440/003"), only=False)  # an end that leads nowhere
     assert not check_maze(room, grid("244/004/003")) and check_maze(room, grid("200/440/043"), only=False)
-    assert not check_maze(grid("200/000/300"), grid("244/004/344"), only=False)    # a way, but not a shortest one
+    assert not check_maze(
+        grid("200/000/300"), grid("244/004/344"), only=False
+    )  # a way, but not a shortest one
 
 
 def test_impossible_mazes_are_refused():
@@ -360,34 +394,61 @@ KNOWN = {
     "replace": [({"a": 1, "b": 5}, G, "520/003/500"), ({"a": 1, "b": 0}, G, "020/003/000")],
     "next_colour": [({"k": 1}, "120/009/800", "230/001/900"), ({"k": 8}, "120/009/800", "910/008/700")],
     "roll": [({"dy": 1, "dx": 0}, G, "100/120/003"), ({"dy": 0, "dx": -1}, G, "201/030/001")],
-    "shift": [({"dy": 1, "dx": 0}, G, "000/120/003"), ({"dy": 0, "dx": -1}, G, "200/030/000"), ({"dy": -1, "dx": 2}, G, "000/001/000")],
+    "shift": [
+        ({"dy": 1, "dx": 0}, G, "000/120/003"),
+        ({"dy": 0, "dx": -1}, G, "200/030/000"),
+        ({"dy": -1, "dx": 2}, G, "000/001/000"),
+    ],
     "crop": [({}, "0000/0120/0030/0000", "12/03")],
     "crop_colour": [({"a": 1}, "0100/0210/3000", "10/21")],
     "scale": [({"k": 2}, "10/02", "1100/1100/0022/0022")],
     "tile": [({"ny": 1, "nx": 2}, "10/02", "1010/0202"), ({"ny": 3, "nx": 1}, "12", "12/12/12")],
-    "mirror": [({"side": 0}, "12/30", "12/30/30/12"), ({"side": 1}, "12/30", "1221/3003"),
-               ({"side": 2}, "12/30", "30/12/12/30"), ({"side": 3}, "12/30", "2112/0330")],
+    "mirror": [
+        ({"side": 0}, "12/30", "12/30/30/12"),
+        ({"side": 1}, "12/30", "1221/3003"),
+        ({"side": 2}, "12/30", "30/12/12/30"),
+        ({"side": 3}, "12/30", "2112/0330"),
+    ],
     "kaleidoscope": [({}, "12/30", "1221/3003/3003/1221")],
-    "gravity": [({"side": 0}, G, "000/100/123"), ({"side": 1}, G, "012/003/001"),
-                ({"side": 2}, G, "123/100/000"), ({"side": 3}, G, "120/300/100")],
+    "gravity": [
+        ({"side": 0}, G, "000/100/123"),
+        ({"side": 1}, G, "012/003/001"),
+        ({"side": 2}, G, "123/100/000"),
+        ({"side": 3}, G, "120/300/100"),
+    ],
     "border": [({"a": 5}, G, "555/505/555")],
     "frame": [({"a": 5}, "12/30", "5555/5125/5305/5555")],
     "outline": [({"a": 5}, "0000/0100/0000/0000", "5550/5150/5550/0000")],
     "largest": [({}, "1100/0020/0030/3020", "0000/0020/0030/0020")],
-    "fill_enclosed": [({"a": 5}, "1110/1010/1110/0000", "1110/1510/1110/0000"), ({"a": 5}, "0100/1010/0100/0000", "0100/1510/0100/0000"),
-                      ({"a": 5}, "1110/1000/1110/0000", "1110/1000/1110/0000")],
-    "rays": [({"side": 0}, "010/000/203", "010/010/213"), ({"side": 1}, "0100/0000/2003", "0111/0000/2223"),
-             ({"side": 2}, "010/000/203", "213/203/203"), ({"side": 3}, "010/000/203", "110/000/233")],
-    "connect": [({"axis": 1}, "1001/0200/2003/0020", "1111/0200/2003/0020"), ({"axis": 0}, "100/000/120", "100/100/120"),
-                ({"axis": 1}, "10201/00000", "10201/00000")],
+    "fill_enclosed": [
+        ({"a": 5}, "1110/1010/1110/0000", "1110/1510/1110/0000"),
+        ({"a": 5}, "0100/1010/0100/0000", "0100/1510/0100/0000"),
+        ({"a": 5}, "1110/1000/1110/0000", "1110/1000/1110/0000"),
+    ],
+    "rays": [
+        ({"side": 0}, "010/000/203", "010/010/213"),
+        ({"side": 1}, "0100/0000/2003", "0111/0000/2223"),
+        ({"side": 2}, "010/000/203", "213/203/203"),
+        ({"side": 3}, "010/000/203", "110/000/233"),
+    ],
+    "connect": [
+        ({"axis": 1}, "1001/0200/2003/0020", "1111/0200/2003/0020"),
+        ({"axis": 0}, "100/000/120", "100/100/120"),
+        ({"axis": 1}, "10201/00000", "10201/00000"),
+    ],
     "count_bars": [({"axis": 1}, "110/122/003", "111/220/300"), ({"axis": 0}, "110/122/003", "123/120/100")],
-    "halves": [({"op": 0, "axis": 1, "a": 3}, "10502/11520/00500", "00/30/00"),
-               ({"op": 1, "axis": 1, "a": 3}, "10502/11520/00500", "33/33/00"),
-               ({"op": 2, "axis": 1, "a": 3}, "10502/11520/00500", "33/03/00"),
-               ({"op": 3, "axis": 1, "a": 3}, "10502/11520/00500", "00/00/33"),
-               ({"op": 0, "axis": 0, "a": 3}, "110/010/555/020/200", "030/000")],
-    "sort_lines": [({"axis": 0, "descending": 0}, G, "003/100/120"), ({"axis": 0, "descending": 1}, G, "120/003/100"),
-                   ({"axis": 1, "descending": 0}, G, "201/030/001")],
+    "halves": [
+        ({"op": 0, "axis": 1, "a": 3}, "10502/11520/00500", "00/30/00"),
+        ({"op": 1, "axis": 1, "a": 3}, "10502/11520/00500", "33/33/00"),
+        ({"op": 2, "axis": 1, "a": 3}, "10502/11520/00500", "33/03/00"),
+        ({"op": 3, "axis": 1, "a": 3}, "10502/11520/00500", "00/00/33"),
+        ({"op": 0, "axis": 0, "a": 3}, "110/010/555/020/200", "030/000"),
+    ],
+    "sort_lines": [
+        ({"axis": 0, "descending": 0}, G, "003/100/120"),
+        ({"axis": 0, "descending": 1}, G, "120/003/100"),
+        ({"axis": 1, "descending": 0}, G, "201/030/001"),
+    ],
     "symmetric": [({"axis": 0}, "100/020/003", "103/020/103"), ({"axis": 1}, "100/020/003", "101/020/303")],
     "squeeze": [({}, "100/000/203", "10/23")],
     "commonest": [({"least": 0}, "110/200/100", "111/111/111"), ({"least": 1}, "110/200/100", "222/222/222")],
@@ -409,7 +470,11 @@ def test_transforms_by_hand(name):
 def test_transforms_accept_any_grid(name):
     settings, apply, _ = TRANSFORMS[name]
     rng = np.random.default_rng(0)
-    for g in (np.zeros((3, 3), np.uint8), np.full((8, 3), 9, np.uint8), rng.integers(10, size=(3, 8), dtype=np.uint8)):
+    for g in (
+        np.zeros((3, 3), np.uint8),
+        np.full((8, 3), 9, np.uint8),
+        rng.integers(10, size=(3, 8), dtype=np.uint8),
+    ):
         for params in settings:
             out = apply(g, **params)
             assert out.dtype == np.uint8 and out.ndim == 2 and out.size and out.max() <= 9
@@ -425,7 +490,9 @@ def test_every_family_appears_and_sizes_hold(transforms):
     assert len(TRANSFORMS) >= 16
     assert {program_of(task.id)[0] for task in transforms} == set(TRANSFORMS)
     for task in transforms:
-        assert task.kind == "arc" and 2 <= len(task.train) <= 4 and len(task.test) == 1 and check_transform(task)
+        assert (
+            task.kind == "arc" and 2 <= len(task.train) <= 4 and len(task.test) == 1 and check_transform(task)
+        )
         for x, y in task.train + task.test:
             assert x.dtype == y.dtype == np.uint8 and x.max() <= 9 and y.max() <= 9
             assert 3 <= min(x.shape) and max(x.shape) <= 8 and 1 <= min(y.shape) and max(y.shape) <= 12
@@ -460,7 +527,11 @@ def test_check_transform_refuses_a_changed_cell_and_another_program(transforms):
 
 
 def test_program_ids():
-    assert program_of("roll:dy=1:dx=-2") == program_of("transforms-0007:roll:dy=1:dx=-2") == ("roll", {"dy": 1, "dx": -2})
+    assert (
+        program_of("roll:dy=1:dx=-2")
+        == program_of("transforms-0007:roll:dy=1:dx=-2")
+        == ("roll", {"dy": 1, "dx": -2})
+    )
     assert program_of("crop") == ("crop", {})
     for bad in ("roll:dy=1", "roll:dy=0:dx=0", "crop:a=1", "rol:dy=1:dx=1"):
         with pytest.raises(ValueError, match="names no program"):
@@ -468,6 +539,7 @@ def test_program_ids():
 
 
 # arithmetic
+
 
 def test_every_template_gives_texts_that_verify():
     rng = np.random.default_rng(2)
@@ -489,45 +561,78 @@ def test_tampered_arithmetic_is_refused():
     for _ in range(100):
         text, answer = arithmetic(rng)
         for number in re.finditer(r"\d+", text):
-            changed = text[:number.start()] + str(int(number[0]) + 1000) + text[number.end():]
+            changed = text[: number.start()] + str(int(number[0]) + 1000) + text[number.end() :]
             assert not check_arithmetic(changed), changed
         assert not check_arithmetic(text.replace(f"Answer: {answer}", f"Answer: {answer - 1}"))
         assert not check_arithmetic(text.rsplit("\n", 1)[0])
 
 
-@pytest.mark.parametrize("text,right", [
-    ("Question: Ada has 2 nails and 3 more.\nSolution: Ada has 2 + 3 = 5 nails.\nAnswer: 5", True),
-    ("Question: Ada has 2 nails and 3 more.\nSolution: Ada has 2 + 3 = 6 nails.\nAnswer: 6", False),
-    ("Question: Ada has 2 nails and 3 more.\nSolution: Ada has 1 + 4 = 5 nails.\nAnswer: 5", False),      # other numbers
-    ("Question: Ada has 2 nails, 3 more and 4 more.\nSolution: Ada has 2 + 3 = 5 nails.\nAnswer: 5", False),     # a number unused
-    ("Question: Ada has 2 nails and 3 more.\nSolution: Ada has 5 nails.\nAnswer: 5", False),              # no equation
-    ("Question: Ada has 2 nails and 0 more.\nSolution: Ada has 2 / 0 = 5 nails.\nAnswer: 5", False),
-    ("Question: Ada has 7 nails for 2.\nSolution: Each gets 7 / 2 = 3 nails.\nAnswer: 3", False),         # not exact
-    ("Question: Ada has 2 nails and 03 more.\nSolution: Ada has 2 + 03 = 5 nails.\nAnswer: 5", False),
-    ("2 + 3 = 5", False),
-    ("", False),
-])
+@pytest.mark.parametrize(
+    "text,right",
+    [
+        ("Question: Ada has 2 nails and 3 more.\nSolution: Ada has 2 + 3 = 5 nails.\nAnswer: 5", True),
+        ("Question: Ada has 2 nails and 3 more.\nSolution: Ada has 2 + 3 = 6 nails.\nAnswer: 6", False),
+        (
+            "Question: Ada has 2 nails and 3 more.\nSolution: Ada has 1 + 4 = 5 nails.\nAnswer: 5",
+            False,
+        ),  # other numbers
+        (
+            "Question: Ada has 2 nails, 3 more and 4 more.\nSolution: Ada has 2 + 3 = 5 nails.\nAnswer: 5",
+            False,
+        ),  # a number unused
+        (
+            "Question: Ada has 2 nails and 3 more.\nSolution: Ada has 5 nails.\nAnswer: 5",
+            False,
+        ),  # no equation
+        ("Question: Ada has 2 nails and 0 more.\nSolution: Ada has 2 / 0 = 5 nails.\nAnswer: 5", False),
+        (
+            "Question: Ada has 7 nails for 2.\nSolution: Each gets 7 / 2 = 3 nails.\nAnswer: 3",
+            False,
+        ),  # not exact
+        ("Question: Ada has 2 nails and 03 more.\nSolution: Ada has 2 + 03 = 5 nails.\nAnswer: 5", False),
+        ("2 + 3 = 5", False),
+        ("", False),
+    ],
+)
 def test_check_arithmetic_by_hand(text, right):
     assert check_arithmetic(text) is right
 
 
 # suites, seeds, the command
 
+
 def everything_from_one_seed():
     rng = np.random.default_rng(99)
-    tasks = [task for _ in range(8) for task in (sudoku(rng, 4, 8), sudoku(rng, 9, 30), maze(rng, 9, 8), transform(rng))]
+    tasks = [
+        task
+        for _ in range(8)
+        for task in (sudoku(rng, 4, 8), sudoku(rng, 9, 30), maze(rng, 9, 8), transform(rng))
+    ]
     return f"{digest(tasks)} {[arithmetic(rng) for _ in range(8)]} {SUDOKU4_HELD_OUT}"
 
 
 def test_same_seed_same_puzzles_in_another_process():
     code = "import sys; sys.path[:0] = ['.', 'tests']; import test_puzzles; print(test_puzzles.everything_from_one_seed())"
-    other = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": "77"},
-                           cwd=os.path.dirname(os.path.dirname(puzzles.__file__)), capture_output=True, text=True, check=True)
+    other = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONHASHSEED": "77"},
+        cwd=os.path.dirname(os.path.dirname(puzzles.__file__)),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert other.stdout.strip() == everything_from_one_seed()
 
 
-@pytest.mark.parametrize("suite,fixed", [("sudoku4", "f6fae1b799d2150b"), ("sudoku9", "af4844f4aa743b5c"), ("maze", "ddca6f25ad46a83f"),
-                                         ("transforms", "8155cb856bd29394")])
+@pytest.mark.parametrize(
+    "suite,fixed",
+    [
+        ("sudoku4", "f6fae1b799d2150b"),
+        ("sudoku9", "af4844f4aa743b5c"),
+        ("maze", "ddca6f25ad46a83f"),
+        ("transforms", "8155cb856bd29394"),
+    ],
+)
 def test_suites_verify_and_never_change(suite, fixed):
     """The digest pins the tasks. If it moves, results before and after cannot be compared: a new numpy or a changed generator did it."""
     tasks = heldout(suite)
@@ -567,14 +672,14 @@ def test_task_hash_is_of_the_content():
     assert task_hash(Task("another id", "arc", task.train, task.test)) == task_hash(task)
     assert task_hash(Task(task.id, "program", task.train, task.test)) != task_hash(task)
     assert task_hash(Task(task.id, "arc", task.train[::-1], task.test)) != task_hash(task)
-    for k in range(8):      # the loader may turn and mirror, and then it is still this puzzle
+    for k in range(8):  # the loader may turn and mirror, and then it is still this puzzle
         turned = [tuple(images(g)[k] for g in pair) for pair in task.train + task.test]
         assert task_hash(Task("", "arc", turned[:-1], turned[-1:])) == task_hash(task)
     x, y = task.test[0]
     changed = y.copy()
     changed.flat[-1] = (changed.flat[-1] + 1) % 10
     assert task_hash(Task(task.id, "arc", task.train, [(x, changed)])) != task_hash(task)
-    flat, tall = np.zeros((1, 4), np.uint8), np.zeros((2, 2), np.uint8)      # same cells, other shape
+    flat, tall = np.zeros((1, 4), np.uint8), np.zeros((2, 2), np.uint8)  # same cells, other shape
     assert task_hash(Task("", "arc", [], [(flat, flat)])) != task_hash(Task("", "arc", [], [(tall, tall)]))
 
 

@@ -23,10 +23,19 @@ import configurator
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TINY = [
-    "--n_layer=4", "--n_head=2", "--n_embd=16", "--n_ff=24", "--block_size=256", "--batch_size=2", "--max_iters=2",
-    "--eval_interval=2", "--eval_batches=1", "--log_interval=1", "--warmup_iters=1",
+    "--n_layer=4",
+    "--n_head=2",
+    "--n_embd=16",
+    "--n_ff=24",
+    "--block_size=256",
+    "--batch_size=2",
+    "--max_iters=2",
+    "--eval_interval=2",
+    "--eval_batches=1",
+    "--log_interval=1",
+    "--warmup_iters=1",
     "--mixture={'stdlib': 1, 'sudoku4': 1}",
-]  # fmt: skip
+]
 # pattern -> what is added, so that the command takes a second or two (a later value of a setting wins)
 RUN = {
     r"^python prepare\.py demo$": STAGE,
@@ -38,9 +47,12 @@ RUN = {
     r"^python sample\.py .*--task=sudoku4": [],
     r"^python eval_arc\.py .*--suites=sudoku4,maze": ["--limit=1"],
     r"^python distill\.py config/distill_demo\.py": [
-        "--max_iters=1", "--eval_interval=1", "--eval_batches=1", "--check_tasks=1",
+        "--max_iters=1",
+        "--eval_interval=1",
+        "--eval_batches=1",
+        "--check_tasks=1",
     ],
-}  # fmt: skip
+}
 
 
 def commands():
@@ -71,7 +83,9 @@ def test_the_arguments_are_ones_that_the_script_takes(command, monkeypatch):
     if "--help" in argv:
         return
     if name in ("train", "distill"):
-        configurator.resolve(configurator.defaults_of(path), argv)  # raises for a setting that it does not have
+        configurator.resolve(
+            configurator.defaults_of(path), argv
+        )  # raises for a setting that it does not have
     elif name in ("prepare", "smol.publish"):
         own = vars(importlib.import_module(name))
         configurator.resolve(own, [word for word in argv if word.startswith("--")])
@@ -85,7 +99,9 @@ def test_the_arguments_are_ones_that_the_script_takes(command, monkeypatch):
         monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
         monkeypatch.setattr(sys, "argv", [str(path), *argv])
         with pytest.raises(Parsed):
-            runpy.run_module(name, run_name="__main__") if as_module else runpy.run_path(str(path), run_name="__main__")
+            runpy.run_module(name, run_name="__main__") if as_module else runpy.run_path(
+                str(path), run_name="__main__"
+            )
 
 
 def test_what_the_text_names_is_there():
@@ -119,12 +135,18 @@ def test_the_commands_run(tmp_path):
     for pattern, more in RUN.items():
         assert any(re.search(pattern, command) for command in commands()), f"{pattern} matches nothing"
     for command in commands():
-        todo += [[*shlex.split(command), *more] for pattern, more in RUN.items() if re.search(pattern, command)]
+        todo += [
+            [*shlex.split(command), *more] for pattern, more in RUN.items() if re.search(pattern, command)
+        ]
     (copy / "todo.json").write_text(json.dumps(todo))
     done = subprocess.run(
-        [sys.executable, "-c", RUNNER, "todo.json"], cwd=copy, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-        capture_output=True, timeout=900,
-    )  # fmt: skip
+        [sys.executable, "-c", RUNNER, "todo.json"],
+        cwd=copy,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        capture_output=True,
+        timeout=900,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for made in ("route_a/ckpt.pt", "route_b/loss.png", "eval.json", "grids.png", "report.html"):
         assert (copy / "out/demo" / made).is_file(), made

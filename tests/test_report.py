@@ -1,4 +1,5 @@
 """The report: what is in the page, that it needs nothing else, and, where there is a browser, that it can be gone through by keyboard."""
+
 import html
 import json
 import os
@@ -24,18 +25,48 @@ def record(model, task, attempts, steps=None, too_long=False, suite="arc1"):
     test = []
     for x, y in task.test:
         right = [a is not None and np.array_equal(a, y) for a in attempts]
-        test.append({"input": rows(x), "expected": rows(y), "attempts": [a if a is None else rows(a) for a in attempts], "right": right,
-                     "solved": any(right), "oracle": any(right), "votes": [2, 1],
-                     "scores": [-0.25, float("-inf")], "candidates": 3, "programs": [NASTY, None],
-                     **({"steps": [[g if g is None else rows(g), h] for g, h in steps]} if steps else {})})  # fmt: skip
+        test.append(
+            {
+                "input": rows(x),
+                "expected": rows(y),
+                "attempts": [a if a is None else rows(a) for a in attempts],
+                "right": right,
+                "solved": any(right),
+                "oracle": any(right),
+                "votes": [2, 1],
+                "scores": [-0.25, float("-inf")],
+                "candidates": 3,
+                "programs": [NASTY, None],
+                **({"steps": [[g if g is None else rows(g), h] for g, h in steps]} if steps else {}),
+            }
+        )
     solved = all(t["solved"] for t in test)
-    return {"model": model, "suite": suite, "id": task.id, "kind": task.kind, "solved": solved, "too_long": too_long, "key": "0123",
-            "demonstrations": [[rows(x), rows(y)] for x, y in task.train], "test": test}  # fmt: skip
+    return {
+        "model": model,
+        "suite": suite,
+        "id": task.id,
+        "kind": task.kind,
+        "solved": solved,
+        "too_long": too_long,
+        "key": "0123",
+        "demonstrations": [[rows(x), rows(y)] for x, y in task.train],
+        "test": test,
+    }
 
 
 def figures(solved, total):
-    return {"total": total, "solved": solved, "interval": [0.1, 0.9], "outputs_total": total, "outputs_solved": solved, "too_long": 0,
-            "pass_1": solved, "pass_2": solved, "oracle": solved, "seconds": 1.0}
+    return {
+        "total": total,
+        "solved": solved,
+        "interval": [0.1, 0.9],
+        "outputs_total": total,
+        "outputs_solved": solved,
+        "too_long": 0,
+        "pass_1": solved,
+        "pass_2": solved,
+        "oracle": solved,
+        "seconds": 1.0,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -49,27 +80,68 @@ def folder(tmp_path_factory):
     records = [record("a", tasks[0], [wrong[0], answer[0]]), record("a", tasks[1], [wrong[1], None])]
     records.append(record("a", tasks[2], [], too_long=True))
     steps = [(None, 0.1), (wrong[0], 0.4), (answer[0], 0.9)]
-    records += [record("b", tasks[0], [answer[0]], steps), record("b", tasks[1], [answer[1]], steps), record("b", tasks[2], [wrong[2][:1]])]
-    records.append({"model": "a", "suite": "logic", "id": "logic-0", "kind": "logic", "solved": False, "too_long": False,
-                    "demonstrations": [], "test": [{"input": NASTY, "expected": "yes", "attempts": ["no"], "solved": False}]})  # fmt: skip
-    (out / "answers.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + '{"model": "a", "sui')  # killed while writing
+    records += [
+        record("b", tasks[0], [answer[0]], steps),
+        record("b", tasks[1], [answer[1]], steps),
+        record("b", tasks[2], [wrong[2][:1]]),
+    ]
+    records.append(
+        {
+            "model": "a",
+            "suite": "logic",
+            "id": "logic-0",
+            "kind": "logic",
+            "solved": False,
+            "too_long": False,
+            "demonstrations": [],
+            "test": [{"input": NASTY, "expected": "yes", "attempts": ["no"], "solved": False}],
+        }
+    )
+    (out / "answers.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in records) + '{"model": "a", "sui'
+    )  # killed while writing
     asked = {"category": "facts", "question": NASTY, "choices": ["w", "x", "y", "z"], "right": 1, "picked": 2}
-    questions = {"total": 1, "right": 0, "accuracy": 0.0, "interval": [0.0, 0.8], "chance": 0.25, "by_category": {"facts": [0, 1]},
-                 "answers": [{**asked, "log_probabilities": [-1, -2, -1, -3]}]}  # fmt: skip
-    code = {"total": 1, "solved": 0, "accuracy": 0.0, "interval": [0.0, 0.8],
-            "answers": [{"name": "f", "stub": "def f():\n", "written": NASTY, "solved": False, "reason": NASTY}]}  # fmt: skip
-    language = {"bits_per_byte": {"stdlib": {"bits_per_byte": 1.25, "interval": [1.2, 1.3], "bytes": 1000, "tokens": 300}},
-                "questions": questions, "code": code, "seconds": 1.0}  # fmt: skip
+    questions = {
+        "total": 1,
+        "right": 0,
+        "accuracy": 0.0,
+        "interval": [0.0, 0.8],
+        "chance": 0.25,
+        "by_category": {"facts": [0, 1]},
+        "answers": [{**asked, "log_probabilities": [-1, -2, -1, -3]}],
+    }
+    code = {
+        "total": 1,
+        "solved": 0,
+        "accuracy": 0.0,
+        "interval": [0.0, 0.8],
+        "answers": [{"name": "f", "stub": "def f():\n", "written": NASTY, "solved": False, "reason": NASTY}],
+    }
+    language = {
+        "bits_per_byte": {
+            "stdlib": {"bits_per_byte": 1.25, "interval": [1.2, 1.3], "bytes": 1000, "tokens": 300}
+        },
+        "questions": questions,
+        "code": code,
+        "seconds": 1.0,
+    }
     lm_eval = {"results": {"sciq": {"acc": {"value": 0.5, "interval": [0.4, 0.6]}}}}
     for name in "ab":
         (out / name).mkdir()
-        lines = [{"iter": i, "suites": {"arc1": {"solved": i, "total": 9, "interval": [0, 1]}, "language": {}}} for i in (2, 1)]
+        lines = [
+            {"iter": i, "suites": {"arc1": {"solved": i, "total": 9, "interval": [0, 1]}, "language": {}}}
+            for i in (2, 1)
+        ]
         (out / name / "evals.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    suites = {"a": {"arc1": figures(1, 3), "logic": figures(0, 1), "language": language, "lm_eval:sciq": lm_eval},
-              "b": {"arc1": figures(2, 3)}}  # fmt: skip
+    suites = {
+        "a": {"arc1": figures(1, 3), "logic": figures(0, 1), "language": language, "lm_eval:sciq": lm_eval},
+        "b": {"arc1": figures(2, 3)},
+    }
     about = {"params": 7, "iter": 3, "val_loss": float("nan"), "config": {"x": 1}}
-    reports = {name: {**about, "model": model, "checkpoint": str(out / name / "ckpt.pt"), "suites": suites[name]}
-               for name, model in (("a", "dense"), ("b", "trm"))}  # fmt: skip
+    reports = {
+        name: {**about, "model": model, "checkpoint": str(out / name / "ckpt.pt"), "suites": suites[name]}
+        for name, model in (("a", "dense"), ("b", "trm"))
+    }
     (out / "eval.json").write_text(json.dumps(reports))
     return out
 
@@ -97,7 +169,11 @@ def test_the_page_has_everything_that_was_measured(folder):
     assert path == str(folder / "report.html")
     page = Page(open(path, encoding="utf-8").read())
     data = json.loads(page.scripts[0], parse_constant=lambda name: pytest.fail(f"no browser reads {name}"))
-    assert [m["name"] for m in data["models"]] == ["a", "b"] and data["models"][0]["val_loss"] is None and "config" not in data["models"][0]
+    assert (
+        [m["name"] for m in data["models"]] == ["a", "b"]
+        and data["models"][0]["val_loss"] is None
+        and "config" not in data["models"][0]
+    )
     assert data["models"][1]["suites"]["arc1"]["solved"] == 2 and len(data["palette"]) == 10
     tasks = arc.load("arc1_eval")[:3]
     assert [t["id"] for t in data["tasks"]] == [t.id for t in tasks] + ["logic-0"]
@@ -106,11 +182,16 @@ def test_the_page_has_everything_that_was_measured(folder):
         assert shown["test"] == [{"input": rows(task.test[0][0]), "expected": rows(task.test[0][1])}]
         assert set(shown["answers"]) == {"a", "b"}
     first = {name: answer["test"][0] for name, answer in data["tasks"][0]["answers"].items()}
-    assert first["a"]["solved"] and first["a"]["attempts"][1] == rows(tasks[0].test[0][1]) and first["a"]["scores"] == [-0.25, None]
+    assert (
+        first["a"]["solved"]
+        and first["a"]["attempts"][1] == rows(tasks[0].test[0][1])
+        and first["a"]["scores"] == [-0.25, None]
+    )
     assert [halt for _, halt in first["b"]["steps"]] == [0.1, 0.4, 0.9]
     assert data["tasks"][2]["answers"]["a"]["too_long"] and data["tasks"][3]["test"][0]["input"] == NASTY
-    assert [(h["name"], [p["iter"] for p in h["points"]], list(h["points"][0]["suites"])) for h in data["history"]] == [
-        ("a", [1, 2], ["arc1"]), ("b", [1, 2], ["arc1"])]  # fmt: skip
+    assert [
+        (h["name"], [p["iter"] for p in h["points"]], list(h["points"][0]["suites"])) for h in data["history"]
+    ] == [("a", [1, 2], ["arc1"]), ("b", [1, 2], ["arc1"])]
 
 
 def test_the_page_needs_nothing_else_and_runs_nothing_of_the_models(folder):
@@ -120,7 +201,10 @@ def test_the_page_needs_nothing_else_and_runs_nothing_of_the_models(folder):
     assert not any(set(attributes) & {"src", "href", "srcset", "data"} for _, attributes in page.elements)
     policy = [a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
     assert len(policy) == 1 and policy[0].startswith("default-src 'none'")
-    assert not re.search(r"@import|url\(|innerHTML|fetch\(|XMLHttpRequest|document\.write|\beval\(", text.replace(page.scripts[0], ""))
+    assert not re.search(
+        r"@import|url\(|innerHTML|fetch\(|XMLHttpRequest|document\.write|\beval\(",
+        text.replace(page.scripts[0], ""),
+    )
     assert "$DATA$" not in page.scripts[0] and "$TITLE$" not in text
 
 
@@ -169,26 +253,55 @@ document.body.replaceChildren(Object.assign(document.createElement("output"), {t
 def test_in_a_browser(folder, tmp_path):
     """Keyboard, filters, slider and drawing, driven inside headless chromium by a script put behind the page's own."""
     text = open(report.write(str(folder)), encoding="utf-8").read()
-    (tmp_path / "driven.html").write_text(text.replace("</body>", f"<script>{DRIVE}</script></body>"), encoding="utf-8")
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
-               "--dump-dom", f"--user-data-dir={tmp_path / 'profile'}", f"file://{tmp_path / 'driven.html'}"]  # fmt: skip
+    (tmp_path / "driven.html").write_text(
+        text.replace("</body>", f"<script>{DRIVE}</script></body>"), encoding="utf-8"
+    )
+    command = [
+        BROWSER,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--no-first-run",
+        "--dump-dom",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"file://{tmp_path / 'driven.html'}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     found = re.search(r"<output>(.*?)</output>", done.stdout, re.S)
     assert found, done.stdout[-2000:] + done.stderr[-2000:]
     said = json.loads(html.unescape(found[1]))
     tasks = arc.load("arc1_eval")[:3]
     counts = [(what, count) for what, count, _ in said[:8]]
-    assert counts == [("start", "1 of 4"), ("j", "2 of 4"), ("ArrowRight", "3 of 4"), ("k", "2 of 4"), ("ArrowLeft", "1 of 4"),
-                      ("ArrowLeft", "1 of 4"), ("j", "2 of 4"), ("k", "1 of 4")]  # fmt: skip
+    assert counts == [
+        ("start", "1 of 4"),
+        ("j", "2 of 4"),
+        ("ArrowRight", "3 of 4"),
+        ("k", "2 of 4"),
+        ("ArrowLeft", "1 of 4"),
+        ("ArrowLeft", "1 of 4"),
+        ("j", "2 of 4"),
+        ("k", "1 of 4"),
+    ]
     assert all(tasks[int(count[0]) - 1].id in title for _, count, title in said[:8])
     wrong = tasks[0].test[0][1].size
     assert [entry[1:] for entry in said if entry[0] == "slider"] == [
-        ["3", "step 3 of 3 · halt 0.90 · right"], ["2", f"step 2 of 3 · halt 0.40 · {wrong} wrong"], ["1", "step 1 of 3 · halt 0.10"]]
+        ["3", "step 3 of 3 · halt 0.90 · right"],
+        ["2", f"step 2 of 3 · halt 0.40 · {wrong} wrong"],
+        ["1", "step 1 of 3 · halt 0.10"],
+    ]
     filtered = {what: count[-1] for what, count, _ in said[-11:-5]}
-    assert filtered == {"unsolved": "2", "solved by b": "2", "models differ": "1", "too long": "1", "all outcomes": "4", "logic": "1"}
+    assert filtered == {
+        "unsolved": "2",
+        "solved by b": "2",
+        "models differ": "1",
+        "too long": "1",
+        "all outcomes": "4",
+        "logic": "1",
+    }
     (_, text, title), (_, count, _), _, (_, ink, tiles), (_, n_figures, n_points) = said[-5:]
     assert (text, title) == (NASTY, "a and b")  # as text, and nothing in it ran
-    assert count == "1 of 1"                    # typing a j in the search box goes nowhere
+    assert count == "1 of 1"  # typing a j in the search box goes nowhere
     colour = arc.PALETTE[int(tasks[0].train[0][0][0, 0])]
     assert (ink, tiles) == (",".join(str(int(colour[i : i + 2], 16)) for i in (1, 3, 5)), 3)
     assert (n_figures, n_points) == (6, 4)

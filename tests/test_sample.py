@@ -1,4 +1,5 @@
 """sample.py: text arrives whole and as it is drawn, tasks are found, shown, and honestly judged."""
+
 import os
 import re
 import subprocess
@@ -21,14 +22,36 @@ def checkpoints(tmp_path_factory):
     paths = {}
     for name in ("dense", "trm"):
         torch.manual_seed(1)
-        model = checkpoint.make_model(name, {"n_layer": 2, "layer_pattern": "ka", "n_head": 2, "n_embd": 16, "n_ff": 24, "block_size": 300,
-                                             "n_latent": 1, "n_recursion": 1, "n_sup": 3})
+        model = checkpoint.make_model(
+            name,
+            {
+                "n_layer": 2,
+                "layer_pattern": "ka",
+                "n_head": 2,
+                "n_embd": 16,
+                "n_ff": 24,
+                "block_size": 300,
+                "n_latent": 1,
+                "n_recursion": 1,
+                "n_sup": 3,
+            },
+        )
         with torch.no_grad():
             for p in model.parameters():
                 p += 0.3 * torch.randn_like(p)
         paths[name] = str(tmp_path_factory.mktemp(name) / "ckpt.pt")
-        checkpoint.save({"format": checkpoint.CHECKPOINT_FORMAT, "model": name, "model_config": dict(vars(model.config)),
-                         "weights": model.state_dict(), "ema": None, "tokenizer": tok.fingerprint(), "train": {"iter": 1}}, paths[name])
+        checkpoint.save(
+            {
+                "format": checkpoint.CHECKPOINT_FORMAT,
+                "model": name,
+                "model_config": dict(vars(model.config)),
+                "weights": model.state_dict(),
+                "ema": None,
+                "tokenizer": tok.fingerprint(),
+                "train": {"iter": 1},
+            },
+            paths[name],
+        )
     return paths
 
 
@@ -40,7 +63,13 @@ def call(monkeypatch, capsys, *args):
 
 # text
 
-TEXTS = ["plain text, as usual\n", "naïve café", "日本語のテキスト", "🤖🦜 and a 👩‍👩‍👧 family", "\u0000\ufeff \u2028"]
+TEXTS = [
+    "plain text, as usual\n",
+    "naïve café",
+    "日本語のテキスト",
+    "🤖🦜 and a 👩‍👩‍👧 family",
+    "\u0000\ufeff \u2028",
+]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -69,7 +98,13 @@ def test_text_is_there_as_soon_as_it_can_be():
 def test_bytes_that_are_no_character_are_left_out():
     enc = tok.load()
     robot = enc.encode_ordinary("🤖")
-    ids = [*enc.encode_ordinary("a"), *robot[:-1], *enc.encode_ordinary("b"), robot[-1], *enc.encode_ordinary("c")]
+    ids = [
+        *enc.encode_ordinary("a"),
+        *robot[:-1],
+        *enc.encode_ordinary("b"),
+        robot[-1],
+        *enc.encode_ordinary("c"),
+    ]
     assert "".join(sample.text_of(ids)) == "abc"
 
 
@@ -80,7 +115,14 @@ def test_text_ends_at_the_end_of_text_and_names_reserved_ids():
 @pytest.mark.parametrize("name", ["dense", "trm"])
 def test_text_is_what_the_model_draws(name, checkpoints, monkeypatch, capsys):
     """Against the same ids decoded at once, bytes first."""
-    args = (checkpoints[name], "--prompt=Once upon", "--max_new_tokens=30", "--seed=5", "--top_k=50", "--device=cpu")
+    args = (
+        checkpoints[name],
+        "--prompt=Once upon",
+        "--max_new_tokens=30",
+        "--seed=5",
+        "--top_k=50",
+        "--device=cpu",
+    )
     out = call(monkeypatch, capsys, *args)
     model, _ = checkpoint.load_model(checkpoints[name])
     idx = torch.tensor([[tok.EOT, *tok.load().encode_ordinary("Once upon")]])
@@ -93,13 +135,21 @@ def test_text_is_what_the_model_draws(name, checkpoints, monkeypatch, capsys):
 
 
 def test_temperature_0_does_not_depend_on_the_seed(checkpoints, monkeypatch, capsys):
-    outs = {call(monkeypatch, capsys, checkpoints["dense"], "--temperature=0", "--max_new_tokens=8", f"--seed={s}") for s in (1, 2)}
+    outs = {
+        call(
+            monkeypatch, capsys, checkpoints["dense"], "--temperature=0", "--max_new_tokens=8", f"--seed={s}"
+        )
+        for s in (1, 2)
+    }
     assert len(outs) == 1
 
 
 @pytest.mark.parametrize("name", ["dense", "trm"])
 def test_a_top_p_of_next_to_nothing_is_greedy(name, checkpoints, monkeypatch, capsys):
-    outs = {call(monkeypatch, capsys, checkpoints[name], how, "--max_new_tokens=8") for how in ("--temperature=0", "--top_p=0.0001")}
+    outs = {
+        call(monkeypatch, capsys, checkpoints[name], how, "--max_new_tokens=8")
+        for how in ("--temperature=0", "--top_p=0.0001")
+    }
     assert len(outs) == 1
 
 
@@ -111,8 +161,11 @@ def test_several_samples_differ(checkpoints, monkeypatch, capsys):
 
 # tasks
 
+
 def same(a, b):
-    return [[g.tolist() for g in pair] for pair in a.train + a.test] == [[g.tolist() for g in pair] for pair in b.train + b.test]
+    return [[g.tolist() for g in pair] for pair in a.train + a.test] == [
+        [g.tolist() for g in pair] for pair in b.train + b.test
+    ]
 
 
 def test_tasks_are_found_by_id():
@@ -120,18 +173,23 @@ def test_tasks_are_found_by_id():
     for suite in puzzles.SUITES:
         tasks = puzzles.heldout(suite, 8)
         for i in (0, 7):
-            assert same(sample.find_task(f"{suite}-{i:04d}"), tasks[i]) and same(sample.find_task(tasks[i].id), tasks[i])
+            assert same(sample.find_task(f"{suite}-{i:04d}"), tasks[i]) and same(
+                sample.find_task(tasks[i].id), tasks[i]
+            )
     assert sample.find_task("sudoku4-0099").id == "sudoku4-0099"
 
 
-@pytest.mark.parametrize("task_id, words", [
-    ("0057622", "00576224"),
-    ("sudoku4-0100", "sudoku4-0000 to sudoku4-0099"),
-    ("maze-x", "maze-0000 to maze-0049"),
-    ("sudku4-0001", "did you mean 'sudoku4'"),
-    ("transforms-0003:no:such=1", "number 3 of transforms is transforms-0003:"),
-    ("", "no ARC task"),
-])
+@pytest.mark.parametrize(
+    "task_id, words",
+    [
+        ("0057622", "00576224"),
+        ("sudoku4-0100", "sudoku4-0000 to sudoku4-0099"),
+        ("maze-x", "maze-0000 to maze-0049"),
+        ("sudku4-0001", "did you mean 'sudoku4'"),
+        ("transforms-0003:no:such=1", "number 3 of transforms is transforms-0003:"),
+        ("", "no ARC task"),
+    ],
+)
 def test_unknown_ids_name_what_comes_close(task_id, words):
     with pytest.raises(ValueError) as e:
         sample.find_task(task_id)
@@ -163,8 +221,13 @@ def test_a_puzzle_is_shown_and_judged(name, n_sup, checkpoints, monkeypatch, cap
 
 
 def test_a_task_with_demonstrations_and_two_test_inputs(checkpoints, monkeypatch, capsys):
-    fits = [t for t in arc.load("arc1_train") if len(t.test) == 2
-            and max(len(arc.encode_prompt("arc", t.train, x, arc.canvas_shape(t.train, x))) for x, _ in t.test) <= 300]
+    fits = [
+        t
+        for t in arc.load("arc1_train")
+        if len(t.test) == 2
+        and max(len(arc.encode_prompt("arc", t.train, x, arc.canvas_shape(t.train, x))) for x, _ in t.test)
+        <= 300
+    ]
     out = plain(call(monkeypatch, capsys, checkpoints["trm"], f"--task={fits[0].id}"))
     assert all(f"demo {i} " in out for i in range(1, len(fits[0].train) + 1))
     assert "test 1 of 2, the surest" in out and "test 2 of 2, the surest" in out
@@ -180,26 +243,34 @@ def test_verdicts():
 
 # mistakes
 
-@pytest.mark.parametrize("args, words", [
-    (["{dense}", "--task=00000000"], "no ARC task has the id"),
-    (["{dense}", "--task=sudoku4-9999"], "sudoku4-0099"),
-    (["{dense}", "--task=00576224", "--prompt=both"], "not allowed with"),
-    (["{dense}", "--task=sudoku4-0001", "--n_sup=3"], "Route B"),
-    (["{trm}", "--n_sup=3"], "--task"),
-    (["{dense}", "--temperature=-1"], "--temperature"),
-    (["{dense}", "--temperature=nan"], "--temperature"),
-    (["{dense}", "--top_k=0"], "1 or more"),
-    (["{dense}", "--top_p=0"], "--top_p"),
-    (["{trm}", "--top_p=1.5"], "--top_p"),
-    (["{text}"], "not a checkpoint"),
-    (["missing.pt"], "does not exist"),
-    ([], "CKPT"),
-])
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["{dense}", "--task=00000000"], "no ARC task has the id"),
+        (["{dense}", "--task=sudoku4-9999"], "sudoku4-0099"),
+        (["{dense}", "--task=00576224", "--prompt=both"], "not allowed with"),
+        (["{dense}", "--task=sudoku4-0001", "--n_sup=3"], "Route B"),
+        (["{trm}", "--n_sup=3"], "--task"),
+        (["{dense}", "--temperature=-1"], "--temperature"),
+        (["{dense}", "--temperature=nan"], "--temperature"),
+        (["{dense}", "--top_k=0"], "1 or more"),
+        (["{dense}", "--top_p=0"], "--top_p"),
+        (["{trm}", "--top_p=1.5"], "--top_p"),
+        (["{text}"], "not a checkpoint"),
+        (["missing.pt"], "does not exist"),
+        ([], "CKPT"),
+    ],
+)
 def test_mistakes_are_one_line(args, words, checkpoints, tmp_path, monkeypatch, capsys):
     (tmp_path / "notes.txt").write_text("text\n" * 9)
     with pytest.raises(SystemExit) as stopped:
         call(monkeypatch, capsys, *[a.format(**checkpoints, text=tmp_path / "notes.txt") for a in args])
-    assert stopped.value.code.startswith("error: ") and words in stopped.value.code and "\n" not in stopped.value.code
+    assert (
+        stopped.value.code.startswith("error: ")
+        and words in stopped.value.code
+        and "\n" not in stopped.value.code
+    )
     assert capsys.readouterr().out == ""
 
 
@@ -207,8 +278,12 @@ def test_mistakes_are_one_line(args, words, checkpoints, tmp_path, monkeypatch, 
 def test_too_long_says_both_numbers(name, checkpoints, monkeypatch, capsys):
     task = next(t for t in arc.load("arc1_eval") if len(arc.encode("arc", t.train)) > 1000)
     shapes = [(x, *arc.canvas_shape(task.train, x)) for x, _ in task.test]
-    longest = max(len(arc.encode_prompt("arc", task.train, x, (h, w))) if name == "trm"
-                  else len(arc.encode_prompt("arc", task.train, x)) + h * (w + 1) for x, h, w in shapes)
+    longest = max(
+        len(arc.encode_prompt("arc", task.train, x, (h, w)))
+        if name == "trm"
+        else len(arc.encode_prompt("arc", task.train, x)) + h * (w + 1)
+        for x, h, w in shapes
+    )
     with pytest.raises(SystemExit) as stopped:
         call(monkeypatch, capsys, checkpoints[name], f"--task={task.id}")
     assert f"{longest:,} tokens" in stopped.value.code and "at most 300" in stopped.value.code
@@ -218,9 +293,18 @@ def test_too_long_says_both_numbers(name, checkpoints, monkeypatch, capsys):
 def test_the_command_exits_with_1_and_survives_a_reader_that_leaves(checkpoints):
     run = [sys.executable, "sample.py", checkpoints["dense"]]
     done = subprocess.run([*run, "--task=nonsense"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: no ARC task") and done.stderr.count("\n") == 1 and done.stdout == ""
-    process = subprocess.Popen([*run, "--max_new_tokens=2000", "--num_samples=50", "--device=cpu"], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert (
+        done.returncode == 1
+        and done.stderr.startswith("error: no ARC task")
+        and done.stderr.count("\n") == 1
+        and done.stdout == ""
+    )
+    process = subprocess.Popen(
+        [*run, "--max_new_tokens=2000", "--num_samples=50", "--device=cpu"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     assert process.stdout.read(10)  # there is text long before it is done
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait(timeout=20) == 0
@@ -232,7 +316,15 @@ def test_a_moving_picture_of_the_answer(checkpoints, tmp_path, monkeypatch, caps
 
     for task_id, frames in (("sudoku4-0003", 7), ("maze-0001", 12)):
         path = str(tmp_path / "new" / f"{task_id}.gif")
-        said = call(monkeypatch, capsys, checkpoints["trm"], f"--task={task_id}", f"--gif={path}", f"--n_sup={frames // 5}", "--device=cpu")
+        said = call(
+            monkeypatch,
+            capsys,
+            checkpoints["trm"],
+            f"--task={task_id}",
+            f"--gif={path}",
+            f"--n_sup={frames // 5}",
+            "--device=cpu",
+        )
         film = Image.open(path)
         assert path in said and film.n_frames == frames and film.info["loop"] == 0
     assert sorted(os.listdir(tmp_path / "new")) == ["maze-0001.gif", "sudoku4-0003.gif"]

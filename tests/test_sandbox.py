@@ -1,4 +1,5 @@
 """The sandbox: honest code works in it, hostile code gets nowhere, and a verdict cannot be forged."""
+
 import os
 import subprocess
 import sys
@@ -17,7 +18,11 @@ FILTERED = sys.platform == "linux" and os.uname().machine == "x86_64"
 
 def f(body):
     """A function f() with this body; its value is what `body` assigns to out."""
-    return "def f():\n" + "".join(f"    {line}\n" for line in ("out = None\n" + body).splitlines()) + "    return out\n"
+    return (
+        "def f():\n"
+        + "".join(f"    {line}\n" for line in ("out = None\n" + body).splitlines())
+        + "    return out\n"
+    )
 
 
 # honest code
@@ -25,10 +30,18 @@ def f(body):
 
 def test_values_come_back_as_they_are():
     code = "import math, collections\ndef f(x):\n    print('hello')\n    return x\n"
-    calls = ["f(1)", "f([1, (2.5, 'ä\\n')])", "f({'a': {1, 2}, 'b': None})", "f(math.gcd(12, 18))", "dict(collections.Counter('aab'))"]
+    calls = [
+        "f(1)",
+        "f([1, (2.5, 'ä\\n')])",
+        "f({'a': {1, 2}, 'b': None})",
+        "f(math.gcd(12, 18))",
+        "dict(collections.Counter('aab'))",
+    ]
     calls.append("f(True)")
     result = sandbox.call(code, calls)
-    assert result == sandbox.Result(True, [1, [1, (2.5, "ä\n")], {"a": {1, 2}, "b": None}, 6, {"a": 2, "b": 1}, True])
+    assert result == sandbox.Result(
+        True, [1, [1, (2.5, "ä\n")], {"a": {1, 2}, "b": None}, 6, {"a": 2, "b": 1}, True]
+    )
 
 
 def test_tests_pass_or_say_which_does_not():
@@ -45,7 +58,9 @@ def test_tests_pass_or_say_which_does_not():
 
 def test_the_same_every_time():
     """Sets of texts have another order in every Python process, and random another seed: not here."""
-    code = "import random\ndef f():\n    return list({'one', 'two', 'three', 'four', 'five'}), random.random()\n"
+    code = (
+        "import random\ndef f():\n    return list({'one', 'two', 'three', 'four', 'five'}), random.random()\n"
+    )
     assert sandbox.call(code, ["f()"]) == sandbox.call(code, ["f()"])
 
 
@@ -117,17 +132,26 @@ def test_attempts_around_the_builtins_fail_too(tmp_path):
 
 
 def test_its_own_process_may_die_in_any_way():
-    for body, reason in (("os['_exit'](0)", "ended before"), ("os['abort']()", "crashed"), ("os['close'](1)\nwhile True: pass", "")):
+    for body, reason in (
+        ("os['_exit'](0)", "ended before"),
+        ("os['abort']()", "crashed"),
+        ("os['close'](1)\nwhile True: pass", ""),
+    ):
         result = sandbox.call(GET_OS + f(body), ["f()"], seconds=1)
         assert not result.ok and result.reason and reason in result.reason
 
 
 def test_a_verdict_cannot_be_forged():
     """Whoever writes results past the function still does not know what they should be."""
-    forged = GET_OS + "def f():\n    os['write'](1, b'{\"value\": \"True\"}\\n{\"ok\": true}\\n')\n    os['_exit'](0)\n"
+    forged = (
+        GET_OS
+        + "def f():\n    os['write'](1, b'{\"value\": \"True\"}\\n{\"ok\": true}\\n')\n    os['_exit'](0)\n"
+    )
     assert not sandbox.run_tests(forged, [("f()", 7)]).ok
     assert not sandbox.run_tests(GET_OS + "os['write'](1, b'[' * 50000 + b'\\n')\n", [("1", 1)]).ok
-    assert not sandbox.run_tests("class Any:\n    def __eq__(self, other): return True\ndef f(): return Any()\n", [("f()", 7)]).ok
+    assert not sandbox.run_tests(
+        "class Any:\n    def __eq__(self, other): return True\ndef f(): return Any()\n", [("f()", 7)]
+    ).ok
 
 
 @pytest.mark.skipif(not FILTERED, reason="the filter of system calls is for Linux on x86-64")
@@ -145,7 +169,9 @@ attempt('socket', 2, 1, 0), attempt('execv', b'/bin/true', None), attempt('unlin
 attempt('prctl', 1, 9, 0, 0, 0), attempt('chdir', b'/'), attempt('ptrace', 16, os.getppid(), 0, 0), attempt('dup', 1)
 print(sum(i * i for i in range(10)), len([bytearray(1 << 20) for _ in range(50)]))
 """
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "x")], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "x")], cwd=ROOT, capture_output=True, text=True
+    )
     assert (done.stdout, done.returncode) == ("285 50\n", 0), done.stderr
     assert "system call filter" in sandbox.protections()
 
@@ -177,7 +203,10 @@ def test_programs_give_what_they_give_outside():
         task, steps = programs.make(rng, family)
         jobs.append((programs.program_text(steps), [x for x, _ in task.train + task.test]))
     for (text, grids), result in zip(jobs, sandbox.run_programs(jobs), strict=True):
-        assert result.ok and all(np.array_equal(a, programs.run(text, x)[-1]) and a.dtype == np.uint8 for a, x in zip(result.value, grids))
+        assert result.ok and all(
+            np.array_equal(a, programs.run(text, x)[-1]) and a.dtype == np.uint8
+            for a, x in zip(result.value, grids)
+        )
 
 
 def test_one_bad_program_costs_the_others_nothing():
@@ -198,7 +227,9 @@ def test_one_bad_program_costs_the_others_nothing():
     for reason, result in zip(bad, results[1:]):
         assert reason in result.reason and result.reason
     assert np.array_equal(results[-1].value[0], grid.T)
-    assert np.array_equal(sandbox.run_programs([("def solve(grid):\n    return grid\n", [grid])])[0].value[0], grid)
+    assert np.array_equal(
+        sandbox.run_programs([("def solve(grid):\n    return grid\n", [grid])])[0].value[0], grid
+    )
 
 
 def test_a_program_that_takes_too_long_is_stopped_alone():

@@ -53,7 +53,9 @@ def test_the_loader_shuffles_question_and_answer_alike(hard):
         assert puzzles.check_sudoku(p, a)
         seen.add(p.tobytes())
     assert len(seen) == 5
-    assert np.array_equal(puzzle_row(document, "canvas", "none")[0], puzzle_row(document, "canvas", "sudoku")[0])  # no rng: as it is
+    assert np.array_equal(
+        puzzle_row(document, "canvas", "none")[0], puzzle_row(document, "canvas", "sudoku")[0]
+    )  # no rng: as it is
 
 
 def test_rows_that_are_no_sudoku_are_left_out(hard, tmp_path, monkeypatch, capsys):
@@ -71,8 +73,13 @@ def test_rows_that_are_no_sudoku_are_left_out(hard, tmp_path, monkeypatch, capsy
 
 def test_the_recipe_runs(tmp_path):
     """Prepared without the hub, trained a few steps on a small core, evaluated; and one line of error where the hub is insisted on."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"),
-           "PYTHONPATH": str(ROOT)}
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "hf"),
+        "PYTHONPATH": str(ROOT),
+    }
 
     def run(*args):
         return subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=tmp_path, env=env)
@@ -81,14 +88,34 @@ def test_the_recipe_runs(tmp_path):
     prepared = run(*here, "--n=4", "--n_test=2", "--backtracks=1")
     assert prepared.returncode == 0 and "making puzzles here" in prepared.stdout, prepared.stderr
     manifest, mixture = stages.read_manifest(tmp_path / "data", "sudoku_extreme")
-    assert {e["split"]: (e["documents"], e["augment"]) for e in manifest} == {"train": (4, "sudoku"), "val": (2, "none")}
+    assert {e["split"]: (e["documents"], e["augment"]) for e in manifest} == {
+        "train": (4, "sudoku"),
+        "val": (2, "none"),
+    }
     assert "generated" in mixture["origin"]
-    small = ["--n_layer=2", "--layer_pattern=ka", "--n_head=2", "--n_embd=32", "--n_ff=48", "--n_latent=1", "--n_recursion=1", "--n_sup=2",
-             "--batch_size=2", "--gradient_accumulation_steps=2", "--max_iters=2", "--eval_interval=2", "--device=cpu"]  # fmt: skip
+    small = [
+        "--n_layer=2",
+        "--layer_pattern=ka",
+        "--n_head=2",
+        "--n_embd=32",
+        "--n_ff=48",
+        "--n_latent=1",
+        "--n_recursion=1",
+        "--n_sup=2",
+        "--batch_size=2",
+        "--gradient_accumulation_steps=2",
+        "--max_iters=2",
+        "--eval_interval=2",
+        "--device=cpu",
+    ]
     trained = run(str(ROOT / "train.py"), str(ROOT / "config/sudoku_extreme.py"), *small)
     assert trained.returncode == 0, trained.stderr
     evaluated = run(*here, "out/sudoku_extreme/ckpt.pt")
-    assert evaluated.returncode == 0 and "after  2 supervision steps   solved 0 (0.0%)" in evaluated.stdout, evaluated.stderr
+    assert evaluated.returncode == 0 and "after  2 supervision steps   solved 0 (0.0%)" in evaluated.stdout, (
+        evaluated.stderr
+    )
     refused = run(*here, "--source=hub")
-    assert refused.returncode == 1 and refused.stderr.startswith("error: sapientinc/sudoku-extreme cannot be had")
+    assert refused.returncode == 1 and refused.stderr.startswith(
+        "error: sapientinc/sudoku-extreme cannot be had"
+    )
     assert len(refused.stderr.splitlines()) == 1

