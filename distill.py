@@ -32,12 +32,12 @@ from tqdm import tqdm
 import configurator
 from model_dense import IGNORE, row_shares, sample
 from model_trm import ANSWER_ROWS
-from smol import arc, hardware, logbook, loop, parallel, puzzles, sources, teachers
+from smol import arc, loop, puzzles, runtime, sources, teachers
 from smol import checkpoint as ckpt
 from smol import tokenizer as tok
 from smol.divergences import divergence
 from smol.loader import Ahead, Loader, Puzzles, draw_rng, puzzle_row, read_stage
-from smol.parallel import all_agree, difference, local_rank, master, rank, world_size
+from smol.runtime import all_agree, difference, local_rank, master, rank, world_size
 
 # -----------------------------------------------------------------------------
 # ---- where it goes and what it says
@@ -143,7 +143,7 @@ def stop_if(problem):
     """problem: a message or None, of this process. If there is one in any process, all stop."""
     problem = all_agree(problem)
     if problem is not None:
-        parallel.stop(problem)
+        runtime.stop(problem)
 
 
 def say(text):
@@ -235,18 +235,18 @@ held, started_from, another, problem = None, None, None, None
 try:
     check_settings()
     tracked = loop.tracker_module(tracker if master else "")
-    device = hardware.pick_device(device)
+    device = runtime.pick_device(device)
     device = f"cuda:{local_rank}" if device == "cuda" else device
-    dtype = hardware.pick_dtype(dtype, device)
+    dtype = runtime.pick_dtype(dtype, device)
 except ValueError as e:
-    parallel.stop(e)
+    runtime.stop(e)
 device_type = device.split(":")[0]
 if device_type == "cuda":
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")
 elif world_size == 1 and "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(os.cpu_count() or 1)
-parallel.start(device_type)
+runtime.start_processes(device_type)
 torch.manual_seed(seed)
 try:
     if master and os.path.isdir(out_dir):
@@ -587,7 +587,7 @@ def save_checkpoint():
 def diverged(what):
     """What is in memory is not worth saving: stop, with what there is on disk."""
     there = loop.to_go_on_from(ckpt_path, saved_step)
-    parallel.stop(
+    runtime.stop(
         f"{what}; {there}. Lower learning_rate (now {learning_rate:g}), or see whether the teacher "
         f"{teacher} works"
     )
@@ -633,7 +633,7 @@ if master:
         if not resumed and os.path.exists(ckpt.previous(ckpt_path)):
             os.remove(ckpt.previous(ckpt_path))  # of the run that this one replaces
         for path in (log_path, evals_path):
-            logbook.cut_back(path, train["iter"] if resumed else -1)
+            runtime.cut_log(path, train["iter"] if resumed else -1)
         configurator.save(config, os.path.join(out_dir, "config.json"))
     except OSError as e:
         problem = f"cannot write to {out_dir}: {e.strerror}"
@@ -643,7 +643,7 @@ stop_if(problem)
 if master:
     print(configurator.show(config, defaults))
     print(
-        f"student {student_path} ({model}, {net.num_params() / 1e6:.2f}M), {dtype} on {hardware.name(device)}, {optimizer}, {world_size} "
+        f"student {student_path} ({model}, {net.num_params() / 1e6:.2f}M), {dtype} on {runtime.device_name(device)}, {optimizer}, {world_size} "
         f"process{'es' * (world_size > 1)}, prompts {', '.join(loader.names)}\nteacher {json.dumps(guide and guide.about)}"
     )
     start = f"going on after step {train['iter']} of" if resumed else "from the weights of"
@@ -708,7 +708,7 @@ while train["iter"] < max_iters:
     try:
         batches = ahead.next_step()
     except ValueError as e:  # no prompt fits into block_size: the same in every process
-        parallel.stop(e)
+        runtime.stop(e)
     watch, new_carries = Stopwatch(), {}
     stats = {"loss": 0.0, "tokens": 0, "answers": 0, "unscored": 0, "mute": 0, "own": 0, "own_right": 0}
     try:
@@ -726,9 +726,9 @@ while train["iter"] < max_iters:
             stats["loss"] += loss.item() / len(batches) / world_size
             stats["tokens"] += batch.tokens
     except RuntimeError as e:
-        if not hardware.out_of_memory(e):
+        if not runtime.out_of_memory(e):
             raise
-        parallel.stop(
+        runtime.stop(
             f"out of memory in a {batch.mode} batch of {len(batch.idx)} x {batch.idx.shape[1]} tokens: lower batch_size (and "
             "raise gradient_accumulation_steps), or set --recompute=True",
             everyone=False,
@@ -739,7 +739,7 @@ while train["iter"] < max_iters:
             scaler.unscale_(o)
         grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or math.inf).item()
         ending = bool(interrupted) or bool(max_hours and time.monotonic() - began > 3600 * max_hours)
-        *sums, stopping = parallel.sums([*stats.values(), ending], device)
+        *sums, stopping = runtime.sums([*stats.values(), ending], device)
         sums = dict(zip(stats, sums))
         loss = math.nan if sums["mute"] else sums["loss"]
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -791,7 +791,7 @@ while train["iter"] < max_iters:
             "unscored": round(since_log["unscored"] / since_log["answers"], 4)
             if since_log["answers"]
             else None,
-            "memory_gb": round(hardware.peak_memory(device) / 1e9, 3),
+            "memory_gb": round(runtime.peak_memory(device) / 1e9, 3),
             "skipped": train["skipped"],
         }
         write_log(entry)
@@ -817,7 +817,7 @@ while train["iter"] < max_iters:
             }
         )
         if problem:
-            parallel.stop(
+            runtime.stop(
                 f"processes are out of sync at step {train['iter']}: {problem}; go on from {ckpt_path} with --init_from=resume"
             )
     evaluation.collect()
@@ -833,7 +833,7 @@ while train["iter"] < max_iters:
         saved_step = train["iter"] if saved else saved_step
         if master:
             try:
-                logbook.draw_losses(out_dir)
+                runtime.draw_losses(out_dir)
             except OSError as e:
                 say(f"could not draw loss.png: {e.strerror}")
         if saved and not stopping:
@@ -853,7 +853,7 @@ evaluation.end(0 if stopping else eval_minutes)
 if due:
     diverged(f"the last steps up to {train['iter']} were skipped, as not finite, and nothing was saved")
 if not saved:
-    parallel.stop(f"step {train['iter']} could not be saved to {ckpt_path}{lost}")
+    runtime.stop(f"step {train['iter']} could not be saved to {ckpt_path}{lost}")
 if stopping:
     why = (
         f"by {interrupted[0][0]}"
@@ -868,4 +868,4 @@ else:
         say(f"held-out puzzles solved: student {train['solved']:.1%}, of {len(tasks)}")
     if train["val_loss"] is not None:
         say(f"text: validation loss {train['text_before']:.3f} before, {train['val_loss']:.3f} after")
-parallel.end()
+runtime.end_processes()

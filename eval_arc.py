@@ -70,7 +70,7 @@ answers.jsonl: a line for every model, suite and task tried, {...}:
 Suites of text (logic) have no demonstrations. Figures of suites that are not tasks (language, lm_eval:...) are in eval.json as language.py
 and harness.py give them, and part by part in measured.jsonl, for a run that is killed.
 
-Read next: candidates.py (how a model comes to its attempts), scores.py (what counts as right), sample.py (one task, in the terminal).
+Read next: solve.py (how a model comes to its attempts), scores.py (what counts as right), sample.py (one task, in the terminal).
 """
 
 import argparse
@@ -91,10 +91,10 @@ from tqdm import tqdm
 
 import configurator
 from configurator import positive
-from smol import arc, candidates, checkpoint, hardware, language, logbook, parallel, scores, stages, suites
+from smol import arc, checkpoint, language, runtime, scores, snapshots, solve, suites
 from smol import report as draw_report
-from smol.candidates import without_answers
 from smol.files import write_whole
+from smol.solve import without_answers
 
 ROUTES = {"dense": "route_a", "trm": "route_b"}  # what the models are called in reports
 ARC_RULES = (*suites.ARC_SUITES, "tasks")  # suites that are scored and handed in as ARC's rules say
@@ -130,14 +130,14 @@ def chunks(tasks, rows_per_task):
 def evaluate(tasks, answer, attempts=1, rows_per_task=1, *, before=None, keep=None, progress=None):
     """
     Have `answer` solve the tasks -> their records (scores.judge), in the order of the tasks. answer(tasks without test outputs) -> for each
-    task, for each test input, a candidates.Given, or None where it is too long: candidates.solve with a model.
+    task, for each test input, a solve.Given, or None where it is too long: solve.solve with a model.
     rows_per_task: how many rows `answer` makes of a task, about, so that not too many are asked together.
     before: {task id: record} of tasks that need not be asked again; keep(records) is called with new ones as they come; progress(n) with
     how many more are done. Under torchrun every process asks its part, and the first alone returns all of them, the others [].
     """
     before, mine = before or {}, []
     for number, chunk in enumerate(chunks(tasks, rows_per_task)):
-        if number % parallel.world_size != parallel.rank:
+        if number % runtime.world_size != runtime.rank:
             continue
         asked = [task for task in chunk if task.id not in before]
         started = time.perf_counter()
@@ -156,7 +156,7 @@ def evaluate(tasks, answer, attempts=1, rows_per_task=1, *, before=None, keep=No
         mine += [before[task.id] for task in chunk if task.id in before] + new
         if progress:
             progress(len(chunk))
-    found = {record["id"]: record for part in parallel.gather(mine) for record in part}
+    found = {record["id"]: record for part in runtime.gather(mine) for record in part}
     return [found[task.id] for task in tasks if found]
 
 
@@ -218,7 +218,7 @@ def trained_on(ckpt):
     sources = data.get("sources") or list(config.get("mixture") or {}) or None
     if sources is None and data.get("stage"):
         with contextlib.suppress(OSError, ValueError):
-            _, mixture = stages.read_manifest(
+            _, mixture = snapshots.read_manifest(
                 config.get("data_dir", "data"), data["stage"], data.get("tag"), verify=False
             )
             sources = sorted(name for name, share in mixture["weights"].items() if share > 0)
@@ -241,7 +241,7 @@ def report_on(path, model, ckpt, settings, device, dtype):
         "val_loss": number(train, "val_loss"),
         "val_losses": {k: number(train["val_losses"], k) for k in train.get("val_losses") or {}},
         "checkpoint": path,
-        "sha256": stages.sha256_file(path),
+        "sha256": snapshots.sha256_file(path),
         "iter": train.get("iter"),
         "model": ckpt["model"],
         "model_config": dict(ckpt["model_config"]),
@@ -250,7 +250,7 @@ def report_on(path, model, ckpt, settings, device, dtype):
         "protocol": " + ".join(was_on) or "inductive",
         "settings": dataclasses.asdict(settings),
         "device": device,
-        "card": hardware.name(device),
+        "card": runtime.device_name(device),
         "dtype": dtype,
         "n_sup": (settings.n_sup or model.config.n_sup) if ckpt["model"] == "trm" else None,
     }
@@ -487,7 +487,7 @@ def ask(name, suite, tasks, model, report, settings, attempts, earlier, out_dir)
         for t in tasks
     }
     before = {t.id: {**earlier[keys[t.id]], "model": name} for t in tasks if keys[t.id] in earlier}
-    if before and parallel.master:
+    if before and runtime.master:
         print(
             f"{name} {suite}: {len(before)} of {len(tasks)} have been answered before ({out_dir}/answers*.jsonl) and are not asked again"
         )
@@ -495,7 +495,9 @@ def ask(name, suite, tasks, model, report, settings, attempts, earlier, out_dir)
     def keep(records):
         for record in records:
             record.update(model=name, suite=suite, key=keys[record["id"]])
-            problem = logbook.append(record, os.path.join(out_dir, f"answers.partial{parallel.rank}.jsonl"))
+            problem = runtime.append_log(
+                record, os.path.join(out_dir, f"answers.partial{runtime.rank}.jsonl")
+            )
             if problem:
                 raise OSError(problem)
 
@@ -507,7 +509,7 @@ def ask(name, suite, tasks, model, report, settings, attempts, earlier, out_dir)
         unit="task",
         dynamic_ncols=True,
         leave=False,
-        disable=not parallel.master,
+        disable=not runtime.master,
     ) as bar:
         with (
             torch.autocast(device_type, getattr(torch, report["dtype"])) if half else contextlib.nullcontext()
@@ -515,7 +517,7 @@ def ask(name, suite, tasks, model, report, settings, attempts, earlier, out_dir)
             rows_per_task = settings.augment * settings.samples * (4 if settings.ttt_steps else 1)
             return evaluate(
                 tasks,
-                lambda part: candidates.solve(model, part, settings),
+                lambda part: solve.solve(model, part, settings),
                 attempts,
                 rows_per_task,
                 before=before,
@@ -544,7 +546,7 @@ def measure(name, suite, model, r, limit, out_dir):
             print(f"{name} {suite}: no bits per byte: {e}")
             stage["stage"] = None
     key = hashed([r["sha256"], suite, limit, r["device"].split(":")[0], texts])
-    before = {line["part"]: line["found"] for line in logbook.read(path) if line.get("key") == key}
+    before = {line["part"]: line["found"] for line in runtime.read_log(path) if line.get("key") == key}
     if before:
         print(
             f"{name} {suite}: {len(before)} parts of it have been measured before ({path}) and are not measured again"
@@ -552,7 +554,7 @@ def measure(name, suite, model, r, limit, out_dir):
 
     def keep(part, found):
         line = {"key": key, "model": name, "suite": suite, "part": part, "found": draw_report.finite(found)}
-        problem = logbook.append(line, path)
+        problem = runtime.append_log(line, path)
         if problem:
             print(problem)
 
@@ -601,10 +603,10 @@ def what_is_asked(args):
     if args.tasks:
         tasks["tasks"] = arc.read_tasks(args.tasks)
         chosen.append("tasks")
-    device = hardware.pick_device(args.device)
-    if device == "cuda" and parallel.world_size > 1:
-        device = f"cuda:{parallel.local_rank}"
-    dtype = hardware.pick_dtype(args.dtype, device)
+    device = runtime.pick_device(args.device)
+    if device == "cuda" and runtime.world_size > 1:
+        device = f"cuda:{runtime.local_rank}"
+    dtype = runtime.pick_dtype(args.dtype, device)
     for suite in chosen:
         if suite.startswith("lm_eval:"):
             from smol import (
@@ -626,9 +628,7 @@ def run(args):
     if len(args.checkpoints) > 1 and args.out_dir is None:
         raise ValueError("with several checkpoints, say with --out_dir=FOLDER where the results go")
     chosen, tasks, device, dtype = what_is_asked(args)
-    settings = candidates.Settings(
-        **{f.name: getattr(args, f.name) for f in dataclasses.fields(candidates.Settings)}
-    )
+    settings = solve.Settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(solve.Settings)})
     out_dir = args.out_dir or os.path.dirname(args.checkpoints[0]) or "."
 
     loaded = [checkpoint.load_model(path, device) for path in args.checkpoints]
@@ -647,13 +647,13 @@ def run(args):
     models = {name: model for name, (model, _) in zip(names, loaded)}
     del loaded
     os.makedirs(out_dir, exist_ok=True)
-    if parallel.world_size > 1:
-        parallel.start(device.split(":")[0])
+    if runtime.world_size > 1:
+        runtime.start_processes(device.split(":")[0])
 
     earlier = {
         r.get("key"): r
         for path in glob.glob(os.path.join(glob.escape(out_dir), "answers*.jsonl"))
-        for r in logbook.read(path)
+        for r in runtime.read_log(path)
     }
     records = {}
     for name, model in models.items():
@@ -666,12 +666,12 @@ def run(args):
             records[name, suite] = ask(
                 name, suite, part, model, report[name], settings, attempts, earlier, out_dir
             )
-            if parallel.master:
+            if runtime.master:
                 found = scores.figures(records[name, suite], attempts)
                 found.update(available=len(tasks[suite]), **{k: report[name][k] for k in HOW})
                 report[name]["suites"][suite] = found
                 say_suite(name, suite, report[name]["suites"][suite])
-    if parallel.master:
+    if runtime.master:
         finish(args, models, chosen, records, report, out_dir)
 
 
@@ -700,7 +700,7 @@ def finish(args, models, chosen, records, report, out_dir):
 
     new = list(records)
     kept = {}
-    for record in filter(stays, logbook.read(answers)):
+    for record in filter(stays, runtime.read_log(answers)):
         kept.setdefault((record.get("model"), record.get("suite")), []).append(record)
     records = {**kept, **records}
     for name, r in report.items():
@@ -720,14 +720,14 @@ def finish(args, models, chosen, records, report, out_dir):
 
     write_lines([record for part in records.values() for record in part], answers)
     partial = glob.glob(os.path.join(glob.escape(out_dir), "answers.partial*.jsonl"))
-    left = [line for path in partial for line in logbook.read(path) if stays(line)]  # of others, killed
+    left = [line for path in partial for line in runtime.read_log(path) if stays(line)]  # of others, killed
     if left:
         write_lines(left, os.path.join(out_dir, "answers.partial0.jsonl"))
     for path in partial:
         if not left or not path.endswith("partial0.jsonl"):
             os.remove(path)
     if os.path.exists(measured):
-        lines = [line for line in logbook.read(measured) if line.get("key") in keys or stays(line)]
+        lines = [line for line in runtime.read_log(measured) if line.get("key") in keys or stays(line)]
         write_lines(lines, measured) if lines else os.remove(measured)
     written = [("figures", figures), ("answers", answers)]
     configurator.save(draw_report.finite(report), figures)
@@ -876,10 +876,10 @@ def main():
         threading.Thread(target=end_with_stdin, daemon=True).start()
     try:
         run(args)
-        parallel.end()
+        runtime.end_processes()
     except (ValueError, OSError) as e:
-        if parallel.world_size > 1:
-            parallel.stop(e)
+        if runtime.world_size > 1:
+            runtime.stop(e)
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
         sys.exit("stopped")

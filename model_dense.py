@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 import configurator
 from kda import KimiDeltaAttention
-from smol import arc, hardware
+from smol import arc, runtime
 from smol import tokenizer as tok
 from smol.muon import split_parameters
 from smol.tokenizer import IGNORE
@@ -733,7 +733,7 @@ class Model(nn.Module):
                 limit = arc.canvas_shape(task.train, test_input)
                 if len(prompt) + limit[0] * (limit[1] + 1) <= self.config.block_size:
                     questions.append((i, j, torch.from_numpy(prompt.astype(np.int64)), limit))
-        tokens = tokens_at_once(self.config, hardware.free_memory(self.wte.weight.device))
+        tokens = tokens_at_once(self.config, runtime.free_memory(self.wte.weight.device))
         for part in batches_by_length(
             questions, lambda q: samples * (len(q[2]) + q[3][0] * (q[3][1] + 1)), tokens
         ):

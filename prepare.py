@@ -30,6 +30,7 @@ data/README.md describes the layout. Read next: sources.py (what there is), cura
 import contextlib
 import difflib
 import fcntl
+import functools
 import json
 import os
 import re
@@ -41,9 +42,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import configurator
-from smol import demo, stages, tokenizer
+from smol import demo, snapshots, tokenizer
 from smol.files import save_picture
-from smol.stages import read_manifest
+from smol.snapshots import read_manifest
 
 # ---- where and how
 data_dir = "data"
@@ -95,7 +96,7 @@ weights = {
     "arc": 0.1,
 }
 
-BUILDABLE = stages.BUILDABLE
+BUILDABLE = snapshots.BUILDABLE
 COMMANDS = (*BUILDABLE, "status", "show", "freeze", "verify", "clean", "push", "pull")
 
 
@@ -109,7 +110,7 @@ def why_build(c, data, stage, inputs):
         return "as asked by --force=True"
     try:
         read_manifest(data, stage, verify=False)
-        before = stages.read_json(data / "metadata" / stage / "provenance.json").get("inputs")
+        before = snapshots.read_json(data / "metadata" / stage / "provenance.json").get("inputs")
     except FileNotFoundError:
         return "it is not there yet"
     except ValueError as e:
@@ -183,17 +184,26 @@ def build(c, stage):
             },
             "tokenizer": tokenizer.fingerprint(),
         }
-        make = lambda: pipeline.build_stage(
-            c, data, stage, tokens, found, evaluations, {"inputs": inputs, "notes": notes}
-        )  # noqa: E731
+        make = functools.partial(
+            pipeline.build_stage,
+            c,
+            data,
+            stage,
+            tokens,
+            found,
+            evaluations,
+            {"inputs": inputs, "notes": notes},
+        )
     reason = why_build(c, data, stage, inputs)
     if reason is None:
         print(f"stage {stage!r} is already there: {data / 'stages' / stage} (--force=True builds it anew)")
         return
     print(f"building stage {stage!r} in {data}: {reason}")
     if stage != "demo":
-        used = stages.read_json(data / UNITS_IN_USE)
-        stages.write(data / UNITS_IN_USE, stages.to_json({**used, stage: {**used.get(stage, {}), **keys}}))
+        used = snapshots.read_json(data / UNITS_IN_USE)
+        snapshots.write(
+            data / UNITS_IN_USE, snapshots.to_json({**used, stage: {**used.get(stage, {}), **keys}})
+        )
     make()
     status(c, stage)
 
@@ -231,7 +241,9 @@ def status(c, only=None):
         if only not in (None, stage):
             continue
         entries, mixture = read_manifest(data, stage, verify=False)
-        filters = stages.read_json(data / "metadata" / stage / "filters.json")  # without it a stage is whole
+        filters = snapshots.read_json(
+            data / "metadata" / stage / "filters.json"
+        )  # without it a stage is whole
         print(f"\nstage {stage}, seed {mixture['seed']}")
         print(
             f"{'source':18}{'group':7}{'kind':8}{'split':7}{'share':>7}{'documents':>11}{'tokens':>15}{'bytes':>16}"
@@ -260,7 +272,7 @@ def status(c, only=None):
     for folder in tags:
         if only in (None, folder.parent.name):
             try:
-                snapshot = stages.check_snapshot(folder, folder.parent.name, folder.name, "")
+                snapshot = snapshots.check_snapshot(folder, folder.parent.name, folder.name, "")
                 print(
                     f"\nfrozen {folder.parent.name}:{folder.name}, {snapshot['created']}, {snapshot['shards']} shards, "
                     f"{snapshot['tokens']:,} tokens"
@@ -279,7 +291,7 @@ def picture(data, names):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    colours = dict(zip(stages.GROUPS, ("#0074D9", "#2ECC40", "#FFDC00", "#FF851B", "#F012BE")))
+    colours = dict(zip(snapshots.GROUPS, ("#0074D9", "#2ECC40", "#FFDC00", "#FF851B", "#F012BE")))
     fig = Figure(figsize=(12, 1.0 + 1.7 * len(names)), layout="constrained")
     FigureCanvasAgg(fig)
     ax = fig.add_subplot()
@@ -288,7 +300,7 @@ def picture(data, names):
         group_of = {e["source"]: e["group"] for e in entries}
         left = 0.0
         for source, share in sorted(
-            mixture["weights"].items(), key=lambda item: stages.GROUPS.index(group_of.get(item[0], "web"))
+            mixture["weights"].items(), key=lambda item: snapshots.GROUPS.index(group_of.get(item[0], "web"))
         ):
             ax.barh(
                 y, share, left=left, height=0.7, color=colours[group_of.get(source, "web")], edgecolor="white"
@@ -397,14 +409,14 @@ def show(c, what):
         folder / "traces.png",
         "traces: the test input, what half of them show after each step, the answer",
     )
-    stages.write(
+    snapshots.write(
         folder / "traces.txt",
         "\n\n".join(re.sub(r"(<\|row\|>|<\|input\|>|<\|output\|>)", r"\1\n", t) for t in texts) + "\n",
     )
     kinds = graphs.shortest, *(make for make, _ in graphs.LOGIC.values())
     words = [f"--- {make.__name__}\n{make(rng)[0]}" for make in kinds for _ in range(3)]
     words += [f"--- arithmetic\n{puzzles.arithmetic(rng)[0]}" for _ in range(3)]
-    stages.write(folder / "words.txt", "\n\n".join(words) + "\n")
+    snapshots.write(folder / "words.txt", "\n\n".join(words) + "\n")
     for path in [
         *written,
         *(folder / name for name in ("puzzles.png", "traces.png", "traces.txt", "words.txt")),
@@ -417,19 +429,19 @@ def show(c, what):
 
 
 def freeze(c, name):
-    stage, tag = stages.split_name(name)
+    stage, tag = snapshots.split_name(name)
     if tag and c.tag and tag != c.tag:
         raise ValueError(f"the tag is {tag!r} in {name!r} and {c.tag!r} in --tag: say it once")
     tag = tag or c.tag
     if not tag:
         raise ValueError(f"say under which tag: python prepare.py freeze {stage} --tag=v0.1")
-    folder = stages.freeze(Path(c.data_dir), stage, tag)
-    digest = stages.sha256_file(folder / "snapshot.json")
+    folder = snapshots.freeze(Path(c.data_dir), stage, tag)
+    digest = snapshots.sha256_file(folder / "snapshot.json")
     print(f"stage {stage!r} is frozen as {stage}:{tag} in {folder} (SHA-256 of its snapshot: {digest[:16]})")
 
 
 def verify(c, name):
-    stage, tag = stages.split_name(name)
+    stage, tag = snapshots.split_name(name)
     data = Path(c.data_dir)
     entries, _ = read_manifest(data, stage, tag)
     print(f"stage {name!r} is intact: {len(entries)} shards, {sum(e['tokens'] for e in entries):,} tokens")
@@ -444,10 +456,10 @@ def clean(c):
     killed stay: it goes on from there.
     """
     data, total = Path(c.data_dir), 0
-    lists = stages.read_json(data / UNITS_IN_USE).values()
+    lists = snapshots.read_json(data / UNITS_IN_USE).values()
     used = {data / "work" / name / key for keys in lists for name, key in keys.items()}
     units = [p for p in sorted(data.glob("work/*/*")) if p.is_dir() and re.fullmatch("[0-9a-f]{16}", p.name)]
-    for path in [*stages.unlisted_files(data), *(p for p in units if p not in used)]:
+    for path in [*snapshots.unlisted_files(data), *(p for p in units if p not in used)]:
         size = sum(p.stat().st_size for p in ([path] if path.is_file() else path.iterdir()))
         total += size
         print(f"{path}: {size:,} bytes")

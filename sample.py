@@ -26,7 +26,7 @@ from eval_arc import positive, without_answers
 from model_trm import surest
 from smol import arc, checkpoint, puzzles, thinking
 from smol import tokenizer as tok
-from smol.hardware import pick_device
+from smol.runtime import pick_device
 
 # -----------------------------------------------------------------------------
 # text

@@ -32,11 +32,11 @@ from tqdm import tqdm
 
 import configurator
 from smol import checkpoint as ckpt
-from smol import hardware, logbook, loop, parallel
+from smol import loop, runtime
 from smol import sanity as sanity_checks
 from smol import tokenizer as tok
 from smol.loader import Ahead, Loader
-from smol.parallel import all_agree, difference, leave, local_rank, master, rank, world_size
+from smol.runtime import all_agree, difference, local_rank, master, rank, world_size
 
 # -----------------------------------------------------------------------------
 # The defaults train the 100M Route A on the demo stage. Config files change what they need to.
@@ -161,7 +161,7 @@ def stop(message, everyone=True):
     """The run cannot go on: one line, and exit code 1. everyone: all processes get here, and one of them says it."""
     if sanity and (master or not everyone):
         sanity_checks.show([*checks, ("went through", False, str(message))], out_dir)
-    parallel.stop(message, everyone)
+    runtime.stop(message, everyone)
 
 
 def stop_if(problem):
@@ -179,9 +179,9 @@ def say(text):
 
 try:
     loop.check_settings(config, RANGES)
-    device = hardware.pick_device(device)
+    device = runtime.pick_device(device)
     device = f"cuda:{local_rank}" if device == "cuda" else device
-    dtype = hardware.pick_dtype(dtype, device)
+    dtype = runtime.pick_dtype(dtype, device)
     tracked = loop.tracker_module(tracker if master else "")
 except ValueError as e:
     stop(e)
@@ -192,7 +192,7 @@ if device_type == "cuda":
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing
 else:
-    hardware.keep_freed_memory()
+    runtime.keep_freed_memory()
     if world_size == 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(os.cpu_count() or 1)
 if schedule == "wsd" and decay_iters > max_iters:
@@ -200,7 +200,7 @@ if schedule == "wsd" and decay_iters > max_iters:
         f"decay_iters={decay_iters} is longer than max_iters={max_iters}: the rate falls from the start, and never gets above "
         f"{learning_rate * max_iters / decay_iters:.1e} (learning_rate={learning_rate:g})"
     )
-parallel.start(device_type)
+runtime.start_processes(device_type)
 
 # ---- from scratch, from another's weights, or going on
 held, started_from, start_path, resumed, problem = None, None, None, False, None
@@ -440,15 +440,15 @@ if master:
         if not resumed and os.path.exists(ckpt.previous(ckpt_path)):
             os.remove(ckpt.previous(ckpt_path))  # of the run that this one replaces
         for path in (log_path, evals_path):  # from scratch, iteration is 0: nothing is kept
-            logbook.cut_back(path, iteration if resumed else -1)
+            runtime.cut_log(path, iteration if resumed else -1)
         configurator.save(config, os.path.join(out_dir, "config.json"))
     except OSError as e:
         problem = f"cannot write to {out_dir}: {e.strerror}"
     except ValueError as e:
         problem = str(e)
 stop_if(problem)
-card = hardware.name(device)
-peak = hardware.peak_flops(card)
+card = runtime.device_name(device)
+peak = runtime.peak_flops(card)
 if master:
     print(configurator.show(config, defaults))
     print(
@@ -521,7 +521,7 @@ while iteration < max_iters:
                     )
                 scaler.scale(loss / len(batches)).backward()
         except RuntimeError as e:
-            if not hardware.out_of_memory(e):
+            if not runtime.out_of_memory(e):
                 raise
             recomputing = "" if net.config.recompute else "--recompute=True, "
             stop(
@@ -542,7 +542,7 @@ while iteration < max_iters:
     # Every process learns the same sums, so that all of them step or skip, stop, save and validate together.
     loss = sum(x.item() for x in losses) / len(losses) / world_size
     ending = bool(interrupted) or bool(max_hours and time.monotonic() - began > 3600 * max_hours)
-    loss, tokens, flops, waited, stopping = parallel.sums(
+    loss, tokens, flops, waited, stopping = runtime.sums(
         [loss, tokens, flops, ahead.waited / world_size, ending], device
     )
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -605,7 +605,7 @@ while iteration < max_iters:
             "seconds": round(trained_seconds, 3),
             "tokens_per_second": round(since_log["tokens"] / since_log["seconds"], 1),
             "mfu": round(since_log["flops"] / since_log["seconds"] / world_size / peak, 4) if peak else None,
-            "memory_gb": round(hardware.peak_memory(device) / 1e9, 3),
+            "memory_gb": round(runtime.peak_memory(device) / 1e9, 3),
             "data_wait": round(since_log["waited"] / since_log["seconds"], 4),
             "eta_hours": round((max_iters - iteration) * since_log["seconds"] / since_log["steps"] / 3600, 3),
             "skipped": skipped,
@@ -641,7 +641,7 @@ while iteration < max_iters:
         saved_step = iteration if saved else saved_step
         if master:
             try:
-                logbook.draw_losses(out_dir)
+                runtime.draw_losses(out_dir)
             except OSError as e:
                 say(f"could not draw loss.png: {e.strerror}")
         if saved and not stopping:
@@ -690,5 +690,5 @@ elif sanity and master:
         run_tokens=sanity_run_tokens,
     )
     if not sanity_checks.show(checks, out_dir):
-        leave("stage 0 failed")
-parallel.end()
+        runtime.exit_now("stage 0 failed")
+runtime.end_processes()

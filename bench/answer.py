@@ -32,9 +32,9 @@ from bench.models import clock
 from bench.train import SMALL
 from configurator import positive
 from model_dense import batches_by_length, cache_bytes, run_blocks, tokens_at_once
-from smol import arc, candidates, checkpoint, hardware, loader, puzzles, scores, suites
+from smol import arc, checkpoint, loader, puzzles, runtime, scores, solve, suites
 
-# Memory of the cards of hardware.py, GB/s, from NVIDIA's data sheets
+# Memory of the cards of runtime.py, GB/s, from NVIDIA's data sheets
 GB_PER_S = {
     "T4": 320,
     "V100": 900,
@@ -177,11 +177,11 @@ def projection(net, views, card, cards, mfu, steps=None, set_name="arc1_eval"):
         written = 0.0
     else:
         read = 1 + (
-            candidates.RESCORED * min(views, candidates.RESCORING_VIEWS) / views if views > 1 else 0
+            solve.RESCORED * min(views, solve.RESCORING_VIEWS) / views if views > 1 else 0
         )  # and read again, at most
         flops = read * sum(n * net.flops_per_token(n, "puzzle") for _, n, _, _ in asked)
         written = decoding(net, asked, views, card)
-    seconds = (views * flops / (hardware.CARDS[card][0] * 1e12 * mfu) + written) / cards
+    seconds = (views * flops / (runtime.CARDS[card][0] * 1e12 * mfu) + written) / cards
     return {
         "set": set_name,
         "tests": len(asked),
@@ -202,7 +202,7 @@ def decoding(net, asked, views, card):
     started = operations(net) * LAUNCH_US / 1e6
     fetched = BANDWIDTH_SHARE * GB_PER_S[card] * 1e9
     tokens = tokens_at_once(
-        net.config, hardware.CARDS[card][1] * 1e9 - 4 * net.num_params()
+        net.config, runtime.CARDS[card][1] * 1e9 - 4 * net.num_params()
     )  # of a card that does nothing else
     by_task, total = {}, 0.0
     for task, *rest in asked:
@@ -240,7 +240,7 @@ def operations(net):
 
 
 class Recorded:
-    """Stands in for Route B in candidates.solve: what it said at every step, cut off where fewer steps or halting would have ended it."""
+    """Stands in for Route B in solve.solve: what it said at every step, cut off where fewer steps or halting would have ended it."""
 
     puzzle_format = "canvas"
 
@@ -280,16 +280,14 @@ def halting(net, tasks, views, n_sup):
     of HALTS a dict {views, n_sup, halt, steps: on average, solved: after voting, pass_2, total}: what eval_arc.py would give, without
     asking again. Thresholds that no answer passes are left out.
     """
-    settings = candidates.Settings(augment=views)
+    settings = solve.Settings(augment=views)
     said = {}
     for part in tqdm(
         eval_arc.chunks(tasks, views), desc="thinking", unit="batch", dynamic_ncols=True, leave=False
     ):
-        hidden = candidates.without_answers(part)
+        hidden = solve.without_answers(part)
         asked = [
-            candidates.look(view, task)
-            for task in hidden
-            for view in candidates.views(task, views, settings.seed)
+            solve.look(view, task) for task in hidden for view in solve.views(task, views, settings.seed)
         ]
         said.update(zip(map(seen, asked), net.answer(asked, n_sup=n_sup, trace=True)))
     found = []
@@ -298,7 +296,7 @@ def halting(net, tasks, views, n_sup):
             Recorded(said),
             dataclasses.replace(settings, augment=n_views, n_sup=limit, halt=halt),
         )
-        given = candidates.solve(recorded, candidates.without_answers(tasks), some)
+        given = solve.solve(recorded, solve.without_answers(tasks), some)
         figures = scores.figures([scores.judge(task, g, 2) for task, g in zip(tasks, given)], 2)
         steps = float(np.mean(recorded.steps)) if recorded.steps else 0.0
         if halt is None or steps < limit:
@@ -374,9 +372,9 @@ def main(argv):
     parser.add_argument(
         "--card",
         metavar="NAME",
-        choices=tuple(hardware.CARDS),
+        choices=tuple(runtime.CARDS),
         default="T4",
-        help=f"of the projection (default T4): {', '.join(hardware.CARDS)}",
+        help=f"of the projection (default T4): {', '.join(runtime.CARDS)}",
     )
     parser.add_argument("--cards", metavar="N", type=positive, default=2, help="how many of them (default 2)")
     parser.add_argument(
@@ -406,7 +404,7 @@ def main(argv):
             for name, model in (("route_a", "dense"), ("route_b", "trm"))
         }
     elsewhere = (args.views, args.card, args.cards, args.mfu)
-    device = hardware.pick_device("auto")
+    device = runtime.pick_device("auto")
     if args.checkpoint:
         try:
             net, _ = checkpoint.load_model(args.checkpoint, device)
@@ -428,7 +426,7 @@ def main(argv):
         args.side or (5 if device == "cpu" else 20),
         args.rows or (2 if device == "cpu" else 16),
     )
-    dtype = hardware.pick_dtype("auto", device)
+    dtype = runtime.pick_dtype("auto", device)
     autocast = (
         contextlib.nullcontext()
         if dtype == "float32"
@@ -440,7 +438,7 @@ def main(argv):
     torch.manual_seed(0)
     b = checkpoint.make_model("trm", SMALL if small else {}).to(device)
     found = {
-        "device": hardware.name(device),
+        "device": runtime.device_name(device),
         "dtype": dtype,
         "params": b.num_params(),
         "n_sup": args.n_sup,

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 import eval_arc
-from smol import arc, candidates, checkpoint, logbook, puzzles
+from smol import arc, checkpoint, puzzles, runtime, solve
 from smol.files import write_whole
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of the checkout
@@ -54,7 +54,7 @@ def other_sudokus(n):
 def solved(path, tasks):
     """How many tasks a checkpoint's averaged weights solve, asked as eval_arc.py asks."""
     model, _ = checkpoint.load_model(path)
-    found = eval_arc.evaluate(tasks, lambda tasks: candidates.solve(model, tasks, candidates.Settings()))
+    found = eval_arc.evaluate(tasks, lambda tasks: solve.solve(model, tasks, solve.Settings()))
     return sum(r["solved"] for r in found)
 
 
@@ -63,7 +63,11 @@ def run_arm(out, student, teacher, seconds, settings):
 
     def used():
         return max(
-            (e["cpu_seconds"] for e in logbook.read(os.path.join(out, "log.jsonl")) if "cpu_seconds" in e),
+            (
+                e["cpu_seconds"]
+                for e in runtime.read_log(os.path.join(out, "log.jsonl"))
+                if "cpu_seconds" in e
+            ),
             default=0.0,
         )
 
@@ -186,7 +190,7 @@ def main():
             print(f"{arm}: {', '.join(f'{n} at {r:g}' for r, n in tried.items())}", flush=True)
             for seed in args.seeds:
                 out = run(arm, seed, rate)
-                log = logbook.read(os.path.join(out, "log.jsonl"))
+                log = runtime.read_log(os.path.join(out, "log.jsonl"))
                 steps = [e for e in log if "cpu_seconds" in e]
                 used = {0: 0.0, **{e["iter"]: e["cpu_seconds"] for e in steps}}
                 curve = [(used[e["iter"]], e["student_solved"]) for e in log if "student_solved" in e]

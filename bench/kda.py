@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from kda import CHUNK, KimiDeltaAttention, choose_backend, kda, kda_step
 from model_dense import Attention, Config, rope_3d
-from smol import hardware
+from smol import runtime
 
 # -----------------------------------------------------------------------------
 # measuring
@@ -235,7 +235,7 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     if device == "cpu":
-        hardware.keep_freed_memory()  # as train.py does
+        runtime.keep_freed_memory()  # as train.py does
     rows, machine = bench_kda(device)
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     if device == "cpu":

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import configurator
 import model_dense
-from smol import checkpoint, hardware, logbook
+from smol import checkpoint, runtime
 from smol import tokenizer as tok
 from smol.loader import BUCKETS
 from smol.muon import muon_and_adamw
@@ -79,7 +79,7 @@ def one_step(spec):
     net.to(device).train()
     now = time.perf_counter
     if device == "cpu":
-        hardware.keep_freed_memory()  # as train.py does
+        runtime.keep_freed_memory()  # as train.py does
         now = time.process_time if torch.get_num_threads() == 1 else now
     if spec["model"] != "nanogpt" and spec.get("optimizer") == "muon":
         optimizers = muon_and_adamw(net, 0.1, 1e-4, (0.9, 0.95))
@@ -121,11 +121,11 @@ def one_step(spec):
             torch.cuda.synchronize()
         times.append(now() - start)
     seconds = statistics.median(times[1:])
-    rate, peak = rows * T * spec.get("batches", 1) / seconds, hardware.peak_flops(hardware.name(device))
+    rate, peak = rows * T * spec.get("batches", 1) / seconds, runtime.peak_flops(runtime.device_name(device))
     return {
         "tokens_per_second": rate,
         "ms": 1000 * seconds,
-        "memory_gb": hardware.peak_memory(device) / 1e9,
+        "memory_gb": runtime.peak_memory(device) / 1e9,
         "mfu": rate * flops / peak if peak else None,
         "params": sum(p.numel() for p in net.parameters()),
     }
@@ -156,7 +156,7 @@ def step_main(text):
     try:
         print(json.dumps(one_step(json.loads(text))))
     except (RuntimeError, MemoryError) as e:
-        if isinstance(e, MemoryError) or hardware.out_of_memory(e):
+        if isinstance(e, MemoryError) or runtime.out_of_memory(e):
             sys.exit(OUT_OF_MEMORY)
         raise
 
@@ -184,7 +184,7 @@ def bench_train(args):
         contestants.append(("nanoGPT", {"model": "nanogpt", "path": args.nanogpt, "settings": shape}))
     common = {
         "device": device,
-        "dtype": hardware.pick_dtype("auto", device),
+        "dtype": runtime.pick_dtype("auto", device),
         "steps": args.steps,
         "compile": args.compile,
     }
@@ -207,7 +207,7 @@ def bench_train(args):
             if what in found and "plain GPT" in found:
                 rows[-1]["ratio"] = found[what]["tokens_per_second"] / found["plain GPT"]["tokens_per_second"]
     machine = {
-        "device": hardware.name(device),
+        "device": runtime.device_name(device),
         "torch": torch.__version__,
         "dtype": common["dtype"],
         "compile": args.compile,
@@ -275,7 +275,7 @@ def sweep(args):
     }
     tried = []
     print(
-        f"{c.model}, block_size {c.block_size}, global batch {total * c.block_size:,} tokens, on {hardware.name(device)}"
+        f"{c.model}, block_size {c.block_size}, global batch {total * c.block_size:,} tokens, on {runtime.device_name(device)}"
     )
     print(
         f"{'dtype':9s} {'compile':7s} {'recompute':9s} {'batch_size':>10s} {'tokens/s':>10s} {'GB':>6s} {'MFU':>6s}"
@@ -342,9 +342,9 @@ def plan(args):
     c = training_config(args.config, args.overrides)
     net = checkpoint.make_model(c.model, vars(c)).train()
     taught = hasattr(c, "teacher")  # a config of distill.py
-    if args.card not in hardware.CARDS:
-        raise ValueError(f"--card={args.card} is not in the table: {', '.join(hardware.CARDS)}")
-    peak, memory, _ = hardware.CARDS[args.card]
+    if args.card not in runtime.CARDS:
+        raise ValueError(f"--card={args.card} is not in the table: {', '.join(runtime.CARDS)}")
+    peak, memory, _ = runtime.CARDS[args.card]
     per_step = c.batch_size * c.gradient_accumulation_steps * c.block_size
     tokens = per_step * c.max_iters
     text, puzzle = (net.flops_per_token(c.block_size, mode, training=True) for mode in ("text", "puzzle"))
@@ -359,7 +359,7 @@ def plan(args):
         f"puzzles: {flops / 1e18:.2f}e18 in all"
     )
     if args.log:
-        entries = [e for e in logbook.read(args.log) if "tokens_per_second" in e]
+        entries = [e for e in runtime.read_log(args.log) if "tokens_per_second" in e]
         if not entries:
             raise ValueError(f"{args.log} has no line with tokens_per_second")
         rate = statistics.median(e["tokens_per_second"] for e in entries)

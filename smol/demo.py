@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from smol import arc, curate, puzzles, tokenizer
 from smol.curate import EvaluationOutputs
+from smol.snapshots import GROUPS, sha256, write, write_shard, write_stage
 from smol.sources import code_hash, generators_hash
-from smol.stages import GROUPS, sha256, write, write_shard, write_stage
 from smol.units import Dropped
 
 LIMIT_MB = 4.0  # a source of text gets no more documents once it has this much

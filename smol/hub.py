@@ -9,7 +9,7 @@ to the tag last, and never moves a tag. Pulling believes nothing: paths must lie
 manifest says, the manifest the one that the snapshot says, and a tag that has moved since it was first pulled is refused. Nothing is
 installed before all of it is right. Tokens are the hub client's business (`hf auth login`, or HF_TOKEN); nothing here reads or shows them.
 
-Read next: stages.py, what a frozen stage is.
+Read next: snapshots.py, what a frozen stage is.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from smol.stages import (
+from smol.snapshots import (
     FROZEN_FILES,
     NAME,
     check_manifest,

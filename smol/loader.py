@@ -30,7 +30,7 @@ import torch
 
 from smol import arc, sudoku
 from smol import tokenizer as tok
-from smol.stages import read_manifest, sha256_file
+from smol.snapshots import read_manifest, sha256_file
 from smol.tokenizer import IGNORE
 
 # Rows are padded to the next of these lengths: at most a quarter is padding, and the shapes stay few.

@@ -3,7 +3,7 @@ What a training loop needs whatever it trains on: train.py and distill.py share 
 
 The learning rate's schedule, optimizers, averaged weights, validation, what a checkpoint holds, signals: each a function of what it is
 given, that keeps nothing. Evaluation and publication go on in processes of their own, and these are remembered by two small classes. The
-loops themselves are in the two scripts, from top to bottom. Before this: train.py. Read next: checkpoint.py, parallel.py, publish.py.
+loops themselves are in the two scripts, from top to bottom. Before this: train.py. Read next: checkpoint.py, runtime.py, publish.py.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ import torch
 
 import configurator
 from smol import checkpoint as ckpt
-from smol import hardware, logbook, parallel, publish, suites
+from smol import publish, runtime, suites
 from smol import tokenizer as tok
 from smol.muon import muon_and_adamw
-from smol.parallel import gather, master, rank, world_size
+from smol.runtime import gather, master, rank, world_size
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of the checkout
 
@@ -48,7 +48,7 @@ def check_settings(config, ranges):
         raise ValueError(
             f"gradient_accumulation_steps={batches} cannot be shared evenly by {world_size} processes"
         )
-    checks = {"push_to": publish.repo_name, "eval_suites": check_suites, "eval_device": hardware.pick_device}
+    checks = {"push_to": publish.repo_name, "eval_suites": check_suites, "eval_device": runtime.pick_device}
     for name, check in checks.items():
         if config[name] or name == "eval_device":
             try:
@@ -124,7 +124,7 @@ def validate(net, average, loader, eval_batches, autocast, device):
                 total[1] += len(idx)
     net.train()
     names = [name for _, name, _ in loader.val]
-    flat = parallel.sums([x for name in names for x in sums.get(name, [0.0, 0.0])], device)
+    flat = runtime.sums([x for name in names for x in sums.get(name, [0.0, 0.0])], device)
     losses = {name: flat[2 * i] / flat[2 * i + 1] for i, name in enumerate(names) if flat[2 * i + 1]}
     text = [losses[name] for kind, name, _ in loader.val if kind == "text" and name in losses]
     return losses, sum(text) / len(text) if text else None
@@ -191,7 +191,7 @@ def starting_point(init_from, out_dir, anew):
 def same_start(step, device):
     """step: that this process goes on from, or None. A message if processes differ: a machine has none."""
     step = -1 if step is None else step
-    if parallel.sums([step], device)[0] / world_size != step:
+    if runtime.sums([step], device)[0] / world_size != step:
         return f"out_dir has another checkpoint for process {rank} than for others: copy it to all machines"
     return None
 
@@ -204,7 +204,7 @@ def nothing_left(checkpoint, path, max_iters, push_to, push_full, say):
         "on, --overwrite=True begins anew"
     )
     Publication(out_dir, push_to if master else "", push_full, say).end(step, at_once=False)
-    parallel.leave(code=0)
+    runtime.exit_now(code=0)
 
 
 def place_of(data):
@@ -248,7 +248,7 @@ def moved(carry, device):
 def everyones_carries(carries, device):
     """carries: {(number, length): dict of tensors} of this process -> {'number/length': ...} of all processes, on the first."""
     mine, everyones = sorted(carries), {}
-    for i in range(int(max(parallel.sums([len(mine) * (r == rank) for r in range(world_size)], device)))):
+    for i in range(int(max(runtime.sums([len(mine) * (r == rank) for r in range(world_size)], device)))):
         # one by one: all carries of all processes at once can be gigabytes
         part = {f"{mine[i][0]}/{mine[i][1]}": carries[mine[i]]} if i < len(mine) else {}
         for some in gather(part):
@@ -285,7 +285,7 @@ def unsound(net, average):
     """Which weight or average is not finite, the same phrase in all processes; None where all are finite."""
     wrong = ckpt.not_finite(net.state_dict())
     averaged = ckpt.not_finite(average)
-    return parallel.all_agree(wrong or averaged and f"the average of {averaged}")
+    return runtime.all_agree(wrong or averaged and f"the average of {averaged}")
 
 
 def contents(net, model, config, average, train):
@@ -331,7 +331,7 @@ def save_checkpoint(path, net, model, config, average, train, device, say, keep)
             say(
                 f"the checkpoint of step {train['iter']} could not be saved ({e.strerror or e}); {kept}, and training goes on"
             )
-    return parallel.sums([saved], device)[0] == world_size
+    return runtime.sums([saved], device)[0] == world_size
 
 
 def save_weights_alone(path, net, model, config, average, train):
@@ -402,7 +402,7 @@ def compile_blocks(net, loader, autocast, scaler, device, say):
     except Exception as e:  # noqa: BLE001 (a compiler fails in any way it likes)
         problem = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]:.200}"
     net.zero_grad(set_to_none=True)
-    failed = parallel.sums([problem is not None], device)[0]
+    failed = runtime.sums([problem is not None], device)[0]
     if failed:
         for block in net.blocks:
             block._compiled_call_impl = None  # what block.compile() sets; nothing public takes it back
@@ -425,7 +425,7 @@ def tracker_module(tracker):
 
 def write_log(entry, path, say, tracked=None):
     """Append to log.jsonl; the figures also go to `tracked`, the module of a tracker, if there is one."""
-    problem = logbook.append(entry, path)
+    problem = runtime.append_log(entry, path)
     if problem:
         say(problem)
     if tracked:

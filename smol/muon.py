@@ -13,7 +13,7 @@ Used by train.py and distill.py through loop.make_optimizers. Read next: loop.py
 
 import torch
 
-from smol import hardware
+from smol import runtime
 
 
 def split_parameters(model, weight_decay):
@@ -71,7 +71,7 @@ class Muon(torch.optim.Optimizer):
 
 def half(device):
     """The number format with tensor cores that is cheap on `device`: bfloat16, and float16 on a GPU that is older than it (Turing)."""
-    return torch.float16 if hardware.pick_dtype("auto", str(device)) == "float16" else torch.bfloat16
+    return torch.float16 if runtime.pick_dtype("auto", str(device)) == "float16" else torch.bfloat16
 
 
 def orthogonal(m):

@@ -13,7 +13,7 @@ before it) were dropped. So neither the number of processes nor a kill nor the e
 Memory: a worker holds one unit; the pass holds one 8-byte key per document and one band of keys at a time (partitioned if there are
 very many), and looks at documents through memory maps.
 
-Before this: units.py, workers.py. Read next: stages.py, what is written; prepare.py, the commands.
+Before this: units.py, workers.py. Read next: snapshots.py, what is written; prepare.py, the commands.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from smol import arc, curate, language_items, puzzles, tokenizer
 from smol import sources as table
-from smol.stages import GROUPS, read_json, sha256, sha256_file, to_json, write, write_shard, write_stage
+from smol.snapshots import GROUPS, read_json, sha256, sha256_file, to_json, write, write_shard, write_stage
 from smol.units import (
     BYTES_PER_TOKEN,
     EXAMPLE_CHARS,

@@ -28,7 +28,7 @@ from types import SimpleNamespace
 
 import configurator
 from smol.hub import files_of, git_hash, plainly, repo_name
-from smol.stages import sha256_file
+from smol.snapshots import sha256_file
 
 repo = ""  # USER/NAME on the hub
 full = False  # push the whole checkpoint: optimizer, carries, place in the data, three times the weights; what --init_from=resume needs

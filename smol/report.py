@@ -12,7 +12,7 @@ import json
 import math
 import os
 
-from smol import arc, logbook
+from smol import arc, runtime
 from smol.files import write_whole
 
 TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "report.html")
@@ -38,7 +38,7 @@ def gather(out_dir, json_name="eval.json"):
             )
             if r.get("checkpoint"):
                 logs[name] = os.path.join(os.path.dirname(r["checkpoint"]) or ".", "evals.jsonl")
-        for record in logbook.read(os.path.join(out_dir, "answers.jsonl")):
+        for record in runtime.read_log(os.path.join(out_dir, "answers.jsonl")):
             add(tasks, record, report)
     if not logs or os.path.join(out_dir, "evals.jsonl") not in logs.values():
         logs.setdefault(os.path.basename(os.path.abspath(out_dir)), os.path.join(out_dir, "evals.jsonl"))
@@ -91,7 +91,7 @@ def read_json(path):
 def read_history(path):
     """evals.jsonl -> list of {iter, suites: {suite: {solved, total, interval}}} by step, of suites of tasks; empty if there is no file."""
     points = {}
-    for entry in logbook.read(path):
+    for entry in runtime.read_log(path):
         suites = {
             suite: {k: s.get(k) for k in ("solved", "total", "interval")}
             for suite, s in (entry.get("suites") or {}).items()

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from smol import checkpoint as ckpt
-from smol import loop, parallel
+from smol import loop, runtime
 
 
 def show(checks, out_dir):
@@ -44,7 +44,7 @@ def by_heart(net, batch, *, mode, steps, tokens, optimizer, learning_rate, betas
         range(steps),
         desc=f"one {mode} batch by heart",
         leave=False,
-        disable=None if parallel.master else True,
+        disable=None if runtime.master else True,
     )
     for i in progress:
         for group in (group for o in optimizers for group in o.param_groups):

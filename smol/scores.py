@@ -4,7 +4,7 @@ What counts as right, and how sure one can be: everything between an answer and 
 A *record* is what is kept of one task that a model was asked: a dict, a line of answers.jsonl (eval_arc.py's docstring has its fields).
 Figures are computed from records alone, so it makes no difference to them which process answered, or whether it was killed in between.
 
-Read next: candidates.py (how a model comes to its attempts), eval_arc.py (the command).
+Read next: solve.py (how a model comes to its attempts), eval_arc.py (the command).
 """
 
 import math
@@ -50,7 +50,7 @@ def same(a, b):
 
 def judge(task, given, attempts):
     """
-    -> a record, without model, suite, key and seconds. given: for each test input a candidates.Given, or None where the task is too
+    -> a record, without model, suite, key and seconds. given: for each test input a solve.Given, or None where the task is too
     long. A task whose test outputs are not all known is judged by none: its `solved` is None.
     """
     tests = []

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from smol import arc, puzzles, stages, sudoku, tokenizer
+from smol import arc, puzzles, snapshots, sudoku, tokenizer
 
 STAGE, REPO, SEED = "sudoku_extreme", "sapientinc/sudoku-extreme", 20
 
@@ -118,7 +118,7 @@ def prepare(args):
         raise ValueError(f"{len(wrong)} of the puzzles have a wrong answer: nothing was written")
     about = {"source": STAGE, "group": "synth", "kind": "puzzle", "augment": "sudoku"}
     entries = [
-        stages.write_shard(Path(args.data_dir), about, split, [arc.encode(t.kind, t.test) for t in part])
+        snapshots.write_shard(Path(args.data_dir), about, split, [arc.encode(t.kind, t.test) for t in part])
         for split, part in tasks.items()
     ]
     mixture = {
@@ -131,7 +131,7 @@ def prepare(args):
         if source == "hub"
         else f"generated, at least {args.backtracks} backtracks",
     }
-    stages.write_stage(Path(args.data_dir), STAGE, entries, mixture, {})
+    snapshots.write_stage(Path(args.data_dir), STAGE, entries, mixture, {})
     givens = [int((t.test[0][0] > 0).sum()) for t in tasks["train"]]
     turns = [sudoku.solve_sudoku(t.test[0][0])[1] for t in tasks["train"][:100]]
     print(
@@ -143,11 +143,11 @@ def prepare(args):
 def evaluate(args):
     """Print how many test puzzles a checkpoint solves after 1, 2, 4, ... supervision steps."""
     from smol import checkpoint
-    from smol.hardware import pick_device
     from smol.loader import Shards
+    from smol.runtime import pick_device
 
     model, _ = checkpoint.load_model(args.checkpoint, pick_device("auto"))
-    manifest, mixture = stages.read_manifest(args.data_dir, STAGE)
+    manifest, mixture = snapshots.read_manifest(args.data_dir, STAGE)
     shards = Shards(args.data_dir, [e for e in manifest if e["split"] == "val"])
     tasks = [
         arc.Task(str(i), *arc.decode(shards.document(i))[:1], [], arc.decode(shards.document(i))[1])

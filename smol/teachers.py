@@ -27,9 +27,9 @@ import torch.nn.functional as F
 
 from model_dense import batches_by_length
 from model_trm import ANSWER_IDS
-from smol import arc, candidates, checkpoint, ttt
+from smol import arc, checkpoint, solve, ttt
 from smol import tokenizer as tok
-from smol.stages import sha256_file
+from smol.snapshots import sha256_file
 
 OUTCOMES = 11  # ten colours, and "over"
 OVER = 10
@@ -182,7 +182,7 @@ def frame_of_votes(candidates, shape):
 class Ours:
     """
     A model of either route as a teacher. n_sup: Route B's supervision steps (None: its own). n_views > 1: votes over that many views
-    (candidates.py). ttt_steps > 0: before a task, that many steps on its demonstrations at ttt_learning_rate, by a copy (ttt.py).
+    (solve.py). ttt_steps > 0: before a task, that many steps on its demonstrations at ttt_learning_rate, by a copy (ttt.py).
     """
 
     def __init__(
@@ -193,10 +193,10 @@ class Ours:
         n_sup=None,
         n_views=1,
         ttt_steps=0,
-        ttt_learning_rate=candidates.Settings.ttt_lr,
+        ttt_learning_rate=solve.Settings.ttt_lr,
     ):
         self.model, self.sources = model, sources
-        self.settings = candidates.Settings(
+        self.settings = solve.Settings(
             augment=n_views, n_sup=n_sup, ttt_steps=ttt_steps, ttt_lr=ttt_learning_rate
         )
         self.canvas = model.puzzle_format == "canvas"
@@ -260,11 +260,11 @@ class Ours:
         return frames
 
     def solve(self, tasks):
-        """For each task its list of candidates.Candidate, best first; empty where it is too long."""
+        """For each task its list of solve.Candidate, best first; empty where it is too long."""
         training = self.model.training
         self.model.eval()
-        given = candidates.solve(
-            self.model, candidates.without_answers([with_id(task) for task in tasks]), self.settings
+        given = solve.solve(
+            self.model, solve.without_answers([with_id(task) for task in tasks]), self.settings
         )
         self.model.train(training)
         return [g.candidates if g is not None else [] for (g,) in given]

@@ -11,7 +11,7 @@ ttt_rank = 0 tunes all weights. LOG.md has what either brought, and what it cost
 
     python eval_arc.py CKPT --suites=arc1 --ttt_steps=32
 
-Read next: candidates.py, which calls `tune` and goes on with what it returns.
+Read next: solve.py, which calls `tune` and goes on with what it returns.
 """
 
 import copy
@@ -66,7 +66,7 @@ def rows(task, n, puzzle_format, block_size, rng):
 @torch.enable_grad()
 def tune(model, task, settings):
     """
-    model of either route, task an arc.Task with two or more demonstrations, settings a candidates.Settings -> a tuned copy in evaluation
+    model of either route, task an arc.Task with two or more demonstrations, settings a solve.Settings -> a tuned copy in evaluation
     mode, or the model itself where no view of the task fits into its block_size. In float32, whatever the model answers in.
     """
     rng = draw_rng(settings.seed, "ttt", task.id)

@@ -21,7 +21,7 @@ import numpy as np
 
 from smol import arc, curate, puzzles, tokenizer
 from smol import sources as table
-from smol.stages import sha256, sha256_file, write
+from smol.snapshots import sha256, sha256_file, write
 
 BYTES_PER_TOKEN = 4  # of English, about: how megabytes of a stage become tokens, for puzzles as for text
 EXAMPLES, EXAMPLE_CHARS = 3, 600  # dropped documents kept per rule, for a person to read

@@ -12,7 +12,7 @@ import eval_arc
 import model_dense
 from bench import answer as bench_answer
 from bench import kda as bench_kda
-from smol import arc, candidates, checkpoint, hardware, puzzles, scores
+from smol import arc, checkpoint, puzzles, runtime, scores, solve
 
 TINY = dict(n_layer=2, layer_pattern="ka", n_head=2, n_embd=24, n_ff=32, n_latent=2, n_recursion=2)
 
@@ -43,7 +43,7 @@ def test_projected_hours_are_flops_over_the_cards_rate(monkeypatch):
     flops = 16 * 2 * 5 * length * net.flops_per_token(length, "puzzle")
     assert (found["tests"], found["left_out"]) == (2, 1)
     assert (
-        abs(found["hours"] - flops / (2 * hardware.CARDS["T4"][0] * 1e12 * 0.25) / 3600)
+        abs(found["hours"] - flops / (2 * runtime.CARDS["T4"][0] * 1e12 * 0.25) / 3600)
         < 1e-9 * found["hours"] + 1e-15
     )
 
@@ -95,13 +95,13 @@ def test_fewer_steps_and_halting_are_read_off_as_they_would_be_asked():
         itertools.product((1, 2, 3), (1, 2, 3))
     )
     for r in rows[::6]:
-        settings, asked = candidates.Settings(augment=r["views"], n_sup=r["n_sup"], halt=r["halt"]), []
+        settings, asked = solve.Settings(augment=r["views"], n_sup=r["n_sup"], halt=r["halt"]), []
         for task in tasks:
-            part = [candidates.look(view, task) for view in candidates.views(task, r["views"], settings.seed)]
+            part = [solve.look(view, task) for view in solve.views(task, r["views"], settings.seed)]
             asked += [
                 len(steps) for (steps,) in net.answer(part, n_sup=r["n_sup"], halt=r["halt"], trace=True)
             ]
-        records = eval_arc.evaluate(tasks, lambda part, s=settings: candidates.solve(net, part, s), 2, 3)
+        records = eval_arc.evaluate(tasks, lambda part, s=settings: solve.solve(net, part, s), 2, 3)
         figures = scores.figures(records, 2)
         assert (r["steps"], r["solved"], r["pass_2"], r["total"]) == (
             np.mean(asked),

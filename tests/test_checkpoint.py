@@ -319,7 +319,7 @@ def test_machines_that_do_not_hold_the_same_checkpoint_do_not_begin(monkeypatch)
         (9, 7, False),
         (-1, 9, False),
     ):
-        monkeypatch.setattr(loop.parallel, "sums", lambda values, device, others=others: [values[0] + others])
+        monkeypatch.setattr(loop.runtime, "sums", lambda values, device, others=others: [values[0] + others])
         assert (loop.same_start(mine, "cpu") is None) == same, (others, mine)
 
 

@@ -11,10 +11,10 @@ import scripts
 import torch
 
 import prepare
-from smol import arc, candidates, checkpoint, loader, puzzles, sources, teachers, text_teacher
+from smol import arc, checkpoint, loader, puzzles, solve, sources, teachers, text_teacher
 from smol import tokenizer as tok
-from smol.candidates import Candidate
 from smol.divergences import divergence
+from smol.solve import Candidate
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
@@ -299,8 +299,8 @@ def test_a_voting_teacher_says_what_its_views_answer(route):
     teacher = teachers.Ours(model, {}, n_views=16)
     (frame,) = teacher.frames([task], [None])
     shares = torch.zeros(5, 5, 11)
-    for view in candidates.views(task, 16, teacher.settings.seed):
-        (((grid, _), *_),) = model.answer([candidates.look(view, task)])[0]
+    for view in solve.views(task, 16, teacher.settings.seed):
+        (((grid, _), *_),) = model.answer([solve.look(view, task)])[0]
         grid = arc.invert(view.symmetry, grid)
         shares += torch.nn.functional.one_hot(teachers.outcomes_of(grid, 5, 5), 11) / 16
     assert torch.allclose(frame.exp()[:5, :5], 0.99 * shares + 0.01 / 11, atol=1e-5)

@@ -15,9 +15,9 @@ from tiny import grid, make, save
 import eval_arc
 import model_dense
 import model_trm
-from smol import arc, candidates, puzzles, scores, suites
+from smol import arc, puzzles, scores, solve, suites
 from smol import report as report_page
-from smol.candidates import Candidate, Given
+from smol.solve import Candidate, Given
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 torch.set_num_threads(1)  # as the other processes have that answers are compared with, to the last bit
@@ -115,7 +115,7 @@ def test_too_long_is_what_does_not_fit_into_block_size(name):
     for block_size, fits in ((sudoku - 1, 0), (sudoku, 3), (maze - 1, 3), (maze, 5)):
         model = make(name, block_size)
         figures = scores.figures(
-            eval_arc.evaluate(tasks, lambda part: candidates.solve(model, part, candidates.Settings())), 1
+            eval_arc.evaluate(tasks, lambda part: solve.solve(model, part, solve.Settings())), 1
         )
         assert figures["total"] - figures["too_long"] == fits
         assert (figures["cells_right"] is None) == (fits == 0)
@@ -206,8 +206,8 @@ def test_steps_shown():
 def test_a_row_shows_every_step_and_ends_with_the_answer_that_was_scored():
     model, tasks = make("trm"), puzzles.heldout("sudoku4", 4)
     for views in (1, 8):
-        settings = candidates.Settings(augment=views)
-        for record in eval_arc.evaluate(tasks, lambda part: candidates.solve(model, part, settings)):
+        settings = solve.Settings(augment=views)
+        for record in eval_arc.evaluate(tasks, lambda part: solve.solve(model, part, settings)):
             title, panels = eval_arc.picture_row(["B"], [{**record, "suite": "sudoku4"}])
             assert title == record["id"]
             assert [p[0].split(",")[0] for p in panels][:5] == [
@@ -225,7 +225,7 @@ def test_a_row_shows_every_step_and_ends_with_the_answer_that_was_scored():
 
 
 def test_both_routes_through_the_command_line(checkpoints, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(candidates, "ANSWER_TOKENS", 20)  # an untrained model uses them all
+    monkeypatch.setattr(solve, "ANSWER_TOKENS", 20)  # an untrained model uses them all
     call(
         monkeypatch,
         *checkpoints,
@@ -465,7 +465,7 @@ def test_the_table_begins_with_the_official_score(checkpoints, tmp_path, monkeyp
     def echo(model, part, settings):
         return [[Given([Candidate(x, 1)]) for x, _ in t.test] for t in part]
 
-    monkeypatch.setattr(candidates, "solve", echo)
+    monkeypatch.setattr(solve, "solve", echo)
     monkeypatch.setattr(arc, "read_tasks", lambda path: tasks)
     args = "--tasks=mine", "--suites=sudoku4", "--limit=1", f"--out_dir={tmp_path}"
     call(monkeypatch, checkpoints[1], *args)
@@ -485,7 +485,7 @@ def test_a_model_of_nan_answers_nothing_and_its_evaluation_ends(name, tmp_path, 
     broken = torch.load(path)
     broken["weights"] = {k: v * float("nan") for k, v in broken["weights"].items()}
     torch.save(broken, path)
-    monkeypatch.setattr(candidates, "ANSWER_TOKENS", 20)
+    monkeypatch.setattr(solve, "ANSWER_TOKENS", 20)
     # Route A's own way out of numbers that are not finite: no grid for that row
     nothing = lambda logits, read_on, limits, *_, **__: [None] * len(limits)  # noqa: E731
     monkeypatch.setattr(model_dense, "write_grids", nothing)
@@ -565,7 +565,7 @@ def test_the_report_says_what_was_known_of_the_tasks(sources, steps, protocol):
         "train": {"data": {"stage": "s", "tag": "t", "sources": sources}},
     }
     report = eval_arc.report_on(
-        __file__, make("dense"), ckpt, candidates.Settings(ttt_steps=steps), "cpu", "float32"
+        __file__, make("dense"), ckpt, solve.Settings(ttt_steps=steps), "cpu", "float32"
     )
     assert report["protocol"] == protocol and report["data"] == {
         "stage": "s",

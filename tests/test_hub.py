@@ -22,21 +22,21 @@ from test_curate import english
 from test_pipeline import code
 
 import prepare
-from smol import puzzles, stages, tokenizer
+from smol import puzzles, snapshots, tokenizer
 
 ROOT = Path(__file__).parent.parent
 PARTS = "sudoku4 maze arithmetic".split()
 
 
 def small_stage(data, salt=0):
-    """A stage of a few shards, made with nothing but stages.py."""
+    """A stage of a few shards, made with nothing but snapshots.py."""
     rng = np.random.default_rng(salt)
     entries = []
     for name, group, kind in zip(PARTS, ("synth", "synth", "math"), ("puzzle", "puzzle", "text")):
         about = {"source": name, "group": group, "kind": kind, "augment": "none"}
         for split, n in (("train", 40), ("val", 5)):
             documents = [np.array([*rng.integers(0, 50000, 30), tokenizer.EOT], np.uint16) for _ in range(n)]
-            entries.append(stages.write_shard(data, about, split, documents))
+            entries.append(snapshots.write_shard(data, about, split, documents))
     mixture = {
         "stage": "stage1",
         "seed": 1,
@@ -45,8 +45,8 @@ def small_stage(data, salt=0):
         "groups": {"synth": 2 / 3, "math": 1 / 3},
     }
     about = {n: {"licence": "generated here", "train": {"tokens": 1240}} for n in PARTS}
-    stages.write_stage(data, "stage1", entries, mixture, {"provenance": {"sources": about}, "filters": {}})
-    stages.freeze(data, "stage1", "v0.1")
+    snapshots.write_stage(data, "stage1", entries, mixture, {"provenance": {"sources": about}, "filters": {}})
+    snapshots.freeze(data, "stage1", "v0.1")
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def pull(hub, folder, name="ada/stage1:v0.1"):
 def same(a, b):
     entries, mixture = prepare.read_manifest(a, "stage1", tag="v0.1")
     assert (entries, mixture) == prepare.read_manifest(b, "stage1", tag="v0.1")
-    for name in stages.FROZEN_FILES:
+    for name in snapshots.FROZEN_FILES:
         assert (a / "stages/stage1/v0.1" / name).read_bytes() == (
             b / "stages/stage1/v0.1" / name
         ).read_bytes()
@@ -106,7 +106,7 @@ def test_a_stage_goes_to_the_hub_and_comes_back(hub, data, tmp_path):
     there = hub.files("ada/stage1", "v0.1")
     assert hub.repos["ada/stage1"].private
     expected = {p for e in entries for p in (e["path"], e["path"][:-4] + ".idx")} | {
-        *stages.FROZEN_FILES,
+        *snapshots.FROZEN_FILES,
         "README.md",
         ".gitattributes",
     }
@@ -205,10 +205,10 @@ def escape(files):
 def believable(files, manifest):
     """The files with another manifest, and hashes to fit it: a lie that is consistent."""
     mixture = json.loads(files["mixture.json"])
-    mixture["manifest_sha256"] = stages.sha256(manifest)
+    mixture["manifest_sha256"] = snapshots.sha256(manifest)
     mixture = json.dumps(mixture).encode()
     snapshot = json.loads(files["snapshot.json"])
-    snapshot.update(manifest_sha256=stages.sha256(manifest), mixture_sha256=stages.sha256(mixture))
+    snapshot.update(manifest_sha256=snapshots.sha256(manifest), mixture_sha256=snapshots.sha256(mixture))
     return {
         "manifest.jsonl": manifest,
         "mixture.json": mixture,
@@ -242,7 +242,7 @@ def believable(files, manifest):
 )
 def test_a_repository_that_lies_is_not_believed(hub, data, tmp_path, lie, says):
     shards = {p.relative_to(data).as_posix(): p.read_bytes() for p in (data / "processed").rglob("*.*")}
-    files = {**shards, **{n: (data / "stages/stage1/v0.1" / n).read_bytes() for n in stages.FROZEN_FILES}}
+    files = {**shards, **{n: (data / "stages/stage1/v0.1" / n).read_bytes() for n in snapshots.FROZEN_FILES}}
     for path, content in lie(files).items():
         files[path] = content
     commit = hub.put("ada/stage1", {p: c for p, c in files.items() if c is not None})
@@ -266,7 +266,7 @@ def test_tags_do_not_move(hub, data, tmp_path):
     assert code_ == 1 and "the tag 'v0.1' of ada/stage1 has moved" in error
     same(data, tmp_path / "far")
     # a later state goes under its own tag, and the first one stays as it was
-    stages.freeze(tmp_path / "other", "stage1", "v0.2")
+    snapshots.freeze(tmp_path / "other", "stage1", "v0.2")
     assert run(hub, "push", "stage1:v0.2", "--repo=ada/stage1", f"--data_dir={tmp_path / 'other'}")[0] == 0
     assert pull(hub, tmp_path / "far", "ada/stage1:v0.2")[0] == 0
     prepare.read_manifest(tmp_path / "far", "stage1", tag="v0.2")
@@ -473,7 +473,7 @@ def test_a_thousand_hard_sudokus_come_from_one_commit(hub, tmp_path):
             text=True,
         )
         assert done.returncode == 0, done.stderr
-        manifest, mixture = stages.read_manifest(tmp_path / "data", "sudoku_extreme")
+        manifest, mixture = snapshots.read_manifest(tmp_path / "data", "sudoku_extreme")
         assert {e["split"]: e["documents"] for e in manifest} == {"train": 5, "val": 3}
         assert mixture["origin"] == f"sapientinc/sudoku-extreme, commit {first}"
         hub.put("sapientinc/sudoku-extreme", {"train.csv": rows(6), "test.csv": rows(4)})

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from smol import checkpoint, curate, language, language_items, sandbox, stages
+from smol import checkpoint, curate, language, language_items, sandbox, snapshots
 from smol import tokenizer as tok
 
 QUESTIONS, FUNCTIONS = language_items.questions(), language_items.functions()
@@ -194,7 +194,7 @@ def test_who_knows_nothing_is_at_chance_and_as_surprised_as_can_be(tmp_path):
 def write_stage(data, texts):
     about = {"source": "words", "group": "web", "kind": "text", "augment": "none"}
     documents = [np.array([*tok.load().encode_ordinary(t), tok.EOT], np.uint16) for t in texts]
-    entries = [stages.write_shard(data, about, split, documents) for split in ("train", "val")]
+    entries = [snapshots.write_shard(data, about, split, documents) for split in ("train", "val")]
     mixture = {
         "stage": "s",
         "seed": 1,
@@ -202,7 +202,7 @@ def write_stage(data, texts):
         "weights": {"words": 1.0},
         "tokenizer": tok.fingerprint(),
     }
-    stages.write_stage(data, "s", entries, mixture, {})
+    snapshots.write_stage(data, "s", entries, mixture, {})
 
 
 # real models

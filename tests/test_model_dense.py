@@ -9,7 +9,7 @@ from test_models import TASKS, dense, make_task, text, trm
 import model_dense
 import model_trm
 from model_dense import Config, Model, cache_bytes, document_starts, next_place, sample, tokens_at_once
-from smol import arc, hardware
+from smol import arc, runtime
 from smol import tokenizer as tok
 
 PATTERNS = ("kkka", "a", "k", "kkkkkkka")
@@ -351,7 +351,7 @@ def test_batches_by_length_do_not_change_answers(monkeypatch):
     )
     monkeypatch.setattr(model_dense, "ANSWER_TOKENS", 150)
     for free in (0, 1e9):
-        monkeypatch.setattr(hardware, "free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(runtime, "free_memory", lambda device, free=free: free)
         for a, b in zip(whole, model.answer(TASKS)):
             assert all(
                 np.array_equal(x[0][0], y[0][0]) and abs(x[0][1] - y[0][1]) < 1e-3 for x, y in zip(a, b)

@@ -29,7 +29,7 @@ import pytest
 from test_curate import english
 
 import prepare
-from smol import arc, curate, graphs, pipeline, puzzles, sources, stages, tokenizer, units
+from smol import arc, curate, graphs, pipeline, puzzles, snapshots, sources, tokenizer, units
 
 ROOT = Path(__file__).parent.parent
 EXAM = "A farmer counts 417 crates of plums before noon and sells two thirds of them to the baker who lives across the river"
@@ -1026,7 +1026,7 @@ def test_status_draws_the_mixture(built, capsys):
     assert (
         "near_duplicate 1" in out
         and "fineweb_edu" in out
-        and all(f"\n{group:7}" in out for group in stages.GROUPS)
+        and all(f"\n{group:7}" in out for group in snapshots.GROUPS)
     )
     assert (built / "metadata/mixture.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -1143,7 +1143,7 @@ def test_an_id_that_the_tokenizer_does_not_have_is_refused(ids):
 
 def test_stages_2_and_3_have_their_shares_and_sources():
     for stage, (_, groups, weights) in sources.STAGES.items():
-        assert sum(groups.values()) == pytest.approx(1) and set(groups) == set(stages.GROUPS)
+        assert sum(groups.values()) == pytest.approx(1) and set(groups) == set(snapshots.GROUPS)
         assert {sources.SOURCES[name].group for name in weights} == set(groups)
     assert [list(groups.values()) for _, groups, _ in sources.STAGES.values()] == [
         [0.5, 0.2, 0.1, 0.1, 0.1],

@@ -11,7 +11,7 @@ from tiny import grid
 
 import eval_arc
 from smol import arc, puzzles, scores
-from smol.candidates import Candidate, Given
+from smol.solve import Candidate, Given
 
 
 def answers_of(tasks, pick):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_puzzles import solved_otherwise
 
-from smol import arc, puzzles, stages, sudoku, sudoku_extreme
+from smol import arc, puzzles, snapshots, sudoku, sudoku_extreme
 from smol.loader import puzzle_row
 
 ROOT = Path(__file__).parent.parent
@@ -87,7 +87,7 @@ def test_the_recipe_runs(tmp_path):
     here = "-m", "smol.sudoku_extreme"
     prepared = run(*here, "--n=4", "--n_test=2", "--backtracks=1")
     assert prepared.returncode == 0 and "making puzzles here" in prepared.stdout, prepared.stderr
-    manifest, mixture = stages.read_manifest(tmp_path / "data", "sudoku_extreme")
+    manifest, mixture = snapshots.read_manifest(tmp_path / "data", "sudoku_extreme")
     assert {e["split"]: (e["documents"], e["augment"]) for e in manifest} == {
         "train": (4, "sudoku"),
         "val": (2, "none"),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import prepare
-from smol import arc, graphs, loader, puzzles, sources, stages, suites
+from smol import arc, graphs, loader, puzzles, snapshots, sources, suites
 
 PAIR = {"input": [[1, 2], [3, 4]], "output": [[4]]}
 
@@ -258,7 +258,7 @@ def test_demonstrations_of_the_evaluation_are_learned_from_only_where_that_is_as
     with pytest.raises(SystemExit, match="not a source of stage3"):
         prepare.main(settings)
     prepare.main([*settings, "--eval_demos=True"])
-    entries, mixture = stages.read_manifest(tmp_path / "data", "stage3")
+    entries, mixture = snapshots.read_manifest(tmp_path / "data", "stage3")
     assert mixture["weights"] == pytest.approx({"arc": 0.5, "arc_eval_demos": 0.5}, abs=0.05)
     evaluation = [t for name in ("arc1_eval", "arc2_eval") for t in arc.load(name)]
     demos = {arc.canonical_hash(g) for t in evaluation for pair in t.train for g in pair}

@@ -1,4 +1,4 @@
-"""logbook.py, hardware.py and parallel.py: the small things train.py leans on (two processes are tested in test_train.py)."""
+"""runtime.py, runtime.py and runtime.py: the small things train.py leans on (two processes are tested in test_train.py)."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from smol import hardware, logbook, parallel
+from smol import runtime
 
 ROOT = Path(__file__).parent.parent
 
@@ -18,27 +18,30 @@ ROOT = Path(__file__).parent.parent
 def test_a_log_is_cut_back_to_a_step_and_cut_lines_are_dropped(tmp_path):
     path = str(tmp_path / "log.jsonl")
     for i in range(1, 6):
-        assert logbook.append({"iter": i, "loss": 1.0 / i}, path) is None
+        assert runtime.append_log({"iter": i, "loss": 1.0 / i}, path) is None
     with open(path, "a") as f:
         f.write('{"iter": 6, "lo')  # a process was killed here
-    assert [e["iter"] for e in logbook.read(path)] == [1, 2, 3, 4, 5]
-    logbook.append({"iter": 7}, path)  # and is not cut off with it
-    assert [e["iter"] for e in logbook.read(path)] == [1, 2, 3, 4, 5, 7]
-    logbook.cut_back(path, 3)
+    assert [e["iter"] for e in runtime.read_log(path)] == [1, 2, 3, 4, 5]
+    runtime.append_log({"iter": 7}, path)  # and is not cut off with it
+    assert [e["iter"] for e in runtime.read_log(path)] == [1, 2, 3, 4, 5, 7]
+    runtime.cut_log(path, 3)
     assert [json.loads(line) for line in open(path)] == [{"iter": i, "loss": 1.0 / i} for i in (1, 2, 3)]
     cut = str(tmp_path / "log.cut.jsonl")  # they may be of a run that was longer: nothing is lost
-    assert [e["iter"] for e in logbook.read(cut)] == [4, 5, 7]
-    logbook.append({"iter": 4}, path)
-    assert [e["iter"] for e in logbook.read(path)] == [1, 2, 3, 4]
-    logbook.cut_back(path, 0)
+    assert [e["iter"] for e in runtime.read_log(cut)] == [4, 5, 7]
+    runtime.append_log({"iter": 4}, path)
+    assert [e["iter"] for e in runtime.read_log(path)] == [1, 2, 3, 4]
+    runtime.cut_log(path, 0)
     assert os.listdir(tmp_path) == ["log.cut.jsonl"]
-    assert [e["iter"] for e in logbook.read(cut)] == [4, 5, 7, 1, 2, 3, 4]
-    logbook.cut_back(path, 0)  # also where there never was one
+    assert [e["iter"] for e in runtime.read_log(cut)] == [4, 5, 7, 1, 2, 3, 4]
+    runtime.cut_log(path, 0)  # also where there never was one
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_a_line_that_cannot_be_written_is_told_and_no_exception():
-    assert logbook.append({"iter": 1}, "/dev/full") == "could not write to /dev/full: No space left on device"
+    assert (
+        runtime.append_log({"iter": 1}, "/dev/full")
+        == "could not write to /dev/full: No space left on device"
+    )
 
 
 def test_the_picture_is_drawn_from_any_log(tmp_path):
@@ -52,7 +55,7 @@ def test_the_picture_is_drawn_from_any_log(tmp_path):
         ],
     ):
         (tmp_path / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
-        logbook.draw_losses(str(tmp_path))
+        runtime.draw_losses(str(tmp_path))
         assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -75,28 +78,28 @@ def test_the_picture_is_drawn_from_any_log(tmp_path):
     ],
 )
 def test_cards_are_known_by_the_names_that_drivers_report(reported, tflops):
-    assert hardware.peak_flops(reported) == (tflops and tflops * 1e12)
+    assert runtime.peak_flops(reported) == (tflops and tflops * 1e12)
 
 
 def test_device_and_dtype():
-    assert hardware.pick_dtype("auto", "cpu") == "float32"
-    assert hardware.pick_dtype("float16", "cpu") == "float16"
+    assert runtime.pick_dtype("auto", "cpu") == "float32"
+    assert runtime.pick_dtype("float16", "cpu") == "float16"
     with pytest.raises(ValueError, match="'int8'"):
-        hardware.pick_dtype("int8", "cpu")
+        runtime.pick_dtype("int8", "cpu")
     with pytest.raises(ValueError, match="'tpu'"):
-        hardware.pick_device("tpu")
-    assert hardware.pick_device("cpu") == "cpu"
+        runtime.pick_device("tpu")
+    assert runtime.pick_device("cpu") == "cpu"
     if not torch.cuda.is_available():
-        assert hardware.pick_device("auto") == "cpu"
+        assert runtime.pick_device("auto") == "cpu"
         with pytest.raises(ValueError, match="no GPU"):
-            hardware.pick_device("cuda:0")
+            runtime.pick_device("cuda:0")
 
 
 def test_memory_is_counted_and_its_end_is_recognised():
     # in a process of its own: it is the peak of a whole life, and this one's may have been higher before
     code = (
-        'import torch; from smol import hardware; a = hardware.peak_memory("cpu"); '
-        'x = torch.ones(100_000_000); print(hardware.peak_memory("cpu") - a)'
+        'import torch; from smol import runtime; a = runtime.peak_memory("cpu"); '
+        'x = torch.ones(100_000_000); print(runtime.peak_memory("cpu") - a)'
     )
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent
@@ -104,24 +107,24 @@ def test_memory_is_counted_and_its_end_is_recognised():
     assert int(run.stdout) > 200_000_000, run.stderr
     with pytest.raises(RuntimeError) as e:
         torch.empty(2**60, dtype=torch.uint8)
-    assert hardware.out_of_memory(e.value)
-    assert not hardware.out_of_memory(RuntimeError("shape mismatch"))
+    assert runtime.out_of_memory(e.value)
+    assert not runtime.out_of_memory(RuntimeError("shape mismatch"))
 
 
 DRIFT = """
 import torch
-from smol import parallel
-parallel.start("cpu")
-r = parallel.rank
+from smol import runtime
+runtime.start_processes("cpu")
+r = runtime.rank
 same = {"a": torch.arange(4.0), "b": torch.tensor([1.0], dtype=torch.float64), "n": torch.tensor(3)}
-said = [parallel.difference(same)]
+said = [runtime.difference(same)]
 for odd in (0, 2):
     other = {**same, "b": same["b"] + (1e-16 * 4) * (r == odd), "n": same["n"] + (r == odd)}
-    said.append(parallel.difference(other))
-said += [parallel.all_agree(None), parallel.all_agree("broken" if r == 1 else None), parallel.all_agree("all")]
-said += [parallel.sums([r, 0.5], "cpu"), parallel.gather(r * 10)]
+    said.append(runtime.difference(other))
+said += [runtime.all_agree(None), runtime.all_agree("broken" if r == 1 else None), runtime.all_agree("all")]
+said += [runtime.sums([r, 0.5], "cpu"), runtime.gather(r * 10)]
 open(f"said{r}", "w").write(repr(said))
-parallel.end()
+runtime.end_processes()
 """
 
 
@@ -153,8 +156,8 @@ def test_three_processes_know_which_one_is_different(tmp_path):
 def test_interrupted_before_training_is_one_line():
     # a shell that starts the tests in the background has them, and what they start, ignore SIGINT
     code = (
-        "import os, signal; from smol import parallel; "
-        "signal.signal(signal.SIGINT, signal.default_int_handler); parallel.start('cpu'); "
+        "import os, signal; from smol import runtime; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); runtime.start_processes('cpu'); "
         "os.kill(os.getpid(), signal.SIGINT)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -166,23 +169,23 @@ def test_interrupted_before_training_is_one_line():
 
 def test_alone_there_is_nobody_to_differ_from():
     assert (
-        parallel.difference({"a": torch.ones(2)}) is None
-        and parallel.all_agree("x") == "x"
-        and parallel.sums([1, 2], "cpu") == [1, 2]
+        runtime.difference({"a": torch.ones(2)}) is None
+        and runtime.all_agree("x") == "x"
+        and runtime.sums([1, 2], "cpu") == [1, 2]
     )
-    assert parallel.gather(5) == [5]
+    assert runtime.gather(5) == [5]
 
 
 FAULTS = """
 import resource, torch
-from smol import hardware
+from smol import runtime
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(5):
         torch.ones(2_000_000)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 given_back = faults()
-hardware.keep_freed_memory()
+runtime.keep_freed_memory()
 for _ in range(4):  # until tensors have found their places on the heap
     faults()
 print(given_back, faults())

@@ -10,9 +10,9 @@ from tiny import grid, make
 
 import eval_arc
 import model_dense
-from smol import arc, candidates, programs, puzzles, scores, suites, ttt
+from smol import arc, programs, puzzles, scores, solve, suites, ttt
 from smol import tokenizer as tok
-from smol.candidates import Settings, solve
+from smol.solve import Settings
 
 
 def tasks_of(*suites_and_counts):
@@ -47,19 +47,19 @@ def plain(given):
 @pytest.mark.parametrize("suite, most", [("transforms", 40), ("sudoku4", 40), ("maze", 8)])
 def test_views_are_different_and_a_longer_list_begins_with_the_shorter(suite, most):
     for task in suites.load(suite)[:5]:
-        some = candidates.views(task, most, seed=3)
+        some = solve.views(task, most, seed=3)
         assert len(set(some)) == len(some) == most
-        assert candidates.views(task, 5, seed=3) == some[:5]
+        assert solve.views(task, 5, seed=3) == some[:5]
         assert some[0].symmetry == arc.IDENTITY and some[0].order == tuple(range(len(task.train)))
-        assert candidates.views(task, most, seed=4) != some
-    assert len(candidates.views(suites.load("maze")[0], 100, seed=3)) == 8  # there are no more
+        assert solve.views(task, most, seed=4) != some
+    assert len(solve.views(suites.load("maze")[0], 100, seed=3)) == 8  # there are no more
 
 
 @pytest.mark.parametrize("suite", ["transforms", "sudoku4", "sudoku9", "maze"])
 def test_a_view_is_another_task_of_the_same_kind_and_its_answer_turns_back_into_the_answer(suite):
     for task in suites.load(suite)[:4]:
-        for view in candidates.views(task, 8, seed=1):
-            seen = candidates.look(view, task)
+        for view in solve.views(task, 8, seed=1):
+            seen = solve.look(view, task)
             puzzle, answer = seen.test[0]
             assert np.array_equal(arc.invert(view.symmetry, answer), task.test[0][1])
             assert sorted(x.tobytes() for x, _ in seen.train) == sorted(
@@ -108,7 +108,7 @@ def turned(n=3):
 def test_the_answer_of_most_views_comes_first():
     task = turned()
     for right in (16, 9):
-        ((given,),) = solve(Sees(right), [task], Settings(augment=16))
+        ((given,),) = solve.solve(Sees(right), [task], Settings(augment=16))
         assert (
             np.array_equal(given.candidates[0].grid, task.test[0][1]) and given.candidates[0].votes == right
         )
@@ -117,7 +117,7 @@ def test_the_answer_of_most_views_comes_first():
 
 def test_votes_come_before_scores_and_a_program_before_both():
     a, b, c = grid("1"), grid("22"), grid("3/3")
-    ranked = candidates.vote(
+    ranked = solve.vote(
         [(a, 1, -0.1, None), (b, 1, -5.0, None), (b, 1, -7.0, None), (c, 1, 0.0, "solve"), (a, 0, 9.0, None)]
     )
     assert [x.grid.tolist() for x in ranked] == [c.tolist(), b.tolist(), a.tolist()]
@@ -133,7 +133,7 @@ def test_one_view_is_what_the_model_answers_by_itself():
     for name in ("dense", "trm"):
         model = exact(name, 400)
         for task, given, by_itself in zip(
-            tasks, solve(model, tasks, Settings()), model.answer(eval_arc.without_answers(tasks))
+            tasks, solve.solve(model, tasks, Settings()), model.answer(eval_arc.without_answers(tasks))
         ):
             for found, wanted in zip(given, by_itself):
                 assert (found is None) == (wanted is None), task.id
@@ -146,7 +146,7 @@ def test_one_view_is_what_the_model_answers_by_itself():
 def test_two_attempts_at_an_arc_task_are_two_answers():
     """Of Route A, the second is the likeliest that differs from the first in a cell: found by trying all."""
     model, tasks = make("dense", 400), [turned(1), *tasks_of(("sudoku4", 1))]
-    (given,), (puzzle,) = solve(model, tasks, Settings())
+    (given,), (puzzle,) = solve.solve(model, tasks, Settings())
     first, second = given.candidates
     assert len(puzzle.candidates) == 1  # one attempt counts there
     assert [c.votes for c in given.candidates] == [1, 0] and first.grid.shape == second.grid.shape
@@ -168,7 +168,7 @@ def test_two_attempts_at_an_arc_task_are_two_answers():
 def test_the_second_attempt_of_route_b_is_another_answer_wherever_a_step_gave_one():
     model, tasks = make("trm", 400), tasks_of(("transforms", 8))
     several = 0
-    for task, (given,) in zip(tasks, solve(model, tasks, Settings())):
+    for task, (given,) in zip(tasks, solve.solve(model, tasks, Settings())):
         (record,) = scores.judge(task, [given], 2)["test"]
         different = {grid.tobytes() + bytes(grid.shape) for grid, _ in given.steps if grid is not None}
         assert len(set(map(str, record["attempts"]))) == len(record["attempts"]) == min(2, len(different))
@@ -185,16 +185,18 @@ def test_route_a_that_says_nothing_at_a_place_has_no_candidate_there(monkeypatch
 
     monkeypatch.setattr(model_dense, "write_grids", second_row_is_none)
     for settings in (Settings(), Settings(samples=3), Settings(augment=3)):
-        given = [found[0] for found in solve(model, tasks, settings)]
+        given = [found[0] for found in solve.solve(model, tasks, settings)]
         assert all(c.grid is not None and np.isfinite(c.score) for found in given for c in found.candidates)
     nothing = lambda logits, read_on, limits, *_, **__: [(None, 0.0)] * len(limits)  # noqa: E731
     monkeypatch.setattr(model_dense, "write_grids", nothing)
-    assert [found.candidates for (found,) in solve(model, tasks, Settings(samples=2))] == [[], [], []]
+    assert [found.candidates for (found,) in solve.solve(model, tasks, Settings(samples=2))] == [[], [], []]
 
 
 def test_route_b_keeps_every_step_of_the_task_as_it_is():
     model, tasks = exact("trm"), tasks_of(("sudoku4", 3))
-    for given, (trace,) in zip(solve(model, tasks, Settings(augment=4)), model.answer(tasks, trace=True)):
+    for given, (trace,) in zip(
+        solve.solve(model, tasks, Settings(augment=4)), model.answer(tasks, trace=True)
+    ):
         assert [(g.tolist(), pytest.approx(p, abs=1e-5)) for g, p in given[0].steps] == [
             (g.tolist(), p) for g, p in trace
         ]
@@ -203,17 +205,17 @@ def test_route_b_keeps_every_step_of_the_task_as_it_is():
 def test_route_b_stops_where_it_is_sure_enough():
     model, tasks = make("trm"), tasks_of(("sudoku4", 3))
     for halt, n in ((0.0, 1), (1.0, model.config.n_sup)):  # any probability is above 0, and none above 1
-        assert [len(given[0].steps) for given in solve(model, tasks, Settings(halt=halt))] == [n] * 3
+        assert [len(given[0].steps) for given in solve.solve(model, tasks, Settings(halt=halt))] == [n] * 3
 
 
 def test_a_score_of_route_a_is_the_mean_over_views_of_what_its_cells_are_likely():
     model, tasks = make("dense", 400), tasks_of(("sudoku4", 2))
     settings = Settings(augment=3, samples=2)
-    for task, (given,) in zip(tasks, solve(model, tasks, settings)):
-        for c in given.candidates[: candidates.RESCORED]:
+    for task, (given,) in zip(tasks, solve.solve(model, tasks, settings)):
+        for c in given.candidates[: solve.RESCORED]:
             log_p = []
-            for view in candidates.views(task, 3, settings.seed):
-                seen = candidates.look(view, task)
+            for view in solve.views(task, 3, settings.seed):
+                seen = solve.look(view, task)
                 ids = torch.from_numpy(
                     arc.encode("sudoku", [(seen.test[0][0], arc.augment(view.symmetry, c.grid))]).astype(
                         np.int64
@@ -253,27 +255,27 @@ def test_samples_are_drawn_from_one_reading_as_if_each_had_read_alone():
 def test_answers_do_not_depend_on_what_else_is_asked(name):
     model, settings = exact(name, 400), Settings(augment=3, samples=2)
     tasks = tasks_of(("sudoku4", 2), ("transforms", 3))
-    together = plain(solve(model, tasks, settings))
-    assert together == [plain(solve(model, [task], settings))[0] for task in tasks]
-    assert together == plain(solve(model, tasks[::-1], settings))[::-1]
+    together = plain(solve.solve(model, tasks, settings))
+    assert together == [plain(solve.solve(model, [task], settings))[0] for task in tasks]
+    assert together == plain(solve.solve(model, tasks[::-1], settings))[::-1]
 
 
 @pytest.mark.parametrize("name", ["dense", "trm"])
 def test_what_is_written_is_what_generate_writes_and_stays_in_its_room(name):
     model, prompts = exact(name, 64), [[tok.EOT, 5, 6], [tok.EOT, 7, 8, 9, 10]]
-    written = candidates.write(model, prompts, 3, [6, 4], (), Settings())
+    written = solve.write(model, prompts, 3, [6, 4], (), Settings())
     for prompt, room, texts in zip(prompts, (6, 4), written):
         greedy = [int(ids[0]) for ids in model.generate(torch.tensor([prompt]), room, 0, stop=())]
         assert texts[0] == greedy and len(texts) == 3 and all(len(ids) == room for ids in texts)
-    stopped = candidates.write(model, prompts[:1], 1, [6], (written[0][0][2],), Settings())
+    stopped = solve.write(model, prompts[:1], 1, [6], (written[0][0][2],), Settings())
     assert stopped == [[written[0][0][: written[0][0].index(written[0][0][2])]]]
-    assert candidates.write(model, prompts[::-1], 3, [4, 6], (), Settings()) == written[::-1]
+    assert solve.write(model, prompts[::-1], 3, [4, 6], (), Settings()) == written[::-1]
 
 
 @pytest.mark.parametrize("name", ["dense", "trm"])
 def test_nothing_of_the_answers_reaches_the_model(name, monkeypatch):
     """With everything on: tasks with noise in place of their test outputs get identical answers."""
-    monkeypatch.setattr(candidates, "PROGRAM_TOKENS", 12)
+    monkeypatch.setattr(solve, "PROGRAM_TOKENS", 12)
     rng, model = np.random.default_rng(3), make(name, 400)
     tasks = tasks_of(("transforms", 2), ("sudoku4", 1))
     noisy = [
@@ -290,7 +292,7 @@ def test_nothing_of_the_answers_reaches_the_model(name, monkeypatch):
 
     def answer(part):
         seen.extend(y for t in part for _, y in t.test)
-        found = solve(model, part, settings)
+        found = solve.solve(model, part, settings)
         given.extend(plain(found))
         return found
 
@@ -321,12 +323,12 @@ def test_puzzles_in_words_are_read_up_to_the_solution_and_answered_behind_answer
             for i in range(max(map(len, rows))):
                 yield torch.tensor([row[i] if i < len(row) else tok.PAD for row in rows])
 
-    ((given,),) = solve(Writes(), [task], Settings(samples=4))
+    ((given,),) = solve.solve(Writes(), [task], Settings(samples=4))
     assert asked == [f"{question}\nSolution:"] * 2
     assert [(c.grid, c.votes) for c in given.candidates] == [(expected, 2), ("Nobody", 1)]
-    ((nothing,),) = solve(Writes(), eval_arc.without_answers([task]), Settings(samples=1))
+    ((nothing,),) = solve.solve(Writes(), eval_arc.without_answers([task]), Settings(samples=1))
     assert [c.grid for c in nothing.candidates] == [expected]
-    assert solve(make("dense", 20), [task], Settings()) == [[None]]
+    assert solve.solve(make("dense", 20), [task], Settings()) == [[None]]
 
 
 def test_a_prompt_at_which_numbers_are_not_finite_costs_its_own_text_alone():
@@ -340,7 +342,7 @@ def test_a_prompt_at_which_numbers_are_not_finite_costs_its_own_text_alone():
                 yield torch.stack([p[-1] for p in prompts])
 
     prompts = [[tok.EOT, 6], [tok.EOT, 5], [tok.EOT, 7]]
-    assert candidates.write(Breaks(), prompts, 2, [2, 3, 4], (), Settings()) == [
+    assert solve.write(Breaks(), prompts, 2, [2, 3, 4], (), Settings()) == [
         [[6] * 2] * 2,
         [[], []],
         [[7] * 4] * 2,
@@ -354,10 +356,10 @@ def test_only_programs_that_pass_every_demonstration_answer():
     task, steps = programs.make(np.random.default_rng(4), "turn_then_colour")
     right = programs.program_text(steps)
     texts = [
-        "def solve(grid):\n    grid = crop(grid)\n    return grid\n",
+        "def solve.solve(grid):\n    grid = crop(grid)\n    return grid\n",
         "import os\n",
-        "def solve(grid):\n    return open('/etc/passwd')\n",
-        "def solve(grid):\n" + "    grid = tile(grid, ny=3, nx=3)\n" * 30 + "    return grid\n",
+        "def solve.solve(grid):\n    return open('/etc/passwd')\n",
+        "def solve.solve(grid):\n" + "    grid = tile(grid, ny=3, nx=3)\n" * 30 + "    return grid\n",
         right,
     ]
     encoder = tok.load()
@@ -374,9 +376,9 @@ def test_only_programs_that_pass_every_demonstration_answer():
             for i in range(max(map(len, rows))):
                 yield torch.tensor([row[i] if i < len(row) else tok.PAD for row in rows])
 
-    (found,) = candidates.from_programs(Writes(), task, Settings(programs=6))
+    (found,) = solve.from_programs(Writes(), task, Settings(programs=6))
     assert [(g.tolist(), text) for g, _, _, text in found] == [(task.test[0][1].tolist(), right)]
-    (nothing,) = candidates.from_programs(Writes(), task, Settings(programs=5))  # all but the right one
+    (nothing,) = solve.from_programs(Writes(), task, Settings(programs=5))  # all but the right one
     assert nothing == []
 
 
@@ -439,7 +441,7 @@ def test_the_test_input_is_not_learned_from_and_one_demonstration_is_too_few():
     a, b = (ttt.tune(model, t, settings).state_dict() for t in (task, other))
     assert all(torch.equal(v, b[k]) for k, v in a.items())
     alone = [arc.Task("alone", "arc", task.train[:1], task.test)]
-    assert plain(solve(model, alone, settings)) == plain(solve(model, alone, Settings()))
+    assert plain(solve.solve(model, alone, settings)) == plain(solve.solve(model, alone, Settings()))
     assert (
         ttt.tune(make("dense", 20), task, settings).config.block_size == 20
     )  # nothing fits: the model as it is

@@ -1,0 +1,317 @@
+"""
+What a run stands on, whatever its model: the device and its number format, several processes as one, log.jsonl and
+its picture.
+
+torchrun starts the processes and tells each its number; without it there is one. Read next: train.py, which uses all of it.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import resource
+import sys
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from smol.files import save_picture, write_whole
+
+# ----------------------------------------------------------------------------------------------------
+# the machine
+
+# name as PyTorch reports it: (dense half-precision tensor TFLOPS with float32 accumulation, GB of memory, compute capability).
+# From NVIDIA's data sheets, without sparsity. GeForce cards do float32 accumulation at half the rate that is usually quoted: a 3060 has
+# 28 SMs * 512 multiply-adds * 1.777 GHz = 51 TFLOPS accumulating in fp16, 25.5 in fp32, which is what PyTorch's matmuls do.
+CARDS = {
+    "T4": (65, 16, (7, 5)),
+    "V100": (125, 16, (7, 0)),
+    "P100": (18.7, 16, (6, 0)),  # no tensor cores
+    "RTX 3060": (25.5, 12, (8, 6)),
+    "RTX 3090": (71, 24, (8, 6)),
+    "RTX 4090": (165.2, 24, (8, 9)),
+    "A10": (125, 24, (8, 6)),
+    "L4": (121, 24, (8, 9)),
+    "L40S": (362, 48, (8, 9)),
+    "A100": (312, 40, (8, 0)),
+    "H100 PCIe": (756, 80, (9, 0)),
+    "H100": (989, 80, (9, 0)),
+    "H200": (989, 141, (9, 0)),
+}
+
+
+def pick_device(device):
+    """'auto', 'cpu', 'cuda' or 'cuda:N' -> device. ValueError, in one line, where there is none such."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(
+            f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}: leave it out, or use --device=cpu"
+        )
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}, but PyTorch sees no GPU: use --device=cpu")
+    if ":" in device and int(device.split(":")[1]) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device={device!r}, but PyTorch counts {torch.cuda.device_count()} GPUs, from cuda:0 on"
+        )
+    return device
+
+
+def pick_dtype(dtype, device):
+    """'auto' -> bfloat16 from compute capability 8.0 on, float16 before, float32 on CPU. ValueError for another name than the three."""
+    if dtype == "auto":
+        if not device.startswith("cuda"):
+            return "float32"
+        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be 'auto', 'float32', 'bfloat16' or 'float16', got {dtype!r}")
+    return dtype
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
+
+
+def keep_freed_memory():
+    """
+    Let the C library keep what tensors on the CPU have freed, for the next ones, instead of giving it back to the system and asking for
+    it again, page by page: a tenth to a third of the time of large steps (LOG.md). Only with glibc, so on most Linux systems.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
+        libc.mallopt(
+            -3, 32 << 20
+        )  # M_MMAP_THRESHOLD: blocks of up to 32 MB, the most it allows, come from the heap
+
+
+def peak_flops(card):
+    """Peak FLOPs per second of a card by the name that PyTorch reports, for MFU; None for a card (or CPU) that is not in the table."""
+    found = [known for known in CARDS if re.search(rf"\b{known}\b", card)]
+    return CARDS[max(found, key=len)][0] * 1e12 if found else None
+
+
+def peak_memory(device):
+    """Most bytes that this process has held so far: allocated by PyTorch on a GPU, resident on a CPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    with (
+        contextlib.suppress(OSError),
+        open("/proc/self/status") as f,
+    ):  # Linux. There, ru_maxrss begins at what the parent held
+        for line in f:
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def free_memory(device):
+    """Bytes that tensors could still take on a GPU: what nobody has, and what PyTorch keeps for later. 0 on a CPU, which does not tell."""
+    if device.type != "cuda":
+        return 0
+    return (
+        torch.cuda.mem_get_info(device)[0]
+        + torch.cuda.memory_reserved(device)
+        - torch.cuda.memory_allocated(device)
+    )
+
+
+def out_of_memory(error):
+    """Whether an exception says that memory ran out, on a GPU or a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+# ----------------------------------------------------------------------------------------------------
+# several processes as one
+
+rank, local_rank, world_size = (
+    int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+)
+master = rank == 0
+object_group = None  # the group over which Python objects go
+
+
+def start_processes(device_type):
+    """Meet the other processes, if there are any."""
+    global object_group
+    sys.excepthook = crashed
+    if world_size > 1:
+        # Half an hour: the first thing to wait for is that one process per machine has read and hashed all of its shards.
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        object_group = dist.new_group(backend="gloo")
+
+
+def exit_now(message=None, code=1):
+    """Exit at once. torchrun shows at its very end what is in the file it names, so our line is written there as well."""
+    if message and os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError), open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as f:
+            json.dump(
+                {
+                    "message": {
+                        "message": f"error: {message}",
+                        "extraInfo": {"timestamp": str(int(time.time()))},
+                    }
+                },
+                f,
+            )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a process group that others have left would keep us waiting
+
+
+def end_processes():
+    """
+    The last line of a program. Of several processes, each leaves here and not through the interpreter's own end: the threads of the process
+    groups are still there (DDP, for one, holds its group for good), and one that lets go of a tensor after that end has begun can abort the
+    process, which to torchrun is a failed run.
+    """
+    if world_size > 1:
+        dist.destroy_process_group()
+        exit_now(code=0)
+
+
+def stop(message, everyone=True):
+    """The run cannot go on: one line, and exit code 1. everyone: all processes get here, and one of them says it."""
+    if master or not everyone:
+        print(f"error: {message}", file=sys.stderr)
+    exit_now(message)
+
+
+def crashed(kind, error, trace):
+    """The excepthook: what nobody expected is shown in full, except that another process has left: that one has said why."""
+    if kind is KeyboardInterrupt:  # before training begins: from then on it is handled there
+        print("\ninterrupted before the first step: nothing was changed", file=sys.stderr)
+        exit_now("interrupted", code=130)
+    if world_size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        print(f"process {rank}: lost another process, which has said why", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+    exit_now(f"{kind.__name__}: {error}")
+
+
+def all_agree(problem):
+    """problem: a message, or None. Returns None where all processes have none, else one message to stop with, the same everywhere."""
+    problems = [problem]
+    if world_size > 1:
+        problems = [None] * world_size
+        dist.all_gather_object(problems, problem, group=object_group)
+    for r, message in enumerate(problems):
+        if message is not None:
+            return message if len(set(problems)) == 1 or r == 0 else f"{message} (process {r})"
+    return None
+
+
+def sums(values, device):
+    """Sums of a list of numbers over all processes, a list of floats, bit for bit the same in each."""
+    values = torch.tensor(values, dtype=torch.float64, device=device)
+    if world_size > 1:
+        dist.all_reduce(values)
+    return values.tolist()
+
+
+def gather(value):
+    """[value of process 0, of process 1, ...] on the first process, nothing on the others."""
+    if world_size == 1:
+        return [value]
+    values = [None] * world_size if master else None
+    dist.gather_object(value, values, group=object_group)
+    return values or []
+
+
+def difference(tensors):
+    """
+    Compare {name: tensor}, of 4- or 8-byte elements, over all processes, by the sums of their bits. None if they are the same, else
+    which process differs from the others (of two: from the first) in what; the same answer everywhere.
+    """
+    if world_size == 1:
+        return None
+    bits = [
+        t.detach().reshape(-1).view(torch.int32 if t.element_size() == 4 else torch.int64)
+        for t in tensors.values()
+    ]
+    mine = torch.stack([b.sum(dtype=torch.int64) for b in bits])
+    everyones = [torch.empty_like(mine) for _ in range(world_size)]
+    dist.all_gather(everyones, mine)
+    everyones = torch.stack(everyones).cpu()
+    typical = everyones.mode(0).values if world_size > 2 else everyones[0]
+    for r in range(world_size):
+        wrong = [name for name, same in zip(tensors, (everyones[r] == typical).tolist()) if not same]
+        if wrong:
+            return f"process {r} differs in {wrong[0]}" + (
+                f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            )
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------
+# log.jsonl
+
+
+def append_log(entry, path):
+    """
+    Add a line, after a new line where a crash has cut off the last one. Returns what went wrong (a disk that is full), or None: a lost line
+    is no reason to lose a run.
+    """
+    try:
+        with open(path, "ab+") as f:  # writes go to the end, wherever one has read
+            if f.tell():
+                f.seek(-1, os.SEEK_END)
+                f.write(b"" if f.read(1) == b"\n" else b"\n")
+            f.write(json.dumps(entry).encode() + b"\n")
+    except OSError as e:
+        return f"could not write to {path}: {e.strerror}"
+    return None
+
+
+def read_log(path):
+    """List of dict. Lines that were cut off by a crash or a full disk are left out; so is everything, if there is no such file."""
+    entries = []
+    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as f:
+        for line in f:
+            with contextlib.suppress(ValueError):
+                entries.append(json.loads(line))
+    return entries
+
+
+def cut_log(path, last_step):
+    """
+    Move what came after a step, which will be logged again, from log.jsonl to the end of log.cut.jsonl: the
+    run that goes on may end before the one that wrote it did. Leaves no file where there would be nothing in
+    it. Raises OSError.
+    """
+    entries = read_log(path)
+    kept = [entry for entry in entries if entry["iter"] <= last_step]
+    if len(kept) < len(entries):
+        with open(".cut".join(os.path.splitext(path)), "a", encoding="utf-8") as f:
+            f.writelines(json.dumps(entry) + "\n" for entry in entries if entry["iter"] > last_step)
+    if not kept:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
+        return
+    write_whole("".join(json.dumps(entry) + "\n" for entry in kept).encode(), path)
+
+
+def draw_losses(out_dir):
+    """out_dir/loss.png: the training loss, faint as it is and smoothed, and the validation loss of each source. Raises OSError."""
+    from matplotlib.figure import Figure
+
+    entries = read_log(os.path.join(out_dir, "log.jsonl"))
+    steps = [(e["iter"], e["loss"]) for e in entries if e.get("loss") is not None]
+    smooth, mean = [], None
+    for _, loss in steps:
+        mean = loss if mean is None else 0.95 * mean + 0.05 * loss
+        smooth.append(mean)
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([i for i, _ in steps], [loss for _, loss in steps], color="0.8", lw=0.8)
+    axes.plot([i for i, _ in steps], smooth, color="0.2", lw=1.5, label="training, smoothed")
+    for source in sorted({name for e in entries for name in e.get("val_losses", {})}):
+        points = [(e["iter"], e["val_losses"][source]) for e in entries if source in e.get("val_losses", {})]
+        axes.plot(*zip(*points), marker="o", ms=3, lw=1, label=f"validation, {source}")
+    axes.set(xlabel="step", ylabel="loss in nats", title=out_dir)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save_picture(figure, os.path.join(out_dir, "loss.png"))
