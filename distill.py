@@ -480,7 +480,10 @@ def main(argv):
         )
         for group in (group for o in optimizers for group in o.param_groups):
             group["lr"] = lr
-        batches = ahead.next_step()
+        try:
+            batches = ahead.next_step()
+        except ValueError as e:  # no puzzle fits into block_size: the same in every process
+            runtime.stop(e)
         names = "loss", "rows", "tokens", "own", "right", "sampling", "scoring"
         stats, new_carries = dict.fromkeys(names, 0.0), {}
         (n_rows,) = runtime.sums([sum(len(batch.idx) for batch in batches)], where)
