@@ -146,15 +146,14 @@ def divergence(student, teacher):
 def mean_divergence(student, teacher, rows, n_rows):
     """
     student, teacher (N, 11), NaN where the teacher has no opinion; rows (N,): the answer of each position.
-    The mean over all positions of an answer, then over n_rows answers; positions without an opinion count
-    0.
+    The mean over the positions of an answer, where those without an opinion are 0, then over n_rows answers.
     """
     known = ~teacher.isnan().any(-1)
     return (divergence(student[known], teacher[known]) * row_shares(rows, n_rows)[known]).sum()
 
 
 def left_to_right(net, guide, batch, step, stats):
-    """The loss of a Route A student on a batch of puzzles, mean over its rows."""
+    """The loss of a Route A student on a batch of puzzles, the mean over its rows."""
     tasks = teachers.tasks_of(batch.idx, batch.targets, net.puzzle_format)
     answers = [task.test[0][1] for task in tasks]
     number = batch.key[0]
@@ -168,29 +167,20 @@ def left_to_right(net, guide, batch, step, stats):
         answers = own
     with timed("scoring", stats):
         frames = guide.frames(tasks, answers)
-    student = net.place_logits(
-        [teachers.document(*pair) for pair in zip(tasks, answers)], [answer.shape for answer in answers]
-    )
-    teacher_log_p = []
-    for frame, answer in zip(frames, answers):
-        h, w = answer.shape
-        outcomes = teachers.to_tokens(teachers.outcomes_of(answer, h + 1, w + 1), h, w)
-        nothing = torch.full((len(outcomes), teachers.OUTCOMES), torch.nan)
-        log_p = nothing if frame is None else teachers.to_tokens(teachers.resize(frame, h + 1, w + 1), h, w)
-        teacher_log_p.append(
-            log_p if guide.reads_answers else teachers.until_first_difference(log_p, outcomes)
-        )
-    lengths = torch.tensor([len(log_p) for log_p in teacher_log_p])
-    rows = torch.repeat_interleave(torch.arange(len(tasks)), lengths).to(student.device)
-    return mean_divergence(student, torch.cat(teacher_log_p).to(student.device), rows, len(tasks))
+    documents = [teachers.document(task, answer) for task, answer in zip(tasks, answers)]
+    student = net.place_logits(documents, [answer.shape for answer in answers])  # (N, 11)
+    parts, rows = [], []
+    for row, (frame, answer) in enumerate(zip(frames, answers)):
+        log_p = teachers.at_tokens(frame, answer)
+        parts.append(log_p if guide.reads_answers else teachers.until_first_difference(log_p, answer))
+        rows += [row] * len(log_p)
+    rows = torch.tensor(rows, device=student.device)
+    return mean_divergence(student, torch.cat(parts).to(student.device), rows, len(tasks))
 
 
 @torch.no_grad()
 def write_answers(net, tasks, rng):
-    """
-    An answer to each task, drawn at sample_temperature under the grammar of grids; None where logits are
-    not finite.
-    """
+    """An answer to each task, drawn under the grammar of grids; None where logits are not finite."""
     prompts = [teachers.prompt(task) for task in tasks]
     limits = [arc.canvas_shape(task.train, task.test[0][0]) for task in tasks]
     drawn = net.decode_grids(prompts, limits, 1, sample_temperature, [rng] * len(tasks))
@@ -222,9 +212,7 @@ def on_canvas(net, guide, batch, carry, stats):
 
 
 class Loss(torch.nn.Module):
-    """
-    The loss of a batch and the new carry, as a module, whose gradients DistributedDataParallel averages.
-    """
+    """The loss of a batch and the new carry, as a module for DistributedDataParallel."""
 
     def __init__(self, net):
         super().__init__()
@@ -241,10 +229,7 @@ class Loss(torch.nn.Module):
 
 @contextlib.contextmanager
 def timed(what, stats):
-    """
-    Adds the seconds that it takes; the teacher's and the sampler's results come to the CPU, so a GPU is
-    waited for.
-    """
+    """Adds the seconds inside; they end with results on the CPU, so a GPU has been waited for."""
     started = time.perf_counter()
     yield
     stats[what] += time.perf_counter() - started

@@ -5,8 +5,8 @@ A *frame* is a float32 tensor (rows, columns, 11): at row r and column c of an a
 of the ten colours and of OVER, "the answer does not reach here". NaN where the teacher has no opinion.
 Every model can be read in this form, so a student of either route learns from a teacher of either:
 
-    left to right (Route A, a text model)   the (h, w) cells of an answer, the end of each row at column w, the
-                                            end of the answer at (h, 0), each given the answer before it
+    left to right (Route A, a text model)   the (h, w) cells of an answer, the end of each row at column w and
+                                            of the answer at (h, 0), each given the answer before it
     canvas (Route B)                        all cells of the canvas, OVER is <|void|>; the answer is not read
     votes (either route)                    shares of the answers to several views; the answer is not read
 
@@ -94,14 +94,15 @@ def to_frame(log_p, h, w):
     log_p (h * (w + 1) + 1, 11), at the tokens of an (h, w) answer and its end -> frame (h + 1, w + 1, 11).
     """
     frame = torch.full((h + 1, w + 1, OUTCOMES), torch.nan)
-    frame[:h] = log_p[:-1].view(h, w + 1, OUTCOMES)
-    frame[h, 0] = log_p[-1]
+    frame.view(-1, OUTCOMES)[: len(log_p)] = log_p
     return frame
 
 
-def to_tokens(values, h, w):
-    """The inverse, for anything of (h + 1, w + 1, ...): its values at the h * (w + 1) + 1 tokens."""
-    return torch.cat([values[:h].flatten(0, 1), values[h, :1]])
+def at_tokens(frame, answer):
+    """A frame, or None, at the h * (w + 1) + 1 tokens of an answer and its end: (N, 11)."""
+    h, w = answer.shape
+    whole = resize(torch.empty(0, 0, OUTCOMES) if frame is None else frame, h + 1, w + 1)
+    return whole.flatten(0, 1)[: h * (w + 1) + 1]
 
 
 def on_canvases(frames, idx):
@@ -117,11 +118,13 @@ def on_canvases(frames, idx):
     return out.to(idx.device)
 
 
-def until_first_difference(log_p, outcomes):
+def until_first_difference(log_p, answer):
     """
-    log_p (P, 11) of a teacher that has not read the answer; outcomes (P,) of the answer. NaN after the
-    first position where the teacher prefers another outcome: from there on it speaks of another answer.
+    log_p (N, 11), at the tokens of an answer, of a teacher that has not read it. NaN after the first position
+    where the teacher prefers another outcome: from there on it speaks of another answer.
     """
+    h, w = answer.shape
+    outcomes = outcomes_of(answer, h + 1, w + 1).flatten()[: len(log_p)]
     differs = (log_p.argmax(-1) != outcomes) & ~log_p.isnan().any(-1)
     after = differs.cumsum(0) - differs.long() > 0
     return log_p.masked_fill(after[:, None], torch.nan)

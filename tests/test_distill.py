@@ -162,11 +162,11 @@ def named(task):
 
 
 def test_a_teacher_that_has_not_read_an_answer_counts_up_to_the_first_difference():
-    log_p = torch.full((6, 11), -9.0)
-    log_p[range(6), [1, 2, 3, 4, 5, 6]] = 0.0
-    log_p[2] = torch.nan
-    for answer, last in [([1, 2, 9, 4, 5, 6], 5), ([1, 2, 9, 4, 7, 6], 4), ([0, 2, 9, 7, 5, 6], 0)]:
-        kept = teachers.until_first_difference(log_p, torch.tensor(answer))
+    log_p = torch.full((7, 11), -9.0)  # the teacher would write 12/34
+    log_p[range(7), [1, 2, teachers.OVER, 3, 4, teachers.OVER, teachers.OVER]] = 0.0
+    log_p[1] = torch.nan
+    for answer, last in [("12/34", 6), ("15/34", 6), ("15/64", 3), ("02/36", 0)]:
+        kept = teachers.until_first_difference(log_p, tiny.grid(answer))
         assert torch.equal(kept[: last + 1].nan_to_num(7), log_p[: last + 1].nan_to_num(7))
         assert kept[last + 1 :].isnan().all()
 
@@ -290,10 +290,19 @@ def test_a_route_b_student_learns_the_canvas_and_when_to_halt():
     halting = F.binary_cross_entropy_with_logits(net.halt_logit(y), agrees)
     expected = distill.divergence(logits, wanted).mean() + 0.5 * halting
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4) and halting > 0.01
-    guide.answers = None
+
     carry["halted"][:] = torch.tensor([False, True, False])
-    distill.on_canvas(net, guide, batch, carry, defaultdict(float))
-    assert len(guide.answers) == 1  # it is asked once about a puzzle
+    other, kept = Says(2, False), dict(carry)
+    loss, _ = distill.on_canvas(net, other, batch, carry, defaultdict(float))
+    assert len(other.answers) == 1  # a teacher is asked once about a puzzle, and what it says is kept
+    y, now = net.carried_step({"idx": batch.idx, "targets": batch.targets}, kept, words)
+    logits = F.linear(y[cells], net.wte.weight[ANSWER_IDS]).view(3, 16, 11)
+    wanted = torch.stack([g.frames([0], None)[0][:4, :4].reshape(16, 11) for g in (guide, other, guide)])
+    agrees = (logits.argmax(-1) == wanted.argmax(-1)).all(1).float()
+    halting = F.binary_cross_entropy_with_logits(net.halt_logit(y), agrees)
+    assert loss.item() == pytest.approx(
+        (distill.divergence(logits, wanted).mean() + 0.5 * halting).item(), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize(
