@@ -1,7 +1,8 @@
-# Route B teaches Route A: on the answers that Route A writes, each up to the first cell that Route B has otherwise.
+# Route B teaches Route A on the answers that Route A writes, each up to the first cell that Route B has
+# otherwise.
 #   torchrun --nproc_per_node=2 distill.py config/distill_route_a.py
-# A teacher that reads these answers says more of them, and paid at small scale (LOG.md): a larger Route A with
-# --teacher=out/bigger/ckpt.pt, or a text model with --teacher=hf:NAME.
+# A teacher that reads these answers says more of them, and paid at small scale (LOG.md): a larger Route A,
+# --teacher=out/bigger/ckpt.pt, or a text model, --teacher=hf:NAME.
 # `python -m bench.train plan config/distill_route_a.py` has the memory.
 out_dir = "out/distill_route_a"
 init_from = "out/route_a_stage3/ckpt.pt"

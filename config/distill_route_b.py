@@ -1,4 +1,4 @@
-# Offline: one view of a puzzle learns what a vote over 16 views says. Not yet learned at small scale (LOG.md).
+# Offline: one view of a puzzle learns what a vote over 16 views says. Not learned at small scale (LOG.md).
 #   torchrun --nproc_per_node=2 distill.py config/distill_route_b.py
 # More supervision steps instead of more views: --teacher_n_views=1 --teacher_n_sup=64.
 base = "distill_route_a.py"
