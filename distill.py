@@ -480,7 +480,8 @@ def main(argv):
                 with autocast:
                     loss, carry = loss_of(guide, batch, train["iter"], carry, stats)
                 scaler.scale(loss * share * runtime.world_size).backward()
-            new_carries[batch.key] = loop.moved(carry, "cpu")
+            if carry is not None:
+                new_carries[batch.key] = loop.moved(carry, "cpu")
             stats["loss"] += loss.item() * share
             stats["tokens"] += batch.tokens
         for o in optimizers:
