@@ -278,7 +278,7 @@ def main(argv):
     # ---- who and where we are
     try:
         loop.check_settings(config, RANGES)
-        if not (init_from and teacher):
+        if init_from in ("", "auto", "scratch") or not teacher:
             raise ValueError(
                 "name the student's checkpoint with --init_from=PATH, the teacher's with --teacher=PATH"
             )
