@@ -14,10 +14,8 @@ The file in order: settings, the block, the loss, costs, the model. `python mode
 """
 
 import dataclasses
-import hashlib
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -406,63 +404,14 @@ class Model(nn.Module):
         share = row_shares(rows, len(idx)) if mode == "puzzle" else torch.ones_like(rows) / len(rows)
         return None, linear_cross_entropy(x[keep], self.wte.weight, targets[keep], share), None
 
-    # ---- answering puzzles
-
-    @torch.no_grad()
     def answer(self, tasks, samples=1, temperature=1.0, seed=0):
-        """
-        Solve tasks left to right, under the grammar of grids. tasks: list of arc.Task, whose test outputs
-        are not read. Returns for each task, for each test input, a list of `samples` (grid,
-        log-probability): the greedy one, then drawn ones, without those whose logits were not finite; None
-        where prompt and answer do not fit into block_size. A draw depends on seed and prompt, not on what
-        else is asked.
-        """
-        answers = [[None] * len(task.test) for task in tasks]
-        questions = []
-        for i, task in enumerate(tasks):
-            for j, (test_input, _) in enumerate(task.test):
-                prompt = arc.encode_prompt(task.kind, task.train, test_input)
-                h, w = arc.canvas_shape(task.train, test_input)
-                length = len(prompt) + h * (w + 1)
-                if length <= self.config.block_size:
-                    questions.append((i, j, torch.from_numpy(prompt.astype(np.int64)), (h, w), length))
+        """Solve tasks, whose test outputs are not read: engine.answer_tasks."""
         at_once = tokens_at_once(self.config, runtime.free_memory(self.wte.weight.device))
-        for part in engine.batches_by_length(questions, lambda q: samples * q[-1], at_once):
-            noise = []
-            for _, _, prompt, _, _ in part:
-                key = np.frombuffer(hashlib.sha256(prompt.numpy()).digest(), "<u4")
-                noise += [None] + [np.random.default_rng([seed, n, *key]) for n in range(1, samples)]
-            prompts, limits = [q[2] for q in part], [q[3] for q in part]
-            drawn = engine.decode_grids(self, prompts, limits, samples, temperature, noise)
-            for n, (i, j, *_) in enumerate(part):
-                mine = drawn[n * samples : (n + 1) * samples]
-                answers[i][j] = [answer for answer in mine if answer is not None]
-        return answers
+        return engine.answer_tasks(self, tasks, samples, temperature, seed, at_once)
 
-    @torch.no_grad()
     def answer_logits(self, tasks, answers):
-        """
-        Log-probabilities of given answers, by teacher forcing. answers: for each task, for each test input,
-        a grid or None. Returns the same nesting of float32 arrays (h, w): each cell's log-probability,
-        among the ten colours and the end of the row, given all before it. None where the answer is None or
-        the row longer than block_size.
-        """
-        out = [[None] * len(task.test) for task in tasks]
-        rows = []
-        for i, (task, grids) in enumerate(zip(tasks, answers)):
-            for j, ((test_input, _), grid) in enumerate(zip(task.test, grids)):
-                if grid is not None:
-                    ids = arc.encode(task.kind, [*task.train, (test_input, grid)])
-                    if len(ids) - 2 <= self.config.block_size:  # neither the last <|row|> nor EOT is read
-                        rows.append((i, j, torch.from_numpy(ids.astype(np.int64)), grid))
-        for part in engine.batches_by_length(rows, lambda row: len(row[2])):
-            shapes = [grid.shape for *_, grid in part]
-            logits = engine.cell_logits(self, [ids for _, _, ids, _ in part], shapes)
-            log_p = logits.log_softmax(-1).cpu().split([h * (w + 1) + 1 for h, w in shapes])
-            for (i, j, _, grid), (h, w), cells in zip(part, shapes, log_p):
-                cells = cells[:-1].view(h, w + 1, 11)[:, :w].numpy()
-                out[i][j] = np.take_along_axis(cells, grid[..., None].astype(np.int64), -1)[..., 0]
-        return out
+        """Log-probabilities of given answers: engine.answer_logits."""
+        return engine.answer_logits(self, tasks, answers)
 
 
 def describe(model, passes=1):

@@ -13,6 +13,7 @@ after it sees.
 Before this: smol/arc.py. Read next: model_dense.py.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -223,6 +224,82 @@ def decode_grids(model, prompts, limits, samples=1, temperature=1.0, noise=None)
     return write_grids(F.linear(x, head), next_logits, repeated, temperature, noise)
 
 
+# -----------------------------------------------------------------------------
+# tasks
+
+
+def batches_by_length(items, length, tokens=None):
+    """
+    items in batches of similar length(item), of about `tokens` (None: BATCH_TOKENS) with padding, short
+    ones first.
+    """
+    items, batch = sorted(items, key=length), []
+    for item in items:
+        if batch and (len(batch) + 1) * length(item) > (tokens or BATCH_TOKENS):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+@torch.no_grad()
+def answer_tasks(model, tasks, samples=1, temperature=1.0, seed=0, tokens=None):
+    """
+    Solve tasks with an autoregressive model. tasks: list of arc.Task, whose test outputs are not read.
+    Returns for each task, for each test input, a list of `samples` (grid, log-probability): the greedy one,
+    then drawn ones, without those whose logits were not finite; None where prompt and answer do not fit
+    into block_size. A draw depends on seed and prompt, not on what else is asked. tokens: of prompts and
+    answers per batch.
+    """
+    answers = [[None] * len(task.test) for task in tasks]
+    questions = []
+    for i, task in enumerate(tasks):
+        for j, (test_input, _) in enumerate(task.test):
+            prompt = arc.encode_prompt(task.kind, task.train, test_input)
+            h, w = arc.canvas_shape(task.train, test_input)
+            length = len(prompt) + h * (w + 1)
+            if length <= model.config.block_size:
+                questions.append((i, j, torch.from_numpy(prompt.astype(np.int64)), (h, w), length))
+    for part in batches_by_length(questions, lambda q: samples * q[-1], tokens):
+        noise = []
+        for _, _, prompt, _, _ in part:
+            key = np.frombuffer(hashlib.sha256(prompt.numpy()).digest(), "<u4")
+            noise += [None] + [np.random.default_rng([seed, n, *key]) for n in range(1, samples)]
+        prompts, limits = [q[2] for q in part], [q[3] for q in part]
+        drawn = decode_grids(model, prompts, limits, samples, temperature, noise)
+        for n, (i, j, *_) in enumerate(part):
+            mine = drawn[n * samples : (n + 1) * samples]
+            answers[i][j] = [answer for answer in mine if answer is not None]
+    return answers
+
+
+@torch.no_grad()
+def answer_logits(model, tasks, answers):
+    """
+    Log-probabilities of given answers, by teacher forcing. answers: for each task, for each test input, a
+    grid or None. Returns the same nesting of float32 arrays (h, w): each cell's log-probability, among the
+    ten colours and the end, given all before it. None where the answer is None or the row longer than
+    block_size.
+    """
+    out = [[None] * len(task.test) for task in tasks]
+    rows = []
+    for i, (task, grids) in enumerate(zip(tasks, answers)):
+        for j, ((test_input, _), grid) in enumerate(zip(task.test, grids)):
+            if grid is not None:
+                ids = arc.encode(task.kind, [*task.train, (test_input, grid)])
+                if len(ids) - 2 <= model.config.block_size:  # neither the last <|row|> nor EOT is read
+                    rows.append((i, j, torch.from_numpy(ids.astype(np.int64)), grid))
+    for part in batches_by_length(rows, lambda row: len(row[2])):
+        shapes = [grid.shape for *_, grid in part]
+        log_p = cell_logits(model, [ids for _, _, ids, _ in part], shapes).log_softmax(-1).cpu()
+        log_p = log_p.split([h * (w + 1) + 1 for h, w in shapes])
+        for (i, j, _, grid), (h, w), cells in zip(part, shapes, log_p):
+            cells = cells[:-1].view(h, w + 1, 11)[:, :w].numpy()
+            out[i][j] = np.take_along_axis(cells, grid[..., None].astype(np.int64), -1)[..., 0]
+    return out
+
+
 def pad_documents(documents, device):
     """documents: list of (T_b,) long -> (B, T) long, padded on the right."""
     padded = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True, padding_value=tok.PAD)
@@ -244,18 +321,3 @@ def cell_logits(model, documents, shapes):
     first_column = torch.cat([torch.arange(n) % (w + 1) == 0 for n, (_, w) in zip(counts, shapes)])
     ends = torch.where(first_column.to(x.device), logits[:, END], logits[:, ROW])
     return torch.cat([logits[:, :10], ends[:, None]], 1)
-
-
-def batches_by_length(items, length, tokens=None):
-    """
-    items in batches of similar length(item), of about `tokens` (None: BATCH_TOKENS) with padding, short
-    ones first.
-    """
-    items, batch = sorted(items, key=length), []
-    for item in items:
-        if batch and (len(batch) + 1) * length(item) > (tokens or BATCH_TOKENS):
-            yield batch
-            batch = []
-        batch.append(item)
-    if batch:
-        yield batch
