@@ -36,7 +36,7 @@ from tqdm import tqdm
 import configurator
 from model_dense import row_shares
 from model_trm import ANSWER_ROWS
-from smol import arc, loop, runtime, teachers
+from smol import arc, engine, loop, runtime, teachers
 from smol import checkpoint as ckpt
 from smol.loader import Ahead, Loader, draw_rng
 
@@ -168,7 +168,7 @@ def left_to_right(net, guide, batch, step, stats):
     with timed("scoring", stats):
         frames = guide.frames(tasks, answers)
     documents = [teachers.document(task, answer) for task, answer in zip(tasks, answers)]
-    student = net.place_logits(documents, [answer.shape for answer in answers])  # (N, 11)
+    student = engine.cell_logits(net, documents, [answer.shape for answer in answers])  # (N, 11)
     parts, rows = [], []
     for row, (frame, answer) in enumerate(zip(frames, answers)):
         log_p = teachers.at_tokens(frame, answer)
@@ -183,7 +183,7 @@ def write_answers(net, tasks, rng):
     """An answer to each task, drawn under the grammar of grids; None where logits are not finite."""
     prompts = [teachers.prompt(task) for task in tasks]
     limits = [arc.canvas_shape(task.train, task.test[0][0]) for task in tasks]
-    drawn = net.decode_grids(prompts, limits, 1, sample_temperature, [rng] * len(tasks))
+    drawn = engine.decode_grids(net, prompts, limits, 1, sample_temperature, [rng] * len(tasks))
     return [answer and answer[0] for answer in drawn]
 
 

@@ -144,7 +144,7 @@ def convert(name, value, types, where):
 def check_ranges(config, ranges):
     """
     ranges: {"[0, 1)": "names of settings"}, with bounds as in mathematics, or {(values, ...): "names"}.
-    Every value of a dict has to be in the range; None always is, NaN never. ConfigError for the first that is not.
+    Every value of a dict has to be in the range; None always is, NaN never. Raises ConfigError.
     """
     for allowed, names in ranges.items():
         for name in names.split():

@@ -30,8 +30,8 @@ import torch
 import torch.nn as nn
 from torch.nn.utils import parametrize
 
-from model_trm import surest
-from smol import arc, sandbox
+from model_trm import ranked
+from smol import arc, engine, sandbox
 from smol import tokenizer as tok
 from smol.loader import bucket_length, draw_rng, pad_rows, puzzle_row
 
@@ -237,7 +237,7 @@ def solve_grids(model, tasks, settings):
 
 def votes_of_steps(steps):
     """Route B: the answer of the most confident step has the vote of its view, the others have none."""
-    return [(grid, int(n == 0), p, None) for n, (grid, p) in enumerate(surest(steps))]
+    return [(grid, int(n == 0), p, None) for n, (grid, p) in enumerate(ranked(steps))]
 
 
 def votes_of_samples(samples):
@@ -260,7 +260,7 @@ def write(model, prompts, n, max_tokens, stop, settings):
     def generate(rows, limits, temperature, generator=None):
         texts, done = [[] for _ in limits], [False] * len(limits)
         with contextlib.suppress(ValueError):  # logits that are not finite: what has been written counts
-            for drawn in model.generate(rows, max(limits), temperature, stop=(), generator=generator):
+            for drawn in engine.generate(model, rows, max(limits), temperature, stop=(), generator=generator):
                 for row, token in enumerate(drawn.tolist()):
                     done[row] = done[row] or token in stop or len(texts[row]) == limits[row]
                     if not done[row]:

@@ -24,9 +24,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model_dense import batches_by_length
 from model_trm import ANSWER_IDS
-from smol import arc, checkpoint, solve
+from smol import arc, checkpoint, engine, solve
 from smol import tokenizer as tok
 from smol.snapshots import sha256_file
 
@@ -176,9 +175,10 @@ class Ours:
             ids = document(task, answer)
             if len(ids) - 1 <= self.model.config.block_size:
                 rows.append((i, ids, answer.shape))
-        for batch in batches_by_length(rows, lambda row: len(row[1])):
+        for batch in engine.batches_by_length(rows, lambda row: len(row[1])):
             shapes = [shape for *_, shape in batch]
-            log_p = self.model.place_logits([ids for _, ids, _ in batch], shapes).log_softmax(-1).cpu()
+            logits = engine.cell_logits(self.model, [ids for _, ids, _ in batch], shapes)
+            log_p = logits.log_softmax(-1).cpu()
             for (i, _, (h, w)), part in zip(batch, log_p.split([h * (w + 1) + 1 for h, w in shapes])):
                 frames[i] = to_frame(part, h, w)
         return frames
@@ -186,7 +186,7 @@ class Ours:
     def of_canvases(self, tasks):
         frames = [None] * len(tasks)
         for where, idx in self.model.canvases(tasks):
-            *_, (_, y, _) = self.model.think(idx, self.n_sup)
+            *_, (_, y, _) = self.model.answer_steps(idx, self.n_sup)
             log_p = F.linear(y, self.model.wte.weight[ANSWER_IDS]).float().log_softmax(-1).cpu()
             for row, (i, _, (h, w), start) in zip(log_p, where):
                 frames[i] = row[start : start + h * (w + 1)].view(h, w + 1, OUTCOMES)[:, :w]
@@ -280,7 +280,7 @@ class HuggingFace:
             ids = self.tokens(document(task, answer)[:-1])
             if len(ids) <= self.context:
                 rows.append((i, torch.tensor(ids), answer.shape))
-        for batch in batches_by_length(rows, lambda row: len(row[1])):
+        for batch in engine.batches_by_length(rows, lambda row: len(row[1])):
             idx = torch.nn.utils.rnn.pad_sequence([ids for _, ids, _ in batch], batch_first=True)
             logits = self.model(idx.to(self.model.device)).logits
             for row, (i, ids, (h, w)) in zip(logits, batch):

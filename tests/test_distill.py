@@ -17,7 +17,7 @@ import configurator
 import distill
 import prepare
 from model_trm import ANSWER_IDS
-from smol import arc, checkpoint, loader, puzzles, solve, teachers
+from smol import arc, checkpoint, engine, loader, puzzles, solve, teachers
 from smol import tokenizer as tok
 from smol.solve import Candidate
 
@@ -252,7 +252,7 @@ def test_a_route_a_student_learns_from_its_own_answers(own, reads_answers, monke
     if own:
         rng = loader.draw_rng(distill.seed, "answers 5", 0)
         prompts = [teachers.prompt(task) for task in tasks]
-        drawn = net.decode_grids(prompts, [(4, 4)] * 4, 1, distill.sample_temperature, [rng] * 4)
+        drawn = engine.decode_grids(net, prompts, [(4, 4)] * 4, 1, distill.sample_temperature, [rng] * 4)
         answers = [grid for grid, _ in drawn]
         assert not all(np.array_equal(a, t.test[0][1]) for a, t in zip(answers, tasks))
     assert stats["own"] == 4 * own

@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import grid, make
+from tiny import grid, make, stand_ins  # noqa: F401
 
 import eval_arc
-from smol import arc, programs, puzzles, scores, solve, suites
+from smol import arc, engine, programs, puzzles, scores, solve, suites
 from smol import tokenizer as tok
 from smol.solve import Settings
 
@@ -119,11 +119,8 @@ def test_the_score_of_route_a_is_the_mean_log_probability_of_the_cells_over_view
     for c in given.candidates[: solve.RESCORED]:
         expected = []
         for view in solve.views(task, 3, settings.seed):
-            pair = solve.apply_view(view, task).test[0][0], arc.augment(view.symmetry, c.grid)
-            ids = torch.from_numpy(arc.encode("sudoku", [pair]).astype(np.int64))
-            log_p = model(ids[None, :-1], mode="puzzle")[0][0].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-            cells = (ids[1:] >= tok.CELL0) & (ids[1:] < tok.CELL0 + 10)
-            expected.append(log_p[cells][-c.grid.size :].mean().item())
+            answer = arc.augment(view.symmetry, c.grid)
+            expected.append(model.answer_logits([solve.apply_view(view, task)], [[answer]])[0][0].mean())
         assert c.score == pytest.approx(np.mean(expected), abs=1e-4)
 
 
@@ -168,7 +165,7 @@ def test_texts_are_greedy_first_and_end_at_their_limit_or_stop(name):
     model, prompts = exact(name, 64), [[tok.EOT, 5, 6], [tok.EOT, 7, 8, 9, 10]]
     texts = solve.write(model, prompts, 3, [6, 4], (), Settings())
     for prompt, limit, some in zip(prompts, (6, 4), texts):
-        greedy = [int(ids[0]) for ids in model.generate(torch.tensor([prompt]), limit, 0, stop=())]
+        greedy = [int(ids[0]) for ids in engine.generate(model, torch.tensor([prompt]), limit, 0, stop=())]
         assert some[0] == greedy and [len(ids) for ids in some] == [limit] * 3
     first = texts[0][0]
     stopped = solve.write(model, prompts[:1], 1, [6], (first[2],), Settings())
@@ -193,6 +190,7 @@ class Writes:
             yield torch.tensor([row[i] if i < len(row) else tok.PAD for row in rows])
 
 
+@pytest.mark.usefixtures("stand_ins")
 def test_a_puzzle_in_words_is_answered_behind_answer():
     task = suites.load("logic")[0]
     question, expected = task.test[0]
@@ -204,6 +202,7 @@ def test_a_puzzle_in_words_is_answered_behind_answer():
     assert solve.solve(make("dense", 20), [task], Settings()) == [[None]]  # too long
 
 
+@pytest.mark.usefixtures("stand_ins")
 def test_only_programs_that_pass_every_demonstration_answer():
     task, steps = programs.make(np.random.default_rng(4), "turn_then_colour")
     right = programs.program_text(steps)
