@@ -23,10 +23,12 @@ step and the batch, so a resumed run is the same run. Before this: train.py, smo
 """
 
 import contextlib
+import importlib
 import math
 import os
 import sys
 import time
+from collections import defaultdict
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +38,7 @@ from tqdm import tqdm
 import configurator
 from model_dense import row_shares
 from model_trm import ANSWER_ROWS
-from smol import arc, engine, loop, runtime, teachers
-from smol import checkpoint as ckpt
+from smol import arc, checkpoint, engine, loop, runtime, teachers
 from smol.loader import Ahead, Loader, draw_rng
 
 # -----------------------------------------------------------------------------
@@ -235,6 +236,29 @@ def timed(what, stats):
     stats[what] += time.perf_counter() - started
 
 
+def forward_backward(parallel, guide, batches, step, carries, scaler, autocast, here):
+    """
+    The gradient of a step, the mean over all of its rows, however they are batched. Returns figures of this
+    process, to be summed over processes, and the new carries.
+    """
+    (n_rows,) = runtime.sums([sum(len(batch.idx) for batch in batches)], here)
+    stats = dict.fromkeys(("loss", "tokens", "own", "right", "sampling", "scoring"), 0.0)
+    new_carries = {}
+    for batch in batches:
+        alone = batch is batches[-1] or runtime.world_size == 1  # gradients are averaged in the last backward
+        with contextlib.nullcontext() if alone else parallel.no_sync():
+            with autocast:
+                carry = loop.to_device(carries.get(batch.key), here)
+                loss, carry = parallel(guide, batch, step, carry, stats)
+            loss = loss * len(batch.idx) / n_rows
+            scaler.scale(loss * runtime.world_size).backward()
+        if carry is not None:
+            new_carries[batch.key] = loop.to_device(carry, "cpu")
+        stats["loss"] += loss.item()
+        stats["tokens"] += batch.tokens
+    return stats, new_carries
+
+
 def held_out_tasks(loader, n):
     """n of the stage's held-out puzzles, as many of each source as there are."""
     sources = [
@@ -250,77 +274,44 @@ def held_out_tasks(loader, n):
 # the run
 
 
-def say(text):
-    """A line for people, from one process, that does not tear the progress bar."""
-    if runtime.master:
-        tqdm.write(text)
-
-
-@contextlib.contextmanager
-def mistakes_in_one_line():
-    """What goes wrong inside, in any process, is told by one and ends all."""
-    problem = None
-    try:
-        yield
-    except (OSError, ValueError) as e:
-        problem = str(e)
-    problem = runtime.all_agree(problem)
-    if problem is not None:
-        runtime.stop(problem)
-
-
 def main(argv):
     began = time.monotonic()
     defaults = configurator.settings(globals())
     config, _ = configurator.read(globals(), argv)
     globals().update(config)
-
-    # ---- who and where we are
-    try:
-        loop.check_settings(config, RANGES)
+    with runtime.errors_agree():
+        loop.check_settings(config)
         if init_from in ("", "auto", "scratch") or not teacher:
-            raise ValueError(
-                "name the student's checkpoint with --init_from=PATH, the teacher's with --teacher=PATH"
-            )
-        tracked = loop.tracker_module(tracker if runtime.master else "")
-        where = runtime.pick_device(device)
-        where = f"cuda:{runtime.local_rank}" if where == "cuda" else where
-        number_format = runtime.pick_dtype(dtype, where)
-    except ValueError as e:
-        runtime.stop(e)
-    device_type = where.split(":")[0]
-    if device_type == "cuda":
-        torch.cuda.set_device(where)
-        torch.set_float32_matmul_precision("high")
-    runtime.start_processes(device_type)
-    torch.manual_seed(seed)
-    scaler = torch.amp.GradScaler(device_type, enabled=number_format == "float16")
-    autocast = contextlib.nullcontext()
-    if number_format != "float32":
-        autocast = torch.autocast(device_type, dtype=getattr(torch, number_format))
-
-    # ---- student, teacher, data, optimizer
+            raise ValueError("name a student and a teacher: --init_from=PATH --teacher=PATH")
+        here, precision = runtime.start(device, dtype)
+    world_size, master = runtime.world_size, runtime.master
     ckpt_path, log_path = os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "log.jsonl")
-    with mistakes_in_one_line():
-        if runtime.master:
-            os.makedirs(out_dir, exist_ok=True)
-            lock = loop.lock(out_dir)  # noqa: F841 (held until the process ends)
-    with mistakes_in_one_line():
-        start, start_path, resumed = loop.starting_point(init_from, out_dir, overwrite)
-        if resumed and "student" not in start["train"]:
-            raise ValueError(f"{start_path} was not written by distill.py: choose another --out_dir")
-    with mistakes_in_one_line():
-        if problem := loop.same_start(start["train"]["iter"] if resumed else None, where):
-            raise ValueError(problem)
-    if resumed and start["train"]["iter"] >= max_iters:
-        loop.nothing_left(start, start_path, max_iters, push_to, push_full, say)
-    with mistakes_in_one_line():
-        as_asked = {} if recompute is None else {"recompute": recompute}
-        net = ckpt.make_model(start["model"], start["model_config"] | as_asked)
+
+    # ---- the student, from a checkpoint or going on
+    with runtime.errors_agree():
+        checkpoint.fetch(init_from, out_dir, overwrite, push_to)
+    with runtime.errors_agree():
+        start, start_path, resumed = checkpoint.starting_point(init_from, out_dir, overwrite)
+        state = start["train"]
+        if resumed and "student" not in state:
+            raise ValueError(f"{start_path} was not written by distill.py: use another --out_dir")
+    with runtime.errors_agree():
+        checkpoint.check_same_start(state["iter"] if resumed else None, here)
+    if resumed and state["iter"] >= max_iters:
+        runtime.say(f"{start_path} is of step {state['iter']}: nothing left to do, max_iters={max_iters}")
+        checkpoint.Publication(out_dir, push_to if master else "", push_full).end(state["iter"])
+        runtime.end_processes()
+    torch.manual_seed(seed)
+    with runtime.errors_agree():
+        asked = {} if recompute is None else {"recompute": recompute}
+        net = checkpoint.make_model(start["model"], start["model_config"] | asked)
         weights = start["weights"] if resumed else start["ema"] or start["weights"]
-        ckpt.load_weights(net, weights, start_path)
-        net.to(where)
-        guide = teachers.load(teacher, where, number_format, teacher_n_sup, teacher_n_views)
+        checkpoint.load_weights(net, weights, start_path)
+        net.to(here)
+        optimizers = loop.make_optimizers(net, optimizer, weight_decay, learning_rate, (beta1, beta2))
+
+        # ---- teacher and data
+        guide = teachers.load(teacher, here, precision, teacher_n_sup, teacher_n_views)
         loader = Loader(
             data_dir,
             data,
@@ -332,130 +323,110 @@ def main(argv):
             batches_per_step=gradient_accumulation_steps,
             puzzle_format=net.puzzle_format,
             rank=runtime.rank,
-            world_size=runtime.world_size,
+            world_size=world_size,
             verify=runtime.local_rank == 0,
         )
-        optimizers = loop.make_optimizers(net, optimizer, weight_decay, learning_rate, (beta1, beta2))
-        seen = start["train"].get("data", {}).get("sources", [])
+        seen = state.get("data", {}).get("sources", [])
         pinned = {
             "stage": data,
             "tag": data_tag,
             "snapshot": loader.snapshot,
             "shards": loader.fingerprint,
-            "manifest": loader.manifest,
-            "data_dir": data_dir,
             "shares": loader.rounded_shares(),
-            "sources": sorted(
-                {*loader.names, *seen, *guide.sources}
-            ),  # here, before, and through the teacher
+            "sources": sorted({*loader.names, *seen, *guide.sources}),  # through the teacher too
             "teacher": guide.about,
         }
-        train = {"iter": 0, "seconds": 0.0, "tokens": 0, "val_loss": None, "val_losses": {}, "skipped": 0}
-        train |= {"skipped_in_a_row": 0, "student": start_path, "optimizer_name": optimizer}
         if resumed:
-            before = start["train"]
-            loop.other_data(before["data"], pinned)
-            if (before["data"]["teacher"], before["optimizer_name"]) != (guide.about, optimizer):
-                raise ValueError(f"{start_path} was distilled with another teacher or optimizer")
-            train = {k: before[k] for k in train}
-            loader.load_state_dict(before["loader"])
-            for o, state in zip(optimizers, before["optimizers"]):
-                ckpt.load_optimizer(o, state)
+            checkpoint.check_same_data(state["data"], pinned)
+            checkpoint.load_optimizers(optimizers, optimizer, state)
+            loader.load_state_dict(state["loader"])
+            if state["data"]["teacher"] != guide.about:
+                raise ValueError(f"{start_path} was distilled from another teacher: use another --out_dir")
+    scaler = torch.amp.GradScaler(here.split(":")[0], enabled=precision == "float16")
+    autocast = contextlib.nullcontext()
+    if precision != "float32":
+        autocast = torch.autocast(here.split(":")[0], dtype=getattr(torch, precision))
     average = {k: v.detach().clone() for k, v in net.state_dict().items()} if ema else None
-    carries, saved_step = {}, None
+
+    # ---- where the run is
+    run = {"iter": 0, "seconds": 0.0, "tokens": 0, "val_losses": {}, "val_loss": None}
+    run |= {"skipped": 0, "skipped_in_a_row": 0, "student": start_path}
+    carries, model = {}, start["model"]
     if resumed:
-        saved_step = train["iter"]
+        run = {k: state[k] for k in run}
         if average and start["ema"]:
-            average = {k: v.to(where) for k, v in start["ema"].items()}
-        if scaler.is_enabled() and before["scaler"]:
-            scaler.load_state_dict(before["scaler"])
-        if len(before["rng"]) == runtime.world_size:
-            loop.restore_random_state(before["rng"], device_type)
-        shapes = "batch_size", "block_size", "gradient_accumulation_steps"
-        if all(start["config"][k] == config[k] for k in shapes):
-            carries = loop.own_carries(before["carries"])
-    student_model = start["model"]
-    del start
-
-    # ---- what happens between steps
-    def write_log(entry):
-        if runtime.master:
-            loop.write_log(entry, log_path, say, tracked)
-
-    def diverged(what):
-        there = loop.to_go_on_from(ckpt_path, saved_step)
-        runtime.stop(f"{what} is not finite; {there}. Lower learning_rate (now {learning_rate:g})")
-
-    def validate():
-        train["val_losses"], train["val_loss"] = loop.validate(
-            net, average, loader, eval_batches, autocast, where
-        )
-        if not all(map(math.isfinite, train["val_losses"].values())):
-            diverged(f"the validation loss of step {train['iter']}")
-        with loop.averaged_weights(net, average), autocast:
-            share = teachers.solved(teachers.Ours(net), tasks)
-        entry = {"iter": train["iter"], "val_loss": train["val_loss"], "val_losses": train["val_losses"]}
-        write_log({**entry, "student_solved": share, "of": len(tasks)})
-        losses = ", ".join(f"{k} {v:.3f}" for k, v in train["val_losses"].items())
-        say(f"step {train['iter']}: validation {losses}; solved {share:.1%} of {len(tasks)} held-out puzzles")
-        return share
-
-    def save():
-        whole = {
-            **train,
-            "tokens_per_second": train["tokens"] / max(train["seconds"], 1e-9),
-            "data": pinned,
-            "loader": ahead.state,
-            "optimizers": [o.state_dict() for o in optimizers],
-            "scaler": scaler.state_dict(),
-            "rng": loop.random_states(device_type),
-            "carries": loop.everyones_carries(carries, where),
-        }
-        about = net, student_model, config, average
-        return loop.save_checkpoint(ckpt_path, *about, whole, where, say, keep=saved_step is not None)
+            average = {k: v.to(here) for k, v in start["ema"].items()}
+        if state["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(state["scaler"])
+        if len(state["rng"]) == world_size:
+            checkpoint.restore_random_state(state["rng"], here)
+        shape = ("batch_size", "block_size", "gradient_accumulation_steps")
+        if all(start["config"][k] == config[k] for k in shape):
+            carries = checkpoint.own_carries(state["carries"])
+    start = state = None  # free its memory
 
     # ---- ready
-    with mistakes_in_one_line():
-        if runtime.master:
-            for path in (log_path, os.path.join(out_dir, "evals.jsonl")):
-                runtime.cut_log(path, train["iter"] if resumed else -1)
-            configurator.save(config, os.path.join(out_dir, "config.json"))
-    say(configurator.show(config, defaults))
-    say(f"student {start_path}, {number_format} on {runtime.device_name(where)}, teacher {guide.about}")
-    if resumed:
-        say(f"going on after step {train['iter']} of {start_path}")
-    if net.puzzle_format == "canvas":
-        say("a Route B student: offline distillation with soft targets, on_policy changes nothing")
+    parallel = Loss(net)
+    if world_size > 1:
+        parallel = DistributedDataParallel(parallel, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with runtime.errors_agree():
+        if master:
+            loop.open_out_dir(out_dir, config, run["iter"] if resumed else -1)
+    tracked = importlib.import_module(tracker) if tracker and master else None
     if tracked:
-        tracked.init(project="smol-llm", name=os.path.basename(os.path.normpath(out_dir)), config=config)
-    loop.say_what_is_not_validated(loader, eval_batches, say)
-    interrupted = loop.catch_signals()
-    evaluation = loop.Evaluation(out_dir, eval_suites if runtime.master else "", eval_limit, eval_device, say)
-    publication = loop.Publication(out_dir, push_to if runtime.master else "", push_full, say)
-    net.train()
-    loss_of = Loss(net)
-    if runtime.world_size > 1:
-        loss_of = DistributedDataParallel(loss_of, broadcast_buffers=False, gradient_as_bucket_view=True)
+        tracked.init(project="smol-llm", name=os.path.basename(out_dir), config=config, resume="allow")
+    runtime.say(configurator.show(config, defaults))
+    verb = f"going on after step {run['iter']} of" if resumed else "from the weights of"
+    runtime.say(f"{verb} {start_path}, {precision} on {world_size} x {runtime.device_name(here)}")
+    runtime.say(f"teacher {guide.about}")
+    if net.puzzle_format == "canvas":
+        runtime.say("Route B learns offline, from soft targets: on_policy changes nothing")
+    interrupted = runtime.catch_signals()
+    evaluation = loop.Evaluation(out_dir, eval_suites if master else "", eval_limit, eval_device)
+    publication = checkpoint.Publication(out_dir, push_to if master else "", push_full)
+    ahead = Ahead(loader, pin=here.startswith("cuda"))
     tasks = held_out_tasks(loader, check_tasks)
+    net.train()
+
+    def log(entry):
+        if master:
+            loop.write_log(entry, log_path, tracked)
+
+    def diverged(what):
+        runtime.stop(
+            f"{what} not finite; {ckpt_path} is as it was. Lower learning_rate (now {learning_rate:g})"
+        )
+
+    def validate():
+        """Returns the share of held-out puzzles that the student solves."""
+        losses, run["val_loss"] = loop.validate(net, average, loader, eval_batches, autocast, here)
+        run["val_losses"] = losses
+        if not all(map(math.isfinite, losses.values())):
+            diverged(f"step {run['iter']}: the validation losses {losses} are")
+        with loop.averaged_weights(net, average), autocast:
+            share = teachers.solved(teachers.Ours(net), tasks)
+        log({"iter": run["iter"], "val_loss": run["val_loss"], "val_losses": losses, "student_solved": share})
+        shown = ", ".join(f"{k} {v:.3f}" for k, v in losses.items())
+        runtime.say(
+            f"step {run['iter']}: validation {shown}; solved {share:.1%} of {len(tasks)} held-out puzzles"
+        )
+        return share
+
     if not resumed:
         share = validate()
         with autocast:
-            teachers_share = teachers.solved(guide, tasks)
-        write_log({"iter": 0, "teacher_solved": teachers_share, "of": len(tasks)})
-        say(f"the teacher solves {teachers_share:.1%} of {len(tasks)} held-out puzzles")
-        if teachers_share < share:
-            say("warning: the teacher is weaker than its student")
-    ahead = Ahead(loader, pin=device_type == "cuda")
-    progress = tqdm(
-        total=max_iters, initial=train["iter"], disable=None if runtime.master else True, unit="step"
-    )
-    since_log, saved, due, stopping = {}, True, False, False
+            its_share = teachers.solved(guide, tasks)
+        log({"iter": 0, "teacher_solved": its_share})
+        weaker = ": it is weaker than its student" if its_share < share else ""
+        runtime.say(f"the teacher solves {its_share:.1%}{weaker}")
+    progress = tqdm(total=max_iters, initial=run["iter"], disable=None if master else True, unit="step")
+    since_log, saved, due, stopping = defaultdict(float), True, False, False
 
     # ---- go
-    while train["iter"] < max_iters and not stopping:
+    while run["iter"] < max_iters and not stopping:
         started = time.perf_counter()
         lr = loop.learning_rate_at(
-            train["iter"],
+            run["iter"],
             schedule=schedule,
             learning_rate=learning_rate,
             min_lr=min_lr,
@@ -463,114 +434,121 @@ def main(argv):
             decay_iters=decay_iters,
             max_iters=max_iters,
         )
-        for group in (group for o in optimizers for group in o.param_groups):
-            group["lr"] = lr
+        for o in optimizers:
+            for group in o.param_groups:
+                group["lr"] = lr
+
+        # forward and backward on every batch of the step
         try:
             batches = ahead.next_step()
-        except ValueError as e:  # no puzzle fits into block_size: the same in every process
+        except ValueError as e:  # no puzzle fits into block_size, in any process
             runtime.stop(e)
-        names = "loss", "rows", "tokens", "own", "right", "sampling", "scoring"
-        stats, new_carries = dict.fromkeys(names, 0.0), {}
-        (n_rows,) = runtime.sums([sum(len(batch.idx) for batch in batches)], where)
-        for batch in batches:
-            share = len(batch.idx) / n_rows  # every row of the step counts the same, whichever batch it is in
-            is_last = batch is batches[-1]
-            with contextlib.nullcontext() if runtime.world_size == 1 or is_last else loss_of.no_sync():
-                carry = loop.moved(carries.get(batch.key), where)
-                with autocast:
-                    loss, carry = loss_of(guide, batch, train["iter"], carry, stats)
-                scaler.scale(loss * share * runtime.world_size).backward()
-            if carry is not None:
-                new_carries[batch.key] = loop.moved(carry, "cpu")
-            stats["loss"] += loss.item() * share
-            stats["tokens"] += batch.tokens
+        step_state = run["iter"], carries, scaler, autocast, here
+        stats, new_carries = forward_backward(parallel, guide, batches, *step_state)
         for o in optimizers:
             scaler.unscale_(o)
         grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or math.inf).item()
-        ending = bool(interrupted) or bool(max_hours and time.monotonic() - began > 3600 * max_hours)
-        *sums, stopping = runtime.sums([*stats.values(), ending], where)
-        stats = dict(zip(names, sums))
+
+        # every process learns the same sums, so that all of them step or skip, stop and save together
+        out_of_time = max_hours and time.monotonic() - began > 3600 * max_hours
+        sums = runtime.sums([*stats.values(), bool(interrupted or out_of_time)], here)
+        stats, stopping = dict(zip(stats, sums)), sums[-1]
         loss = stats["loss"]
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:
             for o in optimizers:
                 scaler.step(o)
             carries.update(new_carries)
+            if average:
+                loop.update_average(average, net, ema, run["iter"])
         scaler.update()
         for o in optimizers:
             o.zero_grad(set_to_none=True)
-        if average is not None and finite:
-            loop.follow(average, net, ema, train["iter"])
 
+        # what it was like
         seconds = time.perf_counter() - started
-        train["iter"] += 1
-        train["seconds"] += seconds
-        train["tokens"] += int(stats["tokens"])
-        train["skipped"] += not finite
-        train["skipped_in_a_row"] = 0 if finite else train["skipped_in_a_row"] + 1
+        run["iter"] += 1
+        run["seconds"] += seconds
+        run["tokens"] += int(stats["tokens"])
+        run["skipped"] += not finite
+        run["skipped_in_a_row"] = 0 if finite else run["skipped_in_a_row"] + 1
+        step, source = run["iter"], batches[0].source
         for k, v in {**stats, "seconds": seconds}.items():
-            since_log[k] = since_log.get(k, 0.0) + v
-        progress.set_postfix_str(f"{batches[0].source} loss {loss:.3f}", refresh=False)
+            since_log[k] += v
+        progress.set_postfix_str(f"{source} loss {loss:.3f}", refresh=False)
         progress.update()
-        last = train["iter"] == max_iters
         if not finite:
-            write_log({"iter": train["iter"], "loss": None, "skipped": train["skipped"]})
-            say(f"step {train['iter']} skipped: loss {loss:.3g}, gradient norm {grad_norm:.3g}")
-            if train["skipped_in_a_row"] >= max_skipped:
-                diverged(f"the loss or gradient of {max_skipped} steps in a row")
-        elif train["iter"] % log_interval == 0 or last:
-            of_time = since_log["seconds"] * runtime.world_size
+            log({"iter": step, "loss": None, "source": source, "lr": lr, "skipped": run["skipped"]})
+            runtime.say(f"step {step} skipped: loss {loss:.3g}, gradient norm {grad_norm:.3g}")
+            if run["skipped_in_a_row"] >= max_skipped:
+                diverged(f"loss or gradient of {max_skipped} steps in a row, up to {step}, were")
+        elif step % log_interval == 0 or step == max_iters:
+            own, process_seconds = since_log["own"], since_log["seconds"] * world_size
             entry = {
-                "iter": train["iter"],
+                "iter": step,
                 "loss": loss,
-                "source": batches[0].source,
+                "source": source,
                 "lr": lr,
                 "grad_norm": grad_norm,
-                "tokens": train["tokens"],
-                "seconds": round(train["seconds"], 3),
+                "tokens": run["tokens"],
+                "seconds": round(run["seconds"], 3),
                 "tokens_per_second": round(since_log["tokens"] / since_log["seconds"], 1),
-                "sampling": round(since_log["sampling"] / of_time, 4),
-                "scoring": round(since_log["scoring"] / of_time, 4),
-                "own_right": round(since_log["right"] / since_log["own"], 4) if since_log["own"] else None,
-                "memory_gb": round(runtime.peak_memory(where) / 1e9, 3),
-                "skipped": train["skipped"],
+                "sampling": round(since_log["sampling"] / process_seconds, 4),
+                "scoring": round(since_log["scoring"] / process_seconds, 4),
+                "own_right": round(since_log["right"] / own, 4) if own else None,
+                "memory_gb": round(runtime.peak_memory(here) / 1e9, 3),
+                "skipped": run["skipped"],
             }
-            write_log(entry)
-            say(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()))
-            since_log = {}
-        if sync_check_interval and (train["iter"] % sync_check_interval == 0 or last):
-            figures = torch.tensor([loss, grad_norm], dtype=torch.float64, device=where)
-            averages = {f"the average of {k}": v for k, v in (average or {}).items()}
-            apart = runtime.difference(
-                {**dict(net.named_parameters()), **averages, "loss and gradient": figures}
+            log(entry)
+            since_log.clear()
+            runtime.say(
+                f"step {step}: loss {loss:.4f} ({source}), lr {lr:.2e}, gradient {grad_norm:.2f}, sampling "
+                f"{entry['sampling']:.0%} and scoring {entry['scoring']:.0%} of the time"
             )
-            if apart:
-                runtime.stop(f"processes are out of sync at step {train['iter']}: {apart}")
+        if sync_check_interval and (step % sync_check_interval == 0 or step == max_iters):
+            problem = loop.out_of_sync(net, average, loss, grad_norm, here)
+            if problem:
+                runtime.stop(f"processes are out of sync at step {step}: {problem}; go on from {ckpt_path}")
+
+        # validate, save, evaluate, publish
         evaluation.collect()
         publication.collect()
-        due = due or train["iter"] % eval_interval == 0 or last or bool(stopping)
-        if due and (finite or loop.only_scaling(loss, scaler)):  # else what is on disk is better
-            if wrong := loop.unsound(net, average):
-                diverged(f"after step {train['iter']} the weight {wrong}")
+        due = due or step % eval_interval == 0 or step == max_iters or bool(stopping)
+        overflow = scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1
+        if due and (finite or overflow):  # else what is on disk is better
+            if wrong := loop.not_finite(net, average):
+                diverged(f"after step {step} there are weights ({wrong})")
             if not stopping:
                 validate()
-            saved, due = save(), False
-            saved_step = train["iter"] if saved else saved_step
-            if runtime.master:
+            rest = {
+                "data": pinned,
+                "loader": ahead.state,
+                "optimizer_name": optimizer,
+                "optimizers": [o.state_dict() for o in optimizers],
+                "scaler": scaler.state_dict(),
+                "rng": checkpoint.random_states(here),
+                "carries": checkpoint.gather_carries(carries, here),
+            }
+            saved = checkpoint.save_run(ckpt_path, net, model, config, average, {**run, **rest}, here)
+            due = False
+            if master:
                 runtime.draw_losses(out_dir)
             if saved and not stopping:
-                evaluation.start(train["iter"])
-                publication.start(train["iter"])
+                evaluation.start(step)
+                publication.start(step)
+
+    # ---- the end
     progress.close()
     ahead.close()
     if tracked:
         tracked.finish()
-    publication.end(train["iter"], at_once=bool(interrupted) or due or not saved)
+    if saved and not due and not interrupted:
+        publication.end(run["iter"])
     evaluation.end(0 if stopping else eval_minutes)
     if due or not saved:
-        runtime.stop(f"step {train['iter']} is not saved; {loop.to_go_on_from(ckpt_path, saved_step)}")
+        runtime.stop(f"the last steps, up to {run['iter']}, were not saved; {ckpt_path} is as it was")
     if stopping:
-        say(f"stopped after step {train['iter']}; go on with --init_from=resume (saved to {ckpt_path})")
+        runtime.say(f"stopped after step {run['iter']}; go on with --init_from=resume (saved to {ckpt_path})")
     runtime.end_processes()
 
 

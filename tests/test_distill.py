@@ -1,5 +1,6 @@
 """distill.py and teachers.py: by hand, with stand-ins for teachers, and as a user runs them."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -303,6 +304,21 @@ def test_a_route_b_student_learns_the_canvas_and_when_to_halt():
     assert loss.item() == pytest.approx(
         (distill.divergence(logits, wanted).mean() + 0.5 * halting).item(), rel=1e-4
     )
+
+
+@pytest.mark.parametrize("name", ["dense", "trm"])
+def test_the_gradient_of_a_step_does_not_depend_on_how_its_rows_are_batched(name, monkeypatch):
+    monkeypatch.setattr(distill, "on_policy", 0.0)
+    net, tasks = tiny.make(name).train(), puzzles.heldout("sudoku4", 4)
+    found = []
+    for parts in ([tasks], [tasks[:1], tasks[1:]]):
+        batches = [batch_of(part, net.puzzle_format) for part in parts]
+        scaler, loss_of = torch.amp.GradScaler("cpu", enabled=False), distill.Loss(net)
+        context = {}, scaler, contextlib.nullcontext(), "cpu"
+        stats, _ = distill.forward_backward(loss_of, Says(3, True), batches, 0, *context)
+        found.append([torch.tensor(stats["loss"]), *(p.grad.clone() for p in net.parameters())])
+        net.zero_grad()
+    assert all(torch.allclose(one, two, rtol=1e-3, atol=1e-5) for one, two in zip(*found))
 
 
 @pytest.mark.parametrize(
