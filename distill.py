@@ -44,9 +44,7 @@ from smol.loader import Ahead, Loader, draw_rng
 # -----------------------------------------------------------------------------
 # ---- where it goes and what it logs
 out_dir = "out/distill"
-init_from = (
-    ""  # the student's checkpoint; given again, its run goes on from out_dir/ckpt.pt, as with 'resume'
-)
+init_from = ""  # the student's checkpoint; given again, or 'resume': go on from out_dir/ckpt.pt
 overwrite = False  # begin anew in an out_dir that already holds a checkpoint
 eval_interval = 100  # steps between validations, each of which also saves a checkpoint
 eval_batches = 8  # validation batches per source, at most
@@ -65,9 +63,7 @@ teacher = ""  # path of a checkpoint or of a Hugging Face model, or hf:NAME
 teacher_n_sup: int | None = None  # Route B: supervision steps; None: its own
 teacher_n_views = 1  # it votes over so many views of each puzzle
 # ---- loss
-objective = (
-    "forward_kl"  # sees what the student is wrongly sure of; 'reverse_kl' and 'jsd' hardly do (LOG.md)
-)
+objective = "forward_kl"  # 'reverse_kl' and 'jsd' hardly see what the student is wrongly sure of (LOG.md)
 beta = 0.5  # of jsd: near 0 it is like forward_kl, near 1 like reverse_kl
 temperature = 1.0  # softens both distributions
 on_policy = 1.0  # Route A: share of the batches whose answers are the student's own
@@ -161,6 +157,7 @@ def left_to_right(net, guide, batch, step, stats):
     if draw_rng(seed, f"policy {step}", number).random() < on_policy:
         with timed("sampling", stats):
             own = write_answers(net, tasks, draw_rng(seed, f"answers {step}", number))
+            torch.clear_autocast_cache()  # of weights that were cast without gradient
         if any(answer is None for answer in own):  # logits that are not finite
             return math.nan * sum(p.sum() for p in net.parameters())
         stats["own"] += len(own)
@@ -190,13 +187,14 @@ def write_answers(net, tasks, rng):
 
 def on_canvas(net, guide, batch, carry, stats):
     """The loss of a Route B student after one supervision step, mean over its rows, and its new carry."""
-    idx, targets = batch.idx.to(net.wte.weight.device), batch.targets.to(net.wte.weight.device)
-    new = torch.ones(len(idx), dtype=torch.bool) if carry is None else carry["halted"].cpu()
-    tasks = teachers.tasks_of(batch.idx[new], batch.targets[new], net.puzzle_format)
+    here = net.wte.weight.device
+    idx, targets = batch.idx.to(here), batch.targets.to(here)
+    new = torch.ones(len(idx), dtype=torch.bool, device=here) if carry is None else carry["halted"]
+    tasks = teachers.tasks_of(idx[new], targets[new], net.puzzle_format)
     with timed("scoring", stats):  # once a puzzle; then the carry keeps it
         frames = guide.frames(tasks, [task.test[0][1] for task in tasks])
-    log_p = torch.full((*idx.shape, teachers.OUTCOMES), torch.nan, device=idx.device)
-    log_p[new.to(idx.device)] = teachers.on_canvases(frames, idx[new.to(idx.device)])
+    log_p = torch.full((*idx.shape, teachers.OUTCOMES), torch.nan, device=here)
+    log_p[new] = teachers.on_canvases(frames, idx[new])
     words = net.puzzle_words()
     y, carry = net.carried_step({"idx": idx, "targets": targets, "teacher": log_p}, carry, words)
     cells = arc.canvas_cells(carry["idx"], arc.positions(carry["idx"]))
@@ -220,9 +218,9 @@ class Loss(torch.nn.Module):
         self.net = net
 
     def forward(self, guide, batch, step, carry, stats):
-        where = self.net.wte.weight.device
+        here = self.net.wte.weight.device
         if batch.mode == "text":
-            return self.net(batch.idx.to(where), batch.targets.to(where), mode="text")[1], None
+            return self.net(batch.idx.to(here), batch.targets.to(here), mode="text")[1], None
         if self.net.puzzle_format == "canvas":
             return on_canvas(self.net, guide, batch, carry, stats)
         return left_to_right(self.net, guide, batch, step, stats), None
@@ -393,9 +391,7 @@ def main(argv):
             loop.write_log(entry, log_path, tracked)
 
     def diverged(what):
-        runtime.stop(
-            f"{what} not finite; {ckpt_path} is as it was. Lower learning_rate (now {learning_rate:g})"
-        )
+        runtime.stop(f"{what} not finite; {ckpt_path} is as it was: lower learning_rate={learning_rate:g}")
 
     def validate():
         """Returns the share of held-out puzzles that the student solves."""
@@ -406,10 +402,8 @@ def main(argv):
         with loop.averaged_weights(net, average), autocast:
             share = teachers.solved(teachers.Ours(net), tasks)
         log({"iter": run["iter"], "val_loss": run["val_loss"], "val_losses": losses, "student_solved": share})
-        shown = ", ".join(f"{k} {v:.3f}" for k, v in losses.items())
-        runtime.say(
-            f"step {run['iter']}: validation {shown}; solved {share:.1%} of {len(tasks)} held-out puzzles"
-        )
+        shown = ", ".join(f"{k} {v:.3f}" for k, v in losses.items()) or "of nothing"
+        runtime.say(f"step {run['iter']}: validation {shown}; {share:.1%} of {len(tasks)} puzzles solved")
         return share
 
     if not resumed:
