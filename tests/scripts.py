@@ -34,6 +34,7 @@ server.set_forkserver_preload(
         "numpy",
         "tiktoken",
         "tqdm",
+        "requests",
         "matplotlib.figure",
         "matplotlib.backends.backend_agg",
     ]

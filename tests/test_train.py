@@ -258,7 +258,7 @@ def test_a_run_that_diverges_ends_and_leaves_the_checkpoints(finished, data, tmp
         (
             ["--eval_interval=1", "--learning_rate=1e30"],
             "",
-            "after step 13 there are weights that are not finite",
+            "the validation loss of step 13 is not finite",
         ),
         (["--max_hours=1e-5"], always, "nothing was saved"),
     ):
