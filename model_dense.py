@@ -115,18 +115,17 @@ class Attention(nn.Module):
         half = torch.is_autocast_enabled(weight.device.type)
         dtype = torch.get_autocast_dtype(weight.device.type) if half else weight.dtype
         shape = batch_size, self.n_head, length, self.head_dim
-        return torch.empty(shape, dtype=dtype, device=weight.device), weight.new_empty(shape, dtype=dtype)
+        return weight.new_empty(shape, dtype=dtype), weight.new_empty(shape, dtype=dtype)
 
     def forward(self, x, rope, attn_mask=None, cache=None, length=0):
         """
-        x (B, T, n_embd) -> y (B, T, n_embd). attn_mask: None for causal attention, else bool, True where a
-        query sees a key, broadcast to (B, 1, T, length + T). cache: keys and values, of which `length`
-        tokens are there; those of x are added.
+        x (B, T, n_embd) -> y (B, T, n_embd). attn_mask: None is causal, else bool (B, 1, T or 1, length + T),
+        True where a query sees a key. cache: keys and values of `length` tokens, to which those of x are
+        added.
         """
         B, T, D = x.shape
-        q, k, v = (
-            self.qkv_proj(x).view(B, T, 3, self.n_head, self.head_dim).permute(2, 0, 3, 1, 4)
-        )  # (B, H, T, K)
+        qkv = self.qkv_proj(x).view(B, T, 3, self.n_head, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, head_dim) each
         q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
         if cache is not None:
             for kept, new in zip(cache, (k, v)):
@@ -298,10 +297,7 @@ def core_flops_per_token(config, context):
 
 
 def cache_bytes(config, context, bytes_per_number=4):
-    """
-    Cache of one row of `context` tokens, for one pass through the blocks. The state of KDA is always
-    float32.
-    """
+    """Of the caches of one row, for one pass through the blocks. KDA's state is always float32."""
     full = 2 * context * config.n_embd * bytes_per_number
     kda = 3 * 3 * config.n_embd * bytes_per_number + 4 * config.n_embd * (config.n_embd // config.n_head)
     return sum(full if kind == "a" else kda for kind in layer_kinds(config))
@@ -363,10 +359,7 @@ class Model(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, context, mode="text", training=False):
-        """
-        FLOPs per token, forward, or forward and backward. In puzzles the head runs on few positions: left
-        out.
-        """
+        """Forward, or forward and backward. In puzzles the head runs on few positions and is left out."""
         head = 2 * self.config.n_embd * self.config.vocab_size if mode == "text" else 0
         return (core_flops_per_token(self.config, context) + head) * (3 if training else 1)
 
@@ -415,9 +408,7 @@ class Model(nn.Module):
 
 
 def describe(model, passes=1):
-    """
-    Print parameters by part, FLOPs per token, and the size of caches. passes: through the blocks per token.
-    """
+    """Print parameters by part, FLOPs per token and sizes of caches, for `passes` through the blocks."""
     config, n = model.config, model.num_params()
     parts = {"embedding and head": model.wte.weight.numel()}
     for block in model.blocks:

@@ -124,7 +124,9 @@ def grid_lines(idx, positions):
     down = (in_column * 64 + row).argsort(dim=1, stable=True)
     by_tile = in_tile.argsort(dim=1, stable=True)
     by_cell = torch.where(alone, at, key(pair, row, column).argsort(dim=1, stable=True))
-    by_cell_back = torch.where(alone, at.flip(1), key(pair, 63 - row, 63 - column).argsort(dim=1, stable=True))
+    by_cell_back = torch.where(
+        alone, at.flip(1), key(pair, 63 - row, 63 - column).argsort(dim=1, stable=True)
+    )
     in_pairs = torch.where(alone, in_row, pad)
     orders = [at, at.flip(1), down, down.flip(1), by_tile, by_tile.flip(1), by_cell, by_cell_back]
     lines = [in_row, in_row, in_column, in_column, in_tile, in_tile, in_pairs, in_pairs]
@@ -211,6 +213,14 @@ def init_weights(model):
             nn.init.normal_(last.weight, std=(2 / c.n_layer / last.in_features) ** 0.5)
 
 
+def latent_recursion(f, x, y, z, n):
+    """Improve the latent n times, then the answer once."""
+    for _ in range(n):
+        z = f(x + y + z)
+    y = f(y + z)
+    return y, z
+
+
 class Model(nn.Module):
     Config = Config
     puzzle_format = "canvas"
@@ -272,12 +282,6 @@ class Model(nn.Module):
 
     # ---- the recursion
 
-    def latent_recursion(self, f, x, y, z, n):
-        for _ in range(n):
-            z = f(x + y + z)
-        y = f(y + z)
-        return y, z
-
     def deep_recursion(self, x, y, z, layout):
         """x, y, z (B, T, n_embd), layout as in run_blocks -> y, z. A supervision step, but for the loss."""
         c = self.config
@@ -287,9 +291,9 @@ class Model(nn.Module):
 
         with torch.no_grad():
             for _ in range(c.n_recursion - c.n_grad):
-                y, z = self.latent_recursion(f, x, y, z, c.n_latent)
+                y, z = latent_recursion(f, x, y, z, c.n_latent)
         for _ in range(c.n_grad):
-            y, z = self.latent_recursion(f, x, y, z, c.n_latent)
+            y, z = latent_recursion(f, x, y, z, c.n_latent)
         return y, z
 
     def start(self, x):
@@ -303,28 +307,22 @@ class Model(nn.Module):
     # ---- text
 
     def empty_cache(self, batch_size, length):
-        """Each pass has caches of its own: what a token was in pass 2, later tokens look up in pass 2."""
-        passes, _ = self.passes("text")
-        return [t for _ in range(passes) for t in model_dense.empty_cache(self.blocks, batch_size, length)]
+        """For both passes: what a token was in the second, later tokens look up in the second."""
+        return [t for _ in range(2) for t in model_dense.empty_cache(self.blocks, batch_size, length)]
 
     def hidden(self, idx, starts=None, attn_mask=None, positions=None, cache=None, length=0):
         """As in Route A: idx (B, T) of text -> y (B, T, n_embd), which the head reads."""
         positions = arc.positions(idx) if positions is None else positions
         attn_mask = document_mask(starts) if attn_mask is None else attn_mask
-        layout = self.rope(positions), attn_mask, starts
-        done = 0
-
-        def f(h):
-            nonlocal done
-            layers = None if cache is None else cache[done : done + len(self.blocks)]
-            h = run_blocks(self.blocks, h, layout, layers, length, self.config.recompute)
-            if cache is not None:
-                cache[done : done + len(self.blocks)] = layers
-            done += len(self.blocks)
-            return h
-
+        layout, recompute = (self.rope(positions), attn_mask, starts), self.config.recompute
+        half = len(self.blocks)
+        first, second = (None, None) if cache is None else (cache[:half], cache[half:])
         x = self.wte(idx) * self.config.n_embd**0.5
-        y, _ = self.latent_recursion(f, x, *self.start(x), n=1)
+        y, z = self.start(x)
+        z = run_blocks(self.blocks, x + y + z, layout, first, length, recompute)
+        y = run_blocks(self.blocks, y + z, layout, second, length, recompute)
+        if cache is not None:
+            cache[:] = first + second
         return y
 
     def forward_text(self, idx, targets):

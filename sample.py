@@ -189,7 +189,7 @@ def draw(task, cells, words, wrong=None):
 
 
 def save_gif(task, steps, path):
-    """The film of what `canvas_steps` returned, gliding from step to step. What is wrong at last is framed."""
+    """The film of what `canvas_steps` returned, gliding from step to step, what is wrong at last framed."""
     question, expected = task.test[0]
     H, W = steps[0][0].shape[:2]
 

@@ -75,13 +75,6 @@ def test_a_puzzle_is_shown_and_judged(name, n_sup, checkpoints, capsys):
     assert steps == ([str(n) for n in range(1, (n_sup or 3) + 1)] if name == "trm" else [])
 
 
-def test_verdicts():
-    a = tiny.grid("12/34")
-    assert sample.verdict(a, a.copy()) == "correct"
-    assert sample.verdict(a, a.T) == "wrong in 2 of 4 cells"
-    assert sample.verdict(a[:1], a) == "wrong: 1x2, where 2x2 is expected"
-
-
 @pytest.mark.parametrize(
     "args, words",
     [

@@ -284,6 +284,20 @@ def test_answers_step_by_step_alone_and_in_batches():
     assert len(model.answer(TASKS[:1], n_sup=2, trace=True)[0][0]) == 2
 
 
+@torch.no_grad()
+def test_answer_logits_are_those_of_the_forward():
+    model, task = trm(2), TASKS[0]
+    H, W = arc.canvas_shape(task.train, task.test[0][0])
+    answer = np.random.default_rng(0).integers(0, 10, (H - 1, W)).astype(np.uint8)
+    ids = arc.encode_prompt(task.kind, task.train, task.test[0][0], canvas=(H, W)).astype(np.int64)
+    want = model(torch.from_numpy(ids)[None], mode="puzzle")[0][0].log_softmax(-1)[-H * (W + 1) :]
+    want = want.view(H, W + 1, 11)[:-1, :-1].gather(2, torch.from_numpy(answer.astype(np.int64))[..., None])
+    too_high = np.zeros((H + 1, 1), np.uint8)
+    for given, got in ((answer, want[..., 0].numpy()), (None, None), (too_high, None)):
+        ((log_p,),) = model.answer_logits([task], [[given]])
+        assert (log_p is None and got is None) or np.allclose(log_p, got, atol=1e-4)
+
+
 def test_the_most_probable_answer_comes_first():
     a, b, c = (np.array([[i]], np.uint8) for i in range(3))
     steps = [(a, 0.5), (b, 0.9), (None, 1.0), (b, 0.2), (c, 0.5), (a, 0.4)]
@@ -310,26 +324,6 @@ def test_rows_that_halt_leave_the_batch_and_the_others_do_not_notice():
     assert all(len(trace) == 1 for task in model.answer(TASKS, trace=True, halt=0.5) for trace in task)
 
 
-@torch.no_grad()
-def test_answer_logits_are_those_of_the_forward():
-    model, rng = trm(2), np.random.default_rng(0)
-    shapes = [[arc.canvas_shape(t.train, x) for x, _ in t.test] for t in TASKS]
-    answers = [[rng.integers(0, 10, s).astype(np.uint8)[: s[0] - 1 or 1] for s in some] for some in shapes]
-    answers[1][0] = None
-    answers[3][0] = np.zeros((shapes[3][0][0] + 1, 1), np.uint8)  # higher than the canvas
-    out = model.answer_logits(TASKS, answers)
-    assert out[1][0] is None and out[3][0] is None
-    for task, some, given, got in zip(TASKS, shapes, answers, out):
-        for (test_input, _), (H, W), answer, log_p in zip(task.test, some, given, got):
-            if log_p is None:
-                continue
-            ids = arc.encode_prompt(task.kind, task.train, test_input, canvas=(H, W)).astype(np.int64)
-            want = model(torch.from_numpy(ids)[None], mode="puzzle")[0][0].log_softmax(-1)[-H * (W + 1) :]
-            assert log_p.shape == answer.shape
-            for (r, c), colour in np.ndenumerate(answer):
-                assert abs(log_p[r, c] - want[r * (W + 1) + c, int(colour)].item()) < 1e-3
-
-
 @pytest.mark.parametrize("part", ("wte", "q_head"))
 def test_a_diverged_model_answers_nothing(part):
     model = trm()
@@ -345,7 +339,7 @@ def test_a_diverged_model_answers_nothing(part):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
 def test_vectors_and_gradients_stay_bounded_at_the_published_depth(dtype):
     """
-    16 supervision steps of 21 passes through 8 layers; in float16 with a loss scale as a GradScaler finds it.
+    8 supervision steps of 21 passes through 8 layers; in float16 with a loss scale as a GradScaler finds it.
     A pass hands back about as much gradient as it gets.
     """
     torch.manual_seed(0)
@@ -360,7 +354,7 @@ def test_vectors_and_gradients_stay_bounded_at_the_published_depth(dtype):
             output[0].register_hook(lambda g: back.append(g.float().norm().item() / scale))
 
     model.blocks[-1].register_forward_hook(look)
-    for _ in range(16 if dtype == torch.float32 else 2):
+    for _ in range(8 if dtype == torch.float32 else 2):
         sizes.clear()
         back.clear()
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
