@@ -1,132 +1,180 @@
-"""bench/kda.py measures what it says it measures; how fast that is never fails a test."""
+"""bench/: rows are what they say, on tiny shapes in this process; how fast that is never fails a test."""
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import torch
+from scripts import STAGE
 
-from bench import kda as bench_kda
+import prepare
+from bench import compare, decode, plan
 from bench import train as bench_train
 from smol import checkpoint
 
-ROOT = Path(__file__).parent.parent
 CONFIG = """
 model = "dense"
 n_layer, n_head, n_embd, n_ff = 4, 2, 16, 24
 block_size, batch_size, gradient_accumulation_steps, max_iters = 32, 2, 6, 100
 optimizer = "adamw"
 """
+TINY = {"n_layer": 4, "n_head": 2, "n_embd": 16, "n_ff": 24}
+NANOGPT = """
+import torch, torch.nn as nn, torch.nn.functional as F
+from dataclasses import dataclass
+
+@dataclass
+class GPTConfig:
+    block_size: int; vocab_size: int; n_layer: int; n_head: int; n_embd: int; dropout: float; bias: bool
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(config.vocab_size, config.n_embd), "wpe": nn.Embedding(config.block_size, config.n_embd),
+            "h": nn.ModuleList([nn.Linear(config.n_embd, config.n_embd)])})
+    def forward(self, idx, targets=None):
+        x = self.transformer.wte(idx)
+        logits = self.transformer.h[0](x) @ self.transformer.wte.weight.T
+        return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    def generate(self, idx, max_new_tokens, top_k=None):
+        return torch.cat([idx, self(idx)[0][:, -1:].argmax(-1)], 1)
+"""
 
 
-def test_kda_rows_have_a_rival_and_a_ratio(monkeypatch, capsys):
-    monkeypatch.setattr(bench_kda, "CPU_SHAPES", [(1, 32, 2, 8)])
-    monkeypatch.setattr(bench_kda, "LAYER_SHAPES", [(2, 16, 24, 2)])
-    monkeypatch.setattr(bench_kda, "DECODING_SHAPES", [(2, 2, 8)])
-    monkeypatch.setattr("sys.argv", ["kda", "--json"])
-    bench_kda.main()
-    report = json.loads(capsys.readouterr().out)
-    assert report["torch"] == torch.__version__ and report["matmul_gflops"] > 0
-    assert [r["what"] for r in report["rows"]] == ["operator", "layer", "decoding step"]
-    for row in report["rows"][:2]:
-        assert row["forward_ms"] > 0 and row["both_ms"] > 0 and row["rivals"]
-        for rival in row["rivals"].values():
-            assert rival["ratio"] == row["both_ms"] / rival["both_ms"]
-    monkeypatch.setattr("sys.argv", ["kda"])
-    bench_kda.main()
-    assert "scaled_dot_product_attention" in capsys.readouterr().out
+@pytest.fixture
+def nanogpt(tmp_path):
+    """A stand-in with the names that nanoGPT's model.py has."""
+    (tmp_path / "model.py").write_text(NANOGPT)
+    return str(tmp_path)
 
 
-def test_peak_memory_sees_what_was_freed_again():
-    def run():
-        return (torch.ones(25_000_000) * 2).sum()  # 100 MB twice
-
-    assert 150 < bench_kda.peak_mb(run, "cpu") < 300
-    assert bench_kda.peak_mb(lambda: None, "cpu") < 20
-
-
-def run(*words):
-    return subprocess.run(
-        [sys.executable, "-m", "bench.train", *words], capture_output=True, text=True, timeout=300, cwd=ROOT
-    )
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "small.py").write_text(CONFIG)
+    return str(tmp_path / "small.py")
 
 
 def test_the_plain_gpt_is_as_large_as_route_a():
     for settings in (bench_train.SMALL, {}):
         plain = checkpoint.make_model("dense", bench_train.same_size_gpt(settings))
+        route_a = checkpoint.make_model("dense", settings)
         assert plain.config.layer_pattern == "a"
-        assert plain.num_params() == pytest.approx(
-            checkpoint.make_model("dense", settings).num_params(), rel=0.003
-        )
+        assert plain.num_params() == pytest.approx(route_a.num_params(), rel=0.003)
 
 
-def test_a_training_step_is_timed_in_a_process_of_its_own():
+def test_a_training_step_is_timed_in_a_process_of_its_own(nanogpt):
     spec = {
         "model": "trm",
-        "settings": {"n_layer": 4, "n_head": 2, "n_embd": 16, "n_ff": 24},
+        "settings": TINY,
         "rows": 2,
         "T": 16,
         "steps": 1,
         "dtype": "float32",
         "device": "cpu",
-        "optimizer": "muon",
-        "recompute": True,
-        "batches": 2,
     }
+    spec |= {"optimizer": "muon", "recompute": True, "compile": False}
     figures = bench_train.apart(spec)
-    assert figures["tokens_per_second"] == pytest.approx(2 * 2 * 16 / (figures["ms"] / 1000))
+    assert figures["tokens_per_second"] == pytest.approx(2 * 16 / (figures["ms"] / 1000))
     assert figures["params"] > 800_000 and figures["memory_gb"] > 0.1
     assert (
         bench_train.apart({**spec, "model": "dense", "T": 10_000_000, "rows": 1000}) is None
-    )  # more memory than there is
+    )  # out of memory
     with pytest.raises(ValueError, match="n_head=3"):
-        bench_train.apart({**spec, "settings": {**spec["settings"], "n_head": 3}})
+        bench_train.apart({**spec, "settings": {**TINY, "n_head": 3}})
+    assert bench_train.apart({**spec, "model": "nanogpt", "path": nanogpt})["tokens_per_second"] > 0
 
 
-def test_train_puts_both_routes_beside_a_plain_gpt():
-    done = run("train", "--json", "--size=small", "--lengths=16", "--tokens=16", "--steps=1")
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert [r["what"] for r in report["rows"]] == ["plain GPT", "Route A", "Route B"] and report["rows"][0][
-        "ratio"
-    ] == 1
-    assert all(
-        r["ratio"] == r["tokens_per_second"] / report["rows"][0]["tokens_per_second"] for r in report["rows"]
+def test_both_routes_stand_beside_a_plain_gpt_and_a_config_gets_its_fastest_way(
+    config, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(bench_train, "apart", bench_train.one_step)
+    monkeypatch.setattr(bench_train, "limit_memory", lambda: None)
+    monkeypatch.setattr(bench_train, "SMALL", TINY)
+    path = str(tmp_path / "rows.json")
+    bench_train.main(["--size=small", "--lengths=(16,)", "--tokens=16", "--steps=1", f"--json_file={path}"])
+    rows = json.load(open(path))
+    assert [r["what"] for r in rows] == ["plain GPT", "Route A", "Route B"]
+    assert all(r["ratio"] == r["tokens_per_second"] / rows[0]["tokens_per_second"] for r in rows)
+    bench_train.main([config, "--steps=1", "--most_rows=1"])
+    found = re.search(
+        r"^--batch_size=(\d+) --gradient_accumulation_steps=(\d+) ", capsys.readouterr().out, re.M
     )
+    assert int(found[1]) * int(found[2]) == 12  # the global batch stays what it is
 
 
-def test_sweep_ends_with_arguments_that_keep_the_global_batch(tmp_path):
-    (tmp_path / "small.py").write_text(CONFIG)
-    done = run("sweep", str(tmp_path / "small.py"), "--steps=1", "--most_rows=1")
-    assert done.returncode == 0, done.stderr
-    rows, steps = map(
-        int,
-        re.search(
-            r"^--batch_size=(\d+) --gradient_accumulation_steps=(\d+) --dtype=", done.stdout, re.M
-        ).groups(),
-    )
-    assert rows * steps == 12
-
-
-def test_plan_counts_tokens_hours_and_memory(tmp_path):
-    (tmp_path / "small.py").write_text(CONFIG)
-    (tmp_path / "log.jsonl").write_text(
+def test_plan_counts_tokens_hours_and_memory(config, tmp_path, capsys):
+    log = tmp_path / "log.jsonl"
+    log.write_text(
         "".join(json.dumps({"iter": i, "tokens_per_second": x}) + "\n" for i, x in enumerate((1, 10, 30)))
     )
-    done = run("plan", str(tmp_path / "small.py"), "max_iters=1000", f"--log={tmp_path / 'log.jsonl'}")
-    assert done.returncode == 0, done.stderr
-    tokens = 1000 * 2 * 6 * 32
-    assert f"1,000 steps of 384 tokens = {tokens / 1e9:.2f}B" in done.stdout
-    assert f"hours: {tokens / 10 / 3600:.1f} at the 10 tokens/s measured" in done.stdout
-    assert "kB a token" in done.stdout and "of 16 GB" in done.stdout
-    for words, part in (
-        (["plan", "config/none.py"], "config/none.py"),
-        (["plan", str(tmp_path / "small.py"), "--card=T1000"], "T1000"),
-        (["sweep", str(tmp_path / "small.py"), "batch=2"], "'batch'"),
-    ):
-        done = run(*words)
-        assert done.returncode == 1 and part in done.stderr, done.stderr
-        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    plan.main([config, "--max_iters=1000", f"--log={log}"])
+    out, tokens = capsys.readouterr().out, 1000 * 2 * 6 * 32
+    assert f"1,000 steps of 384 tokens = {tokens / 1e9:.2f}B" in out
+    assert (
+        f"hours: {tokens / 10 / 3600:.1f} at 10 tokens/s" in out and "kB a token" in out and "of 16 GB" in out
+    )
+    with pytest.raises(SystemExit, match="error: card must be one of"):
+        plan.main([config, "--card=T1000"])
+
+
+def test_decode_rows(nanogpt, tmp_path):
+    path = str(tmp_path / "rows.json")
+    decode.main(
+        [
+            "--contexts=(30, 300)",
+            "--batches=(1, 2)",
+            "--steps=1",
+            f"--model={TINY}",
+            f"--nanogpt={nanogpt}",
+            f"--json_file={path}",
+        ]
+    )
+    rows = json.load(open(path))
+    assert [(r["context"], r["batch"], r["name"]) for r in rows] == [
+        *[(n, 1, name) for n in (30, 300) for name in ("Route A", "attention", "nanoGPT")],
+        *[(30, 2, name) for name in ("Route A", "attention")],
+    ]
+    size = {(r["context"], r["batch"], r["name"]): r["cache_mb"] for r in rows}
+    assert size[300, 1, "attention"] - size[30, 1, "attention"] == pytest.approx(4 * 2 * 270 * 16 * 4 / 1e6)
+    assert size[300, 1, "Route A"] - size[30, 1, "Route A"] == pytest.approx(2 * 270 * 16 * 4 / 1e6)
+
+
+def test_contenders_train_through_train_py_for_equal_seconds(tmp_path):
+    settings = "--n_layer=4 --n_head=2 --n_embd=16 --n_ff=24 --block_size=256 --batch_size=1 --eval_batches=1"
+    contenders = [f"A: {settings} --model=dense", f"B: {settings} --model=trm --n_sup=2"]
+    compare.main(
+        [
+            *contenders,
+            "--puzzle=sudoku4-4-6",
+            "--seconds=1",
+            "--points=2",
+            "--n_train=300",
+            "--n_test=3",
+            "--n_sup=(1, 2)",
+            f"--out_dir={tmp_path}",
+        ]
+    )
+    rows = json.load(open(tmp_path / "compare.json"))["rows"]
+    assert [(r["name"], list(r["curve"][-1]["solved"])) for r in rows] == [("A", [""]), ("B", ["1", "2"])]
+    for row in rows:
+        seconds = [p["seconds"] for p in row["curve"]]
+        assert len(seconds) == 2 and seconds == sorted(seconds) and row["curve"][-1]["tokens"] > 0
+    assert (tmp_path / "compare.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_nanogpt_learns_the_text_of_the_demo_beside_route_a(nanogpt, tmp_path):
+    prepare.main(["demo", f"--data_dir={tmp_path / 'data'}", *STAGE])
+    settings = "--n_layer=4 --n_head=2 --n_embd=16 --n_ff=24 --block_size=256 --batch_size=1 --eval_batches=1"
+    compare.main(
+        [
+            f"A: {settings}",
+            f"--nanogpt={nanogpt}",
+            f"--nanogpt_settings={TINY}",
+            f"--data_dir={tmp_path / 'data'}",
+            "--seconds=1",
+            "--points=2",
+            f"--out_dir={tmp_path / 'out'}",
+        ]
+    )
+    rows = json.load(open(tmp_path / "out/compare.json"))["rows"]
+    assert [r["name"] for r in rows] == ["A", "nanoGPT"] and rows[1]["curve"][-1]["val_loss"] < 11

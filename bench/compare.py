@@ -1,0 +1,366 @@
+r"""
+Contenders on the same data, one thread and equal seconds each: exact answers to unseen puzzles, or loss on
+text.
+
+    python -m bench.compare "B: config/route_b_demo.py --n_latent=1" "A: config/route_a_demo.py" \
+        --puzzle=sudoku9-10-40 --trm=PATH                                 beside published TRM
+    python -m bench.compare "A: config/route_a_demo.py" --nanogpt=PATH    on the demo's text, beside nanoGPT
+
+A contender is a name and what train.py is called with; it trains through train.py itself, with as many steps
+as fit into the seconds. Learning rates are the caller's: give every contender its best. Rivals train on the
+same batches in a loop of their own, with the same schedule. Everything is kept in out_dir, so that a run that
+was killed goes on. Before this: train.py, model_trm.py.
+"""
+
+import glob
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import configurator
+from bench.train import load_nanogpt
+from smol import arc, checkpoint, loader, puzzles, runtime, snapshots, solve
+from smol import tokenizer as tok
+from smol.files import save_picture
+
+# ---- what on
+# sudoku4-MIN-MAX or sudoku9-MIN-MAX (blanks; the test has MAX), maze-SIDE, turn; '' for the demo's text
+puzzle = ""
+n_train = 20000  # different puzzles to train on
+n_test = 100
+text = {"stdlib": 1, "langref": 1, "docstrings": 1, "arithmetic": 1}  # sources of text, with their shares
+data_dir = "data"  # where `python prepare.py demo` put that text
+# ---- how long
+seconds = 240.0  # of training, for each
+points = 8  # checkpoints on the way that are evaluated
+seeds = 1
+n_sup = (4, 16)  # Route B: supervision steps when answering
+# ---- rivals
+trm = ""  # path of a checkout of github.com/SamsungSAILMontreal/TinyRecursiveModels; sudokus only
+trm_mixer = True  # its MLP across the cells in place of attention
+trm_settings = {"hidden_size": 128, "H_cycles": 1, "L_cycles": 1, "L_layers": 2, "halt_max_steps": 4}
+nanogpt = ""  # path of a checkout of github.com/karpathy/nanoGPT; text only
+nanogpt_settings = {"n_layer": 8, "n_head": 2, "n_embd": 64}
+rival_learning_rate = 1e-3
+rival_rows = 10  # of a batch
+# ---- where
+out_dir = "out/compare"
+
+RANGES = {"[1, inf)": "n_train n_test points seeds rival_rows", "(0, inf)": "seconds rival_learning_rate"}
+ROOT = Path(__file__).parent.parent
+BETAS, EMA = (0.9, 0.95), 0.999
+WARMUP, DECAY = 0.05, 0.4  # shares of the run in which the learning rate goes up, and down to zero
+
+
+# ----------------------------------------------------------------------------------------------------
+# data
+
+
+def draw(kind, rng, test=False):
+    """One arc.Task of a kind such as 'sudoku9-10-40'. ValueError for a kind that there is not."""
+    if match := re.fullmatch(r"sudoku([49])-(\d+)-(\d+)", kind):
+        side, low, high = map(int, match.groups())
+        blanks = high if test else int(rng.integers(low, high + 1))
+        return puzzles.sudoku(rng, side, blanks, "test" if test else "train")
+    if match := re.fullmatch(r"maze-(\d+)", kind):
+        return puzzles.maze(rng, int(match[1]), int(match[1]))
+    if kind == "turn":  # one of eight turns and mirrorings, which two demonstrations tell
+        turn, pairs = int(rng.integers(8)), []
+        for _ in range(3):
+            grid = rng.integers(0, 10, (3, 3)).astype(np.uint8)
+            pairs.append((grid, arc.augment(arc.Augment(turn, tuple(range(10))), grid)))
+        return arc.Task("turn", "arc", pairs[:2], pairs[2:])
+    raise ValueError(f"--puzzle={kind}: there are sudoku4-MIN-MAX, sudoku9-MIN-MAX, maze-SIDE and turn")
+
+
+def make_puzzles(c, folder):
+    """Write a stage `compare` of training puzzles; returns the test tasks, none of which is among them."""
+    rng, tests = np.random.default_rng(31337), {}
+    while len(tests) < c.n_test:
+        task = draw(c.puzzle, rng, test=True)
+        tests[puzzles.task_hash(task)] = task
+    if not (folder / "stages/compare/manifest.jsonl").exists():
+        rng, documents = np.random.default_rng(1), {}
+        for _ in tqdm(range(c.n_train), desc="puzzles", leave=False):
+            task = draw(c.puzzle, rng)
+            document = arc.encode(task.kind, [*task.train, *task.test])
+            if puzzles.task_hash(task) not in tests:
+                documents[document.tobytes()] = document
+        augment = "sudoku" if "sudoku" in c.puzzle else "dihedral"
+        about = {"source": "compare", "group": "synth", "kind": "puzzle", "augment": augment}
+        every = list(documents.values())
+        entries = [
+            snapshots.write_shard(folder, about, "train", every[50:]),
+            snapshots.write_shard(folder, about, "val", every[:50]),
+        ]
+        mixture = {"stage": "compare", "seed": 1, "tokenizer": tok.fingerprint()}
+        mixture |= {"weights": {"compare": 1.0}, "groups": {"synth": 1.0}, "origin": c.puzzle}
+        snapshots.write_stage(folder, "compare", entries, mixture, {})
+    return list(tests.values())
+
+
+# ----------------------------------------------------------------------------------------------------
+# contenders: through train.py
+
+
+def train_contender(c, arguments, seed, out):
+    """Train for c.seconds; returns the paths of the checkpoints on the way, in order."""
+    data = ["--data=demo", f"--mixture={c.text}", f"--data_dir={c.data_dir}"]
+    if c.puzzle:
+        data = ["--data=compare", "--mixture={'compare': 1}", f"--data_dir={Path(c.out_dir) / 'data'}"]
+    command = [sys.executable, "train.py", *shlex.split(arguments), *data, f"--seed={seed}", "--device=cpu"]
+
+    def run(folder, steps, *more):
+        schedule = [f"--warmup_iters={int(WARMUP * steps)}", f"--decay_iters={int(DECAY * steps)}"]
+        done = subprocess.run(
+            [*command, f"--out_dir={folder}", f"--max_iters={steps}", "--schedule=wsd", *schedule, *more],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+        )
+        if done.returncode:
+            raise ValueError(f"train.py failed for {arguments!r}: see above")
+        return [e for e in runtime.read_log(os.path.join(folder, "log.jsonl")) if "loss" in e]
+
+    probe = run(f"{out}-probe", 40, "--log_interval=10", "--eval_interval=40", "--overwrite=True")
+    per_step = (probe[-1]["seconds"] - probe[0]["seconds"]) / (probe[-1]["iter"] - probe[0]["iter"])
+    steps = max(c.points, int(c.seconds / per_step))
+    run(out, steps, f"--eval_interval={steps // c.points}", f"--keep_every={steps // c.points}")
+    return sorted(glob.glob(f"{out}/ckpt_[0-9]*.pt"), key=lambda p: int(re.findall(r"\d+", p)[-1]))
+
+
+def solved(net, tasks, n_sup=None):
+    """How many tasks the model answers exactly, the first answer alone."""
+    how = {"n_sup": n_sup} if n_sup else {}
+    answers = net.answer(solve.without_answers(tasks), **how)
+    return sum(bool(a[0]) and np.array_equal(a[0][0][0], t.test[0][1]) for a, t in zip(answers, tasks))
+
+
+def curve_of(c, paths, tasks):
+    """[{seconds, tokens, loss or solved}] of a run's checkpoints."""
+    curve = []
+    for path in paths:
+        net, saved = checkpoint.load_model(path)
+        point = {k: saved["train"][k] for k in ("iter", "seconds", "tokens", "val_loss")}
+        if tasks:
+            steps = c.n_sup if net.puzzle_format == "canvas" else (None,)
+            point["solved"] = {str(n or ""): solved(net, tasks, n) for n in steps}
+        curve.append(point)
+    return curve, net.num_params()
+
+
+# ----------------------------------------------------------------------------------------------------
+# rivals: a loop of their own, on batches that were made before
+
+
+def rate_at(share):
+    """The learning rate's factor after this share of the run."""
+    return min(1.0, share / WARMUP, (1 - share) / DECAY)
+
+
+def train_rival(c, net, loss_of, batches, evaluate):
+    """Train for c.seconds of this thread; evaluate(averaged net) at every point. Returns the curve."""
+    optimizer = torch.optim.AdamW(net.parameters(), lr=c.rival_learning_rate, betas=BETAS, weight_decay=0.1)
+    average = torch.optim.swa_utils.AveragedModel(
+        net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(EMA)
+    )
+    spent, tokens, steps, curve = 0.0, 0, 0, []
+    while spent < c.seconds:
+        batch = batches[steps % len(batches)]
+        start = time.process_time()
+        for group in optimizer.param_groups:
+            group["lr"] = c.rival_learning_rate * max(0.0, rate_at(spent / c.seconds))
+        net.train()
+        loss_of(net, batch).backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        average.update_parameters(net)
+        spent += time.process_time() - start
+        tokens, steps = tokens + batch[0].numel(), steps + 1
+        if spent >= c.seconds * (len(curve) + 1) / c.points:
+            curve.append(
+                {"iter": steps, "seconds": spent, "tokens": tokens, **evaluate(average.module.eval())}
+            )
+    return curve
+
+
+def rival_trm(c, seed, tasks):
+    """Published TRM on sudokus: cells as tokens 1 to 10, no embedding of the task."""
+    sys.path.insert(0, c.trm)
+    from models.losses import ACTLossHead
+    from models.recursive_reasoning.trm import TinyRecursiveReasoningModel_ACTV1
+
+    torch.manual_seed(seed)
+    rng, cells = np.random.default_rng(seed), tasks[0].test[0][0].size
+    config = {"batch_size": c.rival_rows, "seq_len": cells, "num_puzzle_identifiers": 1, "vocab_size": 11}
+    config |= {"puzzle_emb_ndim": 0, "puzzle_emb_len": 0, "H_layers": 0, "expansion": 4, "num_heads": 4}
+    config |= {"pos_encodings": "none" if c.trm_mixer else "rope", "mlp_t": c.trm_mixer}
+    config |= {"halt_exploration_prob": 0.1, "forward_dtype": "float32", **c.trm_settings}
+    net = ACTLossHead(TinyRecursiveReasoningModel_ACTV1(config), "stablemax_cross_entropy")
+
+    def as_batch(some):
+        grids = [np.stack([t.test[0][i].ravel() for t in some]).astype(np.int64) + 1 for i in (0, 1)]
+        return torch.from_numpy(grids[0]), torch.from_numpy(grids[1])
+
+    made = [draw(c.puzzle, rng) for _ in tqdm(range(c.n_train), desc="puzzles", leave=False)]
+    batches = [as_batch(made[i : i + c.rival_rows]) for i in range(0, len(made) - c.rival_rows, c.rival_rows)]
+    carry = None
+
+    def loss_of(net, batch):
+        nonlocal carry
+        inputs, labels = batch
+        data = {
+            "inputs": inputs,
+            "labels": labels,
+            "puzzle_identifiers": torch.zeros(len(inputs), dtype=torch.long),
+        }
+        if carry is None:
+            carry = net.initial_carry(data)
+        carry, loss, *_ = net(return_keys=[], carry=carry, batch=data)
+        return loss / len(inputs)
+
+    @torch.no_grad()
+    def evaluate(net):
+        inputs, labels = as_batch(tasks)
+        data = {
+            "inputs": inputs,
+            "labels": labels,
+            "puzzle_identifiers": torch.zeros(len(inputs), dtype=torch.long),
+        }
+        state, found = net.initial_carry(data), {}
+        for step in range(1, max(c.n_sup) + 1):
+            state.halted = torch.full_like(state.halted, step == 1)
+            state, outputs = net.model(carry=state, batch=data)
+            if step in c.n_sup:
+                found[str(step)] = int((outputs["logits"].argmax(-1) == labels).all(1).sum())
+        return {"solved": found}
+
+    return train_rival(c, net, loss_of, batches, evaluate), sum(p.numel() for p in net.parameters())
+
+
+def rival_nanogpt(c, seed):
+    """nanoGPT's model on the batches that train.py's loader makes of the demo's text."""
+    gpt = load_nanogpt(c.nanogpt)
+    torch.manual_seed(seed)
+    block = 1024
+    shape = {"block_size": block, "vocab_size": tok.VOCAB_SIZE, "dropout": 0.0, "bias": False}
+    net = gpt.GPT(gpt.GPTConfig(**shape, **c.nanogpt_settings))
+    source = loader.Loader(
+        c.data_dir,
+        "demo",
+        weights=c.text,
+        seed=seed,
+        batch_size=1,
+        block_size=block,
+        batches_per_step=1,
+        puzzle_format="autoregressive",
+    )
+    batches = [(b.idx, b.targets) for _ in range(500) for b in source.next_step()]
+
+    @torch.no_grad()
+    def evaluate(net):
+        losses = {}
+        for name, _, idx, targets in source.val_batches("text", 8):
+            losses.setdefault(name, []).append(loss_of(net, (idx, targets)).item())
+        return {"val_loss": float(np.mean([np.mean(of) for of in losses.values()]))}
+
+    def loss_of(net, batch):
+        logits = net(*batch)[0]
+        return F.cross_entropy(logits.flatten(0, 1), batch[1].flatten(), ignore_index=tok.IGNORE)
+
+    return train_rival(c, net, loss_of, batches, evaluate), sum(p.numel() for p in net.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------
+# all of it
+
+
+def show(rows):
+    for row in rows:
+        last = row["curve"][-1]
+        if "solved" in last:
+            curves = {n: [p["solved"][n] for p in row["curve"]] for n in last["solved"]}
+            result = "; ".join(
+                f"{n + ' steps: ' if n else ''}{' '.join(map(str, of))}" for n, of in curves.items()
+            )
+        else:
+            result = " ".join(f"{p['val_loss']:.3f}" for p in row["curve"])
+        what = f"{row['name']}, seed {row['seed']}: {row['params'] / 1e6:.2f}M parameters, {last['iter']:,} steps"
+        print(f"{what}, {last['tokens']:,} tokens in {last['seconds']:.0f} s\n    {result}")
+
+
+def draw_curves(rows, path):
+    """Result against seconds of training, one line per contender and seed, one colour per contender."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    for row in rows:
+        last = row["curve"][-1]
+        n = list(last["solved"])[-1] if "solved" in last else None
+        values = [p["solved"][n] if "solved" in p else p["val_loss"] for p in row["curve"]]
+        style = {"color": f"C{names.index(row['name'])}", "marker": "."}
+        label = row["name"] if row["seed"] == 1 else None
+        axes.plot([p["seconds"] for p in row["curve"]], values, label=label, **style)
+    axes.set(
+        xlabel="seconds of training, one thread",
+        ylabel="solved" if n is not None else "validation loss, nats",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_picture(figure, path)
+
+
+def main(argv):
+    contenders = [word for word in argv if ": " in word]
+    config, _ = configurator.read(globals(), [word for word in argv if word not in contenders])
+    c, rows = SimpleNamespace(**config), []
+    torch.set_num_threads(1)
+    out = Path(c.out_dir)
+    try:
+        tasks = make_puzzles(c, out / "data") if c.puzzle else []
+        for seed in range(1, c.seeds + 1):
+            todo = {}
+            for text in contenders:
+                name, _, arguments = text.partition(": ")
+                todo[name] = lambda name=name, arguments=arguments: curve_of(
+                    c,
+                    train_contender(c, arguments, seed, str(out / f"{name.replace(' ', '_')}-{seed}")),
+                    tasks,
+                )
+            if c.trm:
+                todo["TRM, mixer" if c.trm_mixer else "TRM, attention"] = lambda: rival_trm(c, seed, tasks)
+            if c.nanogpt:
+                todo["nanoGPT"] = lambda: rival_nanogpt(c, seed)
+            for name, run in todo.items():
+                done = out / f"{name.replace(' ', '_')}-{seed}.json"
+                if not done.exists():
+                    curve, params = run()
+                    row = {"name": name, "seed": seed, "params": params, "curve": curve}
+                    done.parent.mkdir(parents=True, exist_ok=True)
+                    done.write_text(json.dumps(row))
+                rows.append(json.loads(done.read_text()))
+                show(rows[-1:])
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+    draw_curves(rows, str(out / "compare.png"))
+    (out / "compare.json").write_text(
+        json.dumps({"settings": config, "contenders": contenders, "rows": rows})
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

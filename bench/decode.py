@@ -1,0 +1,127 @@
+"""
+Milliseconds and bytes of cache for one more token, by length of the context.
+
+    python -m bench.decode                        the 100M Route A beside full attention in every layer
+    python -m bench.decode --nanogpt=PATH         and beside nanoGPT, which reads the whole context again
+
+All are measured in turns. Before this: smol/engine.py.
+"""
+
+import contextlib
+import json
+import statistics
+import sys
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+import configurator
+from bench.train import clock, load_nanogpt
+from model_dense import Config, Model
+from smol import engine, runtime
+from smol import tokenizer as tok
+from smol.files import write_whole
+
+contexts = (1024, 4096, 16384, 32768)
+batches = (1, 8)  # rows decoded together; the later ones at the last context but one
+steps = 7  # the median counts
+model = {}  # settings of the model, such as {'n_layer': 4}; empty: the 100M one
+nanogpt = ""  # path of a checkout of nanoGPT
+nanogpt_limit = 4096  # longest context that it is given on a CPU
+json_file = ""  # write the rows here as well
+
+RANGES = {"[1, inf)": "steps nanogpt_limit"}
+LAYOUT = "{:>8} {:>5} {:10} {:>11} {:>11} {:>25}"
+
+
+def filled_cache(net, context, rows):
+    """A KVCache of `context` tokens without reading them: a step costs what there is, not what it says."""
+    idx = torch.full((rows, context), 17, device=net.wte.weight.device)
+    return engine.KVCache(net.empty_cache(rows, context + 64), idx, None)
+
+
+@torch.no_grad()
+def measure(c, device):
+    """Rows {context, batch, name, ms, cache_mb, ratio}; ratio: of the ms of full attention to these."""
+    torch.manual_seed(0)
+    nets = {
+        "Route A": Model(Config(**c.model)),
+        "attention": Model(Config(**{**c.model, "layer_pattern": "a"})),
+    }
+    nets = {name: net.to(device).eval() for name, net in nets.items()}
+    for batch in c.batches:
+        for context in c.contexts if batch == c.batches[0] else c.contexts[-2:-1]:
+            caches = {name: filled_cache(net, context, batch) for name, net in nets.items()}
+            megabytes = {
+                name: sum(t.nbytes for layer in cache.layers for t in layer) / 1e6
+                for name, cache in caches.items()
+            }
+            times, token = {name: [] for name in nets}, torch.full((batch,), 17, device=device)
+            for _ in range(2 + c.steps):
+                for name, net in nets.items():
+                    start = clock(device)
+                    x = engine.decode_step(net, token, caches[name])
+                    engine.sample(F.linear(x, net.wte.weight), 0)
+                    times[name].append(1000 * (clock(device) - start))
+            ms = {name: statistics.median(of[2:]) for name, of in times.items()}
+            del caches
+            if c.nanogpt and batch == 1 and (device != "cpu" or context <= c.nanogpt_limit):
+                ms["nanoGPT"], megabytes["nanoGPT"] = (
+                    nanogpt_step(c, nets["Route A"].config, context, device),
+                    0.0,
+                )
+            for name in ms:
+                ratio = ms["attention"] / ms[name]
+                yield dict(
+                    context=context,
+                    batch=batch,
+                    name=name,
+                    ms=ms[name],
+                    cache_mb=megabytes[name],
+                    ratio=ratio,
+                )
+
+
+def nanogpt_step(c, config, context, device):
+    """Milliseconds of nanoGPT's own generate for one token."""
+    gpt = load_nanogpt(c.nanogpt)
+    shape = {k: getattr(config, k) for k in ("n_layer", "n_head", "n_embd")}
+    with contextlib.redirect_stdout(sys.stderr):  # it prints how large it is
+        shape = gpt.GPTConfig(
+            block_size=context + 1, vocab_size=tok.VOCAB_SIZE, dropout=0.0, bias=False, **shape
+        )
+        net = gpt.GPT(shape).to(device).eval()
+    start = clock(device)
+    net.generate(torch.full((1, context), 17, device=device), 1, top_k=1)
+    return 1000 * (clock(device) - start)
+
+
+def main(argv):
+    config, _ = configurator.read(globals(), argv)
+    c, device = SimpleNamespace(**config), "cuda" if torch.cuda.is_available() else "cpu"
+    threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
+    print(f"{runtime.device_name(device)}{threads}, torch {torch.__version__}")
+    print(LAYOUT.format("context", "rows", "", "ms per step", "MB of cache", "times as fast as attention"))
+    rows = []
+    try:
+        for row in measure(c, device):
+            rows.append(row)
+            print(
+                LAYOUT.format(
+                    f"{row['context']:,}",
+                    row["batch"],
+                    row["name"],
+                    f"{row['ms']:.1f}",
+                    f"{row['cache_mb']:.1f}",
+                    f"{row['ratio']:.2f}",
+                )
+            )
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+    if c.json_file:
+        write_whole(json.dumps(rows, indent=2).encode(), c.json_file)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

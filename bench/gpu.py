@@ -1,0 +1,250 @@
+"""
+Everything that only a GPU can tell, in ten minutes and in order of worth.
+
+    python -m bench.gpu                     all parts
+    python -m bench.gpu kda train           these
+    python -m bench.gpu --quick=True        tiny shapes: does the command go through here?
+
+After each part the figures so far are in out_dir/gpu.json and out_dir/gpu.md, so a run that is killed leaves
+what it has. A part that fails says so and the next one begins. The parts: kda (right on this card?), speed
+(beside attention and flash-linear-attention), train (the step of both routes; the largest batch), decode,
+eval (tasks per second) and learn (two minutes of training, and the same steps on the CPU). Before this:
+bench/kda.py, bench/train.py, bench/decode.py.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+import configurator
+import kda
+from bench import decode as bench_decode
+from bench import kda as bench_kda
+from bench import train as bench_train
+from smol import arc, checkpoint, runtime, solve
+from smol.files import write_whole
+
+quick = False  # tiny shapes, for a test of this command
+seconds = 120.0  # of the training run
+data_dir = "data"  # with the demo stage, for the training run
+out_dir = "out/gpu"
+
+PARTS = ("kda", "speed", "train", "decode", "eval", "learn")
+RANGES = {"(0, inf)": "seconds"}
+ROOT = Path(__file__).parent.parent
+TINY = {"n_layer": 4, "n_head": 2, "n_embd": 32, "n_ff": 48}
+# name -> function of a random tensor (B, T, H, K): gates that training, puzzles or a hostile caller could
+# bring
+GATES = {
+    "mild": lambda x: -x.exp() / 20,
+    "strong": lambda x: -16 * torch.nn.functional.softplus(x),
+    "mixed": lambda x: torch.where(x > 0, -50.0, -1e-3),
+    "resets": lambda x: torch.where(x[:, :, :1, :1] > 1.3, -torch.inf, -x.exp() / 20),
+    "none": torch.zeros_like,
+}
+
+
+def part_kda(c, device):
+    """Largest error of outputs and gradients against the recurrence in float64, over the largest value."""
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for name, gate in GATES.items():
+            generator = torch.Generator().manual_seed(0)
+            q, k, v, x = torch.randn(4, 2, 200, 3, 32, generator=generator).unbind(0)
+            beta, state = (
+                torch.rand(2, 200, 3, generator=generator),
+                torch.randn(2, 3, 32, 32, generator=generator),
+            )
+            q, k = (torch.nn.functional.normalize(t, dim=-1) for t in (q, k))
+            inputs = [t.to(dtype) for t in (q, k, v)] + [gate(x), beta.to(dtype), state]
+            exact = outputs_and_gradients([t.double() for t in inputs], "recurrent")
+            found = outputs_and_gradients([t.to(device) for t in inputs], "auto")
+            errors = [
+                ((a.cpu().double() - b).abs().max() / b.abs().max()).item() for a, b in zip(found, exact)
+            ]
+            row = {"dtype": str(dtype)[6:], "gates": name, "output": errors[0], "state": errors[1]}
+            rows.append({**row, "gradients": max(errors[2:]), "backend": kda.choose_backend(device, dtype)})
+    return rows
+
+
+def outputs_and_gradients(inputs, backend):
+    """[output, final state, gradients of q, k, v, g, beta and the initial state]."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    *most, state = leaves
+    o, final = kda.kda(*most, initial_state=state, output_final_state=True, backend=backend)
+    (o.double().sum() + final.double().square().sum()).backward()
+    return [o.detach(), final.detach(), *(t.grad.nan_to_num() for t in leaves)]
+
+
+def part_speed(c, device):
+    """Milliseconds of KDA forward and backward beside its rivals."""
+    return bench_kda.bench_kda(device)
+
+
+def part_train(c, device):
+    """The training step of both routes beside the plain GPT, and the largest batch that fits."""
+    settings = TINY if c.quick else {}
+    contenders = {
+        "plain GPT": ("dense", bench_train.same_size_gpt(settings)),
+        "Route A": ("dense", settings),
+        "Route B": ("trm", settings),
+    }
+    halves = ["float32"] if device == "cpu" else ["bfloat16", "float16"]
+    rows = []
+    for dtype in halves:
+        for compiled in (False, True) if device == "cuda" else (False,):
+            for what, (model, own) in contenders.items():
+                spec = {
+                    "model": model,
+                    "settings": own,
+                    "T": 64 if c.quick else 1024,
+                    "rows": 2 if c.quick else 8,
+                }
+                spec |= {
+                    "dtype": dtype,
+                    "compile": compiled,
+                    "device": device,
+                    "optimizer": "muon",
+                    "steps": 3,
+                }
+                found = bench_train.apart(spec)
+                rows.append(
+                    {"what": what, "compiled": compiled, **shown(spec), **(found or {"failed": "memory"})}
+                )
+    for what, (model, own) in contenders.items():
+        spec = {"model": model, "settings": own, "T": 64 if c.quick else 1024, "rows": 8}
+        spec |= {"dtype": halves[0], "compile": False, "device": device, "optimizer": "muon", "steps": 1}
+        found = best = None
+        while spec["rows"] <= (16 if c.quick else 1024) and (found := bench_train.apart(spec)):
+            best = {"what": f"{what}, most rows", **shown(spec), **found}
+            spec = {**spec, "rows": 2 * spec["rows"]}
+        rows += [best] if best else []
+    return rows
+
+
+def shown(spec):
+    return {k: spec[k] for k in ("T", "rows", "dtype")}
+
+
+def part_decode(c, device):
+    """Milliseconds per token by context."""
+    small = {"contexts": (64, 128), "model": TINY, "steps": 1} if c.quick else {}
+    settings = {**configurator.settings(vars(bench_decode)), **small}
+    return list(bench_decode.measure(SimpleNamespace(**settings), device))
+
+
+def part_eval(c, device):
+    """
+    ARC tasks of the training set per second, by untrained models of full size: an upper bound of the time.
+    """
+    tasks = solve.without_answers(arc.load_tasks("arc1_train"))
+    tasks = [task for task in tasks if sum(x.size + y.size for x, y in task.train) < (60 if c.quick else 700)]
+    tasks = tasks[: 2 if c.quick else 64]
+    rows = []
+    for name in checkpoint.MODEL_FILES:
+        torch.manual_seed(0)
+        model = checkpoint.make_model(name, TINY if c.quick else {}).to(device).eval()
+        half = torch.autocast(device, enabled=device == "cuda", dtype=getattr(torch, half_of(device)))
+        with half, torch.no_grad():
+            model.answer(tasks[:2])
+            start = time.perf_counter()
+            model.answer(tasks)
+            passed = time.perf_counter() - start
+        rows.append({"model": name, "tasks": len(tasks), "tasks_per_second": len(tasks) / passed})
+    return rows
+
+
+def half_of(device):
+    dtype = runtime.pick_dtype("auto", device)
+    return "bfloat16" if dtype == "float32" else dtype
+
+
+def part_learn(c, device):
+    """The demo's Route A for c.seconds here, and the same steps on the CPU: losses by step."""
+    folder = Path(c.out_dir) / "learn"
+    tiny = [f"--{k}={v}" for k, v in TINY.items()] + ["--block_size=256"] if c.quick else []
+    rows = []
+    for where, more in ((device, [f"--max_hours={c.seconds / 3600}"]), ("cpu", ["--max_iters=20"])):
+        command = [sys.executable, "train.py", "config/route_a_demo.py", *tiny, f"--data_dir={c.data_dir}"]
+        command += [
+            f"--out_dir={folder / where}",
+            "--overwrite=True",
+            "--log_interval=5",
+            f"--device={where}",
+        ]
+        if rows and where == device:
+            break
+        subprocess.run([*command, *more], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        for entry in runtime.read_log(folder / where / "log.jsonl"):
+            if "loss" in entry and entry["iter"] in (5, 10, 15, 20, 50, 100, 150, 200, 250):
+                figures = {k: entry.get(k) for k in ("iter", "loss", "tokens_per_second", "mfu")}
+                rows.append({"device": where, **figures})
+    return rows
+
+
+def as_markdown(report):
+    """The report as tables, a part each."""
+    out = [f"# {report['card']}, PyTorch {report['torch']}, Triton {report['triton']}"]
+    for part, found in report["parts"].items():
+        out.append(f"\n## {part}, {found['seconds']:.0f} s\n")
+        if "failed" in found:
+            out.append(f"failed: {found['failed']}")
+            continue
+        rows = [flat(row) for row in found["rows"]]
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        out += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        out += ["| " + " | ".join(as_cell(row.get(key, "")) for key in columns) + " |" for row in rows]
+    return "\n".join(out) + "\n"
+
+
+def flat(row):
+    """{'a': {'b': 1}} -> {'a b': 1}, at any depth."""
+    found = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            found |= {f"{key} {k}": v for k, v in flat(value).items()}
+        else:
+            found[key] = value
+    return found
+
+
+def as_cell(value):
+    return f"{value:.3g}" if isinstance(value, float | np.floating) else str(value)
+
+
+def main(argv):
+    config, parts = configurator.read(globals(), argv, usage=f"[{' '.join(PARTS)}]")
+    c, device = SimpleNamespace(**config), "cuda" if torch.cuda.is_available() else "cpu"
+    for part in parts:
+        if part not in PARTS:
+            sys.exit(f"error: there is no part {part!r}: {', '.join(PARTS)}")
+    triton = kda.triton.__version__ if kda.triton else None
+    report = {"card": runtime.device_name(device), "torch": torch.__version__, "triton": triton, "parts": {}}
+    os.makedirs(c.out_dir, exist_ok=True)
+    for part in parts or PARTS:
+        print(f"{part} ...", flush=True)
+        start = time.perf_counter()
+        try:
+            found = {"rows": globals()[f"part_{part}"](c, device)}
+        except Exception as e:  # noqa: BLE001 (whatever fails on a card nobody has tried, the rest is worth having)
+            traceback.print_exc()
+            found = {"failed": f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"}
+        report["parts"][part] = {"seconds": time.perf_counter() - start, **found}
+        write_whole(json.dumps(report, indent=2, default=str).encode(), f"{c.out_dir}/gpu.json")
+        write_whole(as_markdown(report).encode(), f"{c.out_dir}/gpu.md")
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
+    print(as_markdown(report))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
