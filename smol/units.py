@@ -88,7 +88,7 @@ def evaluation_outputs():
 
 @functools.cache
 def _judging_code():
-    return table.code_hash(curate, sys.modules[__name__], without=("RULES",)) + curate.held_out().digest
+    return table.code_hash(curate, sys.modules[__name__]) + curate.held_out().digest
 
 
 def judging_key(profile):
@@ -131,7 +131,7 @@ def make_unit(job, number, rows, iterator):
     for origin, row in iterator:
         read += 1
         try:
-            document = table.to_document(name, job["where"], row, table.is_first(origin))
+            document = table.to_document(name, row)
         except table.OddRow as e:
             odd.add(e.rule, f"[{origin}] {e}".encode(errors="backslashreplace").decode()[:EXAMPLE_CHARS])
             size += len(repr(row))
