@@ -37,7 +37,6 @@ from smol.units import (
     EXAMPLE_CHARS,
     EXAMPLES,
     Dropped,
-    evaluation_outputs,
     intact,
     judging_key,
     puzzle_key,
@@ -659,7 +658,7 @@ def write_source(c, data, units, name, documents, verdict, target):
             put("val" if val[i] else "train", ids)
             trained += 0 if val[i] else len(ids)
     if source.suite and source.kind == "puzzle":
-        outputs = evaluation_outputs()
+        outputs = curate.evaluation_outputs()
         for task in puzzles.heldout(source.suite):
             if outputs.matches([grid for pair in task.train + task.test for grid in pair]):
                 dropped.add("evaluation_output_in_held_out", task.id)

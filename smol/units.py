@@ -82,11 +82,6 @@ def _evaluations(path):
 
 
 @functools.cache
-def evaluation_outputs():
-    return curate.EvaluationOutputs({name: arc.load(name) for name in curate.EVALUATION_SETS})
-
-
-@functools.cache
 def _judging_code():
     return table.code_hash(curate, sys.modules[__name__]) + curate.held_out().digest
 
@@ -252,7 +247,7 @@ def answer_fits(task):
 def judge_puzzles(source, documents, dropped, job):
     """As judge_texts, for puzzles and texts about puzzles."""
     tokens, keys = [], []
-    outputs, tested_on = evaluation_outputs(), _evaluations(job["evaluations"])[1]
+    outputs, tested_on = curate.evaluation_outputs(), _evaluations(job["evaluations"])[1]
     for origin, task, grids, parts in documents:
         name = f"[{origin}] {task.id}"
         if any(max(grid.shape) > arc.MAX_SIDE for grid in grids):
