@@ -49,6 +49,8 @@ EVALUATION_SETS = ("arc1_eval", "arc2_eval")
 # dialogue (short, already curated); none (generated here).
 
 INF = float("inf")
+ELLIPSIS = re.compile(r"\.{3,}|\u2026")
+END_OF_SENTENCE = (".", "?", "!", '"', "'", "\u201d", "\u2026")
 
 
 def text_rule(name, measure, low, high):
@@ -124,9 +126,6 @@ LETTER[[*LETTERS, *range(128, 256)]] = True
 LOWER = np.where(LETTER, np.arange(256), 0).astype(np.uint8)
 LOWER[[*b"0123456789"]] = [*b"0123456789"]
 LOWER[LETTERS[26:]] = LETTERS[:26]
-TERMINAL = np.zeros(256, bool)
-TERMINAL[[*b".?!\"'"]] = True
-BULLET, ELLIPSIS, CLOSING_QUOTE = ([[*c.encode()]] for c in "\u2022\u2026\u201d")  # three bytes each
 
 BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
 INVERSE = pow(BASE, -1, 1 << 64)
@@ -246,10 +245,12 @@ def measure(words, texts, profile):
     characters = np.concatenate([[0], np.cumsum((words.buffer & 0xC0) != 0x80)])  # how many before each byte
     lengths = characters[words.end] - characters[words.start]
     n_words = np.diff(words.first).astype(float)
-    in_words = np.bincount(words.document, lengths, minlength=len(texts))
-    out = {"words": n_words, "mean_word_length": in_words / np.maximum(n_words, 1)}
+    some = np.maximum(n_words, 1)
+    out = {"words": n_words, "mean_word_length": np.bincount(words.document, lengths, len(texts)) / some}
     if profile != "dialogue":
-        out |= measure_lines(words, characters, prose="stop_words" in wanted)
+        lines = [measure_lines(text) for text in texts]
+        out |= {what: np.array([measured[what] for measured in lines], float) for what in lines[0]}
+        out["symbols_per_word"] = out["symbols"] / some
     if "stop_words" in wanted:
         out |= measure_words(words) | measure_repetition(words, texts, lengths)
     if "english" in wanted:
@@ -257,53 +258,33 @@ def measure(words, texts, profile):
     return {what: out[what] for what in wanted}
 
 
-def measure_lines(words, characters, prose):
-    """Of lines that are not empty. characters: how many are before each byte. prose: or else of code."""
-    buffer, D, out = words.buffer, len(words.first) - 1, {}
-    end = np.flatnonzero(buffer == 10)
-    start = np.concatenate([[0], end[:-1] + 1])
-    start, end = start[end > start], end[end > start]
-    document = np.searchsorted(words.start_of, start, side="right") - 1
-    length = characters[end] - characters[start]
-    n_lines = np.maximum(np.bincount(document, minlength=D), 1)
-
-    def share(mask):
-        return np.bincount(document, mask, minlength=D) / n_lines
-
-    if not prose:
-        longest = np.zeros(D)
-        np.maximum.at(longest, document, length)
-        return {"longest_line": longest, "mean_line": share(length)}
-    token_start = runs(buffer > 32, words.start_of)[0]
-    begin = np.append(token_start, len(buffer) - 1)[np.searchsorted(token_start, start)]  # past the blanks
-    begin = buffer[np.minimum(begin[:, None] + [[0, 1, 2]], len(buffer) - 1)]
-    out["bullet_lines"] = share((begin[:, 0] == 42) | (begin[:, 0] == 45) | (begin == BULLET).all(1))
-    last = buffer[np.maximum(end[:, None] - [[3, 2, 1]], 0)]
-    ellipsis, quote = (last == ELLIPSIS).all(1), (last == CLOSING_QUOTE).all(1)
-    out["ellipsis_lines"] = share((last == 46).all(1) | ellipsis)
-    out["punctuated_lines"] = share(TERMINAL[last[:, 2]] | ellipsis | quote)
-    out["short_lines"] = share(length < 30)
-    again = occurred_before(hash_spans(buffer, start, end) ^ mix(document.astype(np.uint64)))
-    out["duplicate_lines"] = share(again)
-    out["duplicate_line_characters"] = share(again * length) / np.maximum(share(length), 1 / n_lines)
-    return out
+def measure_lines(text):
+    """Of one document; an empty line is none."""
+    lines = [line for line in text.split("\n") if line]
+    n, characters = max(len(lines), 1), max(sum(map(len, lines)), 1)
+    different = set(lines)
+    return {
+        "symbols": max(text.count("#"), len(ELLIPSIS.findall(text))),
+        "bullet_lines": sum(line.lstrip().startswith(("-", "*", "\u2022")) for line in lines) / n,
+        "ellipsis_lines": sum(line.endswith(("...", "\u2026")) for line in lines) / n,
+        "punctuated_lines": sum(line.endswith(END_OF_SENTENCE) for line in lines) / n,
+        "short_lines": sum(len(line) < 30 for line in lines) / n,
+        "duplicate_lines": (len(lines) - len(different)) / n,
+        "duplicate_line_characters": (characters - sum(map(len, different))) / characters,
+        "longest_line": max(map(len, lines), default=0),
+        "mean_line": characters / n,
+    }
 
 
 def measure_words(words):
-    """Symbols, letters and stop words of prose. A token is what stands between blanks."""
-    buffer, D = words.buffer, len(words.first) - 1
-    dots = (buffer[:-2] == 46) & (buffer[1:-1] == 46) & (buffer[2:] == 46)
-    dots = np.flatnonzero(dots & ~np.concatenate([[False], dots[:-1]]))  # a run of dots once
-    ellipsis = np.flatnonzero((buffer[:-2] == 0xE2) & (buffer[1:-1] == 0x80) & (buffer[2:] == 0xA6))
-    symbols = np.flatnonzero(buffer == 35), np.sort(np.concatenate([dots, ellipsis]))
-    of_a_kind = [np.diff(np.searchsorted(at, words.start_of)) for at in symbols]
-    start, end, first = runs(buffer > 32, words.start_of)
+    """Letters and stop words of prose. A token is what stands between blanks."""
+    D = len(words.first) - 1
+    start, end, first = runs(words.buffer > 32, words.start_of)
     tokens = np.diff(first)
-    letters = np.concatenate([[0], np.cumsum(only("L", LETTER, buffer))])
-    alphabetic = np.bincount(np.repeat(np.arange(D), tokens), letters[end] > letters[start], minlength=D)
-    stop_words = [np.bincount(words.document, words.hash == h, minlength=D) > 0 for h in stop_word_hashes()]
+    letters = np.concatenate([[0], np.cumsum(only("L", LETTER, words.buffer))])
+    alphabetic = np.bincount(np.repeat(np.arange(D), tokens), letters[end] > letters[start], D)
+    stop_words = [np.bincount(words.document, words.hash == h, D) > 0 for h in stop_word_hashes()]
     return {
-        "symbols_per_word": np.maximum(*of_a_kind) / np.maximum(np.diff(words.first), 1),
         "alphabetic_words": alphabetic / np.maximum(tokens, 1),
         "stop_words": np.sum(stop_words, 0).astype(float),
     }

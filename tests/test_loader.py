@@ -1,6 +1,5 @@
 """loader.py: the same seed gives the same batches, however many processes share them, interrupted or not."""
 
-import hashlib
 import itertools
 import json
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from smol import arc, puzzles, suites
+from smol import arc, puzzles, snapshots, suites
 from smol import loader as loader_file
 from smol import tokenizer as tok
 from smol.loader import BUCKETS, IGNORE, Ahead, Loader, Shards, draw_rng, puzzle_row
@@ -17,39 +16,16 @@ torch.set_num_threads(1)
 FORMATS = pytest.mark.parametrize("puzzle_format", ("autoregressive", "canvas"))
 
 
-# ---- a tiny stage, written from the documented layout alone
-
-
-def write_stage(data, sources, weights=None, stage="demo"):
+def write_stage(data, sources, weights=None):
     """sources: list of (name, kind, split, augment, list of documents)."""
     entries = []
-    for number, (name, kind, split, augment, documents) in enumerate(sources):
-        path = data / "processed" / name / f"{split}-{number}.bin"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tokens = np.concatenate(documents).astype("<u2").tobytes()
-        offsets = np.cumsum([0] + [len(d) for d in documents]).astype("<i8").tobytes()
-        path.write_bytes(tokens)
-        path.with_suffix(".idx").write_bytes(offsets)
-        about = {"source": name, "kind": kind, "split": split, "augment": augment}
-        sizes = {"tokens": len(tokens) // 2, "documents": len(documents), "bytes": len(tokens)}
-        entries.append(
-            {
-                "path": str(path.relative_to(data)),
-                "sha256": hashlib.sha256(tokens).hexdigest(),
-                "idx_sha256": hashlib.sha256(offsets).hexdigest(),
-                "group": "web" if kind == "text" else "synth",
-                "tokenizer": tok.fingerprint(),
-                **about,
-                **sizes,
-            }
-        )
+    for name, kind, split, augment, documents in sources:
+        about = {"source": name, "group": "web", "kind": kind, "augment": augment}
+        entries.append(snapshots.write_shard(data, about, split, documents))
     names = sorted({e["source"] for e in entries if e["split"] == "train"})
     weights = weights or {name: 1 / len(names) for name in names}
-    mixture = {"stage": stage, "seed": 1, "tokenizer": tok.fingerprint(), "weights": weights, "groups": {}}
-    folder = data / "stages" / stage
-    folder.mkdir(parents=True)
-    (folder / "manifest.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
-    (folder / "mixture.json").write_text(json.dumps(mixture))
+    mixture = {"stage": "demo", "seed": 1, "tokenizer": tok.fingerprint(), "weights": weights, "groups": {}}
+    snapshots.write_stage(data, "demo", entries, mixture, {})
     return data
 
 
@@ -207,8 +183,7 @@ def test_epochs_may_end_inside_a_batch(data):
 
 def test_slices_across_shards(data):
     """Every stretch of three shards read as one, also those that begin and end at their borders."""
-    entries = [json.loads(line) for line in open(data / "stages/demo/manifest.jsonl")]
-    entries = [e for e in entries if e["kind"] == "text"]
+    entries = [e for e in snapshots.read_manifest(data, "demo")[0] if e["kind"] == "text"]
     shards = Shards(data, entries)
     whole = np.concatenate([np.fromfile(data / e["path"], "<u2") for e in entries]).astype(np.int64)
     borders = {int(b) + d for b in shards.first_token for d in (-1, 0, 1)} & set(range(len(whole) + 1))
@@ -302,15 +277,6 @@ def test_sudokus_are_shuffled_question_and_answer_alike():
     assert len(seen) == 5
 
 
-def test_both_formats_see_the_same_puzzles(data):
-    a, b = (make(data, weights={"sudoku": 1}, puzzle_format=f) for f in ("autoregressive", "canvas"))
-    for n in range(10):
-        (x, _), (y, _) = a.sources["sudoku"].row(n), b.sources["sudoku"].row(n)
-        at, start = (np.flatnonzero(ids == tok.OUTPUT)[-1] for ids in (x, y))
-        asked = y[start + 1 :][y[start + 1 :] != tok.BLANK]  # a sudoku's canvas is as large as its question
-        assert np.array_equal(x[:at], [*y[:start], tok.INPUT, *asked])
-
-
 # ---- batches of puzzles
 
 
@@ -392,36 +358,18 @@ def test_weights_are_the_stages_own_unless_told(tmp_path):
         make(data, weights={"a": 1, "c": 1})  # to train on the rest would quietly be another mixture
 
 
-def test_missing_stages_and_damaged_shards(tmp_path):
-    with pytest.raises(FileNotFoundError, match="prepare.py demo"):
-        make(tmp_path)
-    data = write_stage(tmp_path, [("a", "text", "train", "none", text_documents(9))])
-    shard = data / "processed/a/train-0.bin"
-    good = shard.read_bytes()
-    for bad in (good[:-2], bytes([good[0] ^ 1]) + good[1:]):
-        shard.write_bytes(bad)
-        with pytest.raises(ValueError, match="train-0.bin"):
-            make(data, block_size=16)
-
-
-def test_a_frozen_stage_is_read_by_its_tag(tmp_path):
+def test_a_damaged_shard_is_noticed_and_a_frozen_stage_read_by_its_tag(tmp_path):
     data = write_stage(tmp_path, [("prose", "text", "train", "none", text_documents(40))])
-    stage = data / "stages/demo"
-    snapshot = {"stage": "demo", "tag": "v1", "tokenizer": tok.fingerprint()}
-    (stage / "v1").mkdir()
-    for name in ("manifest.jsonl", "mixture.json"):
-        content = (stage / name).read_bytes()
-        (stage / "v1" / name).write_bytes(content)
-        snapshot[name.split(".")[0] + "_sha256"] = hashlib.sha256(content).hexdigest()
-    (stage / "v1/snapshot.json").write_text(json.dumps(snapshot))
-    assert run(make(data, tag="v1"), 5) == run(make(data), 5)
-    digest = hashlib.sha256((stage / "v1/snapshot.json").read_bytes()).hexdigest()
+    frozen = snapshots.freeze(data, "demo", "v1")
+    want = run(make(data), 5)
+    digest = snapshots.sha256_file(frozen / "snapshot.json")
     assert make(data, tag="v1").snapshot == digest and make(data).snapshot is None
-    (stage / "manifest.jsonl").write_text("")  # the working stage may go on changing; the frozen one may not
-    assert len(run(make(data, tag="v1"), 1)) == 1
-    (stage / "v1/snapshot.json").write_text(json.dumps({**snapshot, "manifest_sha256": "other"}))
-    with pytest.raises(ValueError, match="v1/.*pull demo:v1 again"):
-        make(data, tag="v1")
+    write_stage(tmp_path, [("prose", "text", "train", "none", text_documents(20))])
+    assert run(make(data, tag="v1"), 5) == want != run(make(data), 5)
+    (path,) = (data / e["path"] for e in snapshots.read_manifest(data, "demo")[0])
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    with pytest.raises(ValueError, match=path.name):
+        make(data)
 
 
 # ---- validation
