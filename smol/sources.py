@@ -50,7 +50,7 @@ from pathlib import Path
 
 import numpy as np
 
-from smol import arc, graphs, mazes, programs, puzzles, sudoku, transforms, word_problems
+from smol import arc, programs, puzzles
 from smol import tokenizer as tok
 
 LANES = 8
@@ -309,8 +309,8 @@ SOURCES = {
         augment="dihedral",
         suite="maze",
     ),
-    "graphs": Source("synth", "generated here", lambda rng, i: graphs.shortest(rng)[0]),
-    "logic": Source("synth", "generated here", lambda rng, i: graphs.logic_puzzle(rng)[0]),
+    "graphs": Source("synth", "generated here", lambda rng, i: puzzles.shortest_path(rng)[0]),
+    "logic": Source("synth", "generated here", lambda rng, i: puzzles.logic_puzzle(rng)[0]),
     "arithmetic": Source("math", "generated here", lambda rng, i: puzzles.arithmetic(rng)[0]),
     "arc": Source("arc", "Apache-2.0", arc_task, kind="puzzle", augment="arc"),
     # demonstrations of evaluation tasks, never their tests: only with --eval_demos=True, and every report of eval_arc.py then says so
@@ -483,7 +483,7 @@ def source_key(name, where):
 @functools.cache
 def generators_hash():
     """Of all that decides what is generated, and which puzzles are held out."""
-    return code_hash(arc, sudoku, mazes, transforms, word_problems, puzzles, programs, graphs)
+    return code_hash(arc, programs, puzzles)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ emptied as far as a single solution allows, of which those are kept that make a 
 Published on the hub's: TRM 87.4% with an MLP as mixer, about 75% with attention (arXiv 2510.04871).
 
 A sudoku stays one when digits change names, when rows change places within their band, bands, columns and stacks likewise, and when it
-is transposed: 3,359,232 * 9! ways to see each. `sudoku.shuffled` draws one; loader.py does so at every draw of a source whose augment is
+is transposed: 3,359,232 * 9! ways to see each. `puzzles.shuffle_sudoku` draws one; loader.py does so at every draw of a source whose augment is
 "sudoku". Before this: puzzles.py (easier ones). Read next: config/sudoku_extreme.py.
 """
 
@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from smol import arc, puzzles, snapshots, sudoku, tokenizer
+from smol import arc, puzzles, snapshots, tokenizer
 
 STAGE, REPO, SEED = "sudoku_extreme", "sapientinc/sudoku-extreme", 20
 
@@ -42,16 +42,16 @@ def hard_sudoku(rng, backtracks):
             rng.permutation(9) + 1
         )  # a solver that tries low digits first finds similar grids: they are shuffled below
         first[1, :2] = rng.permutation([v for v in range(1, 10) if v not in first[0, :3]])[:2]
-        filled = sudoku.solve_sudoku(first, limit=1)[0]
+        filled = puzzles.solve_sudoku(first, limit=1)[0]
         if not filled:
             continue
-        answer = sudoku.shuffled(rng, filled[0])[0]
+        answer = puzzles.shuffle_sudoku(rng, filled[0])[0]
         puzzle = answer.copy()
         for cell in rng.permutation(81).tolist():
             kept, puzzle.flat[cell] = puzzle.flat[cell], 0
-            if len(sudoku.solve_sudoku(puzzle)[0]) != 1:
+            if len(puzzles.solve_sudoku(puzzle)[0]) != 1:
                 puzzle.flat[cell] = kept
-        if sudoku.solve_sudoku(puzzle)[1] >= backtracks:
+        if puzzles.solve_sudoku(puzzle)[1] >= backtracks:
             return arc.Task("sudoku_hard", "sudoku", [], [(puzzle, answer)])
 
 
@@ -133,7 +133,7 @@ def prepare(args):
     }
     snapshots.write_stage(Path(args.data_dir), STAGE, entries, mixture, {})
     givens = [int((t.test[0][0] > 0).sum()) for t in tasks["train"]]
-    turns = [sudoku.solve_sudoku(t.test[0][0])[1] for t in tasks["train"][:100]]
+    turns = [puzzles.solve_sudoku(t.test[0][0])[1] for t in tasks["train"][:100]]
     print(
         f"{STAGE}: {len(tasks['train']):,} puzzles to train on, {len(tasks['val']):,} to test, {mixture['origin']}; {min(givens)} to "
         f"{max(givens)} givens, the median of the first 100 takes {int(np.median(turns))} backtracks"

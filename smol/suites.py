@@ -13,7 +13,7 @@ data/raw/sudoku_extreme and data/raw/maze_hard; of sudoku-extreme's 422,786 puzz
 
 A task of a suite in words is an arc.Task with texts in place of grids: test = [("Question: ...", "the answer")].
 
-Read next: puzzles.py and graphs.py, which make most of these; eval_arc.py, which asks.
+Read next: puzzles.py, which makes most of these; eval_arc.py, which asks.
 """
 
 import csv
@@ -23,7 +23,7 @@ import os
 
 import numpy as np
 
-from smol import arc, graphs, puzzles, sources
+from smol import arc, puzzles, sources
 
 ARC_SUITES = {"arc1": "arc1_eval", "arc2": "arc2_eval"}
 HARDER = {"sudoku9_medium": 42, "sudoku9_hard": 54}  # blanks; puzzles.py's own sudoku9 has 30
@@ -121,10 +121,10 @@ def read_csv(path, name, task_of):
 
 
 def logic():
-    """Puzzles of graphs.logic_puzzle. The question ends before the solution; the answer is what stands behind 'Answer:'."""
+    """Puzzles of puzzles.logic_puzzle. The question ends before the solution; the answer is what stands behind 'Answer:'."""
     rng, tasks = np.random.default_rng(SEEDS["logic"]), []
     for i in range(N_GENERATED):
-        text, answer = graphs.logic_puzzle(rng)
+        text, answer = puzzles.logic_puzzle(rng)
         question = text[: text.index("\nSolution:")]
         tasks.append(arc.Task(f"logic-{i:04d}", "logic", [], [(question, str(answer))]))
     return tasks

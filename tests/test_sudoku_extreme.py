@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_puzzles import solved_otherwise
 
-from smol import arc, puzzles, snapshots, sudoku, sudoku_extreme
+from smol import arc, puzzles, snapshots, sudoku_extreme
 from smol.loader import puzzle_row
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +26,7 @@ def test_hard_sudokus_have_one_solution_and_no_given_too_many(hard):
         puzzle, answer = task.test[0]
         assert puzzles.check_sudoku(puzzle, answer)
         assert solved_otherwise(puzzle) == [[(r, c, answer[r, c]) for r in range(9) for c in range(9)]]
-        assert sudoku.solve_sudoku(puzzle)[1] >= backtracks
+        assert puzzles.solve_sudoku(puzzle)[1] >= backtracks
         for cell in np.flatnonzero(puzzle)[:4]:
             fewer = puzzle.copy()
             fewer.flat[cell] = 0
@@ -39,7 +39,7 @@ def test_symmetries_make_other_sudokus_of_the_same_kind(hard):
     puzzle, answer = hard[0].test[0]
     rng, seen = np.random.default_rng(1), set()
     for _ in range(50):
-        p, a = sudoku.shuffled(rng, puzzle, answer)
+        p, a = puzzles.shuffle_sudoku(rng, puzzle, answer)
         assert puzzles.check_sudoku(p, a) and (p > 0).sum() == (puzzle > 0).sum()
         seen.add(a.tobytes())
     assert len(seen) == 50

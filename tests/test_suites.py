@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import prepare
-from smol import arc, graphs, loader, puzzles, snapshots, sources, suites
+from smol import arc, loader, puzzles, snapshots, sources, suites
 
 PAIR = {"input": [[1, 2], [3, 4]], "output": [[4]]}
 
@@ -45,7 +45,7 @@ def test_harder_sudokus_have_more_blanks_and_one_solution():
 def test_logic_puzzles_have_the_answer_that_their_checkers_find():
     for task in suites.load("logic")[:20]:
         ((question, answer),) = task.test
-        check = graphs.check_seating if "chairs" in question else graphs.check_knights
+        check = puzzles.check_seating if "chairs" in question else puzzles.check_knights
         assert check(f"{question}\nSolution: -\nAnswer: {answer}")
         assert not check(f"{question}\nSolution: -\nAnswer: {' '.join(reversed(answer.split()))}")
 
