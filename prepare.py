@@ -339,7 +339,7 @@ def show(c, what):
     import numpy as np
     from tqdm import tqdm
 
-    from smol import arc, graphs, programs, puzzles
+    from smol import arc, programs, puzzles
 
     if what != "synth":
         raise ValueError("say what to show: python prepare.py show synth")
@@ -413,7 +413,7 @@ def show(c, what):
         folder / "traces.txt",
         "\n\n".join(re.sub(r"(<\|row\|>|<\|input\|>|<\|output\|>)", r"\1\n", t) for t in texts) + "\n",
     )
-    kinds = graphs.shortest, *(make for make, _ in graphs.LOGIC.values())
+    kinds = puzzles.shortest_path, *(make for make, _ in puzzles.LOGIC.values())
     words = [f"--- {make.__name__}\n{make(rng)[0]}" for make in kinds for _ in range(3)]
     words += [f"--- arithmetic\n{puzzles.arithmetic(rng)[0]}" for _ in range(3)]
     snapshots.write(folder / "words.txt", "\n\n".join(words) + "\n")

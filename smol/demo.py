@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from smol import arc, curate, puzzles, tokenizer
+from smol import arc, curate, programs, puzzles, tokenizer
 from smol.curate import EvaluationOutputs
 from smol.snapshots import GROUPS, sha256, write, write_shard, write_stage
 from smol.sources import code_hash, generators_hash
@@ -207,7 +207,7 @@ def maze(c):
 def transforms(c):
     rng = rng_of(c, "transforms")
     for _ in range(c.n_transforms):
-        yield puzzles.transform(rng)
+        yield programs.transform(rng)
 
 
 def synthetic_source(source, tasks, total, evaluation, dropped):

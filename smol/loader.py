@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from smol import arc, sudoku
+from smol import arc, puzzles
 from smol import tokenizer as tok
 from smol.snapshots import read_manifest, sha256_file
 from smol.tokenizer import IGNORE
@@ -97,13 +97,13 @@ def puzzle_row(document, puzzle_format, augment, rng=None):
 
     puzzle_format "autoregressive": the document shifted by one; targets are the test output and its end.
     puzzle_format "canvas": demonstrations, then the test input on a canvas; every cell of it is a target.
-    augment: "none", "dihedral" or "arc", as in arc.random_augment, or "sudoku", as in sudoku.shuffled. The
-    order of the pairs changes too, so any may be the test. rng None: the document as it is.
+    augment: "none", "dihedral" or "arc", as in arc.random_augment, or "sudoku", as in puzzles.shuffle_sudoku.
+    The order of the pairs changes too, so any may be the test. rng None: the document as it is.
     """
     kind, pairs = arc.decode(document)
     if rng is not None:
         if augment == "sudoku":
-            pairs, augment = [tuple(sudoku.shuffled(rng, *pair)) for pair in pairs], "none"
+            pairs, augment = [tuple(puzzles.shuffle_sudoku(rng, *pair)) for pair in pairs], "none"
         symmetry = arc.random_augment(rng, augment)
         pairs = [pairs[i] for i in rng.permutation(len(pairs))]
         if symmetry != arc.IDENTITY:

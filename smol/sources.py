@@ -34,8 +34,7 @@ from pathlib import Path
 
 import numpy as np
 
-from smol import arc, graphs, mazes, programs, puzzles, transforms, word_problems
-from smol import sudoku as sudokus
+from smol import arc, programs, puzzles
 from smol import tokenizer as tok
 
 LANES = 8
@@ -251,8 +250,8 @@ SOURCES = {
         "synth", "none given", maze_hard, repo="sapientinc/maze-30x30-hard-1k", augment="dihedral", **HRM
     ),
     "maze": Source("synth", OURS, maze, kind="puzzle", augment="dihedral", suite="maze"),
-    "graphs": Source("synth", OURS, lambda rng, index: graphs.shortest(rng)[0]),
-    "logic": Source("synth", OURS, lambda rng, index: graphs.logic_puzzle(rng)[0]),
+    "graphs": Source("synth", OURS, lambda rng, index: puzzles.shortest_path(rng)[0]),
+    "logic": Source("synth", OURS, lambda rng, index: puzzles.logic_puzzle(rng)[0]),
     "arc": Source("arc", "Apache-2.0", augmented(arc_tasks), kind="puzzle", augment="arc"),
     # demonstrations of evaluation tasks, never their tests: only with --eval_demos=True
     "arc_eval_demos": Source("arc", "Apache-2.0", augmented(arc_eval_demos), kind="puzzle", augment="arc"),
@@ -451,4 +450,4 @@ def code_hash(*modules):
 @functools.cache
 def generators_hash():
     """Of all that decides what is generated, and which puzzles are held out."""
-    return code_hash(arc, graphs, mazes, programs, puzzles, sudokus, transforms, word_problems)
+    return code_hash(arc, programs, puzzles)

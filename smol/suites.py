@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from smol import arc, graphs, puzzles, sources
+from smol import arc, programs, puzzles, sources
 
 ARC_SUITES = {"arc1": "arc1_eval", "arc2": "arc2_eval"}
 FILES = {"sudoku_extreme": sources.sudoku_extreme, "maze_hard": sources.maze_hard}
@@ -38,7 +38,7 @@ RAW = Path("data/raw")
 
 def logic(rng):
     """The question ends before the solution; the answer is what stands behind 'Answer:'."""
-    text, answer = graphs.logic_puzzle(rng)
+    text, answer = puzzles.logic_puzzle(rng)
     return arc.Task("", "logic", [], [(text[: text.index("\nSolution:")], str(answer))])
 
 
@@ -49,7 +49,7 @@ GENERATED = {
     "sudoku9_medium": (90042, 50, lambda rng: puzzles.sudoku(rng, 9, 42, "test")),
     "sudoku9_hard": (90054, 50, lambda rng: puzzles.sudoku(rng, 9, 54, "test")),
     "maze": (7007, 50, lambda rng: puzzles.maze(rng, 7, 7)),
-    "transforms": (1234, 50, puzzles.transform),
+    "transforms": (1234, 50, programs.transform),
     "logic": (7117, 50, logic),
 }
 GROUPS = {

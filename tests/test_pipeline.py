@@ -29,7 +29,7 @@ import pytest
 from test_curate import english
 
 import prepare
-from smol import arc, curate, graphs, pipeline, puzzles, snapshots, sources, tokenizer, units
+from smol import arc, curate, pipeline, puzzles, snapshots, sources, tokenizer, units
 
 ROOT = Path(__file__).parent.parent
 EXAM = "A farmer counts 417 crates of plums before noon and sells two thirds of them to the baker who lives across the river"
@@ -239,7 +239,11 @@ def test_documents_are_what_the_rows_say(built):
     assert maze[0] == "maze" and puzzles.check_maze(*maze[1][0])
     for _, _, ids in documents(built, "sudoku_extreme"):
         assert puzzles.check_sudoku(*arc.decode(ids)[1][0])
-    words = {"Roads": graphs.check_shortest, "chairs": graphs.check_seating, "Knights": graphs.check_knights}
+    words = {
+        "Roads": puzzles.check_shortest_path,
+        "chairs": puzzles.check_seating,
+        "Knights": puzzles.check_knights,
+    }
     for source in ("graphs", "logic"):
         for _, _, ids in itertools.islice(documents(built, source), 10):
             text = encoder.decode(ids[:-1].tolist())

@@ -1,4 +1,4 @@
-"""programs.py and graphs.py: the language does what its documentation says, every task verifies, every puzzle has one answer."""
+"""programs.py and puzzles.py: the language does what its documentation says, every task verifies, every puzzle has one answer."""
 
 import itertools
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from smol import arc, graphs, programs
+from smol import arc, programs, puzzles
 from smol import tokenizer as tok
 
 ROOT = Path(__file__).parent.parent
@@ -227,7 +227,7 @@ def everything_from_one_seed():
     draw = rng(5)
     return [
         [np.asarray(p).tolist() if not isinstance(p, str) else p for p in programs.trace(draw)[1]]
-        + [graphs.shortest(draw), graphs.logic_puzzle(draw)]
+        + [puzzles.shortest_path(draw), puzzles.logic_puzzle(draw)]
         for _ in range(6)
     ]
 
@@ -286,7 +286,7 @@ def test_traces_hold_the_program_and_what_it_does():
 # ---- graphs and logic
 
 
-KINDS = {"shortest": (graphs.shortest, graphs.check_shortest), **graphs.LOGIC}
+KINDS = {"shortest": (puzzles.shortest_path, puzzles.check_shortest_path), **puzzles.LOGIC}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -302,7 +302,7 @@ def test_an_argument_about_knights_is_whole():
     """One assumption ends in a contradiction, the other in everyone's kind, as in the answer: nothing is found without a reason."""
     draw = rng(13)
     for _ in range(40):
-        text, answer = graphs.knights(draw)
+        text, answer = puzzles.knights(draw)
         refuted, found = text.split("Solution: ")[1].split("\nAnswer")[0].split(" Suppose ")
         assert refuted.endswith("could not have spoken so.") and found.endswith(" That fits."), text
         said = sorted(f"{who} {what}" for who, what in re.findall(r"(\w+) is a (knight|knave)\.", found))
@@ -351,6 +351,6 @@ def test_checkers_refuse_questions_with_two_answers(kind, question, answer):
 
 def test_known_answers():
     text = "Question: Roads: A-B 2, B-C 2, A-C 5. What is the shortest way from A to C?\nSolution: x\nAnswer: A-B-C, length 4"
-    assert graphs.check_shortest(text)
+    assert puzzles.check_shortest_path(text)
     with pytest.raises(ValueError, match="not a puzzle"):
-        graphs.check_knights("hello")
+        puzzles.check_knights("hello")

@@ -12,26 +12,23 @@ import pytest
 
 from smol import puzzles
 from smol.arc import Task
+from smol.programs import TRANSFORMS, check_transform, program_of, transform
 from smol.puzzles import (
     SUDOKU4_HELD_OUT,
     SUITES,
     TEMPLATES,
-    TRANSFORMS,
     all_sudoku4,
     arithmetic,
     check,
     check_arithmetic,
     check_maze,
     check_sudoku,
-    check_transform,
     heldout,
     maze,
-    program_of,
     solve_sudoku,
     sudoku,
     sudoku4_grids,
     task_hash,
-    transform,
 )
 
 
