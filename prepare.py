@@ -272,7 +272,7 @@ def status(c, only=None):
     for folder in tags:
         if only in (None, folder.parent.name):
             try:
-                snapshot = snapshots.check_snapshot(folder, folder.parent.name, folder.name, "")
+                snapshot = snapshots.check_snapshot(folder, folder.parent.name, folder.name)
                 print(
                     f"\nfrozen {folder.parent.name}:{folder.name}, {snapshot['created']}, {snapshot['shards']} shards, "
                     f"{snapshot['tokens']:,} tokens"
@@ -535,13 +535,11 @@ def main(argv):
             with contextlib.nullcontext() if c.dry_run else only_one(Path(c.data_dir)):
                 clean(c)
         else:
-            from smol import hub
-
             if command == "push":
-                hub.push(Path(c.data_dir), argument, c.repo, c.private)
+                snapshots.push(Path(c.data_dir), argument, c.repo, c.private)
             else:
                 with only_one(Path(c.data_dir)):
-                    hub.pull(Path(c.data_dir), argument)
+                    snapshots.pull(Path(c.data_dir), argument)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
