@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 import configurator
 import prepare
-from smol import pipeline, sources, tokenizer, units, workers
+from smol import pipeline, tokenizer, units, workers
 
 PREPARE_MB = 24  # of text: standard library and installed packages (code), their docstrings shuffled by sentence (prose)
 STAGE_GB, STAGE_CORES = 30, 4  # what the hours are projected for
@@ -105,7 +105,7 @@ def tokenize_files(paths, out):
     with open(out, "wb") as f:
         for path in paths:
             documents = [
-                units.tokenise([row.get("text") or row["content"]]) for row in sources.read_file(path)
+                units.tokenise([row.get("text") or row["content"]]) for row in pq.read_table(path).to_pylist()
             ]
             np.concatenate(documents).tofile(f)
 

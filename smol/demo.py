@@ -247,7 +247,7 @@ def arc_source(c, sets, evaluation, dropped):
     tasks = {}
     for name in ("arc2_train", "arc1_train"):
         for task in sets[name]:
-            if task.id in evaluation.ids:
+            if any(task.id == t.id for t in (*sets["arc1_eval"], *sets["arc2_eval"])):
                 dropped.add("evaluation_task", task.id)
             elif task.id in tasks:
                 dropped.add("duplicate_id", task.id)
@@ -326,7 +326,7 @@ def build_demo(c):
     data, stage, inputs = Path(c.data_dir), "demo", demo_inputs(c)
     sets = {name: arc.load(name) for name in arc.SETS}
     write_arc_tasks(data, sets)
-    evaluation = EvaluationOutputs(sets)
+    evaluation = EvaluationOutputs()
     entries, filters, seen = [], {}, set()
     text = {
         "stdlib": stdlib_files,

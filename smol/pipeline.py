@@ -37,7 +37,6 @@ from smol.units import (
     EXAMPLE_CHARS,
     EXAMPLES,
     Dropped,
-    evaluation_outputs,
     intact,
     judging_key,
     puzzle_key,
@@ -70,7 +69,7 @@ def plan(c, data, stage):
     if c.source_dir:
         if not Path(c.source_dir).is_dir():
             raise ValueError(f"--source_dir={c.source_dir} is not a folder")
-        known = {*table.SOURCES, *table.EVALUATION_TEXTS, *table.EVALUATION_PUZZLES}
+        known = {*table.SOURCES, *table.EVALUATIONS}
         strangers = sorted(
             p.name
             for p in Path(c.source_dir).iterdir()
@@ -149,34 +148,27 @@ def _arc_tables():
 def gather_evaluations(c, data, found, notes):
     """Write what must stay out, as hashes, where the workers find it. -> (path, hash of them all, {name: how many texts or puzzles})."""
     texts, report = {}, {}
-    for name, (repo, config, split, columns) in table.EVALUATION_TEXTS.items():
-        if c.source_dir:
-            rows = itertools.chain.from_iterable(
-                table.read_file(p) for p in table.local_files(c.source_dir, name)
-            )
-            missing = f"no folder {Path(c.source_dir) / name}"
-        elif not any(table.SOURCES[s].repo for s in found):
-            rows, missing = (), "all is generated here, so nothing was asked of the hub"
-        else:
-            rows = (
-                row
-                for _, row in table.HubRows(repo, config, split, None, (), Revisions(data).of(repo), 0, None)
-            )
-            missing = f"{repo} has no {split} rows"
-        text = lambda row: " ".join(table.text_of(row, column) for column in columns)  # noqa: E731
-        texts[name] = readable(name, rows, lambda row: table.from_row(name, text, row))
-        report[name] = len(texts[name])
-        if not texts[name]:
-            notes.append(f"nothing is kept out for quoting {name}: {missing}")
-            del texts[name]
+    name, repo = "gsm8k_test", table.EVALUATIONS["gsm8k_test"].repo
+    if c.source_dir:
+        where = {"files": table.local_files(c.source_dir, name)}
+        missing = f"no folder {Path(c.source_dir) / name}"
+    elif not any(table.SOURCES[s].repo for s in found):
+        where, missing = {"files": []}, "all is generated here, so nothing was asked of the hub"
+    else:
+        where, missing = {"revision": Revisions(data).of(repo)}, f"{repo} has no test rows"
+    texts[name] = readable(name, where)
+    report[name] = len(texts[name])
+    if not texts[name]:
+        notes.append(f"nothing is kept out for quoting {name}: {missing}")
+        del texts[name]
     ours = language_items.evaluation_texts()
     texts.update(ours)
     report.update({name: len(items) for name, items in ours.items()})
     tables = {**curate.text_tables(texts), **_arc_tables()}
     report.update({name: len(tables[n, name]) for n, name in tables if name.startswith("arc_")})
-    for name, (source, file) in table.EVALUATION_PUZZLES.items():
-        if source in found:
-            tables[0, name] = evaluation_puzzles(c, data, name, source, file)
+    for name in ("sudoku_extreme_test", "maze_hard_test"):
+        if name.removesuffix("_test") in found:
+            tables[0, name] = evaluation_puzzles(c, data, name)
             report[name] = len(tables[0, name])
             if not report[name]:
                 notes.append(f"no puzzle of {name} is kept out: no folder {Path(c.source_dir) / name}")
@@ -188,12 +180,12 @@ def gather_evaluations(c, data, found, notes):
     return path, digest, report
 
 
-def readable(name, rows, document):
-    """-> [document(row) of the rows of an evaluation that are documents]. Says how many are not."""
+def readable(name, where):
+    """-> [document of each row of an evaluation that is one]. Says how many are not."""
     found, odd = [], []
-    for row in rows:
+    for _, row in table.open_rows(name, where, 0, 0, None, lanes=1):
         try:
-            found.append(document(row))
+            found.append(table.to_document(name, row))
         except table.OddRow as e:
             odd.append(str(e))
     if odd:
@@ -201,25 +193,17 @@ def readable(name, rows, document):
     return found
 
 
-def evaluation_puzzles(c, data, name, source, file):
+def evaluation_puzzles(c, data, name):
     """-> (n,) uint64: puzzle_key of the puzzles that models are tested on. Those of the hub are kept: there can be 400,000."""
-    s = table.SOURCES[source]
     if c.source_dir:
-        kept, where = None, {"files": None}
-        rows = itertools.chain.from_iterable(
-            table.read_file(p) for p in table.local_files(c.source_dir, name)
-        )
+        kept, where = None, {"files": table.local_files(c.source_dir, name)}
     else:
-        where = {"revision": Revisions(data).of(s.repo)}
-        key = [where["revision"], table.source_key(source, where), table.generators_hash()]
+        where = {"revision": Revisions(data).of(table.EVALUATIONS[name].repo)}
+        key = [where["revision"], table.code_hash(table), table.generators_hash()]
         kept = data / "work" / f"{name}-{sha256(json.dumps(key).encode())[:16]}.npz"
         with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile):  # a zip has checksums
             return np.load(kept)["keys"]
-        rows = (
-            row for _, row in table.HubRows(s.repo, None, "test", file, s.columns, where["revision"], 0, None)
-        )
-    rows = tqdm(rows, desc=f"reading {name}", unit=" puzzles", leave=False, mininterval=1)
-    keys = readable(name, rows, lambda row: puzzle_key(table.to_document(source, where, row)))
+    keys = [puzzle_key(task) for task in readable(name, where)]
     keys = np.unique(np.array(keys, np.uint64))
     if kept is not None:
         packed = io.BytesIO()
@@ -234,7 +218,7 @@ def unit_folder(c, data, name, s, evaluations):
     generated = not source.repo
     unit_bytes = int(c.unit_mb * 1e6 / (4 if generated else 1))  # generated documents take longer
     parts = [
-        table.source_key(name, s["where"]),
+        table.code_hash(table),
         s["about"],
         c.seed if generated else None,
         unit_bytes,
@@ -674,7 +658,7 @@ def write_source(c, data, units, name, documents, verdict, target):
             put("val" if val[i] else "train", ids)
             trained += 0 if val[i] else len(ids)
     if source.suite and source.kind == "puzzle":
-        outputs = evaluation_outputs()
+        outputs = curate.evaluation_outputs()
         for task in puzzles.heldout(source.suite):
             if outputs.matches([grid for pair in task.train + task.test for grid in pair]):
                 dropped.add("evaluation_output_in_held_out", task.id)

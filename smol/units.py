@@ -82,13 +82,8 @@ def _evaluations(path):
 
 
 @functools.cache
-def evaluation_outputs():
-    return curate.EvaluationOutputs({name: arc.load(name) for name in curate.EVALUATION_SETS})
-
-
-@functools.cache
 def _judging_code():
-    return table.code_hash(curate, sys.modules[__name__], without=("RULES",)) + curate.held_out().digest
+    return table.code_hash(curate, sys.modules[__name__]) + curate.held_out().digest
 
 
 def judging_key(profile):
@@ -131,7 +126,7 @@ def make_unit(job, number, rows, iterator):
     for origin, row in iterator:
         read += 1
         try:
-            document = table.to_document(name, job["where"], row, table.is_first(origin))
+            document = table.to_document(name, row)
         except table.OddRow as e:
             odd.add(e.rule, f"[{origin}] {e}".encode(errors="backslashreplace").decode()[:EXAMPLE_CHARS])
             size += len(repr(row))
@@ -252,7 +247,7 @@ def answer_fits(task):
 def judge_puzzles(source, documents, dropped, job):
     """As judge_texts, for puzzles and texts about puzzles."""
     tokens, keys = [], []
-    outputs, tested_on = evaluation_outputs(), _evaluations(job["evaluations"])[1]
+    outputs, tested_on = curate.evaluation_outputs(), _evaluations(job["evaluations"])[1]
     for origin, task, grids, parts in documents:
         name = f"[{origin}] {task.id}"
         if any(max(grid.shape) > arc.MAX_SIDE for grid in grids):
