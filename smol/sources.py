@@ -21,21 +21,23 @@ OddRow: dropped and counted by reason. A missing column, or a file that cannot b
 Read next: curate.py, what is kept of these; prepare.py, how it becomes shards.
 """
 
+import ast
 import contextlib
 import functools
 import hashlib
-import inspect
 import math
+import os
 import re
 import reprlib
+import sysconfig
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from smol import arc, graphs, mazes, programs, puzzles, transforms, word_problems
-from smol import sudoku as sudokus
+from smol import arc, graphs, programs, puzzles
 from smol import tokenizer as tok
 
 LANES = 8
@@ -56,6 +58,7 @@ class Source:
     kind: str = "text"  # or "puzzle"
     augment: str = "none"  # what the loader may do to a puzzle
     suite: str | None = None  # of held-out puzzles (suites.py) that the source is validated on
+    rows: Callable | None = None  # of what Python brings along: () -> list of rows, dicts with a "name"
 
 
 # -----------------------------------------------------------------------------
@@ -149,12 +152,59 @@ sudoku_extreme = square_puzzle("sudoku", ".123456789")
 maze_hard = square_puzzle("maze", " #SGo")  # wall, start, goal; in the answer o on the way
 
 
+STDLIB = Path(sysconfig.get_paths()["stdlib"])
+# tests, tables of characters, a copy of the language reference
+NOT_LEARNT = (
+    "test tests idle_test idlelib lib2to3 site-packages dist-packages __pycache__ pydoc_data encodings"
+)
+
+
+def stdlib():
+    """The modules of the standard library by name, in an order that is always the same."""
+    names = []
+    for folder, folders, files in os.walk(STDLIB):
+        folders[:] = [f for f in folders if f not in NOT_LEARNT.split() and not f.startswith("config-")]
+        paths = [Path(folder, f) for f in files if f.endswith(".py") and not f.startswith("_sysconfigdata")]
+        names += [path.relative_to(STDLIB).as_posix() for path in paths]
+    names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
+    return [{"name": name} for name in names]
+
+
+def module(row):
+    return (STDLIB / row["name"]).read_text(encoding="utf-8")
+
+
+def docstrings(row):
+    """A module's docstring, then those of its classes and functions, each under its first line of code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old modules have odd escapes
+        try:
+            tree = ast.parse(module(row))
+        except SyntaxError:
+            return ""
+    parts = [ast.get_docstring(tree)]
+    for node in ast.walk(tree):
+        if not isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if text := ast.get_docstring(node):
+            of_class = isinstance(node, ast.ClassDef)
+            inside = ", ".join(map(ast.unparse, node.bases)) if of_class else ast.unparse(node.args)
+            parts += [f"{node.name}({inside})", text]
+    return "\n\n".join([f"# {row['name']}", *filter(None, parts)]) if any(parts) else ""
+
+
+def language_reference():
+    from pydoc_data import topics  # half a megabyte that nothing else needs
+
+    return [{"name": name, "text": text} for name, text in sorted(topics.topics.items())]
+
+
 def sudoku(size, fewest, most):
     """Sudokus with so many blanks."""
     return lambda rng, index: puzzles.sudoku(rng, size, int(rng.integers(fewest, most + 1)), "train")
 
 
-def maze(rng, index):
+def mazes(rng, index):
     return puzzles.maze(rng, *rng.integers(5, 16, size=2).tolist())
 
 
@@ -250,9 +300,29 @@ SOURCES = {
     "maze_hard": Source(
         "synth", "none given", maze_hard, repo="sapientinc/maze-30x30-hard-1k", augment="dihedral", **HRM
     ),
-    "maze": Source("synth", OURS, maze, kind="puzzle", augment="dihedral", suite="maze"),
+    "mazes": Source("synth", OURS, mazes, kind="puzzle", augment="dihedral", suite="maze"),
+    "maze": Source(
+        "synth",
+        OURS,
+        lambda rng, index: puzzles.maze(rng, 7, 7),
+        kind="puzzle",
+        augment="dihedral",
+        suite="maze",
+    ),
+    "transforms": Source(
+        "synth",
+        OURS,
+        lambda rng, index: puzzles.transform(rng),
+        kind="puzzle",
+        augment="arc",
+        suite="transforms",
+    ),
     "graphs": Source("synth", OURS, lambda rng, index: graphs.shortest(rng)[0]),
     "logic": Source("synth", OURS, lambda rng, index: graphs.logic_puzzle(rng)[0]),
+    # comes with Python
+    "stdlib": Source("code", "PSF-2.0", module, "code", rows=stdlib),
+    "langref": Source("web", "PSF-2.0", column("text"), "dialogue", rows=language_reference),
+    "docstrings": Source("web", "PSF-2.0", docstrings, "dialogue", rows=stdlib),
     "arc": Source("arc", "Apache-2.0", augmented(arc_tasks), kind="puzzle", augment="arc"),
     # demonstrations of evaluation tasks, never their tests: only with --eval_demos=True
     "arc_eval_demos": Source("arc", "Apache-2.0", augmented(arc_eval_demos), kind="puzzle", augment="arc"),
@@ -284,7 +354,7 @@ WEIGHTS = {
     "sudoku9": (1, 1, 1),
     "sudoku4": (0.5, 0.5, 0.5),
     "maze_hard": (0.5, 0.5, 0.5),
-    "maze": (1, 1, 1),
+    "mazes": (1, 1, 1),
     "graphs": (1, 1, 1),
     "logic": (1, 1, 1),
     "arc": (1, 1, 1),
@@ -300,6 +370,22 @@ STAGES = {
     "stage1": _stage(1, 30_000, web=0.5, code=0.2, math=0.1, synth=0.1, arc=0.1),
     "stage2": _stage(2, 10_000, web=0.4, code=0.2, math=0.1, synth=0.15, arc=0.15),
     "stage3": _stage(3, 5_000, web=0.3, code=0.2, math=0.1, synth=0.2, arc=0.2),
+    # needs no network; more 4x4 sudoku than elsewhere, because it can be learned within minutes on a CPU
+    "demo": (
+        16,
+        {"web": 0.15, "code": 0.15, "math": 0.1, "synth": 0.5, "arc": 0.1},
+        {
+            "stdlib": 1,
+            "langref": 1,
+            "docstrings": 2,
+            "arithmetic": 1,
+            "sudoku4": 6,
+            "sudoku9": 1,
+            "maze": 2,
+            "transforms": 1,
+            "arc": 1,
+        },
+    ),
     # a thousand puzzles, each seen through a new symmetry at every draw
     "sudoku_extreme": (0.74, {"synth": 1.0}, {"sudoku_extreme": 1}),
 }
@@ -311,7 +397,7 @@ def to_document(name, row):
     there; OddRow if the row is no document for any other reason.
     """
     source = SOURCES.get(name) or EVALUATIONS[name]
-    if not source.repo:
+    if not source.repo and not source.rows:
         return source.document(*row)
     try:
         return source.document(row)
@@ -413,12 +499,30 @@ class GeneratedRows:
         return self.index
 
 
+class InstalledRows:
+    """Every LANES-th of the rows of what Python brings along, each under its name."""
+
+    def __init__(self, rows, lane, state):
+        self.rows, self.index = rows[lane::LANES], state or 0
+
+    def __iter__(self):
+        while self.index < len(self.rows):
+            row = self.rows[self.index]
+            self.index += 1
+            yield row["name"], row
+
+    def state(self):
+        return self.index
+
+
 def open_rows(name, where, seed, lane, state, lanes=LANES):
     """
     An iterable of (origin, row) of a lane with state(), which open_rows takes to go on from there. name: of a
     source or an evaluation. where: {"files": [path, ...]}, {"revision": commit}, or {} if it is generated.
     """
     source = SOURCES.get(name) or EVALUATIONS[name]
+    if source.rows:
+        return InstalledRows(source.rows(), lane, state)
     if not source.repo:
         return GeneratedRows(name, seed, lane, state)
     import datasets  # half a second that generated sources do without
@@ -441,14 +545,3 @@ def open_rows(name, where, seed, lane, state, lanes=LANES):
         paths = [Path(p) for p in where["files"][lane::lanes]]
         return Rows([(path.name, functools.partial(open_file, path)) for path in paths], state)
     return Rows([(source.repo, open_hub)], state)
-
-
-def code_hash(*modules):
-    """SHA-256 of the text of the modules' files."""
-    return hashlib.sha256("".join(map(inspect.getsource, modules)).encode()).hexdigest()
-
-
-@functools.cache
-def generators_hash():
-    """Of all that decides what is generated, and which puzzles are held out."""
-    return code_hash(arc, graphs, mazes, programs, puzzles, sudokus, transforms, word_problems)
