@@ -31,7 +31,7 @@ from smol import tokenizer
 from smol.files import write_whole
 
 GROUPS = ("web", "code", "math", "synth", "arc")
-BUILDABLE = ("demo", "stage1", "stage2", "stage3")  # what `prepare.py STAGE` can build
+BUILDABLE = ("demo", "stage1", "stage2", "stage3", "sudoku_extreme")  # what `prepare.py STAGE` can build
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"  # of a stage, a tag, a source, a shard: never a path
 SHARD = rf"processed/{NAME}/{NAME}\.bin"
 FROZEN_FILES = ("manifest.jsonl", "mixture.json", "snapshot.json")
