@@ -14,7 +14,7 @@ steps stay in the repository's history. A checkpoint of weights alone is a check
 Pulling believes nothing: the file must have the hash that the hub announced, and be a checkpoint that opens without running code from it,
 before it takes its place. Tokens are the hub client's business (`hf auth login`, or HF_TOKEN); nothing here reads or shows them.
 
-Read next: hub.py, which does the same for data; checkpoint.py, what is in the file.
+Read next: snapshots.py, which does the same for data; checkpoint.py, what is in the file.
 """
 
 import contextlib
@@ -27,8 +27,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import configurator
-from smol.hub import files_of, git_hash, plainly, repo_name
-from smol.snapshots import sha256_file
+from smol.snapshots import files_of, git_hash, plainly, repo_name, sha256_file
 
 repo = ""  # USER/NAME on the hub
 full = False  # push the whole checkpoint: optimizer, carries, place in the data, three times the weights; what --init_from=resume needs

@@ -21,13 +21,16 @@ OddRow: dropped and counted by reason. A missing column, or a file that cannot b
 Read next: curate.py, what is kept of these; prepare.py, how it becomes shards.
 """
 
+import ast
 import contextlib
 import functools
 import hashlib
-import inspect
 import math
+import os
 import re
 import reprlib
+import sysconfig
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,6 +58,7 @@ class Source:
     kind: str = "text"  # or "puzzle"
     augment: str = "none"  # what the loader may do to a puzzle
     suite: str | None = None  # of held-out puzzles (suites.py) that the source is validated on
+    rows: Callable | None = None  # of what Python brings along: () -> list of rows, dicts with a "name"
 
 
 # -----------------------------------------------------------------------------
@@ -148,13 +152,68 @@ sudoku_extreme = square_puzzle("sudoku", ".123456789")
 maze_hard = square_puzzle("maze", " #SGo")  # wall, start, goal; in the answer o on the way
 
 
+STDLIB = Path(sysconfig.get_paths()["stdlib"])
+# tests, tables of characters, a copy of the language reference
+NOT_LEARNT = (
+    "test tests idle_test idlelib lib2to3 site-packages dist-packages __pycache__ pydoc_data encodings"
+)
+
+
+def stdlib():
+    """The modules of the standard library by name, in an order that is always the same."""
+    names = []
+    for folder, folders, files in os.walk(STDLIB):
+        folders[:] = [f for f in folders if f not in NOT_LEARNT.split() and not f.startswith("config-")]
+        paths = [Path(folder, f) for f in files if f.endswith(".py") and not f.startswith("_sysconfigdata")]
+        names += [path.relative_to(STDLIB).as_posix() for path in paths]
+    names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
+    return [{"name": name} for name in names]
+
+
+def module(row):
+    return (STDLIB / row["name"]).read_text(encoding="utf-8")
+
+
+def docstrings(row):
+    """A module's docstring, then those of its classes and functions, each under its first line of code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old modules have odd escapes
+        try:
+            tree = ast.parse(module(row))
+        except SyntaxError:
+            return ""
+    parts = [ast.get_docstring(tree)]
+    for node in ast.walk(tree):
+        if not isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if text := ast.get_docstring(node):
+            of_class = isinstance(node, ast.ClassDef)
+            inside = ", ".join(map(ast.unparse, node.bases)) if of_class else ast.unparse(node.args)
+            parts += [f"{node.name}({inside})", text]
+    return "\n\n".join([f"# {row['name']}", *filter(None, parts)]) if any(parts) else ""
+
+
+def language_reference():
+    from pydoc_data import topics  # half a megabyte that nothing else needs
+
+    return [{"name": name, "text": text} for name, text in sorted(topics.topics.items())]
+
+
 def sudoku(size, fewest, most):
     """Sudokus with so many blanks."""
     return lambda rng, index: puzzles.sudoku(rng, size, int(rng.integers(fewest, most + 1)), "train")
 
 
-def maze(rng, index):
+def mazes(rng, index):
     return puzzles.maze(rng, *rng.integers(5, 16, size=2).tolist())
+
+
+def maze(rng, index):
+    return puzzles.maze(rng, 7, 7)
+
+
+def transform(rng, index):
+    return programs.transform(rng)
 
 
 @functools.cache
@@ -249,9 +308,15 @@ SOURCES = {
     "maze_hard": Source(
         "synth", "none given", maze_hard, repo="sapientinc/maze-30x30-hard-1k", augment="dihedral", **HRM
     ),
+    "mazes": Source("synth", OURS, mazes, kind="puzzle", augment="dihedral", suite="maze"),
     "maze": Source("synth", OURS, maze, kind="puzzle", augment="dihedral", suite="maze"),
+    "transforms": Source("synth", OURS, transform, kind="puzzle", augment="arc", suite="transforms"),
     "graphs": Source("synth", OURS, lambda rng, index: puzzles.shortest_path(rng)[0]),
     "logic": Source("synth", OURS, lambda rng, index: puzzles.logic_puzzle(rng)[0]),
+    # comes with Python
+    "stdlib": Source("code", "PSF-2.0", module, "code", rows=stdlib),
+    "langref": Source("web", "PSF-2.0", column("text"), "dialogue", rows=language_reference),
+    "docstrings": Source("web", "PSF-2.0", docstrings, "dialogue", rows=stdlib),
     "arc": Source("arc", "Apache-2.0", augmented(arc_tasks), kind="puzzle", augment="arc"),
     # demonstrations of evaluation tasks, never their tests: only with --eval_demos=True
     "arc_eval_demos": Source("arc", "Apache-2.0", augmented(arc_eval_demos), kind="puzzle", augment="arc"),
@@ -283,7 +348,7 @@ WEIGHTS = {
     "sudoku9": (1, 1, 1),
     "sudoku4": (0.5, 0.5, 0.5),
     "maze_hard": (0.5, 0.5, 0.5),
-    "maze": (1, 1, 1),
+    "mazes": (1, 1, 1),
     "graphs": (1, 1, 1),
     "logic": (1, 1, 1),
     "arc": (1, 1, 1),
@@ -299,6 +364,22 @@ STAGES = {
     "stage1": _stage(1, 30_000, web=0.5, code=0.2, math=0.1, synth=0.1, arc=0.1),
     "stage2": _stage(2, 10_000, web=0.4, code=0.2, math=0.1, synth=0.15, arc=0.15),
     "stage3": _stage(3, 5_000, web=0.3, code=0.2, math=0.1, synth=0.2, arc=0.2),
+    # needs no network; more 4x4 sudoku than elsewhere, because it can be learned within minutes on a CPU
+    "demo": (
+        16,
+        {"web": 0.15, "code": 0.15, "math": 0.1, "synth": 0.5, "arc": 0.1},
+        {
+            "stdlib": 1,
+            "langref": 1,
+            "docstrings": 2,
+            "arithmetic": 1,
+            "sudoku4": 6,
+            "sudoku9": 1,
+            "maze": 2,
+            "transforms": 1,
+            "arc": 1,
+        },
+    ),
     # a thousand puzzles, each seen through a new symmetry at every draw
     "sudoku_extreme": (0.74, {"synth": 1.0}, {"sudoku_extreme": 1}),
 }
@@ -310,7 +391,7 @@ def to_document(name, row):
     there; OddRow if the row is no document for any other reason.
     """
     source = SOURCES.get(name) or EVALUATIONS[name]
-    if not source.repo:
+    if not source.repo and not source.rows:
         return source.document(*row)
     try:
         return source.document(row)
@@ -395,18 +476,22 @@ def in_one_line(name, row):
         raise ValueError(f"{problem}; mend it, or run the same command again to go on") from None
 
 
-class GeneratedRows:
-    """Every LANES-th document of an endless sequence in which each has its own random numbers."""
+class LocalRows:
+    """Every LANES-th of a source's own rows, or of an endless sequence of (random generator, index) pairs."""
 
     def __init__(self, name, seed, lane, state):
+        self.rows = SOURCES[name].rows and SOURCES[name].rows()
         self.key = [seed, int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)]
         self.index = lane if state is None else state
 
     def __iter__(self):
-        while True:
+        while self.rows is None or self.index < len(self.rows):
             index = self.index
             self.index += LANES
-            yield str(index), (np.random.default_rng([*self.key, index]), index)
+            if self.rows is None:
+                yield str(index), (np.random.default_rng([*self.key, index]), index)
+            else:
+                yield self.rows[index]["name"], self.rows[index]
 
     def state(self):
         return self.index
@@ -419,7 +504,7 @@ def open_rows(name, where, seed, lane, state, lanes=LANES):
     """
     source = SOURCES.get(name) or EVALUATIONS[name]
     if not source.repo:
-        return GeneratedRows(name, seed, lane, state)
+        return LocalRows(name, seed, lane, state)
     import datasets  # half a second that generated sources do without
 
     how = {"split": source.split, "streaming": True}
@@ -440,14 +525,3 @@ def open_rows(name, where, seed, lane, state, lanes=LANES):
         paths = [Path(p) for p in where["files"][lane::lanes]]
         return Rows([(path.name, functools.partial(open_file, path)) for path in paths], state)
     return Rows([(source.repo, open_hub)], state)
-
-
-def code_hash(*modules):
-    """SHA-256 of the text of the modules' files."""
-    return hashlib.sha256("".join(map(inspect.getsource, modules)).encode()).hexdigest()
-
-
-@functools.cache
-def generators_hash():
-    """Of all that decides what is generated, and which puzzles are held out."""
-    return code_hash(arc, programs, puzzles)
