@@ -144,7 +144,7 @@ def hash_spans(values, start, end):
     powers, inverse = (np.cumprod(np.full(len(values) + 1, b, np.uint64)) for b in (BASE, INVERSE))
     sums = np.zeros(len(values) + 1, np.uint64)
     np.cumsum((values.astype(np.uint64) + np.uint64(1)) * powers[:-1], out=sums[1:])
-    return mix((sums[end] - sums[start]) * inverse[start] + (end - start).astype(np.uint64))
+    return mix((sums[end] - sums[start]) * inverse[start])
 
 
 def only(categories, table, buffer):

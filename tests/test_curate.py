@@ -1,7 +1,6 @@
 """curate.py: measures are those of the papers; near-duplicates and quotations are found, nothing else."""
 
 import importlib
-import inspect
 import pydoc_data.topics
 import random
 import re
@@ -240,10 +239,40 @@ def test_every_rule_drops_what_it_is_about():
     assert set().union(*(rules for _, rules in CASES.values())) == set(PROSE_RULES) - {"language"}
 
 
+OFF = {  # settings under which a filter of datatrove drops nothing
+    "GopherQualityFilter": dict.fromkeys(
+        "min_doc_words max_doc_words min_avg_word_length max_avg_word_length max_symbol_word_ratio "
+        "max_bullet_lines_ratio max_ellipsis_lines_ratio max_non_alpha_words_ratio min_stop_words".split()
+    ),
+    "GopherRepetitionFilter": {
+        **dict.fromkeys(("dup_line_frac", "dup_para_frac", "dup_line_char_frac", "dup_para_char_frac")),
+        **{"top_n_grams": (), "dup_n_grams": ()},
+    },
+    "FineWebQualityFilter": {
+        **{"line_punct_thr": -1, "short_line_thr": 2, "char_duplicates_ratio": 2, "new_line_ratio": 9},
+        **{"stop_chars": tuple(".?!\"'\u201d\u2026"), "short_line_length": 29},
+    },
+}
+SETTINGS = {  # rule: (filter, its settings for the lowest and the highest value)
+    "gopher_few_or_many_words": ("GopherQualityFilter", "min_doc_words", "max_doc_words"),
+    "gopher_mean_word_length": ("GopherQualityFilter", "min_avg_word_length", "max_avg_word_length"),
+    "gopher_symbols_per_word": ("GopherQualityFilter", None, "max_symbol_word_ratio"),
+    "gopher_bullet_lines": ("GopherQualityFilter", None, "max_bullet_lines_ratio"),
+    "gopher_ellipsis_lines": ("GopherQualityFilter", None, "max_ellipsis_lines_ratio"),
+    "gopher_words_without_letters": ("GopherQualityFilter", "max_non_alpha_words_ratio", None),
+    "gopher_stop_words": ("GopherQualityFilter", "min_stop_words", None),
+    "gopher_duplicate_lines": ("GopherRepetitionFilter", None, "dup_line_frac"),
+    **{rule: ("GopherRepetitionFilter", None, "dup_n_grams") for rule in SPANS},
+    "fineweb_lines_without_punctuation": ("FineWebQualityFilter", "line_punct_thr", None),
+    "fineweb_short_lines": ("FineWebQualityFilter", None, "short_line_thr"),
+    "fineweb_duplicate_line_characters": ("FineWebQualityFilter", None, "char_duplicates_ratio"),
+}
+
+
 def test_datatrove_gives_the_same_verdicts():
     """
-    Each rule by a filter that has no other, with curate.RULES' limits, our words, and C4's marks at line
-    ends. For the rule about letters, words are what stands between blanks.
+    Each rule by a filter that has no other, with the limits of curate.RULES and our words. For the rule about
+    letters, words are what stands between blanks.
     """
     filters = pytest.importorskip("datatrove.pipeline.filters")
     data, tokenizers = map(importlib.import_module, ("datatrove.data", "datatrove.utils.word_tokenizers"))
@@ -254,52 +283,17 @@ def test_datatrove_gives_the_same_verdicts():
         def __init__(self, words):
             self.word_tokenize = words
 
-    ours = Words(words_of)
-    off = dict.fromkeys(inspect.signature(filters.GopherQualityFilter).parameters)
-    repetition = ("dup_line_frac", "dup_para_frac", "dup_line_char_frac", "dup_para_char_frac")
-    repetition = {**dict.fromkeys(repetition), "top_n_grams": (), "dup_n_grams": (), "language": ours}
-    lines = {"line_punct_thr": -1, "short_line_thr": 2, "char_duplicates_ratio": 2, "new_line_ratio": 9}
-    marks = tuple(".?!\"'\u201d\u2026")
-
-    def quality(**settings):
-        return filters.GopherQualityFilter(**{**off, "language": ours, **settings})
-
-    def repeats(**settings):
-        return filters.GopherRepetitionFilter(**{**repetition, **settings})
-
-    def fineweb(**settings):
-        return filters.FineWebQualityFilter(**{**lines, "language": ours, **settings})
-
-    limit = {rule: limits for rule, (_, limits) in PROSE_RULES.items()}
-    few, many = limit["gopher_few_or_many_words"]
-    short, long = limit["gopher_mean_word_length"]
-    made = {
-        "gopher_few_or_many_words": quality(min_doc_words=few, max_doc_words=many),
-        "gopher_mean_word_length": quality(min_avg_word_length=short, max_avg_word_length=long),
-        "gopher_symbols_per_word": quality(max_symbol_word_ratio=limit["gopher_symbols_per_word"][1]),
-        "gopher_bullet_lines": quality(max_bullet_lines_ratio=limit["gopher_bullet_lines"][1]),
-        "gopher_ellipsis_lines": quality(max_ellipsis_lines_ratio=limit["gopher_ellipsis_lines"][1]),
-        "gopher_words_without_letters": quality(
-            max_non_alpha_words_ratio=limit["gopher_words_without_letters"][0], language=Words(str.split)
-        ),
-        "gopher_stop_words": quality(min_stop_words=limit["gopher_stop_words"][0]),
-        "gopher_duplicate_lines": repeats(dup_line_frac=limit["gopher_duplicate_lines"][1]),
-        **{rule: repeats(dup_n_grams=((n, limit[rule][1]),)) for n, rule in enumerate(SPANS, 5)},
-        "fineweb_lines_without_punctuation": fineweb(
-            line_punct_thr=limit["fineweb_lines_without_punctuation"][0], stop_chars=marks
-        ),
-        "fineweb_short_lines": fineweb(short_line_thr=limit["fineweb_short_lines"][1], short_line_length=29),
-        "fineweb_duplicate_line_characters": fineweb(
-            char_duplicates_ratio=limit["fineweb_duplicate_line_characters"][1]
-        ),
-    }
-    assert set(made) == set(PROSE_RULES) - {"language"}
-    theirs = {
-        (case, rule)
-        for case, (text, _) in CASES.items()
-        for rule, kept in made.items()
-        if kept.filter(data.Document(text, "")) is not True
-    }
+    assert set(SETTINGS) == set(PROSE_RULES) - {"language"}
+    theirs = set()
+    for rule, (kind, *names) in SETTINGS.items():
+        settings = {name: value for name, value in zip(names, PROSE_RULES[rule][1]) if name}
+        if rule in SPANS:
+            settings = {"dup_n_grams": ((5 + SPANS.index(rule), settings["dup_n_grams"]),)}
+        words = Words(str.split if rule == "gopher_words_without_letters" else words_of)
+        kept = getattr(filters, kind)(**{**OFF[kind], "language": words, **settings}).filter
+        theirs |= {
+            (case, rule) for case, (text, _) in CASES.items() if kept(data.Document(text, "")) is not True
+        }
     recorded = {(case, rule) for case, (_, rules) in CASES.items() for rule in rules}
     assert recorded - theirs == OURS_ALONE and theirs - recorded == THEIRS_ALONE
 
