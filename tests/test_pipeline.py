@@ -1052,7 +1052,7 @@ def test_show_synth(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepare, "__file__", str(ROOT / "prepare.py"))
     from smol import programs
 
-    monkeypatch.setattr(programs, "FAMILIES", dict(list(programs.FAMILIES.items())[50:61]))
+    monkeypatch.setattr(programs, "FAMILIES", dict(list(programs.FAMILIES.items())[40:51]))
     prepare.main(["show", "synth"])
     assert len(capsys.readouterr().out.split()) == 6
     assert (tmp_path / "out/synth/programs-1.png").stat().st_size > 10_000
