@@ -116,8 +116,9 @@ def make_unit(job, number, rows, iterator):
     }
     if bands is not None:
         files["bands"] = bands.astype("<u8").tobytes()
+    Path(job["folder"]).mkdir(parents=True, exist_ok=True)
     for suffix, content in files.items():
-        write(unit_path(job["folder"], job["lane"], number, suffix), content)
+        unit_path(job["folder"], job["lane"], number, suffix).write_bytes(content)
     record = {
         "source": job["source"],
         "lane": job["lane"],
