@@ -71,7 +71,7 @@ def likeness(grid):
 
 
 def alike(a, b):
-    """Is there a symmetry of the square and a renaming of colours that makes a into b? By pairing up colours."""
+    """Does a symmetry of the square and a renaming of colours make a into b? By pairing up colours."""
     for image in (np.rot90(side, k) for side in (a, a.T) for k in range(4)):
         if image.shape == b.shape:
             renamings = len(np.unique(image.astype(int) * 10 + b))
