@@ -346,8 +346,7 @@ def positions(idx):
     in_grid = latest(at, mark, -1) > latest(at, ~(mark | row_end | cell), -1)
     rows = row_end.long().cumsum(1) - row_end.long()  # rows ended before this token
     row = rows - latest(rows, mark, 0)
-    line = latest(at, mark | row_end, -1).roll(1, 1)  # a ROW still belongs to the row it ends
-    line[:, 0] = -1
+    line = latest(at, mark | row_end, -1).roll(1, 1)  # a ROW belongs to the row it ends; token 0 is in no row
     col = torch.where(mark, 0, at - line - 1)
     return torch.stack([row, col, grid], -1) * in_grid[..., None]
 
