@@ -40,6 +40,7 @@ import types
 from pathlib import Path
 
 from smol.files import write_whole
+from smol.settings import read  # noqa: F401 (replaces what is below)
 
 PLAIN = (int, float, bool, str, type(None))
 TYPE_NAMES = {

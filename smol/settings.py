@@ -1,0 +1,221 @@
+"""
+Settings of a script: plain globals, overridden by config files and by --key=value.
+
+    python train.py config/route_b_demo.py config/my_changes.py --max_iters=200 --learning_rate=1e-3
+    python train.py --help
+
+A script keeps its settings as lowercase globals, each with a comment, and calls
+
+    config, words = configurator.read(globals(), sys.argv[1:])
+
+Config files are Python files of assignments, applied in the order given; the command line is applied after
+them. A config file that starts from another one says `base = "route_b_demo.py"`, a path relative to itself,
+and then only what it changes. Config files are executed, so run only those you trust.
+
+A setting is an int, float, bool, str, None, or a tuple or dict of these. It keeps the type of its default, or
+takes the types of its annotation (`seed: int | None = None`). A table RANGES says which values are allowed:
+
+    RANGES = {"[0, 1)": "beta1 beta2", "(0, inf)": "learning_rate", ("wsd", "cosine"): "schedule"}
+
+Read next: train.py, which has the most settings.
+"""
+
+import ast
+import difflib
+import inspect
+import os
+import re
+import runpy
+import sys
+import traceback
+import typing
+from pathlib import Path
+
+PLAIN = (int, float, bool, str, type(None))
+
+
+class ConfigError(ValueError):
+    """A mistake in a config file or on the command line, in one line for the person who made it."""
+
+
+def read(script_globals, argv, usage=""):
+    """
+    Returns (config, words): a dict of all settings, and the bare arguments that are no config files.
+    usage: what these words are, such as "CKPT [CKPT ...]"; a script without it takes none. --help prints the
+    script's docstring and its settings, and exits. A mistake is one line on stderr and exit code 1.
+    """
+    if "--help" in argv or "-h" in argv:
+        print(help_text(script_globals, usage))
+        sys.exit(0)
+    try:
+        return resolve(script_globals, argv, usage)
+    except ConfigError as e:
+        sys.exit(f"error: {e}")
+
+
+def resolve(script_globals, argv, usage=""):
+    """What `read` returns; a mistake raises ConfigError."""
+    config = settings(script_globals)
+    types = types_of(script_globals, config)
+    words, overrides = [], []
+    for argument in argv:
+        if argument.startswith("-"):
+            name = argument.removeprefix("--")
+            if name in types:
+                raise ConfigError(f"{argument} needs a value: write {argument}=VALUE")
+            overrides.append(argument)
+        elif argument.endswith(".py"):
+            for name, value in read_config_file(argument):
+                config[name] = convert(name, value, types, f"in {argument}")
+        elif usage:
+            words.append(argument)
+        else:
+            raise ConfigError(
+                f"cannot read {argument!r}: write settings as --key=value, config files as NAME.py"
+            )
+    for argument in overrides:
+        name, _, text = argument.removeprefix("--").partition("=")
+        config[name] = convert(name, parse(text, types.get(name, ())), types, "on the command line")
+    check_ranges(config, script_globals.get("RANGES", {}))
+    return config, words
+
+
+def settings(script_globals):
+    """The settings of a script with their present values, in the order of the source."""
+    return {
+        name: value
+        for name, value in script_globals.items()
+        if name == name.lower() and not name.startswith("_") and is_plain(value)
+    }
+
+
+def is_plain(value):
+    """True for an int, float, bool, str, None, or a tuple or dict of these, at any depth."""
+    if isinstance(value, tuple):
+        return all(map(is_plain, value))
+    if isinstance(value, dict):
+        return all(type(k) in PLAIN and is_plain(v) for k, v in value.items())
+    return type(value) in PLAIN
+
+
+def types_of(script_globals, config):
+    """{name of a setting: tuple of the types that it takes}."""
+    annotations = script_globals.get("__annotations__")
+    if annotations is None and "__name__" in script_globals:  # Python 3.14 makes them when they are asked for
+        annotations = inspect.get_annotations(sys.modules[script_globals["__name__"]])
+    types = {}
+    for name, value in config.items():
+        annotation = (annotations or {}).get(name)
+        types[name] = typing.get_args(annotation) or (annotation or type(value),)
+    return types
+
+
+def parse(text, types):
+    """A value from the command line: a Python literal where it is one and the setting is not text."""
+    if bool in types and text in ("true", "false"):
+        return text == "true"
+    if float in types and text in ("inf", "-inf"):
+        return float(text)
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    return value if str not in types or isinstance(value, types) else text
+
+
+def convert(name, value, types, where):
+    """The value as one of the types of the setting. ConfigError for an unknown name or another type."""
+    if name not in types:
+        closest = difflib.get_close_matches(name, types, n=1, cutoff=0.0)
+        hint = f"the closest is {closest[0]!r}" if closest else "there are none"
+        raise ConfigError(f"unknown setting {name!r} {where}: {hint} (--help lists them all)")
+    if isinstance(value, list) and tuple in types[name]:
+        value = tuple(value)
+    if type(value) is int and float in types[name] and int not in types[name]:
+        value = float(value)
+    if type(value) is float and int in types[name] and float not in types[name] and value.is_integer():
+        value = int(value)  # 5e3
+    if type(value) not in types[name] or not is_plain(value):
+        wanted = " or ".join("None" if t is type(None) else t.__name__ for t in types[name])
+        raise ConfigError(f"{name} must be {wanted}, got {type(value).__name__} {value!r:.80} {where}")
+    return value
+
+
+def check_ranges(config, ranges):
+    """
+    ranges: {"[0, 1)": "names of settings"}, with bounds as in mathematics, or {(values, ...): "names"}.
+    Every value of a dict has to be in the range; None always is, NaN never. Raises ConfigError.
+    """
+    for allowed, names in ranges.items():
+        for name in names.split():
+            values = config[name].values() if isinstance(config[name], dict) else [config[name]]
+            for value in values:
+                if value is not None and not in_range(value, allowed):
+                    wanted = (
+                        f"in {allowed}"
+                        if isinstance(allowed, str)
+                        else f"one of {', '.join(map(repr, allowed))}"
+                    )
+                    raise ConfigError(f"{name} must be {wanted}, got {config[name]!r}")
+
+
+def in_range(value, allowed):
+    if isinstance(allowed, tuple):
+        return value in allowed
+    if type(value) not in (int, float):
+        return False
+    low, high = map(float, allowed[1:-1].split(","))
+    above = low <= value if allowed[0] == "[" else low < value
+    return above and (value <= high if allowed[-1] == "]" else value < high)
+
+
+def read_config_file(path, chain=()):
+    """[(name, value), ...] of a config file, after those of the file it builds on. Raises ConfigError."""
+    if os.path.realpath(path) in chain:
+        raise ConfigError(f"{path} builds on itself")
+    if not os.path.exists(path):
+        there = {p.name: p for folder in (Path(path).parent, Path("config")) for p in folder.glob("*.py")}
+        closest = difflib.get_close_matches(Path(path).name, there, n=1, cutoff=0.0)
+        hint = f": the closest is {there[closest[0]]}" if closest else ""
+        raise ConfigError(f"config file {path} does not exist{hint}")
+    try:
+        namespace = runpy.run_path(path, run_name="config")
+    except SyntaxError as e:
+        raise ConfigError(f"{path}, line {e.lineno}: {e.msg}") from None
+    except Exception as e:  # noqa: BLE001 (a config file is a program and fails in any way)
+        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
+        raise ConfigError(f"{path}, line {lines[-1] if lines else '?'}: {type(e).__name__}: {e}") from None
+    found = []
+    if base := namespace.pop("base", None):
+        found = read_config_file(os.path.join(os.path.dirname(path), base), (*chain, os.path.realpath(path)))
+    return found + [(name, value) for name, value in namespace.items() if is_setting(name, value)]
+
+
+def is_setting(name, value):
+    """Modules, functions and names with capitals or a leading underscore are helpers of the config file."""
+    helper = name.startswith("_") or name != name.lower() or inspect.ismodule(value) or callable(value)
+    return not helper
+
+
+def help_text(script_globals, usage=""):
+    """The script's docstring, how it is called, and its settings as they stand in its source."""
+    path = script_globals["__file__"]
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    names = "|".join(settings(script_globals))
+    defined = [i for i, line in enumerate(lines) if re.match(rf"({names})\b\s*[:=]", line)]
+    first = last = defined[0]
+    while lines[first - 1].startswith("#"):
+        first -= 1
+    for i in defined:  # what comes after a blank line and a function is no setting
+        if not any(line.startswith(("def ", "class ")) for line in lines[last:i]):
+            last = i
+    while last + 1 < len(lines) and lines[last + 1].strip():
+        last += 1
+    call = f"python {os.path.basename(path)} {usage} [config.py ...] --key=value ..."
+    return "\n".join([script_globals["__doc__"].strip(), "", call, "", *lines[first : last + 1]])
+
+
+def show(config, defaults):
+    """What differs from the defaults, as a block of text."""
+    changed = [f"{name}={value!r}" for name, value in config.items() if value != defaults[name]]
+    return "settings: " + (", ".join(changed) or "all defaults")
