@@ -176,11 +176,11 @@ def gather_evaluations(c, data, parts, notes):
             if wheres[name] is None:
                 notes.append(f"nothing of {name} is kept out: no folder {Path(c.source_dir) / name}")
                 del wheres[name]
-    path = data / "work" / f"evaluations-{key_of(abouts, code())}.npz"
+    texts, tables = language_items.evaluation_texts(), {}
+    path = data / "work" / f"evaluations-{key_of(abouts, texts, code())}.npz"
     with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile):  # a zip has checksums
         read_evaluations(path)
         return path
-    texts, tables = language_items.evaluation_texts(), {}
     for name, where in wheres.items():
         documents = evaluation_rows(name, where)
         if table.EVALUATIONS[name].kind == "text":
@@ -209,6 +209,10 @@ def evaluation_rows(name, where):
     return found
 
 
+# ---------------------------------------------------------------------------------------------------------
+# the units of a source
+
+
 def make(c, parts, wanted, evaluations, submit):
     """Make units until each part has its tokens of `wanted` ({name: tokens}), or no more rows."""
     parts = [part for part in parts if part.name in wanted]
@@ -225,10 +229,6 @@ def make(c, parts, wanted, evaluations, submit):
                     part.records |= {(record["number"], record["lane"]): record for record in future.result()}
                 bar.n = sum(1 for part in parts for _ in part.folder.glob("*.json"))
                 bar.refresh()
-
-
-# ---------------------------------------------------------------------------------------------------------
-# the units of a source in order
 
 
 def load_units(part):

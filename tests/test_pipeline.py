@@ -459,6 +459,15 @@ def test_a_dry_run_does_nothing(source_dir, tmp_path, capsys):
     assert "7,500,000   2 files in" in out and not (tmp_path / "data").exists()
 
 
+def test_sudoku_extreme_is_a_stage(source_dir, tmp_path):
+    build(tmp_path, source_dir, "--limit_mb=0.008", "--val_every=4", stage="sudoku_extreme")
+    entries, mixture = snapshots.read_manifest(tmp_path, "sudoku_extreme")
+    assert mixture["weights"] == {"sudoku_extreme": 1.0}
+    assert {(e["split"], e["augment"]) for e in entries} == {("train", "sudoku"), ("val", "none")}
+    for _, _, ids in documents(tmp_path, stage="sudoku_extreme"):
+        assert puzzles.check_sudoku(*arc.decode(ids)[1][0])
+
+
 # ---- tokens
 
 
