@@ -379,7 +379,7 @@ STAGES = {
             "arc": 1,
         },
     ),
-    # a thousand puzzles, each seen through a new symmetry at every draw
+    # the first thousand puzzles of the file, each seen through a new symmetry at every draw
     "sudoku_extreme": (0.74, {"synth": 1.0}, {"sudoku_extreme": 1}),
 }
 
