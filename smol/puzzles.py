@@ -420,35 +420,35 @@ def check_arithmetic(text):
 def shortest_path(rng):
     """Roads with lengths: the shortest way between two places, unique, of several roads. -> (text, answer)"""
     while True:
-        n = int(rng.integers(5, 9))
-        names = [chr(65 + i) for i in rng.permutation(26)[:n]]
-        edges = [(i, j) for i, j in itertools.combinations(range(n), 2) if rng.random() < 0.45]
-        edges = [edges[i] for i in rng.permutation(len(edges))]
-        length = {edge: int(x) for edge, x in zip(edges, rng.integers(1, 13, size=len(edges)))}
-        near = [[(j if i == k else i, length[i, j]) for i, j in edges if k in (i, j)] for k in range(n)]
+        places = [chr(65 + i) for i in rng.permutation(26)[: rng.integers(5, 9)]]
+        pairs = [pair for pair in itertools.combinations(places, 2) if rng.random() < 0.45]
+        pairs = [pairs[i] for i in rng.permutation(len(pairs))]
+        roads = list(zip(pairs, rng.integers(1, 13, size=len(pairs)).tolist()))
+        near = {place: [] for place in places}
+        for (a, b), length in roads:
+            near[a].append((b, length))
+            near[b].append((a, length))
         # settle the nearest place, then the next (Dijkstra)
-        distance, ways, before, settled, steps = {0: 0}, {0: 1}, {}, [], []
+        start = places[0]
+        distance, ways, before, settled = {start: 0}, {start: 1}, {}, []
         while len(settled) < len(distance):
-            k = min((k for k in distance if k not in settled), key=lambda k: (distance[k], k))
-            settled.append(k)
-            if k:
-                steps.append(f"{names[k]} is {distance[k]} away, by {names[before[k]]}.")
-            for j, d in near[k]:
-                if distance[k] + d < distance.get(j, 10**9):
-                    distance[j], ways[j], before[j] = distance[k] + d, ways[k], k
-                elif distance[k] + d == distance[j] and j not in settled:
-                    ways[j] += ways[k]
-        goals = [k for k in settled if k and ways[k] == 1 and before[k] != 0]
+            a = min((place for place in distance if place not in settled), key=distance.get)
+            settled.append(a)
+            for b, length in near[a]:
+                if distance[a] + length < distance.get(b, 10**9):
+                    distance[b], ways[b], before[b] = distance[a] + length, ways[a], a
+                elif distance[a] + length == distance[b] and b not in settled:
+                    ways[b] += ways[a]
+        goals = [place for place in settled[1:] if ways[place] == 1 and before[place] != start]
         if goals:
             break
     way = [goals[-1]]
-    while way[-1]:
+    while way[-1] != start:
         way.append(before[way[-1]])
-    start, goal = names[0], names[way[0]]
-    roads = ", ".join(f"{names[i]}-{names[j]} {length[i, j]}" for i, j in edges)
-    question = f"Roads and their lengths: {roads}. What is the shortest way from {start} to {goal}?"
-    answer = f"{'-'.join(names[k] for k in reversed(way))}, length {distance[way[0]]}"
-    return words(question, " ".join(steps[: settled.index(way[0])]), answer)
+    told = ", ".join(f"{a}-{b} {length}" for (a, b), length in roads)
+    question = f"Roads and their lengths: {told}. What is the shortest way from {start} to {way[0]}?"
+    steps = [f"{p} is {distance[p]} away, by {before[p]}." for p in settled[1 : settled.index(way[0]) + 1]]
+    return words(question, " ".join(steps), f"{'-'.join(reversed(way))}, length {distance[way[0]]}")
 
 
 def check_shortest_path(text):
