@@ -2,13 +2,16 @@
 Checkpoints: written so that a crash never costs the last good one, read without trusting them, published on
 the hub.
 
-A checkpoint is a dict of tensors and plain values. torch.load(weights_only=True) reads it, and nothing in it
-can run:
+A checkpoint is a dict of tensors and plain values, which torch.load(weights_only=True) reads:
 
-    format       CHECKPOINT_FORMAT model        'dense' or 'trm', and model_config, the fields of that file's
-    Config weights      state dict; ema, the averaged weights that evaluation uses, or None tokenizer
-    fingerprint of the tokenizer it was trained with config       the settings of the run train        what
-    the run needs to go on: iter, optimizers, scaler, loader, carries, ... and the figures it reports
+    format       CHECKPOINT_FORMAT
+    model        'dense' or 'trm'
+    model_config the fields of that file's Config
+    weights      state dict
+    ema          the averaged weights that evaluation uses, or None
+    tokenizer    fingerprint of the tokenizer it was trained with
+    config       the settings of the run
+    train        what the run needs to go on: iter, optimizers, scaler, loader, carries, and its figures
 
 A repository on the hub holds one run: ckpt.pt, the run's config.json, log.jsonl and loss.png, and a model
 card. Each published step is one commit. Tokens are the hub client's business (`hf auth login`, or HF_TOKEN).
