@@ -33,9 +33,7 @@ import torch
 
 from smol import runtime
 from smol import tokenizer as tok
-from smol.hub import files_of, git_hash, plainly, repo_name
-from smol.runtime import rank, world_size
-from smol.snapshots import sha256_file
+from smol.snapshots import files_of, git_hash, plainly, repo_name, sha256_file
 
 CHECKPOINT_FORMAT = 6
 MODEL_FILES = {"dense": "model_dense", "trm": "model_trm"}
@@ -243,7 +241,7 @@ def check_same_start(step, device):
     step: that this process goes on from, or None. ValueError where another process goes on from another.
     """
     step = -1 if step is None else step
-    if runtime.sums([step], device)[0] != step * world_size:
+    if runtime.sums([step], device)[0] != step * runtime.world_size:
         raise ValueError("out_dir does not hold the same checkpoint on every machine: copy it to all of them")
 
 
@@ -281,7 +279,7 @@ def gather_carries(carries, device):
     {(number, length): dict of tensors} of this process -> {'number/length': ...} of all processes, on rank 0.
     """
     mine, everyones = sorted(carries), {}
-    most = max(runtime.sums([len(mine) * (r == rank) for r in range(world_size)], device))
+    most = max(runtime.sums([len(mine) * (r == runtime.rank) for r in range(runtime.world_size)], device))
     for i in range(int(most)):  # one by one: all carries of all processes at once can be gigabytes
         part = {f"{mine[i][0]}/{mine[i][1]}": carries[mine[i]]} if i < len(mine) else {}
         for some in runtime.gather(part):
@@ -292,7 +290,7 @@ def gather_carries(carries, device):
 def own_carries(everyones):
     """The inverse: each process takes those of the batches that are now its own."""
     carries = {tuple(map(int, key.split("/"))): carry for key, carry in everyones.items()}
-    return {key: carry for key, carry in carries.items() if key[0] % world_size == rank}
+    return {key: carry for key, carry in carries.items() if key[0] % runtime.world_size == runtime.rank}
 
 
 def random_states(device):
@@ -303,9 +301,9 @@ def random_states(device):
 
 def restore_random_state(states, device):
     """states: of `random_states`, from as many processes as there are now."""
-    torch.set_rng_state(states[rank]["cpu"])
-    if device.startswith("cuda") and states[rank]["cuda"] is not None:
-        torch.cuda.set_rng_state(states[rank]["cuda"])
+    torch.set_rng_state(states[runtime.rank]["cpu"])
+    if device.startswith("cuda") and states[runtime.rank]["cuda"] is not None:
+        torch.cuda.set_rng_state(states[runtime.rank]["cuda"])
 
 
 def save_run(path, net, model, config, average, train, device):
@@ -334,7 +332,7 @@ def save_run(path, net, model, config, average, train, device):
             runtime.say(
                 f"the checkpoint of step {train['iter']} could not be saved ({why}); training goes on"
             )
-    return runtime.sums([saved], device)[0] == world_size
+    return runtime.sums([saved], device)[0] == runtime.world_size
 
 
 # -----------------------------------------------------------------------------

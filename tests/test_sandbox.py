@@ -215,7 +215,7 @@ def test_one_bad_program_costs_the_others_nothing():
     bad = {
         "ValueError": "import os\nos.system('true')\n",
         "no function": "def solve(grid):\n    grid = open(grid)\n    return grid\n",
-        "does not take": program(("margin", {"k": 10**9})),
+        "does not take": program(("frame", {"a": 10**9})),
         "memory": program(*[("scale", {"k": 3})] * 20),
         "sides of 1 to 30": program(*[("scale", {"k": 3})] * 3),
         "20000 characters": program(*[("transpose", {"anti": 0})] * 2000),

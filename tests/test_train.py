@@ -26,12 +26,8 @@ from smol import checkpoint, loop
 ROOT = Path(__file__).parent.parent
 STAGE = [
     "--val_every=3",
-    "--limit_mb=0.2",
-    "--n_arithmetic=100",
-    "--n_sudoku4=300",
-    "--n_sudoku9=4",
-    "--n_maze=60",
-    "--n_transforms=30",
+    "--limit_mb=1",
+    "--num_proc=1",
 ]
 SHAPE = [
     "--n_layer=2",
@@ -219,6 +215,14 @@ def flipped(optimizer, *args, **kwargs):
             p.view(-1)[7] = torch.nextafter(p.view(-1)[7], torch.tensor(9.0))  # the last bit of one weight
 torch.optim.AdamW.step = flipped
 """
+INF = """
+import torch
+step = torch.optim.AdamW.step
+def too_far(optimizer, *args, **kwargs):
+    step(optimizer, *args, **kwargs)
+    optimizer.param_groups[0]["params"][0].data.fill_(float("inf"))
+torch.optim.AdamW.step = too_far
+"""
 NAN = """
 import torch
 unscale, calls = torch.amp.GradScaler.unscale_, [0]
@@ -256,11 +260,7 @@ def test_a_run_that_diverges_ends_and_leaves_the_checkpoints(finished, data, tmp
     for settings, fault, part in (
         # step 10, which is skipped, would be saved
         (["--eval_interval=2", "--max_skipped=4"], always, "4 steps in a row"),
-        (
-            ["--eval_interval=1", "--learning_rate=1e30"],
-            "",
-            "the validation loss of step 10 is not finite",
-        ),
+        (["--eval_interval=1"], INF, "after step 10 there are weights that are not finite (wte.weight)"),
         (["--max_hours=1e-5"], always, "nothing was saved"),
     ):
         line = fail(data, tmp_path / "run", *longer, *settings, before=fault)
@@ -420,7 +420,7 @@ def test_a_pinned_snapshot_is_verified(data, tmp_path):
     assert "demo:None" in line and "demo:v0.1" in line
     mixture = (frozen / "mixture.json").read_text()
     (frozen / "mixture.json").write_text(mixture.replace("0.1", "0.2", 1))
-    assert "mixture.json was changed" in fail(copy, tmp_path / "new", "--data_tag=v0.1")
+    assert "v0.1/mixture.json" in fail(copy, tmp_path / "new", "--data_tag=v0.1")
 
 
 @dense
@@ -497,8 +497,7 @@ def test_torchrun_starts_it_and_ends_with_its_error(data, tmp_path):
     done = torchrun("--data=stage9", "--overwrite=True")
     assert done.returncode == 1
     before, after = done.stderr.split("Traceback", 1)  # torchrun's own
-    assert before.count("error: there is no stage 'stage9'") == 1
-    assert "error: there is no stage 'stage9'" in after.split("Root Cause")[1]
+    assert before.count("'stage9'") == 1 and "error: stage 'stage9'" in after.split("Root Cause")[1]
 
 
 COMPILED = """
