@@ -171,10 +171,7 @@ def load_weights(model, weights, path):
 
 
 def load_model(path, device="cpu"):
-    """
-    -> (model in evaluation mode, with the averaged weights where there are any, checkpoint). Raises as
-    `load`.
-    """
+    """-> (model in evaluation mode, with the averaged weights if any, checkpoint). Raises as `load`."""
     checkpoint = load(path)
     model = make_model(checkpoint["model"], checkpoint["model_config"])
     load_weights(model, checkpoint["ema"] or checkpoint["weights"], path)
@@ -453,7 +450,7 @@ def pull(name, out_dir, overwrite=False):
         raise ValueError(f"{place} is another checkpoint: use another folder, or overwrite it")
     waiting = os.path.join(
         out_dir, ".pull"
-    )  # kept when a download breaks off: run again, it goes on from there
+    )  # kept when a download breaks off: the next one goes on from there
     wanted = [path for path in (*BESIDES, "ckpt.pt") if path in files]
     with plainly(f"downloading {name}"):
         snapshot_download(repo, revision=commit, local_dir=waiting, allow_patterns=wanted)
