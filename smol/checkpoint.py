@@ -336,14 +336,8 @@ def save_run(path, net, model, config, average, train, device):
 # the hub
 
 BESIDES = ("config.json", "log.jsonl", "loss.png")
-FIGURES = (
-    "iter",
-    "seconds",
-    "tokens",
-    "val_loss",
-    "val_losses",
-    "data",
-)  # of "train", what is not for going on
+# the entries of "train" that are not for going on
+FIGURES = ("iter", "seconds", "tokens", "val_loss", "val_losses", "data")
 PATIENCE = 900.0  # seconds that a run waits at its end for the last push
 
 
@@ -448,9 +442,7 @@ def pull(name, out_dir, overwrite=False):
     place = os.path.join(out_dir, "ckpt.pt")
     if os.path.isfile(place) and not overwrite and not same(files["ckpt.pt"], place):
         raise ValueError(f"{place} is another checkpoint: use another folder, or overwrite it")
-    waiting = os.path.join(
-        out_dir, ".pull"
-    )  # kept when a download breaks off: the next one goes on from there
+    waiting = os.path.join(out_dir, ".pull")  # kept when a download breaks off: the next goes on from there
     wanted = [path for path in (*BESIDES, "ckpt.pt") if path in files]
     with plainly(f"downloading {name}"):
         snapshot_download(repo, revision=commit, local_dir=waiting, allow_patterns=wanted)
