@@ -106,7 +106,7 @@ min_lr = 0.0
 # ---- system
 device = "auto"  # 'cpu', 'cuda', or auto: cuda where there is one
 dtype = "auto"  # 'float32', 'bfloat16', 'float16'; auto: float32 on CPU, bfloat16 from capability 8.0 on
-compile: bool | str = "auto"  # torch.compile the blocks; auto: on a GPU
+compile: bool | str = "auto"  # torch.compile the blocks; auto: on a GPU. False where that fails
 sync_check_interval = 100  # steps between comparisons of all processes' weights; 0 for none
 seed = 1337
 # ---- stage 0
@@ -485,7 +485,8 @@ def overfit_one_batch(net, mode, batch, autocast, scaled, device):
     before = {k: v.detach().clone() for k, v in net.state_dict().items()}
     optimizers = loop.make_optimizers(net, optimizer, 0.0, learning_rate, (beta1, beta2))
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=scaled)
-    for i in range(sanity_steps):
+    quiet = None if runtime.master else True
+    for i in tqdm(range(sanity_steps), desc=f"overfit one {mode} batch", leave=False, disable=quiet):
         with autocast:
             loss = net(idx, targets, mode=mode)[1]
         scaler.scale(loss).backward()
