@@ -175,6 +175,7 @@ def test_killed_terminated_and_out_of_time_it_goes_on_to_the_last_bit(route, fin
     succeed(data, tmp_path, *settings, "--init_from=resume", processes=2)
     same_losses(tmp_path, finished_by_two)
     same_weights(tmp_path, finished_by_two)
+    assert len(entries(tmp_path)) <= 9 + 3  # no step is logged twice
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -268,8 +269,18 @@ def test_a_run_that_diverges_ends_and_leaves_the_checkpoints(finished, data, tmp
         assert [path.read_bytes() for path in files] == before
 
 
+NOISE = """
+import model_dense, torch
+forward = model_dense.Model.forward
+def noisy(self, *args, **kwargs):
+    logits, loss, carry = forward(self, *args, **kwargs)
+    return logits, loss * (1 + 0.01 * torch.rand(())), carry
+model_dense.Model.forward = noisy
+"""
+
+
 def test_float16_scales_its_loss_and_resumes_to_the_last_bit(data, tmp_path):
-    """The T4's way, on the CPU's float16."""
+    """The T4's way, on the CPU's float16, with a model that draws random numbers."""
     settings = [
         "--dtype=float16",
         "--max_iters=4",
@@ -277,13 +288,15 @@ def test_float16_scales_its_loss_and_resumes_to_the_last_bit(data, tmp_path):
         "--batch_size=1",
         "--mixture={'sudoku4': 1}",
     ]
-    succeed(data, tmp_path / "whole", *settings)
-    saved = checkpoint.load(tmp_path / "whole" / "ckpt.pt")["train"]
-    assert saved["scaler"]["scale"] == 2**16 / 2 ** saved["skipped"] and saved["skipped"] < 4
-    succeed(data, tmp_path / "parts", *settings, "--max_hours=1e-5")
-    succeed(data, tmp_path / "parts", *settings)
+    overflow = NAN.replace("STEPS", "(1,)") + NOISE
+    done = succeed(data, tmp_path / "whole", *settings, before=overflow)
+    assert "step 1 skipped" in done.stdout and "scale 32768" in done.stdout
+    succeed(data, tmp_path / "parts", *settings, "--max_hours=1e-5", before=overflow)
+    succeed(data, tmp_path / "parts", *settings, before=NOISE)
     same_losses(tmp_path / "parts", tmp_path / "whole")
     same_weights(tmp_path / "parts", tmp_path / "whole")
+    scalers = [checkpoint.load(tmp_path / name / "ckpt.pt")["train"]["scaler"] for name in ("whole", "parts")]
+    assert scalers[0] == scalers[1] and scalers[0]["scale"] == 2**15
 
 
 @dense
