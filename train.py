@@ -70,20 +70,14 @@ gradient_accumulation_steps = 8  # batches per optimizer step, over all processe
 model = "dense"  # 'dense' is Route A, 'trm' is Route B
 n_layer: int | None = None
 n_head: int | None = None
-n_kv_head: int | None = None  # heads of keys and values in full attention; None: as many as n_head
 n_embd: int | None = None
 n_ff: int | None = None
 layer_pattern: str | None = None  # tiled over the depth: k is KDA, a is full attention
-separate_documents: bool | None = None  # documents that are packed into one row know nothing of each other
 recompute: bool | None = None  # activations again in the backward: a third more work, far less memory
 n_latent: int | None = None  # Route B: latent updates per recursion, in puzzles
 n_recursion: int | None = None  # Route B: recursions per supervision step
 n_grad: int | None = None  # Route B: recursions with gradient, the last ones
 n_sup: int | None = None  # Route B: supervision steps per puzzle, at most
-text_n_latent: int | None = None  # Route B: the same four for text
-text_n_recursion: int | None = None
-text_n_grad: int | None = None
-text_n_sup: int | None = None
 halt_exploration: float | None = None  # Route B: share of puzzles that go on whatever the halting head says
 carry_turns = 1  # Route B: a puzzle takes a supervision step every so many optimizer steps (LOG.md)
 # ---- optimizer
@@ -117,9 +111,8 @@ sanity_run_tokens = 0.0  # of the run that this prepares: the table says how man
 
 RANGES = {
     "[1, inf)": "eval_interval eval_batches eval_limit log_interval batch_size block_size max_iters "
-    "max_skipped gradient_accumulation_steps n_layer n_head n_kv_head n_embd n_ff n_latent n_recursion "
-    "n_grad n_sup text_n_latent text_n_recursion text_n_grad text_n_sup carry_turns sanity_steps "
-    "sanity_tokens",
+    "max_skipped gradient_accumulation_steps n_layer n_head n_embd n_ff n_latent n_recursion n_grad n_sup "
+    "carry_turns sanity_steps sanity_tokens",
     "[0, inf)": "mixture learning_rate weight_decay warmup_iters decay_iters min_lr sync_check_interval "
     "sanity_run_tokens",
     "[0, inf]": "max_hours grad_clip eval_minutes",

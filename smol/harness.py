@@ -18,7 +18,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from smol import language
+from smol import engine, language
 from smol import tokenizer as tok
 
 try:
@@ -109,8 +109,8 @@ class Wrapped(TemplateLM):
         fit = [self.fit([tok.EOT, *self.tok_encode(context)], n) for context, n in zip(contexts, asked)]
         prompts, most = [torch.tensor(ids, device=device) for ids, _ in fit], [n for _, n in fit]
         written = [[] for _ in contexts]
-        for drawn in self.model.generate(
-            torch.stack(prompts) if len(prompts) == 1 else prompts, max(most), temperature=0
+        for drawn in engine.generate(
+            self.model, torch.stack(prompts) if len(prompts) == 1 else prompts, max(most), temperature=0
         ):
             for ids, token in zip(written, drawn.tolist()):
                 ids.append(token)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from smol import language_items, loader, sandbox
+from smol import engine, language_items, loader, sandbox
 from smol import tokenizer as tok
 from smol.scores import interval
 
@@ -214,7 +214,7 @@ def complete(model, stubs, max_new_tokens=CODE_TOKENS):
     written = [[] for _ in stubs]
     with contextlib.suppress(ValueError):  # logits that are not finite: nothing more is written
         together = torch.stack(prompts) if len(prompts) == 1 else prompts
-        for drawn in model.generate(together, max_new_tokens, temperature=0):
+        for drawn in engine.generate(model, together, max_new_tokens, temperature=0):
             for ids, token in zip(written, drawn.tolist()):
                 ids.append(token)
             if all(body(ids)[1] for ids in written):

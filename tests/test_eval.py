@@ -15,7 +15,7 @@ from tiny import grid, make, save
 import eval_arc
 import model_dense
 import model_trm
-from smol import arc, puzzles, scores, solve, suites
+from smol import arc, engine, puzzles, scores, solve, suites
 from smol import report as report_page
 from smol.solve import Candidate, Given
 
@@ -488,12 +488,12 @@ def test_a_model_of_nan_answers_nothing_and_its_evaluation_ends(name, tmp_path, 
     monkeypatch.setattr(solve, "ANSWER_TOKENS", 20)
     # Route A's own way out of numbers that are not finite: no grid for that row
     nothing = lambda logits, read_on, limits, *_, **__: [None] * len(limits)  # noqa: E731
-    monkeypatch.setattr(model_dense, "write_grids", nothing)
+    monkeypatch.setattr(engine, "write_grids", nothing)
 
     def refuse(*args, **named):
         raise ValueError("logits that are not finite")
 
-    monkeypatch.setattr(model_dense, "sample", refuse)
+    monkeypatch.setattr(engine, "sample", refuse)
     args = ["--limit=2", "--augment=2", "--ttt_steps=1", f"--out_dir={tmp_path}", "--device=cpu"]
     call(monkeypatch, path, "--suites=sudoku4,transforms,logic,language", *args)
     out = capsys.readouterr().out

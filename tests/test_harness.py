@@ -9,6 +9,7 @@ import types
 import pytest
 import torch
 from test_language import Table, tiny
+from tiny import stand_ins  # noqa: F401
 
 import eval_arc
 from smol import tokenizer as tok
@@ -27,6 +28,7 @@ except ValueError:  # without lm-eval: our side of the interface, on top of modu
         from smol import harness
     del sys.modules["smol.harness"], sys.modules["smol"].harness  # for all others, it is missing
     missing = True
+pytestmark = pytest.mark.usefixtures("stand_ins")
 needs_lm_eval = pytest.mark.skipif(missing, reason="needs lm-eval")
 
 CAPITALS = (

@@ -10,9 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tiny import stand_ins  # noqa: F401
 
 from smol import checkpoint, curate, language, language_items, sandbox, snapshots
 from smol import tokenizer as tok
+
+pytestmark = pytest.mark.usefixtures("stand_ins")
 
 QUESTIONS, FUNCTIONS = language_items.questions(), language_items.functions()
 
