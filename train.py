@@ -74,7 +74,7 @@ n_embd: int | None = None
 n_ff: int | None = None
 layer_pattern: str | None = None  # tiled over the depth: k is KDA, a is full attention
 recompute: bool | None = None  # activations again in the backward: a third more work, far less memory
-n_latent: int | None = None  # Route B: latent updates per recursion
+n_latent: int | None = None  # Route B: latent updates per recursion, in puzzles
 n_recursion: int | None = None  # Route B: recursions per supervision step
 n_grad: int | None = None  # Route B: recursions with gradient, the last ones
 n_sup: int | None = None  # Route B: supervision steps per puzzle, at most
@@ -100,7 +100,7 @@ min_lr = 0.0
 # ---- system
 device = "auto"  # 'cpu', 'cuda', or auto: cuda where there is one
 dtype = "auto"  # 'float32', 'bfloat16', 'float16'; auto: float32 on CPU, bfloat16 from capability 8.0 on
-compile: bool | str = "auto"  # torch.compile the blocks; auto: on a GPU
+compile: bool | str = "auto"  # torch.compile the blocks; auto: on a GPU. False where that fails
 sync_check_interval = 100  # steps between comparisons of all processes' weights; 0 for none
 seed = 1337
 # ---- stage 0
@@ -111,9 +111,8 @@ sanity_run_tokens = 0.0  # of the run that this prepares: the table says how man
 
 RANGES = {
     "[1, inf)": "eval_interval eval_batches eval_limit log_interval batch_size block_size max_iters "
-    "max_skipped gradient_accumulation_steps n_layer n_head n_embd n_ff n_latent n_recursion "
-    "n_grad n_sup carry_turns sanity_steps "
-    "sanity_tokens",
+    "max_skipped gradient_accumulation_steps n_layer n_head n_embd n_ff n_latent n_recursion n_grad n_sup "
+    "carry_turns sanity_steps sanity_tokens",
     "[0, inf)": "mixture learning_rate weight_decay warmup_iters decay_iters min_lr sync_check_interval "
     "sanity_run_tokens",
     "[0, inf]": "max_hours grad_clip eval_minutes",
@@ -141,14 +140,13 @@ def main(argv):
     ckpt_path, log_path = os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "log.jsonl")
 
     # ---- from scratch, from another run's weights, or going on
+    anew = overwrite or sanity
     with runtime.errors_agree():
-        checkpoint.fetch(init_from, out_dir, overwrite, push_to)
+        checkpoint.fetch(init_from, out_dir, anew, push_to)
     with runtime.errors_agree():
-        start, start_path, resumed = checkpoint.starting_point(init_from, out_dir, overwrite or sanity)
+        start, start_path, resumed = checkpoint.starting_point(init_from, out_dir, anew)
         if resumed and "student" in start["train"]:
-            raise ValueError(
-                f"{start_path} was written by distill.py: go on with that, or use another --out_dir"
-            )
+            raise ValueError(f"{start_path} was written by distill.py: use that, or another --out_dir")
     with runtime.errors_agree():
         checkpoint.check_same_start(start["train"]["iter"] if resumed else None, here)
     if resumed and start["train"]["iter"] >= max_iters:
@@ -223,9 +221,7 @@ def main(argv):
         if len(state["rng"]) == world_size:
             checkpoint.restore_random_state(state["rng"], here)
         else:
-            changed.append(
-                f"{world_size} processes (were {len(state['rng'])}): losses equal but for rounding"
-            )
+            changed.append(f"{world_size} processes (were {len(state['rng'])}): equal but for rounding")
         shape = ("batch_size", "block_size", "gradient_accumulation_steps", "carry_turns")
         if all(was.get(k) == config[k] for k in shape):
             carries = checkpoint.own_carries(state["carries"])
@@ -263,14 +259,10 @@ def main(argv):
             f"{gradient_accumulation_steps * batch_size * block_size:,} tokens per step, "
             f"sources {', '.join(loader.names)}"
         )
-        verb = (
-            "going on after step {iter} of"
-            if resumed
-            else "from the weights of"
-            if start_path
-            else "from scratch"
-        )
-        print(verb.format(**run), start_path or "", "".join(f"\n  changed: {c}" for c in changed))
+        begin = f"from the weights of {start_path}" if start_path else "from scratch"
+        if resumed:
+            begin = f"going on after step {run['iter']} of {start_path}"
+        print(begin + "".join(f"\n  changed: {c}" for c in changed))
         for name, why in loader.not_validated(eval_batches).items():
             print(f"not validated: {name} ({why})")
     interrupted = runtime.catch_signals()
@@ -321,29 +313,16 @@ def main(argv):
             number, length = batch.key
             key = (run["iter"] % carry_turns * gradient_accumulation_steps + number, length)
             carry = carries.get(key)
-            last = (
-                i == len(batches) - 1
-            )  # gradients are averaged over the processes once, in the last backward
-            try:
-                idx = batch.idx.to(here, non_blocking=True)  # (B, L)
-                targets = batch.targets.to(here, non_blocking=True)
-                with contextlib.nullcontext() if last or world_size == 1 else parallel.no_sync():
-                    with (
-                        autocast
-                    ):  # the forward alone: the backward's own float32 products would overflow (LOG.md)
-                        _, loss, carry = parallel(
-                            idx, targets, mode=batch.mode, carry=loop.to_device(carry, here)
-                        )
-                    scaler.scale(loss / len(batches)).backward()
-            except RuntimeError as e:
-                if not runtime.out_of_memory(e):
-                    raise
-                runtime.stop(
-                    f"out of memory on {card}, process {runtime.rank}, in a {batch.mode} batch of "
-                    f"{tuple(batch.idx.shape)}: lower batch_size and raise gradient_accumulation_steps, or "
-                    "set recompute=True",
-                    everyone=False,
-                )
+            last = i == len(batches) - 1  # gradients of the processes are averaged once, after the last batch
+            idx = batch.idx.to(here, non_blocking=True)  # (B, L)
+            targets = batch.targets.to(here, non_blocking=True)
+            with contextlib.nullcontext() if last or world_size == 1 else parallel.no_sync():
+                with (
+                    autocast
+                ):  # not the backward: its own float32 products would overflow in float16 (LOG.md)
+                    carry = loop.to_device(carry, here)
+                    _, loss, carry = parallel(idx, targets, mode=batch.mode, carry=carry)
+                scaler.scale(loss / len(batches)).backward()
             if carry is not None:
                 new_carries[key] = loop.to_device(carry, "cpu")
             losses.append(loss.detach())
@@ -353,8 +332,7 @@ def main(argv):
             scaler.unscale_(o)
         grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or math.inf).item()
 
-        # every process learns the same sums, so that all of them step or skip, stop, save and validate
-        # together
+        # every process learns the same sums: all of them step or skip, stop, save and validate together
         loss = sum(x.item() for x in losses) / len(losses) / world_size
         out_of_time = max_hours and time.monotonic() - began > 3600 * max_hours
         loss, tokens, flops, waited, stopping = runtime.sums(
@@ -388,9 +366,7 @@ def main(argv):
             how = f"loss {loss:.3g}, gradient norm {grad_norm:.3g}, scale {scaler.get_scale():g}"
             runtime.say(f"step {step} skipped: {how}")
             if run["skipped_in_a_row"] >= max_skipped:
-                diverged(
-                    f"{max_skipped} steps in a row, up to {step}, had a loss or gradient that is not finite"
-                )
+                diverged(f"{max_skipped} steps in a row, up to {step}, had no finite loss and gradient")
         elif step % log_interval == 0 or step == max_iters:
             rate = {k: v / since_log["seconds"] for k, v in since_log.items()}  # per second
             entry = {
@@ -411,9 +387,10 @@ def main(argv):
             log(entry)
             logged.append(entry)
             since_log = dict.fromkeys(since_log, 0)
+            mfu = f"MFU {entry['mfu']:.1%}, " if peak else ""
             runtime.say(
                 f"step {step}: loss {loss:.3f} ({source}), lr {lr:.2e}, gradient {grad_norm:.2f}, "
-                f"{entry['tokens_per_second']:,.0f} tokens/s, MFU {entry['mfu'] or 0:.1%}, "
+                f"{entry['tokens_per_second']:,.0f} tokens/s, {mfu}"
                 f"{entry['memory_gb']:.2f} GB, data wait {entry['data_wait']:.1%}, "
                 f"{entry['eta_hours']:.2f} h to go"
             )
@@ -426,10 +403,9 @@ def main(argv):
         evaluation.collect()
         publication.collect()
         due = due or step % eval_interval == 0 or step == max_iters or bool(stopping)
-        overflow = (
-            scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1
-        )  # float16 finds its scale
-        if due and (finite or overflow):  # else what is on disk is better
+        # a step that float16 skips to find its scale is no reason not to save; another one is
+        overflow = scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1
+        if due and (finite or overflow):
             wrong = loop.not_finite(net, average)
             if wrong:
                 diverged(f"after step {step} there are weights that are not finite ({wrong})")
@@ -455,7 +431,8 @@ def main(argv):
             saved = checkpoint.save_run(ckpt_path, net, model, config, average, {**run, **rest}, here)
             due = False
             if runtime.master:
-                runtime.draw_losses(out_dir)
+                with contextlib.suppress(OSError):  # a full disk
+                    runtime.draw_losses(out_dir)
             if saved and not stopping:
                 evaluation.start(step)
                 publication.start(step)
@@ -472,9 +449,7 @@ def main(argv):
     evaluation.end(0 if stopping else eval_minutes)
     step = run["iter"]
     if due:
-        diverged(
-            f"the last steps up to {step} had a loss or gradient that is not finite, and nothing was saved"
-        )
+        diverged(f"the last steps up to {step} had no finite loss and gradient, and nothing was saved")
     if not saved:
         runtime.stop(f"stopped after step {step}, and its checkpoint could not be saved to {ckpt_path}")
     if stopping:
@@ -503,7 +478,8 @@ def overfit_one_batch(net, mode, batch, autocast, scaled, device):
     before = {k: v.detach().clone() for k, v in net.state_dict().items()}
     optimizers = loop.make_optimizers(net, optimizer, 0.0, learning_rate, (beta1, beta2))
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=scaled)
-    for i in range(sanity_steps):
+    quiet = None if runtime.master else True
+    for i in tqdm(range(sanity_steps), desc=f"overfit one {mode} batch", leave=False, disable=quiet):
         with autocast:
             loss = net(idx, targets, mode=mode)[1]
         scaler.scale(loss).backward()

@@ -2,13 +2,16 @@
 Checkpoints: written so that a crash never costs the last good one, read without trusting them, published on
 the hub.
 
-A checkpoint is a dict of tensors and plain values. torch.load(weights_only=True) reads it, and nothing in it
-can run:
+A checkpoint is a dict of tensors and plain values, which torch.load(weights_only=True) reads:
 
-    format       CHECKPOINT_FORMAT model        'dense' or 'trm', and model_config, the fields of that file's
-    Config weights      state dict; ema, the averaged weights that evaluation uses, or None tokenizer
-    fingerprint of the tokenizer it was trained with config       the settings of the run train        what
-    the run needs to go on: iter, optimizers, scaler, loader, carries, ... and the figures it reports
+    format       CHECKPOINT_FORMAT
+    model        'dense' or 'trm'
+    model_config the fields of that file's Config
+    weights      state dict
+    ema          the averaged weights that evaluation uses, or None
+    tokenizer    fingerprint of the tokenizer it was trained with
+    config       the settings of the run
+    train        what the run needs to go on: iter, optimizers, scaler, loader, carries, and its figures
 
 A repository on the hub holds one run: ckpt.pt, the run's config.json, log.jsonl and loss.png, and a model
 card. Each published step is one commit. Tokens are the hub client's business (`hf auth login`, or HF_TOKEN).
@@ -30,9 +33,7 @@ import torch
 
 from smol import runtime
 from smol import tokenizer as tok
-from smol.hub import files_of, git_hash, plainly, repo_name
-from smol.runtime import rank, world_size
-from smol.snapshots import sha256_file
+from smol.snapshots import files_of, git_hash, plainly, repo_name, sha256_file
 
 CHECKPOINT_FORMAT = 6
 MODEL_FILES = {"dense": "model_dense", "trm": "model_trm"}
@@ -170,10 +171,7 @@ def load_weights(model, weights, path):
 
 
 def load_model(path, device="cpu"):
-    """
-    -> (model in evaluation mode, with the averaged weights where there are any, checkpoint). Raises as
-    `load`.
-    """
+    """-> (model in evaluation mode, with the averaged weights if any, checkpoint). Raises as `load`."""
     checkpoint = load(path)
     model = make_model(checkpoint["model"], checkpoint["model_config"])
     load_weights(model, checkpoint["ema"] or checkpoint["weights"], path)
@@ -240,7 +238,7 @@ def check_same_start(step, device):
     step: that this process goes on from, or None. ValueError where another process goes on from another.
     """
     step = -1 if step is None else step
-    if runtime.sums([step], device)[0] != step * world_size:
+    if runtime.sums([step], device)[0] != step * runtime.world_size:
         raise ValueError("out_dir does not hold the same checkpoint on every machine: copy it to all of them")
 
 
@@ -278,7 +276,7 @@ def gather_carries(carries, device):
     {(number, length): dict of tensors} of this process -> {'number/length': ...} of all processes, on rank 0.
     """
     mine, everyones = sorted(carries), {}
-    most = max(runtime.sums([len(mine) * (r == rank) for r in range(world_size)], device))
+    most = max(runtime.sums([len(mine) * (r == runtime.rank) for r in range(runtime.world_size)], device))
     for i in range(int(most)):  # one by one: all carries of all processes at once can be gigabytes
         part = {f"{mine[i][0]}/{mine[i][1]}": carries[mine[i]]} if i < len(mine) else {}
         for some in runtime.gather(part):
@@ -289,7 +287,7 @@ def gather_carries(carries, device):
 def own_carries(everyones):
     """The inverse: each process takes those of the batches that are now its own."""
     carries = {tuple(map(int, key.split("/"))): carry for key, carry in everyones.items()}
-    return {key: carry for key, carry in carries.items() if key[0] % world_size == rank}
+    return {key: carry for key, carry in carries.items() if key[0] % runtime.world_size == runtime.rank}
 
 
 def random_states(device):
@@ -300,9 +298,9 @@ def random_states(device):
 
 def restore_random_state(states, device):
     """states: of `random_states`, from as many processes as there are now."""
-    torch.set_rng_state(states[rank]["cpu"])
-    if device.startswith("cuda") and states[rank]["cuda"] is not None:
-        torch.cuda.set_rng_state(states[rank]["cuda"])
+    torch.set_rng_state(states[runtime.rank]["cpu"])
+    if device.startswith("cuda") and states[runtime.rank]["cuda"] is not None:
+        torch.cuda.set_rng_state(states[runtime.rank]["cuda"])
 
 
 def save_run(path, net, model, config, average, train, device):
@@ -331,21 +329,15 @@ def save_run(path, net, model, config, average, train, device):
             runtime.say(
                 f"the checkpoint of step {train['iter']} could not be saved ({why}); training goes on"
             )
-    return runtime.sums([saved], device)[0] == world_size
+    return runtime.sums([saved], device)[0] == runtime.world_size
 
 
 # -----------------------------------------------------------------------------
 # the hub
 
 BESIDES = ("config.json", "log.jsonl", "loss.png")
-FIGURES = (
-    "iter",
-    "seconds",
-    "tokens",
-    "val_loss",
-    "val_losses",
-    "data",
-)  # of "train", what is not for going on
+# the entries of "train" that are not for going on
+FIGURES = ("iter", "seconds", "tokens", "val_loss", "val_losses", "data")
 PATIENCE = 900.0  # seconds that a run waits at its end for the last push
 
 
@@ -450,9 +442,7 @@ def pull(name, out_dir, overwrite=False):
     place = os.path.join(out_dir, "ckpt.pt")
     if os.path.isfile(place) and not overwrite and not same(files["ckpt.pt"], place):
         raise ValueError(f"{place} is another checkpoint: use another folder, or overwrite it")
-    waiting = os.path.join(
-        out_dir, ".pull"
-    )  # kept when a download breaks off: run again, it goes on from there
+    waiting = os.path.join(out_dir, ".pull")  # kept when a download breaks off: the next goes on from there
     wanted = [path for path in (*BESIDES, "ckpt.pt") if path in files]
     with plainly(f"downloading {name}"):
         snapshot_download(repo, revision=commit, local_dir=waiting, allow_patterns=wanted)

@@ -1,14 +1,12 @@
 """
 The optimizer of both routes: Muon for the blocks' matrices, AdamW for everything else.
 
-AdamW scales each entry of a gradient by itself, so that where entries agree a whole matrix moves far in one direction. Muon moves it
-as far in all directions (Jordan et al., kellerjordan.github.io/posts/muon): an update is the momentum, its singular values made alike. What
-it brings is in LOG.md: less loss for the same seconds in Route A, and a Route B that learns at rates at which AdamW takes it apart.
+AdamW scales each entry of a gradient by itself, so where entries agree a whole matrix moves far in one
+direction. Muon moves it as far in all directions (Jordan et al., kellerjordan.github.io/posts/muon): an
+update is the momentum with its singular values made alike. What that brings is in LOG.md.
 
-`torch.optim.Muon` does it where there is one. PyTorch has it from 2.9 on, and it multiplies in bfloat16; Kaggle's T4s want PyTorch 2.6
-(requirements-kaggle.txt) and have no bfloat16. For them there is the same optimizer here, with the same state in a checkpoint.
-
-Used by train.py and distill.py through loop.make_optimizers. Read next: loop.py.
+torch.optim.Muon does it from PyTorch 2.9 on, in bfloat16. Kaggle's T4s want PyTorch 2.6
+(requirements-kaggle.txt) and have no bfloat16: for them the same optimizer is here, with the same state.
 """
 
 import torch
@@ -18,8 +16,9 @@ from smol import runtime
 
 def split_parameters(model, weight_decay):
     """
-    Two groups for an optimizer: the blocks' large matrices are decayed; embeddings, norms, short convolutions, biases, A_log, and what
-    makes gates (forgetting, beta, output, halting) are not: towards zero, a gate does not do less, it does something else.
+    Two groups for an optimizer: the blocks' large matrices are decayed. Embeddings, norms, short
+    convolutions, biases, A_log, and what makes gates (forgetting, beta, output, halting) are not: a gate near
+    zero does not do less, it does something else.
     """
     decayed, kept = [], []
     for name, p in model.named_parameters():
@@ -31,25 +30,21 @@ def split_parameters(model, weight_decay):
 
 def muon_and_adamw(model, weight_decay, learning_rate, betas):
     """
-    [Muon for the matrices that are decayed, AdamW for the rest]. Muon's updates, scaled by 0.2 * sqrt(larger side) (Liu et al.,
-    arXiv 2502.16982), are as large as AdamW's, so one learning rate serves both.
+    [Muon for the matrices that are decayed, AdamW for the rest]. Muon's updates, scaled by 0.2 * sqrt(larger
+    side) (Liu et al., arXiv 2502.16982), are as large as AdamW's: one learning rate serves both.
     """
     matrices, rest = split_parameters(model, weight_decay)
-    device = matrices["params"][0].device
-    if hasattr(torch.optim, "Muon") and half(device) == torch.bfloat16:
-        muon = torch.optim.Muon(
-            matrices["params"], lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
+    settings = {"lr": learning_rate, "weight_decay": weight_decay}
+    if hasattr(torch.optim, "Muon") and half(matrices["params"][0].device) == torch.bfloat16:
+        muon = torch.optim.Muon(matrices["params"], **settings, adjust_lr_fn="match_rms_adamw")
     else:
-        muon = Muon(matrices["params"], lr=learning_rate, weight_decay=weight_decay)
-    return [
-        muon,
-        torch.optim.AdamW(rest["params"], lr=learning_rate, betas=betas, weight_decay=0.0, fused=True),
-    ]
+        muon = Muon(matrices["params"], **settings)
+    adamw = torch.optim.AdamW(rest["params"], lr=learning_rate, betas=betas, weight_decay=0.0, fused=True)
+    return [muon, adamw]
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices alone. The momentum is Nesterov's; the decay is decoupled, as AdamW's is."""
+    """For matrices alone, with Nesterov's momentum and decoupled weight decay."""
 
     def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
@@ -70,14 +65,15 @@ class Muon(torch.optim.Optimizer):
 
 
 def half(device):
-    """The number format with tensor cores that is cheap on `device`: bfloat16, and float16 on a GPU that is older than it (Turing)."""
+    """The half-precision dtype that has tensor cores on `device`: float16 on a GPU older than bfloat16."""
     return torch.float16 if runtime.pick_dtype("auto", str(device)) == "float16" else torch.bfloat16
 
 
 def orthogonal(m):
     """
-    m (R, C) -> about U V^T of its decomposition U S V^T, in half precision: five times X <- a X + (b A + c A^2) X with A = X X^T. This
-    odd polynomial is steepest at 0 (Jordan et al.), so even small singular values arrive, somewhere between 0.7 and 1.2: near enough.
+    m (R, C) -> about U V^T of its decomposition U S V^T, in half precision: five times X <- a X + (b A + c
+    A^2) X with A = X X^T. This odd polynomial (Jordan et al.) is steepest at 0, so even small singular values
+    arrive, somewhere between 0.7 and 1.2: near enough.
     """
     wide = m if m.shape[0] <= m.shape[1] else m.T
     x = (wide / wide.norm().clamp(min=1e-7)).to(half(m.device))

@@ -207,6 +207,9 @@ def crashed(kind, error, trace):
     if kind is KeyboardInterrupt:  # before the first step: from then on `catch_signals` sees to it
         print("\ninterrupted before the first step: nothing was changed", file=sys.stderr)
         exit_now("interrupted", code=130)
+    if out_of_memory(error):
+        line = "out of memory: lower batch_size and raise gradient_accumulation_steps, or set recompute=True"
+        stop(f"{line} (process {rank})", everyone=False)
     if world_size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
         print(f"process {rank}: lost another process, which has said why", file=sys.stderr)
     else:

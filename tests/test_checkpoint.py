@@ -101,8 +101,8 @@ def test_carries_go_to_the_processes_whose_batches_they_are(monkeypatch):
     carries = {(n, 96): {"y": torch.full((2,), float(n))} for n in range(4)}
     everyones = ckpt.gather_carries(carries, "cpu")
     assert list(everyones) == ["0/96", "1/96", "2/96", "3/96"] and equal(ckpt.own_carries(everyones), carries)
-    monkeypatch.setattr(ckpt, "world_size", 2)
-    monkeypatch.setattr(ckpt, "rank", 1)
+    monkeypatch.setattr(runtime, "world_size", 2)
+    monkeypatch.setattr(runtime, "rank", 1)
     assert sorted(ckpt.own_carries(everyones)) == [(1, 96), (3, 96)]
 
 
@@ -146,7 +146,8 @@ def attempt(at):
 
 
 ckpt.save(make(1), path)
-for at in ("half written", "before flush", "before rename 1", "before rename 2", "half written", "at the end"):
+moments = "half written", "before flush", "before rename 1", "before rename 2", "half written", "at the end"
+for at in moments:
     pid = os.fork()
     if pid == 0:
         attempt(at)
@@ -262,7 +263,7 @@ def test_the_same_command_begins_goes_on_and_never_replaces_another_run(tmp_path
 
 
 def test_machines_that_do_not_hold_the_same_checkpoint_do_not_begin(monkeypatch):
-    monkeypatch.setattr(ckpt, "world_size", 2)
+    monkeypatch.setattr(runtime, "world_size", 2)
     for others, mine, same in ((9, 9, 1), (-1, None, 1), (9, None, 0), (9, 7, 0), (-1, 9, 0)):
         monkeypatch.setattr(runtime, "sums", lambda values, device, others=others: [values[0] + others])
         if same:

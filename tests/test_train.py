@@ -30,17 +30,18 @@ STAGE = [
     "--num_proc=1",
 ]
 SHAPE = [
-    "--n_layer=4",
+    "--n_layer=2",
+    "--layer_pattern=ka",
     "--n_head=2",
     "--n_embd=16",
     "--n_ff=24",
-    "--block_size=256",
+    "--block_size=128",
     "--batch_size=2",
     "--gradient_accumulation_steps=2",
     "--log_interval=1",
     "--eval_batches=1",
-    "--eval_interval=4",
-    "--max_iters=12",
+    "--eval_interval=3",
+    "--max_iters=9",
     "--warmup_iters=2",
     "--decay_iters=4",
     "--learning_rate=3e-3",
@@ -114,7 +115,7 @@ def route(request):
 
 @pytest.fixture(scope="module")
 def finished(route, data, tmp_path_factory):
-    """The out_dir of a run of 12 steps of either route, in one process."""
+    """The out_dir of a run of 9 steps of either route, in one process."""
     out = tmp_path_factory.mktemp(route)
     succeed(data, out, *ROUTES[route])
     return out
@@ -132,17 +133,17 @@ def finished_by_two(route, data, tmp_path_factory):
 
 
 def test_a_run_leaves_a_log_a_picture_a_config_and_a_checkpoint(finished):
-    assert sorted(losses(finished)) == list(range(1, 13))
+    assert sorted(losses(finished)) == list(range(1, 10))
     validated = {e["iter"]: e["val_losses"] for e in entries(finished) if "val_losses" in e}
-    assert sorted(validated) == [4, 8, 12] and set(validated[8]) == {"stdlib", "sudoku4", "maze"}
+    assert sorted(validated) == [3, 6, 9] and set(validated[9]) == {"stdlib", "sudoku4", "maze"}
     entry = [e for e in entries(finished) if "loss" in e][-1]
     assert {"lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "memory_gb", "skipped"} <= entry.keys()
     assert entry["eta_hours"] == 0 and 0 <= entry["data_wait"] < 1
-    assert json.loads((finished / "config.json").read_text())["max_iters"] == 12
+    assert json.loads((finished / "config.json").read_text())["max_iters"] == 9
     assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
     net, saved = checkpoint.load_model(finished / "ckpt.pt")
-    assert saved["train"]["iter"] == 12 and all(torch.isfinite(p).all() for p in net.parameters())
-    assert checkpoint.load(finished / "ckpt_prev.pt")["train"]["iter"] == 8
+    assert saved["train"]["iter"] == 9 and all(torch.isfinite(p).all() for p in net.parameters())
+    assert checkpoint.load(finished / "ckpt_prev.pt")["train"]["iter"] == 6
 
 
 def test_two_processes_take_the_same_steps_as_one(finished, finished_by_two):
@@ -159,7 +160,7 @@ def test_killed_terminated_and_out_of_time_it_goes_on_to_the_last_bit(route, fin
     first.wait_until((tmp_path / "ckpt.pt").exists)
     first.kill()
     killed_at = checkpoint.load(tmp_path / "ckpt.pt")["train"]["iter"]
-    assert killed_at in (4, 8)
+    assert killed_at in (3, 6)
 
     second = scripts.Run("train.py", words(data, tmp_path, *settings), processes=2)
     second.wait_until(lambda: max(losses(tmp_path), default=0) == killed_at + 1)
@@ -167,13 +168,14 @@ def test_killed_terminated_and_out_of_time_it_goes_on_to_the_last_bit(route, fin
     done = second.wait()
     assert done.returncode == 0 and f"going on after step {killed_at} of" in done.stdout, done.stderr
     terminated_at = checkpoint.load(tmp_path / "ckpt.pt")["train"]["iter"]
-    assert killed_at < terminated_at < 12 and f"stopped after step {terminated_at}, saved to" in done.stdout
+    assert killed_at < terminated_at < 9 and f"stopped after step {terminated_at}, saved to" in done.stdout
 
     done = succeed(data, tmp_path, *settings, "--max_hours=1e-5", processes=2)
     assert f"stopped after step {terminated_at + 1}, saved to" in done.stdout
     succeed(data, tmp_path, *settings, "--init_from=resume", processes=2)
     same_losses(tmp_path, finished_by_two)
     same_weights(tmp_path, finished_by_two)
+    assert len(entries(tmp_path)) <= 9 + 3  # no step is logged twice
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -183,8 +185,8 @@ def test_on_another_number_of_processes_it_goes_on_with_every_carry(finished, da
     assert {int(key.split("/")[0]) for key in carries} == {0, 1, 2, 3}  # two batches, two turns
     for n in (1, 2):
         shutil.copytree(finished, tmp_path / str(n))
-        succeed(data, tmp_path / str(n), *ROUTES["trm"], "--max_iters=14", processes=n)
-    for step in (13, 14):
+        succeed(data, tmp_path / str(n), *ROUTES["trm"], "--max_iters=11", processes=n)
+    for step in (10, 11):
         assert losses(tmp_path / "2")[step] == pytest.approx(losses(tmp_path / "1")[step], rel=1e-4)
 
 
@@ -213,6 +215,14 @@ def flipped(optimizer, *args, **kwargs):
         with torch.no_grad():
             p.view(-1)[7] = torch.nextafter(p.view(-1)[7], torch.tensor(9.0))  # the last bit of one weight
 torch.optim.AdamW.step = flipped
+"""
+INF = """
+import torch
+step = torch.optim.AdamW.step
+def too_far(optimizer, *args, **kwargs):
+    step(optimizer, *args, **kwargs)
+    optimizer.param_groups[0]["params"][0].data.fill_(float("inf"))
+torch.optim.AdamW.step = too_far
 """
 NAN = """
 import torch
@@ -249,13 +259,9 @@ def test_a_run_that_diverges_ends_and_leaves_the_checkpoints(finished, data, tmp
     before = [path.read_bytes() for path in files]
     longer, always = ["--max_iters=40"], NAN.replace("STEPS", "range(99)")
     for settings, fault, part in (
-        # step 14, which is skipped, would be saved
+        # step 10, which is skipped, would be saved
         (["--eval_interval=2", "--max_skipped=4"], always, "4 steps in a row"),
-        (
-            ["--eval_interval=1", "--learning_rate=1e30"],
-            "",
-            "the validation loss of step 13 is not finite",
-        ),
+        (["--eval_interval=1"], INF, "after step 10 there are weights that are not finite (wte.weight)"),
         (["--max_hours=1e-5"], always, "nothing was saved"),
     ):
         line = fail(data, tmp_path / "run", *longer, *settings, before=fault)
@@ -263,8 +269,18 @@ def test_a_run_that_diverges_ends_and_leaves_the_checkpoints(finished, data, tmp
         assert [path.read_bytes() for path in files] == before
 
 
+NOISE = """
+import model_dense, torch
+forward = model_dense.Model.forward
+def noisy(self, *args, **kwargs):
+    logits, loss, carry = forward(self, *args, **kwargs)
+    return logits, loss * (1 + 0.01 * torch.rand(())), carry
+model_dense.Model.forward = noisy
+"""
+
+
 def test_float16_scales_its_loss_and_resumes_to_the_last_bit(data, tmp_path):
-    """The T4's way, on the CPU's float16."""
+    """The T4's way, on the CPU's float16, with a model that draws random numbers."""
     settings = [
         "--dtype=float16",
         "--max_iters=4",
@@ -272,13 +288,15 @@ def test_float16_scales_its_loss_and_resumes_to_the_last_bit(data, tmp_path):
         "--batch_size=1",
         "--mixture={'sudoku4': 1}",
     ]
-    succeed(data, tmp_path / "whole", *settings)
-    saved = checkpoint.load(tmp_path / "whole" / "ckpt.pt")["train"]
-    assert saved["scaler"]["scale"] == 2**16 / 2 ** saved["skipped"] and saved["skipped"] < 4
-    succeed(data, tmp_path / "parts", *settings, "--max_hours=1e-5")
-    succeed(data, tmp_path / "parts", *settings)
+    overflow = NAN.replace("STEPS", "(1,)") + NOISE
+    done = succeed(data, tmp_path / "whole", *settings, before=overflow)
+    assert "step 1 skipped" in done.stdout and "scale 32768" in done.stdout
+    succeed(data, tmp_path / "parts", *settings, "--max_hours=1e-5", before=overflow)
+    succeed(data, tmp_path / "parts", *settings, before=NOISE)
     same_losses(tmp_path / "parts", tmp_path / "whole")
     same_weights(tmp_path / "parts", tmp_path / "whole")
+    scalers = [checkpoint.load(tmp_path / name / "ckpt.pt")["train"]["scaler"] for name in ("whole", "parts")]
+    assert scalers[0] == scalers[1] and scalers[0]["scale"] == 2**15
 
 
 @dense
@@ -286,10 +304,10 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(finished, data, tmp_path
     shutil.copytree(finished, tmp_path / "run")
     before = (tmp_path / "run" / "ckpt.pt").read_bytes()
     limits = [(resource.RLIMIT_FSIZE, 5_000_000)]
-    done = run(data, tmp_path / "run", "--max_iters=18", limits=limits)
+    done = run(data, tmp_path / "run", "--max_iters=13", limits=limits)
     assert done.returncode == 1 and "its checkpoint could not be saved" in done.stderr, done.stderr
-    assert "the checkpoint of step 16 could not be saved (File too large)" in done.stdout
-    assert max(losses(tmp_path / "run")) == 18
+    assert "the checkpoint of step 12 could not be saved (File too large)" in done.stdout
+    assert max(losses(tmp_path / "run")) == 13
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before
     assert not list((tmp_path / "run").glob("*.tmp"))
 
@@ -304,14 +322,14 @@ model_dense.Model.forward = forward
 
 def test_out_of_memory_is_one_line_with_what_takes_less(data, tmp_path):
     line = fail(data, tmp_path, before=OUT_OF_MEMORY)
-    for part in ("out of memory on CPU", "batch_size", "gradient_accumulation_steps", "recompute=True"):
+    for part in ("out of memory", "batch_size", "gradient_accumulation_steps", "recompute=True"):
         assert part in line, line
 
 
 @dense
 def test_a_later_stage_takes_the_weights(finished, data, tmp_path):
     still = ["--max_iters=2", "--learning_rate=0.0", f"--init_from={finished / 'ckpt.pt'}"]
-    for extra, steps in ([], 2), (["--init_optimizer=True"], 14):
+    for extra, steps in ([], 2), (["--init_optimizer=True"], 11):
         succeed(data, tmp_path, *still, *extra, "--overwrite=True")
         same_weights(tmp_path, finished)
         saved = checkpoint.load(tmp_path / "ckpt.pt")["train"]
@@ -380,12 +398,12 @@ def test_what_stage_0_does_not_pass(finished):
 
     def passed(logged=logged, val_losses=types.MappingProxyType({"stdlib": 2.0}), scaled=False):
         checks = train.check_run(logged, val_losses, finished / "ckpt.pt", net, scaled, "CPU")
-        return {what.removeprefix("12 "): well for what, well, _ in checks}
+        return {what.removeprefix("9 "): well for what, well, _ in checks}
 
     fine = passed()
     assert fine["steps"] and fine["validation"] and fine["checkpoint"]
     assert not passed(val_losses={})["validation"] and not passed(val_losses={"a": math.nan})["validation"]
-    skipped = [*logged[:-1], {**logged[-1], "skipped": 6}]
+    skipped = [*logged[:-1], {**logged[-1], "skipped": 4}]
     assert not passed(skipped)["steps"] and passed(skipped, scaled=True)["steps"]
     assert not passed([{**e, "data_wait": 0.5} for e in logged])["waiting for data"]
     with torch.no_grad():
@@ -415,14 +433,14 @@ def test_a_pinned_snapshot_is_verified(data, tmp_path):
     assert "demo:None" in line and "demo:v0.1" in line
     mixture = (frozen / "mixture.json").read_text()
     (frozen / "mixture.json").write_text(mixture.replace("0.1", "0.2", 1))
-    assert "mixture.json was changed" in fail(copy, tmp_path / "new", "--data_tag=v0.1")
+    assert "v0.1/mixture.json" in fail(copy, tmp_path / "new", "--data_tag=v0.1")
 
 
 @dense
 def test_an_evaluation_runs_beside_and_is_kept(finished, data, tmp_path, capfd):
-    succeed(data, tmp_path, "--eval_suites=sudoku4", "--eval_limit=2", "--eval_interval=12")
+    succeed(data, tmp_path, "--eval_suites=sudoku4", "--eval_limit=2", "--eval_interval=9")
     (found,) = [json.loads(line) for line in (tmp_path / "evals.jsonl").read_text().splitlines()]
-    assert found["iter"] == 12 and found["suites"]["sudoku4"]["total"] == 2
+    assert found["iter"] == 9 and found["suites"]["sudoku4"]["total"] == 2
     assert losses(tmp_path) == losses(finished) and not (tmp_path / "ckpt_eval.pt").exists()
     evaluation = loop.Evaluation(str(tmp_path), "chess", 2, "cpu")
     evaluation.start(4)
@@ -492,8 +510,7 @@ def test_torchrun_starts_it_and_ends_with_its_error(data, tmp_path):
     done = torchrun("--data=stage9", "--overwrite=True")
     assert done.returncode == 1
     before, after = done.stderr.split("Traceback", 1)  # torchrun's own
-    assert before.count("error: there is no stage 'stage9'") == 1
-    assert "error: there is no stage 'stage9'" in after.split("Root Cause")[1]
+    assert before.count("'stage9'") == 1 and "error: stage 'stage9'" in after.split("Root Cause")[1]
 
 
 COMPILED = """
