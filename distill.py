@@ -299,6 +299,7 @@ def main(argv):
         runtime.say(f"{start_path} is of step {state['iter']}: nothing left to do, max_iters={max_iters}")
         checkpoint.Publication(out_dir, push_to if master else "", push_full).end(state["iter"])
         runtime.end_processes()
+        return
     torch.manual_seed(seed)
     with runtime.errors_agree():
         asked = {} if recompute is None else {"recompute": recompute}

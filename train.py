@@ -154,6 +154,7 @@ def main(argv):
         runtime.say(f"{start_path} is of step {step}, and max_iters={max_iters}: there is nothing left to do")
         checkpoint.Publication(out_dir, push_to if runtime.master else "", push_full).end(step)
         runtime.end_processes()
+        return
 
     # ---- model, data, optimizer
     torch.manual_seed(seed)

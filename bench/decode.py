@@ -38,7 +38,8 @@ LAYOUT = "{:>8} {:>5} {:10} {:>11} {:>11} {:>25}"
 def filled_cache(net, context, rows):
     """A KVCache of `context` tokens without reading them: a step costs what there is, not what it says."""
     idx = torch.full((rows, context), 17, device=net.wte.weight.device)
-    return engine.KVCache(net.empty_cache(rows, context + 64), idx, None)
+    layers = [tuple(t.zero_() for t in layer) for layer in net.empty_cache(rows, context + 64)]
+    return engine.KVCache(layers, idx, None)
 
 
 @torch.no_grad()

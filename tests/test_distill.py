@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scripts
+from scripts import STAGE
 import tiny
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from smol.solve import Candidate
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
-STAGE = ["--val_every=3", "--limit_mb=1", "--num_proc=1"]
+
 
 
 @pytest.fixture(scope="module")
