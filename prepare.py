@@ -57,12 +57,8 @@ dry_run = False  # print what would be built or deleted, and stop
 sources = ""  # names, with commas between: only these sources of the stage
 source_dir = ""  # read DIR/SOURCE/* in place of the hub
 limit_mb: float | None = None  # megabytes of text that a stage should have; None: as smol/sources.py has it
-val_every: int | None = (
-    None  # one document in so many, chosen by hash, is for validation; None: 400, of a demo 50
-)
-eval_demos = (
-    False  # also the demonstrations of ARC's evaluation tasks, never their tests: this is transductive
-)
+val_every: int | None = None  # one document in so many is for validation; None: 400, of a demo 50
+eval_demos = False  # also the demonstrations of ARC's evaluation tasks, never their tests (transductive)
 # ---- large stages
 unit_mb = 8.0  # text read for a unit of work, which is what a kill can lose
 shard_mb = 128.0  # largest shard

@@ -35,6 +35,7 @@ from smol.snapshots import GROUPS, read_json, sha256, sha256_file, to_json, writ
 from smol.units import (
     BYTES_PER_TOKEN,
     EXAMPLE_CHARS,
+    EXAMPLES,
     Dropped,
     puzzle_key,
     read_evaluations,
@@ -440,10 +441,16 @@ def write_part(c, data, part, documents, verdict, val, records):
     """Write the shards of one source. -> (lines of the manifest, its part of filters.json)"""
     source = part.source
     about = {"source": part.name, "group": source.group, "kind": source.kind, "augment": source.augment}
-    waiting, counts, sizes = ({"train": v(), "val": v()} for v in (list, int, int))
-    entries = []
-    dropped, trained = Dropped(*(record["dropped"] for record in records)), 0
-    encoder = tokenizer.load()
+    dropped = Dropped(*(record["dropped"] for record in records))
+    for kind, rule in ((1, "exact_duplicate"), (2, "near_duplicate")):
+        if n := np.count_nonzero(verdict == kind):
+            first = [
+                documents.tokens_of(i)[:200].tolist() for i in np.flatnonzero(verdict == kind)[:EXAMPLES]
+            ]
+            texts = [tokenizer.load().decode(ids)[:EXAMPLE_CHARS] for ids in first]
+            dropped.add(rule, *texts, count=int(n))
+    entries, trained = [], 0
+    waiting, counts, sizes = {"train": [], "val": []}, {"train": 0, "val": 0}, {"train": 0, "val": 0}
 
     def put(split, ids):
         waiting[split].append(ids)
@@ -453,14 +460,12 @@ def write_part(c, data, part, documents, verdict, val, records):
             entries.append(write_shard(data, about, split, waiting[split]))
             waiting[split], sizes[split] = [], 0
 
-    for i in range(len(documents)):
-        if verdict[i]:
-            text = encoder.decode(documents.tokens_of(i)[:200].tolist())
-            dropped.add("exact_duplicate" if verdict[i] == 1 else "near_duplicate", text[:EXAMPLE_CHARS])
-        elif trained < part.target:
-            ids = documents.tokens_of(i)
-            put("val" if val[i] else "train", ids)
-            trained += 0 if val[i] else len(ids)
+    for i in np.flatnonzero(verdict == 0):
+        if trained >= part.target:
+            break
+        ids = documents.tokens_of(i)
+        put("val" if val[i] else "train", ids)
+        trained += 0 if val[i] else len(ids)
     if source.suite and source.kind == "puzzle":
         for task in suites.load(source.suite):
             pairs = task.train + task.test

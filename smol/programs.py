@@ -31,7 +31,7 @@ from smol import tokenizer as tok
 INTERMEDIATE = 0.5  # share of the traces that show the grid after every step
 
 # -----------------------------------------------------------------------------
-# the language: what is longer than a line; an object is a set of coloured cells that touch by their sides
+# functions that take more than a line; an object is a set of coloured cells that touch by their sides
 
 
 def components(mask):

@@ -180,10 +180,10 @@ def check_sudoku(puzzle, answer):
     if puzzle.shape != answer.shape or puzzle.shape not in ((4, 4), (9, 9)):
         return False
     size, box = len(puzzle), math.isqrt(len(puzzle))
+    digits = set(range(1, size + 1))
     boxes = answer.reshape(box, box, box, box).swapaxes(1, 2).reshape(size, size)
     lines = [*answer.tolist(), *answer.T.tolist(), *boxes.tolist()]
-    full = all(set(line) == set(range(1, size + 1)) for line in lines)
-    return full and bool(np.all((puzzle == 0) | (puzzle == answer)))
+    return all(set(line) == digits for line in lines) and bool(np.all((puzzle == 0) | (puzzle == answer)))
 
 
 def shuffle_sudoku(rng, *grids):
