@@ -49,6 +49,7 @@ init_optimizer = False  # with the path of a checkpoint: take its optimizer's st
 overwrite = False  # begin anew in an out_dir that holds a checkpoint
 eval_interval = 500  # steps between validations, each of which also saves a checkpoint
 eval_batches = 8  # validation batches per source, at most
+keep_every = 0  # keep the checkpoints of steps that are multiples of this as ckpt_STEP.pt; 0 for none
 eval_suites = ""  # suites of eval_arc.py, such as 'sudoku4,arc1', in a process beside the training
 eval_limit = 20  # tasks of each of these suites
 eval_device = "cpu"  # where that process runs
@@ -114,7 +115,7 @@ RANGES = {
     "max_skipped gradient_accumulation_steps n_layer n_head n_embd n_ff n_latent n_recursion n_grad n_sup "
     "carry_turns sanity_steps sanity_tokens",
     "[0, inf)": "mixture learning_rate weight_decay warmup_iters decay_iters min_lr sync_check_interval "
-    "sanity_run_tokens",
+    "sanity_run_tokens keep_every",
     "[0, inf]": "max_hours grad_clip eval_minutes",
     "[0, 1)": "beta1 beta2 ema",
     "[0, 1]": "halt_exploration",
@@ -434,6 +435,8 @@ def main(argv):
             if runtime.master:
                 with contextlib.suppress(OSError):  # a full disk
                     runtime.draw_losses(out_dir)
+            if saved and runtime.master and keep_every and step % keep_every == 0:
+                checkpoint.second_name(ckpt_path, os.path.join(out_dir, f"ckpt_{step}.pt"))
             if saved and not stopping:
                 evaluation.start(step)
                 publication.start(step)

@@ -97,7 +97,7 @@ def make_puzzles(c, folder):
             document = arc.encode(task.kind, [*task.train, *task.test])
             if puzzles.task_hash(task) not in tests:
                 documents[document.tobytes()] = document
-        augment = "sudoku" if "sudoku" in c.puzzle else "dihedral"
+        augment = "sudoku" if "sudoku9" in c.puzzle else "dihedral"
         about = {"source": "compare", "group": "synth", "kind": "puzzle", "augment": augment}
         every = list(documents.values())
         entries = [
@@ -133,7 +133,7 @@ def train_contender(c, arguments, seed, out):
             raise ValueError(f"train.py failed for {arguments!r}: see above")
         return [e for e in runtime.read_log(os.path.join(folder, "log.jsonl")) if "loss" in e]
 
-    probe = run(f"{out}-probe", 40, "--log_interval=10", "--eval_interval=40", "--overwrite=True")
+    probe = run(f"{out}-probe", 20, "--log_interval=5", "--eval_interval=20", "--overwrite=True")
     per_step = (probe[-1]["seconds"] - probe[0]["seconds"]) / (probe[-1]["iter"] - probe[0]["iter"])
     steps = max(c.points, int(c.seconds / per_step))
     run(out, steps, f"--eval_interval={steps // c.points}", f"--keep_every={steps // c.points}")
@@ -325,7 +325,7 @@ def draw_curves(rows, path):
 
 
 def main(argv):
-    contenders = [word for word in argv if ": " in word]
+    contenders = [word for word in argv if ": " in word and not word.startswith("-")]
     config, _ = configurator.read(globals(), [word for word in argv if word not in contenders])
     c, rows = SimpleNamespace(**config), []
     torch.set_num_threads(1)
