@@ -123,7 +123,7 @@ def test_every_function_has_a_solution_that_passes_and_a_mistake_that_fails():
 
             def passes(call, value):
                 try:
-                    return sandbox._same(eval(call, space), value)
+                    return sandbox.same(eval(call, space), value)
                 except Exception:
                     return False
 
