@@ -22,11 +22,12 @@ import sys
 import numpy as np
 import torch
 
-from eval_arc import positive, without_answers
+from configurator import positive
 from model_trm import surest
 from smol import arc, checkpoint, puzzles, thinking
 from smol import tokenizer as tok
 from smol.runtime import pick_device
+from smol.solve import without_answers
 
 # -----------------------------------------------------------------------------
 # text

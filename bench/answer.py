@@ -32,7 +32,7 @@ from bench.models import clock
 from bench.train import SMALL
 from configurator import positive
 from model_dense import batches_by_length, cache_bytes, run_blocks, tokens_at_once
-from smol import arc, checkpoint, loader, puzzles, runtime, scores, solve, suites
+from smol import arc, checkpoint, loader, puzzles, runtime, solve, suites
 
 # Memory of the cards of runtime.py, GB/s, from NVIDIA's data sheets
 GB_PER_S = {
@@ -262,8 +262,8 @@ def seen(task):
     return repr(
         [
             task.id,
-            *(scores.rows_of(grid) for pair in task.train for grid in pair),
-            *(scores.rows_of(x) for x, _ in task.test),
+            *(eval_arc.rows_of(grid) for pair in task.train for grid in pair),
+            *(eval_arc.rows_of(x) for x, _ in task.test),
         ]
     )
 
@@ -297,7 +297,7 @@ def halting(net, tasks, views, n_sup):
             dataclasses.replace(settings, augment=n_views, n_sup=limit, halt=halt),
         )
         given = solve.solve(recorded, solve.without_answers(tasks), some)
-        figures = scores.figures([scores.judge(task, g, 2) for task, g in zip(tasks, given)], 2)
+        figures = eval_arc.figures([eval_arc.judge(task, g, 2) for task, g in zip(tasks, given)], 2)
         steps = float(np.mean(recorded.steps)) if recorded.steps else 0.0
         if halt is None or steps < limit:
             found.append(

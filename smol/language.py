@@ -254,13 +254,14 @@ def benchmarks():
     return TaskManager()
 
 
-def check_benchmarks(names):
-    """ValueError, with the closest names, for one that lm-eval does not have."""
-    known = benchmarks().all_tasks
+def check_benchmarks(suite):
+    """'lm_eval:sciq,arc_easy' -> ['sciq', 'arc_easy']. ValueError for one that lm-eval does not have."""
+    names, known = suite.removeprefix("lm_eval:").split(","), benchmarks().all_tasks
     for name in names:
         if name not in known:
             closest = ", ".join(difflib.get_close_matches(name, known, 3, 0))
             raise ValueError(f"lm-eval has no task {name!r}: the closest are {closest}")
+    return names
 
 
 def behind_lm_eval(model):
@@ -314,7 +315,7 @@ def fit(ids, n, block_size):
     return ids[n - block_size :], n
 
 
-def evaluate_benchmarks(model, names, limit=None):
+def evaluate_benchmarks(model, suite, limit=None):
     """
     {results: {task: {metric: {value, interval}}}, seconds}. limit: only so many items of each. The interval
     is lm-eval's standard error times 1.96, None where it has none. OSError where a benchmark cannot be
@@ -322,19 +323,18 @@ def evaluate_benchmarks(model, names, limit=None):
     """
     import lm_eval
 
-    check_benchmarks(names)
-    started, results = time.perf_counter(), {}
+    names, started, results = check_benchmarks(suite), time.perf_counter(), {}
     try:
         found = lm_eval.simple_evaluate(
             behind_lm_eval(model),
-            tasks=list(names),
+            tasks=names,
             limit=limit,
             task_manager=benchmarks(),
             bootstrap_iters=1000,
             log_samples=False,
         )
     except OSError as e:
-        raise OSError(f"lm-eval cannot get {', '.join(names)}: {str(e).splitlines()[0]}") from None
+        raise OSError(f"lm-eval cannot get {suite}: {str(e).splitlines()[0]}") from None
     for task, figures in found["results"].items():
         for name, value in figures.items():
             metric, _, how = name.partition(",")  # "acc,none": behind the comma, how answers were filtered

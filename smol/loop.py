@@ -495,7 +495,7 @@ class Evaluation:
             f"--limit={self.limit}",
             f"--device={self.device}",
             f"--out_dir={os.path.join(self.out_dir, 'eval_step')}",
-            "--ends_with_stdin",
+            "--ends_with_stdin=True",
         ]
         env = {"OMP_NUM_THREADS": "1", **publish.environment_alone()}
         with open(

@@ -12,7 +12,7 @@ import eval_arc
 import model_dense
 from bench import answer as bench_answer
 from bench import kda as bench_kda
-from smol import arc, checkpoint, puzzles, runtime, scores, solve
+from smol import arc, checkpoint, puzzles, runtime, solve
 
 TINY = dict(n_layer=2, layer_pattern="ka", n_head=2, n_embd=24, n_ff=32, n_latent=2, n_recursion=2)
 
@@ -102,7 +102,7 @@ def test_fewer_steps_and_halting_are_read_off_as_they_would_be_asked():
                 len(steps) for (steps,) in net.answer(part, n_sup=r["n_sup"], halt=r["halt"], trace=True)
             ]
         records = eval_arc.evaluate(tasks, lambda part, s=settings: solve.solve(net, part, s), 2, 3)
-        figures = scores.figures(records, 2)
+        figures = eval_arc.figures(records, 2)
         assert (r["steps"], r["solved"], r["pass_2"], r["total"]) == (
             np.mean(asked),
             figures["pass_1"],

@@ -260,32 +260,34 @@ def test_lm_eval_gives_what_is_known(local_benchmarks):
     """A model that has memorised two of three capitals, and the wrong one of the third."""
     known = [f"The capital of {c} is {right}. And more" for c, right, _ in CAPITALS[:2]]
     model = Table([*known, "The capital of Peru is Quito."])
-    figures = language.evaluate_benchmarks(model, ["capitals", "writing"])["results"]
+    figures = language.evaluate_benchmarks(model, "lm_eval:capitals,writing")["results"]
     value, (low, high) = figures["capitals"]["acc"].values()
     assert low < value < high and value == pytest.approx(2 / 3, abs=1e-5)
     assert figures["writing"]["exact_match"]["value"] == pytest.approx(2 / 3, abs=1e-5)
     # Everything is equally likely to a model that knows nothing, also beyond its block_size
-    found = language.evaluate_benchmarks(Table(block_size=8), ["sentences"])["results"]["sentences"]
+    found = language.evaluate_benchmarks(Table(block_size=8), "lm_eval:sentences")["results"]["sentences"]
     expected = math.log2(tok.VOCAB_SIZE) * len(tok.load().encode_ordinary(TEXT)) / len(TEXT)
     assert found["bits_per_byte"]["value"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["dense", "trm"])
 def test_both_routes_go_through_lm_eval(local_benchmarks, name):
-    figures = language.evaluate_benchmarks(make(name, block_size=24), list(BENCHMARKS), limit=2)
+    figures = language.evaluate_benchmarks(
+        make(name, block_size=24), f"lm_eval:{','.join(BENCHMARKS)}", limit=2
+    )
     assert set(figures["results"]) == set(BENCHMARKS) and len(language.table(figures).splitlines()) >= 3
 
 
 def test_an_unknown_benchmark_is_an_error_with_the_closest_names(local_benchmarks):
     with pytest.raises(ValueError, match="no task 'capitol': the closest are capitals"):
-        language.check_benchmarks(["capitol"])
+        language.check_benchmarks("lm_eval:capitals,capitol")
 
 
 def test_without_lm_eval_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     language.benchmarks.cache_clear()
     with pytest.raises(ValueError, match="pip install lm-eval"):
-        language.check_benchmarks(["sciq"])
+        language.check_benchmarks("lm_eval:sciq")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from tiny import grid, make
 
 import eval_arc
 import model_dense
-from smol import arc, programs, puzzles, scores, solve, suites, ttt
+from smol import arc, programs, puzzles, solve, suites, ttt
 from smol import tokenizer as tok
 from smol.solve import Settings
 
@@ -133,7 +133,7 @@ def test_one_view_is_what_the_model_answers_by_itself():
     for name in ("dense", "trm"):
         model = exact(name, 400)
         for task, given, by_itself in zip(
-            tasks, solve.solve(model, tasks, Settings()), model.answer(eval_arc.without_answers(tasks))
+            tasks, solve.solve(model, tasks, Settings()), model.answer(solve.without_answers(tasks))
         ):
             for found, wanted in zip(given, by_itself):
                 assert (found is None) == (wanted is None), task.id
@@ -169,7 +169,7 @@ def test_the_second_attempt_of_route_b_is_another_answer_wherever_a_step_gave_on
     model, tasks = make("trm", 400), tasks_of(("transforms", 8))
     several = 0
     for task, (given,) in zip(tasks, solve.solve(model, tasks, Settings())):
-        (record,) = scores.judge(task, [given], 2)["test"]
+        (record,) = eval_arc.judge(task, [given], 2)["test"]
         different = {grid.tobytes() + bytes(grid.shape) for grid, _ in given.steps if grid is not None}
         assert len(set(map(str, record["attempts"]))) == len(record["attempts"]) == min(2, len(different))
         several += len(different) > 1
@@ -326,7 +326,7 @@ def test_puzzles_in_words_are_read_up_to_the_solution_and_answered_behind_answer
     ((given,),) = solve.solve(Writes(), [task], Settings(samples=4))
     assert asked == [f"{question}\nSolution:"] * 2
     assert [(c.grid, c.votes) for c in given.candidates] == [(expected, 2), ("Nobody", 1)]
-    ((nothing,),) = solve.solve(Writes(), eval_arc.without_answers([task]), Settings(samples=1))
+    ((nothing,),) = solve.solve(Writes(), solve.without_answers([task]), Settings(samples=1))
     assert [c.grid for c in nothing.candidates] == [expected]
     assert solve.solve(make("dense", 20), [task], Settings()) == [[None]]
 
