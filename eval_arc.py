@@ -364,6 +364,22 @@ def tasks_asked(c):
     return {**asked, "tasks": arc.read_tasks(c.tasks)} if c.tasks else asked
 
 
+def load_models(paths, device, dtype, results):
+    """{name: model} of the checkpoints. results gets what they are and keeps the suites that still hold."""
+    models = {}
+    for path in paths:
+        model, ckpt = checkpoint.load_model(path, device)
+        about = describe(path, model, ckpt, device, dtype)
+        name = name_of(about, results)
+        before = results.get(name, about)
+        same = before["sha256"] == about["sha256"]
+        if not same and runtime.master:
+            print(f"{name} has been trained on since: what there was of it is replaced")
+        models[name] = model
+        results[name] = {**about, "suites": before.get("suites", {}) if same else {}}
+    return models
+
+
 def run(c, paths):
     if not paths:
         raise ValueError("name a checkpoint: python eval_arc.py out/ckpt.pt")
@@ -375,35 +391,27 @@ def run(c, paths):
     on = runtime.pick_device(c.device)
     if on == "cuda" and runtime.world_size > 1:
         on = f"cuda:{runtime.local_rank}"
-    models, results = {}, read_results(os.path.join(folder, "eval.json"))
-    for path in paths:
-        model, ckpt = checkpoint.load_model(path, on)
-        about = describe(path, model, ckpt, on, runtime.pick_dtype(c.dtype, on))
-        name = name_of(about, results)
-        models[name] = model
-        before = results.get(name, about)
-        if before["sha256"] != about["sha256"] and runtime.master:
-            print(f"{name} has been trained on since: what {folder} has of it is replaced")
-        kept = before.get("suites", {}) if before["sha256"] == about["sha256"] else {}
-        results[name] = {**about, "suites": kept}
+    results = read_results(os.path.join(folder, "eval.json"))
+    models = load_models(paths, on, runtime.pick_dtype(c.dtype, on), results)
     os.makedirs(folder, exist_ok=True)
     if runtime.world_size > 1:
         runtime.start_processes(on.split(":")[0])
 
     for suite in sorted(asked, key=lambda suite: asked[suite] is None):  # the last ones are rank 0's alone
         for name, model in models.items():
-            about = results[name]
-            if asked[suite] is not None:
-                records = ask(name, model, about, suite, asked[suite][: c.limit], settings, folder)
-            if runtime.master:
-                if asked[suite] is None:
-                    found = measure(name, model, about, suite, about["suites"].get(suite, {}), c.limit)
-                else:
-                    found = figures(records, attempts_of(suite))
-                    found.update(available=len(asked[suite]), **how_asked(about, settings, model))
-                    print(f"{name} {suite}: {found['solved']} of {found['total']} solved", flush=True)
-                about["suites"][suite] = found
-                save_json(results, os.path.join(folder, "eval.json"))
+            about, tasks = results[name], asked[suite]
+            if tasks is not None:
+                records = ask(name, model, about, suite, tasks[: c.limit], settings, folder)
+            if not runtime.master:
+                continue
+            if tasks is None:
+                found = measure(name, model, about, suite, about["suites"].get(suite, {}), c.limit)
+            else:
+                found = figures(records, attempts_of(suite))
+                found.update(available=len(tasks), **how_asked(about, settings, model))
+                print(f"{name} {suite}: {found['solved']} of {found['total']} solved", flush=True)
+            about["suites"][suite] = found
+            save_json(results, os.path.join(folder, "eval.json"))
     if runtime.master:
         finish(results, [(name, suite) for name in models for suite in asked], folder)
 

@@ -8,6 +8,7 @@ are small and easy: made to tell a model of 100M parameters that learns somethin
 nothing.
 
 prepare.py keeps documents out of training that quote one of these texts over 13 words or more.
+Read next: language.py, which asks.
 """
 
 import ast

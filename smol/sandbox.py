@@ -19,6 +19,8 @@ Grid programs (`run_programs`) are read and not executed: only functions of thei
 
 This does not protect against faults of the kernel or, without the filter, of the interpreter. It was made for
 what small models write by accident; for code of people who mean harm, use a virtual machine.
+
+Read next: language.py and solve.py, which run candidates through this.
 """
 
 import ast

@@ -13,7 +13,7 @@ demonstration's input into its output are run on the test input. They have passe
 
 Nothing in here reads a test output: tasks come without (`without_answers`).
 
-Read next: scores.py (what counts as right), ttt.py (a model that is tuned to one task), eval_arc.py (the command).
+Read next: ttt.py (a model that is tuned to one task), eval_arc.py (the command).
 """
 
 import math

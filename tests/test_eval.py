@@ -145,6 +145,17 @@ def test_every_task_is_asked_once_with_others_of_its_length_and_without_its_outp
     assert lengths == sorted(lengths, reverse=True)
 
 
+def test_processes_share_the_tasks(monkeypatch):
+    tasks, asked = puzzles.heldout("sudoku4", 10), []
+    monkeypatch.setattr(eval_arc, "ROWS_TOGETHER", 2)
+    monkeypatch.setattr(eval_arc.runtime, "world_size", 3)
+    monkeypatch.setattr(eval_arc.runtime, "gather", lambda mine: [])
+    for rank in range(3):
+        monkeypatch.setattr(eval_arc.runtime, "rank", rank)
+        eval_arc.evaluate(tasks, lambda part: asked.extend(t.id for t in part) or [[None]] * len(part))
+    assert sorted(asked) == sorted(t.id for t in tasks)
+
+
 @pytest.mark.parametrize("name, sudoku, maze", [("dense", 43, 115), ("trm", 22, 58)])
 def test_too_long_is_what_does_not_fit_into_block_size(name, sudoku, maze):
     """
@@ -273,7 +284,7 @@ def test_other_settings_another_checkpoint_or_another_task_are_asked_anew(checkp
         return len(asked)
 
     args = (checkpoints[0], "--suites=sudoku4", "--limit=2")
-    assert [new(*args), new(*args), new(*args, "--seed=2"), new(checkpoints[1], *args[1:])] == [2, 0, 2, 2]
+    assert [new(*args), new(*args), new(checkpoints[1], *args[1:]), new(*args, "--seed=2")] == [2, 0, 2, 2]
     for expected, n in (([[2]], 1), ([[2]], 0), ([[3]], 1)):
         task = {"train": [], "test": [{"input": [[1]], "output": expected}]}
         (tmp_path / "own.json").write_text(json.dumps({"own": task}))

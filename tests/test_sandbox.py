@@ -84,6 +84,7 @@ FORBIDDEN = {
     "a module": "__import__('http.client')",
     "higher limits": "__import__('resource').setrlimit(7, (100, 100))",
     "ctypes": "__import__('ctypes').CDLL(None).getppid()",
+    **({"what only the filter of system calls refuses": "os.getpgid(0)"} if FILTERED else {}),
 }
 
 
