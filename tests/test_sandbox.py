@@ -166,7 +166,7 @@ def test_one_bad_program_costs_the_others_nothing():
     bad = {
         "ValueError": "import os\nos.system('true')\n",
         "no function": "def solve(grid):\n    grid = open(grid)\n    return grid\n",
-        "does not take": program(("margin", {"k": 10**9})),
+        "does not take": program(("scale", {"k": 10**9})),
         "not 1 to 30": program(*[("scale", {"k": 3})] * 20),  # stopped before it fills the memory
         "1000 characters": program(*[("transpose", {"anti": 0})] * 100),
         "": "(" * 900,
