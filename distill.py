@@ -30,14 +30,15 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import configurator
-from model_dense import IGNORE, row_shares, sample
+from model_dense import row_shares
 from model_trm import ANSWER_ROWS
-from smol import arc, loop, puzzles, runtime, sources, teachers
+from smol import arc, engine, loop, puzzles, runtime, sources, teachers
 from smol import checkpoint as ckpt
 from smol import tokenizer as tok
 from smol.divergences import divergence
 from smol.loader import Ahead, Loader, Puzzles, draw_rng, puzzle_row, read_stage
 from smol.runtime import all_agree, difference, local_rank, master, rank, world_size
+from smol.tokenizer import IGNORE
 
 # -----------------------------------------------------------------------------
 # ---- where it goes and what it says
@@ -425,7 +426,9 @@ def left_to_right(batch, watch, stats):
                 [teachers.prompt(t) for t in tasks],
                 [arc.canvas_shape(t.train, t.test[0][0]) for t in tasks],
             )
-            answers = [a and a[0] for a in net.decode_grids(prompts, limits, 1, sample_temperature, noise)]
+            answers = [
+                a and a[0] for a in engine.decode_grids(net, prompts, limits, 1, sample_temperature, noise)
+            ]
         else:
             answers = given_answers(tasks)
     if own:
@@ -444,7 +447,7 @@ def left_to_right(batch, watch, stats):
         return 0.0 * sum(p.sum() for p in net.parameters())
     with watch.measure("learning"):
         with autocast:
-            student = net.place_logits([teachers.document(tasks[i], answers[i]) for i in kept], shapes)
+            student = engine.cell_logits(net, [teachers.document(tasks[i], answers[i]) for i in kept], shapes)
         rows = torch.repeat_interleave(
             torch.tensor(kept), torch.tensor([h * (w + 1) + 1 for h, w in shapes])
         ).to(device)
@@ -518,7 +521,7 @@ def on_a_canvas(batch, watch, stats, carry):
             if own:
                 # where logits are not finite, neither is the loss, and the step is skipped: any draw will do
                 logits = student.detach().cpu().nan_to_num()
-                outcomes = sample(logits, sample_temperature, generator=generator_for(batch.key[0]))
+                outcomes = engine.sample(logits, sample_temperature, generator=generator_for(batch.key[0]))
                 answers = teachers.read_canvases(outcomes, carry["idx"].cpu())
             else:
                 answers = given_answers(tasks)

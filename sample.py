@@ -1,33 +1,52 @@
 """
 One checkpoint at work: text from a prompt, or a task solved before your eyes.
 
-    python sample.py out/demo/route_a/ckpt.pt --prompt="Question: Ada has 3"      text, streamed as it is drawn
-    python sample.py out/demo/route_b/ckpt.pt --task=sudoku4-0007                 a held-out puzzle (sudoku4, sudoku9, maze, transforms)
-    python sample.py out/demo/route_b/ckpt.pt --task=00576224                     a task of ARC-AGI-1 or ARC-AGI-2
-    python sample.py out/demo/route_b/ckpt.pt --task=sudoku4-0007 --gif=out/thinking.gif     the same as a moving picture
+    python sample.py out/demo/route_a/ckpt.pt --prompt="Question: Ada has 3"      text, as it is drawn
+    python sample.py out/demo/route_b/ckpt.pt --task=sudoku4-0007      a held-out puzzle
+    python sample.py out/demo/route_b/ckpt.pt --task=00576224          a task of ARC-AGI-1 or ARC-AGI-2
+    python sample.py out/demo/route_b/ckpt.pt --task=sudoku4-0007 --gif=out/steps.gif      as a moving picture
 
-A task is printed as coloured grids: its demonstrations, then for each test input what is expected beside what the model answers, with
-wrong cells marked ><. Route B's answer is shown after every supervision step, with the probability that its halting head gives the
-answer of being all right; with --halt=0.9 it stops there once that is above 0.9.
+A task is printed as coloured grids: its demonstrations, then for each test input what is expected beside what
+the model answers, with wrong cells marked ><. Route B's answer is shown after every supervision step, with
+the probability that its halting head gives it.
 
 Read next: eval_arc.py, which does this for whole suites and counts.
 """
 
-import argparse
 import codecs
-import math
+import io
 import os
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from configurator import positive
-from model_trm import surest
-from smol import arc, checkpoint, puzzles, thinking
+import configurator
+from model_trm import ANSWER_IDS, ranked
+from smol import arc, checkpoint, engine, files, puzzles, runtime, solve
 from smol import tokenizer as tok
-from smol.runtime import pick_device
-from smol.solve import without_answers
+
+prompt = ""  # text to go on from; empty: a new document
+task = ""  # an ARC task, such as 00576224, or a held-out puzzle, such as sudoku4-0007
+gif = ""  # Route B on a task: write a moving picture of its first test output as it forms
+max_new_tokens = 200
+temperature = 0.8  # 0 always takes the likeliest token
+top_k: int | None = 200  # draw from the k likeliest tokens
+top_p: float | None = None  # draw from the fewest likeliest tokens that have a probability of p together
+num_samples = 1  # texts
+n_sup: int | None = None  # Route B on a task: supervision steps; None: as it was trained
+halt: float | None = None  # Route B on a task: stop when the halting head gives the answer more than this
+seed = 1337
+device = "auto"  # cpu, cuda, cuda:1; auto: the GPU where there is one
+
+RANGES = {
+    "[1, inf)": "max_new_tokens top_k num_samples n_sup",
+    "[0, inf)": "temperature seed",
+    "(0, 1]": "top_p",
+    "[0, 1]": "halt",
+}
 
 # -----------------------------------------------------------------------------
 # text
@@ -35,29 +54,26 @@ from smol.solve import without_answers
 
 def text_of(ids):
     """
-    ids, one at a time -> pieces of text, as soon as they are whole characters: one character may take several tokens, and half of it
-    is held back. Bytes that never become a character are left out. Ends at the end of text.
+    ids, one at a time -> pieces of text, as soon as they are whole characters: a character may take several
+    tokens. Bytes that never become a character are left out. Ends at <|endoftext|>.
     """
-    enc, decoder = tok.load(), codecs.getincrementaldecoder("utf-8")("ignore")
+    encoding, decoder = tok.load(), codecs.getincrementaldecoder("utf-8")("ignore")
     for token in ids:
         if token == tok.EOT:
             return
-        piece = decoder.decode(enc.decode_single_token_bytes(token))
-        if piece:
+        if piece := decoder.decode(encoding.decode_single_token_bytes(token)):
             yield piece
 
 
-def stream_text(model, prompt, args):
+def stream_text(model, c):
     """Print the prompt and what the model makes of it, num_samples times."""
-    device = model.wte.weight.device
-    # A document starts where another has ended: that is how training saw it
-    idx = torch.tensor([[tok.EOT, *tok.load().encode_ordinary(prompt)]], device=device)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    for i in range(args.num_samples):
-        print(("-" * 20 + "\n" if i else "") + prompt, end="", flush=True)
-        drawn = model.generate(
-            idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, generator=generator
-        )
+    where = model.wte.weight.device
+    idx = torch.tensor([[tok.EOT, *tok.load().encode_ordinary(c.prompt)]], device=where)
+    generator = torch.Generator(where).manual_seed(c.seed)
+    for i in range(c.num_samples):
+        print("-" * 20 + "\n" if i else "", c.prompt, sep="", end="", flush=True)
+        options = c.temperature, c.top_k, c.top_p
+        drawn = engine.generate(model, idx, c.max_new_tokens, *options, generator=generator)
         for piece in text_of(ids.item() for ids in drawn):
             print(piece, end="", flush=True)
         print()
@@ -68,22 +84,15 @@ def stream_text(model, prompt, args):
 
 
 def find_task(task_id):
-    """A held-out puzzle by its suite and number ('maze-0007'), else an ARC task by its id. ValueError naming what comes close."""
-    suite, dash, name = task_id.partition("-")
+    """A held-out puzzle by its suite and number ('maze-0007'), else an ARC task by its id. ValueError."""
+    suite, dash, number = task_id.partition("-")
     if not dash:
         return arc.find(task_id)
-    count = len(name) - len(name.lstrip("0123456789"))
-    number, most = int(name[:count] or -1), puzzles.HELD_OUT_N.get(suite, 0)
-    if suite in puzzles.SUITES and not 0 <= number < most:
-        raise ValueError(
-            f"no held-out puzzle has the id {task_id!r}: those of {suite} are {suite}-0000 to {suite}-{most - 1:04d}"
-        )
-    task = puzzles.heldout(suite, number + 1)[-1]
-    if name[count:] and task.id != task_id:  # a transform's program may be left out, but not be another
-        raise ValueError(
-            f"no held-out puzzle has the id {task_id!r}: number {number} of {suite} is {task.id}"
-        )
-    return task
+    number = number.partition(":")[0]  # a transform's id goes on with its program
+    most = puzzles.HELD_OUT_N.get(suite, 1)
+    if suite in puzzles.HELD_OUT_N and not (number.isdecimal() and int(number) < most):
+        raise ValueError(f"{task_id!r} is none of {suite}-0000 to {suite}-{most - 1:04d}")
+    return puzzles.heldout(suite, int(number) + 1 if number.isdecimal() else 1)[-1]
 
 
 def verdict(grid, expected):
@@ -92,147 +101,156 @@ def verdict(grid, expected):
         return "no answer"
     if grid.shape != expected.shape:
         return "wrong: {}x{}, where {}x{} is expected".format(*grid.shape, *expected.shape)
-    wrong = int(arc.wrong_cells(grid, expected).sum())
-    return f"wrong in {wrong} of {expected.size} cells" if wrong else "correct"
+    n_wrong = int(arc.wrong_cells(grid, expected).sum())
+    return f"wrong in {n_wrong} of {expected.size} cells" if n_wrong else "correct"
 
 
-def show_task(model, task, n_sup, halt=None):
-    """Print the task and the model's answers. ValueError, before anything is printed, if it does not fit into block_size."""
+def show_task(model, task, c):
+    """Print the task and the model's answers. ValueError, before anything is printed, if it does not fit."""
     canvas = model.puzzle_format == "canvas"
-    needed = max(
-        sum(arc.prompt_and_room(task.kind, task.train, x, model.puzzle_format)) for x, _ in task.test
-    )
+    room = [arc.prompt_and_room(task.kind, task.train, x, model.puzzle_format) for x, _ in task.test]
+    needed = max(map(sum, room))
     if needed > model.config.block_size:
         raise ValueError(
-            f"task {task.id} takes {needed:,} tokens with room for the answer, and this checkpoint reads at most "
-            f"{model.config.block_size:,} (its block_size)"
+            f"task {task.id} takes {needed:,} tokens with room for the answer, and this checkpoint reads at "
+            f"most {model.config.block_size:,} (its block_size)"
         )
     print(f"{task.id}   {needed:,} tokens\n")
     for i, (x, y) in enumerate(task.train, 1):
         print(arc.ansi_row([(f"demo {i}", x, None), ("output", y, None)]), flush=True)
-    hidden = without_answers([task])
-    asked = model.answer(hidden, n_sup=n_sup, trace=True, halt=halt)[0] if canvas else model.answer(hidden)[0]
-    for j, ((x, y), given) in enumerate(zip(task.test, asked), 1):
+    options = dict(n_sup=c.n_sup, trace=True, halt=c.halt) if canvas else {}
+    (answers,) = model.answer(solve.without_answers([task]), **options)
+    for j, ((x, y), given) in enumerate(zip(task.test, answers), 1):
         panels = [(f"test {j}" if task.train else "puzzle", x, None), ("expected", y, None)]
         if canvas:
-            given = [(grid if math.isfinite(halt) else None, halt) for grid, halt in given]
-            panels += [
-                (f"step {step}, halt {halt:.2f}", grid, y) for step, (grid, halt) in enumerate(given, 1)
-            ]
+            panels += [(f"step {n}, halt {p:.2f}", grid, y) for n, (grid, p) in enumerate(given, 1)]
+            last = f", the answer with the highest halting probability of {len(given)} steps"
+            given = ranked(given)
         else:
-            given = [answer for answer in given if answer is not None]  # None: its numbers are not finite
-            panels += [(f"answer, p {np.exp(log_p):.2g}", grid, y) for grid, log_p in given[:1]]
+            panels += [(f"answer, p {np.exp(log_p):.2g}", grid, y) for grid, log_p in given]
+            last = ""
         print(arc.ansi_row(panels))
-        answers = surest(given) if canvas else given
-        last = (
-            f", the surest answer of {len(given)} supervision step{'s' * (len(given) > 1)}" if canvas else ""
-        )
-        print(f"test {j} of {len(task.test)}{last}: {verdict(answers[0][0] if answers else None, y)}\n")
+        print(f"test {j} of {len(task.test)}{last}: {verdict(given[0][0] if given else None, y)}\n")
 
 
 # -----------------------------------------------------------------------------
-# the command
+# a moving picture of Route B's supervision steps
+
+SIDE, EDGE = 520, 40  # pixels of the canvas and around it
+GLIDE = 5  # frames from one step to the next
+DARK, PANEL, INK, GOOD, BAD = (13, 17, 23), (41, 53, 72), (230, 237, 243), (94, 234, 212), (251, 113, 133)
 
 
-def run(args):
-    if not 0 <= args.temperature < math.inf:
-        raise ValueError(f"--temperature={args.temperature} must be 0 (always the likeliest token) or more")
-    if args.top_p is not None and not 0 < args.top_p <= 1:
-        raise ValueError(f"--top_p={args.top_p} must be above 0 and at most 1")
-    if not 0 <= args.seed < 1e18:
-        raise ValueError(f"--seed={args.seed} must be in [0, 1e18)")
-    task = find_task(args.task) if args.task is not None else None
-    model, ckpt = checkpoint.load_model(args.checkpoint, pick_device(args.device))
-    if args.n_sup and (task is None or ckpt["model"] != "trm"):
-        raise ValueError(
-            "--n_sup is about the supervision steps that Route B takes on a --task, and does nothing here"
-        )
-    if (args.gif or args.halt) and (task is None or ckpt["model"] != "trm"):
-        raise ValueError(
-            "--gif and --halt are about the supervision steps that Route B takes on a --task: give a checkpoint of Route B "
-            "and a task"
-        )
-    if args.gif and os.path.isdir(args.gif):
-        raise ValueError(f"--gif={args.gif} is a folder: give the name of the file to write")
+@torch.no_grad()
+def canvas_steps(model, task, n_sup=None, halt=None):
+    """
+    After each supervision step on the first test input: the probabilities (H, W, 11) of ten colours and of
+    "outside the answer" in each cell, and the halting probability. ValueError if logits are not finite.
+    """
+    one = arc.Task(task.id, task.kind, task.train, task.test[:1])
+    steps = []
+    for [(_, _, (H, W), start)], idx in model.canvases(solve.without_answers([one])):
+        for _, y, p in model.answer_steps(idx, n_sup, halt):
+            logits = F.linear(y[0, start : start + H * (W + 1)], model.wte.weight[ANSWER_IDS]).float()
+            if not (logits.isfinite().all() and p.isfinite().all()):
+                raise ValueError("the model's logits are not finite: there is nothing to draw")
+            steps.append((logits.softmax(-1).view(H, W + 1, 11)[:, :W].cpu().numpy(), p.item()))
+    return steps
+
+
+def draw(task, cells, words, wrong=None):
+    """
+    One frame, a PIL image. cells (H, W, 11): a colour is as pure, a sudoku's digit as bright, as it is
+    probable. wrong (H, W) bool: cells to frame.
+    """
+    from matplotlib import get_data_path
+    from PIL import Image, ImageDraw, ImageFont
+
+    palette = np.array([*(list(bytes.fromhex(colour[1:])) for colour in arc.PALETTE), DARK])  # (11, 3)
+    font_file = os.path.join(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    image = Image.new("RGB", (SIDE + 2 * EDGE, SIDE + 3 * EDGE), DARK)
+    pen = ImageDraw.Draw(image)
+    pen.text((EDGE, EDGE / 2), task.id.partition(":")[0], INK, ImageFont.truetype(font_file, 18), "lm")
+    pen.text((EDGE, SIDE + 2 * EDGE), words, INK, ImageFont.truetype(font_file, 18), "lm")
+    given, size = task.test[0][0], SIDE / max(cells.shape[:2])
+    for (r, c), value in np.ndenumerate(cells[..., :10].argmax(-1)):
+        x, y = EDGE + c * size, EDGE + r * size
+        box = [x + 1, y + 1, x + size - 2, y + size - 2]
+        if task.kind == "sudoku":
+            pen.rectangle(box, PANEL if given[r, c] else DARK, outline=PANEL)
+            ink = np.array(INK if given[r, c] else GOOD) * cells[r, c, value] if value else np.array(DARK)
+            font = ImageFont.truetype(font_file, round(size / 2))
+            pen.text((x + size / 2, y + size / 2), str(value), tuple(ink.astype(int)), font, "mm")
+        else:
+            pen.rectangle(box, tuple((cells[r, c] @ palette).astype(int)))
+        if wrong is not None and wrong[r, c]:
+            pen.rectangle(box, outline=BAD, width=3)
+    return image
+
+
+def save_gif(task, steps, path):
+    """The film of what `canvas_steps` returned, gliding from step to step, what is wrong at last framed."""
+    question, expected = task.test[0]
+    H, W = steps[0][0].shape[:2]
+
+    def certain(grid):
+        cells = np.zeros((H, W, 11))
+        cells[..., 10] = 1
+        cells[: grid.shape[0], : grid.shape[1]] = np.eye(11)[grid]
+        return cells
+
+    before = certain(question)
+    frames, milliseconds = [draw(task, before, f"step 0 of {len(steps)}")], [900]
+    for n, (cells, p) in enumerate(steps, 1):
+        for t in np.arange(1, GLIDE + 1) / GLIDE:
+            words = f"step {n} of {len(steps)}: halting probability {p:.2f}"
+            frames.append(draw(task, before * (1 - t) + cells * t, words))
+            milliseconds.append(55 if t < 1 else 300)
+        before = cells
+    if expected.shape[0] <= H and expected.shape[1] <= W:
+        wrong = cells.argmax(-1) != certain(expected).argmax(-1)
+    else:
+        wrong = np.ones((H, W), dtype=bool)
+    words = f"{wrong.sum()} of {wrong.size} cells wrong" if wrong.any() else "solved"
+    frames.append(draw(task, cells, words, wrong))
+    colours = frames[-1].quantize(255)  # for all frames: those that each choose their own flicker
+    frames = [frame.quantize(palette=colours, dither=0) for frame in frames]
+    buffer = io.BytesIO()
+    options = dict(append_images=frames[1:], duration=[*milliseconds, 2800], loop=0)
+    frames[0].save(buffer, "gif", save_all=True, **options)
+    files.write_whole(buffer.getvalue(), path)
+
+
+# -----------------------------------------------------------------------------
+
+
+def main(argv):
+    config, words = configurator.read(globals(), argv, usage="CKPT")
+    c = SimpleNamespace(**config)
+    if len(words) != 1:
+        raise ValueError(f"name one checkpoint, a ckpt.pt that train.py wrote, not {len(words)}")
+    if c.prompt and c.task:
+        raise ValueError("--prompt is for text, --task for puzzles: give one of them")
+    task = find_task(c.task) if c.task else None
+    model, _ = checkpoint.load_model(words[0], runtime.pick_device(c.device))
+    if (c.n_sup or c.halt or c.gif) and not (task and model.puzzle_format == "canvas"):
+        raise ValueError("--n_sup, --halt and --gif are about the supervision steps of Route B on a --task")
     if task is None:
-        stream_text(model, args.prompt or "", args)
+        stream_text(model, c)
         return
-    show_task(model, task, args.n_sup, args.halt)
-    if args.gif:
-        thinking.save_gif(task, 0, thinking.thoughts(model, task, 0, args.n_sup, args.halt), args.gif)
-        print(f"moving picture{' of test 1' if len(task.test) > 1 else ''}: {args.gif}")
-
-
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = lambda message: sys.exit(f"error: {message}; see python sample.py --help")
-    parser.add_argument("checkpoint", metavar="CKPT", help="a ckpt.pt that train.py wrote")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--prompt", help="text to go on from (default: the start of a new document)")
-    what.add_argument(
-        "--task",
-        metavar="ID",
-        help="an ARC task, such as 00576224, or a held-out puzzle, such as sudoku4-0007",
-    )
-    parser.add_argument(
-        "--max_new_tokens", metavar="N", type=positive, default=200, help="longest text drawn (default 200)"
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=0.8,
-        help="lower is safer, 0 always draws the likeliest token (default 0.8)",
-    )
-    parser.add_argument(
-        "--top_k",
-        metavar="N",
-        type=positive,
-        default=200,
-        help="draw from the N likeliest tokens (default 200)",
-    )
-    parser.add_argument(
-        "--top_p",
-        metavar="P",
-        type=float,
-        help="draw from the likeliest tokens that have a probability of P together",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=1337, help="the same seed draws the same text (default 1337)"
-    )
-    parser.add_argument(
-        "--num_samples", metavar="N", type=positive, default=1, help="how many texts (default 1)"
-    )
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU where there is one)"
-    )
-    parser.add_argument(
-        "--n_sup",
-        metavar="N",
-        type=positive,
-        help="supervision steps of Route B on a task (default: as it was trained)",
-    )
-    parser.add_argument(
-        "--halt", metavar="P", type=float, help="Route B on a task: stop once it gives its answer more than P"
-    )
-    parser.add_argument(
-        "--gif", metavar="PATH", help="Route B on a task: write a moving picture of the answer as it forms"
-    )
-    args = parser.parse_args()
-    sys.stdout.reconfigure(
-        errors="replace"
-    )  # a terminal that cannot show a character gets a question mark, not an exception
-    try:
-        run(args)
-    except BrokenPipeError:  # whoever was reading (head, a pager) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        print()
-        sys.exit(130)
+    show_task(model, task, c)
+    if c.gif:
+        save_gif(task, canvas_steps(model, task, c.n_sup, c.halt), c.gif)
+        print(f"moving picture: {c.gif}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.stdout.reconfigure(errors="replace")  # a terminal without a character shows a question mark
+    try:
+        main(sys.argv[1:])
+    except BrokenPipeError:  # the reader (head, a pager) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")

@@ -80,17 +80,9 @@ n_recursion: int | None = None  # Route B: recursions per supervision step
 n_grad: int | None = None  # Route B: recursions with gradient, the last ones
 n_sup: int | None = None  # Route B: supervision steps per puzzle, at most
 carry_turns = 1  # Route B: a puzzle takes a supervision step every so many steps; 1 shows small batches the same rows on end (LOG.md)
-text_n_latent: int | None = None  # Route B: the same four for text
-text_n_recursion: int | None = None
-text_n_grad: int | None = None
-text_n_sup: int | None = None
 halt_exploration: float | None = (
     None  # Route B: share of puzzles made to go on whatever the halting head says
 )
-n_kv_head: int | None = (
-    None  # heads of keys and values in full attention, shared by groups of queries; None: as many as n_head
-)
-separate_documents: bool | None = None  # documents that are packed into one row know nothing of each other
 recompute: bool | None = (
     None  # go through each block again in the backward: a third more work, a fraction of the memory
 )
@@ -130,8 +122,8 @@ sanity_run_tokens = (
 # What they may be, checked before anything is loaded. Not here: names, paths, and what is True or False.
 RANGES = {
     "[1, inf)": "eval_interval eval_batches eval_limit log_interval batch_size block_size max_iters max_skipped "
-    "gradient_accumulation_steps n_layer n_head n_kv_head n_embd n_ff n_latent n_recursion n_grad "
-    "n_sup carry_turns text_n_latent text_n_recursion text_n_grad text_n_sup sanity_steps "
+    "gradient_accumulation_steps n_layer n_head n_embd n_ff n_latent n_recursion n_grad "
+    "n_sup carry_turns sanity_steps "
     "sanity_tokens",
     "[0, inf)": "mixture learning_rate weight_decay warmup_iters decay_iters min_lr sync_check_interval "
     "sanity_run_tokens",

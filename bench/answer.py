@@ -31,8 +31,8 @@ from bench.kda import peak_mb
 from bench.models import clock
 from bench.train import SMALL
 from configurator import positive
-from model_dense import batches_by_length, cache_bytes, run_blocks, tokens_at_once
-from smol import arc, checkpoint, loader, puzzles, runtime, solve, suites
+from model_dense import cache_bytes, run_blocks, tokens_at_once
+from smol import arc, checkpoint, engine, loader, puzzles, runtime, solve, suites
 
 # Memory of the cards of runtime.py, GB/s, from NVIDIA's data sheets
 GB_PER_S = {
@@ -96,17 +96,17 @@ def training_step(net, idx, targets, autocast):
 
 def passes_apart(net, idx, autocast):
     """Two functions: one pass through the core without gradient; one forward and backward."""
-    x, rope, visible, lines = net.embed_canvas(idx, net.puzzle_words())
+    x, layout = net.embed_canvas(idx, net.puzzle_words())
     x = x.detach()
 
     def forward():
         with torch.no_grad(), autocast:
-            return run_blocks(net.blocks, x, rope, visible=visible, lines=lines)
+            return run_blocks(net.blocks, x, layout)
 
     def both():
         start = x.clone().requires_grad_()
         with autocast:
-            y = run_blocks(net.blocks, start, rope, visible=visible, lines=lines)
+            y = run_blocks(net.blocks, start, layout)
         y.backward(torch.ones_like(y))
         net.zero_grad(set_to_none=True)
 
@@ -121,7 +121,7 @@ def measure(net, tasks, n_sup, device, autocast):
 
     def think(n, grad=False):
         with torch.set_grad_enabled(grad), autocast:
-            for _ in net.eval().think(idx, n):
+            for _ in net.eval().answer_steps(idx, n):
                 pass
 
     (taken,) = seconds(lambda: think(n_sup), device=device, times=1)
@@ -209,7 +209,7 @@ def decoding(net, asked, views, card):
         by_task.setdefault(task.id, (task, []))[1].append(rest)
     for part in eval_arc.chunks([task for task, _ in by_task.values()], views):
         rows = [row for task in part for row in by_task[task.id][1] for _ in range(views)]
-        for batch in batches_by_length(rows, lambda row: row[0] + row[2], tokens):
+        for batch in engine.batches_by_length(rows, lambda row: row[0] + row[2], tokens):
             held = 2 * net.num_params() + len(batch) * cache_bytes(net.config, batch[-1][0] + batch[-1][2], 2)
             total += max(written for _, written, _ in batch) * max(started, held / fetched)
     return total
@@ -229,9 +229,9 @@ def operations(net):
         "dense", {"n_layer": net.config.n_layer, "layer_pattern": net.config.layer_pattern, **NARROW}
     ).eval()
     with torch.no_grad():
-        _, past = narrow.read(torch.full((2, 8), 5))
+        _, cache = engine.prefill(narrow, torch.full((2, 8), 5), 1)
         with Count():
-            narrow.read_on(torch.tensor([5, 5]), past)
+            engine.decode_step(narrow, torch.tensor([5, 5]), cache)
     return Count.n
 
 

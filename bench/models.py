@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model_dense import Config, Model, cache_bytes, sample
+from model_dense import Config, Model, cache_bytes
+from smol import engine
 from smol import tokenizer as tok
 from smol.files import save_picture
 from smol.loader import Loader
@@ -325,27 +326,15 @@ CONTEXTS = (1024, 4096, 16384, 32768)
 NANOGPT_LIMIT = 4096  # tokens up to which nanoGPT, which goes through the whole context again for every token, is run on a CPU
 
 
-def filled(model, context, batch):
-    """A Past of `context` tokens without reading them: what a step costs depends on how much there is, not on what it says."""
-    _, past = model.read(torch.full((batch, 1), tok.EOT, device=model.wte.weight.device))
-    for i, block in enumerate(model.blocks):
-        if block.kind == "a":
-            past.caches[i] = (
-                *(
-                    torch.randn(
-                        batch,
-                        block.mixer.n_kv_head,
-                        context,
-                        block.mixer.head_dim,
-                        device=model.wte.weight.device,
-                        dtype=past.caches[i][0].dtype,
-                    )
-                    for _ in range(2)
-                ),
-                context,
-            )
-    past.length = context
-    return past
+def filled(model, context, batch, room=16):
+    """A KVCache of `context` tokens that nobody read: a step costs the same whatever they say."""
+    device = model.wte.weight.device
+    _, cache = engine.prefill(model, torch.full((batch, 1), tok.EOT, device=device), context + room)
+    for block, layer in zip(model.blocks, cache.layers):
+        for t in layer if block.kind == "a" else ():
+            t.normal_()
+    cache.idx = torch.full((batch, context), 17, device=device)
+    return cache
 
 
 @torch.no_grad()
@@ -364,22 +353,22 @@ def bench_decode(device, nanogpt=None, contexts=CONTEXTS, batches=(1, 8), steps=
     rows = []
     for batch in batches:
         for context in contexts if batch == 1 else contexts[-2:-1]:
-            pasts = {name: filled(model, context, batch) for name, model in models.items()}
+            caches = {name: filled(model, context, batch) for name, model in models.items()}
             token = torch.full((batch,), 17, device=device)
-            for past in pasts.values():
-                past.masked = False  # one document each: the common case, and no mask to make
             times = {name: [] for name in models}
             for step in range(2 + steps):
                 for name, model in models.items():
                     start = clock(device)
-                    sample(F.linear(model.read_on(token, pasts[name]), model.wte.weight), 0)
+                    engine.sample(
+                        F.linear(engine.decode_step(model, token, caches[name]), model.wte.weight), 0
+                    )
                     times[name].append(1000 * (clock(device) - start))
             ms = {name: statistics.median(t[2:]) for name, t in times.items()}
             held = {
                 name: batch * cache_bytes(model.config, context, model.wte.weight.element_size())
                 for name, model in models.items()
             }
-            del pasts
+            del caches
             if nanogpt is not None and batch == 1 and (device != "cpu" or context <= NANOGPT_LIMIT):
                 c, module = models["route a"].config, load_nanogpt(nanogpt)
                 shape = dict(

@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from bench.models import schedule
-from model_trm import surest
+from model_trm import ranked
 from smol import arc, checkpoint, loader, puzzles
 from smol import tokenizer as tok
 from smol.files import save_picture
@@ -186,7 +186,7 @@ def right_by_steps(net, tasks, n_sup):
     probability after each. One trace tells all: thinking on changes no thought.
     """
     traces = [a[0] for a in net.answer(hidden(tasks), n_sup=n_sup, trace=True)]
-    answers = [[surest(trace[: n + 1]) for n in range(n_sup)] for trace in traces]
+    answers = [[ranked(trace[: n + 1]) for n in range(n_sup)] for trace in traces]
     right = [
         [bool(a) and np.array_equal(a[0][0], t.test[0][1]) for a in steps] for t, steps in zip(tasks, answers)
     ]

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import configurator
 import model_dense
-from smol import checkpoint, runtime
+from smol import checkpoint, engine, runtime
 from smol import tokenizer as tok
 from smol.loader import BUCKETS
 from smol.muon import muon_and_adamw
@@ -379,12 +379,12 @@ def plan(args):
         saved_bytes(net, idx, idx, "text", torch.bfloat16) / T
     )  # as many bytes as float16, which few CPUs can
     if c.model == "trm":  # a puzzle keeps more passes through the core than text
-        per_token *= max(1, net.passes("puzzle")[1] / (net.passes("text")[1] * net.config.text_n_sup))
+        per_token *= max(1, net.passes("puzzle")[1] / net.passes("text")[1])
     if (
         c.recompute
     ):  # beside the inputs of all blocks, one block as a whole, at the moment it is gone through again
         net.config.recompute = False
-        passes = net.passes("text")[1] * net.config.text_n_sup if c.model == "trm" else 1
+        passes = net.passes("text")[1] if c.model == "trm" else 1
         per_token += saved_bytes(net, idx, idx, "text", torch.bfloat16) / T / (net.config.n_layer * passes)
     guide = 0
     if taught:
@@ -392,7 +392,7 @@ def plan(args):
         halved = sum(p.numel() for p in teacher.blocks.parameters())
         guide = 2 * halved + 4 * (teacher.num_params() - halved)
         # It scores without keeping anything: one pass's largest tensors, of 8 * n_embd numbers a token, for a batch at a time
-        guide += 2 * 8 * teacher.config.n_embd * max(model_dense.ANSWER_TOKENS, c.batch_size * c.block_size)
+        guide += 2 * 8 * teacher.config.n_embd * max(engine.BATCH_TOKENS, c.batch_size * c.block_size)
         if c.model == "dense":  # the caches of its own answers, in float32, before learning begins
             guide += model_dense.cache_bytes(net.config, c.block_size) * c.batch_size
     fixed = params * (

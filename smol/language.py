@@ -25,13 +25,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from smol import language_items, loader, sandbox
+from smol import engine, language_items, loader, sandbox
 from smol import tokenizer as tok
 
 BATCH_TOKENS = 2048  # in one pass through the model: its logits are 50,304 numbers for each
 SOURCE_TOKENS = 65536  # read of each source, in windows of block_size spread evenly over it
 CODE_TOKENS = 96  # that a function may have
-WRITTEN_TOGETHER = 16  # texts that Route A continues at a time
+TOGETHER = 16  # texts that are continued at a time
 OUTSIDE_FUNCTION = re.compile(r"^\S", re.MULTILINE)  # the first line that is not indented
 
 
@@ -97,18 +97,14 @@ def write(model, prompts, lengths, stops, desc="writing"):
     tokens, up to the first match of the pattern stops[i] (None: there is none) or a token that is no text.
     """
     device, out = next(model.parameters()).device, []
-    # Route B reads rows of one length
-    together = WRITTEN_TOGETHER if model.puzzle_format == "autoregressive" else 1
     bar = progress(len(prompts), desc)
-    for start in range(0, len(prompts), together):
-        part = slice(start, start + together)
+    for start in range(0, len(prompts), TOGETHER):
+        part = slice(start, start + TOGETHER)
         rows = [torch.tensor(ids, device=device) for ids in prompts[part]]
         limits = list(zip(lengths[part], stops[part]))
         written = [[] for _ in rows]
         with contextlib.suppress(ValueError):  # logits that are not finite: nothing more is written
-            for drawn in model.generate(
-                torch.stack(rows) if together == 1 else rows, max(lengths[part]), temperature=0
-            ):
+            for drawn in engine.generate(model, rows, max(lengths[part]), temperature=0):
                 for ids, token in zip(written, drawn.tolist()):
                     ids.append(token)
                 if all(len(ids) >= n or cut(ids, stop)[1] for ids, (n, stop) in zip(written, limits)):

@@ -23,9 +23,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from model_dense import batches_by_length
-from model_trm import surest
-from smol import arc, ttt
+from model_trm import ranked
+from smol import arc, engine, ttt
 from smol import tokenizer as tok
 from smol.loader import draw_rng
 
@@ -189,9 +188,9 @@ def add_seconds(model, tasks, found):
             if task.kind == "arc" and len(candidates or []) == 1:
                 document = arc.encode(task.kind, [*task.train, (x, candidates[0].grid)])
                 alone.append((torch.from_numpy(document.astype(np.int64)), candidates))
-    for part in batches_by_length(alone, lambda row: len(row[0])):
+    for part in engine.batches_by_length(alone, lambda row: len(row[0])):
         shapes = [candidates[0].grid.shape for _, candidates in part]
-        logits = model.place_logits([document for document, _ in part], shapes)
+        logits = engine.cell_logits(model, [document for document, _ in part], shapes)
         logits = logits.split([h * (w + 1) + 1 for h, w in shapes])
         for (_, candidates), places, (h, w) in zip(part, logits, shapes):
             first = candidates[0]
@@ -257,7 +256,7 @@ def solve_grids(model, tasks, settings):
             if canvas:
                 if view is seen[i][0]:
                     steps[i][j] = some
-                some = [(grid, p, n == 0) for n, (grid, p) in enumerate(surest(some))]
+                some = [(grid, p, n == 0) for n, (grid, p) in enumerate(ranked(some))]
             else:
                 some = [(grid, log_p) for grid, log_p in some if grid is not None]
                 some = [
@@ -269,12 +268,12 @@ def solve_grids(model, tasks, settings):
             for j, extra in enumerate(from_programs(model, task, settings)):
                 found[i][j] += extra
                 fits[i][j] = fits[i][j] or bool(extra)
-    ranked = [[vote(f) if ok else None for f, ok in zip(*both)] for both in zip(found, fits)]
+    leading = [[vote(f) if ok else None for f, ok in zip(*both)] for both in zip(found, fits)]
     if not canvas and settings.augment * settings.samples > 1:
-        rescore(model, tasks, seen, ranked)
+        rescore(model, tasks, seen, leading)
     if not canvas:
-        add_seconds(model, tasks, ranked)
-    return [[Given(c, s) if c is not None else None for c, s in zip(*both)] for both in zip(ranked, steps)]
+        add_seconds(model, tasks, leading)
+    return [[Given(c, s) if c is not None else None for c, s in zip(*both)] for both in zip(leading, steps)]
 
 
 # -----------------------------------------------------------------------------
@@ -293,7 +292,7 @@ def write(model, prompts, n, room, stop, settings):
     def go_on(rows, room, temperature, generator=None):
         written, done = [[] for _ in room], [False] * len(room)
         try:
-            for drawn in model.generate(rows, max(room), temperature, stop=(), generator=generator):
+            for drawn in engine.generate(model, rows, max(room), temperature, stop=(), generator=generator):
                 for row, token in enumerate(drawn.tolist()):
                     done[row] = done[row] or token in stop or len(written[row]) == room[row]
                     if not done[row]:

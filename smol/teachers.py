@@ -25,9 +25,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model_dense import batches_by_length
 from model_trm import ANSWER_IDS
-from smol import arc, checkpoint, solve, ttt
+from smol import arc, checkpoint, engine, solve, ttt
 from smol import tokenizer as tok
 from smol.snapshots import sha256_file
 
@@ -236,7 +235,7 @@ class Ours:
         model.eval()
         if self.canvas:
             for where, idx in model.canvases(tasks):
-                for _, y, _ in model.think(idx, self.settings.n_sup):
+                for _, y, _ in model.answer_steps(idx, self.settings.n_sup):
                     pass
                 log_p = F.linear(y, model.wte.weight[ANSWER_IDS]).float().log_softmax(-1).cpu()
                 for row, (i, _, (h, w), start) in zip(log_p, where):
@@ -246,9 +245,9 @@ class Ours:
                 (i, document(t, a), a.shape) for i, (t, a) in enumerate(zip(tasks, answers)) if a is not None
             ]
             rows = [row for row in rows if len(row[1]) - 1 <= model.config.block_size]
-            for part in batches_by_length(rows, lambda row: len(row[1])):
+            for part in engine.batches_by_length(rows, lambda row: len(row[1])):
                 log_p = (
-                    model.place_logits([ids for _, ids, _ in part], [shape for *_, shape in part])
+                    engine.cell_logits(model, [ids for _, ids, _ in part], [shape for *_, shape in part])
                     .log_softmax(-1)
                     .cpu()
                 )

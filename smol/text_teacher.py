@@ -10,9 +10,9 @@ Whether its tokens are GPT-2's is compared, not assumed: all 50,257 of them, and
 import numpy as np
 import torch
 
-from model_dense import batches_by_length, write_grids
 from smol import arc
 from smol import tokenizer as tok
+from smol.engine import batches_by_length, write_grids
 from smol.teachers import document, frame_of_answer, prompt
 
 # How a grid puzzle reads as text. One piece per reserved token; a cell is the one token " 0".." 9" of GPT-2, the end of a row its "\n",

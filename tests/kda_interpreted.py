@@ -15,6 +15,7 @@ from triton.runtime import interpreter
 
 import kda
 import model_dense
+from smol import engine
 from smol import kda_triton as kt
 
 torch.set_num_threads(1)
@@ -167,8 +168,8 @@ def test_a_training_step_of_a_model(dtype, monkeypatch):
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
             loss = model(idx, idx.roll(-1, 1))[1]
             with torch.no_grad():
-                x, past = model.read(idx)
-                logits.append(torch.stack([x, model.read_on(idx[:, -1], past)]).float())
+                x, cache = engine.prefill(model, idx, 1)
+                logits.append(torch.stack([x, engine.decode_step(model, idx[:, -1], cache)]).float())
         loss.backward()
         losses.append(loss.item())
         gradients.append({name: p.grad for name, p in model.named_parameters()})

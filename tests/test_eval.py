@@ -14,8 +14,7 @@ import torch
 from tiny import grid, make, save
 
 import eval_arc
-import model_dense
-from smol import arc, language, puzzles, solve, suites
+from smol import arc, engine, language, puzzles, solve, suites
 from smol.solve import Candidate, Given
 
 TASKS = [
@@ -366,9 +365,7 @@ def test_a_model_of_nan_answers_nothing_and_its_evaluation_ends(name, tmp_path, 
     broken["weights"] = {k: v * float("nan") for k, v in broken["weights"].items()}
     torch.save(broken, path)
     monkeypatch.setattr(solve, "ANSWER_TOKENS", 20)
-    monkeypatch.setattr(
-        model_dense, "write_grids", lambda logits, read_on, limits, *_, **__: [None] * len(limits)
-    )
+    monkeypatch.setattr(engine, "write_grids", lambda logits, read_on, limits, *_, **__: [None] * len(limits))
     monkeypatch.setattr(language, "write", lambda model, prompts, *_: [""] * len(prompts))
     args = ["--limit=2", "--augment=2", "--ttt_steps=1"]
     (r,) = call(tmp_path, path, "--suites=sudoku4,transforms,language", *args).values()

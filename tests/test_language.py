@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny import make
+from tiny import make, stand_ins  # noqa: F401
 
 from smol import curate, language, language_items, sandbox, snapshots
 from smol import tokenizer as tok
 
+pytestmark = pytest.mark.usefixtures("stand_ins")
 QUESTIONS, FUNCTIONS = language_items.questions(), language_items.functions()
 SENTENCE = "Grids are made of cells, and cells have colours.\n"
 

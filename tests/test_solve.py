@@ -6,13 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import grid, make
+from tiny import grid, make, stand_ins  # noqa: F401
 
 import eval_arc
-import model_dense
-from smol import arc, programs, puzzles, solve, suites, ttt
+from smol import arc, engine, programs, puzzles, solve, suites, ttt
 from smol import tokenizer as tok
 from smol.solve import Settings
+
+pytestmark = pytest.mark.usefixtures("stand_ins")
 
 
 def tasks_of(*suites_and_counts):
@@ -91,7 +92,7 @@ class Sees:
     def answer_logits(self, tasks, answers):
         return [[np.full(g.shape, -1.0) for g in grids] for grids in answers]
 
-    def place_logits(self, documents, shapes):
+    def cell_logits(self, documents, shapes):
         return torch.zeros(sum(h * (w + 1) + 1 for h, w in shapes), 11)
 
 
@@ -178,17 +179,17 @@ def test_the_second_attempt_of_route_b_is_another_answer_wherever_a_step_gave_on
 
 def test_route_a_that_says_nothing_at_a_place_has_no_candidate_there(monkeypatch):
     """Its way out of numbers that are not finite: None for that row, beside rows with an answer."""
-    model, tasks, write = make("dense", 400), tasks_of(("transforms", 3)), model_dense.write_grids
+    model, tasks, write = make("dense", 400), tasks_of(("transforms", 3)), engine.write_grids
 
     def second_row_is_none(*args, **named):
         return [None if n == 1 else answer for n, answer in enumerate(write(*args, **named))]
 
-    monkeypatch.setattr(model_dense, "write_grids", second_row_is_none)
+    monkeypatch.setattr(engine, "write_grids", second_row_is_none)
     for settings in (Settings(), Settings(samples=3), Settings(augment=3)):
         given = [found[0] for found in solve.solve(model, tasks, settings)]
         assert all(c.grid is not None and np.isfinite(c.score) for found in given for c in found.candidates)
     nothing = lambda logits, read_on, limits, *_, **__: [(None, 0.0)] * len(limits)  # noqa: E731
-    monkeypatch.setattr(model_dense, "write_grids", nothing)
+    monkeypatch.setattr(engine, "write_grids", nothing)
     assert [found.candidates for (found,) in solve.solve(model, tasks, Settings(samples=2))] == [[], [], []]
 
 
@@ -216,19 +217,8 @@ def test_a_score_of_route_a_is_the_mean_over_views_of_what_its_cells_are_likely(
             log_p = []
             for view in solve.views(task, 3, settings.seed):
                 seen = solve.look(view, task)
-                ids = torch.from_numpy(
-                    arc.encode("sudoku", [(seen.test[0][0], arc.augment(view.symmetry, c.grid))]).astype(
-                        np.int64
-                    )
-                )
-                p = (
-                    model(ids[None, :-2], mode="puzzle")[0][0]
-                    .log_softmax(-1)
-                    .gather(1, ids[1:-1, None])[:, 0]
-                )
-                log_p.append(
-                    p[(ids[1:-1] >= tok.CELL0) & (ids[1:-1] < tok.CELL0 + 10)][-c.grid.size :].mean().item()
-                )
+                answer = arc.augment(view.symmetry, c.grid)
+                log_p.append(model.answer_logits([seen], [[answer]])[0][0].mean())
             assert c.score == pytest.approx(np.mean(log_p), abs=1e-4)
 
 
@@ -265,7 +255,7 @@ def test_what_is_written_is_what_generate_writes_and_stays_in_its_room(name):
     model, prompts = exact(name, 64), [[tok.EOT, 5, 6], [tok.EOT, 7, 8, 9, 10]]
     written = solve.write(model, prompts, 3, [6, 4], (), Settings())
     for prompt, room, texts in zip(prompts, (6, 4), written):
-        greedy = [int(ids[0]) for ids in model.generate(torch.tensor([prompt]), room, 0, stop=())]
+        greedy = [int(ids[0]) for ids in engine.generate(model, torch.tensor([prompt]), room, 0, stop=())]
         assert texts[0] == greedy and len(texts) == 3 and all(len(ids) == room for ids in texts)
     stopped = solve.write(model, prompts[:1], 1, [6], (written[0][0][2],), Settings())
     assert stopped == [[written[0][0][: written[0][0].index(written[0][0][2])]]]

@@ -1,0 +1,323 @@
+"""
+Decoding: caches, prefill, one token at a time, sampling, and the grammar that answers are written under.
+
+These are functions of a model, and of either route. All they ask of it:
+
+    model.wte                               token embedding, which is also the output head
+    model.empty_cache(B, length)            list of tuples of tensors (B, ...), one tuple per layer and pass
+    model.hidden(idx, starts, ...)          idx (B, T) -> what the head reads (B, T, n_embd)
+
+Prompts of different lengths are padded on the left, and the padding is one more document, which nothing
+after it sees.
+
+Before this: smol/arc.py. Read next: model_dense.py.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from smol import arc
+from smol import tokenizer as tok
+
+BATCH_TOKENS = 2**15  # tokens per batch when answering: memory is the same for short and for long tasks
+GRID_IDS = [*range(tok.CELL0, tok.CELL0 + 10), tok.ROW, tok.EOT]  # what an answer is written with
+ROW, END = 10, 11  # the last two, as numbers into GRID_IDS
+
+# -----------------------------------------------------------------------------
+# caches
+
+
+@dataclass
+class KVCache:
+    """What B rows of T tokens leave for the tokens after them."""
+
+    layers: list  # tuples of tensors (B, ...): keys and values of full attention; tail and state of KDA
+    idx: torch.Tensor  # (B, T) the tokens; shorter prompts have PAD before them
+    first: torch.Tensor | None  # (B,) where each row's document begins; None if that is 0 in every row
+
+    def repeat(self, n):
+        """Every row n times in turn: a prompt is read once and continued n times."""
+        layers = [tuple(t.repeat_interleave(n, 0) for t in layer) for layer in self.layers]
+        first = None if self.first is None else self.first.repeat_interleave(n, 0)
+        return KVCache(layers, self.idx.repeat_interleave(n, 0), first)
+
+
+@torch.no_grad()
+def prefill(model, prompts, room=0):
+    """
+    Read prompts: (B, T) long, or a list of (T_b,) long. Returns what the head reads after their last tokens
+    (B, n_embd), and a KVCache with room for `room` more tokens. ValueError if a prompt is empty or there is
+    none.
+    """
+    if not min(map(len, prompts), default=0):
+        raise ValueError("a prompt is empty: begin it with <|endoftext|>, as every document does")
+    device, T = model.wte.weight.device, max(map(len, prompts))
+    idx = torch.full((len(prompts), T), tok.PAD, device=device)
+    starts = torch.zeros_like(idx, dtype=torch.bool)
+    for b, prompt in enumerate(prompts):
+        idx[b, T - len(prompt) :] = torch.as_tensor(prompt)
+        starts[b, T - len(prompt)] = True
+    starts |= idx == tok.EOT
+    first = torch.where(starts, torch.arange(T, device=device), 0).amax(1)
+    one_document = not starts[:, 1:].any()
+    # Activations take ten times the memory of the cache, so only so many rows are read at a time.
+    parts = []
+    for some, begin in zip(idx.split(max(1, BATCH_TOKENS // T)), starts.split(max(1, BATCH_TOKENS // T))):
+        layers = model.empty_cache(len(some), T + room)
+        x = model.hidden(some, None if one_document else begin, cache=layers)
+        parts.append((x[:, -1], layers))
+    x = torch.cat([last for last, _ in parts])
+    layers = parts[0][1]
+    if len(parts) > 1:
+        layers = [tuple(map(torch.cat, zip(*layer))) for layer in zip(*(layers for _, layers in parts))]
+    return x, KVCache(layers, idx, None if one_document else first)
+
+
+@torch.no_grad()
+def decode_step(model, token, cache):
+    """
+    token (B,) -> what the head reads after it (B, n_embd). The cache is brought up to date in place.
+    <|endoftext|> ends a row: what comes after it there means nothing.
+    """
+    length = cache.idx.shape[1]
+    cache.idx = torch.cat([cache.idx, token[:, None]], 1)
+    attn_mask = None
+    if cache.first is not None:
+        attn_mask = torch.arange(length + 1, device=token.device) >= cache.first[:, None]
+        attn_mask = attn_mask[:, None, None]  # (B, 1, 1, length + 1)
+    position = arc.positions(cache.idx)[:, -1:]
+    x = model.hidden(
+        token[:, None], positions=position, attn_mask=attn_mask, cache=cache.layers, length=length
+    )
+    return x[:, -1]
+
+
+# -----------------------------------------------------------------------------
+# text
+
+
+def sample(logits, temperature, top_k=None, top_p=None, generator=None):
+    """
+    logits (B, V) -> ids (B,). Temperature 0 is greedy. top_k keeps the k likeliest ids; top_p then keeps
+    the fewest likeliest whose probabilities sum to top_p. Unassigned ids are never drawn. ValueError where
+    logits are NaN or infinite.
+    """
+    logits = logits[:, : tok.END + 1].float()
+    if not logits.amax(-1).isfinite().all():
+        raise ValueError("the model's logits are not finite: training diverged, take an earlier checkpoint")
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0: nothing overflows
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1]), -1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    p = logits.softmax(-1)
+    if top_p is not None:
+        ordered, order = p.sort(-1, descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= top_p  # the likelier ones suffice without this one
+        p = p.masked_fill(beyond.scatter(1, order, beyond), 0.0)
+    return torch.multinomial(p, 1, generator=generator).squeeze(1)
+
+
+@torch.no_grad()
+def generate(
+    model,
+    prompts,
+    max_new_tokens,
+    temperature=1.0,
+    top_k=None,
+    top_p=None,
+    stop=(tok.EOT,),
+    generator=None,
+):
+    """
+    Continue prompts, as in `prefill`: yields (B,) ids as they are drawn. A row that has drawn one of `stop`
+    yields PAD from then on; the end is when all rows have. temperature, top_k and top_p as in `sample`.
+    """
+    x, cache = prefill(model, prompts, max_new_tokens)
+    done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    stop = torch.tensor(tuple(stop), dtype=torch.long, device=x.device)
+    for i in range(max_new_tokens):
+        drawn = sample(F.linear(x, model.wte.weight), temperature, top_k, top_p, generator)
+        drawn = drawn.masked_fill(done, tok.PAD)
+        yield drawn
+        done = done | torch.isin(drawn, stop)
+        if done.all() or i == max_new_tokens - 1:
+            return
+        x = decode_step(model, drawn, cache)
+
+
+# -----------------------------------------------------------------------------
+# grids
+
+
+def write_grids(logits, next_logits, limits, temperature=1.0, noise=None):
+    """
+    Write grids under their grammar: only what can follow is allowed, so every answer parses. logits (B,
+    12): of GRID_IDS, after the prompts. next_logits: function of drawn (B,), numbers into GRID_IDS ->
+    logits (B, 12). limits: for each row (most rows, most columns). noise: for each row an
+    np.random.Generator to draw with at `temperature`, or None for the likeliest token; noise=None: the
+    likeliest everywhere. Returns a list of (grid, log-probability under the grammar), None for a row whose
+    logits were not finite. Ends after as many tokens as the largest grid has, whatever the logits are.
+    """
+    B = len(limits)
+    most_rows, most_columns = np.array(limits).reshape(B, 2).T
+    row, column, width = (
+        np.zeros(B, int),
+        np.zeros(B, int),
+        most_columns.copy(),
+    )  # (B,) each; width: of row 0 at most
+    score, done, failed = np.zeros(B), np.zeros(B, bool), np.zeros(B, bool)
+    written = []
+    for _ in range(max((h * (w + 1) + 1 for h, w in limits), default=0)):
+        cell_fits = (column < width) & (row < most_rows)
+        row_ends = (column > 0) & ((row == 0) | (column == width))  # the first row chooses the width
+        grid_ends = (column == 0) & (row > 0)
+        allowed = torch.from_numpy(np.stack([cell_fits] * 10 + [row_ends, grid_ends], 1))
+        log_p = logits.float().cpu().masked_fill(~allowed, -torch.inf).log_softmax(-1)
+        drawn = log_p
+        if (
+            noise is not None
+        ):  # argmax of log p / temperature + Gumbel noise is a draw from softmax(log p / temperature)
+            gumbel = [np.zeros(12) if rng is None else temperature * rng.gumbel(size=12) for rng in noise]
+            drawn = log_p + torch.from_numpy(np.stack(gumbel))
+        drawn = drawn.argmax(-1)
+        failed |= ~done & log_p.isnan().any(-1).numpy()
+        done |= failed
+        choice = np.where(done, END, drawn.numpy())
+        score += np.where(done, 0.0, log_p.gather(1, drawn[:, None]).squeeze(1).numpy())
+        written.append(choice)
+        width = np.where((choice == ROW) & (row == 0), column, width)
+        row = row + (choice == ROW)
+        column = np.where(choice == ROW, 0, column + (choice < ROW))
+        done |= choice == END
+        if done.all():
+            break
+        logits = next_logits(drawn)
+    out = []
+    for b in range(B):
+        cells = np.array([choice[b] for choice in written if choice[b] < ROW], dtype=np.uint8)
+        out.append(None if failed[b] else (cells.reshape(row[b], width[b]), float(score[b])))
+    return out
+
+
+@torch.no_grad()
+def decode_grids(model, prompts, limits, samples=1, temperature=1.0, noise=None):
+    """
+    prompts: list of (T_b,) long, each read once and answered `samples` times; limits: for each (most rows,
+    most columns). temperature and noise as in `write_grids`, which returns len(prompts) * samples answers.
+    """
+    ids = torch.tensor(GRID_IDS, device=model.wte.weight.device)
+    head = model.wte.weight[ids]
+    x, cache = prefill(model, prompts, max(h * (w + 1) for h, w in limits))
+    if samples > 1:
+        x, cache = x.repeat_interleave(samples, 0), cache.repeat(samples)
+
+    def next_logits(drawn):
+        return F.linear(decode_step(model, ids[drawn.to(ids.device)], cache), head)
+
+    repeated = [limit for limit in limits for _ in range(samples)]
+    return write_grids(F.linear(x, head), next_logits, repeated, temperature, noise)
+
+
+# -----------------------------------------------------------------------------
+# tasks
+
+
+def batches_by_length(items, length, tokens=None):
+    """
+    items in batches of similar length(item), of about `tokens` (None: BATCH_TOKENS) with padding, short
+    ones first.
+    """
+    items, batch = sorted(items, key=length), []
+    for item in items:
+        if batch and (len(batch) + 1) * length(item) > (tokens or BATCH_TOKENS):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+@torch.no_grad()
+def answer_tasks(model, tasks, samples=1, temperature=1.0, seed=0, tokens=None):
+    """
+    Solve tasks with an autoregressive model. tasks: list of arc.Task, whose test outputs are not read.
+    Returns for each task, for each test input, a list of `samples` (grid, log-probability): the greedy one,
+    then drawn ones, without those whose logits were not finite; None where prompt and answer do not fit
+    into block_size. A draw depends on seed and prompt, not on what else is asked. tokens: of prompts and
+    answers per batch.
+    """
+    answers = [[None] * len(task.test) for task in tasks]
+    questions = []
+    for i, task in enumerate(tasks):
+        for j, (test_input, _) in enumerate(task.test):
+            prompt = arc.encode_prompt(task.kind, task.train, test_input)
+            h, w = arc.canvas_shape(task.train, test_input)
+            length = len(prompt) + h * (w + 1)
+            if length <= model.config.block_size:
+                questions.append((i, j, torch.from_numpy(prompt.astype(np.int64)), (h, w), length))
+    for part in batches_by_length(questions, lambda q: samples * q[-1], tokens):
+        noise = []
+        for _, _, prompt, _, _ in part:
+            key = np.frombuffer(hashlib.sha256(prompt.numpy()).digest(), "<u4")
+            noise += [None] + [np.random.default_rng([seed, n, *key]) for n in range(1, samples)]
+        prompts, limits = [q[2] for q in part], [q[3] for q in part]
+        drawn = decode_grids(model, prompts, limits, samples, temperature, noise)
+        for n, (i, j, *_) in enumerate(part):
+            mine = drawn[n * samples : (n + 1) * samples]
+            answers[i][j] = [answer for answer in mine if answer is not None]
+    return answers
+
+
+@torch.no_grad()
+def answer_logits(model, tasks, answers):
+    """
+    Log-probabilities of given answers, by teacher forcing. answers: for each task, for each test input, a
+    grid or None. Returns the same nesting of float32 arrays (h, w): each cell's log-probability, among the
+    ten colours and the end, given all before it. None where the answer is None or the row longer than
+    block_size.
+    """
+    out = [[None] * len(task.test) for task in tasks]
+    rows = []
+    for i, (task, grids) in enumerate(zip(tasks, answers)):
+        for j, ((test_input, _), grid) in enumerate(zip(task.test, grids)):
+            if grid is not None:
+                ids = arc.encode(task.kind, [*task.train, (test_input, grid)])
+                if len(ids) - 2 <= model.config.block_size:  # neither the last <|row|> nor EOT is read
+                    rows.append((i, j, torch.from_numpy(ids.astype(np.int64)), grid))
+    for part in batches_by_length(rows, lambda row: len(row[2])):
+        shapes = [grid.shape for *_, grid in part]
+        log_p = cell_logits(model, [ids for _, _, ids, _ in part], shapes).log_softmax(-1).cpu()
+        log_p = log_p.split([h * (w + 1) + 1 for h, w in shapes])
+        for (i, j, _, grid), (h, w), cells in zip(part, shapes, log_p):
+            cells = cells[:-1].view(h, w + 1, 11)[:, :w].numpy()
+            out[i][j] = np.take_along_axis(cells, grid[..., None].astype(np.int64), -1)[..., 0]
+    return out
+
+
+def pad_documents(documents, device):
+    """documents: list of (T_b,) long -> (B, T) long, padded on the right."""
+    padded = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True, padding_value=tok.PAD)
+    return padded.to(device)
+
+
+def cell_logits(model, documents, shapes):
+    """
+    What an autoregressive model makes of given answers, with gradient where gradients are on. documents:
+    list of (T_b,) long, as arc.encode makes them; shapes: the (h, w) of their answers. Returns (N, 11)
+    float32: for one document after the other, at each of the h * (w + 1) + 1 tokens of its answer and its
+    <|endoftext|>, the logits of the ten colours and of "it ends here". That is the logit of ROW, and of
+    <|endoftext|> in the first column.
+    """
+    x = model.hidden(pad_documents([ids[:-1] for ids in documents], model.wte.weight.device))
+    counts = [h * (w + 1) + 1 for h, w in shapes]
+    x = torch.cat([row[len(ids) - 1 - n : len(ids) - 1] for row, ids, n in zip(x, documents, counts)])
+    logits = F.linear(x, model.wte.weight[torch.tensor(GRID_IDS, device=x.device)]).float()
+    first_column = torch.cat([torch.arange(n) % (w + 1) == 0 for n, (_, w) in zip(counts, shapes)])
+    ends = torch.where(first_column.to(x.device), logits[:, END], logits[:, ROW])
+    return torch.cat([logits[:, :10], ends[:, None]], 1)
