@@ -40,7 +40,6 @@ import json
 import math
 import os
 import sys
-import threading
 import time
 from types import SimpleNamespace
 
@@ -75,7 +74,6 @@ seed = 1337  # of views, draws and test-time training
 out_dir = ""  # where the results go; "" means beside the checkpoint
 device = "auto"  # cpu, cuda, cuda:1
 dtype = "auto"  # float32, bfloat16, float16; as train.py chooses
-ends_with_stdin = False  # end when standard input closes: for train.py, which must not leave it behind
 
 RANGES = {
     "[1, inf)": "limit augment samples n_sup",
@@ -454,21 +452,12 @@ def finish(results, asked, folder):
     print(f"\n{report.table(results)}\n\nlook at {page}")
 
 
-def end_with_stdin():
-    """Wait until whoever holds the other end of stdin has closed it, or died, and end with it."""
-    while os.read(0, 4096):
-        pass
-    os._exit(1)
-
-
 def main(argv):
     config, paths = configurator.read(globals(), argv, usage="CKPT [CKPT ...]")
-    c = SimpleNamespace(**config)
-    if c.ends_with_stdin:
-        threading.Thread(target=end_with_stdin, daemon=True).start()
     try:
-        run(c, paths)
-        runtime.end_processes()
+        run(SimpleNamespace(**config), paths)
+        if runtime.world_size > 1:
+            runtime.end_processes()
     except (ValueError, OSError) as e:
         if runtime.world_size > 1:
             runtime.stop(e)

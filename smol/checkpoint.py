@@ -1,41 +1,47 @@
 """
-One checkpoint file: writing it so that a crash never costs the last good one, reading it without trusting it.
+Checkpoints: written so that a crash never costs the last good one, read without trusting them, published on
+the hub.
 
-A checkpoint is a dict of tensors and plain values, so torch.load(weights_only=True) reads it and nothing in it can run:
+A checkpoint is a dict of tensors and plain values. torch.load(weights_only=True) reads it, and nothing in it
+can run:
 
-    format       CHECKPOINT_FORMAT
-    model        'dense' or 'trm', and model_config, the fields of that file's Config
-    weights      state dict; ema, the averaged weights that evaluation uses, or None
-    tokenizer    fingerprint of the tokenizer it was trained with
-    train        what train.py needs to go on: iter, optimizer, scaler, loader, carries, ... and the figures it reports
+    format       CHECKPOINT_FORMAT model        'dense' or 'trm', and model_config, the fields of that file's
+    Config weights      state dict; ema, the averaged weights that evaluation uses, or None tokenizer
+    fingerprint of the tokenizer it was trained with config       the settings of the run train        what
+    the run needs to go on: iter, optimizers, scaler, loader, carries, ... and the figures it reports
 
-Written by train.py. Read next: sample.py and eval_arc.py, which start with `load_model`.
+A repository on the hub holds one run: ckpt.pt, the run's config.json, log.jsonl and loss.png, and a model
+card. Each published step is one commit. Tokens are the hub client's business (`hf auth login`, or HF_TOKEN).
+
+Read next: train.py, which writes them; eval_arc.py, which starts with `load_model`.
 """
 
-import contextlib
-import glob
 import importlib
 import os
 import pickle
+import platform
 import shutil
 import zipfile
+from concurrent import futures
 from dataclasses import fields
+from pathlib import Path
 
 import torch
 
+from smol import runtime
 from smol import tokenizer as tok
+from smol.hub import files_of, git_hash, plainly, repo_name
+from smol.runtime import rank, world_size
+from smol.snapshots import sha256_file
 
-# Route A is the same in all formats. In 1, Route B's test input lay beside the canvas; up to 2, its KDA read a puzzle as one line; up to
-# 3, no tiles.
-CHECKPOINT_FORMAT = 5
-WRAPPERS = {"module.": "DistributedDataParallel", "_orig_mod.": "torch.compile"}  # they rename what they wrap
+CHECKPOINT_FORMAT = 6
 MODEL_FILES = {"dense": "model_dense", "trm": "model_trm"}
 
 
 def make_model(name, settings):
     """
-    The model of file MODEL_FILES[name], with those of `settings` (a dict; None means the default) that its Config has.
-    Raises ValueError for another name, or settings it cannot be built with.
+    The model of MODEL_FILES[name] with those of `settings` (a dict; None means the default) that its Config
+    has. ValueError for another name, or for settings that it cannot be built with.
     """
     if name not in MODEL_FILES:
         raise ValueError(f"model must be one of {', '.join(map(repr, MODEL_FILES))}, got {name!r}")
@@ -44,49 +50,32 @@ def make_model(name, settings):
     return module.Model(module.Config(**{k: v for k, v in settings.items() if k in known and v is not None}))
 
 
+# -----------------------------------------------------------------------------
+# one file
+
+
 def save(checkpoint, path, before=None):
     """
-    Write beside, flush to disk, rename: whatever happens on the way, `path` holds a whole checkpoint or the
-    one before. before: a name under which the one that `path` holds now is kept. Raises OSError when it
-    cannot be written, for example to a full disk; nothing is left behind then.
+    Write beside, flush to disk, rename: whatever happens on the way, `path` (or `before`, see `newest`) is a
+    whole checkpoint. before: a name under which the one that `path` holds now is kept. OSError when it cannot
+    be written, for example to a full disk; nothing is left behind then.
     """
-    folder = os.path.dirname(path) or "."
-    os.makedirs(folder, exist_ok=True)
-    for stale in glob.glob(f"{glob.escape(str(path))}.*.tmp"):  # of a process that was killed while it saved
-        os.remove(stale)
-    beside = f"{path}.{os.getpid()}.tmp"
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    beside = f"{path}.tmp"
     try:
         with open(beside, "wb") as f:
             torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())
         if before and os.path.exists(path):
-            keep(path, before)
+            os.replace(path, before)
         os.replace(beside, path)
-        descriptor = os.open(folder, os.O_RDONLY)  # the name is on disk when the folder is
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except RuntimeError as e:  # how torch.save reports that a write failed: the cause, if it has one, is what a person can act on
-        cause = e.__context__ if isinstance(e.__context__, OSError) else None
-        raise OSError(
-            *(cause.args if cause else (f"writing {beside} failed: {str(e).splitlines()[0]}",))
-        ) from None
+    except RuntimeError as e:  # how torch.save reports that a write failed
+        cause = e.__context__
+        raise (cause if isinstance(cause, OSError) else OSError(f"writing {beside} failed: {e}")) from None
     finally:
         if os.path.exists(beside):
             os.remove(beside)
-
-
-def keep(path, before):
-    """The file `path` becomes `before` too, and has one of the two names at every moment. Raises OSError."""
-    beside = f"{path}.{os.getpid()}.before.tmp"
-    try:
-        os.link(path, beside)
-    except OSError:  # files have one name here: until the new one comes there is `before` alone, for `newest`
-        os.replace(path, before)
-    else:
-        os.replace(beside, before)
 
 
 def previous(path):
@@ -95,8 +84,49 @@ def previous(path):
 
 
 def newest(path):
-    """`path`, or the one before it where a save was killed between two names."""
+    """`path`, or the one before it where a save was killed between its two renames."""
     return previous(path) if os.path.exists(previous(path)) and not os.path.exists(path) else path
+
+
+def second_name(path, other):
+    """The file `path` under the name `other` as well: a link, or a copy where a file has but one name."""
+    Path(other).unlink(missing_ok=True)
+    try:
+        os.link(path, other)
+    except OSError:
+        shutil.copyfile(path, other)
+
+
+def load(path, map_location="cpu"):
+    """
+    -> the checkpoint dict. FileNotFoundError or ValueError, in one line, for a missing file, a file that is
+    damaged or no checkpoint, one of another format, or one trained with another tokenizer.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"checkpoint {path} does not exist: give the path of a ckpt.pt")
+    try:
+        with zipfile.ZipFile(path) as f:  # torch.load reads tensors without looking at their checksums
+            if f.testzip() is not None:
+                raise ValueError("checksum")
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path} holds Python objects besides tensors and plain values, and loading those could run "
+            "code: it is not a checkpoint of train.py"
+        ) from None
+    except Exception as e:  # noqa: BLE001 (bytes that are no checkpoint fail in any way they like)
+        raise ValueError(f"{path} is not a checkpoint, or it is damaged ({type(e).__name__})") from None
+    needed = {"format", "model", "model_config", "weights", "ema", "tokenizer", "train"}
+    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+        raise ValueError(f"{path} is not a checkpoint that train.py wrote")
+    if checkpoint["format"] != CHECKPOINT_FORMAT:
+        found = checkpoint["format"]
+        raise ValueError(
+            f"{path} has checkpoint format {found!r}, and this version reads {CHECKPOINT_FORMAT}"
+        )
+    if checkpoint["tokenizer"] != tok.fingerprint():
+        raise ValueError(f"{path} was trained with another tokenizer: its token ids mean something else here")
+    return checkpoint
 
 
 def not_finite(weights):
@@ -109,134 +139,383 @@ def not_finite(weights):
 
 def load_finite(path):
     """
-    `load`, for whoever goes on from it: ValueError, in one line, also where a weight or an average is not
-    finite. It names the checkpoint before where that one is sound.
+    `load`, for whoever trains on: ValueError also where a weight or an average is not finite. It names the
+    checkpoint before, if there is one.
     """
     try:
         checkpoint = load(path)
         wrong = not_finite(checkpoint["weights"]) or not_finite(checkpoint["ema"])
         if wrong:
-            raise ValueError(f"{path} has weights that are not finite ({wrong}): no run can go on from it")
-        return checkpoint
+            raise ValueError(f"{path} has weights that are not finite ({wrong})")
     except ValueError as e:
-        problem = str(e)
-    try:
-        if not os.path.exists(previous(path)):
-            raise ValueError
-        step = load_finite(previous(path))["train"].get("iter")
-    except (OSError, ValueError):
-        raise ValueError(problem) from None
-    advice = f"{previous(path)}, of step {step}, is sound: rename it to {path} and go on from there"
-    raise ValueError(f"{problem}; {advice}")
-
-
-def second_name(path, other):
-    """The file `path` under the name `other` as well, whatever had it: a link, or a copy where a file has but one name. Raises OSError."""
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(other)
-    try:
-        os.link(path, other)
-    except OSError:
-        shutil.copyfile(path, other)
-
-
-def load(path, map_location="cpu"):
-    """
-    -> the checkpoint dict. Raises FileNotFoundError or ValueError, in one line, for a missing file, a file that is no checkpoint,
-    one of another format, or one trained with another tokenizer.
-    """
-    if not os.path.isfile(path):
-        what = "is a folder" if os.path.isdir(path) else "does not exist"
-        raise FileNotFoundError(f"checkpoint {path} {what}: give the path of a ckpt.pt that train.py wrote")
-    with open(path, "rb"):  # not allowed to, or a broken disk: that is the system's to say
-        pass
-    try:
-        with zipfile.ZipFile(path) as f:  # torch.load reads tensors without looking at their checksums
-            if f.testzip() is not None:
-                raise ValueError("checksum")
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path} is not a checkpoint that train.py wrote: it holds Python objects besides tensors and plain values, which "
-            "are not loaded because loading them can run code"
-        ) from None
-    except Exception as e:  # bytes that are no checkpoint fail in any way they like
-        raise ValueError(
-            f"{path} is not a checkpoint that can be read, or it is damaged ({type(e).__name__})"
-        ) from None
-    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
-        raise ValueError(f"{path} is {what_else(checkpoint)} not a checkpoint that train.py wrote")
-    older = checkpoint["format"] in range(
-        1, CHECKPOINT_FORMAT
-    )  # they differ in how Route B reads puzzles, and in nothing else
-    if older and checkpoint.get("model") == "dense":
-        checkpoint["format"] = CHECKPOINT_FORMAT
-    if checkpoint["format"] != CHECKPOINT_FORMAT:
-        newer = isinstance(checkpoint["format"], int) and checkpoint["format"] > CHECKPOINT_FORMAT
-        advice = "update smol-llm to read it" if newer else "that is not a checkpoint of smol-llm"
-        if older and checkpoint.get("model") == "trm":
-            advice = "its Route B learned to read puzzles in another way, so train it again"
-        raise ValueError(
-            f"{path} has checkpoint format {checkpoint['format']!r}, and this version reads {CHECKPOINT_FORMAT}: {advice}"
+        older = previous(path)
+        hint = (
+            f"; the one before it is {older}: rename it to go on from there" if os.path.exists(older) else ""
         )
-    missing = [
-        k for k in ("model", "model_config", "weights", "ema", "tokenizer", "train") if k not in checkpoint
-    ]
-    if missing:
-        raise ValueError(f"{path} is not a checkpoint that train.py wrote: it has no {', '.join(missing)}")
-    if checkpoint["tokenizer"] != tok.fingerprint():
-        raise ValueError(
-            f"{path} was trained with another tokenizer ({str(checkpoint['tokenizer'])[:12]}...) than this one "
-            f"({tok.fingerprint()[:12]}...): its token ids mean something else"
-        )
+        raise ValueError(f"{e}{hint}") from None
     return checkpoint
-
-
-def what_else(value):
-    """What a file of PyTorch's without a format may be, in words: checkpoints that people have at hand."""
-    if isinstance(value, dict) and {"model", "model_args"} <= value.keys():
-        return "a checkpoint of nanoGPT, whose model is another than the two here; it is"
-    if isinstance(value, dict) and value and all(isinstance(v, torch.Tensor) for v in value.values()):
-        return (
-            "a bare state dict, which says neither which model nor which tokenizer its weights are for; it is"
-        )
-    return "a file of PyTorch's, but"
 
 
 def load_weights(model, weights, path):
     """Copy a state dict in. ValueError naming the first differences if the shapes are another model's."""
-    own = model.state_dict()
-    for prefix, wrapper in WRAPPERS.items():
-        if weights and all(k.startswith(prefix) for k in weights):
-            raise ValueError(
-                f"{path} does not fit this model: the names of its weights all begin with "
-                f"{prefix!r}, as those of a model in {wrapper} do: save the state dict of what is inside, "
-                f"model.{prefix[:-1]}"
-            )
-    wrong = [k for k in own if k not in weights or weights[k].shape != own[k].shape] + [
-        k for k in weights if k not in own
-    ]
-
-    def shape(tensors, k):
-        return tuple(tensors[k].shape) if k in tensors else "missing"
-
+    here = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    there = {k: tuple(v.shape) for k, v in weights.items()}
+    wrong = [k for k in {**here, **there} if here.get(k) != there.get(k)]
     if wrong:
-        shown = ", ".join(f"{k} is {shape(weights, k)} there and {shape(own, k)} here" for k in wrong[:3])
+        shown = ", ".join(
+            f"{k} is {there.get(k, 'missing')} there and {here.get(k, 'missing')} here" for k in wrong[:3]
+        )
         raise ValueError(f"{path} does not fit this model: {len(wrong)} tensors differ, the first: {shown}")
     model.load_state_dict(weights)
 
 
-def load_optimizer(optimizer, state):
-    """What an optimizer has averaged comes back, not its settings (weight decay, betas): those are the config's, which may have changed."""
-    own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, settings in zip(optimizer.param_groups, own):
-        group.update(settings)
-
-
 def load_model(path, device="cpu"):
-    """-> (model in evaluation mode with the averaged weights where there are any, checkpoint dict). Raises as `load` does."""
+    """
+    -> (model in evaluation mode, with the averaged weights where there are any, checkpoint). Raises as
+    `load`.
+    """
     checkpoint = load(path)
     model = make_model(checkpoint["model"], checkpoint["model_config"])
     load_weights(model, checkpoint["ema"] or checkpoint["weights"], path)
     return model.to(device).eval(), checkpoint
+
+
+# -----------------------------------------------------------------------------
+# a run: where it begins, what it saves, how it goes on
+
+
+def fetch(init_from, out_dir, overwrite, push_to):
+    """
+    Download what a run begins with, if it is on the hub: with init_from 'hub:USER/NAME' a checkpoint for its
+    weights; with 'resume', an empty out_dir and a push_to, the whole run. Once a machine.
+    """
+    held = os.path.exists(newest(os.path.join(out_dir, "ckpt.pt"))) and not overwrite
+    if runtime.local_rank or held:
+        return
+    if init_from.startswith("hub:"):
+        pull(init_from.removeprefix("hub:"), os.path.dirname(local_path(init_from)), overwrite=True)
+    elif init_from == "resume" and push_to:
+        pull(push_to, out_dir)
+
+
+def local_path(path):
+    """'hub:USER/NAME' -> where `fetch` puts that checkpoint; another path as it is."""
+    name = path.removeprefix("hub:")
+    return path if name == path else os.path.join("out", "hub", *name.split("/"), "ckpt.pt")
+
+
+def starting_point(init_from, out_dir, overwrite):
+    """
+    Where a run begins -> (checkpoint, its path, whether the run goes on from it); (None, None, False) from
+    scratch. The run that is in out_dir goes on with 'resume', with 'auto', and with the checkpoint that it
+    has begun with: the same command, again. overwrite: what is in out_dir may be replaced. FileNotFoundError
+    or ValueError in one line, also where out_dir holds another run.
+    """
+    path = newest(os.path.join(out_dir, "ckpt.pt"))
+    held = os.path.exists(path) and not overwrite
+    init_from = local_path(init_from)
+    if init_from == "resume" or (held and init_from != "scratch"):
+        checkpoint = load_finite(path)
+        train = checkpoint["train"]
+        began_with = train.get("student") or train.get("began_with")  # of distill.py, of train.py
+        if init_from in ("resume", "auto", began_with):
+            if "optimizers" not in train:
+                raise ValueError(
+                    f"{path} has the weights alone, as published without --push_full=True: begin another run "
+                    f"with them, --init_from={path} and another --out_dir"
+                )
+            return checkpoint, path, True
+    if held:
+        raise ValueError(
+            f"{path} exists: go on with --init_from=resume, begin anew with --overwrite=True, or use another "
+            "--out_dir"
+        )
+    if init_from in ("auto", "scratch"):
+        return None, None, False
+    return load_finite(init_from), init_from, False
+
+
+def check_same_start(step, device):
+    """
+    step: that this process goes on from, or None. ValueError where another process goes on from another.
+    """
+    step = -1 if step is None else step
+    if runtime.sums([step], device)[0] != step * world_size:
+        raise ValueError("out_dir does not hold the same checkpoint on every machine: copy it to all of them")
+
+
+def check_same_data(before, now):
+    """
+    What a checkpoint says of its data, and the same of the data that are there. ValueError where they are
+    other shards or another frozen version, in which the loader's position means nothing.
+    """
+    if any(before[k] != now[k] for k in ("shards", "tag", "snapshot")):
+        was, found = (f"{d['stage']}:{d['tag']} (shards {d['shards'][:12]})" for d in (before, now))
+        raise ValueError(
+            f"this run has learned from {was}, and now there is {found}: name the same data, data_tag and "
+            "data_dir, or begin another run with its weights (--init_from=PATH, another --out_dir)"
+        )
+
+
+def load_optimizers(optimizers, name, train):
+    """
+    What the optimizers have averaged comes back, not their settings (weight decay, betas): those are the
+    config's, which may have changed. ValueError where the checkpoint has another optimizer than `name`.
+    """
+    if train.get("optimizer_name") != name:
+        raise ValueError(
+            f"the checkpoint has the state of optimizer {train.get('optimizer_name')!r}, not {name!r}"
+        )
+    for optimizer, state in zip(optimizers, train["optimizers"]):
+        own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        optimizer.load_state_dict(state)
+        for group, settings in zip(optimizer.param_groups, own):
+            group.update(settings)
+
+
+def gather_carries(carries, device):
+    """
+    {(number, length): dict of tensors} of this process -> {'number/length': ...} of all processes, on rank 0.
+    """
+    mine, everyones = sorted(carries), {}
+    most = max(runtime.sums([len(mine) * (r == rank) for r in range(world_size)], device))
+    for i in range(int(most)):  # one by one: all carries of all processes at once can be gigabytes
+        part = {f"{mine[i][0]}/{mine[i][1]}": carries[mine[i]]} if i < len(mine) else {}
+        for some in runtime.gather(part):
+            everyones.update(some)
+    return everyones
+
+
+def own_carries(everyones):
+    """The inverse: each process takes those of the batches that are now its own."""
+    carries = {tuple(map(int, key.split("/"))): carry for key, carry in everyones.items()}
+    return {key: carry for key, carry in carries.items() if key[0] % world_size == rank}
+
+
+def random_states(device):
+    """The states of PyTorch's generators in every process, on rank 0."""
+    cuda = torch.cuda.get_rng_state() if device.startswith("cuda") else None
+    return runtime.gather({"cpu": torch.get_rng_state(), "cuda": cuda})
+
+
+def restore_random_state(states, device):
+    """states: of `random_states`, from as many processes as there are now."""
+    torch.set_rng_state(states[rank]["cpu"])
+    if device.startswith("cuda") and states[rank]["cuda"] is not None:
+        torch.cuda.set_rng_state(states[rank]["cuda"])
+
+
+def save_run(path, net, model, config, average, train, device):
+    """
+    Write the checkpoint of a run, and keep the one before. train: what the script needs to go on. All
+    processes call this, and rank 0 writes. Returns whether it is on disk; if not, a line has said so.
+    """
+    saved = True
+    if runtime.master:
+        whole = {
+            "format": CHECKPOINT_FORMAT,
+            "model": model,
+            "model_config": dict(vars(net.config)),
+            "weights": net.state_dict(),
+            "ema": average,
+            "tokenizer": tok.fingerprint(),
+            "config": config,
+            "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
+            "train": train,
+        }
+        try:
+            save(whole, path, previous(path))
+        except OSError as e:
+            saved = False
+            why = e.strerror or e
+            runtime.say(
+                f"the checkpoint of step {train['iter']} could not be saved ({why}); training goes on"
+            )
+    return runtime.sums([saved], device)[0] == world_size
+
+
+# -----------------------------------------------------------------------------
+# the hub
+
+BESIDES = ("config.json", "log.jsonl", "loss.png")
+FIGURES = (
+    "iter",
+    "seconds",
+    "tokens",
+    "val_loss",
+    "val_losses",
+    "data",
+)  # of "train", what is not for going on
+PATIENCE = 900.0  # seconds that a run waits at its end for the last push
+
+
+def card(repo, at):
+    """The model card: which model, on what it was trained, how well it does, how to use it."""
+    train, data = at["train"], at["train"]["data"]
+    route = "B, a Tiny Recursive Model" if at["model"] == "trm" else "A, a decoder with Kimi Delta Attention"
+    size = sum(w.numel() for w in at["weights"].values())
+    losses = "".join(f"| {name} | {loss:.3f} |\n" for name, loss in train["val_losses"].items())
+    frozen = f"tag `{data['tag']}`, snapshot `{data['snapshot'][:12]}`" if data["tag"] else "not frozen"
+    kept = "the whole checkpoint: a run goes on from it" if "optimizers" in train else "the weights alone"
+    return f"""---
+license: mit
+tags: [smol-llm, arc-agi, pytorch]
+pipeline_tag: text-generation
+---
+# {repo.split("/")[1]}
+
+A smol-llm of Route {route}, after step {train["iter"]:,} of {at["config"]["max_iters"]:,}: {size / 1e6:.1f}M
+parameters, {train["tokens"] / 1e9:.3f}B tokens of `{data["stage"]}`, {frozen}. `ckpt.pt` is {kept}.
+
+    python train.py CONFIG --init_from=hub:{repo}
+
+| source | validation loss, nats |
+|---|---|
+{losses}
+`config.json` has every setting of the run, `log.jsonl` every figure.
+"""
+
+
+def same(file, path):
+    """Whether a file on the hub, as `files_of` describes it, has the bytes of the one at `path`."""
+    if file.size != os.path.getsize(path):
+        return False
+    return file.lfs.sha256 == sha256_file(path) if file.lfs else file.blob_id == git_hash(path)
+
+
+def create(repo):
+    """
+    Log in, and make the repository, private, if it is not there. ValueError in one line if that cannot be.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    api = HfApi()
+    with plainly(f"cannot log in to the hub to push to {repo}"):
+        api.whoami()
+    with plainly(f"cannot create {repo}"):
+        api.create_repo(repo_name(repo), repo_type="model", private=True, exist_ok=True)
+    return api
+
+
+def push(folder, repo, full, path=None):
+    """
+    A run's checkpoint (path; folder/ckpt.pt) and what lies beside it, in one commit; with what is there
+    already, nothing is sent. full: all that a run needs to go on, three times the weights. Returns a line to
+    show; ValueError or OSError in one line.
+    """
+    api = create(repo)
+    path = path or os.path.join(folder, "ckpt.pt")
+    at = load(path)
+    step = at["train"]["iter"]
+    work = os.path.join(folder, ".push")
+    shutil.rmtree(work, ignore_errors=True)  # of a push that was killed
+    os.makedirs(work)
+    try:
+        for name in BESIDES:
+            if os.path.isfile(os.path.join(folder, name)):
+                shutil.copyfile(os.path.join(folder, name), os.path.join(work, name))
+        if full:
+            second_name(path, os.path.join(work, "ckpt.pt"))
+        else:
+            at["train"] = {k: v for k, v in at["train"].items() if k in FIGURES}
+            save(at, os.path.join(work, "ckpt.pt"))
+        Path(work, "README.md").write_text(card(repo, at), encoding="utf-8")
+        at = None  # sending takes minutes, beside a training that needs the memory
+        with plainly(f"pushing step {step} to {repo}"):
+            commit = api.upload_folder(repo_id=repo, folder_path=work, commit_message=f"step {step}").oid
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return f"step {step} is at {repo}, {'all of it' if full else 'weights alone'}, commit {commit[:12]}"
+
+
+def pull(name, out_dir, overwrite=False):
+    """
+    Bring USER/NAME or USER/NAME:REVISION into out_dir. Nothing takes its place there before it has the hash
+    that the hub announced and opens as a checkpoint. ValueError or OSError in one line if that cannot be.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    repo, _, revision = name.partition(":")
+    repo_name(repo)
+    disable_progress_bars()
+    api = HfApi()
+    with plainly(f"cannot find {name}"):
+        commit = api.model_info(repo, revision=revision or None).sha
+        files = files_of(api, repo, commit, "model")
+    if "ckpt.pt" not in files:
+        raise ValueError(f"{name} has no ckpt.pt: no run was published there")
+    place = os.path.join(out_dir, "ckpt.pt")
+    if os.path.isfile(place) and not overwrite and not same(files["ckpt.pt"], place):
+        raise ValueError(f"{place} is another checkpoint: use another folder, or overwrite it")
+    waiting = os.path.join(
+        out_dir, ".pull"
+    )  # kept when a download breaks off: run again, it goes on from there
+    wanted = [path for path in (*BESIDES, "ckpt.pt") if path in files]
+    with plainly(f"downloading {name}"):
+        snapshot_download(repo, revision=commit, local_dir=waiting, allow_patterns=wanted)
+    for path in wanted:
+        if not same(files[path], os.path.join(waiting, path)):
+            shutil.rmtree(waiting)
+            raise ValueError(f"{path} of {name} does not have the hash that the hub announced: run it again")
+    at = load(os.path.join(waiting, "ckpt.pt"))
+    for path in wanted:  # the checkpoint last: it says that all is there
+        os.replace(os.path.join(waiting, path), os.path.join(out_dir, path))
+    shutil.rmtree(waiting)
+    runtime.say(f"{place} is step {at['train']['iter']} of {name}, commit {commit[:12]}")
+
+
+class Publication:
+    """
+    Pushes of a run's checkpoints in a thread beside the training, one at a time: a step that ends while
+    another is being sent is left out. repo '': nothing is done.
+    """
+
+    def __init__(self, out_dir, repo, full):
+        self.out_dir, self.repo, self.full = out_dir, repo, full
+        self.step, self.future = None, None  # the last one that was sent or is being sent
+        self.link = os.path.join(out_dir, "ckpt.push")  # the next save takes nothing from under the reader
+        if repo:
+            from huggingface_hub import HfApi
+
+            self.api = HfApi()
+            self.future = self.api.run_as_future(create, repo)  # a wrong login shows now
+
+    def collect(self, wait=0.0):
+        """Say what has come of the push, if it has ended; wait so many seconds for that."""
+        if self.future is None:
+            return
+        if futures.wait([self.future], wait).not_done:
+            if wait:
+                runtime.say(f"not published: pushing to {self.repo} takes more than {wait:.0f} seconds")
+            return
+        try:
+            result = self.future.result()
+            if isinstance(result, str):
+                runtime.say(result)
+        except Exception as e:  # noqa: BLE001 (whatever it is, training goes on)
+            runtime.say(f"not published: {e}")
+        self.future = None
+        Path(self.link).unlink(missing_ok=True)
+
+    def start(self, step):
+        """Push ckpt.pt, which is of this step, unless another is being pushed."""
+        self.collect()
+        if not self.repo or self.future is not None:
+            return
+        try:
+            second_name(os.path.join(self.out_dir, "ckpt.pt"), self.link)
+        except OSError as e:
+            runtime.say(f"step {step} is not published: {e.strerror}")
+            return
+        self.future = self.api.run_as_future(push, self.out_dir, self.repo, self.full, self.link)
+        self.step = step
+
+    def end(self, step):
+        """The run is over: wait until the step that it ends with is published."""
+        self.collect(PATIENCE)
+        if self.step != step:
+            self.start(step)
+            self.collect(PATIENCE)

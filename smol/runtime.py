@@ -1,31 +1,36 @@
 """
-What a run stands on, whatever its model: the device and its number format, several processes as one, log.jsonl and
-its picture.
+What a run stands on, whatever its model: the device and its number format, several processes as one, signals,
+log.jsonl and its picture.
 
-torchrun starts the processes and tells each its number; without it there is one. Read next: train.py, which uses all of it.
+torchrun starts the processes and tells each its rank; without it there is one. Read next: train.py, which
+uses all of it.
 """
 
 import contextlib
 import ctypes
+import fcntl
 import json
 import os
 import re
 import resource
+import signal
 import sys
 import time
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from smol.files import save_picture, write_whole
 
-# ----------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # the machine
 
-# name as PyTorch reports it: (dense half-precision tensor TFLOPS with float32 accumulation, GB of memory, compute capability).
-# From NVIDIA's data sheets, without sparsity. GeForce cards do float32 accumulation at half the rate that is usually quoted: a 3060 has
-# 28 SMs * 512 multiply-adds * 1.777 GHz = 51 TFLOPS accumulating in fp16, 25.5 in fp32, which is what PyTorch's matmuls do.
+# Name as PyTorch reports it: (dense half-precision tensor TFLOPS with float32 accumulation, GB of memory,
+# compute capability). From NVIDIA's data sheets, without sparsity. GeForce cards accumulate in float32 at
+# half the rate that is usually quoted: a 3060 has 28 SMs * 512 multiply-adds * 1.777 GHz = 51 TFLOPS in
+# float16, 25.5 in float32, which is what PyTorch's matmuls do.
 CARDS = {
     "T4": (65, 16, (7, 5)),
     "V100": (125, 16, (7, 0)),
@@ -48,20 +53,20 @@ def pick_device(device):
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise ValueError(
-            f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}: leave it out, or use --device=cpu"
-        )
+        raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}")
     if device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}, but PyTorch sees no GPU: use --device=cpu")
     if ":" in device and int(device.split(":")[1]) >= torch.cuda.device_count():
         raise ValueError(
-            f"device={device!r}, but PyTorch counts {torch.cuda.device_count()} GPUs, from cuda:0 on"
+            f"device={device!r}, but PyTorch counts {torch.cuda.device_count()} GPUs from cuda:0 on"
         )
     return device
 
 
 def pick_dtype(dtype, device):
-    """'auto' -> bfloat16 from compute capability 8.0 on, float16 before, float32 on CPU. ValueError for another name than the three."""
+    """
+    'auto' -> bfloat16 from compute capability 8.0 on, float16 before, float32 on CPU. ValueError if unknown.
+    """
     if dtype == "auto":
         if not device.startswith("cuda"):
             return "float32"
@@ -71,25 +76,45 @@ def pick_dtype(dtype, device):
     return dtype
 
 
+def start(device, dtype):
+    """
+    Choose device and dtype, set PyTorch up for them, and meet the other processes, if there are any.
+    device, dtype: as the settings have them -> (device of this process, dtype). ValueError in one line.
+    """
+    device = pick_device(device)
+    if device == "cuda":
+        device = f"cuda:{local_rank}"
+    dtype = pick_dtype(dtype, device)
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing
+    else:
+        keep_freed_memory()
+        if world_size == 1 and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(os.cpu_count() or 1)
+    start_processes(device.split(":")[0])
+    return device, dtype
+
+
 def device_name(device):
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
 
 
 def keep_freed_memory():
     """
-    Let the C library keep what tensors on the CPU have freed, for the next ones, instead of giving it back to the system and asking for
-    it again, page by page: a tenth to a third of the time of large steps (LOG.md). Only with glibc, so on most Linux systems.
+    Let the C library (glibc) keep what tensors on the CPU have freed, instead of giving it back to the system
+    and asking for it again, page by page: a tenth to a third of the time of large steps (LOG.md).
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
-        libc.mallopt(
-            -3, 32 << 20
-        )  # M_MMAP_THRESHOLD: blocks of up to 32 MB, the most it allows, come from the heap
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: blocks of up to 32 MB come from the heap
 
 
 def peak_flops(card):
-    """Peak FLOPs per second of a card by the name that PyTorch reports, for MFU; None for a card (or CPU) that is not in the table."""
+    """
+    Peak FLOPs per second of a card by the name that PyTorch reports, for MFU; None for one not in the table.
+    """
     found = [known for known in CARDS if re.search(rf"\b{known}\b", card)]
     return CARDS[max(found, key=len)][0] * 1e12 if found else None
 
@@ -98,25 +123,19 @@ def peak_memory(device):
     """Most bytes that this process has held so far: allocated by PyTorch on a GPU, resident on a CPU."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
-    with (
-        contextlib.suppress(OSError),
-        open("/proc/self/status") as f,
-    ):  # Linux. There, ru_maxrss begins at what the parent held
-        for line in f:
+    with contextlib.suppress(OSError), open("/proc/self/status") as f:
+        for line in f:  # Linux, where ru_maxrss begins at what the parent held
             if line.startswith("VmHWM"):
                 return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def free_memory(device):
-    """Bytes that tensors could still take on a GPU: what nobody has, and what PyTorch keeps for later. 0 on a CPU, which does not tell."""
+    """Bytes that tensors could still take on a GPU; 0 on a CPU, which does not tell."""
     if device.type != "cuda":
         return 0
-    return (
-        torch.cuda.mem_get_info(device)[0]
-        + torch.cuda.memory_reserved(device)
-        - torch.cuda.memory_allocated(device)
-    )
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def out_of_memory(error):
@@ -124,14 +143,15 @@ def out_of_memory(error):
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-# ----------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # several processes as one
 
-rank, local_rank, world_size = (
-    int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-)
+rank = int(os.environ.get("RANK", 0))
+local_rank = int(os.environ.get("LOCAL_RANK", 0))
+world_size = int(os.environ.get("WORLD_SIZE", 1))
 master = rank == 0
 object_group = None  # the group over which Python objects go
+locks = []  # files that `lock` keeps open
 
 
 def start_processes(device_type):
@@ -139,50 +159,52 @@ def start_processes(device_type):
     global object_group
     sys.excepthook = crashed
     if world_size > 1:
-        # Half an hour: the first thing to wait for is that one process per machine has read and hashed all of its shards.
+        # Half an hour: the first thing to wait for is that one process per machine has hashed all of its
+        # shards.
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(minutes=30))
         object_group = dist.new_group(backend="gloo")
 
 
 def exit_now(message=None, code=1):
-    """Exit at once. torchrun shows at its very end what is in the file it names, so our line is written there as well."""
-    if message and os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        with contextlib.suppress(OSError), open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as f:
-            json.dump(
-                {
-                    "message": {
-                        "message": f"error: {message}",
-                        "extraInfo": {"timestamp": str(int(time.time()))},
-                    }
-                },
-                f,
-            )
+    """
+    Exit at once, without waiting for threads or a process group that others have left. torchrun shows at its
+    very end what is in the file it names, so our line is written there as well.
+    """
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if message and report:
+        about = {"message": f"error: {message}", "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError), open(report, "w") as f:
+            json.dump({"message": about}, f)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # a process group that others have left would keep us waiting
+    os._exit(code)
 
 
 def end_processes():
-    """
-    The last line of a program. Of several processes, each leaves here and not through the interpreter's own end: the threads of the process
-    groups are still there (DDP, for one, holds its group for good), and one that lets go of a tensor after that end has begun can abort the
-    process, which to torchrun is a failed run.
-    """
+    """The last line of a program that has called start_processes."""
     if world_size > 1:
         dist.destroy_process_group()
-        exit_now(code=0)
+    exit_now(code=0)
 
 
 def stop(message, everyone=True):
-    """The run cannot go on: one line, and exit code 1. everyone: all processes get here, and one of them says it."""
+    """
+    The run cannot go on: one line, and exit code 1. everyone: all processes get here, and rank 0 prints it.
+    """
     if master or not everyone:
         print(f"error: {message}", file=sys.stderr)
     exit_now(message)
 
 
+def say(text):
+    """A line for people, from rank 0, that does not tear a progress bar."""
+    if master:
+        tqdm.write(text)
+
+
 def crashed(kind, error, trace):
-    """The excepthook: what nobody expected is shown in full, except that another process has left: that one has said why."""
-    if kind is KeyboardInterrupt:  # before training begins: from then on it is handled there
+    """The excepthook: an exception is shown in full, except where it says that another process has left."""
+    if kind is KeyboardInterrupt:  # before the first step: from then on `catch_signals` sees to it
         print("\ninterrupted before the first step: nothing was changed", file=sys.stderr)
         exit_now("interrupted", code=130)
     if world_size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
@@ -193,9 +215,11 @@ def crashed(kind, error, trace):
 
 
 def all_agree(problem):
-    """problem: a message, or None. Returns None where all processes have none, else one message to stop with, the same everywhere."""
+    """
+    problem: a message, or None. None where all processes have none, else one message, the same everywhere.
+    """
     problems = [problem]
-    if world_size > 1:
+    if dist.is_initialized():
         problems = [None] * world_size
         dist.all_gather_object(problems, problem, group=object_group)
     for r, message in enumerate(problems):
@@ -204,8 +228,23 @@ def all_agree(problem):
     return None
 
 
+@contextlib.contextmanager
+def errors_agree():
+    """
+    An OSError or ValueError inside, in any process, ends all of them with the same line and exit code 1.
+    """
+    problem = None
+    try:
+        yield
+    except (OSError, ValueError) as e:
+        problem = str(e)
+    problem = all_agree(problem)
+    if problem is not None:
+        stop(problem)
+
+
 def sums(values, device):
-    """Sums of a list of numbers over all processes, a list of floats, bit for bit the same in each."""
+    """Sums of a list of numbers over all processes: a list of floats, bit for bit the same in each."""
     values = torch.tensor(values, dtype=torch.float64, device=device)
     if world_size > 1:
         dist.all_reduce(values)
@@ -213,7 +252,7 @@ def sums(values, device):
 
 
 def gather(value):
-    """[value of process 0, of process 1, ...] on the first process, nothing on the others."""
+    """[value of process 0, of process 1, ...] on rank 0, nothing on the others."""
     if world_size == 1:
         return [value]
     values = [None] * world_size if master else None
@@ -223,37 +262,74 @@ def gather(value):
 
 def difference(tensors):
     """
-    Compare {name: tensor}, of 4- or 8-byte elements, over all processes, by the sums of their bits. None if they are the same, else
-    which process differs from the others (of two: from the first) in what; the same answer everywhere.
+    Compare {name: tensor}, of 4- or 8-byte elements, over all processes, by the sums of their bits. None if
+    they are the same, else a phrase, the same everywhere: which process differs from the others (of two: from
+    the first) in what.
     """
     if world_size == 1:
         return None
-    bits = [
-        t.detach().reshape(-1).view(torch.int32 if t.element_size() == 4 else torch.int64)
-        for t in tensors.values()
-    ]
+    words = {4: torch.int32, 8: torch.int64}
+    bits = [t.detach().reshape(-1).view(words[t.element_size()]) for t in tensors.values()]
     mine = torch.stack([b.sum(dtype=torch.int64) for b in bits])
     everyones = [torch.empty_like(mine) for _ in range(world_size)]
     dist.all_gather(everyones, mine)
-    everyones = torch.stack(everyones).cpu()
+    everyones = torch.stack(everyones).cpu()  # (processes, tensors)
     typical = everyones.mode(0).values if world_size > 2 else everyones[0]
     for r in range(world_size):
         wrong = [name for name, same in zip(tensors, (everyones[r] == typical).tolist()) if not same]
         if wrong:
-            return f"process {r} differs in {wrong[0]}" + (
-                f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            )
+            return f"process {r} differs in {wrong[0]}" + (f" and {len(wrong) - 1} more" if wrong[1:] else "")
     return None
 
 
-# ----------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
+# one run in a folder, and how it is ended
+
+
+def lock(out_dir):
+    """
+    Make the folder, and hold it until this process ends: two runs in one would write the same files.
+    ValueError where another run has it, OSError where it cannot be written to.
+    """
+    os.makedirs(out_dir, exist_ok=True)
+    f = open(os.path.join(out_dir, ".lock"), "w")  # noqa: SIM115 (open as long as the lock is held)
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another run is at work in {out_dir}/: wait, or use another --out_dir") from None
+    except OSError:  # a file system without locks: there a person has to take care
+        pass
+    locks.append(f)
+
+
+def catch_signals():
+    """
+    From now on Ctrl-C and SIGTERM only append (name of the signal, when) to the list that this returns, for
+    the loop to look at after each step; a second one exits at once.
+    """
+    interrupted = []
+
+    def on_signal(number, frame):
+        # torchrun passes on a signal that the terminal has already sent to everyone: that is still the first
+        # one
+        again = interrupted and time.monotonic() - interrupted[0][1] > 2
+        if again or (interrupted and "TORCHELASTIC_RUN_ID" not in os.environ):
+            os._exit(128 + number)
+        interrupted.append((signal.Signals(number).name, time.monotonic()))
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    return interrupted
+
+
+# -----------------------------------------------------------------------------
 # log.jsonl
 
 
 def append_log(entry, path):
     """
-    Add a line, after a new line where a crash has cut off the last one. Returns what went wrong (a disk that is full), or None: a lost line
-    is no reason to lose a run.
+    Add a line, after a new line where a crash has cut off the last one. Returns what went wrong (a full
+    disk), or None: a lost line is no reason to lose a run.
     """
     try:
         with open(path, "ab+") as f:  # writes go to the end, wherever one has read
@@ -267,7 +343,7 @@ def append_log(entry, path):
 
 
 def read_log(path):
-    """List of dict. Lines that were cut off by a crash or a full disk are left out; so is everything, if there is no such file."""
+    """List of dict; lines that a crash has cut off are left out. An empty list if there is no such file."""
     entries = []
     with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as f:
         for line in f:
@@ -277,25 +353,18 @@ def read_log(path):
 
 
 def cut_log(path, last_step):
-    """
-    Move what came after a step, which will be logged again, from log.jsonl to the end of log.cut.jsonl: the
-    run that goes on may end before the one that wrote it did. Leaves no file where there would be nothing in
-    it. Raises OSError.
-    """
-    entries = read_log(path)
-    kept = [entry for entry in entries if entry["iter"] <= last_step]
-    if len(kept) < len(entries):
-        with open(".cut".join(os.path.splitext(path)), "a", encoding="utf-8") as f:
-            f.writelines(json.dumps(entry) + "\n" for entry in entries if entry["iter"] > last_step)
-    if not kept:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(path)
-        return
-    write_whole("".join(json.dumps(entry) + "\n" for entry in kept).encode(), path)
+    """Drop what came after a step: it will be logged again. Raises OSError."""
+    kept = [json.dumps(entry) + "\n" for entry in read_log(path) if entry["iter"] <= last_step]
+    if kept:
+        write_whole("".join(kept).encode(), path)
+    elif os.path.exists(path):
+        os.remove(path)
 
 
 def draw_losses(out_dir):
-    """out_dir/loss.png: the training loss, faint as it is and smoothed, and the validation loss of each source. Raises OSError."""
+    """
+    out_dir/loss.png: the training loss, faint as it is and smoothed, and the validation loss of each source.
+    """
     from matplotlib.figure import Figure
 
     entries = read_log(os.path.join(out_dir, "log.jsonl"))

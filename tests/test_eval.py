@@ -396,7 +396,7 @@ def test_two_processes_give_what_one_gives(checkpoints, tmp_path):
         (["{good}", "--tasks={folder}/nowhere"], "there is no"),
         (["{good}", "--limit=0"], r"limit must be in \[1, inf"),
         (["{good}", "--halt=90"], "halt must be in"),
-        (["{good}", "--device=abacus"], "--device=cpu"),
+        (["{good}", "--device=abacus"], "device must be"),
         (["{good}", "--suites=sudoku4"], "eval.json is damaged or of another version"),
     ],
 )

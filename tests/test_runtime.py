@@ -1,59 +1,42 @@
-"""runtime.py, runtime.py and runtime.py: the small things train.py leans on (two processes are tested in test_train.py)."""
+"""runtime.py: the device, the log, several processes as one, and signals (their use is in test_train.py)."""
 
 import json
 import os
 import platform
-import subprocess
-import sys
-from pathlib import Path
+import signal
 
 import pytest
+import scripts
 import torch
 
 from smol import runtime
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_a_log_is_cut_back_to_a_step_and_cut_lines_are_dropped(tmp_path):
     path = str(tmp_path / "log.jsonl")
     for i in range(1, 6):
-        assert runtime.append_log({"iter": i, "loss": 1.0 / i}, path) is None
+        assert runtime.append_log({"iter": i}, path) is None
     with open(path, "a") as f:
         f.write('{"iter": 6, "lo')  # a process was killed here
     assert [e["iter"] for e in runtime.read_log(path)] == [1, 2, 3, 4, 5]
     runtime.append_log({"iter": 7}, path)  # and is not cut off with it
     assert [e["iter"] for e in runtime.read_log(path)] == [1, 2, 3, 4, 5, 7]
     runtime.cut_log(path, 3)
-    assert [json.loads(line) for line in open(path)] == [{"iter": i, "loss": 1.0 / i} for i in (1, 2, 3)]
-    cut = str(tmp_path / "log.cut.jsonl")  # they may be of a run that was longer: nothing is lost
-    assert [e["iter"] for e in runtime.read_log(cut)] == [4, 5, 7]
-    runtime.append_log({"iter": 4}, path)
-    assert [e["iter"] for e in runtime.read_log(path)] == [1, 2, 3, 4]
-    runtime.cut_log(path, 0)
-    assert os.listdir(tmp_path) == ["log.cut.jsonl"]
-    assert [e["iter"] for e in runtime.read_log(cut)] == [4, 5, 7, 1, 2, 3, 4]
-    runtime.cut_log(path, 0)  # also where there never was one
+    assert [json.loads(line)["iter"] for line in open(path)] == [1, 2, 3]
+    for _ in range(2):  # also where there is none
+        runtime.cut_log(path, 0)
+        assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_a_line_that_cannot_be_written_is_told_and_no_exception():
-    assert (
-        runtime.append_log({"iter": 1}, "/dev/full")
-        == "could not write to /dev/full: No space left on device"
-    )
+    problem = runtime.append_log({"iter": 1}, "/dev/full")
+    assert problem == "could not write to /dev/full: No space left on device"
 
 
 def test_the_picture_is_drawn_from_any_log(tmp_path):
-    for entries in (
-        [],
-        [
-            {"iter": 1, "loss": None},
-            {"iter": 2, "loss": 3.0},
-            {"iter": 2, "val_losses": {"a": 2.0}},
-            {"iter": 4, "val_losses": {"b": 1.0, "a": 1.0}},
-        ],
-    ):
+    some = [{"iter": 1, "loss": None}, {"iter": 2, "loss": 3.0}, {"iter": 2, "val_losses": {"a": 2.0}}]
+    for entries in ([], some):
         (tmp_path / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
         runtime.draw_losses(str(tmp_path))
         assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -96,15 +79,15 @@ def test_device_and_dtype():
 
 
 def test_memory_is_counted_and_its_end_is_recognised():
-    # in a process of its own: it is the peak of a whole life, and this one's may have been higher before
-    code = (
-        'import torch; from smol import runtime; a = runtime.peak_memory("cpu"); '
-        'x = torch.ones(100_000_000); print(runtime.peak_memory("cpu") - a)'
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent
-    )
-    assert int(run.stdout) > 200_000_000, run.stderr
+    # in a process of its own: it is the peak of a whole life
+    code = """
+import torch
+from smol import runtime
+before = runtime.peak_memory("cpu")
+x = torch.ones(100_000_000)
+print(runtime.peak_memory("cpu") - before)
+"""
+    assert int(scripts.run("", before=code).stdout) > 200_000_000
     with pytest.raises(RuntimeError) as e:
         torch.empty(2**60, dtype=torch.uint8)
     assert runtime.out_of_memory(e.value)
@@ -117,29 +100,24 @@ from smol import runtime
 runtime.start_processes("cpu")
 r = runtime.rank
 same = {"a": torch.arange(4.0), "b": torch.tensor([1.0], dtype=torch.float64), "n": torch.tensor(3)}
-said = [runtime.difference(same)]
+found = [runtime.difference(same)]
 for odd in (0, 2):
     other = {**same, "b": same["b"] + (1e-16 * 4) * (r == odd), "n": same["n"] + (r == odd)}
-    said.append(runtime.difference(other))
-said += [runtime.all_agree(None), runtime.all_agree("broken" if r == 1 else None), runtime.all_agree("all")]
-said += [runtime.sums([r, 0.5], "cpu"), runtime.gather(r * 10)]
-open(f"said{r}", "w").write(repr(said))
-runtime.end_processes()
+    found.append(runtime.difference(other))
+found += [runtime.all_agree(None), runtime.all_agree("broken" if r == 1 else None), runtime.all_agree("all")]
+found += [runtime.sums([r, 0.5], "cpu"), runtime.gather(r * 10)]
+print(r, repr(found), sep="|", flush=True)
+with runtime.errors_agree():
+    if r == 2:
+        raise ValueError("no such thing")
+print("not here")
 """
 
 
-def test_three_processes_know_which_one_is_different(tmp_path):
-    (tmp_path / "drift.py").write_text(DRIFT)
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "drift.py"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert run.returncode == 0, run.stderr
-    said = [eval((tmp_path / f"said{r}").read_text()) for r in range(3)]
+def test_three_processes_find_the_same_and_end_together():
+    done = scripts.run("", before=DRIFT, processes=3)
+    assert done.returncode == 1 and done.stderr == "error: no such thing (process 2)\n"
+    found = dict(line.split("|") for line in done.stdout.splitlines())
     want = [
         None,
         "process 0 differs in b and 1 more",
@@ -149,31 +127,45 @@ def test_three_processes_know_which_one_is_different(tmp_path):
         "all",
         [3.0, 1.5],
     ]
-    assert [s[:-1] for s in said] == [want] * 3
-    assert [s[-1] for s in said] == [[0, 10, 20], [], []]
-
-
-def test_interrupted_before_training_is_one_line():
-    # a shell that starts the tests in the background has them, and what they start, ignore SIGINT
-    code = (
-        "import os, signal; from smol import runtime; "
-        "signal.signal(signal.SIGINT, signal.default_int_handler); runtime.start_processes('cpu'); "
-        "os.kill(os.getpid(), signal.SIGINT)"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert (
-        run.returncode == 130
-        and run.stderr.strip() == "interrupted before the first step: nothing was changed"
-    )
+    for r, gathered in ("0", [0, 10, 20]), ("1", []), ("2", []):
+        assert found[r] == repr([*want, gathered])
 
 
 def test_alone_there_is_nobody_to_differ_from():
-    assert (
-        runtime.difference({"a": torch.ones(2)}) is None
-        and runtime.all_agree("x") == "x"
-        and runtime.sums([1, 2], "cpu") == [1, 2]
+    assert runtime.difference({"a": torch.ones(2)}) is None and runtime.all_agree("x") == "x"
+    assert runtime.sums([1, 2], "cpu") == [1, 2] and runtime.gather(5) == [5]
+
+
+def test_interrupted_before_training_is_one_line():
+    # KeyboardInterrupt reaches the excepthook of a program; here, something else would catch it before
+    code = (
+        "import sys; from smol import runtime; runtime.crashed(KeyboardInterrupt, KeyboardInterrupt(), None)"
     )
-    assert runtime.gather(5) == [5]
+    done = scripts.run("", before=code)
+    assert done.returncode == 130
+    assert done.stderr.strip() == "interrupted before the first step: nothing was changed"
+
+
+def test_one_folder_has_one_run(tmp_path):
+    out = str(tmp_path / "new")
+    runtime.lock(out)
+    code = f"from smol import runtime; runtime.lock({out!r})"
+    assert "another run is at work in" in scripts.run("", before=code).stderr
+    runtime.locks.pop().close()
+    assert scripts.run("", before=code).returncode == 0
+
+
+def test_a_signal_is_noted_and_a_second_one_ends_it():
+    code = """
+import os, signal, time
+from smol import runtime
+interrupted = runtime.catch_signals()
+os.kill(os.getpid(), signal.SIGTERM)
+print(interrupted[0][0], flush=True)
+os.kill(os.getpid(), signal.SIGINT)
+"""
+    done = scripts.run("", before=code)
+    assert done.stdout == "SIGTERM\n" and done.returncode == 128 + signal.SIGINT
 
 
 FAULTS = """
@@ -194,10 +186,5 @@ print(given_back, faults())
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_freed_memory_is_kept_for_the_next_tensor():
-    env = {
-        **os.environ,
-        "MALLOC_MMAP_THRESHOLD_": "131072",
-    }  # what the C library starts from; it may raise it by itself later
-    run = subprocess.run([sys.executable, "-c", FAULTS], env=env, capture_output=True, text=True, cwd=ROOT)
-    given_back, kept = map(int, run.stdout.split())
-    assert given_back > 5000 and kept < 500, run.stdout  # 8 MB are 2,000 pages
+    given_back, kept = map(int, scripts.run("", before=FAULTS).stdout.split())
+    assert given_back > 5000 and kept < 500  # 8 MB are 2,000 pages
