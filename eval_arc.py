@@ -51,7 +51,6 @@ import configurator
 import smol.suites
 from smol import arc, checkpoint, language, report, runtime, snapshots, solve
 from smol.files import write_whole
-from smol.language import interval
 
 # -----------------------------------------------------------------------------
 # settings
@@ -148,7 +147,7 @@ def figures(records, attempts):
     return {
         "total": len(judged),
         "solved": solved,
-        "interval": interval(solved, len(judged)),
+        "interval": smol.suites.interval(solved, len(judged)),
         "score": round(float(np.mean(scores)), 6) if judged else 0.0,
         "attempts": attempts,
         "pass_1": passed(1),

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from bench.models import schedule
 from model_trm import ranked
-from smol import arc, checkpoint, loader, puzzles
+from smol import arc, checkpoint, loader, programs, puzzles
 from smol import tokenizer as tok
 from smol.files import save_picture
 from smol.muon import muon_and_adamw
@@ -72,7 +72,7 @@ def draw(task, rng, train=True):
     if kind == "maze":
         return puzzles.maze(rng, n, n)
     if kind in ("turn", "transforms"):
-        return plain_transform(rng, n or 8) if kind == "turn" else puzzles.transform(rng)
+        return plain_transform(rng, n or 8) if kind == "turn" else programs.transform(rng)
     return puzzles.sudoku(rng, int(kind[-1]), n, "train" if train else "test")
 
 

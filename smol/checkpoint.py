@@ -30,9 +30,8 @@ import torch
 
 from smol import runtime
 from smol import tokenizer as tok
-from smol.hub import files_of, git_hash, plainly, repo_name
 from smol.runtime import rank, world_size
-from smol.snapshots import sha256_file
+from smol.snapshots import files_of, git_hash, plainly, repo_name, sha256_file
 
 CHECKPOINT_FORMAT = 6
 MODEL_FILES = {"dense": "model_dense", "trm": "model_trm"}

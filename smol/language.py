@@ -27,24 +27,13 @@ from tqdm import tqdm
 
 from smol import engine, language_items, loader, sandbox
 from smol import tokenizer as tok
+from smol.suites import interval
 
 BATCH_TOKENS = 2048  # in one pass through the model: its logits are 50,304 numbers for each
 SOURCE_TOKENS = 65536  # read of each source, in windows of block_size spread evenly over it
 CODE_TOKENS = 96  # that a function may have
 TOGETHER = 16  # texts that are continued at a time
 OUTSIDE_FUNCTION = re.compile(r"^\S", re.MULTILINE)  # the first line that is not indented
-
-
-def interval(k, n):
-    """95% interval of the share k / n by Wilson's score: [low, high] in [0, 1]; [0, 1] for n = 0."""
-    if n == 0:
-        return [0.0, 1.0]
-    z, p = 1.959964, k / n
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [
-        round(max(0.0, (middle - half) / (1 + z * z / n)), 6),
-        round(min(1.0, (middle + half) / (1 + z * z / n)), 6),
-    ]
 
 
 def ratio_interval(above, below):

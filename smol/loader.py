@@ -1,70 +1,42 @@
 """
 Manifests -> batches. The same seed gives the same batches, on one process or many, interrupted or not.
 
-How it is kept simple enough to be exact: a source is an endless sequence of *draws*, and draw number n always gives the same row
-(which document, which augmentation, which pair is the test: all follow from the seed, the source and n). So the loader's whole
-memory is a few counters, and resuming needs nothing but them.
+A source is an endless sequence of *draws*, and draw number n always gives the same row: which document, which
+augmentation, which pair is the test all follow from the seed, the source and n. So a few counters are the
+loader's whole state.
 
-  text      shards are one long string of tokens, cut into windows of block_size + 1; each epoch visits them in a new order
-  puzzles   a document is decoded, seen through a random symmetry, with a random pair as its test, and written in the model's
-            format; rows of similar length wait in buckets, and a full bucket is a batch
+  text      shards are one long string of tokens, cut into windows, in a new order every epoch
+  puzzles   a document is decoded, seen through a random symmetry, with a random pair as its test, and written
+            in the model's format; rows of similar length wait in buckets, and a full bucket is a batch
 
-Every batch has about batch_size * block_size tokens, however long its rows: short puzzles come in larger batches.
-
-Every process goes through the same draws and keeps the batches that are its own, so the batches of a step do not depend on how
-many processes share them. A thread makes the next steps ready while the current one computes (`Ahead`).
+Every batch has about batch_size * block_size tokens: short puzzles come in larger batches. Every process goes
+through the same draws and keeps the batches that are its own, so the batches of a step do not depend on how
+many processes share them.
 
 Before this: prepare.py. Read next: train.py.
 """
 
-import contextlib
 import hashlib
 import os
-import queue
-import threading
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from smol import arc, sudoku
+from smol import arc, puzzles
 from smol import tokenizer as tok
 from smol.snapshots import read_manifest, sha256_file
 from smol.tokenizer import IGNORE
 
 # Rows are padded to the next of these lengths: at most a quarter is padding, and the shapes stay few.
 BUCKETS = (
-    16,
-    24,
-    32,
-    44,
-    48,
-    64,
-    80,
-    96,
-    116,
-    128,
-    160,
-    192,
-    256,
-    320,
-    384,
-    512,
-    640,
-    768,
-    1024,
-    1280,
-    1536,
-    2048,
-    2560,
-    3072,
-    4096,
-    5120,
-    6144,
-    8192,
-    10240,
+    *(16, 24, 32, 44, 48, 64, 80, 96, 116, 128, 160, 192, 256, 320, 384, 512, 640, 768),
+    *(1024, 1280, 1536, 2048, 2560, 3072, 4096, 5120, 6144, 8192, 10240),
 )
+MOST_SKIPPED = 10_000  # draws in a row that are longer than block_size
 
 
 @dataclass
@@ -95,7 +67,7 @@ class Shards:
         self.n_tokens, self.n_documents = int(self.first_token[-1]), int(self.first_document[-1])
 
     def slice(self, start, stop):
-        """Tokens start..stop of the whole sequence, across shards."""
+        """Tokens start..stop of the whole sequence, across shards, as int64."""
         parts = []
         shard = int(np.searchsorted(self.first_token, start, side="right")) - 1
         while start < stop:
@@ -103,6 +75,11 @@ class Shards:
             parts.append(tokens[start - first : stop - first])
             start, shard = first + len(tokens), shard + 1
         return np.concatenate(parts).astype(np.int64)
+
+    def window(self, i, block_size):
+        """-> (idx, targets) of window i, (block_size,) int64 each."""
+        ids = self.slice(i * block_size, (i + 1) * block_size + 1)
+        return ids[:-1], ids[1:]
 
     def document(self, i):
         shard = int(np.searchsorted(self.first_document, i, side="right")) - 1
@@ -116,17 +93,17 @@ class Shards:
 
 def puzzle_row(document, puzzle_format, augment, rng=None):
     """
-    One document (uint16 ids of a task) as a row: (idx, targets), int64 of equal length, the loss on the answer alone.
+    One document (uint16 ids of a task) as a row: (idx, targets), int64 of equal length, loss on the answer.
 
-    puzzle_format "autoregressive": the document shifted by one, with a target at every token of the test output and its end.
-    puzzle_format "canvas": the demonstrations and the test input on a canvas, with a target at every cell of it.
-    augment: "none", "dihedral" or "arc", as in arc.random_augment, or "sudoku", as in sudoku.shuffled; tasks with
-    demonstrations also change their order and which pair is the test. rng None: the document as it is.
+    puzzle_format "autoregressive": the document shifted by one; targets are the test output and its end.
+    puzzle_format "canvas": demonstrations, then the test input on a canvas; every cell of it is a target.
+    augment: "none", "dihedral" or "arc", as in arc.random_augment, or "sudoku", as in puzzles.shuffle_sudoku.
+    The order of the pairs changes too, so any may be the test. rng None: the document as it is.
     """
     kind, pairs = arc.decode(document)
     if rng is not None:
         if augment == "sudoku":
-            pairs, augment = [tuple(sudoku.shuffled(rng, *pair)) for pair in pairs], "none"
+            pairs, augment = [tuple(puzzles.shuffle_sudoku(rng, *pair)) for pair in pairs], "none"
         symmetry = arc.random_augment(rng, augment)
         pairs = [pairs[i] for i in rng.permutation(len(pairs))]
         if symmetry != arc.IDENTITY:
@@ -138,10 +115,9 @@ def puzzle_row(document, puzzle_format, augment, rng=None):
         h, w = test_output.shape
         targets[: -h * (w + 1) - 1] = IGNORE
         return idx, targets
-    shape = arc.canvas_shape(demos, test_input)
-    if shape[0] < test_output.shape[0] or shape[1] < test_output.shape[1]:
-        # The one task in seventy whose output is larger than could be guessed is still worth learning from.
-        shape = (max(shape[0], test_output.shape[0]), max(shape[1], test_output.shape[1]))
+    # One task in seventy has an output larger than could be guessed: it is learned from all the same.
+    guessed = arc.canvas_shape(demos, test_input)
+    shape = tuple(max(a, b) for a, b in zip(guessed, test_output.shape))
     idx = arc.encode_prompt(kind, demos, test_input, canvas=shape).astype(np.int64)
     targets = np.full(len(idx), IGNORE)
     targets[-shape[0] * (shape[1] + 1) :] = arc.canvas_target(test_output, shape)
@@ -153,7 +129,7 @@ def bucket_length(n):
 
 
 def pad_rows(rows, length):
-    """List of (idx, targets) -> idx (B, length) padded with PAD, targets (B, length) padded with IGNORE."""
+    """List of (idx, targets) -> idx, targets (B, length), padded with PAD and IGNORE."""
     idx = torch.full((len(rows), length), tok.PAD)
     targets = torch.full((len(rows), length), IGNORE)
     for i, (x, y) in enumerate(rows):
@@ -171,35 +147,31 @@ class Text:
 
     mode = "text"
 
-    def __init__(self, name, data_dir, entries, seed, batch_size, block_size):
-        self.name, self.seed, self.batch_size, self.block_size = name, seed, batch_size, block_size
-        self.shards = Shards(data_dir, entries)
-        self.n_windows = (self.shards.n_tokens - 1) // block_size
+    def __init__(self, name, shards, seed, batch_size, block_size):
+        self.name, self.shards, self.seed = name, shards, seed
+        self.batch_size, self.block_size = batch_size, block_size
+        self.n_windows = (shards.n_tokens - 1) // block_size
         if self.n_windows < 1:
             raise ValueError(
-                f"source {name!r} has {self.shards.n_tokens} tokens, fewer than one row of block_size={block_size}; "
-                "lower block_size or prepare more of it"
+                f"source {name!r} has {shards.n_tokens} tokens, less than a row of block_size={block_size}: "
+                "lower it, or prepare more"
             )
         self.drawn, self.epoch, self.order = 0, -1, None
 
-    def window(self, i):
-        ids = self.shards.slice(i * self.block_size, (i + 1) * self.block_size + 1)
-        return torch.from_numpy(ids[:-1]), torch.from_numpy(ids[1:])
-
     def next_batch(self, build=True):
-        """The next batch (idx, targets); None without the work when it is somebody else's."""
+        """(idx, targets) of the next batch; without the work None, for a batch of another process."""
+        draws = range(self.drawn, self.drawn + self.batch_size)
+        self.drawn += self.batch_size
+        if not build:
+            return None
         rows = []
-        for n in range(self.drawn, self.drawn + self.batch_size):
+        for n in draws:
             epoch, i = divmod(n, self.n_windows)
             if epoch != self.epoch:
-                self.epoch, self.order = (
-                    epoch,
-                    draw_rng(self.seed, self.name, epoch).permutation(self.n_windows),
-                )
-            if build:
-                rows.append(self.window(int(self.order[i])))
-        self.drawn += self.batch_size
-        return tuple(torch.stack(t) for t in zip(*rows)) if build else None
+                self.epoch = epoch
+                self.order = draw_rng(self.seed, self.name, epoch).permutation(self.n_windows)
+            rows.append(self.shards.window(int(self.order[i]), self.block_size))
+        return tuple(torch.from_numpy(np.stack(part)) for part in zip(*rows))
 
     def state(self):
         return {"drawn": self.drawn}
@@ -209,56 +181,43 @@ class Text:
 
 
 class Puzzles:
-    """Puzzle documents, seen anew at every draw. Its position is one number, and the draws that wait in unfinished buckets."""
+    """Puzzle documents, seen anew at every draw. Its position: one number, and draws that wait in buckets."""
 
     mode = "puzzle"
 
-    def __init__(self, name, data_dir, entries, seed, batch_tokens, block_size, puzzle_format):
-        self.name, self.seed, self.batch_tokens, self.block_size, self.puzzle_format = (
-            name,
-            seed,
-            batch_tokens,
-            block_size,
-            puzzle_format,
-        )
-        self.shards = Shards(data_dir, entries)
-        self.augment = entries[0]["augment"]
-        self.drawn, self.waiting, self.rows = 0, {}, {}
+    def __init__(self, name, shards, seed, batch_size, block_size, puzzle_format, augment):
+        self.name, self.shards, self.seed = name, shards, seed
+        self.batch_tokens, self.block_size = batch_size * block_size, block_size
+        self.puzzle_format, self.augment = puzzle_format, augment
+        self.drawn, self.waiting, self.rows = 0, {}, {}  # {length: [draw, ...]}, {draw: row}
 
     def row(self, n):
         rng = draw_rng(self.seed, self.name, n)
-        return puzzle_row(
-            self.shards.document(int(rng.integers(self.shards.n_documents))),
-            self.puzzle_format,
-            self.augment,
-            rng,
-        )
+        document = self.shards.document(int(rng.integers(self.shards.n_documents)))
+        return puzzle_row(document, self.puzzle_format, self.augment, rng)
 
     def next_batch(self, build=True):
         skipped = 0
-        while True:
-            idx, targets = row = self.row(self.drawn)
-            n, self.drawn = self.drawn, self.drawn + 1
-            if len(idx) > self.block_size:
+        while skipped < MOST_SKIPPED:
+            n, row = self.drawn, self.row(self.drawn)
+            self.drawn += 1
+            if len(row[0]) > self.block_size:
                 skipped += 1
-                if skipped > 10000:
-                    raise ValueError(
-                        f"10,000 draws of {self.name!r} in a row were longer than block_size={self.block_size}: raise it"
-                    )
                 continue
             skipped = 0
-            length = min(bucket_length(len(idx)), self.block_size)
+            length = min(bucket_length(len(row[0])), self.block_size)
             self.waiting.setdefault(length, []).append(n)
             self.rows[n] = row
             if len(self.waiting[length]) >= max(1, self.batch_tokens // length):
                 rows = [self.rows.pop(n) for n in self.waiting.pop(length)]
                 return pad_rows(rows, length) if build else None
+        raise ValueError(
+            f"{skipped:,} draws of {self.name!r} in a row exceed block_size={self.block_size}: raise it"
+        )
 
     def state(self):
-        return {
-            "drawn": self.drawn,
-            "waiting": {str(length): list(draws) for length, draws in self.waiting.items()},
-        }
+        waiting = {str(length): list(draws) for length, draws in self.waiting.items()}
+        return {"drawn": self.drawn, "waiting": waiting}
 
     def restore(self, state):
         self.drawn = state["drawn"]
@@ -271,22 +230,20 @@ class Puzzles:
 
 
 def read_stage(data_dir, stage, tag=None, verify=True):
-    """-> (manifest entries, mixture, SHA-256 of the snapshot of a frozen stage, or None without a tag). Raises as read_manifest does."""
+    """-> (manifest entries, mixture, SHA-256 of a frozen stage's snapshot.json or None)."""
     manifest, mixture = read_manifest(data_dir, stage, tag=tag, verify=verify)
-    if tag is None:
-        return manifest, mixture, None
-    with open(os.path.join(data_dir, "stages", stage, tag, "snapshot.json"), "rb") as f:
-        return manifest, mixture, hashlib.sha256(f.read()).hexdigest()
+    snapshot = os.path.join(data_dir, "stages", stage, tag or "", "snapshot.json")
+    return manifest, mixture, sha256_file(snapshot) if tag else None
 
 
 class Loader:
     """
-    Training batches of a stage. A step belongs to one source, drawn by `weights`, so that its batches, spread over processes,
-    cost about the same.
+    Training batches of a stage. A step belongs to one source, drawn by `weights`, so that its batches, spread
+    over processes, cost about the same.
 
-    weights: {source: share of the steps}, any positive numbers; sources that are left out are not read. tag: a frozen version of the
-    stage, None for the stage as it is now. Raises FileNotFoundError or ValueError, in one line, for a stage that is not prepared,
-    damaged, or does not have what is asked for.
+    weights: {source: share of the steps}, any positive numbers; None: the stage's own; sources left out are
+    not read. tag: a frozen version of the stage. Raises FileNotFoundError or ValueError, in one line, for a
+    stage that is not prepared, damaged, or lacks what is asked for.
     """
 
     def __init__(
@@ -309,43 +266,34 @@ class Loader:
         weights = dict(weights or mixture["weights"])
         if any(w < 0 for w in weights.values()) or not sum(weights.values()) > 0:
             raise ValueError(f"the mixture needs shares of 0 or more, and not only zeros: {weights}")
-        self.seed, self.rank, self.world_size, self.batches_per_step = (
-            seed,
-            rank,
-            world_size,
-            batches_per_step,
-        )
-        self.sources, self.val, self.without_val = {}, [], []
-        self.step = 0
-        for name in sorted(weights):
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.batches_per_step, self.batch_size, self.block_size = batches_per_step, batch_size, block_size
+        self.puzzle_format = puzzle_format
+        self.step, self.sources = 0, {}
+        self.val, self.without_val = [], []  # (kind, source, Shards); names of sources
+        used = []
+        for name, weight in sorted(weights.items()):
             entries = [e for e in manifest if e["source"] == name]
-            if not entries:
-                have = ", ".join(sorted({e["source"] for e in manifest}))
-                raise ValueError(f"stage {stage!r} has no source {name!r}; it has: {have}")
-            make = {
-                "text": lambda *a: Text(*a, batch_size, block_size),
-                "puzzle": lambda *a: Puzzles(*a, batch_size * block_size, block_size, puzzle_format),
-            }[entries[0]["kind"]]
             train = [e for e in entries if e["split"] == "train"]
-            if weights[name] > 0 and not train:
-                raise ValueError(
-                    f"source {name!r} of stage {stage!r} has no training shard: give it weight 0 or leave it out"
-                )
-            if weights[name] > 0:
-                self.sources[name] = make(name, data_dir, train, seed)
             held_out = [e for e in entries if e["split"] == "val"]
+            if not (train if weight else entries):
+                have = ", ".join(sorted({e["source"] for e in manifest if e["split"] == "train"}))
+                raise ValueError(f"stage {stage!r} has no training shard of {name!r}; it has: {have}")
+            kind = entries[0]["kind"]
+            if weight:
+                used += [e["sha256"] for e in entries]
+                shards = Shards(data_dir, train)
+                if kind == "text":
+                    self.sources[name] = Text(name, shards, seed, batch_size, block_size)
+                else:
+                    how = seed, batch_size, block_size, puzzle_format, train[0]["augment"]
+                    self.sources[name] = Puzzles(name, shards, *how)
             if held_out:
-                self.val.append((entries[0]["kind"], name, Shards(data_dir, held_out)))
+                self.val.append((kind, name, Shards(data_dir, held_out)))
             else:
                 self.without_val.append(name)
-        if not self.sources:
-            raise ValueError(f"no source of the mixture has a training shard in stage {stage!r}: {weights}")
-        self.batch_size, self.block_size, self.puzzle_format = batch_size, block_size, puzzle_format
-        used = [e["sha256"] for e in manifest if e["source"] in self.sources]
         self.manifest = sha256_file(os.path.join(data_dir, "stages", stage, tag or "", "manifest.jsonl"))
-        self.fingerprint = hashlib.sha256(
-            "\n".join(used).encode()
-        ).hexdigest()  # of the data this loader reads
+        self.fingerprint = hashlib.sha256("\n".join(used).encode()).hexdigest()  # of the data that is read
         self.names = list(self.sources)
         self.shares = np.array([weights[name] for name in self.names], dtype=np.float64)
         self.shares /= self.shares.sum()
@@ -355,49 +303,43 @@ class Loader:
         return {name: round(float(share), 4) for name, share in zip(self.names, self.shares)}
 
     def next_step(self):
-        """The batches of the next optimizer step that belong to this process: numbers rank, rank + world_size, ..."""
+        """The batches of the next optimizer step that belong to this process: rank, rank + world_size, ..."""
         name = self.names[draw_rng(self.seed, "", self.step).choice(len(self.names), p=self.shares)]
         source = self.sources[name]
         batches = []
         for number in range(self.batches_per_step):
             mine = number % self.world_size == self.rank
-            made = source.next_batch(mine)
+            batch = source.next_batch(mine)
             if mine:
-                batches.append(
-                    Batch(
-                        source.mode, *made, name, (number, made[0].shape[1]), int((made[0] != tok.PAD).sum())
-                    )
-                )
+                idx, targets = batch
+                tokens = int((idx != tok.PAD).sum())
+                batches.append(Batch(source.mode, idx, targets, name, (number, idx.shape[1]), tokens))
         self.step += 1
         return batches
 
+    def val_rows(self, kind, shards, n):
+        """-> {length: rows} of the first n * batch_size held-out rows of one source, but those too long."""
+        if kind == "text":
+            windows = (shards.n_tokens - 1) // self.block_size
+            count = min(windows, n * self.batch_size)
+            picks = np.linspace(0, windows - 1, count).astype(int).tolist() if count else []
+            rows = [shards.window(i, self.block_size) for i in picks]
+            return {self.block_size: rows} if rows else {}
+        lengths = {}
+        for i in range(min(shards.n_documents, n * self.batch_size)):
+            row = puzzle_row(shards.document(i), self.puzzle_format, "none")
+            if len(row[0]) <= self.block_size:
+                lengths.setdefault(min(bucket_length(len(row[0])), self.block_size), []).append(row)
+        return lengths
+
     def val_batches(self, mode, n):
         """
-        Held-out rows, at most n * batch_size per source, as (source, number, idx, targets): always the same, and every process
-        gets those whose number is its own.
+        Held-out rows, at most n * batch_size per source, as (source, number, idx, targets): always the same,
+        and every process gets those whose number is its own.
         """
         for kind, name, shards in self.val:
-            if kind != mode:
-                continue
-            if kind == "text":
-                windows = (shards.n_tokens - 1) // self.block_size
-                count = min(n, -(-windows // self.batch_size))
-                picks = np.linspace(0, max(windows - 1, 0), min(windows, count * self.batch_size)).astype(int)
-                rows = (
-                    (ids[:-1], ids[1:])
-                    for ids in (
-                        shards.slice(i * self.block_size, (i + 1) * self.block_size + 1) for i in picks
-                    )
-                )
-                lengths = {self.block_size: list(rows)}
-            else:
-                lengths = {}
-                for i in range(min(shards.n_documents, n * self.batch_size)):
-                    row = puzzle_row(shards.document(i), self.puzzle_format, "none")
-                    if len(row[0]) <= self.block_size:
-                        lengths.setdefault(min(bucket_length(len(row[0])), self.block_size), []).append(row)
             number = 0
-            for length, rows in sorted(lengths.items()):
+            for length, rows in sorted(self.val_rows(kind, shards, n).items() if kind == mode else ()):
                 per_batch = max(1, self.batch_size * self.block_size // length)
                 for start in range(0, len(rows), per_batch):
                     if number % self.world_size == self.rank:
@@ -408,17 +350,9 @@ class Loader:
         """{source: why} of the sources of the mixture that have no rows among val_batches(mode, n)."""
         why = dict.fromkeys(self.without_val, "it has no validation shard")
         for kind, name, shards in self.val:
-            if kind == "text" and shards.n_tokens <= self.block_size:
-                why[name] = (
-                    f"{shards.n_tokens} tokens for validation, and a row takes {self.block_size + 1}: "
-                    f"block_size={self.block_size}"
-                )
-            if kind == "puzzle":
-                some = [shards.document(i) for i in range(min(shards.n_documents, n * self.batch_size))]
-                if all(len(puzzle_row(d, self.puzzle_format, "none")[0]) > self.block_size for d in some):
-                    why[name] = (
-                        f"its first {len(some)} puzzles for validation exceed block_size={self.block_size}"
-                    )
+            if not self.val_rows(kind, shards, n):
+                size = f"{shards.n_tokens} tokens" if kind == "text" else "its first puzzles"
+                why[name] = f"{size} for validation do not fit block_size={self.block_size}"
         return why
 
     def state_dict(self):
@@ -429,7 +363,7 @@ class Loader:
         """Go on where state_dict was taken. ValueError if the sources have changed since."""
         if sorted(state["sources"]) != sorted(self.sources):
             raise ValueError(
-                f"the checkpoint was reading {sorted(state['sources'])}, this run reads {sorted(self.sources)}: "
+                f"the checkpoint was reading {sorted(state['sources'])}, this run {sorted(self.sources)}: "
                 "resume with the same mixture"
             )
         self.step = state["step"]
@@ -439,47 +373,31 @@ class Loader:
 
 class Ahead:
     """
-    A loader that works ahead in a thread, so that a step does not wait for its data. `next_step` gives the same batches as the loader's
-    own; `state` is the loader's position after the last batches given, whatever the thread has made ready since; `waited` is how many
-    seconds the last call took. An exception of the loader's is raised by the call that would have given those batches.
-
-    A thread and not a process: most of what it does (reading, numpy) leaves Python's lock alone, and one core makes some 400,000 tokens
-    of puzzles a second, 50,000,000 of text (LOG.md), of which a pair of T4s takes a few ten thousand.
+    A loader that works `depth` steps ahead in a thread (most of the work, reading and numpy, leaves Python's
+    lock alone). state: the loader's position after the last batches given; waited: seconds that the last call
+    took. An exception of the loader's is raised by the call that would have given those batches.
     """
 
     def __init__(self, loader, depth=2, pin=False):
         self.loader, self.pin, self.state, self.waited = loader, pin, loader.state_dict(), 0.0
-        self.ready, self.closed = queue.Queue(depth), False
-        self.thread = threading.Thread(target=self.work, name="loader", daemon=True)
-        self.thread.start()
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self.steps = deque(self.pool.submit(self.work) for _ in range(depth))
 
     def work(self):
-        while not self.closed:
-            try:
-                batches = self.loader.next_step()
-                if self.pin:  # page-locked memory, from which a GPU copies without the CPU
-                    for batch in batches:
-                        batch.idx, batch.targets = batch.idx.pin_memory(), batch.targets.pin_memory()
-                item = batches, self.loader.state_dict(), None
-            except Exception as e:  # noqa: BLE001 (raised where somebody can handle it)
-                item = None, None, e
-            self.ready.put(item)
-            if item[2] is not None:
-                return
+        batches = self.loader.next_step()
+        if self.pin:  # page-locked memory, from which a GPU copies without the CPU
+            for batch in batches:
+                batch.idx, batch.targets = batch.idx.pin_memory(), batch.targets.pin_memory()
+        return batches, self.loader.state_dict()
 
     def next_step(self):
         started = time.perf_counter()
-        batches, state, error = self.ready.get()
+        batches, self.state = self.steps[0].result()  # one that failed stays, and raises again
         self.waited = time.perf_counter() - started
-        if error is not None:
-            self.ready.put((None, None, error))  # there will be nothing else, however often one asks
-            raise error
-        self.state = state
+        self.steps.popleft()
+        self.steps.append(self.pool.submit(self.work))
         return batches
 
     def close(self):
         """End the thread; the loader is where the thread has left it, `state` where the caller has."""
-        self.closed = True
-        while self.thread.is_alive():
-            with contextlib.suppress(queue.Empty):
-                self.ready.get(timeout=0.01)
+        self.pool.shutdown(cancel_futures=True)

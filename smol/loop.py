@@ -20,8 +20,8 @@ import torch
 
 from smol import checkpoint, runtime, suites
 from smol.files import write_whole
-from smol.hub import repo_name
 from smol.muon import muon_and_adamw
+from smol.snapshots import repo_name
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of the checkout
 

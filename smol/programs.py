@@ -1,157 +1,78 @@
 """
-Grid programs: a small language of grid functions, families of tasks written in it, and traces of the programs at work.
+Grid programs: a language of functions from a grid to a grid, families of tasks written in it, and traces of
+programs at work.
 
-A program is a list of steps, each a function of the language with its parameters, and reads as Python:
+A grid is np.uint8 (h, w), of colours 0..9; 0 is the background. The functions take any grid of 3x3 or more. A
+program is a list of steps (name, parameters), and as text it reads as Python:
 
     def solve(grid):
         grid = crop(grid)
         grid = replace(grid, a=3, b=5)
         return grid
 
-A family is a sequence of slots, each of which one of several functions may fill; its level is the number of steps. task() draws a family,
-a program and inputs, so that every step does something and no single function of the language explains the demonstrations in another
-way. trace() writes such a task as text: demonstrations, test input, program, often also the grid after every step, answer. run() reads a
-program from its text and executes it, and what it finds is compared with the task, for every task that is handed out.
+A family is a sequence of slots, each filled by one of several functions. make() draws a family, a program and
+inputs on which every step does something, so that no single function of the language explains the
+demonstrations in another way. trace() writes a task as text: demonstrations, test input, program, often the
+grid after every step, answer. What make() returns was checked by running the text of its program.
 
-The first 28 functions are those of transforms.py, with their inputs. Read next: sources.py, which gives these a share of a stage.
+The process that runs generated programs imports this file: no torch in here. Read next: sources.py.
 """
 
-import ast
 import difflib
 import functools
+import itertools
+import re
 
 import numpy as np
 
 from smol import arc
 from smol import tokenizer as tok
-from smol.transforms import (
-    COLOURS,
-    TRANSFORMS,
-    colours_of,
-    few_cells,
-    one_object,
-    parts,
-    rectangles,
-    same,
-    scattered,
-    scattered_medium,
-    scattered_small,
-    settings_of,
-    size_of,
-    two_halves,
-)
 
 INTERMEDIATE = 0.5  # share of the traces that show the grid after every step
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# the language: functions from a grid (np.uint8, 0 is the background) to a grid; an object is a set of coloured cells that touch by sides
+# -----------------------------------------------------------------------------
+# the language: what is longer than a line; an object is a set of coloured cells that touch by their sides
 
 
-def keep(grid, a):
-    """Only colour a stays."""
-    return np.where(grid == a, grid, np.uint8(0))
+def components(mask):
+    """The 4-connected components of a boolean grid in reading order, each a list of (row, column)."""
+    left = dict.fromkeys(map(tuple, np.argwhere(mask).tolist()))
+    found = []
+    while left:
+        part = [next(iter(left))]
+        del left[part[0]]
+        for r, c in part:
+            for near in ((r - 1, c), (r + 1, c), (r, c - 1), (r, c + 1)):
+                if near in left:
+                    del left[near]
+                    part.append(near)
+        found.append(part)
+    return found
 
 
-def negative(grid, a):
-    """Background becomes colour a, and what was coloured becomes background."""
-    return np.where(grid > 0, np.uint8(0), np.uint8(a))
+def swap(grid, a, b):
+    """Colours a and b change places."""
+    colours = np.arange(10, dtype=np.uint8)
+    colours[[a, b]] = b, a
+    return colours[grid]
 
 
-def paint(grid, a):
-    """Every coloured cell becomes colour a."""
-    return np.where(grid > 0, np.uint8(a), grid)
+def crop(grid):
+    """The smallest rectangle that holds every coloured cell."""
+    rows, cols = np.nonzero(grid)
+    return grid[rows.min() : rows.max() + 1, cols.min() : cols.max() + 1] if len(rows) else grid
 
 
-def hollow(grid):
-    """A coloured cell whose four neighbours are coloured too becomes background."""
-    full = np.pad(grid > 0, 1)
-    inside = full[:-2, 1:-1] & full[2:, 1:-1] & full[1:-1, :-2] & full[1:-1, 2:]
-    return np.where(inside, np.uint8(0), grid)
+def squeeze(grid):
+    """Rows and columns that are all background are taken out."""
+    out = grid[(grid > 0).any(1)][:, (grid > 0).any(0)]
+    return out if out.size else grid
 
 
-def grow(grid):
-    """Background cells take the colour of a neighbour by side: the one above, else left, right, below."""
-    edge = np.pad(grid, 1)
-    out = grid.copy()
-    for near in (edge[:-2, 1:-1], edge[1:-1, :-2], edge[1:-1, 2:], edge[2:, 1:-1]):
-        out = np.where(out == 0, near, out)
-    return out
-
-
-def smallest(grid):
-    """Only the smallest object stays (the first in reading order if two are as small)."""
-    return one_object(grid, min)
-
-
-def without_specks(grid):
-    """Objects of a single cell disappear."""
-    out = grid.copy()
-    for part in parts(grid > 0):
-        if len(part) == 1:
-            out[part[0]] = 0
-    return out
-
-
-def box(grid):
-    """Every object becomes the full rectangle around it, in the colour of its first cell in reading order."""
-    out = grid.copy()
-    for part in parts(grid > 0):
-        rows, cols = zip(*part, strict=True)
-        area = out[min(rows) : max(rows) + 1, min(cols) : max(cols) + 1]
-        area[area == 0] = grid[min(part)]
-    return out
-
-
-def by_size(grid, a, b):
-    """The largest objects become colour a, all others colour b."""
-    found = parts(grid > 0)
-    most = max(map(len, found), default=0)
-    out = np.zeros_like(grid)
-    for part in found:
-        for cell in part:
-            out[cell] = a if len(part) == most else b
-    return out
-
-
-def count_objects(grid, a):
-    """One row of colour a, as long as there are objects."""
-    return np.full((1, max(len(parts(grid > 0)), 1)), a, np.uint8)
-
-
-def cross(grid):
-    """Every coloured cell draws its whole row and column over the background: first all rows, then all columns; what comes first in
-    reading order stays."""
-    out = grid.copy()
-    cells = list(zip(*np.nonzero(grid), strict=True))
-    for r, c in cells:
-        out[r] = np.where(out[r] == 0, grid[r, c], out[r])
-    for r, c in cells:
-        out[:, c] = np.where(out[:, c] == 0, grid[r, c], out[:, c])
-    return out
-
-
-def diagonals(grid, up):
-    """Every coloured cell draws a diagonal line both ways over the background, downwards to the right (up=0) or upwards (up=1)."""
-    out = grid.copy()
-    h, w = grid.shape
-    for r, c in zip(*np.nonzero(grid), strict=True):
-        for d in range(-max(h, w), max(h, w) + 1):
-            y, x = r + (-d if up else d), c + d
-            if 0 <= y < h and 0 <= x < w and out[y, x] == 0:
-                out[y, x] = grid[r, c]
-    return out
-
-
-def checker(grid, odd):
-    """Only cells whose row and column add up to an even number stay (odd=1: an odd number)."""
-    return np.where(np.indices(grid.shape).sum(0) % 2 == odd, grid, np.uint8(0))
-
-
-def stripes(grid, axis, k, a):
-    """Every k-th row (axis 0) or column (axis 1), beginning with the first, is painted over with colour a."""
-    out = grid.copy()
-    (out if axis == 0 else out.T)[::k] = a
-    return out
+def mirror(grid, side):
+    """The grid and its mirror image, which is put on this side: 0 below, 1 right, 2 above, 3 left."""
+    image = np.flip(grid, side % 2)
+    return np.concatenate((grid, image) if side < 2 else (image, grid), side % 2)
 
 
 def half(grid, side):
@@ -162,141 +83,317 @@ def half(grid, side):
     return out if side % 2 == 0 else out.T
 
 
-def beside(grid, k):
-    """The grid, and to its right the grid turned by k half turns or mirrored: 0 again, 1 upside down, 2 turned by half a turn."""
-    return np.concatenate([grid, (grid, np.flip(grid, 0), np.rot90(grid, 2))[k]], 1)
-
-
 def fold(grid, axis):
-    """The second half is folded over the first, coloured cells on top, along the middle of the rows (axis 0) or columns (axis 1)."""
+    """The second half is folded over the first, its coloured cells on top."""
+    over = np.flip(grid, axis)
+    kept = np.where(over > 0, over, grid)
+    n = (grid.shape[axis] + 1) // 2
+    return kept[:n] if axis == 0 else kept[:, :n]
+
+
+def halves(grid, op, axis):
+    """Two halves with a line between them. A cell takes the line's colour where op of its two cells is
+    coloured: 0 both, 1 at least one, 2 exactly one, 3 none."""
     lines = grid if axis == 0 else grid.T
-    n = (len(lines) + 1) // 2
-    over = lines[::-1][:n]
-    out = np.where(over > 0, over, lines[:n])
+    n = (len(lines) - 1) // 2
+    first, second = lines[:n] > 0, lines[-n:] > 0
+    on = (first & second, first | second, first ^ second, ~(first | second))[op]
+    out = on * lines[n, 0]
     return out if axis == 0 else out.T
 
 
-def sort_cells(grid, axis):
-    """The cells of every column (axis 0) or row (axis 1) in the order of their colours, background first."""
-    return np.sort(grid, axis)
+def gravity(grid, side):
+    """Coloured cells fall to this side: 0 bottom, 1 right, 2 top, 3 left."""
+    axis = side % 2
+    order = np.argsort((grid > 0) != (side > 1), axis=axis, kind="stable")
+    return np.take_along_axis(grid, order, axis)
 
 
-def row_colour(grid, axis):
-    """Every row (axis 1) or column (axis 0) is filled with its commonest colour (the lower one if two are as common); empty ones stay."""
+def sort_lines(grid, axis, descending):
+    """Rows (axis 0) or columns (1) ordered by how many coloured cells they have; equals keep their order."""
+    counts = (grid > 0).sum(1 - axis)
+    return np.take(grid, np.argsort(-counts if descending else counts, kind="stable"), axis)
+
+
+def border(grid, a):
+    """The outermost cells are painted over with colour a."""
     out = grid.copy()
-    for line in out if axis == 1 else out.T:
-        counts = np.bincount(line, minlength=10)
-        counts[0] = 0
-        line[:] = counts.argmax() if counts.any() else 0
+    out[[0, -1]] = a
+    out[:, [0, -1]] = a
     return out
 
 
-def distinct_lines(grid, axis):
-    """Of neighbouring rows (axis 0) or columns (axis 1) that are equal, one stays."""
-    lines = grid if axis == 0 else grid.T
-    out = lines[[i for i in range(len(lines)) if i == 0 or not np.array_equal(lines[i], lines[i - 1])]]
-    return out if axis == 0 else out.T
+def outline(grid, a):
+    """Background cells that touch a coloured cell, corners too, become colour a."""
+    full = np.pad(grid > 0, 1)
+    tall = full[:-2] | full[1:-1] | full[2:]
+    touched = tall[:, :-2] | tall[:, 1:-1] | tall[:, 2:]
+    return np.where(touched & (grid == 0), a, grid)
 
 
-def odd_colour(grid):
-    """Only the colour with the fewest cells stays (the lower one if two have as few)."""
+def hollow(grid):
+    """A coloured cell whose four neighbours are coloured too becomes background."""
+    full = np.pad(grid > 0, 1)
+    inside = full[:-2, 1:-1] & full[2:, 1:-1] & full[1:-1, :-2] & full[1:-1, 2:]
+    return np.where(inside, 0, grid)
+
+
+def grow(grid):
+    """Background cells take the colour of a neighbour by side: the one above, else left, right, below."""
+    edge = np.pad(grid, 1)
+    out = grid
+    for near in (edge[:-2, 1:-1], edge[1:-1, :-2], edge[1:-1, 2:], edge[2:, 1:-1]):
+        out = np.where(out == 0, near, out)
+    return out
+
+
+def rays(grid, side):
+    """Every coloured cell draws a line in its colour towards one side (0 down, 1 right, 2 up, 3 left), up to
+    the next coloured cell."""
+    turns = (3, 0, 1, 2)[side]  # turned so that lines run to the right
+    out = np.rot90(grid, -turns).copy()
+    for c in range(1, out.shape[1]):
+        out[:, c] = np.where(out[:, c] == 0, out[:, c - 1], out[:, c])
+    return np.rot90(out, turns)
+
+
+def diagonals(grid, up):
+    """Every coloured cell draws a diagonal both ways over the background, downwards to the right or (up=1)
+    upwards; where two meet, the first in reading order stays."""
+    out = grid.copy()
+    h, w = grid.shape
+    for r, c in np.argwhere(grid).tolist():
+        for x in range(w):
+            y = r + (c - x if up else x - c)
+            if 0 <= y < h and out[y, x] == 0:
+                out[y, x] = grid[r, c]
+    return out
+
+
+def connect(grid, axis):
+    """Background cells between two neighbouring coloured cells of one colour in a column (0) or row (1) take
+    that colour."""
+    out = grid.copy() if axis else grid.T.copy()
+    for line in out:
+        for i, j in itertools.pairwise(np.flatnonzero(line).tolist()):
+            if line[i] == line[j]:
+                line[i:j] = line[i]
+    return out if axis else out.T
+
+
+def colour_counts(grid):
+    """How many cells each colour has, (10,); none for the background."""
     counts = np.bincount(grid.reshape(-1), minlength=10)
     counts[0] = 0
-    return keep(grid, min((c for c in range(1, 10) if counts[c]), key=lambda c: (counts[c], c), default=0))
+    return counts
 
 
-def fall_apart(grid, dy):
-    """The first, third, ... column moves down by dy, the others move up, and what leaves is lost."""
+def count_bars(grid, axis):
+    """A bar per colour, as long as the colour has cells, as rows (1) or columns (0); longest first, then the
+    lower colour."""
+    counts = colour_counts(grid)
+    order = [c for c in np.argsort(-counts, kind="stable") if counts[c]]
+    out = np.zeros((max(len(order), 1), max(counts.max(), 1)), np.uint8)
+    for bar, c in zip(out, order):
+        bar[: counts[c]] = c
+    return out if axis else out.T
+
+
+def commonest(grid, least):
+    """The grid filled with its commonest colour, or its rarest (the lower colour if two are as common)."""
+    counts = colour_counts(grid)
+    if not counts.any():
+        return grid
+    return np.full_like(grid, np.where(counts, counts, 1000).argmin() if least else counts.argmax())
+
+
+def one_object(grid, smallest):
+    """Only the largest object stays, or the smallest (the first in reading order if two are as large)."""
     out = np.zeros_like(grid)
-    h = len(grid)
-    out[dy:, ::2] = grid[: h - dy, ::2]
-    out[: h - dy, 1::2] = grid[dy:, 1::2]
+    choose = min if smallest else max
+    for cell in choose(components(grid > 0), key=len, default=[]):
+        out[cell] = grid[cell]
     return out
 
 
-def widen(grid, axis):
-    """Every row (axis 0) or column (axis 1) is written twice."""
-    return grid.repeat(2, axis)
+def without_specks(grid):
+    """Objects of a single cell disappear."""
+    full = np.pad(grid > 0, 1)
+    near = full[:-2, 1:-1] | full[2:, 1:-1] | full[1:-1, :-2] | full[1:-1, 2:]
+    return np.where(near, grid, 0)
 
 
-def margin(grid, k):
-    """k lines of background are put around the grid."""
-    return np.pad(grid, k)
+def recolour_largest(grid, a):
+    """The largest objects become colour a, the others stay as they are."""
+    out = grid.copy()
+    found = components(grid > 0)
+    for part in found:
+        if len(part) == max(map(len, found)):
+            out[tuple(zip(*part))] = a
+    return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# inputs
+def box(grid):
+    """Every object becomes the full rectangle around it, in the colour of its first cell in reading order."""
+    out = grid.copy()
+    for part in components(grid > 0):
+        rows, cols = zip(*part)
+        area = out[min(rows) : max(rows) + 1, min(cols) : max(cols) + 1]
+        area[area == 0] = grid[min(part)]
+    return out
 
 
-def objects(rng, params, low=7, high=12):
-    """Two to six objects of random shape and one colour each, apart from each other, and a few single cells."""
-    grid = np.zeros(size_of(rng, low, high), np.uint8)
+def fill_enclosed(grid, a):
+    """Background cells with no way to the edge over background cells (by sides) become colour a."""
+    out = grid.copy()
     h, w = grid.shape
-    named = [params[k] for k in ("a", "b") if params.get(k)]
-    for colour in [*named, *colours_of(rng, int(rng.integers(2, 6)), avoid=named)]:
-        cells = [(int(rng.integers(h)), int(rng.integers(w)))]
-        for _ in range(int(rng.integers(0, 9))):
-            r, c = cells[rng.integers(len(cells))]
-            r, c = r + int(rng.integers(-1, 2)), c + int(rng.integers(-1, 2))
-            near = {(r - 1, c), (r + 1, c), (r, c - 1), (r, c + 1)}
-            if 0 <= r < h and 0 <= c < w and (r, c) not in cells and near & set(cells):
-                cells.append((r, c))
-        reach = {(r + y, c + x) for r, c in cells for y in (-1, 0, 1) for x in (-1, 0, 1)}
-        if not any(grid[r, c] for r, c in reach if 0 <= r < h and 0 <= c < w):
-            for cell in cells:
-                grid[cell] = colour
+    for part in components(grid == 0):
+        if all(0 < r < h - 1 and 0 < c < w - 1 for r, c in part):
+            out[tuple(zip(*part))] = a
+    return out
+
+
+def count_objects(grid, a):
+    """One row of colour a, as long as there are objects."""
+    return np.full((1, max(len(components(grid > 0)), 1)), a)
+
+
+# -----------------------------------------------------------------------------
+# inputs: each maker takes (rng, parameters of the first step) and returns a grid on which these can show
+
+
+def named(params):
+    """The colours that the parameters name."""
+    return [params[k] for k in ("a", "b") if params.get(k)]
+
+
+def colours_of(rng, n, params):
+    """n colours, or as many as there are, none of them named by the parameters."""
+    return rng.permutation([c for c in range(1, 10) if c not in named(params)])[:n].tolist()
+
+
+def scattered(rng, params, low=3, high=8):
+    """A few colours at random on the background, those that the parameters name among them."""
+    some = np.array(named(params) + colours_of(rng, int(rng.integers(1, 4)), params))
+    shape = rng.integers(low, high + 1, size=2)
+    coloured = rng.random(shape) < rng.uniform(0.25, 0.7)
+    return np.where(coloured, some[rng.integers(len(some), size=shape)], 0)
+
+
+scattered_small = functools.partial(scattered, high=4)
+scattered_medium = functools.partial(scattered, high=6)
+scattered_large = functools.partial(scattered, low=5)
+
+
+def few_cells(rng, params):
+    """Two to seven coloured cells, of two colours, on the background."""
+    grid = np.zeros(rng.integers(4, 9, size=2), np.uint8)
+    n = int(rng.integers(2, 8))
+    grid.flat[rng.permutation(grid.size)[:n]] = rng.choice(colours_of(rng, 2, params), size=n)
     return grid
 
 
-def sparse(rng, params):
-    """One to four coloured cells, far from crowded."""
-    grid = np.zeros(size_of(rng, 5, 10), np.uint8)
-    n = int(rng.integers(1, 5))
-    grid.flat[rng.permutation(grid.size)[:n]] = colours_of(rng, n)
+def rectangles(rng, params, low=1, high=3):
+    """Up to four rectangles with a missing cell here and there, apart from each other."""
+    grid = np.zeros(rng.integers(5, 9, size=2), np.uint8)
+    h, w = grid.shape
+    for colour in colours_of(rng, int(rng.integers(1, 5)), params):
+        y, x = rng.integers(low, high + 1, size=2).tolist()
+        r, c = int(rng.integers(h - y + 1)), int(rng.integers(w - x + 1))
+        if not grid[max(r - 1, 0) : r + y + 1, max(c - 1, 0) : c + x + 1].any():
+            grid[r : r + y, c : c + x] = np.where(rng.random((y, x)) < 0.85, colour, 0)
     return grid
 
 
-def banded(rng, params):
-    """Rows or columns that come several times."""
-    grid = scattered_small(rng, params)
-    return grid.repeat(rng.integers(1, 4, size=len(grid)), 0).repeat(
-        rng.integers(1, 4, size=grid.shape[1]), 1
-    )
+def rings(rng, params):
+    """Up to four rectangular rings, some of them open."""
+    return hollow(rectangles(rng, params, 3, 4))
 
 
-# name: (every setting of the parameters, the function, what makes an input); as in transforms.py
+def two_halves(rng, params):
+    """Two grids of the same size and one colour each, with a line of a third between them."""
+    h, w = rng.integers((1, 3), (4, 7)).tolist()
+    first, second, line = colours_of(rng, 3, params)
+    top, bottom = (rng.random((h, w)) < 0.5) * first, (rng.random((h, w)) < 0.5) * second
+    grid = np.concatenate([top, np.full((1, w), line), bottom])
+    return grid if params["axis"] == 0 else grid.T
+
+
+def objects(rng, params):
+    """Two to six objects of one colour each, where a random walk went, apart from each other."""
+    grid = np.zeros(rng.integers(5, 10, size=2), np.uint8)
+    h, w = grid.shape
+    for colour in named(params) + colours_of(rng, int(rng.integers(2, 6)), params):
+        r, c = int(rng.integers(h)), int(rng.integers(w))
+        cells = {(r, c)}
+        for way in rng.integers(4, size=rng.integers(9)).tolist():
+            dy, dx = ((0, 1), (1, 0), (0, -1), (-1, 0))[way]
+            r, c = min(max(r + dy, 0), h - 1), min(max(c + dx, 0), w - 1)
+            cells.add((r, c))
+        if not any(grid[max(r - 1, 0) : r + 2, max(c - 1, 0) : c + 2].any() for r, c in cells):
+            grid[tuple(zip(*cells))] = colour
+    return grid
+
+
+# -----------------------------------------------------------------------------
+# the language and its families, as tables
+
+
+def settings_of(**ranges):
+    """Every combination of parameters, as a list of dicts."""
+    return [dict(zip(ranges, values)) for values in itertools.product(*ranges.values())]
+
+
+COLOURS, SIDES, AXES = range(1, 10), range(4), (0, 1)
+A = settings_of(a=COLOURS)
+A_AND_B = [p for p in settings_of(a=COLOURS, b=COLOURS) if p["a"] != p["b"]]
+OFFSETS = [p for p in settings_of(dy=range(-2, 3), dx=range(-2, 3)) if p["dy"] or p["dx"]]
+COUNTS = [p for p in settings_of(ny=(1, 2, 3), nx=(1, 2, 3)) if p["ny"] * p["nx"] > 1]
+
+# name: (every setting of its parameters, the function, what makes an input)
 LANGUAGE = {
-    **TRANSFORMS,
-    "keep": (settings_of(a=COLOURS), keep, scattered),
-    "negative": (settings_of(a=COLOURS), negative, rectangles),
-    "paint": (settings_of(a=COLOURS), paint, objects),
-    "hollow": (settings_of(), hollow, functools.partial(scattered, low=5)),
-    "grow": (settings_of(), grow, sparse),
-    "smallest": (settings_of(), smallest, objects),
+    "flip": (settings_of(axis=AXES), np.flip, scattered),
+    "rotate": (settings_of(k=(1, 2, 3)), np.rot90, scattered),
+    "transpose": (settings_of(anti=(0, 1)), lambda g, anti: np.rot90(g, 2 * anti).T, scattered),
+    "roll": (OFFSETS, lambda g, dy, dx: np.roll(g, (dy, dx), (0, 1)), scattered),
+    "gravity": (settings_of(side=SIDES), gravity, scattered),
+    "sort_lines": (settings_of(axis=AXES, descending=(0, 1)), sort_lines, scattered),
+    "swap": ([p for p in A_AND_B if p["a"] < p["b"]], swap, scattered),
+    "replace": (A_AND_B, lambda g, a, b: np.where(g == a, b, g), scattered),
+    "keep": (A, lambda g, a: np.where(g == a, a, 0), scattered),
+    "paint": (A, lambda g, a: np.where(g > 0, a, 0), objects),
+    "negative": (A, lambda g, a: np.where(g > 0, 0, a), rectangles),
+    "commonest": (settings_of(least=(0, 1)), commonest, few_cells),
+    "crop": (settings_of(), crop, rectangles),
+    "squeeze": (settings_of(), squeeze, few_cells),
+    "half": (settings_of(side=SIDES), half, scattered),
+    "fold": (settings_of(axis=AXES), fold, scattered),
+    "halves": (settings_of(op=range(4), axis=AXES), halves, two_halves),
+    "scale": (settings_of(k=(2, 3)), lambda g, k: g.repeat(k, 0).repeat(k, 1), scattered_small),
+    "tile": (COUNTS, lambda g, ny, nx: np.tile(g, (ny, nx)), scattered_small),
+    "mirror": (settings_of(side=SIDES), mirror, scattered_medium),
+    "frame": (settings_of(a=range(10)), lambda g, a: np.pad(g, 1, constant_values=a), scattered),
+    "border": (A, border, scattered),
+    "outline": (A, outline, rectangles),
+    "hollow": (settings_of(), hollow, scattered_large),
+    "grow": (settings_of(), grow, few_cells),
+    "rays": (settings_of(side=SIDES), rays, few_cells),
+    "diagonals": (settings_of(up=(0, 1)), diagonals, few_cells),
+    "connect": (settings_of(axis=AXES), connect, few_cells),
+    "symmetric": (settings_of(axis=AXES), lambda g, axis: np.where(g > 0, g, np.flip(g, axis)), rectangles),
+    "one_object": (settings_of(smallest=(0, 1)), one_object, objects),
     "without_specks": (settings_of(), without_specks, objects),
+    "recolour_largest": (A, recolour_largest, objects),
     "box": (settings_of(), box, objects),
-    "by_size": ([p for p in settings_of(a=COLOURS, b=COLOURS) if p["a"] != p["b"]], by_size, objects),
-    "count_objects": (settings_of(a=COLOURS), count_objects, objects),
-    "cross": (settings_of(), cross, sparse),
-    "diagonals": (settings_of(up=(0, 1)), diagonals, sparse),
-    "checker": (settings_of(odd=(0, 1)), checker, scattered),
-    "stripes": (settings_of(axis=(0, 1), k=(2, 3), a=COLOURS), stripes, scattered),
-    "half": (settings_of(side=range(4)), half, scattered),
-    "beside": (settings_of(k=range(3)), beside, scattered_medium),
-    "fold": (settings_of(axis=(0, 1)), fold, scattered),
-    "sort_cells": (settings_of(axis=(0, 1)), sort_cells, scattered),
-    "row_colour": (settings_of(axis=(0, 1)), row_colour, scattered),
-    "distinct_lines": (settings_of(axis=(0, 1)), distinct_lines, banded),
-    "odd_colour": (settings_of(), odd_colour, scattered),
-    "fall_apart": (settings_of(dy=(1, 2)), fall_apart, scattered),
-    "widen": (settings_of(axis=(0, 1)), widen, scattered_medium),
-    "margin": (settings_of(k=(1, 2)), margin, scattered),
+    "fill_enclosed": (A, fill_enclosed, rings),
+    "count_objects": (A, count_objects, objects),
+    "count_bars": (settings_of(axis=AXES), count_bars, few_cells),
 }
 TURN = ("flip", "rotate", "transpose")
-MOVE = ("roll", "shift")
-COLOUR = ("swap", "replace", "next_colour", "paint", "negative")
-LARGER = ("scale", "tile", "mirror", "kaleidoscope", "beside", "widen")
-PICK = ("largest", "smallest", "odd_colour", "without_specks")
+MOVE = ("roll", "gravity")
+COLOUR = ("swap", "replace", "paint", "negative")
+LARGER = ("scale", "tile", "mirror")
+PICK = ("one_object", "without_specks")
 
 # family: (slots, what makes an input; None: the first function's own). One function of each slot is drawn.
 FAMILIES = {
@@ -304,78 +401,75 @@ FAMILIES = {
     "turn_then_move": ((TURN, MOVE), scattered),
     "turn_then_colour": ((TURN, COLOUR), scattered),
     "move_then_colour": ((MOVE, COLOUR), scattered),
-    "crop_then_turn": ((("crop", "crop_colour"), TURN), rectangles),
+    "sort_then_turn": ((("sort_lines",), TURN), scattered),
+    "crop_then_turn": ((("crop",), TURN), rectangles),
     "crop_then_enlarge": ((("crop",), LARGER), few_cells),
     "pick_then_crop": ((PICK, ("crop",)), objects),
     "pick_then_box": ((PICK, ("box", "outline")), objects),
+    "box_then_hollow": ((("box",), ("hollow", "recolour_largest")), objects),
     "keep_then_crop": ((("keep",), ("crop",)), scattered),
-    "fall_then_colour": ((("gravity",), COLOUR), scattered),
     "colour_then_frame": ((COLOUR, ("frame", "border")), scattered_medium),
-    "half_then_mirror": ((("half",), ("mirror", "beside")), scattered_medium),
-    "fold_then_enlarge": ((("fold",), ("scale", "widen")), scattered_medium),
-    "grow_then_hollow": ((("grow",), ("negative", "border", "hollow")), sparse),
-    "box_then_hollow": ((("box",), ("hollow", "by_size")), objects),
+    "half_then_mirror": ((("half",), ("mirror", "tile")), scattered_medium),
+    "fold_then_enlarge": ((("fold",), ("scale", "tile")), scattered_medium),
     "combine_then_turn": ((("halves",), TURN), two_halves),
-    "lines_then_colour": ((("rays", "cross", "diagonals"), COLOUR), sparse),
-    "sort_then_turn": ((("sort_cells", "sort_lines"), TURN), scattered),
+    "grow_then_hollow": ((("grow",), ("negative", "border", "hollow")), few_cells),
+    "lines_then_colour": ((("rays", "diagonals", "connect"), COLOUR), few_cells),
+    "turn_move_colour": ((TURN, MOVE, COLOUR), scattered),
     "pick_crop_enlarge": ((PICK, ("crop",), LARGER), objects),
-    "pick_crop_turn": ((PICK, ("crop",), TURN), objects),
     "crop_turn_colour": ((("crop",), TURN, COLOUR), few_cells),
-    "turn_fall_colour": ((TURN, ("gravity",), COLOUR), scattered),
     "crop_enlarge_frame": ((("crop",), LARGER, ("frame", "border")), few_cells),
-    "half_colour_mirror": ((("half", "fold"), COLOUR, ("mirror", "beside")), scattered_medium),
-    "box_size_crop": ((("box",), ("by_size",), ("keep",), ("crop",)), objects),
-    "pick_crop_turn_colour": ((PICK, ("crop",), TURN, ("next_colour", "negative")), objects),
+    "half_colour_mirror": ((("half", "fold"), COLOUR, ("mirror", "tile")), scattered_medium),
+    "pick_crop_turn_colour": ((PICK, ("crop",), TURN, ("paint", "negative")), objects),
 }
 
-
-# ---------------------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # programs
 
 
 def program_text(steps):
     """list of (name, parameters) -> the program as Python-like text."""
-    lines = [
-        f"    grid = {name}({', '.join(['grid', *(f'{k}={v}' for k, v in params.items())])})"
-        for name, params in steps
-    ]
-    return "\n".join(["def solve(grid):", *lines, "    return grid"]) + "\n"
+    calls = [", ".join(["grid", *(f"{k}={v}" for k, v in params.items())]) for _, params in steps]
+    lines = [f"    grid = {name}({call})\n" for (name, _), call in zip(steps, calls)]
+    return "".join(["def solve(grid):\n", *lines, "    return grid\n"])
 
 
 def parse(text):
-    """The inverse of program_text. ValueError, saying what is wrong, for anything that is not a program of this language."""
-    try:
-        (function,) = ast.parse(text).body
-        *lines, last = function.body
-        if ast.unparse(last) != "return grid" or ast.unparse(function.args) != "grid":
-            raise ValueError("it must take grid and return grid")
-        steps = []
-        for line in lines:
-            call = line.value
-            name, params = call.func.id, {k.arg: ast.literal_eval(k.value) for k in call.keywords}
-            if [ast.unparse(t) for t in line.targets] != ["grid"] or [ast.unparse(a) for a in call.args] != [
-                "grid"
-            ]:
-                raise ValueError(f"line {line.lineno} does not turn grid into grid")
-            if name not in LANGUAGE:
-                raise ValueError(
-                    f"no function {name!r}: the closest is {difflib.get_close_matches(name, LANGUAGE, 1, 0)[0]!r}"
-                )
-            if params not in LANGUAGE[name][0]:
-                raise ValueError(f"{name} does not take {params}")
-            steps.append((name, params))
-        return steps
-    except (SyntaxError, AttributeError, TypeError) as e:
-        raise ValueError(f"not a program: {e}") from None
+    """The inverse of program_text. ValueError, saying what is wrong, for anything that is not a program."""
+    program = re.fullmatch(r"def solve\(grid\):\n((?:.+\n)*)    return grid\n?", text)
+    if not program:
+        raise ValueError("not a program: it must begin with def solve(grid) and end with return grid")
+    steps = []
+    for line in program[1].splitlines():
+        call = re.fullmatch(r"    grid = (\w+)\(grid((?:, \w+=-?\d+)*)\)", line)
+        if not call:
+            raise ValueError(f"{line.strip()!r} does not turn grid into grid")
+        name, params = call[1], {k: int(v) for k, v in re.findall(r"(\w+)=(-?\d+)", call[2])}
+        if name not in LANGUAGE:
+            closest = difflib.get_close_matches(name, LANGUAGE, 1, 0)[0]
+            raise ValueError(f"no function {name!r}: the closest is {closest!r}")
+        if params not in LANGUAGE[name][0]:
+            raise ValueError(f"{name} does not take {params}")
+        steps.append((name, params))
+    return steps
+
+
+def step(grid, name, params):
+    return np.ascontiguousarray(LANGUAGE[name][1](grid, **params), np.uint8)
+
+
+def apply(steps, grid):
+    """-> list of np.uint8 (h, w): the grid after every step, the last one is the result."""
+    return [grid := step(grid, name, params) for name, params in steps]
 
 
 def run(text, grid):
-    """-> list of grids: after every step of the program in `text`, the last one is its result. ValueError if it is no program."""
-    out = []
-    for name, params in parse(text):
-        grid = np.ascontiguousarray(LANGUAGE[name][1](grid, **params)).astype(np.uint8)
-        out.append(grid)
-    return out
+    """As apply, of a program as text. ValueError if it is none."""
+    return apply(parse(text), grid)
+
+
+def same(a, b):
+    # several times faster than np.array_equal on grids this small
+    return a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
 def check(task, text):
@@ -383,83 +477,73 @@ def check(task, text):
     return all(same(run(text, x)[-1], y) for x, y in task.train + task.test)
 
 
-@functools.cache
-def _singles():
-    return [(apply, params) for settings, apply, _ in LANGUAGE.values() for params in settings]
-
-
-def _explained_otherwise(demos, test):
+def explained_otherwise(task):
     """Does a single function explain every demonstration and give another answer to the test?"""
-    x, y = demos[0]
-    for apply, params in _singles():
-        if not same(apply(x, **params), y):  # most functions end here
-            continue
-        if all(same(apply(i, **params), o) for i, o in demos) and not same(apply(test[0], **params), test[1]):
-            return True
+    (x, y), (test_input, answer) = task.train[0], task.test[0]
+    colours = {*x.flat, *y.flat}
+    for name, (settings, _, _) in LANGUAGE.items():
+        for params in settings:
+            if not colours.issuperset(named(params)):
+                continue
+            if not same(step(x, name, params), y):  # most functions end here
+                continue
+            explains = all(same(step(i, name, params), o) for i, o in task.train)
+            if explains and not same(step(test_input, name, params), answer):
+                return True
     return False
 
 
 def make(rng, family=None):
     """
-    -> (Task of kind 'arc' with 2..4 demonstrations and one test, list of steps) of the family, or of one drawn at random. No side is
-    longer than 30, no output is blank, all inputs differ, every step changes at least one of the grids, and the program, read back from
-    its text, gives every output.
+    -> (Task of kind 'arc' with 2..4 demonstrations and one test, list of steps) of the family, or of a random
+    one. Its id is the program: 'crop;roll:dy=1:dx=-2'. Every step changes every grid, and no output is blank.
     """
     family = family or list(FAMILIES)[rng.integers(len(FAMILIES))]
     slots, make_input = FAMILIES[family]
     while True:
-        steps = []
-        for slot in slots:
-            name = slot[rng.integers(len(slot))]
-            settings = LANGUAGE[name][0]
-            steps.append((name, settings[rng.integers(len(settings))]))
-        make_one = make_input or LANGUAGE[steps[0][0]][2]
-        named = {k: v for _, params in steps[:1] for k, v in params.items()}
-        text = program_text(steps)
-        for _ in range(
-            20
-        ):  # some programs do nothing with some inputs; after a while another program is better
-            inputs = [np.ascontiguousarray(make_one(rng, named)) for _ in range(int(rng.integers(3, 6)))]
-            stages = [[x, *run(text, x)] for x in inputs]
-            pairs = [(s[0], s[-1]) for s in stages]
-            if len({(x.shape, x.tobytes()) for x in inputs}) < len(inputs) or any(
-                max(g.shape) > arc.MAX_SIDE for s in stages for g in s
-            ):
-                continue
-            if (
-                any(same(x, y) or not y.any() for x, y in pairs)
-                or len({(y.shape, y.tobytes()) for _, y in pairs}) == 1
-            ):
-                continue
-            if any(all(same(s[i], s[i + 1]) for s in stages) for i in range(len(steps))):
-                continue
-            task = arc.Task(f"{family}:{program_key(steps)}", "arc", pairs[:-1], pairs[-1:])
-            if not _explained_otherwise(pairs[:-1], pairs[-1]) and check(task, text):
-                return task, steps
-
-
-def program_key(steps):
-    return ";".join(":".join([name, *(f"{k}={v}" for k, v in params.items())]) for name, params in steps)
+        names = [slot[rng.integers(len(slot))] for slot in slots]
+        steps = [(name, LANGUAGE[name][0][rng.integers(len(LANGUAGE[name][0]))]) for name in names]
+        draw = make_input or LANGUAGE[names[0]][2]
+        n, pairs = int(rng.integers(3, 6)), []
+        for _ in range(40):  # a program that does nothing with most inputs gives way to another
+            x = np.ascontiguousarray(draw(rng, steps[0][1]), np.uint8)
+            stages = [x, *apply(steps, x)]
+            idle = any(same(a, b) for a, b in itertools.combinations(stages, 2))
+            if not idle and stages[-1].any():
+                pairs.append((x, stages[-1]))
+            if len(pairs) == n:
+                break
+        if len(pairs) < n or all(same(pairs[0][1], y) for _, y in pairs):
+            continue
+        task_id = ";".join(":".join([name, *(f"{k}={v}" for k, v in p.items())]) for name, p in steps)
+        task = arc.Task(task_id, "arc", pairs[:-1], pairs[-1:])
+        if not explained_otherwise(task) and check(task, program_text(steps)):
+            return task, steps
 
 
 def task(rng):
-    """A task of a random family, for a puzzle source."""
+    """A task of a random family."""
     return make(rng)[0]
+
+
+def transform(rng):
+    """A task of one random function."""
+    return make(rng, list(LANGUAGE)[rng.integers(len(LANGUAGE))])[0]
 
 
 def trace(rng):
     """
-    -> (Task, list of str and token ids, list of the grids that only the trace has). The list is <|program|>, demonstrations and test
-    input as grids, the program as text, then the answer; in half of the traces the grid after every step instead, each behind
-    <|output|>, so that the last one is the answer.
+    -> (Task, list of str and token ids, list of the grids that only the trace has). The list is <|program|>,
+    demonstrations and test input as grids, the program as text, then the answer behind <|output|>; in half of
+    the traces the grid after every step, each behind <|output|>, the last of which is the answer.
     """
     task, steps = make(rng)
-    text, (test_input, answer) = program_text(steps), task.test[0]
+    test_input, answer = task.test[0]
     parts = [[tok.PROGRAM]]
     for x, y in task.train:
         parts += [[tok.INPUT], arc.encode_grid(x), [tok.OUTPUT], arc.encode_grid(y)]
-    parts += [[tok.INPUT], arc.encode_grid(test_input), text]
-    shown = run(text, test_input) if rng.random() < INTERMEDIATE else [answer]
+    parts += [[tok.INPUT], arc.encode_grid(test_input), program_text(steps)]
+    shown = apply(steps, test_input) if rng.random() < INTERMEDIATE else [answer]
     for grid in shown:
         parts += [[tok.OUTPUT], arc.encode_grid(grid)]
     return task, parts, shown[:-1]

@@ -1,42 +1,655 @@
 """
-Procedural tasks with verified answers, from sudoku.py, mazes.py, transforms.py and word_problems.py, and the fixed suites of them
-that models are evaluated on.
+Generated puzzles with verified answers, and the fixed suites of them that models are evaluated on.
 
-Every generator takes a np.random.Generator and nothing else decides what comes out. Every answer has a checker written
-another way round than the generator: sudoku by looking at rows, columns and boxes, not by solving; mazes by counting
-shortest paths layer by layer, not by following parents; arithmetic by parsing the finished text. A transform is checked by
-reading its program back from the task's id and running it on every input.
+On grids: sudoku and mazes. In words: arithmetic, shortest paths, seatings, knights and knaves; such a puzzle
+is a text "Question: ...", "Solution: ..." step by step, and a last line "Answer: ...".
 
-What is never trained on: the grids in SUDOKU4_HELD_OUT, and the puzzles that heldout() lists (compare with task_hash()).
+A generator takes a np.random.Generator, and nothing else decides what comes out. A checker works another way:
+it looks at rows, columns and boxes and does not solve, walks through a maze in layers, or reads the finished
+text and tries every possibility.
 
-Read next: arc.py (how a task becomes tokens), prepare.py (how these puzzles become shards), eval_arc.py (how they are scored).
+Never trained on: the grids in SUDOKU4_HELD_OUT and the puzzles of heldout(). Read next: sources.py.
 """
 
 import difflib
+import functools
 import hashlib
+import itertools
+import math
+import operator
+import re
+from collections import Counter
 
 import numpy as np
 
-from smol.mazes import check_maze, maze
-from smol.sudoku import SUDOKU4_HELD_OUT, all_sudoku4, check_sudoku, solve_sudoku, sudoku, sudoku4_grids  # noqa: F401 (so that all
-from smol.transforms import TRANSFORMS, check_transform, program_of, transform  # noqa: F401                      puzzles can be had from
-from smol.word_problems import NAMES, TEMPLATES, THINGS, arithmetic, check_arithmetic  # noqa: F401              this one place)
+from smol import programs
+from smol.arc import Task
 
-SUITES = ("sudoku4", "sudoku9", "maze", "transforms")
-HELD_OUT_N = {"sudoku4": 100, "sudoku9": 50, "maze": 50, "transforms": 50}
-HELD_OUT_SEED = {
-    "sudoku4": 4004,
-    "sudoku9": 9009,
-    "maze": 7007,
-    "transforms": 1234,
-}  # changing one changes what was measured
+# -----------------------------------------------------------------------------
+# sudoku: 0 is a blank
+
+MAX_BLANKS = {4: 12, 9: 54}  # 4 givens are the fewest for 4x4; 9x9 goes to 64, but digging past 54 takes long
+
+
+def solve_sudoku(grid, limit=2, rng=None):
+    """
+    -> (at most `limit` solutions of a (4, 4) or (9, 9) grid, as np.uint8 grids; wrong guesses on the way).
+    limit=2 tells whether a solution is the only one.
+
+    Two rules: a cell with one digit left has it; a digit with one place left in a row, column or box stands
+    there. Where neither applies, a cell with the fewest digits left is guessed, the lowest digit first. With
+    an rng, digits are tried in random order, by the first rule only. Bit v-1 stands for digit v.
+    """
+    size, box = len(grid), math.isqrt(len(grid))
+    values = np.asarray(grid).tolist()
+    free = [(1 << size) - 1] * (3 * size)  # digits that are still to be placed in each row, column, box
+    blanks = []  # of each: its row, column, box as indices of free
+    for r, c in itertools.product(range(size), repeat=2):
+        units = r, size + c, 2 * size + r // box * box + c // box
+        if not values[r][c]:
+            blanks.append(units)
+            continue
+        bit = 1 << values[r][c] - 1
+        for u in units:
+            if not free[u] & bit:
+                return [], 0
+            free[u] ^= bit
+    solutions, wrong_guesses = [], 0
+
+    def choose():
+        """-> (index in blanks, digits to try there as bits: none at a contradiction, one by a rule)"""
+        options = []
+        for i, (r, c, b) in enumerate(blanks):
+            options.append(free[r] & free[c] & free[b])
+            if options[i].bit_count() <= 1:
+                return i, options[i]
+        if rng is None:  # the second rule would change which grids are drawn
+            once, twice = [0] * len(free), [0] * len(free)  # digits with at least one place, at least two
+            for left, units in zip(options, blanks):
+                for u in units:
+                    twice[u] |= once[u] & left
+                    once[u] |= left
+            if once != free:
+                return 0, 0
+            for i, (r, c, b) in enumerate(blanks):
+                only = options[i] & ~(twice[r] & twice[c] & twice[b])
+                if only:
+                    return i, only & -only
+        best = min(range(len(options)), key=lambda i: options[i].bit_count())
+        return best, options[best]
+
+    def search():
+        """Is there any solution from here?"""
+        nonlocal wrong_guesses
+        if not blanks:
+            solutions.append(np.array(values, np.uint8))
+            return True
+        best, bits = choose()
+        digits = [v for v in range(1, size + 1) if bits >> v - 1 & 1]
+        if rng is not None:
+            rng.shuffle(digits)
+        units = blanks[best]
+        blanks[best] = blanks[-1]
+        blanks.pop()
+        solved = False
+        for v in digits:
+            values[units[0]][units[1] - size] = v
+            for u in units:
+                free[u] ^= 1 << v - 1
+            found = search()
+            for u in units:
+                free[u] ^= 1 << v - 1
+            solved |= found
+            wrong_guesses += len(digits) > 1 and not found
+            if len(solutions) >= limit:
+                break
+        blanks.append(units)
+        return solved
+
+    search()
+    return solutions, wrong_guesses
+
+
+@functools.cache
+def all_sudoku4():
+    """The 288 filled 4x4 grids, np.uint8 (288, 4, 4), in lexicographic order; read-only, as all share it."""
+    grids, _ = solve_sudoku(np.zeros((4, 4), np.uint8), limit=1000)
+    grids = np.array(sorted(grids, key=lambda g: g.tobytes()))
+    grids.flags.writeable = False
+    return grids
+
+
+def hold_out_sudoku4():
+    # A training grid turned or mirrored on the fly must not become a held-out one, so whole orbits under the
+    # eight symmetries of the square are held out. They have 4 or 8 grids: the most that fits into a fifth of
+    # 288 is 56. A hash orders them, not a random generator, so that no version of numpy can move the border.
+    orbits = []
+    for grid in all_sudoku4():
+        images = [np.rot90(g, k).tobytes() for g in (grid, grid.T) for k in range(4)]
+        orbits.append(hashlib.sha256(min(images)).digest())
+    held = []
+    for orbit, n in sorted(Counter(orbits).items()):
+        if len(held) + n <= 288 // 5:
+            held += [i for i in range(288) if orbits[i] == orbit]
+    return tuple(sorted(held))
+
+
+SUDOKU4_HELD_OUT = hold_out_sudoku4()  # indices into all_sudoku4()
+
+
+def sudoku4_grids(split):
+    """The filled 4x4 grids of 'train', np.uint8 (232, 4, 4), or of 'test', (56, 4, 4)."""
+    if split not in ("train", "test"):
+        raise ValueError(f"unknown split {split!r}: it is 'train' or 'test'")
+    held = np.isin(np.arange(288), SUDOKU4_HELD_OUT)
+    return all_sudoku4()[held if split == "test" else ~held]
+
+
+def sudoku(rng, size, blanks, split="train"):
+    """
+    Task(kind='sudoku', train=[], test=[(puzzle, answer)]), np.uint8 (size, size), with exactly one solution.
+    The answer is one of sudoku4_grids(split), so the splits share none; of 9x9 it is any filled grid. Cells
+    are blanked in random order, but for those that would allow a second solution.
+    """
+    if size not in MAX_BLANKS or not 1 <= blanks <= MAX_BLANKS[size]:
+        raise ValueError(f"no sudoku of size {size} with {blanks} blanks: 4 takes 1 to 12, 9 takes 1 to 54")
+    grids = sudoku4_grids(split)  # also for 9x9: a misspelt split is refused there too
+    everything = all_sudoku4().reshape(288, 16)
+    while True:  # some grids cannot spare this many cells in this order; another draw can
+        if size == 4:
+            answer = grids[rng.integers(len(grids))]
+            agrees = everything == answer.reshape(16)  # uniqueness is a look at all 288 grids: (288, 16)
+        else:
+            answer = solve_sudoku(np.zeros((9, 9), np.uint8), limit=1, rng=rng)[0][0]
+        puzzle = answer.copy()
+        left = blanks
+        for cell in rng.permutation(size * size).tolist():
+            kept, puzzle.flat[cell] = puzzle.flat[cell], 0
+            n = agrees[:, puzzle.reshape(-1) > 0].all(1).sum() if size == 4 else len(solve_sudoku(puzzle)[0])
+            if n != 1:
+                puzzle.flat[cell] = kept
+                continue
+            left -= 1
+            if not left:
+                return Task(f"sudoku{size}", "sudoku", [], [(puzzle, answer.copy())])
+
+
+def check_sudoku(puzzle, answer):
+    """True if `answer` keeps the givens and has every digit once in each row, column and box."""
+    puzzle, answer = np.asarray(puzzle), np.asarray(answer)
+    if puzzle.shape != answer.shape or puzzle.shape not in ((4, 4), (9, 9)):
+        return False
+    size, box = len(puzzle), math.isqrt(len(puzzle))
+    boxes = answer.reshape(box, box, box, box).swapaxes(1, 2).reshape(size, size)
+    lines = [*answer.tolist(), *answer.T.tolist(), *boxes.tolist()]
+    full = all(set(line) == set(range(1, size + 1)) for line in lines)
+    return full and bool(np.all((puzzle == 0) | (puzzle == answer)))
+
+
+def shuffle_sudoku(rng, *grids):
+    """9x9 grids (0 is a blank), all seen through the same random symmetry of sudoku."""
+    digits = np.concatenate([[0], rng.permutation(9) + 1]).astype(np.uint8)
+    lines = [np.concatenate([3 * band + rng.permutation(3) for band in rng.permutation(3)]) for _ in range(2)]
+    turn = rng.integers(2)
+    return [np.ascontiguousarray(digits[(grid.T if turn else grid)[np.ix_(*lines)]]) for grid in grids]
+
+
+# -----------------------------------------------------------------------------
+# mazes: 0 free, 1 wall, 2 start, 3 goal; in the answer 4 on the way
+
+
+def carve(rng, height, width):
+    """Walls, bool (height, width): a random tree over every other cell; in half of the mazes with holes."""
+    walls = np.ones((height, width), bool)
+    # with an even side one border is solid wall; which one is chance
+    top, left = (0 if side % 2 else int(rng.integers(2)) for side in (height, width))
+    rows, cols = (height + 1) // 2, (width + 1) // 2
+    r, c = int(rng.integers(rows)), int(rng.integers(cols))
+    unseen = set(itertools.product(range(rows), range(cols))) - {(r, c)}
+    walls[top + 2 * r, left + 2 * c] = False
+    path = [(r, c)]
+    chance = iter(rng.random(2 * rows * cols).tolist())  # a number a step, drawn at once for speed
+    while path:
+        r, c = path[-1]
+        ways = [cell for cell in ((r - 1, c), (r + 1, c), (r, c - 1), (r, c + 1)) if cell in unseen]
+        if not ways:
+            path.pop()
+            continue
+        y, x = ways[int(next(chance) * len(ways))]
+        unseen.remove((y, x))
+        walls[top + 2 * y, left + 2 * x] = False
+        walls[top + r + y, left + c + x] = False  # on the way there
+        path.append((y, x))
+    if rng.random() < 0.5:
+        walls &= rng.random((height, width)) > rng.uniform(0.05, 0.4)
+    return walls
+
+
+def breadth_first(free, start, width):
+    """-> {cell: distance}, {cell: parent}, {cell: number of shortest paths to it}. Cells are flat indices:
+    free is a list of bool with a wall all around, `width` per row."""
+    distance, parent, ways, queue = {start: 0}, {start: None}, {start: 1}, [start]
+    for cell in queue:
+        for near in (cell - width, cell + width, cell - 1, cell + 1):
+            if free[near] and near not in distance:
+                distance[near], parent[near], ways[near] = distance[cell] + 1, cell, ways[cell]
+                queue.append(near)
+            elif free[near] and distance[near] == distance[cell] + 1:
+                ways[near] += ways[cell]
+    return distance, parent, ways
+
+
+def maze(rng, height, width):
+    """
+    Task(kind='maze', train=[], test=[(maze, answer)]), np.uint8 (height, width), sides 3..30. The shortest
+    path from start to goal is unique and has at least (height + width) / 2 steps; the answer is the same grid
+    with the cells between them as 4. ValueError for other sides.
+    """
+    if not (3 <= height <= 30 and 3 <= width <= 30):
+        raise ValueError(f"a maze of {height}x{width} is not offered: sides go from 3 to 30")
+    while True:
+        walls = np.pad(carve(rng, height, width), 1, constant_values=True)
+        cells = np.flatnonzero(~walls).tolist()
+        start = cells[rng.integers(len(cells))]
+        distance, parent, ways = breadth_first((~walls).reshape(-1).tolist(), start, width + 2)
+        goals = [c for c, steps in distance.items() if 2 * steps >= height + width and ways[c] == 1]
+        if goals:
+            break
+    goal = goals[rng.integers(len(goals))]
+    puzzle = walls.astype(np.uint8)
+    puzzle.flat[[start, goal]] = 2, 3
+    answer = puzzle.copy()
+    cell = parent[goal]
+    while cell != start:
+        answer.flat[cell] = 4
+        cell = parent[cell]
+    inside = slice(1, -1), slice(1, -1)
+    return Task(f"maze{height}x{width}", "maze", [], [(puzzle[inside].copy(), answer[inside].copy())])
+
+
+def check_maze(maze, answer, only=True):
+    """
+    True if `answer` marks a shortest path from start to goal and nothing else, and there is no other as
+    short; with only=False there may be. Walks from the start in layers of the whole grid.
+    """
+    maze, answer = np.asarray(maze), np.asarray(answer)
+    marked = answer == 4
+    start, goal = maze == 2, maze == 3
+    if maze.ndim != 2 or maze.shape != answer.shape or start.sum() != 1 or goal.sum() != 1 or maze.max() > 3:
+        return False
+    if not np.array_equal(np.where(marked, 0, answer), maze):
+        return False
+
+    def spread(layer):
+        around = np.pad(layer, 1)
+        return around[:-2, 1:-1] + around[2:, 1:-1] + around[1:-1, :-2] + around[1:-1, 2:]
+
+    ways, unseen = start.astype(np.uint8), (maze != 1) & ~start  # shortest paths to the cells of a layer
+    along, steps = start, 0  # cells that as many steps over marked cells lead to
+    while not ways[goal][0]:
+        if not ways.any():
+            return False
+        ways = np.minimum(spread(ways), 2) * unseen  # 2: more than one
+        unseen &= ways == 0
+        along = spread(along) & (marked | goal)
+        steps += 1
+    return bool(along[goal][0] and marked.sum() == steps - 1 and not (only and ways[goal][0] > 1))
+
+
+# -----------------------------------------------------------------------------
+# puzzles in words: who and what they are about
+
+NAMES = """Ada Ben Chen Dina Emil Fatima Goran Hana Ivo Jun Kofi Lena Mateo Nia Omar Petra Ravi Sofia Tomas
+Uma Viktor Wanjiru Yuki Zoe""".split()
+THINGS = """apples marbles stickers pencils shells buttons cards coins beads stamps cookies tickets plums
+postcards nails eggs lemons balloons""".split()
+
+
+def some_people(rng, n):
+    return [NAMES[i] for i in rng.permutation(len(NAMES))[:n]]
+
+
+def words(question, solution, answer):
+    return f"Question: {question}\nSolution: {solution}\nAnswer: {answer}", answer
+
+
+def question_and_answer(text):
+    """The reverse."""
+    return re.fullmatch(r"Question: (.+)\nSolution: .*\nAnswer: (.+?)\n?", text).groups()
+
+
+# -----------------------------------------------------------------------------
+# arithmetic. In a template {a} is a number, {A} and {B} are people; [a * b] is a step, which will read "3 * 4
+# = 12", and s1, s2 are the results of the steps before. Every number of the question goes into one step and
+# no other number does, so check_arithmetic() can hold the solution against the question.
+
+# largest number and question, then solution; numbers are drawn until each step is a whole number above 1
+TEMPLATE_LINES = """
+99 {A} has {a} {things}. {B} gives {A} {b} more. How many {things} does {A} have now?
+Together that makes [a + b] {things}.
+99 {A} has {a} {things} and gives {b} of them to {B}. How many {things} does {A} have left?
+What is left is [a - b] {things}.
+20 There are {a} boxes with {b} {things} in each. How many {things} are there in all?
+The boxes hold [a * b] {things}.
+144 {A} shares {a} {things} equally among {b} friends. How many {things} does each friend get?
+Each friend gets [a / b] {things}.
+12 {A} buys {a} bags with {b} {things} in each and loses {c} {things}. How many {things} are left?
+The bags hold [a * b] {things}. After the loss there are [s1 - c] {things}.
+60 {A} has {a} {things}, {B} has {b}. They share all equally among {c} children. How many does each get?
+Together they have [a + b] {things}. Each child gets [s1 / c] {things}.
+15 One ticket costs {a} dollars. {A} buys {b} tickets and {B} buys {c}. How much is that together?
+They buy [b + c] tickets. That costs [s1 * a] dollars.
+90 A train has {a} passengers. At the first stop {b} get off and {c} get on. How many are on the train then?
+After {b} get off there are [a - b] passengers. Then there are [s1 + c] passengers.
+12 {A} reads {a} pages a day for {b} days, {B} reads {c} for {d} days. How many do they read together?
+{A} reads [a * b] pages. {B} reads [c * d] pages. Together that is [s1 + s2] pages.
+14 A hall has {a} rows of {b} seats and {c} rows of {d}. {e} seats are taken. How many are free?
+First [a * b] seats, then [c * d] seats. There are [s1 + s2] seats. [s3 - e] seats are free.
+99 After giving {a} {things} to {B} and finding {b} others, {A} has {c}. How many did {A} have at the start?
+Before finding {b} there were [c - b] {things}. Before giving {a} away there were [s1 + a] {things}.
+20 {A} earns {a} dollars an hour, works {b} hours and spends {c} and then {d} dollars. What is left?
+{A} earns [a * b] dollars. What was spent is [c + d] dollars. There are [s1 - s2] dollars left.
+15 A floor is {a} by {b} meters. A square meter of tiles costs {c} dollars. What do the tiles cost?
+The floor has [a * b] square meters. The tiles cost [s1 * c] dollars.
+12 A baker makes {a} trays of {b} rolls and packs the rolls into bags of {c}. How many bags are filled?
+There are [a * b] rolls. They fill [s1 / c] bags.
+80 {A} is {a} years old and {B} is {b} years younger. How old will {B} be in {c} years?
+{B} is [a - b] years old. In {c} years {B} will be [s1 + c].
+60 A tank holds {a} liters. Each minute {b} liters flow in and {c} flow out. When is it full?
+Each minute [b - c] liters stay. The tank is full after [a / s1] minutes.
+""".strip().splitlines()
+TEMPLATES = [(*a.split(" ", 1), b) for a, b in zip(TEMPLATE_LINES[::2], TEMPLATE_LINES[1::2])]
+OPERATORS = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": lambda a, b: a // b if b and a % b == 0 else 0,
+}
+
+
+def arithmetic(rng):
+    """-> (text, answer), an int above 1."""
+    largest, question, solution = TEMPLATES[rng.integers(len(TEMPLATES))]
+    about = dict(zip("AB", some_people(rng, 2)), things=THINGS[rng.integers(len(THINGS))])
+    letters = sorted(set(re.findall(r"{([a-z])}", question)))
+
+    def step(match):
+        left, right = numbers[match[1]], numbers[match[3]]
+        results.append(OPERATORS[match[2]](left, right))
+        numbers[f"s{len(results)}"] = results[-1]
+        return f"{left} {match[2]} {right} = {results[-1]}"
+
+    results = [0]
+    while min(results) < 2:
+        numbers = dict(zip(letters, rng.integers(2, int(largest) + 1, size=len(letters)).tolist()))
+        results = []
+        worked = re.sub(r"\[(\w+) (.) (\w+)\]", step, solution)
+    return words(question.format(**about, **numbers), worked.format(**about, **numbers), results[-1])
+
+
+def check_arithmetic(text):
+    """
+    True if every equation holds, the last one has the answer, and each number of the question and each result
+    before the last goes into exactly one equation, and no other number does.
+    """
+    parts = re.fullmatch(r"Question: (.+)\nSolution: (.+)\nAnswer: (\d+)\n?", text)
+    if not parts:
+        return False
+    question, solution, answer = parts.groups()
+    equation = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)\b")
+    beside = equation.sub("", solution)
+    asked = re.findall(r"\d+", question)
+    if "=" in beside or not set(asked).issuperset(re.findall(r"\d+", beside)):
+        return False
+    waiting, result = Counter(asked), None  # numbers that still have to go into an equation
+    for left, sign, right, result in equation.findall(solution):
+        a, b, c = int(left), int(right), int(result)
+        if not {"+": a + b == c, "-": a - b == c, "*": a * b == c, "/": b > 0 and a == b * c}[sign]:
+            return False
+        waiting.subtract([left, right])
+        if min(waiting.values()) < 0:
+            return False
+        waiting[result] += 1
+    return result == answer and waiting.total() == 1
+
+
+# -----------------------------------------------------------------------------
+# shortest paths on a road map; places are letters
+
+
+def shortest_path(rng):
+    """Roads with lengths: the shortest way between two places, unique, of several roads. -> (text, answer)"""
+    while True:
+        n = int(rng.integers(5, 9))
+        names = [chr(65 + i) for i in rng.permutation(26)[:n]]
+        edges = [(i, j) for i, j in itertools.combinations(range(n), 2) if rng.random() < 0.45]
+        edges = [edges[i] for i in rng.permutation(len(edges))]
+        length = {edge: int(x) for edge, x in zip(edges, rng.integers(1, 13, size=len(edges)))}
+        near = [[(j if i == k else i, length[i, j]) for i, j in edges if k in (i, j)] for k in range(n)]
+        # settle the nearest place, then the next (Dijkstra)
+        distance, ways, before, settled, steps = {0: 0}, {0: 1}, {}, [], []
+        while len(settled) < len(distance):
+            k = min((k for k in distance if k not in settled), key=lambda k: (distance[k], k))
+            settled.append(k)
+            if k:
+                steps.append(f"{names[k]} is {distance[k]} away, by {names[before[k]]}.")
+            for j, d in near[k]:
+                if distance[k] + d < distance.get(j, 10**9):
+                    distance[j], ways[j], before[j] = distance[k] + d, ways[k], k
+                elif distance[k] + d == distance[j] and j not in settled:
+                    ways[j] += ways[k]
+        goals = [k for k in settled if k and ways[k] == 1 and before[k] != 0]
+        if goals:
+            break
+    way = [goals[-1]]
+    while way[-1]:
+        way.append(before[way[-1]])
+    start, goal = names[0], names[way[0]]
+    roads = ", ".join(f"{names[i]}-{names[j]} {length[i, j]}" for i, j in edges)
+    question = f"Roads and their lengths: {roads}. What is the shortest way from {start} to {goal}?"
+    answer = f"{'-'.join(names[k] for k in reversed(way))}, length {distance[way[0]]}"
+    return words(question, " ".join(steps[: settled.index(way[0])]), answer)
+
+
+def check_shortest_path(text):
+    """Is the answer the only shortest of all simple paths?"""
+    question, answer = question_and_answer(text)
+    start, goal = re.search(r"from (\w) to (\w)\?", question).groups()
+    length = {}
+    for a, b, d in re.findall(r"(\w)-(\w) (\d+)", question):
+        length[a, b] = length[b, a] = int(d)
+    found, stack = [], [(start, 0)]
+    while stack:
+        path, total = stack.pop()
+        if path[-1] == goal:
+            found.append((total, "-".join(path)))
+            continue
+        stack += [(path + b, total + d) for (a, b), d in length.items() if a == path[-1] and b not in path]
+    shortest = [f"{path}, length {total}" for total, path in found if total == min(found)[0]]
+    return shortest == [answer]
+
+
+# -----------------------------------------------------------------------------
+# logic: what a sentence means, for generators and checkers, of people on chairs 1, 2, ... from left to right,
+# and of people who are knights (True) or knaves (False)
+
+MEANS = {
+    "{0} sits somewhere to the left of {1}.": lambda a, b: a < b,
+    "{0} sits next to {1}.": lambda a, b: abs(a - b) == 1,
+    "{0} does not sit next to {1}.": lambda a, b: abs(a - b) != 1,
+    "{0} sits directly to the right of {1}.": lambda a, b: a == b + 1,
+    "There is exactly one person between {0} and {1}.": lambda a, b: abs(a - b) == 2,
+    "{0} sits at the left end.": lambda a: a == 1,
+    "{0} does not sit at the left end.": lambda a: a != 1,
+    '{0} says: "{1} is a knave."': lambda speaker, a: speaker != a,
+    '{0} says: "{1} is a knight."': lambda speaker, a: speaker == a,
+    '{0} says: "{1} and {2} are of the same kind."': lambda speaker, a, b: speaker == (a == b),
+    '{0} says: "{1} and {2} are of different kinds."': lambda speaker, a, b: speaker == (a != b),
+    '{0} says: "{1} and {2} are both knights."': lambda speaker, a, b: speaker == (a and b),
+    '{0} says: "At least one of {1} and {2} is a knight."': lambda speaker, a, b: speaker == (a or b),
+}
+CLUES = [sentence for sentence in MEANS if "says" not in sentence]
+CLAIMS = [sentence for sentence in MEANS if "says" in sentence]
+KIND = ("knave", "knight")
+
+
+def possible(ways, statements):
+    """Those of the ways, {person: chair or kind}, in which all statements, (sentence, people), hold."""
+    for sentence, who in statements:
+        ways = [way for way in ways if MEANS[sentence](*[way[person] for person in who])]
+    return ways
+
+
+def statements_in(text):
+    patterns = {sentence: sentence.format(*[r"(\w+)"] * 3) for sentence in MEANS}
+    return [(s, found.groups()) for s, pattern in patterns.items() for found in re.finditer(pattern, text)]
+
+
+def people_in(text):
+    return [name for name in NAMES if re.search(rf"\b{name}\b", text)]
+
+
+def seats(people):
+    return [dict(zip(people, chairs)) for chairs in itertools.permutations(range(1, len(people) + 1))]
+
+
+def kinds(people):
+    return [dict(zip(people, way)) for way in itertools.product((True, False), repeat=len(people))]
+
+
+def seating(rng):
+    """People on a row of chairs, and clues that leave one order. -> (text, answer)"""
+    people = some_people(rng, int(rng.integers(4, 6)))
+    everything = seats(people)
+    truth = everything[:1]  # they sit in the order in which they were drawn
+    clues = [(clue, who) for clue in CLUES for who in itertools.permutations(people, clue.count("{"))]
+    clues = [clue for clue in clues if possible(truth, [clue])]
+    told, steps, left = [], [], everything
+    for i in rng.permutation(len(clues)).tolist():
+        fewer = possible(left, [clues[i]])
+        if len(fewer) < len(left):  # the argument is elimination, told by how many orders are left
+            told.append(clues[i][0].format(*clues[i][1]))
+            steps.append(f"{told[-1]} Leaves {len(fewer)} of {len(everything)} orders.")
+            left = fewer
+    question = f"{len(people)} people sit on a row of chairs: {', '.join(sorted(people))}. {' '.join(told)} "
+    question += "In which order do they sit, from left to right?"
+    return words(question, " ".join(steps), " ".join(people))
+
+
+def check_seating(text):
+    """Do the clues leave one order, and is it the answer?"""
+    question, answer = question_and_answer(text)
+    left = possible(seats(people_in(question)), statements_in(question))
+    return [" ".join(sorted(order, key=order.get)) for order in left] == [answer]
+
+
+def suppose(first, kind, statements):
+    """
+    The argument from what the first speaker is supposed to be, one person's words at a time -> (its text,
+    what is known at its end, {person: kind}, or None after a contradiction).
+    """
+    known, lines = {first: kind}, [f"Suppose {first} is a {KIND[kind]}."]
+    while True:
+        found = None
+        for claim, who in statements:
+            unknown = [p for p in who if p not in known]
+            ways = possible([known | way for way in kinds(unknown)], [(claim, who)])
+            if not ways:
+                return " ".join([*lines, f"Then {who[0]} could not have spoken so."]), None
+            sure = [p for p in unknown if len({way[p] for way in ways}) == 1]
+            if sure and not found:
+                found = who[0], sure[0], ways[0][sure[0]]
+        if not found:
+            return " ".join([*lines, "That fits."]), known
+        speaker, person, knight = found
+        known[person] = knight
+        lines.append(f"By the words of {speaker}, {person} is a {KIND[knight]}.")
+
+
+def knights(rng):
+    """
+    Knights tell the truth, knaves lie: who is what, uniquely. Supposing that the first speaker is what they
+    are not leads to a contradiction, the other way to everyone's kind. -> (text, answer)
+    """
+    while True:
+        people, said = some_people(rng, int(rng.integers(3, 6))), []
+        for i, speaker in enumerate(people):
+            claim = CLAIMS[rng.integers(len(CLAIMS))]
+            others = [people[j] for j in rng.permutation(len(people)) if j != i]
+            said.append((claim, [speaker, *others][: claim.count("{")]))
+        left = possible(kinds(people), said)
+        if len(left) != 1:
+            continue
+        right = left[0][people[0]]
+        refuted, nothing = suppose(people[0], not right, said)
+        found, known = suppose(people[0], right, said)
+        if nothing is None and len(known) == len(people):
+            break
+    question = "Knights always tell the truth, knaves always lie. "
+    question += " ".join(claim.format(*who) for claim, who in said) + " Who is a knight, who is a knave?"
+    return words(question, f"{refuted} {found}", kinds_in_words(known))
+
+
+def kinds_in_words(way):
+    return ", ".join(f"{person} {KIND[way[person]]}" for person in sorted(way))
+
+
+def check_knights(text):
+    """Is there one way in which everyone could have spoken so, and is it the answer?"""
+    question, answer = question_and_answer(text)
+    left = possible(kinds(people_in(question)), statements_in(question))
+    return [kinds_in_words(way) for way in left] == [answer]
+
+
+LOGIC = {"seating": (seating, check_seating), "knights": (knights, check_knights)}
+
+
+def logic_puzzle(rng):
+    """-> (text, answer) of a random kind of LOGIC."""
+    return list(LOGIC.values())[rng.integers(len(LOGIC))][0](rng)
+
+
+# -----------------------------------------------------------------------------
+# suites
+
+SUITES = {  # (how many tasks, seed, what makes one); changing one changes what was measured
+    "sudoku4": (100, 4004, lambda rng: sudoku(rng, 4, 6, "test")),
+    "sudoku9": (50, 9009, lambda rng: sudoku(rng, 9, 30, "test")),
+    "maze": (50, 7007, lambda rng: maze(rng, 7, 7)),
+    "transforms": (50, 1234, programs.transform),
+}
+HELD_OUT_N = {suite: n for suite, (n, _, _) in SUITES.items()}
+
+
+def heldout(suite, n=None):
+    """
+    The first n tasks of a fixed list of HELD_OUT_N[suite] distinct ones (default: all). Ids are 'maze-0007',
+    of transforms with the program, 'transforms-0007:roll:dy=1:dx=-2'. ValueError for an unknown suite, and
+    for more than there are: only these are kept out of training.
+    """
+    if suite not in SUITES:
+        close = difflib.get_close_matches(str(suite), SUITES, n=1, cutoff=0)[0]
+        raise ValueError(f"unknown suite {suite!r}; did you mean {close!r}? There are {', '.join(SUITES)}")
+    most, seed, make = SUITES[suite]
+    n = most if n is None else n
+    if not 0 <= n <= most:
+        raise ValueError(f"{n} held-out puzzles of {suite}: only {most} are kept out of training")
+    rng = np.random.default_rng(seed)
+    tasks, seen = [], set()
+    while len(tasks) < n:
+        task = make(rng)
+        if task_hash(task) not in seen:
+            seen.add(task_hash(task))
+            task.id = f"{suite}-{len(tasks):04d}" + (f":{task.id}" if suite == "transforms" else "")
+            tasks.append(task)
+    return tasks
 
 
 def task_hash(task):
     """
-    -> hex: SHA-256 of the kind and of every grid in order, not of the id; the same for all eight turned and mirrored images of a task.
-    What prepare.py compares to keep held-out puzzles out of training: the loader turns and mirrors, so an image must not get in either.
-    sudoku4 needs more, since other givens of the same answer would still give it away; there the answers themselves are held out.
+    -> hex: SHA-256 of the kind and of every grid in order, the same for all eight turned and mirrored images
+    of a task: the loader turns and mirrors, so no image of a held-out puzzle may be trained on. (Of 4x4
+    sudoku the answers are held out, since other givens would give them away.)
     """
     grids = [np.asarray(grid, np.uint8) for pair in task.train + task.test for grid in pair]
     images = []
@@ -46,48 +659,9 @@ def task_hash(task):
     return hashlib.sha256(task.kind.encode() + b"|" + min(images)).hexdigest()
 
 
-def heldout(suite, n=None):
-    """
-    The first n tasks of a fixed list of HELD_OUT_N[suite] distinct ones (default: all). sudoku4: 6 blanks, answers from SUDOKU4_HELD_OUT
-    alone; sudoku9: 30 blanks; maze: 7x7; transforms. Ids are 'maze-0007', for transforms 'transforms-0007:roll:dy=1:dx=-2'.
-    ValueError for an unknown suite, and for more than there are: only these are kept out of training, one more could be in it.
-    """
-    if suite not in SUITES:
-        close = difflib.get_close_matches(str(suite), SUITES, n=1, cutoff=0)[0]
-        raise ValueError(f"unknown suite {suite!r}; did you mean {close!r}? There are {', '.join(SUITES)}")
-    n = HELD_OUT_N[suite] if n is None else n
-    if not 0 <= n <= HELD_OUT_N[suite]:
-        raise ValueError(
-            f"{n} held-out puzzles of {suite}: there are {HELD_OUT_N[suite]}, and only these are kept out of training"
-        )
-    rng = np.random.default_rng(HELD_OUT_SEED[suite])
-    tasks, seen = [], set()
-    while len(tasks) < n:
-        match suite:
-            case "sudoku4":
-                task = sudoku(rng, 4, 6, "test")
-            case "sudoku9":
-                task = sudoku(rng, 9, 30, "test")
-            case "maze":
-                task = maze(rng, 7, 7)
-            case "transforms":
-                task = transform(rng)
-        if task_hash(task) not in seen:
-            seen.add(task_hash(task))
-            number = f"{suite}-{len(tasks):04d}"
-            task.id = f"{number}:{task.id}" if suite == "transforms" else number
-            tasks.append(task)
-    return tasks
-
-
 def check(task):
-    """True if the task's answer is right by the checker of its kind; for a sudoku also if it is the only answer."""
+    """True if the answer of a sudoku or maze is right, and the only one."""
     puzzle, answer = task.test[0]
-    match task.kind:
-        case "sudoku":
-            return check_sudoku(puzzle, answer) and len(solve_sudoku(puzzle)[0]) == 1
-        case "maze":
-            return check_maze(puzzle, answer)
-        case "arc":
-            return check_transform(task)
-    raise ValueError(f"no checker for tasks of kind {task.kind!r}: there are sudoku, maze, arc")
+    if task.kind == "maze":
+        return check_maze(puzzle, answer)
+    return check_sudoku(puzzle, answer) and len(solve_sudoku(puzzle)[0]) == 1

@@ -176,7 +176,7 @@ def run_programs(jobs):
             raise ValueError(f"a program of more than {PROGRAM_CHARACTERS} characters")
         steps = programs.parse(text)
         for name, params in steps:
-            grids = [programs.LANGUAGE[name][1](grid, **params).astype("uint8", order="C") for grid in grids]
+            grids = [programs.step(grid, name, params) for grid in grids]
             if not all(grid.ndim == 2 and 1 <= min(grid.shape) <= max(grid.shape) <= 30 for grid in grids):
                 raise ValueError(f"{name} makes a grid whose sides are not 1 to 30")
         return grids

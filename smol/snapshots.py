@@ -1,24 +1,27 @@
 """
-What training reads: shards, stages that list them, and stages that are frozen under a tag. Written here, checked here.
+What training reads: shards, stages that list them, stages frozen under a tag; and those to the hub and back.
 
-A *shard* is documents back to back; its name carries its hash, so a rebuilt source makes new files beside the old ones and nothing
-that a stage lists is ever overwritten. A *stage* is a list of shards (manifest.jsonl) and their shares (mixture.json). A *frozen* stage is
-a copy of those two under a tag, with snapshot.json, which says what they were made of and pins both by their SHA-256:
+A shard is documents back to back. Its name carries its hash, so no build overwrites what another stage lists.
+A stage is a list of shards (manifest.jsonl) and their shares (mixture.json). A frozen stage is a copy of both
+under a tag; snapshot.json pins them by SHA-256 and says what they were made of:
 
     data/stages/stage1/manifest.jsonl, mixture.json                     what `prepare.py stage1` built last
-    data/stages/stage1/v0.1/manifest.jsonl, mixture.json, snapshot.json what `prepare.py freeze stage1 --tag=v0.1` made of it, for good
+    data/stages/stage1/v0.1/manifest.jsonl, mixture.json, snapshot.json what `prepare.py freeze` made of it
 
-Shards of a frozen stage stay where they are: as long as any manifest lists a shard, no build deletes it.
+A repository on the hub holds one stage, and a tag there is a tag of the stage. huggingface_hub transfers and
+resumes; what was pulled is believed only after every hash has been checked here.
 
-data/README.md has every field. Read next: hub.py, which sends a frozen stage elsewhere; loader.py, which makes batches of one.
+data/README.md has every field. Read next: loader.py, which makes batches of a stage.
 """
 
+import contextlib
 import datetime
 import hashlib
 import json
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +31,11 @@ from smol import tokenizer
 from smol.files import write_whole
 
 GROUPS = ("web", "code", "math", "synth", "arc")
-BUILDABLE = ("demo", "stage1", "stage2", "stage3")  # what `prepare.py STAGE` can build anew
+BUILDABLE = ("demo", "stage1", "stage2", "stage3", "sudoku_extreme")  # what `prepare.py STAGE` can build
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"  # of a stage, a tag, a source, a shard: never a path
 SHARD = rf"processed/{NAME}/{NAME}\.bin"
 FROZEN_FILES = ("manifest.jsonl", "mixture.json", "snapshot.json")
-KEYS = {
+FIELDS = {  # of a line of the manifest: its type, or what it can be
     "path": str,
     "sha256": str,
     "idx_sha256": str,
@@ -40,21 +43,15 @@ KEYS = {
     "documents": int,
     "bytes": int,
     "source": str,
-    "group": str,
-    "kind": str,
-    "split": str,
-    "augment": str,
-    "tokenizer": str,
-}
-VALUES = {
     "group": GROUPS,
     "kind": ("text", "puzzle"),
     "split": ("train", "val"),
     "augment": ("none", "dihedral", "arc", "sudoku"),
+    "tokenizer": str,
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # files
 
 
@@ -63,16 +60,15 @@ def sha256(data):
 
 
 def sha256_file(path):
+    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        return (
-            hashlib.file_digest(f, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else sha256(f.read())
-        )
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write(path, data):
-    """Write bytes or text so that whoever looks sees the old file or the whole new one. Leaves an identical file alone."""
+    """Write bytes or text so that a reader sees the old file or the whole new one. Equal files stay as they are."""
     path = Path(path)
     data = data.encode() if isinstance(data, str) else data
     if path.exists() and path.stat().st_size == len(data) and path.read_bytes() == data:
@@ -85,7 +81,7 @@ def to_json(value):
 
 
 def read_json(path):
-    """-> the dict in a file, {} if it is not there. ValueError naming a file that has none."""
+    """-> the dict in a file, {} if it is not there. ValueError naming a file that holds none."""
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -97,13 +93,13 @@ def read_json(path):
     return value
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # writing a stage
 
 
 def write_shard(data, about, split, documents):
     """
-    Write token documents (np.uint16 arrays that end in EOT) as a shard with offsets. -> its entry in the manifest.
+    Write documents (uint16 arrays that end in EOT) as a shard with offsets. -> its line of the manifest.
     about: dict with source, group, kind and augment, which is what the loader may do to it in training.
     """
     tokens = np.concatenate(documents).astype("<u2").tobytes()
@@ -130,14 +126,11 @@ def write_shard(data, about, split, documents):
 
 def write_stage(data, stage, entries, mixture, metadata):
     """
-    Put a stage in place of the one of that name that may be there, and delete the shards that no stage lists any more.
+    Put a stage in place of the one of that name, and delete the shards that no stage lists any more.
     mixture: dict without "manifest_sha256"; metadata: {name: value} for data/metadata/STAGE/name.json.
     """
     folder = data / "stages" / stage
-    try:
-        replaced = read_manifest(data, stage, verify=False)[0]
-    except (FileNotFoundError, ValueError):
-        replaced = []
+    before = listed_shards([folder / "manifest.jsonl"])
     manifest = "".join(json.dumps(entry) + "\n" for entry in entries)
     # From here on the old stage is gone, and the new one is there with the last of these renames.
     (folder / "manifest.jsonl").unlink(missing_ok=True)
@@ -145,34 +138,40 @@ def write_stage(data, stage, entries, mixture, metadata):
         write(data / "metadata" / stage / f"{name}.json", to_json(value))
     write(folder / "mixture.json", to_json({**mixture, "manifest_sha256": sha256(manifest.encode())}))
     write(folder / "manifest.jsonl", manifest)
-    still = listed_shards(data)
-    for entry in replaced:
-        if entry["path"] not in still:
-            (data / entry["path"]).unlink(missing_ok=True)
-            (data / entry["path"]).with_suffix(".idx").unlink(missing_ok=True)
+    for path in before - listed_shards(manifests(data)):
+        (data / path).unlink(missing_ok=True)
+        (data / path).with_suffix(".idx").unlink(missing_ok=True)
 
 
 def manifests(data):
-    """Every manifest there is: of stages, of frozen ones, and of those that are being pulled."""
-    places = ("stages/*/manifest.jsonl", "stages/*/*/manifest.jsonl", "work/pull/*/frozen/manifest.jsonl")
+    """The manifests of all stages, frozen ones, and those that are being pulled."""
+    places = ("stages/*/manifest.jsonl", "stages/*/*/manifest.jsonl", "work/pull/*/manifest.jsonl")
     return sorted(path for place in places for path in data.glob(place))
 
 
-def listed_shards(data):
-    """The paths, relative to data, that any manifest lists. Reads loosely: a damaged manifest must not get its shards deleted."""
-    return {
-        path
-        for manifest in manifests(data)
-        for path in re.findall(rf'"path": "({SHARD})"', manifest.read_text(errors="replace"))
-    }
+def listed_shards(paths):
+    """The shards in some manifests. Reads loosely: a damaged manifest must not get its shards deleted."""
+    texts = [path.read_text(errors="replace") for path in paths if path.exists()]
+    return {shard for text in texts for shard in re.findall(rf'"path": "({SHARD})"', text)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# reading one
+def unlisted_files(data):
+    """The files of shards that no manifest lists. ValueError if a manifest is damaged: it may list any."""
+    for snapshot in {path.parent for name in FROZEN_FILES for path in data.glob(f"stages/*/*/{name}")}:
+        check_snapshot(snapshot, snapshot.parent.name, snapshot.name)
+    for manifest in data.glob("stages/*/manifest.jsonl"):
+        read_list(manifest.parent, manifest.parent.name)
+    listed = listed_shards(manifests(data))
+    files = sorted([*data.glob("processed/*/*.bin"), *data.glob("processed/*/*.idx")])
+    return [p for p in files if p.with_suffix(".bin").relative_to(data).as_posix() not in listed]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# reading and checking one
 
 
 def split_name(name):
-    """'stage1:v0.1' -> ('stage1', 'v0.1'), 'stage1' -> ('stage1', None). ValueError if it is a path or nothing."""
+    """'stage1:v0.1' -> ('stage1', 'v0.1'), 'stage1' -> ('stage1', None). ValueError for anything else."""
     stage, colon, tag = name.partition(":")
     if not re.fullmatch(NAME, stage) or (colon and not re.fullmatch(NAME, tag)):
         raise ValueError(f"{name!r} is not the name of a stage: write STAGE, or STAGE:TAG for a frozen one")
@@ -181,249 +180,346 @@ def split_name(name):
 
 def read_manifest(data_dir, stage, tag=None, verify=True):
     """
-    -> (list of dict, one per shard; mixture dict) of a stage, or of the stage frozen under `tag`, after checking that training can
-    rely on it.
+    -> (list of dict, one per shard; mixture dict) of a stage, or of the one frozen under `tag`, after checks.
 
-    verify=False checks the manifest, that every shard is there, and its size; verify=True also reads every
-    shard: SHA-256 of tokens and offsets, offsets that rise from 0 to the number of tokens, an end-of-text
-    at the end of each document, and that there is no id which the tokenizer does not have. Raises
-    FileNotFoundError if the stage is not prepared, ValueError if anything is wrong, naming the file and
-    what to do.
+    verify=False checks the manifest, and that every shard is there with its size. verify=True also reads
+    every shard: see check_shard. FileNotFoundError if the stage is not there, ValueError if anything is
+    wrong, naming the file and what to do.
     """
     data = Path(data_dir)
-    # names and not paths: they come from a command line and are joined to one
-    split_name(stage if tag is None else f"{stage}:{tag}")
-    where = "" if data == Path("data") else f" --data_dir={data}"
+    split_name(stage if tag is None else f"{stage}:{tag}")  # names and not paths
     folder = data / "stages" / stage / (tag or "")
+    build = f"python prepare.py {stage} --data_dir={data}"
     if not (folder / "manifest.jsonl").is_file():
         if tag is not None:
-            there = sorted(p.parent.name for p in (data / "stages" / stage).glob("*/manifest.jsonl"))
-            advice = f"freeze it: python prepare.py freeze {stage} --tag={tag}{where}, or pull it: prepare.py pull USER/REPO:{tag}{where}"
-            raise FileNotFoundError(
-                f"stage {stage!r} has no tag {tag!r} in {data}/ (tags there: {', '.join(there) or 'none'}); {advice}"
+            advice = f"freeze it (python prepare.py freeze {stage}:{tag}) or pull it"
+        else:
+            advice = (
+                f"run: {build}" if stage in BUILDABLE else f"there is {sorted(os.listdir(folder.parent))}"
             )
-        if stage in BUILDABLE:
-            raise FileNotFoundError(
-                f"stage {stage!r} is not prepared in {data}/; run: python prepare.py {stage}{where}"
-            )
-        there = sorted(p.parent.name for p in (data / "stages").glob("*/manifest.jsonl"))
-        raise FileNotFoundError(
-            f"there is no stage {stage!r} in {data}/; there is: {', '.join(there) or 'none'}"
-        )
-    if tag is None and stage in BUILDABLE:
-        repair = f"; build the stage anew: python prepare.py {stage} --force=True{where}"
-    elif tag is None:
-        repair = "; fetch the stage again"
-    else:
-        repair = f"; a frozen stage never changes: pull {stage}:{tag} again, or delete {folder} and freeze anew under another tag"
-    if tag is not None:
-        check_snapshot(folder, stage, tag, repair)
-    return check_manifest(data, folder, stage, repair, verify)
-
-
-def check_snapshot(folder, stage, tag, repair):
-    """-> the dict in a frozen stage's snapshot.json, after checking that the folder is what was frozen. ValueError naming the file."""
-    path = folder / "snapshot.json"
+        name = f"stage {stage!r}" if tag is None else f"the tag {tag!r} of stage {stage!r}"
+        raise FileNotFoundError(f"{name} is not prepared in {data}/; {advice}")
     try:
-        snapshot = json.loads(path.read_bytes())
-        ok = snapshot["stage"] == stage and snapshot["tag"] == tag
-        pinned = {"manifest.jsonl": snapshot["manifest_sha256"], "mixture.json": snapshot["mixture_sha256"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        ok = False
-    if not ok:
-        raise ValueError(f"{path} is missing, damaged or of another stage{repair}")
-    for name, digest in pinned.items():
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / name} is missing{repair}")
-        if sha256_file(folder / name) != digest:
-            raise ValueError(f"{folder / name} was changed after the stage was frozen{repair}")
-    extra = sorted(
-        p.name for p in folder.iterdir() if p.name not in FROZEN_FILES and not p.name.endswith(".tmp")
-    )
-    if extra:
-        raise ValueError(f"{folder / extra[0]} does not belong to the frozen stage{repair}")
-    return snapshot
-
-
-def check_manifest(data, folder, stage, repair, verify, shards=True):
-    """What read_manifest says of the files in one folder. shards=False: of the manifest and the mixture alone."""
-    manifest_path, mixture_path = folder / "manifest.jsonl", folder / "mixture.json"
-
-    def check(ok, path, problem):
-        if not ok:
-            raise ValueError(f"{path} {problem}{repair}")
-
-    manifest = manifest_path.read_bytes()
-    entries, paths = [], set()
-    for number, line in enumerate(manifest.splitlines(), 1):
-        at = f"(line {number})"
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            entry = None
-        check(isinstance(entry, dict), manifest_path, f"is damaged {at}: not a JSON object")
-        for key, kind in KEYS.items():
-            check(
-                type(entry.get(key)) is kind,
-                manifest_path,
-                f"is damaged {at}: {key} is missing or not {kind.__name__}",
-            )
-        for key, values in VALUES.items():
-            check(
-                entry[key] in values,
-                manifest_path,
-                f"is damaged {at}: {key} is {entry[key]!r}, not one of {', '.join(values)}",
-            )
-        # exactly this shape: no absolute path, no "..", nothing outside of data/processed
-        inside = re.fullmatch(SHARD, entry["path"])
-        check(
-            inside,
-            manifest_path,
-            f"is damaged {at}: the path {entry['path']!r} is not processed/SOURCE/NAME.bin inside {data}/",
-        )
-        check(entry["path"] not in paths, manifest_path, f"is damaged {at}: {entry['path']} is listed twice")
-        check(
-            entry["tokenizer"] == tokenizer.fingerprint(),
-            manifest_path,
-            f"{at} was made with another tokenizer",
-        )
-        check(
-            entry["bytes"] == 2 * entry["tokens"],
-            manifest_path,
-            f"is damaged {at}: bytes of {entry['path']} are not twice its tokens",
-        )
-        paths.add(entry["path"])
-        entries.append(entry)
-    check(entries, manifest_path, "is empty")
-
-    try:
-        mixture = json.loads(mixture_path.read_bytes())
-        shares = mixture["weights"]
-        ok = (
-            mixture["stage"] == stage
-            and isinstance(mixture["seed"], int)
-            and isinstance(mixture["groups"], dict)
-        )
-        ok = ok and all(w >= 0 for w in shares.values()) and abs(sum(shares.values()) - 1) < 1e-6
-        ok = ok and mixture["tokenizer"] == tokenizer.fingerprint()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        ok = False
-    check(ok, mixture_path, "is missing or damaged")
-    trained = {entry["source"] for entry in entries if entry["split"] == "train"}
-    for source, share in shares.items():
-        check(
-            share == 0 or source in trained,
-            mixture_path,
-            f"gives weight to {source!r}, of which the manifest has no training shard",
-        )
-    # catches what no other check can: an edited split, source, or a line taken out
-    recorded = mixture.get("manifest_sha256", sha256(manifest))
-    check(recorded == sha256(manifest), manifest_path, "was changed after it was written")
-    if not shards:
-        return entries, mixture
-
-    for entry in (
-        entries
-    ):  # all the cheap checks first: a missing file should not take an hour of hashing to be noticed
-        for path, size in shard_files(data, entry):
-            check(path.is_file(), path, "is missing")
-            found = path.stat().st_size
-            check(found == size, path, f"has {found} bytes where the manifest says {size}")
-    if not verify:
-        return entries, mixture
-    total = sum(entry["bytes"] for entry in entries)
-    with tqdm(
-        total=total, desc="verifying", unit="B", unit_scale=True, leave=False, disable=total < 2e8
-    ) as progress:
-        for entry in entries:
-            (tokens_path, _), (idx_path, _) = shard_files(data, entry)
-            tokens, offsets = tokens_path.read_bytes(), idx_path.read_bytes()
-            check(
-                sha256(tokens) == entry["sha256"],
-                tokens_path,
-                "was changed: its SHA-256 is not the manifest's",
-            )
-            check(
-                sha256(offsets) == entry["idx_sha256"],
-                idx_path,
-                "was changed: its SHA-256 is not the manifest's",
-            )
-            tokens, offsets = np.frombuffer(tokens, "<u2"), np.frombuffer(offsets, "<i8")
-            rising = offsets[0] == 0 and offsets[-1] == len(tokens) and bool(np.all(np.diff(offsets) > 0))
-            check(rising, idx_path, f"does not rise from 0 to the {len(tokens)} tokens of its shard")
-            ended = bool(np.all(tokens[offsets[1:] - 1] == tokenizer.EOT))
-            check(ended, tokens_path, "has documents that do not end in an end-of-text token")
-            known = tokens.max(initial=0) <= tokenizer.END
-            check(known, tokens_path, f"has token ids beyond {tokenizer.END}, the tokenizer's last")
-            progress.update(entry["bytes"])
+        if tag is not None:
+            check_snapshot(folder, stage, tag)
+        entries, mixture = read_list(folder, stage)
+        check_shards(data, entries, verify)
+    except ValueError as e:
+        if tag is not None:
+            repair = f"a frozen stage never changes: pull {stage}:{tag} again, or delete {folder}"
+        else:
+            repair = f"build it anew: {build} --force=True" if stage in BUILDABLE else "fetch the stage again"
+        raise ValueError(f"{e}; {repair}") from None
     return entries, mixture
 
 
+def check_snapshot(folder, stage, tag):
+    """-> the dict in a frozen stage's snapshot.json. ValueError if the folder is not what was frozen."""
+    try:
+        snapshot = json.loads((folder / "snapshot.json").read_bytes())
+        pinned = {"manifest.jsonl": snapshot["manifest_sha256"], "mixture.json": snapshot["mixture_sha256"]}
+        ok = (snapshot["stage"], snapshot["tag"]) == (stage, tag)
+    except (OSError, ValueError, KeyError, TypeError):
+        ok = False
+    if not ok:
+        raise ValueError(f"{folder / 'snapshot.json'} is missing, damaged or of another stage")
+    for name, digest in pinned.items():
+        if not (folder / name).is_file() or sha256_file(folder / name) != digest:
+            raise ValueError(f"{folder / name} is missing or was changed after the stage was frozen")
+    return snapshot
+
+
+def read_list(folder, stage):
+    """-> (entries, mixture) of the manifest and the mixture in a folder. ValueError for what is wrong."""
+    path = folder / "manifest.jsonl"
+    manifest = path.read_bytes()
+    entries = []
+    for number, line in enumerate(manifest.splitlines(), 1):
+        try:
+            entries.append(check_entry(json.loads(line)))
+        except ValueError as e:
+            raise ValueError(f"{path} is damaged in line {number}: {e}") from None
+    if not entries or len({entry["path"] for entry in entries}) != len(entries):
+        raise ValueError(f"{path} is empty, or lists a shard twice")
+    try:
+        mixture = json.loads((folder / "mixture.json").read_bytes())
+        shares = mixture["weights"]
+        ok = mixture["stage"] == stage and mixture["tokenizer"] == tokenizer.fingerprint()
+        ok = ok and all(w >= 0 for w in shares.values()) and abs(sum(shares.values()) - 1) < 1e-6
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        ok = False
+    trained = {entry["source"] for entry in entries if entry["split"] == "train"}
+    if not ok or {source for source, share in shares.items() if share} - trained:
+        raise ValueError(f"{folder / 'mixture.json'} is missing, damaged or of another stage")
+    # catches what no other check can: an edited split, or a line taken out
+    if mixture.get("manifest_sha256", sha256(manifest)) != sha256(manifest):
+        raise ValueError(f"{path} was changed after it was written")
+    return entries, mixture
+
+
+def check_entry(entry):
+    """-> a line of a manifest as it is. ValueError saying what is wrong with it."""
+    if not isinstance(entry, dict):
+        raise ValueError("not a JSON object")
+    for key, allowed in FIELDS.items():
+        value = entry.get(key)
+        if value not in allowed if isinstance(allowed, tuple) else type(value) is not allowed:
+            raise ValueError(f"{key} is {value!r}")
+    # exactly this shape: no absolute path, no "..", nothing outside of data/processed
+    if not re.fullmatch(SHARD, entry["path"]):
+        raise ValueError(f"the path {entry['path']!r} is not processed/SOURCE/NAME.bin")
+    if entry["tokenizer"] != tokenizer.fingerprint():
+        raise ValueError("it was made with another tokenizer")
+    if entry["bytes"] != 2 * entry["tokens"]:
+        raise ValueError("bytes is not twice tokens")
+    return entry
+
+
 def shard_files(data, entry):
-    """-> ((path of the tokens, its size), (path of the offsets, its size)) as the manifest's entry says they must be."""
+    """-> ((path of the tokens, its size), (path of the offsets, its size)) as the manifest has them."""
     path = data / entry["path"]
-    return (path, 2 * entry["tokens"]), (path.with_suffix(".idx"), 8 * (entry["documents"] + 1))
+    return (path, entry["bytes"]), (path.with_suffix(".idx"), 8 * (entry["documents"] + 1))
 
 
-def unlisted_files(data):
+def check_shards(data, entries, verify):
+    """ValueError for a shard that is missing or has another size; verify: for one that fails check_shard."""
+    for entry in entries:  # first of all shards what is quick to see
+        for path, size in shard_files(data, entry):
+            if not path.is_file():
+                raise ValueError(f"{path} is missing")
+            if path.stat().st_size != size:
+                raise ValueError(f"{path} has {path.stat().st_size} bytes where the manifest says {size}")
+    total = sum(entry["bytes"] for entry in entries)
+    if verify:
+        for entry in tqdm(entries, "verifying", unit=" shards", leave=False, disable=total < 2e8):
+            (tokens, _), (offsets, _) = shard_files(data, entry)
+            check_shard(tokens, offsets, entry)
+
+
+def check_shard(tokens_path, offsets_path, entry):
     """
-    The files of shards that no manifest lists: of a build that was killed, of a stage that was deleted.
-    ValueError if a manifest is damaged, because what it lists cannot be known then.
+    ValueError unless both files have their SHA-256, the offsets rise from 0 to the number of tokens, each
+    document ends in an end-of-text, and there is no id that the tokenizer does not have.
     """
-    advice = "; nothing is cleaned before it is mended or deleted"
-    for folder in {path.parent for name in FROZEN_FILES for path in data.glob(f"stages/*/*/{name}")}:
-        if not folder.name.endswith(".tmp"):
-            check_snapshot(folder, folder.parent.name, folder.name, advice)
-    for manifest in data.glob("stages/*/manifest.jsonl"):
-        check_manifest(data, manifest.parent, manifest.parent.name, advice, verify=False, shards=False)
-    listed = listed_shards(data)
-    listed |= {path.removesuffix(".bin") + ".idx" for path in listed}
-    found = sorted([*data.glob("processed/*/*.bin"), *data.glob("processed/*/*.idx")])
-    return [p for p in found if p.relative_to(data).as_posix() not in listed]
+    tokens, offsets = tokens_path.read_bytes(), offsets_path.read_bytes()
+    for path, content, key in ((tokens_path, tokens, "sha256"), (offsets_path, offsets, "idx_sha256")):
+        if sha256(content) != entry[key]:
+            raise ValueError(f"{path} was changed: its SHA-256 is not the manifest's")
+    tokens, offsets = np.frombuffer(tokens, "<u2"), np.frombuffer(offsets, "<i8")
+    if offsets[0] != 0 or offsets[-1] != len(tokens) or np.any(np.diff(offsets) <= 0):
+        raise ValueError(f"{offsets_path} does not rise from 0 to the {len(tokens)} tokens of its shard")
+    if np.any(tokens[offsets[1:] - 1] != tokenizer.EOT):
+        raise ValueError(f"{tokens_path} has documents that do not end in an end-of-text token")
+    if tokens.max(initial=0) > tokenizer.END:
+        raise ValueError(f"{tokens_path} has token ids beyond {tokenizer.END}, the tokenizer's last")
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # freezing
 
 
 def freeze(data, stage, tag):
-    """Freeze the stage as it is now under a tag. -> its folder. ValueError if anything is wrong with it, or if the tag is taken."""
+    """Freeze the stage as it is now. -> the folder. ValueError if it is damaged or the tag is taken."""
     split_name(f"{stage}:{tag}")
     source, folder = data / "stages" / stage, data / "stages" / stage / tag
     entries, mixture = read_manifest(data, stage)
-    manifest_sha256, mixture_sha256 = (
-        sha256_file(source / "manifest.jsonl"),
-        sha256_file(source / "mixture.json"),
-    )
+    files = {name: (source / name).read_bytes() for name in ("manifest.jsonl", "mixture.json")}
     if folder.exists():
-        frozen = check_snapshot(folder, stage, tag, "; freeze under another tag")
-        if (frozen["manifest_sha256"], frozen["mixture_sha256"]) == (manifest_sha256, mixture_sha256):
-            return folder
-        raise ValueError(
-            f"the tag {tag!r} of {stage!r} is taken by another state of it, frozen on {frozen['created']}: choose another tag"
-        )
-    metadata = {n: read_json(data / "metadata" / stage / f"{n}.json") for n in ("provenance", "filters")}
+        check_snapshot(folder, stage, tag)
+        if any((folder / name).read_bytes() != content for name, content in files.items()):
+            raise ValueError(
+                f"the tag {tag!r} of {stage!r} is taken by another state of it: choose another tag"
+            )
+        return folder
     snapshot = {
         "stage": stage,
         "tag": tag,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "tokenizer": mixture["tokenizer"],
-        "manifest_sha256": manifest_sha256,
-        "mixture_sha256": mixture_sha256,
+        "manifest_sha256": sha256(files["manifest.jsonl"]),
+        "mixture_sha256": sha256(files["mixture.json"]),
         "shards": len(entries),
         "tokens": sum(e["tokens"] for e in entries),
         "documents": sum(e["documents"] for e in entries),
-        **metadata,
+        **{n: read_json(data / "metadata" / stage / f"{n}.json") for n in ("provenance", "filters")},
     }
-    files = {name: (source / name).read_bytes() for name in FROZEN_FILES[:2]}
-    install_frozen(folder, {**files, "snapshot.json": to_json(snapshot).encode()})
+    install_frozen(data, stage, tag, {**files, "snapshot.json": to_json(snapshot).encode()})
     return folder
 
 
-def install_frozen(folder, files):
-    """Write {name: bytes} as a folder that is there completely or not at all."""
-    beside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+def install_frozen(data, stage, tag, files):
+    """Write {name: bytes} as the folder of a frozen stage, which is there completely or not at all."""
+    beside = data / "work" / "frozen"
     shutil.rmtree(beside, ignore_errors=True)
     for name, content in files.items():
         write(beside / name, content)
-    os.rename(beside, folder)
+    (data / "stages" / stage).mkdir(parents=True, exist_ok=True)
+    os.rename(beside, data / "stages" / stage / tag)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# to the hub and back
+
+
+@contextlib.contextmanager
+def plainly(doing):
+    """Whatever the hub's client raises, as one line: what was being done, why not, what to do."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.LocalTokenNotFoundError:
+        raise ValueError(f"{doing}: not logged in; run `hf auth login`, or set HF_TOKEN") from None
+    except errors.RevisionNotFoundError:
+        raise ValueError(f"{doing}: there is no such revision or tag on the hub") from None
+    except errors.RepositoryNotFoundError:
+        raise ValueError(
+            f"{doing}: no such repository, or this login may not see it (`hf auth login`)"
+        ) from None
+    except errors.HfHubHTTPError as e:
+        code = e.response.status_code
+        advice = {401: "log in with `hf auth login`, or set HF_TOKEN", 403: "this login may not do that"}
+        advice = advice.get(code, "run it again to go on")
+        raise ValueError(f"{doing}: the hub answered {code}; {advice}") from None
+    except Exception as e:
+        # the network's own errors are those of the client's HTTP library, which differs between versions
+        network = type(e).__module__.split(".")[0] in ("httpx", "httpx2", "requests", "urllib3")
+        if not network and not isinstance(e, (errors.LocalEntryNotFoundError, RuntimeError)):
+            raise
+        reason = str(e.__cause__ or e).strip().split("\n")[0][:300]
+        raise ValueError(f"{doing}: {reason or type(e).__name__}; run it again to go on") from None
+
+
+def repo_name(repo):
+    if not re.fullmatch(rf"{NAME}/{NAME}", repo):
+        raise ValueError(f"{repo!r} is not the name of a repository: write USER/NAME")
+    return repo
+
+
+def git_hash(path):
+    content = Path(path).read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def files_of(api, repo, revision, repo_type="dataset"):
+    """{path: what the hub says of that file}"""
+    entries = api.list_repo_tree(repo, recursive=True, repo_type=repo_type, revision=revision)
+    return {entry.path: entry for entry in entries if hasattr(entry, "size")}  # folders have none
+
+
+def push(data, name, repo, private):
+    """Upload the frozen stage `name` (STAGE:TAG) as a dataset under that tag. ValueError if it fails."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    stage, tag = split_name(name)
+    if tag is None:
+        raise ValueError(f"only a frozen stage is pushed: python prepare.py freeze {stage} --tag=v0.1")
+    repo_name(repo)
+    entries, mixture = read_manifest(data, stage, tag)
+    folder = data / "stages" / stage / tag
+    snapshot = check_snapshot(folder, stage, tag)
+    ours = {file: folder / file for file in FROZEN_FILES}
+    ours |= {p.relative_to(data).as_posix(): p for e in entries for p, _ in shard_files(data, e)}
+    api = HfApi()
+    with plainly(f"cannot push to {repo}"), tempfile.TemporaryDirectory() as staged:
+        api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
+        if tag in [ref.name for ref in api.list_repo_refs(repo, repo_type="dataset").tags]:
+            for file in ("manifest.jsonl", "mixture.json"):
+                where = {"repo_type": "dataset", "revision": tag, "local_dir": staged}
+                there = Path(hf_hub_download(repo, file, **where))
+                if there.read_bytes() != ours[file].read_bytes():
+                    raise ValueError(
+                        f"{repo} has a tag {tag!r} of another state: a tag never moves, take another"
+                    )
+            print(f"{name} is already at {repo}, tag {tag}")
+            return
+        for path, file in ours.items():  # one folder as the repository will be, of links
+            (Path(staged) / path).parent.mkdir(parents=True, exist_ok=True)
+            (Path(staged) / path).symlink_to(file.resolve())
+        write(Path(staged) / "README.md", card(repo, stage, tag, snapshot, mixture))
+        # One commit, in which what belongs to earlier tags goes; at those tags it stays. Run again after an
+        # interruption, it sends what the hub does not have yet.
+        where = {"repo_id": repo, "repo_type": "dataset"}
+        commit = api.upload_folder(folder_path=staged, delete_patterns="*", commit_message=name, **where)
+        api.create_tag(tag=tag, revision=commit.oid, tag_message=f"smol-llm {name}", **where)
+    print(f"{name} is at {repo}, tag {tag}: python prepare.py pull {repo}:{tag}")
+
+
+def pull(data, name):
+    """Download USER/NAME:TAG, check every byte, put it in place as a frozen stage. ValueError if it fails."""
+    from huggingface_hub import snapshot_download
+
+    repo, _, tag = name.partition(":")
+    repo_name(repo)
+    if not re.fullmatch(NAME, tag):
+        raise ValueError(f"say which tag: python prepare.py pull {repo}:v0.1")
+    waiting = data / "work" / "pull" / f"{repo.replace('/', '--')}--{tag}"
+
+    def download(files):
+        with plainly(f"cannot pull {name}"):
+            where = {"repo_type": "dataset", "revision": tag, "local_dir": waiting}
+            snapshot_download(repo, allow_patterns=files, **where)
+
+    try:
+        download(list(FROZEN_FILES))
+        stage = read_json(waiting / "snapshot.json").get("stage")
+        split_name(f"{stage}:{tag}")
+        check_snapshot(waiting, stage, tag)
+        entries, _ = read_list(waiting, stage)
+        frozen = data / "stages" / stage / tag
+        files = {file: (waiting / file).read_bytes() for file in FROZEN_FILES}
+        for file in FROZEN_FILES:
+            if frozen.exists() and (frozen / file).read_bytes() != files[file]:
+                raise ValueError(f"{frozen} is another state than {name}, and a tag never moves")
+        missing = []
+        for entry in entries:
+            if f"-{entry['sha256'][:12]}.bin" not in entry["path"]:  # it could overwrite another stage's
+                raise ValueError(f"{entry['path']} does not carry its hash")
+            try:
+                check_shards(data, [entry], verify=True)
+            except ValueError:
+                missing.append(entry)
+        shards = [p.relative_to(data).as_posix() for e in missing for p, _ in shard_files(data, e)]
+        download(shards or ["manifest.jsonl"])
+        check_shards(waiting, missing, verify=True)
+    except ValueError as e:
+        raise ValueError(f"{e}; nothing of {name} was installed") from None
+    for path in shards:
+        (data / path).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(waiting / path, data / path)
+    if not frozen.exists():
+        install_frozen(data, stage, tag, files)
+    shutil.rmtree(waiting)
+    print(f"{stage}:{tag} is in {frozen}: {len(entries)} shards; train with --data={stage} --data_tag={tag}")
+
+
+def card(repo, stage, tag, snapshot, mixture):
+    """The dataset card: what is in it, how it is used, under which licences."""
+    sources = snapshot.get("provenance", {}).get("sources", {})
+    rows = ""
+    for name, share in mixture["weights"].items():
+        about = sources.get(name, {})
+        where = about.get("repo") or "generated, or from an installed package"
+        tokens = about.get("train", {}).get("tokens", 0)
+        rows += f"| {name} | {share:.1%} | {tokens:,} | {where} | {about.get('licence', '')} |\n"
+    return f"""---
+license: other
+license_name: mixed
+pretty_name: smol-llm {stage}
+tags: [smol-llm, arc-agi, pretokenized]
+viewer: false
+---
+# smol-llm {stage}:{tag}
+
+{snapshot["tokens"]:,} tokens in {snapshot["documents"]:,} documents, ready for training: GPT-2's byte-pair
+encoding with reserved ids for grids, uint16, in shards with document offsets.
+
+    python prepare.py pull {repo}:{tag}
+    python train.py config/route_a_{stage}.py --data={stage} --data_tag={tag}
+
+| source | share | training tokens | from | licence |
+|---|---|---|---|---|
+{rows}
+Documents were normalised, filtered and deduplicated: `snapshot.json` has the counts by rule. Test outputs of
+ARC-AGI's evaluation sets are in none of them, under any symmetry. The licence of a document is its source's.
+"""

@@ -1,45 +1,63 @@
 """
-What is asked: every suite of tasks, always the same ones in the same order, and the names by which they are called.
+What is asked: every suite of tasks, always the same ones in the same order, and their names.
 
-arc1, arc2        ARC-AGI-1's evaluation set (400 tasks), ARC-AGI-2's public evaluation set (120)
-sudoku            sudoku4; sudoku9, sudoku9_medium, sudoku9_hard (30, 42 and 54 blanks); sudoku_extreme where its file is there
-maze              7x7 mazes; maze_hard (30x30) where its file is there
-logic             puzzles in words: who sits where, knights and knaves
-transforms        grid programs of one step
-language, lm_eval:NAME,NAME      are no tasks: language.py measures them
+arc1, arc2         ARC-AGI-1's evaluation set (400 tasks), ARC-AGI-2's public evaluation set (120)
+sudoku             sudoku4; sudoku9, sudoku9_medium, sudoku9_hard (30, 42 and 54 blanks); sudoku_extreme
+maze               7x7 mazes; maze_hard (30x30)
+transforms         grid programs of one step
+logic              puzzles in words: who sits where, knights and knaves
+language           short questions, small functions, bits per byte, which language.py measures
+lm_eval:NAME,NAME  lm-eval's benchmarks
 
-sudoku_extreme and maze_hard are the test.csv of sapientinc/sudoku-extreme and sapientinc/maze-30x30-hard-1k, looked for in
-data/raw/sudoku_extreme and data/raw/maze_hard; of sudoku-extreme's 422,786 puzzles the first 1,000.
+sudoku_extreme and maze_hard are the first 1,000 puzzles of test.csv of sapientinc/sudoku-extreme and
+sapientinc/maze-30x30-hard-1k, where that file is in data/raw/sudoku_extreme or data/raw/maze_hard.
 
-A task of a suite in words is an arc.Task with texts in place of grids: test = [("Question: ...", "the answer")].
+A task in words is an arc.Task with texts in place of grids: test = [("Question: ...", "the answer")].
+The generated tasks are kept out of training: curate.HeldOut.
 
-Read next: puzzles.py and graphs.py, which make most of these; eval_arc.py, which asks.
+Read next: puzzles.py, which makes most of these; eval_arc.py, which asks.
 """
 
 import csv
 import difflib
 import functools
-import os
+import itertools
+import math
+from pathlib import Path
 
 import numpy as np
 
-from smol import arc, graphs, puzzles, sources
+from smol import arc, programs, puzzles, sources
 
 ARC_SUITES = {"arc1": "arc1_eval", "arc2": "arc2_eval"}
-HARDER = {"sudoku9_medium": 42, "sudoku9_hard": 54}  # blanks; puzzles.py's own sudoku9 has 30
 FILES = {"sudoku_extreme": sources.sudoku_extreme, "maze_hard": sources.maze_hard}
-OF_FILES = 1000  # tasks taken from a file, the first ones
-N_GENERATED = 50  # tasks of suites that are made here
-SEEDS = {
-    "sudoku9_medium": 90042,
-    "sudoku9_hard": 90054,
-    "logic": 7117,
-}  # changing one changes what was measured
-GROUPS = {"sudoku": ("sudoku4", "sudoku9", *HARDER, "sudoku_extreme"), "maze": ("maze", "maze_hard")}
-SUITES = (*ARC_SUITES, *puzzles.SUITES, *HARDER, *FILES, "logic")
-ALL = ", ".join(dict.fromkeys((*SUITES, *GROUPS, "language", "lm_eval:NAME")))
+FROM_FILE = 1000  # tasks taken from a file, the first ones
 IN_WORDS = ("logic",)
-RAW = os.path.join("data", "raw")
+RAW = Path("data/raw")
+
+
+def logic(rng):
+    """The question ends before the solution; the answer is what stands behind 'Answer:'."""
+    text, answer = puzzles.logic_puzzle(rng)
+    return arc.Task("", "logic", [], [(text[: text.index("\nSolution:")], str(answer))])
+
+
+# suite: (seed, number of tasks, function of a random generator). Changing one changes what was measured.
+GENERATED = {
+    "sudoku4": (4004, 100, lambda rng: puzzles.sudoku(rng, 4, 6, "test")),
+    "sudoku9": (9009, 50, lambda rng: puzzles.sudoku(rng, 9, 30, "test")),
+    "sudoku9_medium": (90042, 50, lambda rng: puzzles.sudoku(rng, 9, 42, "test")),
+    "sudoku9_hard": (90054, 50, lambda rng: puzzles.sudoku(rng, 9, 54, "test")),
+    "maze": (7007, 50, lambda rng: puzzles.maze(rng, 7, 7)),
+    "transforms": (1234, 50, programs.transform),
+    "logic": (7117, 50, logic),
+}
+GROUPS = {
+    "sudoku": ("sudoku4", "sudoku9", "sudoku9_medium", "sudoku9_hard", "sudoku_extreme"),
+    "maze": ("maze", "maze_hard"),
+}
+SUITES = (*ARC_SUITES, *GROUPS["sudoku"], *GROUPS["maze"], "transforms", "logic")
+ALL = ", ".join((*SUITES, "sudoku", "language", "lm_eval:NAME"))
 
 
 def is_tasks(name):
@@ -49,40 +67,32 @@ def is_tasks(name):
 
 def found(name):
     """Is the suite there? Those of FILES may not be."""
-    return name not in FILES or os.path.isfile(os.path.join(RAW, name, "test.csv"))
+    return name not in FILES or (RAW / name / "test.csv").is_file()
 
 
 def default():
-    """The names of all suites that are there, language last: what is asked when nobody says what to ask."""
-    return [
-        name
-        for name in ("arc1", "arc2", *GROUPS["sudoku"], *GROUPS["maze"], "transforms", "logic")
-        if found(name)
-    ] + ["language"]
+    """All suites that are there: what is asked unless somebody says what to ask."""
+    return [name for name in (*SUITES, "language") if found(name)]
 
 
 def names(text):
     """
-    'arc1,sudoku,lm_eval:sciq,arc_easy' -> suites in the order given, each once, groups as what they consist of; what follows lm_eval: up
-    to the next name of a suite is its own list. ValueError naming the closest suite, or saying which file is missing.
+    'arc1,sudoku,lm_eval:sciq,arc_easy' -> list of suites, each once, groups as what they consist of. What
+    follows lm_eval: up to the next suite is one name. ValueError naming the closest, or a missing file.
     """
     out, known = [], {*SUITES, *GROUPS, "language"}
     for name in filter(None, text.split(",")):
-        if name == "lm_eval:":
-            raise ValueError("lm_eval: needs the names of its benchmarks, such as lm_eval:sciq,arc_easy")
-        if name.startswith("lm_eval:"):
+        if name.startswith("lm_eval:") and name != "lm_eval:":
             out.append(name)
         elif out and out[-1].startswith("lm_eval:") and name not in known:
             out[-1] += f",{name}"
-        elif name in GROUPS:
-            out += [part for part in GROUPS[name] if found(part)]
         elif name not in known:
             closest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0)[0]
             raise ValueError(f"unknown suite {name!r}: did you mean {closest!r}? There are {ALL}")
+        elif name in GROUPS:
+            out += filter(found, GROUPS[name])
         elif not found(name):
-            raise ValueError(
-                f"suite {name!r} needs {os.path.join(RAW, name, 'test.csv')}, which is not there (suites.py says whose it is)"
-            )
+            raise ValueError(f"suite {name!r} needs {RAW / name / 'test.csv'}, which is not there")
         else:
             out.append(name)
     if not out:
@@ -92,39 +102,42 @@ def names(text):
 
 @functools.cache
 def load(name):
-    """-> tuple of arc.Task, always the same ones in the same order. ValueError as `names`, or saying which line of a file is wrong."""
-    if names(name) != [name] or not is_tasks(name):
-        raise ValueError(f"{name!r} is not one suite of tasks: there are {', '.join(SUITES)}")
+    """-> tuple of arc.Task, always the same in the same order. ValueError for a row that is no puzzle."""
     if name in ARC_SUITES:
         return tuple(arc.load(ARC_SUITES[name]))
-    if name in puzzles.SUITES:
-        return tuple(puzzles.heldout(name))
     if name in FILES:
-        return tuple(read_csv(os.path.join(RAW, name, "test.csv"), name, FILES[name]))
-    if name == "logic":
-        return tuple(logic())
-    rng = np.random.default_rng(SEEDS[name])
-    tasks = [puzzles.sudoku(rng, 9, HARDER[name], "test") for _ in range(N_GENERATED)]
-    return tuple(arc.Task(f"{name}-{i:04d}", "sudoku", [], task.test) for i, task in enumerate(tasks))
+        return tuple(read_csv(RAW / name / "test.csv", name))
+    seed, n, make = GENERATED[name]
+    rng, tasks, seen = np.random.default_rng(seed), [], set()
+    while len(tasks) < n:
+        task = make(rng)
+        content = repr(task.test) if name in IN_WORDS else puzzles.task_hash(task)
+        if content not in seen:
+            seen.add(content)
+            number = f"{name}-{len(tasks):04d}"
+            task.id = f"{number}:{task.id}" if name == "transforms" else number
+            tasks.append(task)
+    return tuple(tasks)
 
 
-def read_csv(path, name, task_of):
-    tasks = []
+def read_csv(path, name):
+    """The first FROM_FILE puzzles of a file, as sources.py reads its rows."""
     with open(path, newline="", encoding="utf-8-sig") as f:
-        for i, row in zip(range(OF_FILES), csv.DictReader(f)):
+        for i, row in enumerate(itertools.islice(csv.DictReader(f), FROM_FILE)):
             try:
-                tasks.append(task_of(row))
+                task = FILES[name](row)
             except (ValueError, KeyError) as e:
                 raise ValueError(f"{path}, row {i + 1}: no puzzle of {name} ({e})") from None
-            tasks[-1].id = f"{name}-{i:04d}"
-    return tasks
+            task.id = f"{name}-{i:04d}"
+            yield task
 
 
-def logic():
-    """Puzzles of graphs.logic_puzzle. The question ends before the solution; the answer is what stands behind 'Answer:'."""
-    rng, tasks = np.random.default_rng(SEEDS["logic"]), []
-    for i in range(N_GENERATED):
-        text, answer = graphs.logic_puzzle(rng)
-        question = text[: text.index("\nSolution:")]
-        tasks.append(arc.Task(f"logic-{i:04d}", "logic", [], [(question, str(answer))]))
-    return tasks
+def interval(k, n):
+    """-> [low, high], 95% for k out of n by Wilson's score: inside [0, 1], never of width 0."""
+    if n == 0:
+        return [0.0, 1.0]
+    z, p = 1.959964, k / n
+    middle = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = ((middle + side * half) / (1 + z * z / n) for side in (-1, 1))
+    return [round(max(0.0, low), 6), round(min(1.0, high), 6)]

@@ -1,20 +1,22 @@
 """
-Units of work: a few megabytes of one source, read, normalised, judged (curate.py), tokenised, and written with what it takes to find
-duplicates.
+Units of work: a few megabytes of one source, read, judged (curate.py), tokenised; and who makes them.
 
-They lie in data/work/SOURCE/KEY/ as NUMBER-LANE.tokens, .ends (offsets of documents), .keys (for duplicates
-and for the split), .bands (of MinHash, where near-duplicates are looked for), and last .json, the record:
-what was read and dropped, where to read on, and the SHA-256 of the files and of itself. A unit without a
-record is not there, so a kill costs a unit per worker; one whose files or record have changed is made
-again.
+A unit lies in data/work/SOURCE/KEY/ as NUMBER-LANE.tokens, .ends (offsets of documents), .keys (for
+duplicates and for the split), .bands (of MinHash, for text), and last .json, the record: what was read and
+dropped, where to read on, the hashes of the files. Without its record a unit is not there, so a kill costs
+one per worker. One that has been damaged is made anew.
 
-Read next: workers.py, who makes them; pipeline.py, what is done with them.
+Before this: sources.py, curate.py. Read next: pipeline.py, which makes a stage of units.
 """
 
+import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import json
-import sys
+import multiprocessing
+import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -24,27 +26,30 @@ from smol import sources as table
 from smol.snapshots import sha256, sha256_file, write
 
 BYTES_PER_TOKEN = 4  # of English, about: how megabytes of a stage become tokens, for puzzles as for text
-EXAMPLES, EXAMPLE_CHARS = 3, 600  # dropped documents kept per rule, for a person to read
 MAX_CHARS = 4_000_000  # of a document: 20 for each of the 200,000 words that the widest rule allows
+EXAMPLES, EXAMPLE_CHARS = 3, 600  # dropped documents kept per rule, for a person to read
 
 
 class Dropped:
     """How many documents each rule took out, and the first few of them, to look at."""
 
-    def __init__(self):
+    def __init__(self, *reports):
         self.rules = {}
+        for report in reports:
+            for rule, found in report.items():
+                self.add(rule, *found["examples"], count=found["count"])
 
-    def add(self, rule, example, count=1):
+    def add(self, rule, *examples, count=1):
         entry = self.rules.setdefault(rule, {"count": 0, "examples": []})
         entry["count"] += count
-        if len(entry["examples"]) < EXAMPLES:
-            entry["examples"].append(example)
+        entry["examples"] += examples[: EXAMPLES - len(entry["examples"])]
 
-    def merge(self, rules):
-        for rule, found in rules.items():
-            entry = self.rules.setdefault(rule, {"count": 0, "examples": []})
-            entry["count"] += found["count"]
-            entry["examples"] += found["examples"][: EXAMPLES - len(entry["examples"])]
+    def count(self):
+        return sum(found["count"] for found in self.rules.values())
+
+    def __str__(self):
+        rules = sorted(self.rules.items(), key=lambda item: -item[1]["count"])
+        return ", ".join(f"{rule} {found['count']:,}" for rule, found in rules) or "nothing"
 
 
 def unit_path(folder, lane, number, suffix):
@@ -52,28 +57,92 @@ def unit_path(folder, lane, number, suffix):
 
 
 def read_unit(folder, lane, number):
-    """-> the record of a unit; None if it is not there, is damaged, or the files have other sizes."""
+    """-> the record of a unit, None if it is not there or damaged. Reads all its files."""
     try:
         record = json.loads(unit_path(folder, lane, number, "json").read_bytes())
         digest = record.pop("sha256")
-        sizes = [unit_path(folder, lane, number, suffix).stat().st_size for suffix in record["files"]]
-        whole = sizes == [size for size, _ in record["files"].values()]
+        files = {s: sha256_file(unit_path(folder, lane, number, s)) for s in record["files"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return record if whole and digest == sha256(json.dumps(record).encode()) else None
+    return record if files == record["files"] and digest == sha256(json.dumps(record).encode()) else None
 
 
-def intact(folder, record):
-    """Do the files of a unit have the bytes that were written? Reads them all."""
-    for suffix, (_, digest) in record["files"].items():
-        path = unit_path(folder, record["lane"], record["number"], suffix)
-        if not path.is_file() or sha256_file(path) != digest:
-            return False
-    return True
+def make_units(job):
+    """Make the units first to last of one lane of one source, or up to its end. -> their records."""
+    state = read_unit(job["folder"], job["lane"], job["first"] - 1)["state"] if job["first"] else None
+    rows = table.open_rows(job["source"], job["where"], job["seed"], job["lane"], state)
+    iterator, records = iter(rows), []
+    for number in range(job["first"], job["last"] + 1):
+        records.append(make_unit(job, number, rows, iterator))
+        if records[-1]["end"]:
+            break
+    return records
 
 
-@functools.cache
-def _evaluations(path):
+def make_unit(job, number, rows, iterator):
+    """Read, judge, tokenise and write one unit. -> its record."""
+    source = table.SOURCES[job["source"]]
+    documents, size, read, end = [], 0, 0, True
+    dropped, odd = Dropped(), Dropped()
+    for origin, row in iterator:
+        read += 1
+        try:
+            document = table.to_document(job["source"], row)
+        except table.OddRow as e:
+            odd.add(e.rule, f"[{origin}] {e}".encode(errors="backslashreplace").decode()[:EXAMPLE_CHARS])
+            size += len(repr(row))
+        else:
+            task, grids, pieces = table.instantiate(document)
+            chars = sum(len(p) for p in pieces if isinstance(p, str))
+            size += chars + BYTES_PER_TOKEN * sum(np.size(p) for p in pieces if not isinstance(p, str))
+            if chars > MAX_CHARS:  # before it is judged, which takes about 60 bytes of memory for each
+                dropped.add("too_long", f"[{origin}] {chars:,} characters")
+            else:
+                documents.append((origin, task, grids, pieces))
+        if size >= job["unit_bytes"]:
+            end = False
+            break
+    state = rows.state()
+    dropped = Dropped(dropped.rules, odd.rules)
+    puzzling = source.kind == "puzzle" or any(task for _, task, _, _ in documents)
+    judge = judge_puzzles if puzzling else judge_texts
+    kept, keys, bands = judge(source, documents, dropped, read_evaluations(job["evaluations"]))
+    tokens = np.concatenate([np.zeros(0, np.uint16), *kept])
+    ends = np.concatenate([[0], np.cumsum([len(t) for t in kept])])
+    files = {
+        "tokens": tokens.astype("<u2").tobytes(),
+        "ends": ends.astype("<i8").tobytes(),
+        "keys": np.array(keys, "<u8").reshape(-1, 2).T.tobytes(),
+    }
+    if bands is not None:
+        files["bands"] = bands.astype("<u8").tobytes()
+    Path(job["folder"]).mkdir(parents=True, exist_ok=True)
+    for suffix, content in files.items():
+        unit_path(job["folder"], job["lane"], number, suffix).write_bytes(content)
+    record = {
+        "source": job["source"],
+        "lane": job["lane"],
+        "number": number,
+        "read": read,
+        "documents": len(kept),
+        "tokens": len(tokens),
+        "end": end,
+        "state": state,
+        "dropped": dropped.rules,
+        "odd": odd.rules,
+        "files": {suffix: sha256(content) for suffix, content in files.items()},
+    }
+    sealed = {**record, "sha256": sha256(json.dumps(record).encode())}
+    write(unit_path(job["folder"], job["lane"], number, "json"), json.dumps(sealed))  # last: now it is there
+    return record
+
+
+# ---------------------------------------------------------------------------------------------------------
+# judging
+
+
+@functools.lru_cache(maxsize=2)
+def read_evaluations(path):
     """-> (curate.TextEvaluations, {puzzle_key: name of the set it is from})"""
     with np.load(path) as arrays:
         tables = {(int(k.split(":")[0]), k.split(":")[1]): arrays[k] for k in arrays.files}
@@ -81,118 +150,16 @@ def _evaluations(path):
     return curate.TextEvaluations({key: hashes for key, hashes in tables.items() if key[0]}), puzzle_keys
 
 
-@functools.cache
-def evaluation_outputs():
-    return curate.EvaluationOutputs({name: arc.load(name) for name in curate.EVALUATION_SETS})
-
-
-@functools.cache
-def _judging_code():
-    return table.code_hash(curate, sys.modules[__name__], without=("RULES",)) + curate.held_out().digest
-
-
-def judging_key(profile):
+def tokenise(pieces):
     """
-    All that decides which documents of a profile are kept, and how: its rules and the code; of suites.py,
-    what is asked is what counts.
-    """
-    rules = [(rule, what, limits[profile]) for rule, what, limits in curate.RULES if profile in limits]
-    return [rules, _judging_code()]
-
-
-def make_units(job, report):
-    """
-    Make the units `first` to `last` of one lane of one source, as far as they are not there; report(record) after each.
-    Ends early where the source does. ValueError or OSError for what the user can do something about.
-    """
-    rows, state = None, None
-    if job["first"]:
-        state = read_unit(job["folder"], job["lane"], job["first"] - 1)["state"]
-    for number in range(job["first"], job["last"] + 1):
-        record = read_unit(job["folder"], job["lane"], number)
-        if record is None:
-            if rows is None:
-                rows = table.open_rows(job["source"], job["where"], job["seed"], job["lane"], state)
-                iterator = iter(rows)
-            record = make_unit(job, number, rows, iterator)
-        else:
-            rows, state = None, record["state"]
-        report(record)
-        if record["end"]:
-            return
-
-
-def make_unit(job, number, rows, iterator):
-    """Read, judge, tokenise and write one unit. -> its record."""
-    name = job["source"]
-    source = table.SOURCES[name]
-    documents, size, read, end = [], 0, 0, True
-    dropped, odd = Dropped(), Dropped()
-    for origin, row in iterator:
-        read += 1
-        try:
-            document = table.to_document(name, job["where"], row, table.is_first(origin))
-        except table.OddRow as e:
-            odd.add(e.rule, f"[{origin}] {e}".encode(errors="backslashreplace").decode()[:EXAMPLE_CHARS])
-            size += len(repr(row))
-        else:
-            task, grids, parts = table.instantiate(document)
-            chars = sum(len(p) for p in parts if isinstance(p, str))
-            size += chars + BYTES_PER_TOKEN * sum(np.size(p) for p in parts if not isinstance(p, str))
-            if chars > MAX_CHARS:  # before it is judged, which takes about 60 bytes of memory for each
-                dropped.add("too_long", f"[{origin}] {chars:,} characters")
-            else:
-                documents.append((origin, task, grids, parts))
-        if size >= job["unit_bytes"]:
-            end = False
-            break
-    state = rows.state()
-    dropped.merge(odd.rules)
-    judged = (
-        judge_puzzles if source.kind == "puzzle" or any(task for _, task, _, _ in documents) else judge_texts
-    )
-    kept, keys, bands = judged(source, documents, dropped, job)
-    tokens = np.concatenate(kept) if kept else np.zeros(0, np.uint16)
-    ends = np.concatenate([[0], np.cumsum([len(t) for t in kept])]).astype("<i8")
-    files = {
-        "tokens": tokens.astype("<u2").tobytes(),
-        "ends": ends.tobytes(),
-        "keys": np.array(keys, "<u8").reshape(-1, 2).T.tobytes(),
-    }
-    if bands is not None:
-        files["bands"] = bands.astype("<u8").tobytes()
-    for suffix, content in files.items():
-        write(unit_path(job["folder"], job["lane"], number, suffix), content)
-    record = {
-        "source": name,
-        "lane": job["lane"],
-        "number": number,
-        "read": read,
-        "documents": len(kept),
-        "tokens": len(tokens),
-        "bytes": size,
-        "end": end,
-        "state": state,
-        "dropped": dropped.rules,
-        "odd": odd.rules,
-        "files": {suffix: (len(content), sha256(content)) for suffix, content in files.items()},
-    }
-    sealed = {**record, "sha256": sha256(json.dumps(record).encode())}
-    # last: now the unit is there
-    write(unit_path(job["folder"], job["lane"], number, "json"), json.dumps(sealed))
-    return record
-
-
-def tokenise(parts):
-    """
-    list of str and ids -> np.uint16, an end-of-text at the end. Text that spells a reserved token stays text.
+    List of str and ids -> uint16, end-of-text last. Text that spells a reserved token is text.
     ValueError for an id that the tokenizer does not have, which 16 bits could turn into another.
     """
     encoder = tokenizer.load()
     # without a list of Python integers on the way this is encode_ordinary, and a fifth faster
     arrays = [
         encoder.encode_to_numpy(p, disallowed_special=()) if isinstance(p, str) else np.atleast_1d(p)
-        for p in parts
+        for p in pieces
     ]
     ids = np.concatenate([*arrays, [tokenizer.EOT]])
     if not 0 <= ids.min() <= ids.max() <= tokenizer.END:
@@ -200,7 +167,7 @@ def tokenise(parts):
     return ids.astype(np.uint16)
 
 
-def key_of(data):
+def hash64(data):
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
 
 
@@ -209,69 +176,132 @@ def puzzle_key(task):
     return int(puzzles.task_hash(task)[:16], 16)
 
 
-def judge_texts(source, documents, dropped, job):
-    """-> (token arrays, (key for duplicates, key for the split) of each, band keys or None) of the documents that pass."""
+def judge_texts(source, documents, dropped, evaluations):
+    """-> of those that pass: token arrays, (key for duplicates, key for the split), bands or None"""
     layout = source.profile in ("code", "dialogue")
     kept, texts = [], []
-    for origin, _, _, parts in documents:
-        parts = [curate.normalise(p, layout) if isinstance(p, str) else p for p in parts]
-        if any(p is None for p in parts):
+    for origin, _, _, pieces in documents:
+        pieces = [curate.normalise(p, layout) if isinstance(p, str) else p for p in pieces]
+        if any(p is None for p in pieces):
             dropped.add("not_text", f"[{origin}]")
-        elif not any(isinstance(p, str) and p for p in parts):
+        elif not any(isinstance(p, str) and p for p in pieces):
             dropped.add("empty", f"[{origin}]")
         else:
-            kept.append((origin, parts))
-            texts.append("\n".join(p for p in parts if isinstance(p, str)))
+            kept.append((origin, pieces))
+            texts.append("\n".join(p for p in pieces if isinstance(p, str)))
     words = curate.read_words(texts)
     verdicts = curate.judge(words, texts, source.profile)
-    for i, name in _evaluations(job["evaluations"])[0].quoted(words).items():
+    for i, name in evaluations[0].quoted(words).items():
         verdicts[i] = verdicts[i] or f"quotes_{name}"
     if source.profile == "none":  # generated, as the suites of puzzles in words are
-        verdicts = [
-            rule or ("held_out" if curate.held_out().asks(text) else None)
-            for rule, text in zip(verdicts, texts)
-        ]
-    good = [i for i, rule in enumerate(verdicts) if rule is None]
-    for i, rule in enumerate(verdicts):
-        if rule is not None:
-            dropped.add(rule, f"[{kept[i][0]}] {texts[i][:EXAMPLE_CHARS]}")
-    tokens = [tokenise(kept[i][1]) for i in good]
-    keys = [key_of(t.tobytes()) for t in tokens]
+        for i, text in enumerate(texts):
+            verdicts[i] = verdicts[i] or ("held_out" if curate.held_out().asks(text) else None)
+    tokens, keys, good = [], [], []
+    for i, (origin, pieces) in enumerate(kept):
+        if verdicts[i]:
+            dropped.add(verdicts[i], f"[{origin}] {texts[i][:EXAMPLE_CHARS]}")
+            continue
+        ids = tokenise(pieces)
+        key = hash64(ids.tobytes())
+        # a module and its docstrings are on the same side of the split
+        keys.append((key, hash64(origin.encode()) if source.rows else key))
+        tokens.append(ids)
+        good.append(i)
     # what is generated from templates is alike by design
-    bands = None if source.profile == "none" else curate.signatures(words)[:, good]
-    return tokens, [(k, k) for k in keys], bands
+    return tokens, keys, None if source.profile == "none" else curate.signatures(words)[:, good]
 
 
 def answer_fits(task):
-    """Is the answer right? For puzzles from elsewhere; ours were checked when they were made. A maze may have other ways as short."""
+    """Is the answer right? For puzzles from elsewhere; a maze may have other ways as short."""
     if task.kind == "sudoku":
         return puzzles.check_sudoku(*task.test[0])
     return puzzles.check_maze(*task.test[0], only=False)
 
 
-def judge_puzzles(source, documents, dropped, job):
+def judge_puzzles(source, documents, dropped, evaluations):
     """As judge_texts, for puzzles and texts about puzzles."""
     tokens, keys = [], []
-    outputs, tested_on = evaluation_outputs(), _evaluations(job["evaluations"])[1]
-    for origin, task, grids, parts in documents:
+    outputs, tested_on = curate.evaluation_outputs(), evaluations[1]
+    for origin, task, grids, pieces in documents:
         name = f"[{origin}] {task.id}"
+        same = puzzle_key(task)
         if any(max(grid.shape) > arc.MAX_SIDE for grid in grids):
             dropped.add("larger_than_30", name)
         elif source.repo and not answer_fits(task):
             dropped.add("wrong_answer", name)
         elif curate.held_out().has(task, source.augment):
             dropped.add("held_out", name)
-        elif tested_on and (name_of := tested_on.get(puzzle_key(task))):
-            dropped.add(f"is_in_{name_of}", name)
+        elif same in tested_on:
+            dropped.add(f"is_in_{tested_on[same]}", name)
         elif found := outputs.matches(grids):
             dropped.add("evaluation_output", f"{name}: {found[0]}")
         else:
-            ids = tokenise(parts)
-            # An ARC task comes back turned and recoloured, on purpose, and all its images are on the same side of the split. Of other
-            # puzzles the images are the same puzzle, because the loader makes them by itself.
-            same = (
-                key_of(ids.tobytes()) if source.group == "arc" or source.kind == "text" else puzzle_key(task)
-            )
+            ids = tokenise(pieces)
+            # Images of a puzzle are the same puzzle: the loader makes them by itself. An ARC task comes back
+            # turned and recoloured on purpose, and all its images are on the same side of the split.
+            key = hash64(ids.tobytes()) if source.group == "arc" or source.kind == "text" else same
+            keys.append((key, hash64(task.id.encode()) if source.group == "arc" else key))
             tokens.append(ids)
-            keys.append((same, key_of(task.id.encode()) if source.group == "arc" else same))
     return tokens, keys, None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# who makes them
+
+
+@contextlib.contextmanager
+def workers(c):
+    """-> submit(job): a Future of make_units(job), on this machine's cores or on a Ray cluster."""
+    num_proc = c.num_proc or os.cpu_count() or 1
+    if c.engine == "ray":
+        yield from ray_workers(num_proc, c.ray_address)
+    elif num_proc == 1:
+
+        def submit(job):
+            done = concurrent.futures.Future()
+            done.set_result(make_units(job))
+            return done
+
+        yield submit
+    else:
+        # spawned, because a forked worker would hold the lock of the data folder beyond our death
+        spawn = multiprocessing.get_context("spawn")
+        pool = concurrent.futures.ProcessPoolExecutor(num_proc, mp_context=spawn, initializer=end_with_parent)
+        try:
+            yield lambda job: pool.submit(make_units, job)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():  # what they are at is made again
+                process.terminate()
+            raise
+        pool.shutdown()
+
+
+def end_with_parent():
+    """In a worker: end when the build was killed, instead of waiting for work for ever."""
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def ray_workers(num_proc, address):
+    """
+    The cluster at `address`, or a local one. Every node needs this repository at the same place, and the data
+    folder on a file system that they share, because units are written where they are made.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise ValueError("--engine=ray needs Ray: pip install ray") from None
+    paths = [str(Path(__file__).resolve().parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    options = {"runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}, "log_to_driver": False}
+    options |= {"address": address} if address else {"num_cpus": num_proc, "include_dashboard": False}
+    ray.init(**options)
+    try:
+        remote = ray.remote(num_cpus=1)(make_units)
+        yield lambda job: remote.remote(job).future()
+    finally:
+        ray.shutdown()

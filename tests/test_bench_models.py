@@ -74,12 +74,8 @@ def test_a_filled_cache_holds_what_a_read_one_does():
 def test_learn_trains_all_beside_each_other(nanogpt, tmp_path, monkeypatch, capsys):
     small = [
         "--val_every=3",
-        "--limit_mb=0.1",
-        "--n_arithmetic=100",
-        "--n_sudoku4=20",
-        "--n_sudoku9=2",
-        "--n_maze=4",
-        "--n_transforms=4",
+        "--limit_mb=1",
+        "--num_proc=1",
     ]
     prepare.main(["demo", f"--data_dir={tmp_path / 'data'}", *small])
     capsys.readouterr()

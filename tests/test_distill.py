@@ -24,8 +24,7 @@ from smol.solve import Candidate
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
-STAGE = ["--val_every=3", "--limit_mb=0.05", "--n_arithmetic=100", "--n_sudoku4=60", "--n_sudoku9=4"]
-STAGE += ["--n_maze=20", "--n_transforms=10"]
+STAGE = ["--val_every=3", "--limit_mb=1", "--num_proc=1"]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import torch
 from tiny import grid, make, save
 
 import eval_arc
-from smol import arc, engine, language, puzzles, solve, suites
+from smol import arc, engine, language, solve, suites
 from smol.solve import Candidate, Given
 
 TASKS = [
@@ -125,7 +125,7 @@ def test_the_submission_has_the_prize_format():
 
 
 def test_every_task_is_asked_once_with_others_of_its_length_and_without_its_outputs():
-    tasks, asked = [*suites.load("arc1")[:50], *puzzles.heldout("sudoku4", 70)], []
+    tasks, asked = [*suites.load("arc1")[:50], *suites.load("sudoku4")[:70]], []
     known = {t.id: t for t in tasks}
 
     def answer(part):
@@ -145,7 +145,7 @@ def test_every_task_is_asked_once_with_others_of_its_length_and_without_its_outp
 
 
 def test_processes_share_the_tasks(monkeypatch):
-    tasks, asked = puzzles.heldout("sudoku4", 10), []
+    tasks, asked = suites.load("sudoku4")[:10], []
     monkeypatch.setattr(eval_arc, "ROWS_TOGETHER", 2)
     monkeypatch.setattr(eval_arc.runtime, "world_size", 3)
     monkeypatch.setattr(eval_arc.runtime, "gather", lambda mine: [])
@@ -161,7 +161,7 @@ def test_too_long_is_what_does_not_fit_into_block_size(name, sudoku, maze):
     Tokens counted from the document format alone. 7x7 maze: 3 + 56 + 56, 4x4 sudoku: 3 + 20 + 20; for Route
     B, whose question lies on the canvas, 2 + 56 and 2 + 20.
     """
-    tasks = puzzles.heldout("maze", 2) + puzzles.heldout("sudoku4", 3)
+    tasks = suites.load("maze")[:2] + suites.load("sudoku4")[:3]
     for block_size, fits in ((sudoku - 1, 0), (sudoku, 3), (maze - 1, 3), (maze, 5)):
         model = make(name, block_size)
         records = eval_arc.evaluate(tasks, lambda part: solve.solve(model, part, solve.Settings()))

@@ -192,16 +192,6 @@ def test_what_is_written_ends_with_the_function():
 # intervals
 
 
-def test_wilsons_interval_is_where_a_share_is_as_far_from_the_observed_one_as_chance_allows():
-    for k, n in ((0, 10), (1, 10), (7, 20), (50, 100), (399, 400), (400, 400)):
-        low, high = language.interval(k, n)
-        assert 0 <= low <= k / n <= high <= 1 and high > low
-        for p in (low, high):
-            if 0 < p < 1:
-                assert abs(k / n - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / n), abs=1e-4)
-    assert language.interval(0, 0) == [0, 1]
-
-
 def test_the_interval_of_a_ratio_covers_the_true_one_in_95_of_100_samples():
     rng, hits = np.random.default_rng(1), 0
     for _ in range(400):

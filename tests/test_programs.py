@@ -1,356 +1,196 @@
-"""programs.py and graphs.py: the language does what its documentation says, every task verifies, every puzzle has one answer."""
+"""Grid programs: each function by hand, tasks of every family by running their text as Python, traces."""
 
-import itertools
-import os
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from smol import arc, graphs, programs
+from smol import arc, programs
 from smol import tokenizer as tok
 
-ROOT = Path(__file__).parent.parent
+
+def grid(text):
+    return np.array([[int(c) for c in row] for row in text.split("/")], np.uint8)
 
 
-def rng(seed=0):
-    return np.random.default_rng(seed)
-
-
-# ---- the language, function by function, beside plain loops
-
-
-def cells(grid):
-    return {(r, c): int(v) for (r, c), v in np.ndenumerate(grid)}
-
-
-def objects_of(grid):
-    """Sets of coloured cells that touch by sides, by merging labels until nothing changes."""
-    label = {at: i for i, (at, v) in enumerate(cells(grid).items()) if v}
-    moving = True
-    while moving:
-        moving = False
-        for (r, c), mine in list(label.items()):
-            for near in ((r + 1, c), (r, c + 1), (r - 1, c), (r, c - 1)):
-                if label.get(near, mine) < mine:
-                    label[r, c] = mine = label[near]
-                    moving = True
-    return [sorted(at for at, v in label.items() if v == i) for i in sorted(set(label.values()))]
-
-
-def filled(grid, value_of):
-    return np.array([[value_of(r, c) for c in range(grid.shape[1])] for r in range(grid.shape[0])], np.uint8)
-
-
-def near4(grid, r, c):
-    h, w = grid.shape
-    return [
-        int(grid[y, x])
-        for y, x in ((r - 1, c), (r, c - 1), (r, c + 1), (r + 1, c))
-        if 0 <= y < h and 0 <= x < w
-    ]
-
-
-def slow_box(g):
-    out = g.copy()
-    for part in objects_of(g):
-        (top, bottom), (left, right) = ((min(axis), max(axis)) for axis in zip(*part))
-        for r, c in itertools.product(range(top, bottom + 1), range(left, right + 1)):
-            if out[r, c] == 0:
-                out[r, c] = g[part[0]]
-    return out
-
-
-def slow_cross(g):
-    coloured = [(r, c) for (r, c), v in sorted(cells(g).items()) if v]
-
-    def colour(r, c):
-        if g[r, c]:
-            return g[r, c]
-        row = [g[y, x] for y, x in coloured if y == r]
-        column = [g[y, x] for y, x in coloured if x == c]
-        return (row + column + [0])[0]
-
-    return filled(g, colour)
-
-
-def slow_diagonals(g, up):
-    coloured = [(r, c) for (r, c), v in sorted(cells(g).items()) if v]
-    return filled(
-        g,
-        lambda r, c: (
-            g[r, c] or ([g[y, x] for y, x in coloured if (r + c == y + x if up else r - c == y - x)] + [0])[0]
-        ),
-    )
-
-
-def slow_odd_colour(g):
-    counts = {v: (g == v).sum() for v in range(1, 10) if (g == v).any()}
-    rare = min(counts, key=lambda v: (counts[v], v)) if counts else 0
-    return filled(g, lambda r, c: g[r, c] if g[r, c] == rare else 0)
-
-
-def slow_row_colour(g, axis):
-    def colour(line):
-        found = [v for v in line if v]
-        return max(sorted(set(found)), key=found.count) if found else 0
-
-    return filled(g, lambda r, c: colour((g[r] if axis == 1 else g[:, c]).tolist()))
-
-
-def slow_by_size(g, a, b):
-    parts = objects_of(g)
-    most = max(map(len, parts), default=0)
-    colour = {at: a if len(part) == most else b for part in parts for at in part}
-    return filled(g, lambda r, c: colour.get((r, c), 0))
-
-
-def only(g, part):
-    return filled(g, lambda r, c: g[r, c] if (r, c) in part else 0)
-
-
-def slow_distinct(g, axis):
-    lines = [list(x) for x in (g if axis == 0 else g.T)]
-    kept = np.array([line for line, _ in itertools.groupby(lines)], np.uint8)
-    return kept if axis == 0 else kept.T
-
-
-SLOW = {
-    "keep": lambda g, a: filled(g, lambda r, c: a if g[r, c] == a else 0),
-    "negative": lambda g, a: filled(g, lambda r, c: 0 if g[r, c] else a),
-    "paint": lambda g, a: filled(g, lambda r, c: a if g[r, c] else 0),
-    "hollow": lambda g: filled(
-        g, lambda r, c: 0 if len(near4(g, r, c)) == 4 and all(near4(g, r, c)) else g[r, c]
-    ),
-    "grow": lambda g: filled(g, lambda r, c: g[r, c] or next((v for v in near4(g, r, c) if v), 0)),
-    "smallest": lambda g: only(g, min(objects_of(g), key=len, default=[])),
-    "without_specks": lambda g: only(g, {at for part in objects_of(g) if len(part) > 1 for at in part}),
-    "box": slow_box,
-    "by_size": slow_by_size,
-    "count_objects": lambda g, a: np.full((1, max(len(objects_of(g)), 1)), a, np.uint8),
-    "cross": slow_cross,
-    "diagonals": slow_diagonals,
-    "checker": lambda g, odd: filled(g, lambda r, c: g[r, c] if (r + c) % 2 == odd else 0),
-    "stripes": lambda g, axis, k, a: filled(g, lambda r, c: a if (c if axis else r) % k == 0 else g[r, c]),
-    "half": lambda g, side: {
-        0: g[-(len(g) // 2) :],
-        1: g[:, -(g.shape[1] // 2) :],
-        2: g[: len(g) // 2],
-        3: g[:, : g.shape[1] // 2],
-    }[side],
-    "beside": lambda g, k: np.hstack([g, (g, g[::-1], g[::-1, ::-1])[k]]),
-    "fold": lambda g, axis: slow_fold(g if axis == 0 else g.T) if axis == 0 else slow_fold(g.T).T,
-    "sort_cells": lambda g, axis: (
-        np.array([sorted(x) for x in (g.T if axis == 0 else g)], np.uint8).T
-        if axis == 0
-        else np.array([sorted(x) for x in g], np.uint8)
-    ),
-    "row_colour": slow_row_colour,
-    "distinct_lines": slow_distinct,
-    "odd_colour": slow_odd_colour,
-    "fall_apart": lambda g, dy: filled(
-        g, lambda r, c: cells(g).get((r - dy if c % 2 == 0 else r + dy, c), 0)
-    ),
-    "widen": lambda g, axis: slow_widen(g) if axis == 0 else slow_widen(g.T).T,
-    "margin": lambda g, k: filled(
-        np.zeros((g.shape[0] + 2 * k, g.shape[1] + 2 * k)), lambda r, c: cells(g).get((r - k, c - k), 0)
-    ),
+G = "120/003/100"
+DOTS = "1000/0000/0020/0000"
+KNOWN = {  # (parameters, input, output)
+    "flip": [({"axis": 0}, G, "100/003/120"), ({"axis": 1}, G, "021/300/001")],
+    "rotate": [({"k": 1}, G, "030/200/101"), ({"k": 2}, G, "001/300/021")],
+    "transpose": [({"anti": 0}, G, "101/200/030"), ({"anti": 1}, G, "030/002/101")],
+    "roll": [({"dy": 1, "dx": 0}, G, "100/120/003"), ({"dy": 0, "dx": -1}, G, "201/030/001")],
+    "gravity": [
+        ({"side": 0}, G, "000/100/123"),
+        ({"side": 1}, G, "012/003/001"),
+        ({"side": 2}, G, "123/100/000"),
+        ({"side": 3}, G, "120/300/100"),
+    ],
+    "sort_lines": [
+        ({"axis": 0, "descending": 0}, G, "003/100/120"),
+        ({"axis": 0, "descending": 1}, G, "120/003/100"),
+        ({"axis": 1, "descending": 0}, G, "201/030/001"),
+    ],
+    "swap": [({"a": 1, "b": 2}, G, "210/003/200")],
+    "replace": [({"a": 1, "b": 5}, G, "520/003/500")],
+    "keep": [({"a": 1}, G, "100/000/100")],
+    "paint": [({"a": 5}, G, "550/005/500")],
+    "negative": [({"a": 5}, G, "005/550/055")],
+    "commonest": [({"least": 0}, "110/200/100", "111/111/111"), ({"least": 1}, "110/220/110", "222/222/222")],
+    "crop": [({}, "0000/0120/0030/0000", "12/03")],
+    "squeeze": [({}, "100/000/203", "10/23")],
+    "half": [
+        ({"side": 0}, "123/456/789", "789"),
+        ({"side": 1}, "1234/5678", "34/78"),
+        ({"side": 2}, "123/456/789", "123"),
+        ({"side": 3}, "123/456", "1/4"),
+    ],
+    "fold": [({"axis": 0}, "120/003/405", "425/003"), ({"axis": 1}, "1203/0040", "32/04")],
+    "halves": [
+        ({"op": 0, "axis": 1}, "10502/11520/00500", "00/50/00"),
+        ({"op": 1, "axis": 1}, "10502/11520/00500", "55/55/00"),
+        ({"op": 2, "axis": 1}, "10502/11520/00500", "55/05/00"),
+        ({"op": 3, "axis": 1}, "10502/11520/00500", "00/00/55"),
+        ({"op": 0, "axis": 0}, "110/010/555/020/200", "050/000"),
+    ],
+    "scale": [({"k": 2}, "10/02", "1100/1100/0022/0022")],
+    "tile": [({"ny": 1, "nx": 2}, "10/02", "1010/0202"), ({"ny": 3, "nx": 1}, "12", "12/12/12")],
+    "mirror": [
+        ({"side": 0}, "12/30", "12/30/30/12"),
+        ({"side": 1}, "12/30", "1221/3003"),
+        ({"side": 2}, "12/30", "30/12/12/30"),
+        ({"side": 3}, "12/30", "2112/0330"),
+    ],
+    "frame": [({"a": 5}, "12/30", "5555/5125/5305/5555")],
+    "border": [({"a": 5}, G, "555/505/555")],
+    "outline": [({"a": 5}, "0000/0100/0000/0000", "5550/5150/5550/0000")],
+    "hollow": [({}, "0100/1111/0111/0111", "0100/1011/0101/0111")],
+    "grow": [({}, DOTS, "1100/1020/0222/0020"), ({}, "102/000", "112/102")],
+    "rays": [
+        ({"side": 0}, "010/000/203", "010/010/213"),
+        ({"side": 1}, "0100/0000/2003", "0111/0000/2223"),
+        ({"side": 2}, "010/000/203", "213/203/203"),
+        ({"side": 3}, "010/000/203", "110/000/233"),
+    ],
+    "diagonals": [({"up": 0}, "010/000/200", "010/001/200"), ({"up": 1}, "100/000/020", "100/002/020")],
+    "connect": [
+        ({"axis": 1}, "1001/0200/2003/0020", "1111/0200/2003/0020"),
+        ({"axis": 0}, "100/000/120", "100/100/120"),
+        ({"axis": 1}, "10201/00000", "10201/00000"),
+    ],
+    "symmetric": [({"axis": 0}, "100/020/003", "103/020/103"), ({"axis": 1}, "100/020/003", "101/020/303")],
+    "one_object": [
+        ({"smallest": 0}, "1100/0020/0030/3020", "0000/0020/0030/0020"),
+        ({"smallest": 1}, "1100/0020/0030/3020", "0000/0000/0000/3000"),
+    ],
+    "without_specks": [({}, "1100/0020/3000/3020", "1100/0000/3000/3000")],
+    "recolour_largest": [({"a": 5}, "1100/0020/3000/3020", "5500/0020/5000/5020")],
+    "box": [({}, "1000/2200/0000/0033", "1100/2200/0000/0033")],
+    "fill_enclosed": [
+        ({"a": 5}, "1110/1010/1110/0000", "1110/1510/1110/0000"),
+        ({"a": 5}, "0100/1010/0100/0000", "0100/1510/0100/0000"),
+        ({"a": 5}, "1110/1000/1110/0000", "1110/1000/1110/0000"),
+    ],
+    "count_objects": [({"a": 5}, "1100/0020/0030/3020", "555")],
+    "count_bars": [({"axis": 1}, "110/122/003", "111/220/300"), ({"axis": 0}, "110/122/003", "123/120/100")],
 }
 
 
-def slow_widen(g):
-    return np.array([row for row in g for _ in range(2)])
-
-
-def slow_fold(g):
-    h = len(g)
-    return filled(g[: (h + 1) // 2], lambda r, c: g[h - 1 - r, c] or g[r, c])
-
-
-@pytest.mark.parametrize("name", SLOW)
-def test_functions_do_what_a_plain_loop_does(name):
-    settings, apply, make_input = programs.LANGUAGE[name]
-    draw = rng(len(name))
-    for i in range(12):
-        for params in settings[:: max(1, len(settings) // 8)]:
-            grid = np.ascontiguousarray(make_input(draw, params))
-            before = grid.copy()
-            assert np.array_equal(apply(grid, **params), SLOW[name](grid, **params)), (
-                name,
-                params,
-                grid.tolist(),
-            )
-            assert np.array_equal(grid, before), "the input was changed"
-
-
-def test_every_new_function_is_checked_and_documented():
-    assert set(SLOW) == set(programs.LANGUAGE) - set(programs.TRANSFORMS)
-    for name, (_, apply, _) in programs.LANGUAGE.items():
-        assert apply.__doc__ or name in ("flip", "rotate", "transpose", "scale", "tile")  # whose names say it
-
-
-# ---- families
-
-
-def test_there_are_enough_families_and_levels():
-    assert len(programs.FAMILIES) >= 40
-    assert {len(slots) for slots, _ in programs.FAMILIES.values()} >= {1, 2, 3}
+@pytest.mark.parametrize("name", programs.LANGUAGE)
+def test_functions(name):
+    settings, _, _ = programs.LANGUAGE[name]
+    for params, before, after in KNOWN[name]:
+        given = grid(before)
+        assert params in settings and programs.step(given, name, params).tolist() == grid(after).tolist()
+        assert np.array_equal(given, grid(before)), "the input was changed"
+    rng = np.random.default_rng(0)
+    noise = rng.integers(10, size=(3, 8), dtype=np.uint8)
+    for any_grid in (np.zeros((3, 3), np.uint8), np.full((8, 3), 9, np.uint8), noise):
+        for params in settings:
+            out = programs.step(any_grid, name, params)
+            assert out.dtype == np.uint8 and out.ndim == 2 and out.size and out.max() <= 9
 
 
 @pytest.mark.parametrize("family", programs.FAMILIES)
 def test_tasks_of_every_family_verify(family):
-    draw = rng(3)
+    rng = np.random.default_rng(3)
     for _ in range(2):
-        task, steps = programs.make(draw, family)
-        text = programs.program_text(steps)
-        assert (
-            len(steps) == len(programs.FAMILIES[family][0])
-            and 2 <= len(task.train) <= 4
-            and len(task.test) == 1
-        )
+        task, steps = programs.make(rng, family)
+        pairs, text = task.train + task.test, programs.program_text(steps)
+        assert [name in slot for (name, _), slot in zip(steps, programs.FAMILIES[family][0], strict=True)]
+        assert 2 <= len(task.train) <= 4 and len({x.tobytes() for x, _ in pairs}) == len(pairs)
         # the text is Python: executed as such, with the language's functions, it gives the same
-        space = {name: apply for name, (_, apply, _) in programs.LANGUAGE.items()}
+        space = {name: function for name, (_, function, _) in programs.LANGUAGE.items()}
         exec(text, space)  # noqa: S102
-        for x, y in task.train + task.test:
+        for x, y in pairs:
             assert np.array_equal(space["solve"](x), y) and y.any() and max(*x.shape, *y.shape) <= 30
-            assert not np.array_equal(x, y)
-        arc.decode(arc.encode(task.kind, task.train + task.test))
+            assert not np.array_equal(x, y) and x.dtype == y.dtype == np.uint8
         assert programs.check(task, text)
         wrong = arc.Task("", "arc", task.train, [(task.test[0][0], np.pad(task.test[0][1], 1))])
         assert not programs.check(wrong, text)
 
 
-def everything_from_one_seed():
-    draw = rng(5)
-    return [
-        [np.asarray(p).tolist() if not isinstance(p, str) else p for p in programs.trace(draw)[1]]
-        + [graphs.shortest(draw), graphs.logic_puzzle(draw)]
-        for _ in range(6)
-    ]
-
-
-def test_same_seed_same_tasks_in_another_process():
-    code = "import sys; sys.path[:0] = ['.', 'tests']; import test_programs; print(test_programs.everything_from_one_seed())"
-    env = {**os.environ, "PYTHONHASHSEED": "77"}
-    other = subprocess.run(
-        [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert other.stdout.strip() == str(everything_from_one_seed())
+def test_demonstrations_leave_one_answer_to_a_single_function():
+    rng = np.random.default_rng(20)
+    for task in [programs.transform(rng) for _ in range(8)] + [
+        programs.make(rng, f)[0] for f in ("crop", "squeeze")
+    ]:
+        answers = set()
+        for name, (settings, _, _) in programs.LANGUAGE.items():
+            for params in settings:
+                if all(np.array_equal(programs.step(x, name, params), y) for x, y in task.train):
+                    answers.add(str(programs.step(task.test[0][0], name, params).tolist()))
+        assert answers == {str(task.test[0][1].tolist())}
+    x, y = grid("100/000"), grid("200/000")  # by replace or paint; the test tells them apart
+    task = arc.Task("", "arc", [(x, y)], [(grid("103/000"), grid("203/000"))])
+    assert programs.explained_otherwise(task)
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    "line, says",
     [
-        ("def solve(grid):\n    grid = crop(grid)\n    return grid\n", None),
-        ("def solve(grid):\n    grid = crp(grid)\n    return grid\n", "closest is 'crop'"),
-        ("def solve(grid):\n    grid = flip(grid, axis=7)\n    return grid\n", "does not take"),
-        ("def solve(grid):\n    import os\n    return grid\n", "not a program"),
-        ("def solve(grid):\n    grid = crop(other)\n    return grid\n", "does not turn grid into grid"),
-        ("def solve(grid):\n    return 1\n", "return grid"),
-        ("nonsense(", "not a program"),
+        ("grid = crop(grid)", None),
+        ("grid = roll(grid, dy=1, dx=-2)", None),
+        ("grid = crp(grid)", "closest is 'crop'"),
+        ("grid = flip(grid, axis=7)", "does not take"),
+        ("import os", "does not turn grid into grid"),
+        ("grid = crop(other)", "does not turn grid into grid"),
+        ("return 1", "does not turn grid into grid"),
+        ("(((", "does not turn grid into grid"),
     ],
 )
-def test_parse(text, says):
+def test_parse(line, says):
+    text = f"def solve(grid):\n    {line}\n    return grid\n"
     if says is None:
         assert programs.program_text(programs.parse(text)) == text
     else:
         with pytest.raises(ValueError, match=says):
             programs.parse(text)
+    with pytest.raises(ValueError, match="not a program"):
+        programs.parse(line)
 
 
 def test_traces_hold_the_program_and_what_it_does():
-    draw, shown = rng(1), set()
-    for _ in range(30):
-        task, parts, more = programs.trace(draw)
+    rng, shown = np.random.default_rng(1), set()
+    for _ in range(20):
+        task, parts, more = programs.trace(rng)
         (text,) = (p for p in parts if isinstance(p, str))
-        ids = np.concatenate([[-1] if isinstance(p, str) else np.atleast_1d(p) for p in parts]).tolist()
+        ids = np.concatenate([[-1] if isinstance(p, str) else p for p in parts]).tolist()
         at = ids.index(-1)
         # what comes before the program is the task as a puzzle has it, but for the kind of document
         kind, pairs = arc.decode([*ids[:at], tok.OUTPUT, *arc.encode_grid(task.test[0][1]), tok.EOT])
-        assert kind == "program" and all(
-            np.array_equal(a, b) for p, q in zip(pairs, task.train + task.test) for a, b in zip(p, q)
-        )
+        given = [grid for pair in task.train + task.test for grid in pair]
+        assert kind == "program" and all(map(np.array_equal, [g for pair in pairs for g in pair], given))
         # what comes after it are the grids of its steps, the last of which is the answer
-        after = ids[at + 1 :]
-        grids = [np.array(x) for x in programs.run(text, task.test[0][0])]
-        grids = grids if after.count(tok.OUTPUT) == len(grids) else grids[-1:]
-        assert after == [i for g in grids for i in [tok.OUTPUT, *arc.encode_grid(g).tolist()]]
+        grids = programs.run(text, task.test[0][0])
+        grids = grids if ids[at:].count(tok.OUTPUT) == len(grids) else grids[-1:]
+        assert ids[at + 1 :] == [i for g in grids for i in [tok.OUTPUT, *arc.encode_grid(g).tolist()]]
         assert np.array_equal(grids[-1], task.test[0][1]) and len(more) == len(grids) - 1
         shown.add(len(grids))
     assert len(shown) > 1
 
 
-# ---- graphs and logic
-
-
-KINDS = {"shortest": (graphs.shortest, graphs.check_shortest), **graphs.LOGIC}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_puzzles_in_words_have_one_answer(kind):
-    make, check = KINDS[kind]
-    draw = rng(11)
-    for _ in range(40):
-        text, answer = make(draw)
-        assert text.endswith(f"\nAnswer: {answer}") and check(text), text
-
-
-def test_an_argument_about_knights_is_whole():
-    """One assumption ends in a contradiction, the other in everyone's kind, as in the answer: nothing is found without a reason."""
-    draw = rng(13)
-    for _ in range(40):
-        text, answer = graphs.knights(draw)
-        refuted, found = text.split("Solution: ")[1].split("\nAnswer")[0].split(" Suppose ")
-        assert refuted.endswith("could not have spoken so.") and found.endswith(" That fits."), text
-        said = sorted(f"{who} {what}" for who, what in re.findall(r"(\w+) is a (knight|knave)\.", found))
-        assert ", ".join(said) == answer, text
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_checkers_refuse_wrong_answers(kind):
-    make, check = KINDS[kind]
-    draw = rng(12)
-    swapped = {"knight": "knave", "knave": "knight"}
-    for _ in range(20):
-        text, answer = make(draw)
-        if kind == "seating":
-            wrong = " ".join(answer.split()[1:] + answer.split()[:1])
-        elif kind == "knights":
-            wrong = re.sub("|".join(swapped), lambda found: swapped[found[0]], answer, count=1)
-        else:
-            wrong = re.sub(r"\d+", lambda found: str(int(found[0]) + 1), answer, count=1)
-        assert wrong != answer and not check(text.removesuffix(answer) + wrong), text
-
-
-@pytest.mark.parametrize(
-    ("kind", "question", "answer"),
-    [
-        (
-            "shortest",
-            "Roads and their lengths: A-B 2, B-C 2, A-D 2, D-C 2. What is the shortest way from A to C?",
-            "A-B-C, length 4",
-        ),
-        (
-            "seating",
-            "3 people sit on a row of chairs: Ada, Ben, Chen. Ada sits next to Ben. In which order?",
-            "Ada Ben Chen",
-        ),
-        (
-            "knights",
-            'Ada says: "Ben is a knight." Ben says: "Ada is a knight." Who?',
-            "Ada knight, Ben knight",
-        ),
-    ],
-)
-def test_checkers_refuse_questions_with_two_answers(kind, question, answer):
-    assert not KINDS[kind][1](f"Question: {question}\nSolution: so\nAnswer: {answer}")
-
-
-def test_known_answers():
-    text = "Question: Roads: A-B 2, B-C 2, A-C 5. What is the shortest way from A to C?\nSolution: x\nAnswer: A-B-C, length 4"
-    assert graphs.check_shortest(text)
-    with pytest.raises(ValueError, match="not a puzzle"):
-        graphs.check_knights("hello")
+def test_programs_run_without_torch():
+    code = "import sys, smol.programs; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=programs.__file__.rsplit("/", 2)[0], check=True)

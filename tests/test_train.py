@@ -26,12 +26,8 @@ from smol import checkpoint, loop
 ROOT = Path(__file__).parent.parent
 STAGE = [
     "--val_every=3",
-    "--limit_mb=0.2",
-    "--n_arithmetic=100",
-    "--n_sudoku4=300",
-    "--n_sudoku9=4",
-    "--n_maze=60",
-    "--n_transforms=30",
+    "--limit_mb=1",
+    "--num_proc=1",
 ]
 SHAPE = [
     "--n_layer=4",

@@ -1,0 +1,168 @@
+"""sources.py: rows become documents or are refused, and reading goes on where it was."""
+
+import gzip
+import itertools
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from smol import arc, sources, tokenizer
+from smol.snapshots import GROUPS
+
+
+def test_stages_have_their_shares():
+    for _, groups, weights in sources.STAGES.values():
+        assert sum(groups.values()) == pytest.approx(1)
+        assert {sources.SOURCES[name].group for name in weights} == set(groups)
+        assert set(groups) <= set(GROUPS) and "arc_eval_demos" not in weights
+    shares = [list(sources.STAGES[stage][1].values()) for stage in ("stage1", "stage2", "stage3")]
+    assert shares == [[0.5, 0.2, 0.1, 0.1, 0.1], [0.4, 0.2, 0.1, 0.15, 0.15], [0.3, 0.2, 0.1, 0.2, 0.2]]
+
+
+# ---- rows -> documents
+
+
+@pytest.mark.parametrize(
+    "messages, means",
+    [
+        ([("user", " Q1 "), ("assistant", "A1"), ("user", "Q2")], "<u>Q1.<a>A1.<u>Q2."),
+        (
+            [("system", "S1"), ("system", "S2"), ("user", "Q1"), ("assistant", "A1")],
+            "<u>S1\n\nS2\n\nQ1.<a>A1.",
+        ),
+        ([("user", "Q1"), ("system", "S1"), ("assistant", "A1")], "<u>Q1.<u>S1.<a>A1."),
+        ([("system", "S1"), ("assistant", "A1"), ("system", "S2")], "<u>S1.<a>A1.<u>S2."),
+        ([("system", " "), ("user", "Q1")], "<u>Q1."),
+    ],
+)
+def test_no_text_of_a_dialogue_is_lost(messages, means):
+    marks = {tokenizer.USER: "<u>", tokenizer.ASSISTANT: "<a>", tokenizer.END: "."}
+    assert "".join(marks.get(part, part) for part in sources.turns(*messages)) == means
+
+
+SUDOKU = "".join(str((3 * r + r // 3 + c) % 9 + 1) for r in range(9) for c in range(9))
+
+
+@pytest.mark.parametrize(
+    "name, row, rule",
+    [
+        ("fineweb_edu", {"text": 17}, "not_text"),
+        ("fineweb_edu", {"text": None}, "not_text"),
+        ("fineweb_edu", {"text": [tokenizer.ROW, 70_000]}, "not_text"),
+        ("fineweb_edu", {"text": "half \ud83d a pair"}, "not_text"),
+        ("fineweb_edu", {"text": "caf\xe9".encode("latin-1")}, "not_text"),
+        ("smol_smoltalk", {"messages": [{"role": "tool", "content": "42"}]}, "unknown_role"),
+        ("smol_smoltalk", {"messages": [{"role": "user", "content": ["Q", tokenizer.END]}]}, "not_text"),
+        ("smol_smoltalk", {"messages": None}, "not_as_expected"),
+        ("sudoku_extreme", {"question": SUDOKU + "1", "answer": SUDOKU + "1"}, "not_as_expected"),
+        ("sudoku_extreme", {"question": "x" + SUDOKU[1:], "answer": SUDOKU}, "not_as_expected"),
+        ("maze_hard_test", {"question": "", "answer": ""}, "not_as_expected"),
+    ],
+)
+def test_a_row_that_is_no_document_is_counted_under_a_rule(name, row, rule):
+    with pytest.raises(sources.OddRow) as e:
+        sources.to_document(name, row)
+    assert e.value.rule == rule
+
+
+def test_rows_that_are_documents():
+    assert sources.to_document("fineweb_edu", {"text": "caf\xe9".encode()}) == "caf\xe9"
+    task = sources.to_document("sudoku_extreme", {"question": "." + SUDOKU[1:], "answer": SUDOKU})
+    ((question, answer),) = task.test
+    assert question[0, 0] == 0 and answer[0, 0] == 1 and (question == answer).sum() == 80
+    row = {"question": "1 + 1?", "answer": "It is 1+1=<<1+1=2>>2.\n#### 2"}
+    assert sources.to_document("gsm8k", row) == "Question: 1 + 1?\nSolution: It is 1+1=2.\nAnswer: 2"
+    with pytest.raises(ValueError, match="'wikipedia' has no column 'text': it has body") as e:
+        sources.to_document("wikipedia", {"body": "x"})
+    assert not isinstance(e.value, sources.OddRow)  # it stops the build
+
+
+@pytest.mark.parametrize("name", [name for name, source in sources.SOURCES.items() if not source.repo])
+def test_generated_documents_depend_on_seed_and_number_alone(name):
+    def first(n, lane, state=None, seed=1):
+        rows = sources.open_rows(name, {}, seed, lane, state)
+        documents = [sources.to_document(name, row) for _, row in itertools.islice(rows, n)]
+        parts = [sources.instantiate(document)[2] for document in documents]
+        return [[p if isinstance(p, str) else np.atleast_1d(p).tolist() for p in ps] for ps in parts], rows
+
+    both, _ = first(2, 3)
+    one, rows = first(1, 3)
+    assert both[:1] == one and both[1:] == first(1, 3, rows.state())[0]
+    drawn = not (name.startswith("arc") or sources.SOURCES[name].rows)
+    assert both != first(2, 4)[0] and (both != first(2, 3, seed=2)[0]) == drawn
+
+
+def test_arc_sources_have_no_test_of_an_evaluation():
+    evaluation = [task for name in ("arc1_eval", "arc2_eval") for task in arc.load(name)]
+    assert not {task.id for task in evaluation} & {task.id for task in sources.arc_tasks()}
+    demos = {x.tobytes() + y.tobytes() for task in evaluation for x, y in task.train}
+    pairs = [pair for task in sources.arc_eval_demos() for pair in task.train + task.test]
+    assert {x.tobytes() + y.tobytes() for x, y in pairs} <= demos
+    draw = sources.SOURCES["arc"].document
+    task = draw(np.random.default_rng(0), len(sources.arc_tasks()))  # the second time round
+    original = sources.arc_tasks()[0]
+    assert task.id == original.id and len(task.train) == len(original.train)
+    assert sorted(map(arc.canonical_hash, (y for _, y in task.train + task.test))) == sorted(
+        map(arc.canonical_hash, (y for _, y in original.train + original.test))
+    )
+
+
+# ---- reading
+
+
+def write(folder, rows):
+    """The same rows in every format, and what is not to be read."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "b").mkdir(parents=True)
+    (folder / ".cache").mkdir()
+    (folder / "a.jsonl").write_bytes(("\ufeff" + lines).encode())
+    with gzip.open(folder / "a.jsonl.gz", "wt") as f:
+        f.write(lines)
+    (folder / "b/a.json").write_text(json.dumps(rows))
+    (folder / "b/a.csv").write_text("\n".join(["text", *(row["text"] for row in rows)]))
+    pq.write_table(pa.Table.from_pylist(rows), folder / "b/a.parquet", row_group_size=2)
+    for name in ("README.md", "LICENSE", ".cache/a.jsonl", "b/.a.jsonl"):
+        (folder / name).write_text(lines)
+
+
+def test_local_files_are_read_in_lanes_and_go_on_where_they_were(tmp_path):
+    rows = [{"text": f"document {i}"} for i in range(5)]
+    write(tmp_path / "fineweb_edu", rows)
+    files = sources.local_files(tmp_path, "fineweb_edu")
+    assert [p.name for p in files] == ["a.jsonl", "a.jsonl.gz", "a.csv", "a.json", "a.parquet"]
+    where = {"files": [str(p) for p in files]}
+    for lane in range(5):
+        read = list(sources.open_rows("fineweb_edu", where, 1, lane, None))
+        assert [row for _, row in read] == rows
+        assert [origin for origin, _ in read] == [f"{files[lane].name}:{i + 1}" for i in range(5)]
+    whole = list(sources.open_rows("fineweb_edu", where, 1, 0, None, lanes=2))
+    assert len(whole) == 15  # files 0, 2 and 4
+    for stop in (0, 1, 4, 5, 6, 14, 15):
+        reader = sources.open_rows("fineweb_edu", where, 1, 0, None, lanes=2)
+        first = list(itertools.islice(iter(reader), stop))
+        state = json.loads(json.dumps(reader.state()))
+        assert first + list(sources.open_rows("fineweb_edu", where, 1, 0, state, lanes=2)) == whole
+
+
+def test_columns_of_csv_files_are_text(tmp_path):
+    (tmp_path / "a.csv").write_text(f"source,question,answer,rating\nNA,{'.' + SUDOKU[1:]},{SUDOKU},3\n")
+    where = {"files": [tmp_path / "a.csv"]}
+    ((_, row),) = sources.open_rows("sudoku_extreme_test", where, 0, 0, None, lanes=1)
+    assert sources.to_document("sudoku_extreme_test", row).test[0][1].sum() == 405
+
+
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
+    folder = tmp_path / "fineweb_edu"
+    folder.mkdir()
+    assert sources.local_files(tmp_path, "wikipedia") == []
+    with pytest.raises(ValueError, match="fineweb_edu has no file of .parquet"):
+        sources.local_files(tmp_path, "fineweb_edu")
+    (folder / "a.jsonl").write_text('{"text": "a"}\n{"te')
+    (folder / "b.parquet").write_bytes(b"PAR1")
+    for path in sources.local_files(tmp_path, "fineweb_edu"):
+        with pytest.raises(ValueError, match=f"cannot read {path.name} after row ") as e:
+            list(sources.open_rows("fineweb_edu", {"files": [path]}, 1, 0, None))
+        assert "\n" not in str(e.value)
