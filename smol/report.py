@@ -157,14 +157,14 @@ def tasks_with_answers(records):
 
 
 def history(results):
-    """[{name, points: [{iter, suites: {suite: {solved, total, interval}}}]}] of evals.jsonl beside the models."""
-    paths = {
-        os.path.join(os.path.dirname(r["checkpoint"]), "evals.jsonl"): name for name, r in results.items()
-    }
+    """[{name, points: [{iter, suites: {suite: {solved, total, interval}}}]}] from evals.jsonl of each run."""
+    paths = {os.path.dirname(r["checkpoint"]): name for name, r in results.items()}
     out = []
-    for path, name in paths.items():
+    for folder, name in paths.items():
         points = {}
-        for entry in runtime.read_log(path):  # of a run that was resumed, the last entry of each step
+        for entry in runtime.read_log(
+            os.path.join(folder, "evals.jsonl")
+        ):  # of a run that was resumed, the last entry of each step
             found = {k: s for k, s in entry["suites"].items() if s.get("total")}
             keys = ("solved", "total", "interval")
             found = {suite: {key: s[key] for key in keys} for suite, s in found.items()}
