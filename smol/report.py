@@ -162,9 +162,8 @@ def history(results):
     out = []
     for folder, name in paths.items():
         points = {}
-        for entry in runtime.read_log(
-            os.path.join(folder, "evals.jsonl")
-        ):  # of a run that was resumed, the last entry of each step
+        # of a run that was resumed, the last entry of each step counts
+        for entry in runtime.read_log(os.path.join(folder, "evals.jsonl")):
             found = {k: s for k, s in entry["suites"].items() if s.get("total")}
             keys = ("solved", "total", "interval")
             found = {suite: {key: s[key] for key in keys} for suite, s in found.items()}
