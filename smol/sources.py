@@ -153,17 +153,15 @@ maze_hard = square_puzzle("maze", " #SGo")  # wall, start, goal; in the answer o
 
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
-# tests, tables of characters, a copy of the language reference
-NOT_LEARNT = (
-    "test tests idle_test idlelib lib2to3 site-packages dist-packages __pycache__ pydoc_data encodings"
-)
+# folders with tests, tables of characters, and a copy of the language reference
+LEFT_OUT = "test tests idle_test idlelib lib2to3 site-packages dist-packages __pycache__ pydoc_data encodings"
 
 
 def stdlib():
     """The modules of the standard library by name, in an order that is always the same."""
     names = []
     for folder, folders, files in os.walk(STDLIB):
-        folders[:] = [f for f in folders if f not in NOT_LEARNT.split() and not f.startswith("config-")]
+        folders[:] = [f for f in folders if f not in LEFT_OUT.split() and not f.startswith("config-")]
         paths = [Path(folder, f) for f in files if f.endswith(".py") and not f.startswith("_sysconfigdata")]
         names += [path.relative_to(STDLIB).as_posix() for path in paths]
     names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
@@ -205,6 +203,7 @@ def sudoku(size, fewest, most):
 
 
 def mazes(rng, index):
+    """Of all sizes; maze() has that of the suite."""
     return puzzles.maze(rng, *rng.integers(5, 16, size=2).tolist())
 
 
@@ -380,7 +379,7 @@ STAGES = {
             "arc": 1,
         },
     ),
-    # a thousand puzzles, each seen through a new symmetry at every draw
+    # the first thousand puzzles of the file, each seen through a new symmetry at every draw
     "sudoku_extreme": (0.74, {"synth": 1.0}, {"sudoku_extreme": 1}),
 }
 
