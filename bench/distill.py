@@ -1,47 +1,57 @@
 """
-Does distillation on a student's own answers pay? The same student and CPU seconds, several ways to go on, held-out puzzles solved.
+Does distillation on a student's own answers pay? The same student and CPU seconds, several ways to go on.
 
-    python -m bench.distill out/student{seed}/ckpt.pt TEACHER.pt --seconds=60 --seeds=1,2,3 --rates=5e-4,1e-3,2e-3
+    python -m bench.distill out/student{seed}/ckpt.pt out/teacher/ckpt.pt --seconds=60 --rates="(1e-3, 2e-3)"
 
-The ways are rows of ARMS, settings of distill.py: everything else is the same for all of them, the prompts too. A run is stopped when its
-process has used that many CPU seconds, teacher, sampling and learning together (log.jsonl counts them), so other work on the machine does
-not matter. Every way has the best of the same learning rates, chosen with the first seed on puzzles that are not in the suite. Prints a
-table, and writes it with all curves to results.json and curves.png in out_dir. Runs that are there already are kept.
-Before this: distill.py.
+The student is of Route A, and {seed} in its path stands for the seed of a run. A run is stopped when its
+process has used that many CPU seconds since its first logged step: teacher, sampling and learning together,
+whatever else the machine does. Every way has the best of the same learning rates, chosen with the first
+seed on puzzles that are not in the suite. Runs that are there already are kept. Before this: distill.py.
 """
 
-import argparse
 import json
 import os
+import shlex
 import signal
 import statistics
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+import configurator
 import eval_arc
-from smol import arc, checkpoint, puzzles, runtime, solve
+from smol import arc, checkpoint, puzzles, solve
 from smol.files import write_whole
 
-HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of the checkout
-ARMS = {
-    "supervised": ["--objective=answers", "--on_policy=0", "--off_policy=dataset"],
-    "off-policy, teacher's answers": ["--objective=answers", "--on_policy=0", "--off_policy=teacher"],
-    "on-policy, forward KL": ["--objective=forward_kl", "--on_policy=1"],
-    "on-policy, reverse KL, temperature 2": ["--objective=reverse_kl", "--temperature=2", "--on_policy=1"],
-    "on-policy, reverse KL": ["--objective=reverse_kl", "--on_policy=1"],
-    "on-policy, JSD": ["--objective=jsd", "--beta=0.5", "--on_policy=1"],
-    "off-policy, forward KL": ["--objective=forward_kl", "--on_policy=0", "--off_policy=teacher"],
+seconds = 60.0  # of CPU, for a run
+seeds = (1, 2, 3)
+rates = (1e-3,)
+ways = (0, 1, 2)  # rows of WAYS
+others = 200  # puzzles outside the suite, which choose the rate
+common = "--optimizer=adamw --ema=0.95 --batch_size=2 --gradient_accumulation_steps=1"  # of every run
+out_dir = "out/bench_distill"
+
+WAYS = {
+    "supervised": ("train.py", ""),
+    "off-policy, forward KL": ("distill.py", "--on_policy=0"),
+    "on-policy, forward KL": ("distill.py", "--on_policy=1"),
+    "on-policy, reverse KL, temperature 2": ("distill.py", "--objective=reverse_kl --temperature=2"),
+    "on-policy, JSD": ("distill.py", "--objective=jsd"),
 }
-CHECK = 100  # held-out puzzles of each point of a curve, as many of these as the stage has
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of the checkout
+NOT_SETTINGS = (
+    "vocab_size",
+    "rope_base",
+    "norm_eps",
+)  # of a model's config, what train.py has no setting for
 
 
 def other_sudokus(n):
-    """n puzzles like the suite's sudoku4, none of them in it: answers that are never trained on, as the suite's are."""
+    """n puzzles like the suite's sudoku4, none of them in it."""
     in_suite = {puzzles.task_hash(task) for task in puzzles.heldout("sudoku4")}
     rng, found = np.random.default_rng(4005), []
     while len(found) < n:
@@ -52,195 +62,82 @@ def other_sudokus(n):
 
 
 def solved(path, tasks):
-    """How many tasks a checkpoint's averaged weights solve, asked as eval_arc.py asks."""
+    """How many tasks a checkpoint solves, asked as eval_arc.py asks."""
     model, _ = checkpoint.load_model(path)
-    found = eval_arc.evaluate(tasks, lambda tasks: solve.solve(model, tasks, solve.Settings()))
-    return sum(r["solved"] for r in found)
+    records = eval_arc.evaluate(tasks, lambda part: solve.solve(model, part, solve.Settings()))
+    return sum(record["solved"] for record in records)
 
 
-def run_arm(out, student, teacher, seconds, settings):
-    """Distil until the process has used `seconds` of CPU, by its own count; a run that is there already goes on from where it is."""
+def cpu_seconds(pid):
+    """That a process has used so far (Linux)."""
+    with open(f"/proc/{pid}/stat") as f:
+        user, system = f.read().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
-    def used():
-        return max(
-            (
-                e["cpu_seconds"]
-                for e in runtime.read_log(os.path.join(out, "log.jsonl"))
-                if "cpu_seconds" in e
-            ),
-            default=0.0,
-        )
 
-    if os.path.exists(os.path.join(out, "ckpt.pt")):
-        if used() >= seconds:
-            return
-        student = "resume"
-    command = [
-        sys.executable,
-        os.path.join(HERE, "distill.py"),
-        f"--out_dir={out}",
-        f"--init_from={student}",
-        f"--teacher={teacher}",
-        "--log_interval=1",
-        f"--check_tasks={CHECK}",
-        "--max_iters=1000000",
-        "--eval_interval=50",
-        "--decay_iters=0",
-        *settings,
-    ]
+def run(way, student, teacher, settings, limit, out):
+    """One run, until it has used `limit` CPU seconds -> its checkpoint."""
+    path = os.path.join(out, "ckpt.pt")
+    if os.path.exists(path):
+        return path
+    script, own = WAYS[way]
+    command = [sys.executable, os.path.join(ROOT, script), f"--out_dir={out}", f"--init_from={student}"]
+    command += ["--log_interval=1", "--max_iters=1000000", "--eval_interval=1000000", "--decay_iters=0"]
+    if script == "distill.py":
+        command += [f"--teacher={teacher}", "--check_tasks=0"]
+    else:
+        model = checkpoint.load(student)["model_config"]
+        command += [f"--{k}={v}" for k, v in model.items() if v is not None and k not in NOT_SETTINGS]
+    command += [*shlex.split(own), *settings]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    before = None
     while process.poll() is None:
-        time.sleep(0.5)
-        if used() >= seconds:
+        if before is None and os.path.exists(os.path.join(out, "log.jsonl")):
+            before = cpu_seconds(process.pid)
+        if before is not None and cpu_seconds(process.pid) - before >= limit:
             process.send_signal(signal.SIGTERM)
             break
+        time.sleep(0.2)
     errors = process.communicate()[1]
     if process.returncode:
-        raise ValueError(f"{' '.join(command)} failed: {(errors.strip().splitlines() or ['?'])[-1]}")
+        raise ValueError(f"{shlex.join(command)} failed: {(errors.strip().splitlines() or ['?'])[-1]}")
+    return path
 
 
-def draw(results, path):
-    """Held-out puzzles solved by CPU seconds: one line a way, the mean over seeds, and a dot for every measurement."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.subplots()
-    for number, arm in enumerate(dict.fromkeys(r["arm"] for r in results)):
-        runs = [r for r in results if r["arm"] == arm]
-        for r in runs:
-            axes.plot(*zip(*r["curve"]), ".", color=f"C{number}", ms=4, alpha=0.5)
-        at = np.linspace(0, max(x for r in runs for x, _ in r["curve"]), 100)
-        axes.plot(
-            at,
-            np.mean([np.interp(at, *zip(*r["curve"])) for r in runs], 0),
-            color=f"C{number}",
-            lw=1.6,
-            label=arm,
-        )
-    axes.set(xlabel="CPU seconds, teacher and sampling included", ylabel="share of held-out puzzles solved")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-
-
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "student", help="its checkpoint; {seed} in it stands for the seed of a run, for students of their own"
-    )
-    parser.add_argument("teacher")
-    parser.add_argument("--seconds", type=float, default=60, help="CPU seconds of a run (default 60)")
-    parser.add_argument("--seeds", type=lambda s: [int(n) for n in s.split(",")], default=[1, 2, 3])
-    parser.add_argument(
-        "--arms",
-        type=lambda s: [int(n) for n in s.split(",")],
-        help="numbers of ARMS' rows, from 0 (default: all)",
-    )
-    parser.add_argument(
-        "--rates",
-        type=lambda s: [float(x) for x in s.split(",")],
-        default=[1e-3],
-        help="learning rates (default 1e-3)",
-    )
-    parser.add_argument(
-        "--others",
-        type=int,
-        default=200,
-        help="held-out puzzles that choose the rate, beside the suite's (default 200)",
-    )
-    parser.add_argument("--out_dir", default="out/bench_distill")
-    parser.add_argument(
-        "settings", nargs="*", metavar="key=value", help="of distill.py, for all runs, without the dashes"
-    )
-    args = parser.parse_intermixed_args()
+def main(argv):
+    config, words = configurator.read(globals(), argv, usage="STUDENT TEACHER")
+    c = SimpleNamespace(**config)
+    if len(words) != 2:
+        sys.exit("error: name the checkpoints of a student and of a teacher")
+    student, teacher = words
     torch.set_num_threads(1)
-    before = {}
-    results, suite, others = [], puzzles.heldout("sudoku4"), other_sudokus(args.others)
-    names = [list(ARMS)[i] for i in args.arms] if args.arms else list(ARMS)[:4]
+    suite, outside, results = puzzles.heldout("sudoku4"), other_sudokus(c.others), []
 
-    def run(arm, seed, rate):
-        out, student = (
-            os.path.join(args.out_dir, f"{list(ARMS).index(arm)}_{seed}_{rate:g}"),
-            args.student.replace("{seed}", str(seed)),
-        )
-        settings = [
-            *(f"--{s}" for s in args.settings),
-            *ARMS[arm],
-            f"--seed={seed}",
-            f"--learning_rate={rate}",
-        ]
-        run_arm(out, student, args.teacher, args.seconds, settings)
-        return out
+    def one(way, seed, rate):
+        out = os.path.join(c.out_dir, f"{list(WAYS).index(way)}_{seed}_{rate:g}")
+        settings = [*shlex.split(c.common), f"--seed={seed}", f"--learning_rate={rate}"]
+        return run(way, student.replace("{seed}", str(seed)), teacher, settings, c.seconds, out)
 
     try:
-        for path in (args.teacher, *(args.student.replace("{seed}", str(seed)) for seed in args.seeds)):
-            if os.path.isfile(path):
-                before[path] = solved(path, suite), solved(path, others)
-                print(
-                    f"before: {path}, {before[path][0]} of {len(suite)}, {before[path][1]} of {len(others)} others",
-                    flush=True,
-                )
-        for arm in tqdm(names, unit="way"):
-            tried = dict.fromkeys(args.rates, 0)
-            for rate in args.rates if len(args.rates) > 1 else ():
-                tried[rate] = solved(os.path.join(run(arm, args.seeds[0], rate), "ckpt.pt"), others)
-            rate = max(tried, key=tried.get)
-            print(f"{arm}: {', '.join(f'{n} at {r:g}' for r, n in tried.items())}", flush=True)
-            for seed in args.seeds:
-                out = run(arm, seed, rate)
-                log = runtime.read_log(os.path.join(out, "log.jsonl"))
-                steps = [e for e in log if "cpu_seconds" in e]
-                used = {0: 0.0, **{e["iter"]: e["cpu_seconds"] for e in steps}}
-                curve = [(used[e["iter"]], e["student_solved"]) for e in log if "student_solved" in e]
-                path = os.path.join(out, "ckpt.pt")
-                right, right_of_others = solved(path, suite), solved(path, others)
-                shares = {
-                    k: round(statistics.mean(e[k] for e in steps), 3)
-                    for k in ("sampling", "scoring", "learning")
-                }
-                results.append(
-                    {
-                        "arm": arm,
-                        "seed": seed,
-                        "rate": rate,
-                        "tried": tried,
-                        "solved": right,
-                        "others": right_of_others,
-                        "steps": steps[-1]["iter"],
-                        "cpu_seconds": steps[-1]["cpu_seconds"],
-                        **shares,
-                        "curve": curve,
-                    }
-                )
-                print(
-                    json.dumps({k: v for k, v in results[-1].items() if k not in ("curve", "tried")}),
-                    flush=True,
-                )
-                write_whole(
-                    json.dumps({"before": before, "results": results}).encode(),
-                    os.path.join(args.out_dir, "results.json"),
-                )
-                draw(results, os.path.join(args.out_dir, "curves.png"))
+        for path in (teacher, *(student.replace("{seed}", str(seed)) for seed in c.seeds)):
+            print(f"{path}: {solved(path, suite)} of {len(suite)}")
+        print("way | rate | solved | mean | others | mean | steps")
+        for way in [list(WAYS)[i] for i in c.ways]:
+            rate = c.rates[0]
+            if len(c.rates) > 1:
+                rate = max(c.rates, key=lambda r: solved(one(way, c.seeds[0], r), outside))
+            paths = [one(way, seed, rate) for seed in c.seeds]
+            row = {"way": way, "rate": rate, "solved": [solved(path, suite) for path in paths]}
+            row["others"] = [solved(path, outside) for path in paths]
+            row["steps"] = [checkpoint.load(path)["train"]["iter"] for path in paths]
+            results.append(row)
+            means = [f"{statistics.mean(row[k]):.1f}" for k in ("solved", "others")]
+            shown = row["solved"], means[0], row["others"], means[1], row["steps"]
+            print(way, f"{rate:g}", *shown, sep=" | ", flush=True)
+            write_whole(json.dumps(results, indent=2).encode(), os.path.join(c.out_dir, "results.json"))
     except (OSError, ValueError) as e:
         sys.exit(f"error: {e}")
-    print(
-        f"\n| way | rate | solved of {len(suite)} | mean | of {len(others)} others | mean | steps | sampling, scoring, learning |"
-    )
-    print("|---" * 8 + "|")
-    for arm in names:
-        rows = [r for r in results if r["arm"] == arm]
-        by_seed = {k: ", ".join(str(r[k]) for r in rows) for k in ("solved", "others", "steps")}
-        mean = {
-            k: statistics.mean(r[k] for r in rows)
-            for k in ("solved", "others", "sampling", "scoring", "learning")
-        }
-        print(
-            f"| {arm} | {rows[0]['rate']:g} | {by_seed['solved']} | {mean['solved']:.1f} | {by_seed['others']} | {mean['others']:.1f} | "
-            f"{by_seed['steps']} | {mean['sampling']:.0%}, {mean['scoring']:.0%}, {mean['learning']:.0%} |"
-        )
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

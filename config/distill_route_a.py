@@ -1,8 +1,8 @@
-# Distil Route B, which thinks, into Route A, which answers left to right: its odds at every cell of the answers that Route A writes itself.
+# Route B teaches Route A on the answers that Route A writes, each up to the first cell that Route B has
+# otherwise.
 #   torchrun --nproc_per_node=2 distill.py config/distill_route_a.py
-# Another teacher: --teacher=out/bigger/ckpt.pt, --teacher=hf:gpt2-xl, or the student itself with --teacher_n_views=16. What paid at small
-# scale (LOG.md) is a teacher that writes left to right too, and few puzzles: it has something new to say of every answer that is tried.
-# Route B and votes have one answer, so on-policy they are heard up to the student's first mistake, and are worth what their answers are.
+# A teacher that reads these answers says more of them, and paid at small scale (LOG.md): a larger Route A,
+# --teacher=out/bigger/ckpt.pt, or a text model, --teacher=hf:NAME.
 # `python -m bench.train plan config/distill_route_a.py` has the memory.
 out_dir = "out/distill_route_a"
 init_from = "out/route_a_stage3/ckpt.pt"

@@ -1,6 +1,6 @@
-# Distil Route B into itself: 16 views of a puzzle vote, and one pass over one view learns to say what they agreed on.
+# Offline: one view of a puzzle learns what a vote over 16 views says. Not learned at small scale (LOG.md).
 #   torchrun --nproc_per_node=2 distill.py config/distill_route_b.py
-# The same for more thinking: --teacher_n_views=1 --teacher_n_sup=64.
+# More supervision steps instead of more views: --teacher_n_views=1 --teacher_n_sup=64.
 base = "distill_route_a.py"
 out_dir = "out/distill_route_b"
 init_from = "out/route_b_stage3/ckpt.pt"

@@ -1,37 +1,45 @@
 """
-From a model to its attempts: a task seen from many sides, many answers, and a vote.
+From a model to its attempts: a task in many views, many answers, and a vote.
 
-A *view* is the task turned or mirrored, in other colours, with its demonstrations in another order. What the model answers to a view is
-turned back, and counts as a vote for that grid. Route A can also draw several answers to each view; Route B gives one, that of its surest
-supervision step, and those of the others as further candidates without a vote. What is left to say which of two candidates with as many
-votes comes first is a score: for Route A the log-probability of the candidate's cells under other views as well, for Route B the halting
-probability. Two attempts count in ARC: where Route A has one answer alone to such a task, a second one is made
-of it.
+A *view* is the task turned or mirrored, with other colours and its demonstrations in another order. The
+model's answer to a view is turned back and counts as a vote for that grid. Route A can also draw several
+answers to each view. Route B gives one, that of its most confident supervision step; those of the other
+steps are candidates without a vote. Candidates with equal votes are ordered by a score: for Route A the
+log-probability of the candidate's cells, averaged over views; for Route B the halting probability.
 
-Programs are another way to an answer: the model writes functions of the language of programs.py, and those that turn every
-demonstration's input into its output are run on the test input. They have passed a test, so what they give comes first.
+Programs are another way: the model writes functions of the language of programs.py, and those that turn every
+demonstration's input into its output are run on the test input. They have passed a test, so they come first.
 
-Nothing in here reads a test output: tasks come without (`without_answers`).
+Test-time training tunes a copy of the model to a task's own demonstrations, each in turn as the question,
+before it answers, and then drops the copy (Akyürek et al., arXiv 2411.07279). By default only a low-rank
+difference to the blocks' matrices is learned (LoRA, arXiv 2106.09685).
 
-Read next: scores.py (what counts as right), ttt.py (a model that is tuned to one task), eval_arc.py (the command).
+Nothing in here reads a test output: tasks come without (`without_answers`). Read next: scores.py (what
+counts as right), eval_arc.py (the command).
 """
 
+import contextlib
+import copy
 import math
 import re
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+import torch.nn as nn
+from torch.nn.utils import parametrize
 
 from model_trm import ranked
-from smol import arc, engine, ttt
+from smol import arc, engine, sandbox
 from smol import tokenizer as tok
-from smol.loader import draw_rng
+from smol.loader import bucket_length, draw_rng, pad_rows, puzzle_row
 
-RESCORED = 4  # candidates of Route A, those with most votes, that are looked at from other views
-RESCORING_VIEWS = 8  # how many views at most
-PROGRAM_TOKENS = 160  # longest program written; one of four steps takes about 60
+RESCORED = 4  # Route A: so many leading candidates are scored again
+RESCORING_VIEWS = 8  # in at most so many views
+PROGRAM_TOKENS = 160  # longest program; one of four steps takes about 60
 ANSWER_TOKENS = 400  # longest solution of a puzzle in words
+TUNED_ROWS = 4  # rows per step of test-time training
 
 
 @dataclass(frozen=True)
@@ -39,15 +47,13 @@ class Settings:
     """How a model is asked. Together with the model, this decides every answer."""
 
     augment: int = 1  # views of each task; the first is the task as it is
-    samples: int = 1  # answers to each view (Route A, and puzzles in words); the first takes the likeliest token at every place
-    temperature: float = 0.8  # of the others, and of programs
+    samples: int = 1  # answers per view (Route A, and puzzles in words); the first is greedy
+    temperature: float = 0.8  # of the other samples, and of programs
     programs: int = 0  # programs written for each ARC task
-    n_sup: int | None = None  # Route B: supervision steps, None: as it was trained
-    halt: float | None = (
-        None  # Route B: a puzzle whose halting probability has passed this is thought about no more; None: none is
-    )
-    ttt_steps: int = 0  # test-time training, see ttt.py
-    ttt_rank: int = 8
+    n_sup: int | None = None  # Route B: supervision steps; None: as it was trained
+    halt: float | None = None  # Route B: a puzzle stops once its halting probability is above this
+    ttt_steps: int = 0  # steps of test-time training
+    ttt_rank: int = 8  # 0: all weights are tuned
     ttt_lr: float = 1e-3
     seed: int = 1337
 
@@ -62,12 +68,10 @@ class Candidate:
 
 @dataclass
 class Given:
-    """What there is for one test input."""
+    """What a model gives for one test input."""
 
     candidates: list  # of Candidate, all different, best first
-    steps: list = field(
-        default_factory=list
-    )  # Route B, of the task as it is: (grid or None, halting probability) after every step
+    steps: list = field(default_factory=list)  # Route B, first view: (grid or None, probability) of each step
 
 
 # -----------------------------------------------------------------------------
@@ -82,10 +86,12 @@ class View:
 
 def views(task, n, seed):
     """
-    -> list of at most n different View, the first of them the task as it is; a longer list begins with the shorter. What may be changed is
-    what does not change the task: digits of a sudoku can be permuted, but 0 is a blank; in a maze every colour means something.
+    At most n different views, the first of them the task as it is; a longer list begins with the shorter.
+    Colours are permuted as far as the rules allow: 0 is a blank in a sudoku, and in a maze every colour has
+    a meaning.
     """
-    rng, found = draw_rng(seed, "views", task.id), [View(arc.IDENTITY, tuple(range(len(task.train))))]
+    rng = draw_rng(seed, "views", task.id)
+    found = [View(arc.IDENTITY, tuple(range(len(task.train))))]
     for _ in range(20 * n):
         if len(found) >= n:
             break
@@ -102,106 +108,76 @@ def views(task, n, seed):
     return found
 
 
-def look(view, task):
-    """The task, seen so."""
-    pairs = [task.train[i] for i in view.order]
-    turned = (
-        [(arc.augment(view.symmetry, x), arc.augment(view.symmetry, y)) for x, y in part]
-        for part in (pairs, task.test)
-    )
-    return arc.Task(task.id, task.kind, *turned)
+def apply_view(view, task):
+    def seen(pairs):
+        return [tuple(arc.augment(view.symmetry, grid) for grid in pair) for pair in pairs]
+
+    return arc.Task(task.id, task.kind, seen([task.train[i] for i in view.order]), seen(task.test))
 
 
 def without_answers(tasks):
-    """The tasks, with a 1x1 grid of colour 0 in place of every test output: a model cannot read what it was not given."""
-    hidden = np.zeros((1, 1), np.uint8)
-    return [
-        arc.Task(
-            task.id,
-            task.kind,
-            task.train,
-            [(x, hidden if isinstance(x, np.ndarray) else "") for x, _ in task.test],
-        )
-        for task in tasks
-    ]
+    """The tasks with a 1x1 grid of colour 0, or an empty text, in place of every test output."""
+    blank = np.zeros((1, 1), np.uint8)
+
+    def hidden(task):
+        return [(x, "" if isinstance(x, str) else blank) for x, _ in task.test]
+
+    return [replace(task, test=hidden(task)) for task in tasks]
 
 
 # -----------------------------------------------------------------------------
-# votes
+# votes and scores
 
 
-def vote(found):
+def rank(candidate):
+    """Sort key: programs that passed all demonstrations first, then by votes, then by score."""
+    return candidate.program is None, -candidate.votes, -candidate.score
+
+
+def vote(answers):
     """
-    found: (answer, votes, score, program or None), in any order -> list of Candidate, all different: first what a program gives that
-    has passed all demonstrations, then by votes, then by score, which is the mean of those that came with a vote (without any: of all).
+    answers: (grid or text, votes, score, program or None) in any order -> different Candidates, best first.
+    The score is the mean of those answers that came with a vote; without any, of all.
     """
-    groups = {}
-    for answer, votes, score, program in found:
-        key = (answer.shape, answer.tobytes()) if isinstance(answer, np.ndarray) else answer
-        groups.setdefault(key, []).append((answer, votes, score, program))
-    out = []
+    groups = defaultdict(list)
+    for answer in answers:
+        grid = answer[0]
+        groups[grid if isinstance(grid, str) else (grid.shape, grid.tobytes())].append(answer)
+    candidates = []
     for same in groups.values():
-        votes, program = sum(v for _, v, _, _ in same), next((p for *_, p in same if p), None)
+        votes = sum(v for _, v, _, _ in same)
         scores = [s for _, v, s, p in same if p is None and (v or not votes)] or [0.0]
-        out.append(Candidate(same[0][0], votes, float(np.mean(scores)), program))
-    return sorted(out, key=lambda c: (c.program is None, -c.votes, -c.score))
+        program = next((p for *_, p in same if p), None)
+        candidates.append(Candidate(same[0][0], votes, float(np.mean(scores)), program))
+    return sorted(candidates, key=rank)
 
 
 def rescore(model, tasks, seen, found):
     """
-    Route A: the score of each task's leading candidates becomes the mean log-probability of their cells over several views, and they are
-    sorted anew. tasks; for each task its views; for each task and test input a list of Candidate or None. Changes the lists.
+    Route A: the score of the leading candidates becomes the mean log-probability of their cells over
+    several views, and they are sorted again. seen: the views of each task; found: for each task and test
+    input a list of candidates or None, which is changed.
     """
-    asked = []  # (candidate, view of the task with the candidate's test input alone, the candidate seen so)
+    several, asked = [], []
     for task, some_views, given in zip(tasks, seen, found):
         for (x, y), candidates in zip(task.test, given):
-            for c in (candidates or [])[:RESCORED] if len(candidates or []) > 1 else []:
-                alone = arc.Task(task.id, task.kind, task.train, [(x, y)])
-                asked += [
-                    (c, look(view, alone), arc.augment(view.symmetry, c.grid))
-                    for view in some_views[:RESCORING_VIEWS]
-                ]
-    values = {}
-    for (c, _, _), (log_p,) in zip(
-        asked, model.answer_logits([t for _, t, _ in asked], [[g] for _, _, g in asked])
-    ):
-        if log_p is not None and np.isfinite(log_p).all():
-            values.setdefault(id(c), []).append(float(log_p.mean()))
-    for given in found:
-        for candidates in given:
             if candidates and len(candidates) > 1:
-                for c in candidates:
-                    c.score = float(np.mean(values[id(c)])) if id(c) in values else c.score
-                head = sorted(candidates[:RESCORED], key=lambda c: (c.program is None, -c.votes, -c.score))
-                candidates[:RESCORED] = head
-
-
-def add_seconds(model, tasks, found):
-    """
-    Route A, ARC tasks: where there is one candidate alone, a second one after it, without a vote, as two
-    attempts count: the same grid with the next likeliest colour in the cell where the model came closest to
-    it. tasks; for each task and test input a list of Candidate or None. Changes the lists.
-    """
-    alone = []
-    for task, given in zip(tasks, found):
-        for (x, _), candidates in zip(task.test, given):
-            if task.kind == "arc" and len(candidates or []) == 1:
-                document = arc.encode(task.kind, [*task.train, (x, candidates[0].grid)])
-                alone.append((torch.from_numpy(document.astype(np.int64)), candidates))
-    for part in engine.batches_by_length(alone, lambda row: len(row[0])):
-        shapes = [candidates[0].grid.shape for _, candidates in part]
-        logits = engine.cell_logits(model, [document for document, _ in part], shapes)
-        logits = logits.split([h * (w + 1) + 1 for h, w in shapes])
-        for (_, candidates), places, (h, w) in zip(part, logits, shapes):
-            first = candidates[0]
-            grid = torch.from_numpy(first.grid.astype(np.int64))[..., None]
-            log_p = places[:-1].view(h, w + 1, -1)[:, :w, :10].float().cpu().log_softmax(-1)
-            lost = log_p.gather(2, grid) - log_p.scatter(2, grid, -torch.inf)  # (h, w, 10); infinite: its own
-            cell, colour = divmod(int(lost.argmin()), 10)
-            if log_p.isfinite().all():
-                second = first.grid.copy()
-                second.flat[cell] = colour
-                candidates.append(Candidate(second, 0, first.score - float(lost.min()) / (h * w)))
+                several.append(candidates)
+                question = arc.Task(task.id, task.kind, task.train, [(x, y)])
+                for view in some_views[:RESCORING_VIEWS]:
+                    seen_task = apply_view(view, question)
+                    asked += [
+                        (c, seen_task, arc.augment(view.symmetry, c.grid)) for c in candidates[:RESCORED]
+                    ]
+    scores = defaultdict(list)
+    log_probs = model.answer_logits([task for _, task, _ in asked], [[grid] for _, _, grid in asked])
+    for (candidate, _, _), (log_p,) in zip(asked, log_probs):
+        if log_p is not None and np.isfinite(log_p).all():
+            scores[id(candidate)].append(float(log_p.mean()))
+    for candidates in several:
+        for c in candidates[:RESCORED]:
+            c.score = float(np.mean(scores[id(c)])) if scores[id(c)] else c.score
+        candidates[:RESCORED] = sorted(candidates[:RESCORED], key=rank)
 
 
 # -----------------------------------------------------------------------------
@@ -211,142 +187,124 @@ def add_seconds(model, tasks, found):
 @torch.no_grad()
 def solve(model, tasks, settings):
     """
-    model: of either route. tasks: list of arc.Task, all grids or all in words -> for each task, for each test input, a Given, or None where
-    it does not fit into the model's block_size. Test outputs are not read; eval_arc.evaluate takes them out before it calls this.
+    model: of either route; tasks: list of arc.Task, all grids or all in words. Returns for each task, for
+    each test input, a Given, or None where it does not fit into the model's block_size.
     """
     if tasks and isinstance(tasks[0].test[0][0], str):
-        return in_words(model, tasks, settings)
-    out, plain = [None] * len(tasks), []
-    for i, task in enumerate(tasks):
-        if settings.ttt_steps and len(task.train) > 1:
-            tuned = ttt.tune(model, task, settings)
-            out[i] = solve(tuned, [task], replace(settings, ttt_steps=0))[0]
-        else:
-            plain.append(i)
-    for i, given in zip(plain, solve_grids(model, [tasks[i] for i in plain], settings)):
-        out[i] = given
-    return out
+        return solve_in_words(model, tasks, settings)
+    if settings.ttt_steps:
+        plain = replace(settings, ttt_steps=0)
+        return [solve_grids(tune(model, task, settings), [task], plain)[0] for task in tasks]
+    return solve_grids(model, tasks, settings)
 
 
 def solve_grids(model, tasks, settings):
     """`solve` for grids, without test-time training."""
-    seen = [views(task, settings.augment, settings.seed) for task in tasks]
-    flat = [(i, view) for i, some in enumerate(seen) for view in some]
-    asked = [look(view, tasks[i]) for i, view in flat]
     canvas = model.puzzle_format == "canvas"
+    seen = [views(task, settings.augment, settings.seed) for task in tasks]
+    asked = [(i, view) for i, some_views in enumerate(seen) for view in some_views]
+    view_tasks = [apply_view(view, tasks[i]) for i, view in asked]
     if canvas:
-        answers = model.answer(asked, n_sup=settings.n_sup, trace=True, halt=settings.halt)
+        answers = model.answer(view_tasks, n_sup=settings.n_sup, trace=True, halt=settings.halt)
     else:
-        answers = model.answer(
-            asked, samples=settings.samples, temperature=settings.temperature, seed=settings.seed
-        )
-    found = [[[] for _ in task.test] for task in tasks]
+        how = {"samples": settings.samples, "temperature": settings.temperature, "seed": settings.seed}
+        answers = model.answer(view_tasks, **how)
+
+    votes = [[None] * len(task.test) for task in tasks]  # None: too long, in every view
     steps = [[[] for _ in task.test] for task in tasks]
-    fits = [[False] * len(task.test) for task in tasks]
-    for (i, view), given in zip(flat, answers):
+    for (i, view), given in zip(asked, answers):
         for j, some in enumerate(given):
             if some is None:
                 continue
-            fits[i][j] = True
-            # Where its numbers are not finite, Route A gives None, and Route B a grid that says nothing
-            some = [answer for answer in some if answer is not None and math.isfinite(answer[1])]
             some = [
-                (None if grid is None else arc.invert(view.symmetry, grid), score) for grid, score in some
+                (None if grid is None else arc.invert(view.symmetry, grid), score)
+                for grid, score in some
+                if math.isfinite(score)
             ]
-            if canvas:
-                if view is seen[i][0]:
-                    steps[i][j] = some
-                some = [(grid, p, n == 0) for n, (grid, p) in enumerate(ranked(some))]
-            else:
-                some = [(grid, log_p) for grid, log_p in some if grid is not None]
-                some = [
-                    (grid, log_p / (grid.shape[0] * (grid.shape[1] + 1) + 1), True) for grid, log_p in some
-                ]
-            found[i][j] += [(grid, int(votes), score, None) for grid, score, votes in some]
-    for i, task in enumerate(tasks):
+            if canvas and view is seen[i][0]:
+                steps[i][j] = some
+            votes[i][j] = (votes[i][j] or []) + (votes_of_steps(some) if canvas else votes_of_samples(some))
+    for task, given in zip(tasks, votes):
         if settings.programs and task.kind == "arc":
-            for j, extra in enumerate(from_programs(model, task, settings)):
-                found[i][j] += extra
-                fits[i][j] = fits[i][j] or bool(extra)
-    leading = [[vote(f) if ok else None for f, ok in zip(*both)] for both in zip(found, fits)]
+            for j, passed in enumerate(solve_by_programs(model, task, settings)):
+                given[j] = given[j] + passed if given[j] is not None else passed or None
+
+    found = [[None if some is None else vote(some) for some in given] for given in votes]
     if not canvas and settings.augment * settings.samples > 1:
-        rescore(model, tasks, seen, leading)
-    if not canvas:
-        add_seconds(model, tasks, leading)
-    return [[Given(c, s) if c is not None else None for c, s in zip(*both)] for both in zip(leading, steps)]
+        rescore(model, tasks, seen, found)
+    return [[Given(c, s) if c is not None else None for c, s in zip(*both)] for both in zip(found, steps)]
+
+
+def votes_of_steps(steps):
+    """Route B: the answer of the most confident step has the vote of its view, the others have none."""
+    return [(grid, int(n == 0), p, None) for n, (grid, p) in enumerate(ranked(steps))]
+
+
+def votes_of_samples(samples):
+    """Route A: every sample is a vote. Its score is the mean log-probability of its tokens."""
+    return [(grid, 1, log_p / (grid.shape[0] * (grid.shape[1] + 1) + 1), None) for grid, log_p in samples]
 
 
 # -----------------------------------------------------------------------------
-# what is written in words
+# answers that are written as text
 
 
-def write(model, prompts, n, room, stop, settings):
+def write(model, prompts, n, max_tokens, stop, settings):
     """
-    Continue each of `prompts`, lists of ids, n times, by at most as many tokens as `room` says for each -> for each a list of n lists of
-    ids, without the one of `stop` that ended them. The first takes the likeliest token at every place, the others are drawn by a generator
-    that depends on the prompt and on nothing else.
+    Continue each of `prompts`, lists of ids, n times, by at most max_tokens (a number per prompt). Returns
+    for each prompt n lists of ids, without the one of `stop` that ended them. The first is greedy, the
+    others are drawn with random numbers that depend on the prompt alone.
     """
     device = model.wte.weight.device
-    ids = [torch.as_tensor(prompt, device=device) for prompt in prompts]
 
-    def go_on(rows, room, temperature, generator=None):
-        written, done = [[] for _ in room], [False] * len(room)
-        try:
-            for drawn in engine.generate(model, rows, max(room), temperature, stop=(), generator=generator):
+    def generate(rows, limits, temperature, generator=None):
+        texts, done = [[] for _ in limits], [False] * len(limits)
+        with contextlib.suppress(ValueError):  # logits that are not finite: what has been written counts
+            for drawn in engine.generate(model, rows, max(limits), temperature, stop=(), generator=generator):
                 for row, token in enumerate(drawn.tolist()):
-                    done[row] = done[row] or token in stop or len(written[row]) == room[row]
+                    done[row] = done[row] or token in stop or len(texts[row]) == limits[row]
                     if not done[row]:
-                        written[row].append(token)
+                        texts[row].append(token)
                 if all(done):
                     break
-        except ValueError:  # logits that are not finite: of which row?
-            if len(room) == 1:
-                return [[]]
-            return [
-                go_on(rows[i : i + 1], room[i : i + 1], temperature, generator)[0] for i in range(len(room))
-            ]
-        return written
+        return texts
 
+    prompts = [torch.as_tensor(prompt, device=device) for prompt in prompts]
     if model.puzzle_format == "canvas":  # Route B reads rows of one length
-        out = [go_on(p[None], [r], 0.0) for p, r in zip(ids, room)]
+        greedy = [generate(p[None], [limit], 0.0)[0] for p, limit in zip(prompts, max_tokens)]
     else:
-        out = [[written] for written in go_on(ids, room, 0.0)]
-    for p, r, written in zip(ids, room, out):
+        greedy = generate(prompts, max_tokens, 0.0)
+    out = [[text] for text in greedy]
+    for prompt, limit, texts in zip(prompts, max_tokens, out):
         if n > 1:
-            generator = torch.Generator(device).manual_seed(
-                int(draw_rng(settings.seed, "write", p.tolist()).integers(2**31))
-            )
-            written += go_on(p.repeat(n - 1, 1), [r] * (n - 1), settings.temperature, generator)
+            seed = int(draw_rng(settings.seed, "write", prompt.tolist()).integers(2**31))
+            generator = torch.Generator(device).manual_seed(seed)
+            rows = prompt.repeat(n - 1, 1)
+            texts += generate(rows, [limit] * (n - 1), settings.temperature, generator)
     return out
 
 
-def in_words(model, tasks, settings):
-    """`solve` for puzzles in words: the answer is what stands behind 'Answer:' in the model's solution, the one with most votes first."""
-    asked = [
-        (i, [tok.EOT, *tok.load().encode_ordinary(f"{question}\nSolution:")])
-        for i, t in enumerate(tasks)
-        for question, _ in t.test
-    ]
-    fit = [(i, prompt) for i, prompt in asked if len(prompt) < model.config.block_size]
-    room = [min(ANSWER_TOKENS, model.config.block_size - len(prompt)) for _, prompt in fit]
+def solve_in_words(model, tasks, settings):
+    """`solve` for puzzles in words: the answer is what follows 'Answer:' in the model's solution."""
+    encode, block_size = tok.load().encode_ordinary, model.config.block_size
+    prompts = [[tok.EOT, *encode(f"{task.test[0][0]}\nSolution:")] for task in tasks]
+    fit = [i for i, prompt in enumerate(prompts) if len(prompt) < block_size]
     out = [[None] for _ in tasks]
     if not fit:
         return out
-    for (i, _), texts in zip(
-        fit, write(model, [prompt for _, prompt in fit], settings.samples, room, (tok.EOT,), settings)
-    ):
+    max_tokens = [min(ANSWER_TOKENS, block_size - len(prompts[i])) for i in fit]
+    written = write(model, [prompts[i] for i in fit], settings.samples, max_tokens, (tok.EOT,), settings)
+    for i, texts in zip(fit, written):
         answers = [re.search(r"^Answer: *(.+?) *$", tok.load().decode(ids), re.MULTILINE) for ids in texts]
         out[i] = [Given(vote([(answer[1], 1, 0.0, None) for answer in answers if answer]))]
     return out
 
 
-def from_programs(model, task, settings):
+def solve_by_programs(model, task, settings):
     """
-    Have the model write programs and run those that pass -> for each test input, a list of (grid, votes, 0.0, program text). They run in
-    a limited process (sandbox.py), and only functions of the language of programs.py do.
+    The model writes programs, and those that solve every demonstration are run on the test inputs, in a
+    sandbox. Returns for each test input a list of (grid, 1, 0.0, program text).
     """
-    from smol import sandbox
-
     prompt = [tok.EOT, tok.PROGRAM]
     for x, y in task.train:
         prompt += [tok.INPUT, *arc.encode_grid(x).tolist(), tok.OUTPUT, *arc.encode_grid(y).tolist()]
@@ -358,10 +316,74 @@ def from_programs(model, task, settings):
     texts = sorted({tok.load().decode(ids) for ids in written if all(i < tok.EOT for i in ids)})
     inputs = [x for x, _ in task.train + task.test]
     for text, result in zip(texts, sandbox.run_programs([(text, inputs) for text in texts])):
-        if not result.ok:
-            continue
-        made = result.value
-        if all(np.array_equal(grid, y) for grid, (_, y) in zip(made, task.train)):
-            for j, grid in enumerate(made[len(task.train) :]):
-                out[j].append((grid, 1, 0.0, text))
+        if result.ok and all(np.array_equal(grid, y) for grid, (_, y) in zip(result.value, task.train)):
+            for passed, grid in zip(out, result.value[len(task.train) :]):
+                passed.append((grid, 1, 0.0, text))
     return out
+
+
+# -----------------------------------------------------------------------------
+# test-time training
+
+
+class LowRank(nn.Module):
+    """W -> W + B A. B starts at zero, so nothing has changed before the first step."""
+
+    def __init__(self, weight, rank, generator):
+        super().__init__()
+        rank = min(rank, *weight.shape)
+        a = torch.randn(rank, weight.shape[1], generator=generator) * weight.shape[1] ** -0.5
+        self.A = nn.Parameter(a.to(weight))
+        self.B = nn.Parameter(weight.new_zeros(weight.shape[0], rank))
+
+    def forward(self, weight):
+        return weight + self.B @ self.A
+
+
+def leave_one_out(task, n, puzzle_format, block_size, rng):
+    """At most n training rows (idx, targets) from the demonstrations alone, augmented as in training."""
+    document = arc.encode(task.kind, task.train)
+    augment = {"arc": "arc", "maze": "dihedral"}.get(task.kind, "none")
+    rows = [puzzle_row(document, puzzle_format, augment, rng) for _ in range(n)]
+    return [row for row in rows if len(row[0]) <= block_size]
+
+
+@torch.enable_grad()
+def tune(model, task, settings):
+    """
+    A copy of the model, tuned to the task in float32 and in evaluation mode; the model itself where the
+    task has fewer than two demonstrations or they do not fit into its block_size.
+    """
+    if len(task.train) < 2:
+        return model
+    rng, block_size = draw_rng(settings.seed, "ttt", task.id), model.config.block_size
+    rows = leave_one_out(task, settings.ttt_steps * TUNED_ROWS, model.puzzle_format, block_size, rng)
+    if not rows:
+        return model
+    tuned, device = copy.deepcopy(model).train(), model.wte.weight.device
+    layers = []
+    if settings.ttt_rank:
+        generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+        tuned.requires_grad_(False)
+        layers = [m for block in tuned.blocks for m in block.modules() if type(m) is nn.Linear]
+        for layer in layers:
+            low_rank = LowRank(layer.weight, settings.ttt_rank, generator)
+            parametrize.register_parametrization(layer, "weight", low_rank)
+    parameters = [p for p in tuned.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.ttt_lr, weight_decay=0.0)
+    # one length for all steps, because Route B's carry keeps its shape
+    length = min(bucket_length(max(len(idx) for idx, _ in rows)), block_size)
+    carry = None
+    with torch.autocast(device.type, enabled=False):
+        for step in range(settings.ttt_steps):
+            optimizer.param_groups[0]["lr"] = settings.ttt_lr * (1 - step / settings.ttt_steps)
+            batch = [rows[(step * TUNED_ROWS + i) % len(rows)] for i in range(TUNED_ROWS)]
+            idx, targets = pad_rows(batch, length)
+            _, loss, carry = tuned(idx.to(device), targets.to(device), mode="puzzle", carry=carry)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    for layer in layers:  # W + B A becomes the weight, so answering costs what it did
+        parametrize.remove_parametrizations(layer, "weight")
+    return tuned.eval()

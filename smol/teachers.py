@@ -1,327 +1,309 @@
 """
-Teachers of distill.py: what they make of an answer to a grid puzzle, place by place, in one form whichever model they are.
+Teachers of distill.py: their log-probabilities at every position of an answer to a grid puzzle.
 
-A *frame* is a float32 tensor (rows, columns, 11) over the places of an answer: log-probabilities of the ten colours, and of "the answer
-is over here", at row r and column c. NaN where the teacher has no opinion. Both routes can be read that way, and so they meet:
+A *frame* is a float32 tensor (rows, columns, 11): at row r and column c of an answer, the log-probabilities
+of the ten colours and of OVER, "the answer does not reach here". NaN where the teacher has no opinion.
+Every model can be read in this form, so a student of either route learns from a teacher of either:
 
-  left to right (Route A, a text model)     the (h, w) cells of a given answer, the end of each row in column w, the end of the answer at
-                                            (h, 0); each place given the answer before it
-  canvas (Route B)                          all cells of the canvas, the eleventh outcome is <|void|>; the answer given does not matter
-  votes (either route)                      shares of the answers to several views of the task; the answer given does not matter
+    left to right (Route A, a text model)   the (h, w) cells of an answer, the end of each row at column w and
+                                            of the answer at (h, 0), each given the answer before it
+    canvas (Route B)                        all cells of the canvas, OVER is <|void|>; the answer is not read
+    votes (either route)                    shares of the answers to several views; the answer is not read
 
-A teacher is any object with: about (a dict that says what it is), sources (names of those it has learned from), conditional (whether a
-frame depends on the answer it is asked about), frames(tasks, answers) -> list of frames, None where a task is too long for it, and
-write(tasks) -> list of its own grids, None likewise. A task is an arc.Task of one test pair, whose output no teacher reads.
-
-Read next: text_teacher.py, another kind of teacher, and distill.py. Sources: on-policy distillation, arXiv 2306.13649;
-test-time training on a task's demonstrations, arXiv 2411.07279.
+A teacher is an object with `about` (a dict that identifies it), `sources` (names of those it has learned
+from), `reads_answers` (whether its frames depend on the answer) and frames(tasks, answers) -> list of
+frames, None where a task is too long. A task is an arc.Task of one test pair, whose output no teacher
+reads. Read next: distill.py.
 """
 
-import dataclasses
 import hashlib
 import os
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from model_trm import ANSWER_IDS
-from smol import arc, checkpoint, engine, solve, ttt
+from smol import arc, checkpoint, engine, solve
 from smol import tokenizer as tok
 from smol.snapshots import sha256_file
 
-OUTCOMES = 11  # ten colours, and "over"
+OUTCOMES = 11  # ten colours and OVER
 OVER = 10
-VOTE_FLOOR = 0.01  # share of votes that is spread over all outcomes: a colour nobody voted for is unlikely, not impossible
+VOTE_FLOOR = 0.01  # share of the votes that is spread over all outcomes: no colour is impossible
 
-
-def fit(frame, rows, columns):
-    """A frame cut, or filled up with NaN, to (rows, columns, 11)."""
-    out = torch.full((rows, columns, OUTCOMES), torch.nan)
-    r, c = min(rows, frame.shape[0]), min(columns, frame.shape[1])
-    out[:r, :c] = frame[:r, :c]
-    return out
-
-
-def frame_of_answer(places, h, w):
-    """places (h * (w + 1) + 1, 11), in the order in which an answer is written -> frame (h + 1, w + 1, 11)."""
-    frame = torch.full((h + 1, w + 1, OUTCOMES), torch.nan)
-    frame[:h] = places[:-1].view(h, w + 1, OUTCOMES)
-    frame[h, 0] = places[-1]
-    return frame
-
-
-def places_of_answer(frame, h, w):
-    """The inverse: (h * (w + 1) + 1, 11) of any frame, NaN where it says nothing."""
-    frame = fit(frame, h + 1, w + 1)
-    return torch.cat([frame[:h].reshape(-1, OUTCOMES), frame[h, :1]])
-
-
-def until_they_part(places, outcomes):
-    """
-    places (P, 11), of a teacher to whom the answer does not matter; outcomes (P,), what the answer says -> the same, NaN after the first
-    place at which the teacher would have said something else: from there on it speaks of another answer, and whoever goes on from this
-    one would learn to disregard what it has written.
-    """
-    parts = (places.argmax(-1) != outcomes) & ~places.isnan().any(-1)
-    return torch.where((parts.cumsum(0) - parts.long() > 0)[:, None], torch.nan, places)
-
-
-def canvas_of(ids):
-    """ids (L,) of a row with a canvas, padded or not -> where the canvas begins, its (rows, columns)."""
-    start, stop = int((ids == tok.OUTPUT).nonzero()[-1]) + 1, int((ids != tok.PAD).sum())
-    columns = int((ids[start:] == tok.ROW).nonzero()[0])
-    return start, ((stop - start) // (columns + 1), columns)
-
-
-def on_canvas(frames, idx):
-    """Frames (None: no opinion) of rows idx (B, L) -> (B, L, 11), each place of a canvas at its token; NaN elsewhere."""
-    out = torch.full((*idx.shape, OUTCOMES), torch.nan)
-    for row, frame, ids in zip(out, frames, idx.cpu()):
-        if frame is not None:
-            start, (h, w) = canvas_of(ids)
-            row[start : start + h * (w + 1)] = fit(frame, h, w + 1).view(-1, OUTCOMES)
-    return out.to(idx.device)
-
-
-def read_canvases(outcomes, idx):
-    """outcomes (N,) of all canvas cells of rows idx (B, L), in their order -> the grid on each canvas, None where all of it is void."""
-    ids, grids = idx.clone(), []
-    ids[arc.canvas_cells(idx, arc.positions(idx))] = torch.tensor(ANSWER_IDS)[outcomes]
-    for row, before in zip(ids, idx):
-        start, (h, w) = canvas_of(before)
-        grids.append(arc.read_canvas(row[start : start + h * (w + 1)].numpy(), (h, w)))
-    return grids
-
-
-def document(task, answer):
-    """The whole document (T,) long of a task with an answer."""
-    return torch.from_numpy(arc.encode(task.kind, [*task.train, (task.test[0][0], answer)]).astype(np.int64))
-
-
-def task_of_row(idx, targets, puzzle_format):
-    """The inverse of loader.puzzle_row, padded or not: (L,), (L,) -> arc.Task of one test pair."""
-    n = int((idx != tok.PAD).sum())
-    idx, targets = idx[:n].numpy(), targets[:n].numpy()
-    if puzzle_format == "canvas":
-        start = np.flatnonzero(idx == tok.OUTPUT)[-1] + 1
-        width = np.flatnonzero(idx[start:] == tok.ROW)[0]
-        question, answer = (
-            arc.read_canvas(ids[start:], ((n - start) // (width + 1), width)) for ids in (idx, targets)
-        )
-        ids = np.concatenate(
-            [
-                idx[: start - 1],
-                [tok.INPUT],
-                arc.encode_grid(question),
-                [tok.OUTPUT],
-                arc.encode_grid(answer),
-                [tok.EOT],
-            ]
-        )
-    else:
-        ids = np.append(idx, targets[-1])
-    kind, pairs = arc.decode(ids)
-    return arc.Task("", kind, pairs[:-1], pairs[-1:])
-
-
-def tasks_of(idx, targets, puzzle_format):
-    """A batch of puzzles (B, L), (B, L) -> list of arc.Task."""
-    return [task_of_row(*row, puzzle_format) for row in zip(idx, targets)]
-
-
-def outcomes_of(answer, rows, columns):
-    """What an answer says at each place (rows, columns): a colour, OVER outside it. Long."""
-    said = np.full((rows, columns), OVER)
-    h, w = min(rows, answer.shape[0]), min(columns, answer.shape[1])
-    said[:h, :w] = answer[:h, :w]
-    return torch.from_numpy(said)
-
-
-def solved(teacher, tasks):
-    """
-    Quick check: the share of tasks at which the likeliest outcome is right everywhere. For a model that
-    writes left to right that is when it would write the right answer greedily. Tasks that are too long for it
-    are not solved, nor are those where it has no opinion of some cell, as a model has none whose logits are
-    not finite.
-    """
-    right = 0
-    for task, frame in zip(tasks, teacher.frames(tasks, [task.test[0][1] for task in tasks])):
-        if frame is not None:
-            known = ~frame.isnan().any(-1)
-            every_cell = not fit(frame, *task.test[0][1].shape).isnan().any()
-            same = frame.argmax(-1) == outcomes_of(task.test[0][1], *known.shape)
-            right += every_cell and bool(same[known].all())
-    return right / max(1, len(tasks))
+# -----------------------------------------------------------------------------
+# tasks, answers and frames
 
 
 def prompt(task):
     return torch.from_numpy(arc.encode_prompt(task.kind, task.train, task.test[0][0]).astype(np.int64))
 
 
-def with_id(task):
-    """The task with an id that its prompt alone decides: what views it is looked at from, and how it is adapted to, follow from the id."""
-    return dataclasses.replace(task, id=hashlib.sha256(prompt(task).numpy().tobytes()).hexdigest())
+def document(task, answer):
+    """The whole document (T,) of a task with this answer."""
+    return torch.from_numpy(arc.encode(task.kind, [*task.train, (task.test[0][0], answer)]).astype(np.int64))
+
+
+def tasks_of(idx, targets, puzzle_format):
+    """A batch of puzzle rows (B, L), (B, L) -> list of arc.Task: the inverse of loader.puzzle_row."""
+    tasks = []
+    for ids, wanted in zip(idx.cpu().numpy(), targets.cpu().numpy()):
+        n = int((ids != tok.PAD).sum())
+        if puzzle_format == "canvas":
+            start, shape = canvas_of(ids)
+            grids = [arc.read_canvas(canvas[start:n], shape) for canvas in (ids, wanted)]
+            before, last_pair = ids[: start - 1], arc.encode("arc", [grids])[1:]
+            whole = np.concatenate([before, last_pair])
+        else:
+            whole = np.append(ids[:n], wanted[n - 1])
+        kind, pairs = arc.decode(whole)
+        tasks.append(arc.Task("", kind, pairs[:-1], pairs[-1:]))
+    return tasks
+
+
+def canvas_of(ids):
+    """ids (L,), a row with a canvas, padded or not -> where the canvas starts, its (rows, columns)."""
+    start = int(np.flatnonzero(ids == tok.OUTPUT)[-1]) + 1
+    columns = int(np.flatnonzero(ids[start:] == tok.ROW)[0])
+    return start, (int((ids[start:] != tok.PAD).sum()) // (columns + 1), columns)
+
+
+def outcomes_of(answer, rows, columns):
+    """
+    The outcome (rows, columns), long, that an answer has at each position: its colour, or OVER outside it.
+    """
+    outcomes = np.full((rows, columns), OVER)
+    h, w = min(rows, answer.shape[0]), min(columns, answer.shape[1])
+    outcomes[:h, :w] = answer[:h, :w]
+    return torch.from_numpy(outcomes)
+
+
+def resize(frame, rows, columns):
+    """A frame cut or padded with NaN to (rows, columns, 11)."""
+    out = torch.full((rows, columns, OUTCOMES), torch.nan)
+    r, c = min(rows, frame.shape[0]), min(columns, frame.shape[1])
+    out[:r, :c] = frame[:r, :c]
+    return out
+
+
+def to_frame(log_p, h, w):
+    """
+    log_p (h * (w + 1) + 1, 11), at the tokens of an (h, w) answer and its end -> frame (h + 1, w + 1, 11).
+    """
+    frame = torch.full((h + 1, w + 1, OUTCOMES), torch.nan)
+    frame.view(-1, OUTCOMES)[: len(log_p)] = log_p
+    return frame
+
+
+def at_tokens(frame, answer):
+    """A frame, or None, at the h * (w + 1) + 1 tokens of an answer and its end: (N, 11)."""
+    h, w = answer.shape
+    whole = resize(torch.empty(0, 0, OUTCOMES) if frame is None else frame, h + 1, w + 1)
+    return whole.flatten(0, 1)[: h * (w + 1) + 1]
+
+
+def on_canvases(frames, idx):
+    """
+    Frames, or None, of rows idx (B, L) -> (B, L, 11): each position of a canvas at its token, NaN
+    elsewhere.
+    """
+    out = torch.full((*idx.shape, OUTCOMES), torch.nan)
+    for row, frame, ids in zip(out, frames, idx.cpu().numpy()):
+        if frame is not None:
+            start, (h, w) = canvas_of(ids)
+            row[start : start + h * (w + 1)] = resize(frame, h, w + 1).flatten(0, 1)
+    return out.to(idx.device)
+
+
+def until_first_difference(log_p, answer):
+    """
+    log_p (N, 11), at the tokens of an answer, of a teacher that has not read it. NaN after the first position
+    where the teacher prefers another outcome: from there on it speaks of another answer.
+    """
+    h, w = answer.shape
+    outcomes = outcomes_of(answer, h + 1, w + 1).flatten()[: len(log_p)]
+    differs = (log_p.argmax(-1) != outcomes) & ~log_p.isnan().any(-1)
+    after = differs.cumsum(0) - differs.long() > 0
+    return log_p.masked_fill(after[:, None], torch.nan)
+
+
+def solved(teacher, tasks):
+    """
+    The share of tasks where the likeliest outcome is right everywhere: for Route A, where its greedy answer
+    is.
+    """
+    right = 0
+    for task, frame in zip(tasks, teacher.frames(tasks, [task.test[0][1] for task in tasks])):
+        answer = task.test[0][1]
+        if frame is not None and not resize(frame, *answer.shape).isnan().any():
+            known = ~frame.isnan().any(-1)
+            right += bool((frame.argmax(-1) == outcomes_of(answer, *known.shape))[known].all())
+    return right / max(1, len(tasks))
 
 
 # -----------------------------------------------------------------------------
 # a model of ours
 
 
-def frame_of_votes(candidates, shape):
-    """Shares of votes as a frame of (rows + 1, columns + 1): what each answer says at each place, outside it that it is over."""
-    voted = [c for c in candidates if c.votes]
-    rows, columns = np.max([shape, *(c.grid.shape for c in voted)], axis=0) + 1
-    shares = torch.zeros(rows, columns, OUTCOMES)
-    for c in voted:
-        shares += c.votes * F.one_hot(outcomes_of(c.grid, rows, columns), OUTCOMES)
-    return ((1 - VOTE_FLOOR) * shares / sum(c.votes for c in voted) + VOTE_FLOOR / OUTCOMES).log()
-
-
 class Ours:
     """
-    A model of either route as a teacher. n_sup: Route B's supervision steps (None: its own). n_views > 1: votes over that many views
-    (solve.py). ttt_steps > 0: before a task, that many steps on its demonstrations at ttt_learning_rate, by a copy (ttt.py).
+    A model of either route. n_sup: Route B's supervision steps (None: its own). n_views > 1: votes
+    (solve.py).
     """
 
-    def __init__(
-        self,
-        model,
-        about,
-        sources=(),
-        n_sup=None,
-        n_views=1,
-        ttt_steps=0,
-        ttt_learning_rate=solve.Settings.ttt_lr,
-    ):
-        self.model, self.sources = model, sources
-        self.settings = solve.Settings(
-            augment=n_views, n_sup=n_sup, ttt_steps=ttt_steps, ttt_lr=ttt_learning_rate
-        )
-        self.canvas = model.puzzle_format == "canvas"
-        self.conditional = not self.canvas and n_views == 1
-        self.about = {
-            **about,
-            "n_sup": (n_sup or model.config.n_sup) if self.canvas else None,
-            "views": n_views,
-            "ttt_steps": ttt_steps,
-        }
-
-    def frames(self, tasks, answers):
-        if self.settings.augment > 1:
-            return [
-                frame_of_votes(c, arc.canvas_shape(t.train, t.test[0][0]))
-                if any(x.votes for x in c)
-                else None
-                for c, t in zip(self.solve(tasks), tasks)
-            ]
-        frames, plain = [None] * len(tasks), []
-        for i, task in enumerate(tasks):
-            if self.settings.ttt_steps and len(task.train) > 1:
-                (frames[i],) = self.frames_of(
-                    ttt.tune(self.model, with_id(task), self.settings), [task], [answers[i]]
-                )
-            else:
-                plain.append(i)
-        for i, frame in zip(
-            plain, self.frames_of(self.model, [tasks[i] for i in plain], [answers[i] for i in plain])
-        ):
-            frames[i] = frame
-        return frames
+    def __init__(self, model, about=None, sources=(), n_sup=None, n_views=1):
+        self.model, self.sources, self.n_sup, self.n_views = model, sources, n_sup, n_views
+        self.about = {**(about or {}), "n_sup": n_sup, "n_views": n_views}
+        self.reads_answers = model.puzzle_format == "autoregressive" and n_views == 1
 
     @torch.no_grad()
-    def frames_of(self, model, tasks, answers):
-        training, frames = model.training, [None] * len(tasks)
-        model.eval()
-        if self.canvas:
-            for where, idx in model.canvases(tasks):
-                for _, y, _ in model.answer_steps(idx, self.settings.n_sup):
-                    pass
-                log_p = F.linear(y, model.wte.weight[ANSWER_IDS]).float().log_softmax(-1).cpu()
-                for row, (i, _, (h, w), start) in zip(log_p, where):
-                    frames[i] = row[start : start + h * (w + 1)].view(h, w + 1, OUTCOMES)[:, :w]
-        else:
-            rows = [
-                (i, document(t, a), a.shape) for i, (t, a) in enumerate(zip(tasks, answers)) if a is not None
-            ]
-            rows = [row for row in rows if len(row[1]) - 1 <= model.config.block_size]
-            for part in engine.batches_by_length(rows, lambda row: len(row[1])):
-                log_p = (
-                    engine.cell_logits(model, [ids for _, ids, _ in part], [shape for *_, shape in part])
-                    .log_softmax(-1)
-                    .cpu()
-                )
-                for (i, _, (h, w)), places in zip(
-                    part, log_p.split([h * (w + 1) + 1 for *_, (h, w) in part])
-                ):
-                    frames[i] = frame_of_answer(places, h, w)
-        model.train(training)
-        return frames
-
-    def solve(self, tasks):
-        """For each task its list of solve.Candidate, best first; empty where it is too long."""
+    def frames(self, tasks, answers):
         training = self.model.training
         self.model.eval()
-        given = solve.solve(
-            self.model, solve.without_answers([with_id(task) for task in tasks]), self.settings
-        )
+        if self.n_views > 1:
+            frames = self.of_votes(tasks)
+        else:
+            frames = self.of_answers(tasks, answers) if self.reads_answers else self.of_canvases(tasks)
         self.model.train(training)
-        return [g.candidates if g is not None else [] for (g,) in given]
+        return frames
 
-    def write(self, tasks):
-        return [c[0].grid if c else None for c in self.solve(tasks)]
+    def of_answers(self, tasks, answers):
+        frames, rows = [None] * len(tasks), []
+        for i, (task, answer) in enumerate(zip(tasks, answers)):
+            ids = document(task, answer)
+            if len(ids) - 1 <= self.model.config.block_size:
+                rows.append((i, ids, answer.shape))
+        for batch in engine.batches_by_length(rows, lambda row: len(row[1])):
+            shapes = [shape for *_, shape in batch]
+            logits = engine.cell_logits(self.model, [ids for _, ids, _ in batch], shapes)
+            log_p = logits.log_softmax(-1).cpu()
+            for (i, _, (h, w)), part in zip(batch, log_p.split([h * (w + 1) + 1 for h, w in shapes])):
+                frames[i] = to_frame(part, h, w)
+        return frames
+
+    def of_canvases(self, tasks):
+        frames = [None] * len(tasks)
+        for where, idx in self.model.canvases(tasks):
+            *_, (_, y, _) = self.model.answer_steps(idx, self.n_sup)
+            log_p = F.linear(y, self.model.wte.weight[ANSWER_IDS]).float().log_softmax(-1).cpu()
+            for row, (i, _, (h, w), start) in zip(log_p, where):
+                frames[i] = row[start : start + h * (w + 1)].view(h, w + 1, OUTCOMES)[:, :w]
+        return frames
+
+    def of_votes(self, tasks):
+        # the views follow from a task's id, so the id has to follow from the task
+        named = [replace(t, id=hashlib.sha256(prompt(t).numpy().tobytes()).hexdigest()) for t in tasks]
+        settings = solve.Settings(augment=self.n_views, n_sup=self.n_sup)
+        frames = []
+        for task, (given,) in zip(tasks, solve.solve(self.model, solve.without_answers(named), settings)):
+            voted = [c for c in given.candidates if c.votes] if given else []
+            shape = arc.canvas_shape(task.train, task.test[0][0])
+            frames.append(frame_of_votes(voted, shape) if voted else None)
+        return frames
 
 
-def load_ours(path, device, dtype="float32", **options):
-    """A checkpoint of ours as a teacher, its averaged weights. In half precision are the matrices of its blocks alone."""
-    model, saved = checkpoint.load_model(path, device)
-    if dtype != "float32":
-        if options.get("ttt_steps"):
-            raise ValueError("test-time training needs a teacher in float32: use --teacher_dtype=float32")
-        for module in model.blocks.modules():
-            if isinstance(module, torch.nn.Linear):
-                module.to(getattr(torch, dtype))
-    model.requires_grad_(False)
-    about = {
-        "kind": "checkpoint",
-        "path": str(path),
-        "sha256": sha256_file(path),
-        "model": saved["model"],
-        "iter": saved["train"].get("iter"),
-        "tokenizer": saved["tokenizer"],
-    }
-    return Ours(model, about, saved["train"].get("data", {}).get("sources", []), **options)
+def frame_of_votes(candidates, shape):
+    """Shares of the votes as a frame, a row and a column larger than all of the candidates and `shape`."""
+    rows, columns = np.max([shape, *(c.grid.shape for c in candidates)], axis=0) + 1
+    votes = sum(c.votes * F.one_hot(outcomes_of(c.grid, rows, columns), OUTCOMES) for c in candidates)
+    return ((1 - VOTE_FLOOR) * votes / sum(c.votes for c in candidates) + VOTE_FLOOR / OUTCOMES).log()
 
 
 # -----------------------------------------------------------------------------
+# a text model
+
+# A puzzle as text, a piece for each token of ours; an answer ends with the text model's own end of text.
+PIECES = {
+    tok.ARC: "Puzzle\n",
+    tok.SUDOKU: "Sudoku\n",
+    tok.MAZE: "Maze\n",
+    tok.LOGIC: "Logic\n",
+    tok.PROGRAM: "Program\n",
+    tok.INPUT: "Input:\n",
+    tok.OUTPUT: "Output:\n",
+    tok.ROW: "\n",
+    **{tok.CELL0 + c: f" {c}" for c in range(10)},
+}
 
 
-def load(path, device, dtype="float32", vocabulary="same", **options):
+def render(ids):
+    """A document of ours, without its EOT, as plain text."""
+    return "".join(PIECES[int(i)] for i in ids)
+
+
+class HuggingFace:
     """
-    The teacher at path: a checkpoint of ours, or a folder (or hub name, "hf:NAME") of Hugging Face's. options: as
-    for Ours. FileNotFoundError or ValueError, in one line, if it is missing, damaged, or of another family.
+    A causal language model in a folder or on the hub, through `transformers`, which reads a puzzle as text.
+    ValueError unless its tokenizer maps cells exactly: a cell and the end of a row are one token each, and
+    the tokens of a text are those of its pieces.
     """
-    from smol import text_teacher  # which imports this file
 
-    given = [k for k, v in options.items() if v not in (None, 0, 1) and k != "ttt_learning_rate"]
-    if (
-        path.startswith("hf:")
-        or os.path.isfile(os.path.join(path, "config.json"))
-        and not os.path.isfile(os.path.join(path, "ckpt.pt"))
-    ):
-        foreign, teacher = (
-            "a Hugging Face model",
-            lambda: text_teacher.HuggingFace(path.removeprefix("hf:"), device, dtype, vocabulary),
-        )
-    elif os.path.isdir(path):
-        raise ValueError(
-            f"teacher {path} is a folder without a config.json of Hugging Face's: for a checkpoint of ours, "
-            "give the path of its ckpt.pt"
-        )
-    else:
-        return load_ours(path, device, dtype, **options)
-    if given:
-        raise ValueError(
-            f"{', '.join(f'teacher_{k}' for k in given)}: for checkpoints of ours alone, and teacher {path} is {foreign}"
-        )
-    return teacher()
+    reads_answers, sources = True, ()
+
+    def __init__(self, name, device, dtype="float32"):
+        try:
+            import transformers
+        except ImportError:
+            raise ValueError(f"teacher {name} needs a package: pip install transformers") from None
+        transformers.utils.logging.set_verbosity_error()
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+            model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+        except Exception as e:  # noqa: BLE001 (a broken folder fails in any way)
+            why = (str(e).strip().splitlines() or [""])[0]
+            raise ValueError(f"teacher {name} cannot be loaded ({type(e).__name__}): {why:.200}") from None
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.context = getattr(model.config, "max_position_embeddings", None) or 10**9
+        self.about = {"path": name, "model": model.config.model_type, "params": model.num_parameters()}
+        self.ids = {token: self.encode(text) for token, text in PIECES.items()}
+        single = [self.ids[token] for token in (*range(tok.CELL0, tok.CELL0 + 10), tok.ROW)]
+        self.outcomes = [*(ids[0] for ids in single), self.tokenizer.eos_token_id]  # 12
+        x, y = np.arange(10, dtype=np.uint8).reshape(2, 5), np.full((3, 1), 9, np.uint8)
+        probes = [arc.encode(kind, [(x, y), (y, x)])[:-1] for kind in arc.KINDS]
+        exact = all(self.encode(render(ids)) == self.tokens(ids) for ids in probes)
+        if not exact or None in self.outcomes or any(len(ids) != 1 for ids in single):
+            raise ValueError(f"teacher {name}: its tokenizer does not write every cell as one token")
+
+    def encode(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def tokens(self, ids):
+        """ids of ours, without EOT -> list of the teacher's."""
+        return [i for token in map(int, ids) for i in self.ids[token]]
+
+    @torch.no_grad()
+    def frames(self, tasks, answers):
+        frames, rows = [None] * len(tasks), []
+        for i, (task, answer) in enumerate(zip(tasks, answers)):
+            ids = self.tokens(document(task, answer)[:-1])
+            if len(ids) <= self.context:
+                rows.append((i, torch.tensor(ids), answer.shape))
+        for batch in engine.batches_by_length(rows, lambda row: len(row[1])):
+            idx = torch.nn.utils.rnn.pad_sequence([ids for _, ids, _ in batch], batch_first=True)
+            logits = self.model(idx.to(self.model.device)).logits
+            for row, (i, ids, (h, w)) in zip(logits, batch):
+                n = h * (w + 1) + 1
+                row = row[len(ids) - n : len(ids), self.outcomes].float().cpu()
+                ends_answer = (torch.arange(n) % (w + 1) == 0)[:, None]  # elsewhere OVER is the end of a row
+                over = torch.where(ends_answer, row[:, 11:], row[:, 10:11])
+                frames[i] = to_frame(torch.cat([row[:, :10], over], 1).log_softmax(-1), h, w)
+        return frames
+
+
+def load(path, device, dtype="float32", n_sup=None, n_views=1):
+    """
+    The teacher at path: a checkpoint of ours, or a folder or hub name ("hf:NAME") of Hugging Face's, whose
+    weights are loaded in dtype. FileNotFoundError or ValueError, in one line.
+    """
+    if path.startswith("hf:") or os.path.isfile(os.path.join(path, "config.json")):
+        if n_sup is not None or n_views != 1:
+            raise ValueError(f"teacher {path} is a text model: it takes no teacher_n_sup or teacher_n_views")
+        return HuggingFace(path.removeprefix("hf:"), device, dtype)
+    model, saved = checkpoint.load_model(path, device)
+    if wrong := checkpoint.not_finite(model.state_dict()):
+        raise ValueError(f"teacher {path} has weights that are not finite ({wrong})")
+    about = {"path": path, "sha256": sha256_file(path), "model": saved["model"]}
+    sources = saved["train"].get("data", {}).get("sources", [])
+    return Ours(model.requires_grad_(False), about, sources, n_sup, n_views)
