@@ -19,8 +19,8 @@ demo: .venv/installed
 	$(PYTHON) train.py config/route_a_demo.py
 	$(PYTHON) train.py config/route_b_demo.py
 	$(PYTHON) sample.py $(OUT)/route_b/ckpt.pt --task=sudoku4-0000
-	$(PYTHON) eval_arc.py $(OUT)/route_a/ckpt.pt $(OUT)/route_b/ckpt.pt --suites=sudoku4,maze,transforms,arc1 --limit=100 --out_dir=$(OUT) --json=report.json
-	@echo "Look at $(OUT)/grids.png; the figures are in $(OUT)/report.json"
+	$(PYTHON) eval_arc.py $(OUT)/route_a/ckpt.pt $(OUT)/route_b/ckpt.pt --suites=sudoku4,maze,transforms,arc1 --limit=100 --out_dir=$(OUT)
+	@echo "Look at $(OUT)/grids.png; the figures are in $(OUT)/eval.json"
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2

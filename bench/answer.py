@@ -21,7 +21,7 @@ import torch
 
 import configurator
 import eval_arc
-from smol import arc, checkpoint, puzzles, runtime, scores, solve, suites
+from smol import arc, checkpoint, puzzles, runtime, solve, suites
 from smol.files import write_whole
 
 suite = "sudoku4"  # of eval_arc.py, for the second table
@@ -110,7 +110,7 @@ def fewer_steps(net, tasks, n_views, most):
                 return given
 
             records = eval_arc.evaluate(tasks, answer, 2, n_views)
-            figures = scores.figures(records, 2)
+            figures = eval_arc.figures(records, 2)
             row = {"n_sup": steps, "halt": halt, "steps": float(np.mean(taken)), "total": figures["total"]}
             found.append({**row, "solved": figures["pass_1"], "in_two_attempts": figures["pass_2"]})
     return found

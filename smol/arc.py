@@ -61,25 +61,32 @@ def validate_grid(grid):
     return array.astype(np.uint8)
 
 
-def to_task(task_id, raw):
-    """ARC's JSON, {'train': [{'input': ..., 'output': ...}, ...], 'test': [...]} -> Task. ValueError if it is
-    not."""
+def to_task(task_id, raw, outputs=None):
+    """
+    ARC's JSON, {'train': [{'input': ..., 'output': ...}, ...], 'test': [...]} -> Task. outputs: those of the
+    test inputs, where they come apart; without them they may be unknown, and are None. ValueError for
+    anything else.
+    """
     parts = {"train": [], "test": []}
     for part, pairs in parts.items():
         given = raw.get(part) if isinstance(raw, dict) else None
         if not isinstance(given, list) or (part == "test" and not given):
             raise ValueError(f"no list {part!r} of pairs {{'input': ..., 'output': ...}}")
-        for i, pair in enumerate(given, 1):
-            grids = [pair.get(side) if isinstance(pair, dict) else None for side in ("input", "output")]
-            if part == "train" and grids[1] is None:
+        known = outputs if part == "test" and outputs is not None else [None] * len(given)
+        if not isinstance(known, list) or len(known) != len(given):
+            raise ValueError(f"as many outputs are wanted as there are test inputs, {len(given)}")
+        for i, (pair, output) in enumerate(zip(given, known), 1):
+            pair = pair if isinstance(pair, dict) else {}
+            x, y = pair.get("input"), pair.get("output") if output is None else output
+            if y is None and part == "train":
                 raise ValueError(f"pair {i} of 'train' has no 'output'")
-            for j, side in enumerate(("input", "output")):
-                try:
-                    if side == "input" or grids[j] is not None:  # of a question the answer may not be known
-                        grids[j] = validate_grid(grids[j])
-                except ValueError as e:
-                    raise ValueError(f"{side} {i} of {part!r} is {e}") from None
-            pairs.append(tuple(grids))
+            try:
+                side = "input"
+                x = validate_grid(x)
+                side = "output"
+                pairs.append((x, None if y is None else validate_grid(y)))
+            except ValueError as e:
+                raise ValueError(f"{side} {i} of {part!r} is {e}") from None
     return Task(task_id, "arc", parts["train"], parts["test"])
 
 
@@ -156,28 +163,13 @@ def read_tasks(path):
         if not isinstance(outputs, dict):
             raise ValueError(f"{beside} holds no solutions: {{id: [output, ...]}} is wanted")
         for task_id, raw in found.items():
-            try:
-                task = to_task(task_id, raw)
-            except ValueError as e:
-                raise ValueError(f"{file}, task {task_id}: {e}") from None
-            if task_id in outputs:
-                task.test = solved(task, outputs[task_id], f"{beside}, task {task_id}")
             if task_id in outputs or task_id not in tasks:  # it may be there twice, once without outputs
-                tasks[task_id] = task
+                try:
+                    tasks[task_id] = to_task(task_id, raw, outputs.get(task_id))
+                except ValueError as e:
+                    where = f"{file} with {beside}" if task_id in outputs else file
+                    raise ValueError(f"{where}, task {task_id}: {e}") from None
     return [tasks[task_id] for task_id in sorted(tasks)]
-
-
-def solved(task, outputs, where):
-    """-> the task's test pairs with the outputs of a ...solutions.json."""
-    if not isinstance(outputs, list) or len(outputs) != len(task.test):
-        raise ValueError(f"{where}: as many outputs are wanted as the task has test inputs, {len(task.test)}")
-    pairs = []
-    for i, ((x, _), output) in enumerate(zip(task.test, outputs), 1):
-        try:
-            pairs.append((x, validate_grid(output)))
-        except ValueError as e:
-            raise ValueError(f"{where}: output {i} is {e}") from None
-    return pairs
 
 
 # -----------------------------------------------------------------------------
@@ -346,8 +338,7 @@ def positions(idx):
     in_grid = latest(at, mark, -1) > latest(at, ~(mark | row_end | cell), -1)
     rows = row_end.long().cumsum(1) - row_end.long()  # rows ended before this token
     row = rows - latest(rows, mark, 0)
-    line = latest(at, mark | row_end, -1).roll(1, 1)  # a ROW still belongs to the row it ends
-    line[:, 0] = -1
+    line = latest(at, mark | row_end, -1).roll(1, 1)  # a ROW belongs to the row it ends; token 0 is in no row
     col = torch.where(mark, 0, at - line - 1)
     return torch.stack([row, col, grid], -1) * in_grid[..., None]
 

@@ -1,18 +1,23 @@
 """
-The suite `language`: how well does a model read and write text and code? Both routes, in their text mode.
+The suites that are no tasks: how well does a model read and write text and code? Both routes, in text mode.
 
-    python eval_arc.py out/demo/route_a/ckpt.pt --suites=language
+    python eval_arc.py CKPT --suites=language
+    python eval_arc.py CKPT --suites=lm_eval:sciq,arc_easy          needs: pip install lm-eval
 
-  bits per byte     of the validation shards of every text source: the model's surprise, -log2 of the text's probability, for each byte.
-                    Unlike the loss in nats per token it does not depend on how text is cut into tokens.
-  questions         132 sentences to be continued, four ends each, in language_items.py: right if the true end is likeliest. Chance is 25%.
-  code              42 small functions from signature and docstring, greedily completed and run on tests in the sandbox.
+  bits_per_byte   of held-out text of every source: -log2 of its probability for each byte. Unlike the loss in
+                  nats per token it does not depend on how text is cut into tokens
+  questions       132 sentences to be continued, four ends each: right if the true end is likeliest
+  code            42 small functions from signature and docstring, written greedily and run on tests
+  lm_eval:NAMES   benchmarks of EleutherAI's lm-eval, our models behind its interface
 
-Every figure has a 95% interval. Read next: language_items.py (the items), sandbox.py, eval_arc.py (which calls evaluate() here).
+Every figure has a 95% interval, as [low, high]. Read next: language_items.py, sandbox.py.
 """
 
 import contextlib
+import difflib
+import functools
 import math
+import re
 import time
 
 import numpy as np
@@ -22,278 +27,310 @@ from tqdm import tqdm
 
 from smol import engine, language_items, loader, sandbox
 from smol import tokenizer as tok
-from smol.scores import interval
+from smol.suites import interval
 
 BATCH_TOKENS = 2048  # in one pass through the model: its logits are 50,304 numbers for each
 SOURCE_TOKENS = 65536  # read of each source, in windows of block_size spread evenly over it
-CODE_TOKENS = 96  # a function may have
-CODE_BATCH = 14  # functions that Route A writes at a time, and that are lost when a run is killed
-
-
-# -----------------------------------------------------------------------------
-# figures
+CODE_TOKENS = 96  # that a function may have
+TOGETHER = 16  # texts that are continued at a time
+OUTSIDE_FUNCTION = re.compile(r"^\S", re.MULTILINE)  # the first line that is not indented
 
 
 def ratio_interval(above, below):
-    """above, below (N,) of N windows -> [low, high], the 95% interval of sum(above) / sum(below) by how windows differ; None for one."""
+    """above, below (N,) of N windows: the 95% interval of sum(above) / sum(below); None for one window."""
     if len(above) < 2:
         return None
     ratio = above.sum() / below.sum()
-    error = math.sqrt(len(above) * np.var(above - ratio * below, ddof=1)) / below.sum()
-    return [round(float(ratio + side * 1.959964 * error), 6) for side in (-1, 1)]
+    error = 1.959964 * math.sqrt(len(above) * np.var(above - ratio * below, ddof=1)) / below.sum()
+    return [round(float(ratio - error), 6), round(float(ratio + error), 6)]
 
 
 # -----------------------------------------------------------------------------
-# likelihoods
+# reading and writing
 
 
-def log_probabilities(model, rows, progress=lambda n: None):
+def log_probs(model, rows, desc="reading"):
     """
-    rows: list of (context, continuation), lists of ids, neither empty. -> list of (log-probability of every token of the continuation, in
-    nats (n,) float32, is each the likeliest (n,) bool). What does not fit into block_size loses its beginning, of the context first.
+    rows: list of (context, continuation), lists of ids, neither empty. Returns for each the log-probability
+    of every token of the continuation, (n,) float32 in nats, and whether it is the likeliest, (n,) bool.
+    What does not fit into block_size loses its beginning, of the context first.
     """
-    device, longest = next(model.parameters()).device, model.config.block_size
-    out, order = [None] * len(rows), sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
-    start = 0
-    while start < len(order):  # rows of similar length together, as many as BATCH_TOKENS allows
-        count = 1
-        while (
-            start + count < len(order)
-            and (count + 1) * sum(map(len, rows[order[start + count]])) <= BATCH_TOKENS
-        ):
-            count += 1
-        part = order[start : start + count]
-        given = [(list(rows[i][0]) + list(rows[i][1]))[-longest - 1 :] for i in part]
-        idx = torch.full((count, max(map(len, given)) - 1), tok.PAD, device=device)
-        for row, ids in zip(idx, given):
-            row[: len(ids) - 1] = torch.tensor(ids[:-1], device=device)
+    device, block_size = next(model.parameters()).device, model.config.block_size
+    ids = [[*context, *continuation][-block_size - 1 :] for context, continuation in rows]
+    order = sorted(range(len(rows)), key=lambda i: -len(ids[i]))  # rows of similar length together
+    out = [None] * len(rows)
+    bar = progress(len(rows), desc)
+    while order:
+        longest = len(ids[order[0]]) - 1
+        count = max(1, BATCH_TOKENS // longest)
+        part, order = order[:count], order[count:]
+        idx = torch.full((len(part), longest), tok.PAD, device=device)
+        for row, i in zip(idx, part):
+            row[: len(ids[i]) - 1] = torch.tensor(ids[i][:-1], device=device)
         with torch.no_grad():
-            logits = model(idx)[0]
-        for i, ids, row in zip(part, given, logits):
-            n = min(len(rows[i][1]), len(ids) - 1)
-            row, targets = row[len(ids) - 1 - n : len(ids) - 1].float(), torch.tensor(ids[-n:], device=device)
+            logits = model(idx)[0]  # (B, T, V)
+        for row, i in zip(logits, part):
+            n = min(len(rows[i][1]), len(ids[i]) - 1)
+            row = row[len(ids[i]) - 1 - n : len(ids[i]) - 1].float()  # (n, V)
+            targets = torch.tensor(ids[i][-n:], device=device)
             chosen = F.log_softmax(row, -1).gather(1, targets[:, None])[:, 0]
             out[i] = chosen.cpu().numpy(), (row.argmax(-1) == targets).cpu().numpy()
-        start += count
-        progress(count)
+        bar.update(len(part))
+    bar.close()
     return out
 
 
+def write(model, prompts, lengths, stops, desc="writing"):
+    """
+    Continue texts greedily. prompts: list of lists of ids. Returns for each the text of at most lengths[i]
+    tokens, up to the first match of the pattern stops[i] (None: there is none) or a token that is no text.
+    """
+    device, out = next(model.parameters()).device, []
+    bar = progress(len(prompts), desc)
+    for start in range(0, len(prompts), TOGETHER):
+        part = slice(start, start + TOGETHER)
+        rows = [torch.tensor(ids, device=device) for ids in prompts[part]]
+        limits = list(zip(lengths[part], stops[part]))
+        written = [[] for _ in rows]
+        with contextlib.suppress(ValueError):  # logits that are not finite: nothing more is written
+            for drawn in engine.generate(model, rows, max(lengths[part]), temperature=0):
+                for ids, token in zip(written, drawn.tolist()):
+                    ids.append(token)
+                if all(len(ids) >= n or cut(ids, stop)[1] for ids, (n, stop) in zip(written, limits)):
+                    break
+        out += [cut(ids[:n], stop)[0] for ids, (n, stop) in zip(written, limits)]
+        bar.update(len(rows))
+    bar.close()
+    return out
+
+
+def cut(ids, stop):
+    """(the text of ids up to the first match of `stop` or a token that is no text, whether there was one)."""
+    end = next((n for n, i in enumerate(ids) if i >= tok.EOT), len(ids))
+    text = tok.load().decode(ids[:end])
+    match = stop and stop.search(text)
+    return text[: match.start()] if match else text, bool(match) or end < len(ids)
+
+
+def progress(total, desc):
+    return tqdm(total=total, desc=desc, dynamic_ncols=True, leave=False)
+
+
 # -----------------------------------------------------------------------------
-# the three parts
+# the suite `language`
 
 
 def held_out(data_dir, stage, tag=None):
-    """-> {text source: its validation shards, as the manifest has them} of a stage. FileNotFoundError or ValueError if it is not there."""
-    out = {}
-    for entry in sorted(
-        loader.read_stage(data_dir, stage, tag, verify=False)[0], key=lambda entry: entry["source"]
-    ):
+    """{text source: its validation shards} of a stage. FileNotFoundError or ValueError if it is not there."""
+    entries, out = loader.read_stage(data_dir, stage, tag, verify=False)[0], {}
+    for entry in sorted(entries, key=lambda entry: entry["source"]):
         if entry["kind"] == "text" and entry["split"] == "val":
             out.setdefault(entry["source"], []).append(entry)
     return out
 
 
-def windows(n_tokens, size, source_tokens):
-    """The numbers of the windows of `size` tokens that are read of a source of n_tokens: evenly spread, source_tokens of them together."""
-    there = max((n_tokens - 1) // size, 1)
-    return np.linspace(0, there - 1, min(there, max(source_tokens // size, 1))).astype(int)
-
-
-def bits_per_byte(model, data_dir, entries, source_tokens=SOURCE_TOKENS, progress=lambda n: None):
+def bits_per_byte(model, data_dir, shards, source_tokens=SOURCE_TOKENS):
     """
-    -> {bits_per_byte, interval, bytes, tokens} of the shards `entries` of one source, None where they have no
-    text, or the model no probability for it that is finite. Ends of documents and reserved ids are read but not
-    counted: they are no text.
+    {bits_per_byte, interval, bytes} of the shards of one source; None where they have no text or the model
+    gives no finite probability. Ends of documents and reserved ids are read but not counted as text.
     """
-    bytes_of = np.array(
-        [len(tok.load().decode_single_token_bytes(i)) if i < tok.EOT else 0 for i in range(tok.VOCAB_SIZE)]
-    )
-    shards, size = loader.Shards(data_dir, entries), model.config.block_size
-    picks = windows(shards.n_tokens, size, source_tokens)
-    ids = [shards.slice(i * size, min((i + 1) * size + 1, shards.n_tokens)) for i in picks]
-    surprise, counted = [], []
-    for (nats, _), window in zip(log_probabilities(model, [(w[:1], w[1:]) for w in ids], progress), ids):
-        n_bytes = bytes_of[window[1:]]
-        surprise.append(-float(nats[n_bytes > 0].sum(dtype=np.float64)) / math.log(2))
-        counted.append(int(n_bytes.sum()))
-    above, below = np.array(surprise), np.array(counted)
-    if not below.sum() or not np.isfinite(above).all():
+    bytes_of = np.zeros(tok.VOCAB_SIZE, int)
+    bytes_of[: tok.EOT] = [len(tok.load().decode_single_token_bytes(i)) for i in range(tok.EOT)]
+    text, size = loader.Shards(data_dir, shards), model.config.block_size
+    there = max((text.n_tokens - 1) // size, 1)
+    starts = size * np.linspace(0, there - 1, min(there, max(source_tokens // size, 1))).astype(int)
+    windows = [text.slice(start, min(start + size + 1, text.n_tokens)) for start in starts]
+    bits, counted = np.zeros(len(windows)), np.zeros(len(windows), int)
+    for i, (nats, _) in enumerate(log_probs(model, [(w[:1], w[1:]) for w in windows])):
+        n_bytes = bytes_of[windows[i][1:]]
+        bits[i] = -nats[n_bytes > 0].sum(dtype=np.float64) / math.log(2)
+        counted[i] = n_bytes.sum()
+    if not counted.sum() or not np.isfinite(bits).all():
         return None
     return {
-        "bits_per_byte": round(float(above.sum() / below.sum()), 6),
-        "interval": ratio_interval(above, below),
-        "bytes": int(below.sum()),
-        "tokens": sum(len(w) - 1 for w in ids),
+        "bits_per_byte": round(float(bits.sum() / counted.sum()), 6),
+        "interval": ratio_interval(bits, counted),
+        "bytes": int(counted.sum()),
     }
 
 
-def answer_questions(model, limit=None, progress=lambda n: None):
+def answer_questions(model, items):
     """
-    -> {total, right, accuracy, interval, chance, accuracy_per_byte, interval_per_byte, by_category: {category: [right, total]}, answers}.
-    The model picks the end of the highest log-probability; per_byte is the same with log-probabilities divided by the length of the end.
-    Where several ends are equally likely, each counts for its share. answers: [{category, question, choices, right, picked,
-    log_probabilities}, ...].
+    items of language_items.questions(). Returns {total, right, accuracy, interval, chance, answers}. Of ends
+    that are equally likely each counts for its share.
     """
-    items, encode = spread(language_items.questions(), limit), tok.load().encode_ordinary
+    encode = tok.load().encode_ordinary
     rows = [
-        ([tok.EOT, *encode(beginning)], encode(" " + choice))
-        for _, beginning, choices, _ in items
+        ([tok.EOT, *encode(question)], encode(" " + choice))
+        for _, question, choices, _ in items
         for choice in choices
     ]
-    scores = iter([float(nats.sum(dtype=np.float64)) for nats, _ in log_probabilities(model, rows, progress)])
-    points, per_byte, categories, answers = [], [], {}, []
-    for category, beginning, choices, right in items:
-        given = np.array([next(scores) for _ in choices])
-        scaled = given / [len(choice.encode()) + 1 for choice in choices]
-        points.append(best_is(given, right))
-        per_byte.append(best_is(scaled, right))
-        counted = categories.setdefault(category, [0, 0])
-        counted[0], counted[1] = counted[0] + points[-1], counted[1] + 1
+    scores = np.array([nats.sum(dtype=np.float64) for nats, _ in log_probs(model, rows, "questions")])
+    points, answers = 0.0, []
+    for (category, question, choices, right), given in zip(items, scores.reshape(len(items), -1)):
+        best = np.flatnonzero(given >= given.max() - 1e-9)
+        points += (right in best) / max(1, len(best))
         answers.append(
             {
                 "category": category,
-                "question": beginning,
+                "question": question,
                 "choices": list(choices),
                 "right": right,
                 "picked": int(given.argmax()),
                 "log_probabilities": given.round(4).tolist(),
             }
         )
-    n = len(items)
-    return {
-        "total": n,
-        "right": sum(points),
-        "accuracy": round(sum(points) / n, 6),
-        "interval": interval(sum(points), n),
-        "chance": 0.25,
-        "accuracy_per_byte": round(sum(per_byte) / n, 6),
-        "interval_per_byte": interval(sum(per_byte), n),
-        "by_category": categories,
-        "answers": answers,
-    }
+    share = {"accuracy": round(points / len(items), 6), "interval": interval(points, len(items))}
+    return {"total": len(items), "right": points, **share, "chance": 0.25, "answers": answers}
 
 
-def spread(items, limit):
-    """At most `limit` of the items, evenly spread, in order."""
-    return [
-        items[i] for i in np.linspace(0, len(items) - 1, min(limit or len(items), len(items))).astype(int)
-    ]
-
-
-def best_is(scores, right):
-    """1 if the score at `right` is the highest, 1/n if n are equally high and it is one of them, else 0."""
-    best = np.flatnonzero(scores >= scores.max() - 1e-9)
-    return 1 / len(best) if right in best else 0
-
-
-def write_code(model, items, progress=lambda n: None):
+def write_code(model, items):
     """
-    items of language_items.functions() -> [{name, stub, written, solved, reason}, ...]: one greedy attempt at each, run on its tests.
-    There is no chance level: a function that returns nothing passes no test.
+    items of language_items.functions(), one greedy attempt at each. Returns {total, solved, accuracy,
+    interval, answers}.
     """
-    answers = []
-    together = (
-        CODE_BATCH if model.puzzle_format == "autoregressive" else 1
-    )  # Route B's generate() ends when its first row does
-    for start in range(0, len(items), together):
-        part = items[start : start + together]
-        for (name, stub, tests, _, _), written in zip(part, complete(model, [stub for _, stub, *_ in part])):
-            result = sandbox.run_tests(stub + written, tests)
-            answers.append(
-                {"name": name, "stub": stub, "written": written, "solved": result.ok, "reason": result.reason}
-            )
-        progress(len(part))
-    return answers
-
-
-def complete(model, stubs, max_new_tokens=CODE_TOKENS):
-    """stubs: beginnings of functions -> list of what the model writes after each, up to the first line that is no longer indented."""
-    device, encode = next(model.parameters()).device, tok.load().encode_ordinary
-    prompts = [torch.tensor([tok.EOT, *encode(stub)], device=device) for stub in stubs]
-    written = [[] for _ in stubs]
-    with contextlib.suppress(ValueError):  # logits that are not finite: nothing more is written
-        together = torch.stack(prompts) if len(prompts) == 1 else prompts
-        for drawn in engine.generate(model, together, max_new_tokens, temperature=0):
-            for ids, token in zip(written, drawn.tolist()):
-                ids.append(token)
-            if all(body(ids)[1] for ids in written):
-                break
-    return [body(ids)[0] for ids in written]
-
-
-def body(ids):
-    """ids: what was written after a docstring -> (the text of its indented lines, has it come to an end?)."""
-    end = next((n for n, i in enumerate(ids) if i >= tok.EOT), len(ids))
-    text = tok.load().decode(ids[:end])
-    lines = text.splitlines(keepends=True)
-    for n, line in enumerate(lines):
-        if line.strip() and not line[0].isspace():
-            return "".join(lines[:n]), True
-    return text, end < len(ids)
-
-
-def evaluate(
-    model,
-    data_dir="data",
-    stage=None,
-    tag=None,
-    limit=None,
-    desc="language",
-    before=None,
-    keep=lambda part, found: None,
-):
-    """
-    -> {bits_per_byte: {source: figures}, questions, code: {total, solved, accuracy, interval, answers}, seconds}: as the functions above
-    give them; bits_per_byte is {} where no stage is named. limit: only so many questions and functions, and a share of the text to match.
-    desc: what the progress bar is called. keep(name of a part, what was found) is called after each part, and parts that are in `before`,
-    {name: what keep was given}, are not measured again.
-    """
-    before, seconds = before or {}, 0.0
-
-    def measured(part, measure, rows):
-        nonlocal seconds
-        found = before.get(part)
-        if found is None:
-            started = time.perf_counter()
-            with tqdm(total=rows, desc=f"{desc}, {part}", unit="row", dynamic_ncols=True, leave=False) as bar:
-                found = {"figures": measure(bar.update), "seconds": round(time.perf_counter() - started, 3)}
-            keep(part, found)
-        seconds += found["seconds"]
-        return found["figures"]
-
-    share = 1 if limit is None else min(limit / len(language_items.QUESTIONS), 1)
-    bits, source_tokens = {}, int(SOURCE_TOKENS * share)
-    for source, entries in (held_out(data_dir, stage, tag) if stage else {}).items():
-        rows = len(windows(sum(entry["tokens"] for entry in entries), model.config.block_size, source_tokens))
-        bits[source] = measured(
-            f"bits per byte of {source}",
-            lambda progress, e=entries: bits_per_byte(model, data_dir, e, source_tokens, progress),
-            rows,
+    prompts = [[tok.EOT, *tok.load().encode_ordinary(stub)] for _, stub, *_ in items]
+    n, answers = len(items), []
+    for (name, stub, tests, *_), text in zip(
+        items, write(model, prompts, [CODE_TOKENS] * n, [OUTSIDE_FUNCTION] * n, "code")
+    ):
+        result = sandbox.run_tests(stub + text, tests)
+        answers.append(
+            {"name": name, "stub": stub, "written": text, "solved": result.ok, "reason": result.reason}
         )
-    rows = sum(len(choices) for _, _, choices, _ in spread(language_items.questions(), limit))
-    questions = measured("questions", lambda progress: answer_questions(model, limit, progress), rows)
-    functions, answers = spread(language_items.functions(), limit), []
-    for start in range(0, len(functions), CODE_BATCH):
-        part = functions[start : start + CODE_BATCH]
-        answers += measured(
-            f"code from {part[0][0]} on",
-            lambda progress, part=part: write_code(model, part, progress),
-            len(part),
-        )
-    solved, n = sum(a["solved"] for a in answers), len(answers)
+    solved = sum(answer["solved"] for answer in answers)
+    share = {"accuracy": round(solved / n, 6), "interval": interval(solved, n)}
+    return {"total": n, "solved": solved, **share, "answers": answers}
+
+
+def evaluate(model, data_dir="data", texts=None, limit=None):
+    """
+    {bits_per_byte: {source: figures}, questions, code, seconds}. texts: as held_out() gives them. limit: only
+    so many questions and functions, evenly spread, and a share of the text to match.
+    """
+
+    def spread(items):
+        n = min(limit or len(items), len(items))
+        return [items[i] for i in np.linspace(0, len(items) - 1, n).astype(int)]
+
+    started = time.perf_counter()
+    questions = language_items.questions()
+    source_tokens = SOURCE_TOKENS * len(spread(questions)) // len(questions)
+    bits = {s: bits_per_byte(model, data_dir, shards, source_tokens) for s, shards in (texts or {}).items()}
     return {
         "bits_per_byte": {source: figures for source, figures in bits.items() if figures},
-        "questions": questions,
-        "code": {
-            "total": n,
-            "solved": solved,
-            "accuracy": round(solved / n, 6),
-            "interval": interval(solved, n),
-            "answers": answers,
-        },
-        "seconds": round(seconds, 3),
+        "questions": answer_questions(model, spread(questions)),
+        "code": write_code(model, spread(language_items.functions())),
+        "seconds": round(time.perf_counter() - started, 3),
     }
+
+
+# -----------------------------------------------------------------------------
+# lm-eval
+
+
+@functools.cache
+def benchmarks():
+    """lm-eval's table of its tasks, which takes ten seconds to make. ValueError where it is not installed."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise ValueError("suites called lm_eval:... need EleutherAI's lm-eval: pip install lm-eval") from None
+    return TaskManager()
+
+
+def check_benchmarks(suite):
+    """'lm_eval:sciq,arc_easy' -> ['sciq', 'arc_easy']. ValueError for one that lm-eval does not have."""
+    names, known = suite.removeprefix("lm_eval:").split(","), benchmarks().all_tasks
+    for name in names:
+        if name not in known:
+            closest = ", ".join(difflib.get_close_matches(name, known, 3, 0))
+            raise ValueError(f"lm-eval has no task {name!r}: the closest are {closest}")
+    return names
+
+
+def behind_lm_eval(model):
+    """The model as lm-eval wants it. Each text begins with <|endoftext|>, as documents do in training."""
+    from lm_eval import utils
+    from lm_eval.api.model import TemplateLM
+
+    class Wrapped(TemplateLM):
+        eot_token_id = tok.EOT
+
+        def tok_encode(self, string, add_special_tokens=None, **kwargs):
+            return tok.load().encode_ordinary(string)
+
+        def _loglikelihood_tokens(self, requests, **kwargs):
+            rows = []
+            for _, context, continuation in requests:
+                rows.append((context if context[:1] == [tok.EOT] else [tok.EOT, *context], continuation))
+            return [(float(nats.sum(dtype="f8")), bool(top.all())) for nats, top in log_probs(model, rows)]
+
+        def loglikelihood_rolling(self, requests, **kwargs):
+            """Every token is predicted once, from what came before it in its window of block_size."""
+            totals = [0.0] * len(requests)
+            for i, request in enumerate(requests):
+                windows = utils.get_rolling_token_windows(
+                    self.tok_encode(request.args[0]), tok.EOT, model.config.block_size, 1
+                )
+                rows = [utils.make_disjoint_window(window) for window in windows]
+                totals[i] = sum(float(nats.sum(dtype="f8")) for nats, _ in log_probs(model, rows))
+            return totals
+
+        def generate_until(self, requests, **kwargs):
+            prompts, lengths, stops = [], [], []
+            for context, settings in (request.args for request in requests):
+                ids, until = [tok.EOT, *self.tok_encode(context)], settings.get("until") or []
+                prompt, length = fit(ids, settings.get("max_gen_toks", 256), model.config.block_size)
+                words = [until] if isinstance(until, str) else until
+                prompts.append(prompt)
+                lengths.append(length)
+                stops.append(re.compile("|".join(map(re.escape, words))) if words else None)
+            return write(model, prompts, lengths, stops)
+
+    return Wrapped()
+
+
+def fit(ids, n, block_size):
+    """
+    (the end of a prompt, how many tokens follow it), together at most block_size. The prompt comes first:
+    more than half of block_size is written only as far as the prompt leaves room.
+    """
+    n = min(n, max(block_size - len(ids), block_size // 2))
+    return ids[n - block_size :], n
+
+
+def evaluate_benchmarks(model, suite, limit=None):
+    """
+    {results: {task: {metric: {value, interval}}}, seconds}. limit: only so many items of each. The interval
+    is lm-eval's standard error times 1.96, None where it has none. OSError where a benchmark cannot be
+    fetched.
+    """
+    import lm_eval
+
+    names, started, results = check_benchmarks(suite), time.perf_counter(), {}
+    try:
+        found = lm_eval.simple_evaluate(
+            behind_lm_eval(model),
+            tasks=names,
+            limit=limit,
+            task_manager=benchmarks(),
+            bootstrap_iters=1000,
+            log_samples=False,
+        )
+    except OSError as e:
+        raise OSError(f"lm-eval cannot get {suite}: {str(e).splitlines()[0]}") from None
+    for task, figures in found["results"].items():
+        for name, value in figures.items():
+            metric, _, how = name.partition(",")  # "acc,none": behind the comma, how answers were filtered
+            if not how or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            error = figures.get(f"{metric}_stderr,{how}")
+            known = isinstance(error, float) and math.isfinite(value + error)
+            ends = [round(value + side * 1.959964 * error, 6) for side in (-1, 1)] if known else None
+            shown = metric if how == "none" else f"{metric}, {how}"
+            results.setdefault(task, {})[shown] = {"value": round(float(value), 6), "interval": ends}
+    return {"results": results, "seconds": round(time.perf_counter() - started, 3)}
 
 
 # -----------------------------------------------------------------------------
@@ -301,27 +338,21 @@ def evaluate(
 
 
 def table(figures):
-    """The figures as lines of text."""
-
-    def row(name, value, interval, more):
-        shown = "" if interval is None else "{:.3f} to {:.3f}".format(*interval)
-        return f"{name:32}{value:8.3f}   {shown:16}   {more}"
-
-    lines = [f"{'':32}{'':8}   {'95%':16}"]
-    lines += [
-        row(f"bits per byte, {source}", f["bits_per_byte"], f["interval"], f"{f['bytes']:,} bytes")
-        for source, f in figures["bits_per_byte"].items()
-    ]
-    q, c = figures["questions"], figures["code"]
-    lines.append(
-        row(
-            "questions", q["accuracy"], q["interval"], f"{q['right']:g} of {q['total']}; chance {q['chance']}"
-        )
-    )
-    lines.append(row("questions, per byte", q["accuracy_per_byte"], q["interval_per_byte"], ""))
-    lines += [
-        f"  {name:30}{right / total:8.3f}   {'':16}   {right:g} of {total}"
-        for name, (right, total) in q["by_category"].items()
-    ]
-    lines.append(row("code", c["accuracy"], c["interval"], f"{c['solved']} of {c['total']}"))
+    """The figures of one of these suites as lines of text."""
+    if "error" in figures:
+        return f"none: {figures['error']}"
+    rows, lines = [], []
+    for source, f in figures.get("bits_per_byte", {}).items():
+        rows.append((f"bits per byte, {source}", f["bits_per_byte"], f["interval"], f"{f['bytes']:,} bytes"))
+    if "questions" in figures:
+        q, c = figures["questions"], figures["code"]
+        more = f"{q['right']:g} of {q['total']}; chance {q['chance']}"
+        rows.append(("questions", q["accuracy"], q["interval"], more))
+        rows.append(("code", c["accuracy"], c["interval"], f"{c['solved']} of {c['total']}"))
+    for task, metrics in figures.get("results", {}).items():
+        rows += [(f"{task}, {metric}", f["value"], f["interval"], "") for metric, f in metrics.items()]
+    for name, value, ends, more in rows:
+        ends = "{:.3f} to {:.3f}".format(*ends) if ends else ""
+        value = "-" if value is None else f"{value:.3f}"
+        lines.append(f"  {name:32} {value:>8}   {ends:16}   {more}".rstrip())
     return "\n".join(lines)

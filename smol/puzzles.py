@@ -8,8 +8,7 @@ A generator takes a np.random.Generator, and nothing else decides what comes out
 it looks at rows, columns and boxes and does not solve, walks through a maze in layers, or reads the finished
 text and tries every possibility.
 
-Never trained on: the grids in SUDOKU4_HELD_OUT and the puzzles of heldout(). Read next: programs.py,
-sources.py.
+Never trained on: the grids in SUDOKU4_HELD_OUT and the puzzles of heldout(). Read next: sources.py.
 """
 
 import difflib
@@ -150,8 +149,7 @@ def sudoku(rng, size, blanks, split="train"):
     """
     Task(kind='sudoku', train=[], test=[(puzzle, answer)]), np.uint8 (size, size), with exactly one solution.
     The answer is one of sudoku4_grids(split), so the splits share none; of 9x9 it is any filled grid. Cells
-    are blanked in random order, but for those that would allow a second solution. ValueError for what cannot
-    be.
+    are blanked in random order, but for those that would allow a second solution.
     """
     if size not in MAX_BLANKS or not 1 <= blanks <= MAX_BLANKS[size]:
         raise ValueError(f"no sudoku of size {size} with {blanks} blanks: 4 takes 1 to 12, 9 takes 1 to 54")
@@ -191,11 +189,9 @@ def check_sudoku(puzzle, answer):
 def shuffle_sudoku(rng, *grids):
     """9x9 grids (0 is a blank), all seen through the same random symmetry of sudoku."""
     digits = np.concatenate([[0], rng.permutation(9) + 1]).astype(np.uint8)
-    rows, columns = (
-        np.concatenate([3 * band + rng.permutation(3) for band in rng.permutation(3)]) for _ in range(2)
-    )
+    lines = [np.concatenate([3 * band + rng.permutation(3) for band in rng.permutation(3)]) for _ in range(2)]
     turn = rng.integers(2)
-    return [np.ascontiguousarray(digits[(grid.T if turn else grid)[rows][:, columns]]) for grid in grids]
+    return [np.ascontiguousarray(digits[(grid.T if turn else grid)[np.ix_(*lines)]]) for grid in grids]
 
 
 # -----------------------------------------------------------------------------
@@ -230,21 +226,17 @@ def carve(rng, height, width):
 
 
 def breadth_first(free, start, width):
-    """-> distance and parent of each cell, and the cells with two shortest paths to them. Cells are flat
-    indices: free is a list of bool with a wall all around, `width` per row."""
-    distance, parent, several, queue = {start: 0}, {start: None}, set(), [start]
+    """-> {cell: distance}, {cell: parent}, {cell: number of shortest paths to it}. Cells are flat indices:
+    free is a list of bool with a wall all around, `width` per row."""
+    distance, parent, ways, queue = {start: 0}, {start: None}, {start: 1}, [start]
     for cell in queue:
         for near in (cell - width, cell + width, cell - 1, cell + 1):
-            if not free[near]:
-                continue
-            if near not in distance:
-                distance[near], parent[near] = distance[cell] + 1, cell
-                if cell in several:
-                    several.add(near)
+            if free[near] and near not in distance:
+                distance[near], parent[near], ways[near] = distance[cell] + 1, cell, ways[cell]
                 queue.append(near)
-            elif distance[near] == distance[cell] + 1:
-                several.add(near)
-    return distance, parent, several
+            elif free[near] and distance[near] == distance[cell] + 1:
+                ways[near] += ways[cell]
+    return distance, parent, ways
 
 
 def maze(rng, height, width):
@@ -257,11 +249,10 @@ def maze(rng, height, width):
         raise ValueError(f"a maze of {height}x{width} is not offered: sides go from 3 to 30")
     while True:
         walls = np.pad(carve(rng, height, width), 1, constant_values=True)
-        free = (~walls).reshape(-1).tolist()
         cells = np.flatnonzero(~walls).tolist()
         start = cells[rng.integers(len(cells))]
-        distance, parent, several = breadth_first(free, start, width + 2)
-        goals = [c for c, steps in distance.items() if 2 * steps >= height + width and c not in several]
+        distance, parent, ways = breadth_first((~walls).reshape(-1).tolist(), start, width + 2)
+        goals = [c for c, steps in distance.items() if 2 * steps >= height + width and ways[c] == 1]
         if goals:
             break
     goal = goals[rng.integers(len(goals))]
@@ -323,11 +314,8 @@ def words(question, solution, answer):
 
 
 def question_and_answer(text):
-    """The reverse -> (question, answer). ValueError if the text does not have the three parts."""
-    found = re.fullmatch(r"Question: (.+)\nSolution: .*\nAnswer: (.+?)\n?", text)
-    if not found:
-        raise ValueError("not a puzzle: it needs the lines Question, Solution and Answer")
-    return found[1], found[2]
+    """The reverse."""
+    return re.fullmatch(r"Question: (.+)\nSolution: .*\nAnswer: (.+?)\n?", text).groups()
 
 
 # -----------------------------------------------------------------------------
@@ -401,9 +389,8 @@ def arithmetic(rng):
 
 def check_arithmetic(text):
     """
-    True if every equation holds, the last one has the answer, and the solution is about this question: each
-    of its numbers and each result before the last goes into exactly one equation, and no other number is
-    used.
+    True if every equation holds, the last one has the answer, and each number of the question and each result
+    before the last goes into exactly one equation, and no other number does.
     """
     parts = re.fullmatch(r"Question: (.+)\nSolution: (.+)\nAnswer: (\d+)\n?", text)
     if not parts:
@@ -483,9 +470,8 @@ def check_shortest_path(text):
 
 
 # -----------------------------------------------------------------------------
-# logic: people, and sentences that leave one possibility. MEANS says what a sentence means, for the
-# generators and for the checkers, of chairs 1, 2, ... from left to right, and of people who are knights
-# (True) or knaves (False).
+# logic: what a sentence means, for generators and checkers, of people on chairs 1, 2, ... from left to right,
+# and of people who are knights (True) or knaves (False)
 
 MEANS = {
     "{0} sits somewhere to the left of {1}.": lambda a, b: a < b,
@@ -532,31 +518,21 @@ def kinds(people):
 
 
 def seating(rng):
-    """People on a row of chairs, and clues that leave one order; no clue can be spared. -> (text, answer)"""
+    """People on a row of chairs, and clues that leave one order. -> (text, answer)"""
     people = some_people(rng, int(rng.integers(4, 6)))
     everything = seats(people)
     truth = everything[:1]  # they sit in the order in which they were drawn
     clues = [(clue, who) for clue in CLUES for who in itertools.permutations(people, clue.count("{"))]
     clues = [clue for clue in clues if possible(truth, [clue])]
-    chosen, left = [], everything
+    told, steps, left = [], [], everything
     for i in rng.permutation(len(clues)).tolist():
         fewer = possible(left, [clues[i]])
-        if len(fewer) < len(left):
-            chosen.append(clues[i])
+        if len(fewer) < len(left):  # the argument is elimination, told by how many orders are left
+            told.append(clues[i][0].format(*clues[i][1]))
+            steps.append(f"{told[-1]} Leaves {len(fewer)} of {len(everything)} orders.")
             left = fewer
-    for clue in list(chosen):
-        others = [c for c in chosen if c != clue]
-        if len(possible(everything, others)) == 1:
-            chosen = others
-    steps, left = [], everything
-    for clue, who in chosen:  # the argument is elimination, told by how many orders are left
-        left = possible(left, [(clue, who)])
-        steps.append(f"{clue.format(*who)} Leaves {len(left)} of {len(everything)} orders.")
-    question = (
-        f"{len(people)} people sit on a row of chairs: {', '.join(sorted(people))}. "
-        f"{' '.join(clue.format(*who) for clue, who in chosen)} "
-        "In which order do they sit, from left to right?"
-    )
+    question = f"{len(people)} people sit on a row of chairs: {', '.join(sorted(people))}. {' '.join(told)} "
+    question += "In which order do they sit, from left to right?"
     return words(question, " ".join(steps), " ".join(people))
 
 
@@ -585,8 +561,9 @@ def suppose(first, kind, statements):
                 found = who[0], sure[0], ways[0][sure[0]]
         if not found:
             return " ".join([*lines, "That fits."]), known
-        speaker, person, known[found[1]] = found
-        lines.append(f"By the words of {speaker}, {person} is a {KIND[known[person]]}.")
+        speaker, person, knight = found
+        known[person] = knight
+        lines.append(f"By the words of {speaker}, {person} is a {KIND[knight]}.")
 
 
 def knights(rng):
@@ -608,10 +585,8 @@ def knights(rng):
         found, known = suppose(people[0], right, said)
         if nothing is None and len(known) == len(people):
             break
-    speeches = " ".join(claim.format(*who) for claim, who in said)
-    question = (
-        f"Knights always tell the truth, knaves always lie. {speeches} Who is a knight, who is a knave?"
-    )
+    question = "Knights always tell the truth, knaves always lie. "
+    question += " ".join(claim.format(*who) for claim, who in said) + " Who is a knight, who is a knave?"
     return words(question, f"{refuted} {found}", kinds_in_words(known))
 
 
@@ -673,9 +648,8 @@ def heldout(suite, n=None):
 def task_hash(task):
     """
     -> hex: SHA-256 of the kind and of every grid in order, the same for all eight turned and mirrored images
-    of a task. Keeps held-out puzzles out of training: the loader turns and mirrors, so no image may get in.
-    4x4 sudoku needs more, since other givens of the same answer would give it away; there the answers are
-    held out.
+    of a task: the loader turns and mirrors, so no image of a held-out puzzle may be trained on. (Of 4x4
+    sudoku the answers are held out, since other givens would give them away.)
     """
     grids = [np.asarray(grid, np.uint8) for pair in task.train + task.test for grid in pair]
     images = []
@@ -688,8 +662,6 @@ def task_hash(task):
 def check(task):
     """True if the answer of a sudoku or maze is right, and the only one."""
     puzzle, answer = task.test[0]
-    if task.kind == "sudoku":
-        return check_sudoku(puzzle, answer) and len(solve_sudoku(puzzle)[0]) == 1
     if task.kind == "maze":
         return check_maze(puzzle, answer)
-    raise ValueError(f"no checker for tasks of kind {task.kind!r}: there are sudoku, maze")
+    return check_sudoku(puzzle, answer) and len(solve_sudoku(puzzle)[0]) == 1

@@ -1,130 +1,183 @@
 """
-report.html: what an evaluation found, to look at: figures with intervals, curves over training, and every task with every answer.
+What an evaluation found, for people: a table, a picture, and report.html.
 
-One file that opens from disk and fetches nothing: report.html with the data put in. In it: arrow keys or j and k go through the
-tasks, comma and full stop through Route B's supervision steps; the address names the task, so it can be sent to somebody.
+report.html is one file that opens from disk and fetches nothing: figures with intervals, curves over
+training, and every task with every answer. Arrow keys or j and k go through the tasks, comma and full stop
+through Route B's supervision steps; the address names the task, so it can be sent to somebody.
 
-eval_arc.py writes it after every evaluation; its docstring says what is in the files it is drawn from. Read next: report.html.
+`results` is eval.json and `records` are the lines of answers.jsonl, {(model, suite): [record, ...]}, as
+eval_arc.py describes them. Read next: report.html, the template.
 """
 
 import html
 import json
 import math
 import os
+from pathlib import Path
 
-from smol import arc, runtime
+import numpy as np
+
+from smol import arc, language, runtime, solve, suites
 from smol.files import write_whole
 
-TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "report.html")
-LEFT_OUT = ("config", "model_config", "suites")  # of a model's report: nobody looks for them here
+SHOWN = 3  # tasks of each suite in the picture
+LEGIBLE = 12  # grids with longer sides are shown only where there are no smaller ones
 
 
-def gather(out_dir, json_name="eval.json"):
+def table(results):
+    """eval.json as lines of text: the models, a row for each suite and model, and remarks."""
+    lines, remarks = [], []
+    for name, r in results.items():
+        loss = "" if r["val_loss"] is None else f", validation loss {r['val_loss']:.3f}"
+        lines.append(f"{name}: {r['params']:,} parameters, step {r['iter']}{loss}   {r['checkpoint']}")
+    rows = [["", "", "score", "pass@2", "solved", "", "95%", "pass@1", "oracle", "too long", "seconds"]]
+    for suite in dict.fromkeys(suite for r in results.values() for suite in r["suites"]):
+        for name, r in results.items():
+            if suite in r["suites"] and suites.is_tasks(suite):
+                rows.append([suite, name, *row(r["suites"][suite])])
+                remarks += [f"{suite}: {name} {remark}" for remark in remarks_on(r["suites"][suite])]
+            elif suite in r["suites"]:
+                remarks.append(f"\n{suite}, {name}\n{language.table(r['suites'][suite])}")
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for cells in rows if len(rows) > 1 else []:
+        left = [text.ljust(width) for text, width in zip(cells[:2], widths)]
+        right = [text.rjust(width) for text, width in zip(cells[2:], widths[2:])]
+        lines.append("  ".join(left + right).rstrip())
+    return "\n".join(lines + remarks)
+
+
+def row(s):
+    """Figures of a suite of tasks as cells of the table. Only ARC suites have a score and two attempts."""
+    ranked = [f"{s['score']:.1%}", s["pass_2"]] if s["attempts"] > 1 else ["", ""]
+    solved = [f"{s['solved']}/{s['total']}", f"{s['solved'] / max(1, s['total']):.1%}"]
+    ends = "{:.1%} to {:.1%}".format(*s["interval"])
+    more = [s["pass_1"], s["oracle"], s["too_long"], f"{s['seconds']:.1f}"]
+    return [str(cell) for cell in (*ranked, *solved, ends, *more)]
+
+
+def remarks_on(s):
+    """How a suite was asked where that is not the default, and whom the model beats by more than chance."""
+    asked = [f"--{k}={v}" for k, v in s["settings"].items() if v != getattr(solve.Settings, k)]
+    if asked:
+        yield f"was asked with {' '.join(asked)} ({s['protocol']})"
+    for other, a in s.get("against", {}).items():
+        if a["p"] < 0.05 and a["only_this"] > a["only_other"]:
+            tally = f"{a['only_this']} tasks alone against {a['only_other']}"
+            yield f"is better than {other}: {tally} (p = {a['p']:.2g})"
+
+
+# -----------------------------------------------------------------------------
+# grids.png
+
+
+def draw_grids(results, records, path):
+    """A few tasks of each suite of grids, with every model's first attempt. No file if all are too long."""
+    rows = []
+    for suite in dict.fromkeys(suite for _, suite in records if suite not in suites.IN_WORDS):
+        by_task = {}
+        for name in results:
+            for record in records.get((name, suite), []):
+                by_task.setdefault(record["id"], {})[name] = record
+        rows += [picture_row(task) for task in choose(list(by_task.values()))]
+    if rows:
+        arc.picture(rows, path, f"{', '.join(results)}   (crosses: wrong cells)")
+
+
+def grid_of(rows):
+    return rows and np.array([[int(cell) for cell in row] for row in rows], np.uint8)
+
+
+def choose(tasks):
     """
-    -> what the page draws: {models: [{name, suites, ...}], tasks: [{suite, id, kind, demonstrations, test, answers: {model: ...}}],
-    history: [{name, points: [{iter, suites: {suite: {solved, total, interval}}}]}], palette}. FileNotFoundError where there is nothing to
-    draw, ValueError for a damaged file, both in one line.
+    Up to SHOWN of a suite's tasks, each {model: record}: small ones before large ones, one of them, if there
+    is one, solved by no model.
     """
-    models, tasks, logs = [], {}, {}
-    if os.path.isfile(os.path.join(out_dir, json_name)):
-        report = read_json(os.path.join(out_dir, json_name))
-        for name, r in report.items():
-            models.append(
-                {
-                    **{k: v for k, v in r.items() if k not in LEFT_OUT},
-                    "name": name,
-                    "suites": r.get("suites") or {},
-                }
-            )
-            if r.get("checkpoint"):
-                logs[name] = os.path.join(os.path.dirname(r["checkpoint"]) or ".", "evals.jsonl")
-        for record in runtime.read_log(os.path.join(out_dir, "answers.jsonl")):
-            add(tasks, record, report)
-    if not logs or os.path.join(out_dir, "evals.jsonl") not in logs.values():
-        logs.setdefault(os.path.basename(os.path.abspath(out_dir)), os.path.join(out_dir, "evals.jsonl"))
-    history = [
-        {"name": name, "points": points} for name, path in logs.items() if (points := read_history(path))
-    ]
-    if not models and not history:
-        raise FileNotFoundError(
-            f"nothing to draw in {out_dir}: it has no {json_name}, which eval_arc.py writes, and no evals.jsonl"
-        )
-    return {"models": models, "tasks": list(tasks.values()), "history": history, "palette": arc.PALETTE}
+
+    def large(task):
+        test = next(iter(task.values()))["test"][0]
+        return max(len(test["input"]), len(test["input"][0]), len(test["expected"] or "")) > LEGIBLE
+
+    fit = sorted((t for t in tasks if not all(r["too_long"] for r in t.values())), key=large)
+    solved = [t for t in fit if any(r["solved"] for r in t.values())]
+    unsolved = [t for t in fit if not any(r["solved"] for r in t.values())]
+    return (solved[: SHOWN - 1] + unsolved + solved[SHOWN - 1 :])[:SHOWN]
 
 
-def add(tasks, record, names):
-    """Put a line of answers.jsonl with the other models' answers to the same task. names: of the models in the report."""
-    if not {"model", "suite", "id", "test"} <= record.keys() or record["model"] not in names:
-        return
-    task = tasks.setdefault(
-        (record["suite"], record["id"]),
-        {
-            "suite": record["suite"],
-            "id": record["id"],
-            "kind": record.get("kind"),
-            "demonstrations": record.get("demonstrations") or [],
-            "test": [{"input": t.get("input"), "expected": t.get("expected")} for t in record["test"]],
-            "answers": {},
-        },
-    )
-    task["answers"][record["model"]] = {
-        "solved": record.get("solved"),
-        "too_long": record.get("too_long"),
-        "test": [
-            {k: v for k, v in t.items() if k not in ("input", "expected", "right", "candidates")}
-            for t in record["test"]
-        ],
+def picture_row(task):
+    """
+    A row for arc.picture of a task, {model: record}: a demonstration, the first test input, what is
+    expected, and each model's first attempt.
+    """
+    record = next(iter(task.values()))
+    expected, panels = grid_of(record["test"][0]["expected"]), []
+    for x, y in record["demonstrations"][:1]:
+        panels += [("demonstration", grid_of(x), None), ("its output", grid_of(y), None)]
+    panels.append(("test input", grid_of(record["test"][0]["input"]), None))
+    if expected is not None:
+        panels.append(("expected", expected, None))
+    for name, r in task.items():
+        attempts = r["test"][0]["attempts"]
+        panels.append((name, grid_of(attempts[0]) if attempts else None, expected))
+    return f"{record['suite']}   {record['id']}", panels
+
+
+# -----------------------------------------------------------------------------
+# report.html
+
+
+def write(results, records, folder):
+    """folder/report.html; returns its path. Whatever is in the data, it cannot end its script element."""
+    data = {
+        "models": [{"name": name, **r} for name, r in results.items()],
+        "tasks": tasks_with_answers(records),
+        "history": history(results),
+        "palette": arc.PALETTE,
     }
+    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    title = " and ".join(results) if len(results) < 4 else os.path.basename(os.path.abspath(folder))
+    before, after = template.replace("$TITLE$", html.escape(title)).split("$DATA$</script>")
+    text = json.dumps(finite(data), separators=(",", ":")).replace("<", "\\u003c")
+    path = os.path.join(folder, "report.html")
+    write_whole((before + text + "</script>" + after).encode(), path)
+    return path
 
 
-def read_json(path):
-    try:
-        with open(path, encoding="utf-8") as f:
-            value = json.load(f)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict) or not all(isinstance(v, dict) for v in value.values()):
-        raise ValueError(f"{path} is damaged, or not what eval_arc.py writes: evaluate again")
-    return value
+def tasks_with_answers(records):
+    """[{suite, id, kind, demonstrations, test: [{input, expected}], answers: {model: rest of its record}}]"""
+    tasks = {}
+    for (name, suite), some in records.items():
+        for r in some:
+            asked = [{"input": t["input"], "expected": t["expected"]} for t in r["test"]]
+            about = {"suite": suite, "id": r["id"], "kind": r["kind"], "demonstrations": r["demonstrations"]}
+            task = tasks.setdefault((suite, r["id"]), {**about, "test": asked, "answers": {}})
+            shared = ("input", "expected", "right")
+            given = [{k: v for k, v in t.items() if k not in shared} for t in r["test"]]
+            task["answers"][name] = {"solved": r["solved"], "too_long": r["too_long"], "test": given}
+    return list(tasks.values())
 
 
-def read_history(path):
-    """evals.jsonl -> list of {iter, suites: {suite: {solved, total, interval}}} by step, of suites of tasks; empty if there is no file."""
-    points = {}
-    for entry in runtime.read_log(path):
-        suites = {
-            suite: {k: s.get(k) for k in ("solved", "total", "interval")}
-            for suite, s in (entry.get("suites") or {}).items()
-            if isinstance(s, dict) and s.get("total") and "solved" in s
-        }
-        if suites and isinstance(entry.get("iter"), int):
-            points.setdefault(entry["iter"], {"iter": entry["iter"], "suites": {}})["suites"].update(suites)
-    return [points[i] for i in sorted(points)]
+def history(results):
+    """[{name, points: [{iter, suites: {suite: {solved, total, interval}}}]}] of evals.jsonl beside the models."""
+    paths = {
+        os.path.join(os.path.dirname(r["checkpoint"]), "evals.jsonl"): name for name, r in results.items()
+    }
+    out = []
+    for path, name in paths.items():
+        points = {}
+        for entry in runtime.read_log(path):  # of a run that was resumed, the last entry of each step
+            found = {k: s for k, s in entry["suites"].items() if s.get("total")}
+            keys = ("solved", "total", "interval")
+            found = {suite: {key: s[key] for key in keys} for suite, s in found.items()}
+            points[entry["iter"]] = {"iter": entry["iter"], "suites": found}
+        if points:
+            out.append({"name": name, "points": [points[i] for i in sorted(points)]})
+    return out
 
 
 def finite(value):
-    """The same with None in place of numbers that are none: JSON has no NaN, and a browser would refuse all of it."""
+    """The same with None in place of numbers that are not finite: JSON has none."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list):
         return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def page(data, title):
-    """-> the HTML. Whatever is in `data`, it cannot end the script element that it stands in."""
-    with open(TEMPLATE, encoding="utf-8") as f:
-        before, after = f.read().replace("$TITLE$", html.escape(title)).split("$DATA$</script>")
-    return (
-        before + json.dumps(finite(data), separators=(",", ":")).replace("<", "\\u003c") + "</script>" + after
-    )
-
-
-def write(out_dir, json_name="eval.json"):
-    """Draw out_dir/report.html. -> its path. Written whole or not at all; raises as gather() does."""
-    data = gather(out_dir, json_name)
-    title = " and ".join(m["name"] for m in data["models"])
-    text = page(data, title if 0 < len(title) < 60 else os.path.basename(os.path.abspath(out_dir)))
-    path = os.path.join(out_dir, "report.html")
-    write_whole(text.encode(), path)
-    return path

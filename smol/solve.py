@@ -14,8 +14,8 @@ Test-time training tunes a copy of the model to a task's own demonstrations, eac
 before it answers, and then drops the copy (Akyürek et al., arXiv 2411.07279). By default only a low-rank
 difference to the blocks' matrices is learned (LoRA, arXiv 2106.09685).
 
-Nothing in here reads a test output: tasks come without (`without_answers`). Read next: scores.py (what
-counts as right), eval_arc.py (the command).
+Nothing in here reads a test output: tasks come without (`without_answers`). Read next: eval_arc.py (what
+counts as right, and the command).
 """
 
 import contextlib

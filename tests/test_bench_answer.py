@@ -8,7 +8,7 @@ import tiny
 
 import eval_arc
 from bench import answer as bench_answer
-from smol import arc, checkpoint, puzzles, runtime, scores, solve
+from smol import arc, checkpoint, puzzles, runtime, solve
 
 TINY = {"n_layer": 2, "layer_pattern": "ka", "n_head": 2, "n_embd": 24, "n_ff": 32}
 
@@ -46,7 +46,7 @@ def test_fewer_steps_are_what_the_evaluation_gives(monkeypatch):
     for r in rows[-2:]:
         settings = solve.Settings(augment=2, n_sup=r["n_sup"], halt=r["halt"])
         records = eval_arc.evaluate(tasks, lambda part, s=settings: solve.solve(net, part, s), 2, 2)
-        figures = scores.figures(records, 2)
+        figures = eval_arc.figures(records, 2)
         assert (r["solved"], r["in_two_attempts"]) == (figures["pass_1"], figures["pass_2"])
         given = net.answer(tasks, n_sup=r["n_sup"], halt=r["halt"], trace=True)
         assert r["steps"] == np.mean([len(steps) for (steps,) in given])

@@ -459,6 +459,9 @@ def test_a_held_out_puzzle_in_disguise_is_recognised(suite):
     assert held.has(task, "none") and held.has(changed_grids(task, np.rot90), "none")
     assert held.has(recoloured, "arc") or suite == "sudoku4"
     assert not held.has(recoloured, "none")  # nothing that the loader does leads from one to the other
+    other = np.arange(25, dtype=np.uint8).reshape(5, 5) % 7
+    as_demonstration = arc.Task("x", task.kind, recoloured.test, [(other, other)])
+    assert held.has(as_demonstration, "arc") and not held.has(as_demonstration, "none")
 
 
 def test_puzzles_that_are_not_held_out():

@@ -1,5 +1,7 @@
-"""A frozen stage to the hub and back: the real client against a small hub on this machine (local_hub.py)."""
+"""A frozen stage to the hub and back, and rows from it: real clients against a local hub (local_hub.py)."""
 
+import gzip
+import io
 import json
 import signal
 import subprocess
@@ -8,12 +10,15 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
 from local_hub import TOKEN, Fault, LocalHub
+from test_curate import english
 
 import prepare
-from smol import snapshots, tokenizer
+from smol import puzzles, snapshots, tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -223,3 +228,85 @@ def test_without_a_login_nothing_is_pushed(hub, data, token, monkeypatch):
     with pytest.raises(SystemExit, match="hf auth login"):
         push(data)
     assert not hub.repos
+
+
+# ---- streaming
+
+
+def parquet(rows):
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), buffer, row_group_size=15)
+    return buffer.getvalue()
+
+
+def configs(name, **paths):
+    """The head of a dataset card that says which files belong to which split."""
+    files = "".join(f"  - split: {split}\n    path: {path}\n" for split, path in paths.items())
+    return f"---\nconfigs:\n- config_name: {name}\n  data_files:\n{files}---\n".encode()
+
+
+def publish(hub):
+    """Three datasets in the layouts of the real ones."""
+    pages = [[{"text": english(20, 100 * i + j), "id": "x"} for j in range(60)] for i in range(3)]
+    pages = {f"sample/10BT/{i}.parquet": parquet(rows) for i, rows in enumerate(pages)}
+    card = {"README.md": configs("sample-10BT", train="sample/10BT/*")}
+    hub.put("HuggingFaceFW/fineweb-edu", {**card, **pages})
+    for i in range(2):
+        rows = [json.dumps({"content": f"x = {i, j}\n" + english(9, (i, j))}) + "\n" for j in range(60)]
+        hub.put("codeparrot/codeparrot-clean", {f"file-{i}.json.gz": gzip.compress("".join(rows).encode())})
+    files = {"main/train-0.parquet": parquet([{"question": "What is 1 + 1?", "answer": "#### 2"}])}
+    files["main/test-0.parquet"] = parquet([{"question": english(3, 105), "answer": "#### 3"}])
+    hub.put("openai/gsm8k", {"README.md": configs("main", train="main/train-*", test="main/test-*"), **files})
+    rng, lines = np.random.default_rng(2), ["source,question,answer,rating\n"]
+    for _ in range(30):
+        pair = puzzles.sudoku(rng, 9, 30).test[0]
+        question, answer = ("".join(map(str, grid.flat)).replace("0", ".") for grid in pair)
+        lines.append(f"x,{question},{answer},7\n")
+    files = {"train.csv": "".join(lines).encode(), "test.csv": (lines[0] + lines[5]).encode()}
+    hub.put("sapientinc/sudoku-extreme", files)
+
+
+def stream(data, **popen):
+    options = [
+        "--sources=fineweb_edu,codeparrot,sudoku_extreme",
+        "--limit_mb=0.2",
+        "--val_every=20",
+        "--num_proc=1",
+    ]
+    command = [sys.executable, str(ROOT / "prepare.py"), "stage1", f"--data_dir={data}", *options]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **popen)
+
+
+def test_streaming_survives_kills_cut_connections_and_a_moving_branch(hub, tmp_path):
+    publish(hub)
+    process = stream(tmp_path / "one")
+    assert process.wait() == 0, process.stderr.read()
+    stage = snapshots.read_manifest(tmp_path / "one", "stage1")
+    about = json.loads((tmp_path / "one/metadata/stage1/provenance.json").read_text())["sources"]
+    assert about["codeparrot"]["revision"] == hub.repos["codeparrot/codeparrot-clean"].branches["main"]
+    filters = json.loads((tmp_path / "one/metadata/stage1/filters.json").read_text())
+    assert filters["sudoku_extreme"]["dropped"]["is_in_sudoku_extreme_test"]["count"] == 1
+    assert filters["fineweb_edu"]["dropped"]["quotes_gsm8k_test"]["count"] == 1
+
+    hub.faults = [Fault("GET", "parquet|/lfs/|gz", "cut", 2), Fault("GET", "parquet|/lfs/|gz", 503)]
+    process = stream(tmp_path / "two")
+    while len(list(tmp_path.glob("two/work/*/*/*.json"))) < 4 and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    more = [{"text": english(20, 5000 + i), "id": "y"} for i in range(60)]
+    hub.put("HuggingFaceFW/fineweb-edu", {"sample/10BT/0.parquet": parquet(more)})
+    for _ in range(3):
+        process = stream(tmp_path / "two")
+        error = process.communicate()[1].strip().split("\n")[-1]
+        if process.returncode == 0:
+            break
+        assert error.startswith("error: cannot read") and "run the same command again" in error
+    assert snapshots.read_manifest(tmp_path / "two", "stage1") == stage
+
+
+def test_without_a_network_it_says_what_to_do(hub, tmp_path):
+    hub.close()
+    with pytest.raises(SystemExit, match="^error: cannot look up the dataset .* use --source_dir"):
+        prepare.main(["stage1", f"--data_dir={tmp_path}"])
+    assert not list(tmp_path.glob("stages/*"))

@@ -1,45 +1,28 @@
-"""The language suite: its items are sound, its figures are what known models must get, and training data is kept clear of it."""
+"""The suites of text: sound items, figures that known models must get, lm-eval on local tasks."""
 
 import ast
 import json
 import math
 import re
+import sys
 from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from tiny import stand_ins  # noqa: F401
+from tiny import make, stand_ins  # noqa: F401
 
-from smol import checkpoint, curate, language, language_items, sandbox, snapshots
+from smol import curate, language, language_items, sandbox, snapshots
 from smol import tokenizer as tok
 
 pytestmark = pytest.mark.usefixtures("stand_ins")
-
 QUESTIONS, FUNCTIONS = language_items.questions(), language_items.functions()
-
-
-def tiny(name, block_size=128):
-    torch.manual_seed(1)
-    settings = {
-        "n_layer": 2,
-        "layer_pattern": "ka",
-        "n_head": 2,
-        "n_embd": 16,
-        "n_ff": 24,
-        "block_size": block_size,
-    }
-    recursion = {"n_latent": 1, "n_recursion": 1, "n_sup": 2} if name == "trm" else {}
-    model = checkpoint.make_model(name, {**settings, **recursion})
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.3 * torch.randn_like(p)
-    return model.eval()
+SENTENCE = "Grids are made of cells, and cells have colours.\n"
 
 
 class Table(torch.nn.Module):
-    """A model that knows texts by heart: after any beginning of one it is sure of the next token; elsewhere all are equally likely."""
+    """A model that has memorised texts: after any beginning of one it is sure of the next token."""
 
     puzzle_format = "autoregressive"
 
@@ -73,40 +56,22 @@ class Table(torch.nn.Module):
 # the items
 
 
-def test_there_are_enough_questions_of_every_kind_and_none_twice():
-    assert len(QUESTIONS) >= 100 and all(count >= 10 for count in Counter(q[0] for q in QUESTIONS).values())
-    assert len({beginning for _, beginning, _, _ in QUESTIONS}) == len(QUESTIONS)
-    for _, beginning, choices, _ in QUESTIONS:
-        assert (
-            len(choices) == len(set(choices)) == 4
-            and beginning == beginning.strip()
-            and all(c == c.strip() and c for c in choices)
-        )
-        ends = [
-            tok.load().encode_ordinary(" " + choice) for choice in choices
-        ]  # one that begins like another is never less likely
-        assert not any(a != b and a == b[: len(a)] for a in ends for b in ends), beginning
-
-
-def test_the_right_answer_is_at_no_favourite_place_and_of_no_favourite_length():
+def test_questions_are_sound():
+    """Four choices, none the beginning of another; no favourite place or length of the right one."""
+    assert len(QUESTIONS) >= 100 and len({question for _, question, _, _ in QUESTIONS}) == len(QUESTIONS)
+    for category, question, choices, right in QUESTIONS:
+        ends = [tok.load().encode_ordinary(" " + choice) for choice in choices]
+        assert len(set(choices)) == 4
+        assert not any(a != b and a == b[: len(a)] for a in ends for b in ends), question
+        if category == "arithmetic":
+            value = eval(question.removesuffix("="))  # ours
+            assert [int(c) == value for c in choices] == [i == right for i in range(4)]
     assert max(Counter(right for *_, right in QUESTIONS).values()) <= math.ceil(len(QUESTIONS) / 4)
-    longest = sum(
-        len(choices[right]) > max(len(c) for i, c in enumerate(choices) if i != right)
-        for _, _, choices, right in QUESTIONS
-    )
-    shortest = sum(
-        len(choices[right]) < min(len(c) for i, c in enumerate(choices) if i != right)
-        for _, _, choices, right in QUESTIONS
-    )
-    assert longest < 0.3 * len(QUESTIONS) and shortest < 0.3 * len(QUESTIONS)
-
-
-def test_sums_are_right_and_the_wrong_ones_wrong():
-    sums = [(b, choices, right) for category, b, choices, right in QUESTIONS if category == "arithmetic"]
-    assert len(sums) > 10
-    for beginning, choices, right in sums:
-        value = eval(beginning.removesuffix("="))  # ours
-        assert [int(c) == value for c in choices] == [i == right for i in range(4)]
+    lengths = [
+        (len(c[right]), [len(x) for i, x in enumerate(c) if i != right]) for _, _, c, right in QUESTIONS
+    ]
+    assert sum(n > max(others) for n, others in lengths) < 0.3 * len(QUESTIONS)
+    assert sum(n < min(others) for n, others in lengths) < 0.3 * len(QUESTIONS)
 
 
 def test_every_function_has_a_solution_that_passes_and_a_mistake_that_fails():
@@ -115,18 +80,14 @@ def test_every_function_has_a_solution_that_passes_and_a_mistake_that_fails():
     solved = sandbox.run_tests(everything, [test for _, _, tests, _, _ in FUNCTIONS for test in tests])
     assert solved.ok, solved.reason
     for name, stub, tests, solution, mistake in FUNCTIONS:
-        assert (
-            len(tests) >= 2
-            and f"def {name}(" in stub
-            and ast.get_docstring(ast.parse(stub + solution).body[0])
-        )
-        for wrong in (mistake, "    return None\n", "    pass\n"):
+        assert len(tests) >= 2 and ast.get_docstring(ast.parse(stub + solution).body[0])
+        for wrong in (mistake, "    return None\n"):
             space = {}
             exec(stub + wrong, space)  # ours
 
             def passes(call, value):
                 try:
-                    return sandbox._same(eval(call, space), value)
+                    return sandbox.same(eval(call, space), value)
                 except Exception:
                     return False
 
@@ -136,62 +97,43 @@ def test_every_function_has_a_solution_that_passes_and_a_mistake_that_fails():
 def test_documents_that_quote_an_item_are_recognised():
     texts = language_items.evaluation_texts()
     known = curate.TextEvaluations(curate.text_tables(texts))
-    long = [
-        t
-        for group in texts.values()
-        for t in group
-        if len(re.findall(r"[A-Za-z0-9]+", t)) >= curate.TEXT_NGRAM
-    ]
+    words = re.compile("[A-Za-z0-9]+")
+    long = [t for some in texts.values() for t in some if len(words.findall(t)) >= curate.TEXT_NGRAM]
     assert len(long) > 80 and all(t in long for t in texts["language_functions"])
     documents = [f"Somebody wrote this once: {t.upper()}, and then they went home." for t in long]
     assert len(known.quoted(curate.read_words(documents))) == len(long)
-    assert not known.quoted(
-        curate.read_words(["A man who looks after people's teeth wrote a function that returns the sum."])
-    )
+    assert not known.quoted(curate.read_words(["A function that a dentist wrote returns the sum of two."]))
 
 
 # models of which it is known what they must get
 
 
-def test_who_knows_everything_is_always_right():
+@pytest.mark.parametrize("right", [True, False])
+def test_who_has_memorised_the_answers_gets_all_and_who_has_memorised_mistakes_none(right):
     model = Table(
-        [f"{beginning} {choices[right]}" for _, beginning, choices, right in QUESTIONS]
-        + [f"{stub}{solution}\nprint(1)\n" for _, stub, _, solution, _ in FUNCTIONS]
+        [f"{question} {choices[place if right else place - 1]}" for _, question, choices, place in QUESTIONS]
+        + [f"{stub}{good if right else bad}\nprint(1)\n" for _, stub, _, good, bad in FUNCTIONS]
     )
-    questions, code = language.answer_questions(model), language.write_code(model, FUNCTIONS[:20])
-    assert (questions["right"], questions["accuracy"], questions["interval"][1]) == (len(QUESTIONS), 1.0, 1.0)
-    assert all(a["picked"] == a["right"] for a in questions["answers"])
-    assert [(a["solved"], a["reason"]) for a in code] == [(True, "")] * 20
-    assert code[0]["written"].rstrip() == FUNCTIONS[0][3].rstrip()  # and not the print after it
-
-
-def test_who_knows_only_what_is_wrong_is_never_right():
-    model = Table(
-        [f"{beginning} {choices[right - 1]}" for _, beginning, choices, right in QUESTIONS]
-        + [stub + mistake for _, stub, _, _, mistake in FUNCTIONS]
-    )
-    questions, code = language.answer_questions(model), language.write_code(model, FUNCTIONS[:10])
-    assert (questions["right"], questions["interval"][0]) == (0, 0.0)
-    assert not any(a["solved"] for a in code) and all(a["reason"] for a in code)
+    questions, code = language.answer_questions(model, QUESTIONS), language.write_code(model, FUNCTIONS[:10])
+    assert (questions["right"], questions["accuracy"]) == (right * len(QUESTIONS), float(right))
+    assert questions["interval"][right] == float(right)
+    assert all((a["picked"] == a["right"]) == right for a in questions["answers"])
+    assert code["solved"] == right * 10 and all(bool(a["reason"]) != right for a in code["answers"])
+    assert code["answers"][0]["written"].rstrip() == FUNCTIONS[0][3 if right else 4].rstrip()  # no print(1)
 
 
 def test_who_knows_nothing_is_at_chance_and_as_surprised_as_can_be(tmp_path):
-    """Ends of as many tokens are equally likely to it: where all four are, it must get a quarter of the point."""
-    questions = language.answer_questions(Table())
+    """Ends of as many tokens are equally likely to it: of four such it gets a quarter of the point."""
+    questions = language.answer_questions(Table(), QUESTIONS)
     even = [a for a in questions["answers"] if len(set(a["log_probabilities"])) == 1]
-    assert (
-        len(even) > 60
-        and questions["chance"] == 0.25
-        and questions["interval"][0] < 0.25 < questions["interval"][1]
-    )
-    data, text = tmp_path / "data", "Grids are made of cells, and cells have colours.\n"
-    write_stage(data, [text] * 40)
-    (entries,) = language.held_out(data, "s").values()
-    figures = language.bits_per_byte(Table(block_size=64), data, entries)
-    tokens, n_bytes = len(tok.load().encode_ordinary(text)), len(text)
-    assert figures["bits_per_byte"] == pytest.approx(math.log2(tok.VOCAB_SIZE) * tokens / n_bytes, rel=0.02)
-    low, high = figures["interval"]
-    assert low <= figures["bits_per_byte"] <= high
+    assert len(even) > 60 and questions["interval"][0] < 0.25 < questions["interval"][1]
+    write_stage(tmp_path, [SENTENCE] * 40)
+    (shards,) = language.held_out(tmp_path, "s").values()
+    figures = language.bits_per_byte(Table(block_size=64), tmp_path, shards)
+    tokens = len(tok.load().encode_ordinary(SENTENCE))
+    expected = math.log2(tok.VOCAB_SIZE) * tokens / len(SENTENCE)
+    assert figures["bits_per_byte"] == pytest.approx(expected, rel=0.02)
+    assert figures["interval"][0] <= figures["bits_per_byte"] <= figures["interval"][1]
 
 
 def write_stage(data, texts):
@@ -212,81 +154,137 @@ def write_stage(data, texts):
 
 
 @pytest.mark.parametrize("name", ["dense", "trm"])
-def test_log_probabilities_are_those_of_one_row_at_a_time(name):
-    model, rng = tiny(name, block_size=40), np.random.default_rng(1)
+def test_log_probs_are_those_of_one_row_at_a_time(name):
+    model, rng = make(name, block_size=40), np.random.default_rng(1)
     sizes = ((1, 1), (5, 3), (2, 9), (30, 10), (70, 4), (3, 60))
     rows = [(rng.integers(0, 50000, a).tolist(), rng.integers(0, 50000, b).tolist()) for a, b in sizes]
-    for (context, continuation), (got, greedy) in zip(
-        rows, language.log_probabilities(model, rows), strict=True
+    for (context, continuation), (found, likeliest) in zip(
+        rows, language.log_probs(model, rows), strict=True
     ):
         ids = torch.tensor([*context, *continuation][-41:])
         with torch.no_grad():
             expected = model(ids[None, :-1])[0][0].log_softmax(-1)
-        n = min(len(continuation), len(ids) - 1)
-        want = [float(expected[t, ids[t + 1]]) for t in range(len(ids) - 1 - n, len(ids) - 1)]
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
-        assert greedy.tolist() == [
-            bool(expected[t].argmax() == ids[t + 1]) for t in range(len(ids) - 1 - n, len(ids) - 1)
-        ]
+        places = range(len(ids) - 1 - min(len(continuation), len(ids) - 1), len(ids) - 1)
+        np.testing.assert_allclose(found, [float(expected[t, ids[t + 1]]) for t in places], 1e-4, 1e-4)
+        assert likeliest.tolist() == [bool(expected[t].argmax() == ids[t + 1]) for t in places]
 
 
 @pytest.mark.parametrize("name", ["dense", "trm"])
 def test_both_routes_go_through_the_whole_suite(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(language.complete, "__defaults__", (12,))  # tokens: an untrained model uses them all
-    write_stage(tmp_path, ["Grids are made of cells, and cells have colours.\n"] * 20)
-    bars, make_bar = [], language.tqdm
-    monkeypatch.setattr(language, "tqdm", lambda **kw: bars.append(make_bar(**kw)) or bars[-1])
-    figures = language.evaluate(tiny(name), tmp_path, "s", limit=3)
+    monkeypatch.setattr(language, "CODE_TOKENS", 12)  # an untrained model uses them all
+    write_stage(tmp_path, [SENTENCE] * 20)
+    figures = language.evaluate(make(name), tmp_path, language.held_out(tmp_path, "s"), limit=3)
     assert figures["bits_per_byte"]["words"]["bits_per_byte"] > 2 and figures["seconds"] > 0
     assert (figures["questions"]["total"], figures["code"]["total"]) == (3, 3)
-    assert [bar.n for bar in bars] == [bar.total for bar in bars] and [bar.total for bar in bars][1:] == [
-        3 * 4,
-        3,
-    ]
-    assert json.loads(json.dumps(figures)) == figures and len(language.table(figures).splitlines()) >= 6
-
-
-def test_parts_that_were_measured_before_are_not_measured_again(tmp_path, monkeypatch):
-    """Cut off after any part, the rest gives what the whole gives: its figures, and its seconds."""
-    write_stage(tmp_path, ["Grids are made of cells, and cells have colours.\n"] * 20)
-    monkeypatch.setattr(language, "CODE_BATCH", 1)
-    model, kept = Table(), {}
-    whole = language.evaluate(model, tmp_path, "s", limit=2, keep=kept.__setitem__)
-    assert list(kept) == [
-        "bits per byte of words",
-        "questions",
-        *(f"code from {FUNCTIONS[i][0]} on" for i in (0, -1)),
-    ]
-    for n in (1, 3, 4):
-        new = []
-        before = json.loads(json.dumps(dict(list(kept.items())[:n])))
-        again = language.evaluate(
-            model, tmp_path, "s", limit=2, before=before, keep=lambda part, found: new.append(part)
-        )
-        assert new == list(kept)[n:] and (n < 4 or again == whole)
-        assert {k: v for k, v in again.items() if k != "seconds"} == {
-            k: v for k, v in whole.items() if k != "seconds"
-        }
+    assert json.loads(json.dumps(figures)) == figures and len(language.table(figures).splitlines()) == 3
 
 
 def test_what_is_written_ends_with_the_function():
-    encode = tok.load().encode_ordinary
+    encode, stop = tok.load().encode_ordinary, language.OUTSIDE_FUNCTION
     text = "    x = 1\n\n    return x\nprint(x)\n"
-    assert language.body(encode(text)) == ("    x = 1\n\n    return x\n", True)
-    assert language.body(encode("    return 1\n")) == ("    return 1\n", False)
-    assert language.body([*encode("    return 1"), tok.EOT, *encode(" more")]) == ("    return 1", True)
-    assert language.body(encode("no")) == ("", True)
-    assert language.body([]) == ("", False)
+    assert language.cut(encode(text), stop) == ("    x = 1\n\n    return x\n", True)
+    assert language.cut(encode("    return 1\n"), stop) == ("    return 1\n", False)
+    assert language.cut([*encode("    return 1"), tok.EOT, *encode(" more")], stop) == ("    return 1", True)
+    assert language.cut(encode("no"), stop) == ("", True)
+    assert language.cut(encode("one. two"), None) == ("one. two", False)
 
 
-# figures
+# intervals
 
 
-def test_the_interval_of_a_ratio():
+def test_the_interval_of_a_ratio_covers_the_true_one_in_95_of_100_samples():
     rng, hits = np.random.default_rng(1), 0
-    for _ in range(400):  # the interval of a ratio must hold the true one in about 95% of samples
+    for _ in range(400):
         below = rng.integers(50, 150, 40)
         low, high = language.ratio_interval(below * 2.0 + rng.normal(0, 30, 40), below)
         hits += low <= 2.0 <= high
     assert 0.9 < hits / 400 < 0.985
     assert language.ratio_interval(np.array([3.0]), np.array([1])) is None
+
+
+# lm-eval
+
+CAPITALS = [("France", "Paris", "Rome"), ("Italy", "Rome", "Oslo"), ("Peru", "Lima", "Quito")]
+TEXT = "Grids are made of cells. Cells have colours, ten of them."
+PROMPT = {"doc_to_text": "The capital of {{country}} is"}
+BENCHMARKS = {
+    "capitals": {
+        "output_type": "multiple_choice",
+        **PROMPT,
+        "doc_to_choice": "cities",
+        "doc_to_target": 0,
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    },
+    "sentences": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "bits_per_byte"}],
+    },
+    "writing": {
+        "output_type": "generate_until",
+        **PROMPT,
+        "doc_to_target": "{{city}}",
+        "generation_kwargs": {"until": ["."], "max_gen_toks": 8},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    },
+}
+
+
+@pytest.fixture
+def local_benchmarks(tmp_path, monkeypatch):
+    """Three tasks of lm-eval from local files, in place of its own, which are thousands."""
+    tasks = pytest.importorskip("lm_eval.tasks")
+    rows = [
+        {"country": c, "cities": cities, "city": f" {cities[0]}", "text": TEXT} for c, *cities in CAPITALS
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"data_files": {"test": str(tmp_path / "rows.jsonl")}, "cache_dir": str(tmp_path / "cache")}
+    for name, task in BENCHMARKS.items():
+        task = {"task": name, "dataset_path": "json", "dataset_kwargs": files, "test_split": "test", **task}
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(task))  # JSON is YAML too
+    table = tasks.TaskManager(include_path=str(tmp_path), include_defaults=False)
+    monkeypatch.setattr(language, "benchmarks", lambda: table)
+
+
+def test_lm_eval_gives_what_is_known(local_benchmarks):
+    """A model that has memorised two of three capitals, and the wrong one of the third."""
+    known = [f"The capital of {c} is {right}. And more" for c, right, _ in CAPITALS[:2]]
+    model = Table([*known, "The capital of Peru is Quito."])
+    figures = language.evaluate_benchmarks(model, "lm_eval:capitals,writing")["results"]
+    value, (low, high) = figures["capitals"]["acc"].values()
+    assert low < value < high and value == pytest.approx(2 / 3, abs=1e-5)
+    assert figures["writing"]["exact_match"]["value"] == pytest.approx(2 / 3, abs=1e-5)
+    # Everything is equally likely to a model that knows nothing, also beyond its block_size
+    found = language.evaluate_benchmarks(Table(block_size=8), "lm_eval:sentences")["results"]["sentences"]
+    expected = math.log2(tok.VOCAB_SIZE) * len(tok.load().encode_ordinary(TEXT)) / len(TEXT)
+    assert found["bits_per_byte"]["value"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dense", "trm"])
+def test_both_routes_go_through_lm_eval(local_benchmarks, name):
+    figures = language.evaluate_benchmarks(
+        make(name, block_size=24), f"lm_eval:{','.join(BENCHMARKS)}", limit=2
+    )
+    assert set(figures["results"]) == set(BENCHMARKS) and len(language.table(figures).splitlines()) >= 3
+
+
+def test_an_unknown_benchmark_is_an_error_with_the_closest_names(local_benchmarks):
+    with pytest.raises(ValueError, match="no task 'capitol': the closest are capitals"):
+        language.check_benchmarks("lm_eval:capitals,capitol")
+
+
+def test_without_lm_eval_the_error_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    language.benchmarks.cache_clear()
+    with pytest.raises(ValueError, match="pip install lm-eval"):
+        language.check_benchmarks("lm_eval:sciq")
+
+
+@pytest.mark.parametrize(
+    "prompt, asked, read, written",
+    [(21, 8, 21, 8), (21, 60, 21, 43), (21, 2048, 21, 43), (81, 16, 48, 16), (81, 2048, 32, 32)],
+)
+def test_what_is_written_gives_way_to_the_prompt_down_to_half_of_the_block(prompt, asked, read, written):
+    ids, n = language.fit(list(range(prompt)), asked, 64)
+    assert (ids, n) == (list(range(prompt))[-read:], written)

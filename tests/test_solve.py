@@ -9,7 +9,7 @@ import torch
 from tiny import grid, make, stand_ins  # noqa: F401
 
 import eval_arc
-from smol import arc, engine, programs, puzzles, scores, solve, suites
+from smol import arc, engine, programs, puzzles, solve, suites
 from smol import tokenizer as tok
 from smol.solve import Settings
 
@@ -130,7 +130,7 @@ def test_route_b_keeps_its_steps_and_stops_where_it_is_confident():
         solve.solve(model, tasks, Settings(augment=2)), model.answer(tasks, trace=True)
     ):
         assert [g.tolist() for g, _ in given.steps] == [g.tolist() for g, _ in trace]
-        (record,) = scores.judge(tasks[0], [given], 2)["test"]
+        (record,) = eval_arc.judge(tasks[0], [given], 2)["test"]
         assert len(record["attempts"]) == min(2, len(given.candidates))
     for halt, n in ((0.0, 1), (1.0, model.config.n_sup)):
         assert [len(g.steps) for (g,) in solve.solve(model, tasks, Settings(halt=halt))] == [n] * 2

@@ -1,0 +1,246 @@
+"""prepare.py: the demo stage holds nothing that it must not hold; damage to any stage is named."""
+
+import itertools
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from test_hub import small_stage
+
+import prepare
+from smol import arc, puzzles, snapshots, sources, suites, tokenizer
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A small demo, for which no network is needed."""
+    data = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+        prepare.main(["demo", f"--data_dir={data}", "--limit_mb=1", "--val_every=3", "--num_proc=1"])
+    return data
+
+
+def documents(data, split, *of):
+    """(source, tokens) of every document, read with nothing but the layout that data/README.md describes."""
+    for line in (data / "stages/demo/manifest.jsonl").read_text().splitlines():
+        e = json.loads(line)
+        if e["split"] == split and (not of or e["source"] in of):
+            tokens = np.fromfile(data / e["path"], "<u2")
+            for a, b in itertools.pairwise(np.fromfile((data / e["path"]).with_suffix(".idx"), "<i8")):
+                yield e["source"], tokens[a:b]
+
+
+def test_the_demo_has_its_sources_and_splits(demo):
+    entries, mixture = snapshots.read_manifest(demo, "demo")
+    _, groups, weights = sources.STAGES["demo"]
+    assert mixture["groups"] == groups and list(mixture["weights"]) == list(weights)
+    assert {e["source"] for e in entries if e["split"] == "train"} == set(weights)
+    assert {e["source"]: e["augment"] for e in entries if e["split"] == "train"}["maze"] == "dihedral"
+    assert {e["augment"] for e in entries if e["split"] == "val"} == {"none"}
+    train = [tokens.tobytes() for _, tokens in documents(demo, "train")]
+    val = {tokens.tobytes() for _, tokens in documents(demo, "val")}
+    assert len(set(train)) == len(train) and not val & set(train)
+    decode = tokenizer.load().decode
+    modules = {decode(ids[:-1].tolist()) for _, ids in documents(demo, "train", "stdlib")}
+    assert modules and all("import" in text or "def " in text or "=" in text for text in modules)
+
+
+def test_a_module_and_its_docstrings_are_on_the_same_side(demo):
+    decode = tokenizer.load().decode
+    sides = {}
+    for split in ("train", "val"):
+        for _, ids in documents(demo, split, "docstrings"):
+            sides[decode(ids.tolist()).split("\n")[0].removeprefix("# ")] = split
+    names = {sources.module({"name": name})[:300].rstrip(): name for name in sides}
+    both = 0
+    for split in ("train", "val"):
+        for _, ids in documents(demo, split, "stdlib"):
+            head = decode(ids.tolist())[:250]
+            for text in [text for text in names if text.startswith(head)]:
+                assert sides[names[text]] == split
+                both += 1
+    assert both
+
+
+def likeness(grid):
+    """What neither symmetry nor colour changes."""
+    return tuple(sorted(grid.shape)), tuple(sorted(np.unique(grid, return_counts=True)[1].tolist()))
+
+
+def alike(a, b):
+    """Does a symmetry of the square and a renaming of colours make a into b? By pairing up colours."""
+    for image in (np.rot90(side, k) for side in (a, a.T) for k in range(4)):
+        if image.shape == b.shape:
+            renamings = len(np.unique(image.astype(int) * 10 + b))
+            if renamings == len(np.unique(a)) == len(np.unique(b)):
+                return True
+    return False
+
+
+def test_no_evaluation_output_is_in_any_shard_under_any_symmetry(demo):
+    outputs = {}
+    for task in (*arc.load("arc1_eval"), *arc.load("arc2_eval")):
+        for _, output in task.test:
+            if output.size > 9 and len(np.unique(output)) > 1:  # others equal a grid by chance
+                outputs.setdefault(likeness(output), []).append(output)
+
+    def is_one(grid):
+        return any(alike(grid, output) for output in outputs.get(likeness(grid), ()))
+
+    rng = np.random.default_rng(0)
+    for output, *_ in list(outputs.values())[::20]:  # the check itself finds an output in disguise
+        assert is_one(rng.permutation(10)[np.rot90(output.T, int(rng.integers(4)))].astype(np.uint8))
+    seen = 0
+    for split in ("train", "val"):
+        for source, tokens in documents(demo, split):
+            if sources.SOURCES[source].kind == "puzzle":
+                for grid in itertools.chain.from_iterable(arc.decode(tokens)[1]):
+                    seen += 1
+                    assert not is_one(grid), (source, grid)
+    assert seen > 2000
+
+
+def test_nothing_that_is_evaluated_on_is_trained_on(demo):
+    def questions(name):
+        return {pair[0].tobytes() for t in arc.load(name) for pair in t.test if pair[0].size > 30}
+
+    asked = questions("arc1_eval") | questions("arc2_eval")
+    trained = [arc.decode(tokens)[1][-1][0].tobytes() for _, tokens in documents(demo, "train", "arc")]
+    assert trained and not asked & set(trained)
+    assert asked & questions("arc2_train"), "ARC-AGI-2's training set holds tasks of ARC-AGI-1's evaluation"
+    answers = {arc.decode(tokens)[1][0][1].tobytes() for _, tokens in documents(demo, "train", "sudoku4")}
+    assert len(answers) > 50 and not answers & {t.test[0][1].tobytes() for t in suites.load("sudoku4")}
+    for suite in ("sudoku4", "sudoku9", "maze", "transforms"):
+        held = {puzzles.task_hash(task) for task in suites.load(suite)}
+        for split, wanted in (("train", set()), ("val", held)):
+            found = [arc.decode(tokens) for _, tokens in documents(demo, split, suite)]
+            found = {puzzles.task_hash(arc.Task("", kind, pairs[:-1], pairs[-1:])) for kind, pairs in found}
+            assert found & held == found & wanted and (found <= held or split == "train")
+
+
+def test_arc_tasks_are_laid_out_officially(demo):
+    for name in arc.SETS:
+        written = json.loads((demo / f"arc/{name}.json").read_text())
+        task = arc.load(name)[0]
+        assert written[task.id]["test"][0]["output"] == task.test[0][1].tolist()
+
+
+@pytest.mark.parametrize("name, ending, shows", [("maze", "png", ""), ("graphs", "txt", "Question:")])
+def test_show_draws_the_first_documents_of_a_source(tmp_path, monkeypatch, name, ending, shows):
+    monkeypatch.chdir(tmp_path)
+    prepare.main(["show", name])
+    content = (tmp_path / f"out/show/{name}.{ending}").read_bytes()
+    assert len(content) > 3000 and shows.encode() in content
+
+
+# ---- damage
+
+
+@pytest.fixture
+def stage(tmp_path):
+    small_stage(tmp_path / "data")
+    return tmp_path / "data"
+
+
+def shard(data):
+    return next(data.glob("processed/maze/train-*.bin"))
+
+
+def rewrite(path, change):
+    path.write_bytes(change(path.read_bytes()))
+
+
+def believable(data, **change):
+    """Another first line of the manifest, and a mixture that agrees with it."""
+    manifest, mixture = data / "stages/stage1/manifest.jsonl", data / "stages/stage1/mixture.json"
+    first, *rest = manifest.read_text().splitlines()
+    manifest.write_text("\n".join([json.dumps({**json.loads(first), **change}), *rest]) + "\n")
+    pinned = {**json.loads(mixture.read_text()), "manifest_sha256": snapshots.sha256_file(manifest)}
+    mixture.write_text(json.dumps(pinned))
+
+
+def other_tokens(data, i, token):
+    """A shard with another token, and a manifest that agrees with it."""
+    tokens = np.fromfile(shard(data), "<u2")
+    tokens[i] = token
+    tokens.tofile(shard(data))
+    believable(data, sha256=snapshots.sha256_file(shard(data)))
+
+
+def falling_offsets(data):
+    path = shard(data).with_suffix(".idx")
+    offsets = np.fromfile(path, "<i8")
+    offsets[1] = offsets[2]
+    offsets.tofile(path)
+    believable(data, idx_sha256=snapshots.sha256_file(path))
+
+
+MANIFEST, MIXTURE = "stages/stage1/manifest.jsonl", "stages/stage1/mixture.json"
+
+
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (lambda data: os.truncate(shard(data), 100), "train-.* has 100 bytes where the manifest says"),
+        (lambda data: rewrite(shard(data), lambda b: b"??" + b[2:]), "train-.*bin was changed: its SHA-256"),
+        (
+            lambda data: rewrite(shard(data).with_suffix(".idx"), lambda b: b[:8] + b"?" + b[9:]),
+            "idx was changed",
+        ),
+        (lambda data: shard(data).unlink(), "train-.*bin is missing"),
+        (lambda data: shard(data).with_suffix(".idx").unlink(), "train-.*idx is missing"),
+        (falling_offsets, "idx does not rise from 0"),
+        (lambda data: other_tokens(data, 5, tokenizer.END + 1), "train-.* has token ids beyond 50280"),
+        (lambda data: other_tokens(data, 30, 5), "train-.* has documents that do not end in"),
+        (
+            lambda data: rewrite(data / MANIFEST, lambda b: b.replace(b'"val"', b'"train"', 1)),
+            "was changed after",
+        ),
+        (lambda data: believable(data, path="processed/../../x/x.bin"), "not processed/SOURCE/NAME.bin"),
+        (lambda data: believable(data, path=str(shard(data))), "not processed/SOURCE/NAME.bin"),
+        (lambda data: believable(data, tokenizer="0" * 64), "manifest.jsonl .* another tokenizer"),
+        (lambda data: believable(data, group="prose"), "manifest.jsonl .* group is 'prose'"),
+        (lambda data: rewrite(data / MANIFEST, lambda b: b"hello\n"), "manifest.jsonl is damaged in line 1"),
+        (lambda data: (data / MIXTURE).unlink(), "mixture.json is missing"),
+    ],
+)
+def test_damage_is_named_and_says_what_to_do(stage, damage, says):
+    (stage / "processed/x").mkdir()
+    prepare.main(["verify", "stage1", f"--data_dir={stage}"])
+    damage(stage)
+    with pytest.raises(SystemExit, match=f"^error: .*{says}.*prepare.py stage1 .*--force=True$"):
+        prepare.main(["verify", "stage1", f"--data_dir={stage}"])
+
+
+@pytest.mark.parametrize(
+    "file, change, says",
+    [
+        (
+            "manifest.jsonl",
+            lambda b: b.replace(b'"val"', b'"train"', 1),
+            "manifest.jsonl is missing or was changed",
+        ),
+        ("mixture.json", lambda b: b.replace(b"0.", b"0.0", 1), "mixture.json is missing or was changed"),
+        (
+            "snapshot.json",
+            lambda b: b.replace(b'"v0.1"', b'"v0.2"'),
+            "snapshot.json is missing, damaged or of another",
+        ),
+        ("snapshot.json", None, "snapshot.json is missing"),
+    ],
+)
+def test_an_edited_frozen_stage_is_named_and_nothing_is_cleaned(stage, file, change, says):
+    path = stage / "stages/stage1/v0.1" / file
+    shutil.copytree(stage / "processed/maze", stage / "processed/unlisted")
+    if change is None:
+        path.unlink()
+    else:
+        rewrite(path, change)
+    with pytest.raises(SystemExit, match=f"{says}.* a frozen stage never changes"):
+        prepare.main(["verify", "stage1:v0.1", f"--data_dir={stage}"])
+    with pytest.raises(SystemExit, match=says):
+        prepare.main(["clean", f"--data_dir={stage}"])
+    assert list((stage / "processed/unlisted").iterdir())
