@@ -23,7 +23,6 @@ import tempfile
 import time
 from pathlib import Path
 
-STAGE = ["--val_every=3", "--limit_mb=1", "--num_proc=1"]  # a demo stage in seconds
 ROOT = Path(__file__).parent.parent
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(

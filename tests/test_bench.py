@@ -4,9 +4,7 @@ import json
 import re
 
 import pytest
-from scripts import STAGE
 
-import prepare
 from bench import compare, decode, plan
 from bench import train as bench_train
 from smol import checkpoint
@@ -138,42 +136,22 @@ def test_decode_rows(nanogpt, tmp_path):
     assert size[300, 1, "Route A"] - size[30, 1, "Route A"] == pytest.approx(2 * 270 * 16 * 4 / 1e6)
 
 
-def test_contenders_train_through_train_py_for_equal_seconds(tmp_path):
-    settings = "--n_layer=4 --n_head=2 --n_embd=16 --n_ff=24 --block_size=256 --batch_size=1 --eval_batches=1"
-    contenders = [f"A: {settings} --model=dense", f"B: {settings} --model=trm --n_sup=2"]
-    compare.main(
-        [
-            *contenders,
-            "--puzzle=sudoku4-4-6",
-            "--seconds=1",
-            "--points=2",
-            "--n_train=300",
-            "--n_test=3",
-            "--n_sup=(1, 2)",
-            f"--out_dir={tmp_path}",
-        ]
-    )
-    rows = json.load(open(tmp_path / "compare.json"))["rows"]
-    assert [(r["name"], list(r["curve"][-1]["solved"])) for r in rows] == [("A", [""]), ("B", ["1", "2"])]
-    for row in rows:
-        seconds = [p["seconds"] for p in row["curve"]]
-        assert len(seconds) == 2 and seconds == sorted(seconds) and row["curve"][-1]["tokens"] > 0
+SETTINGS = "--n_layer=4 --n_head=2 --n_embd=16 --n_ff=24 --block_size=256 --batch_size=1 --eval_batches=1"
+
+
+def test_contenders_train_through_train_py(tmp_path):
+    contender = f"B: {SETTINGS} --model=trm --n_latent=1 --n_recursion=1 --n_sup=2"
+    sizes = ["--seconds=0.5", "--points=2", "--n_train=300", "--n_test=3", "--n_sup=(1, 2)"]
+    compare.main([contender, "--puzzle=sudoku4-4-6", *sizes, f"--out_dir={tmp_path}"])
+    (row,) = json.load(open(tmp_path / "compare.json"))["rows"]
+    seconds = [p["seconds"] for p in row["curve"]]
+    assert len(seconds) == 2 and seconds == sorted(seconds) and row["curve"][-1]["tokens"] > 0
+    assert list(row["curve"][-1]["solved"]) == ["1", "2"]
     assert (tmp_path / "compare.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_nanogpt_learns_the_text_of_the_demo_beside_route_a(nanogpt, tmp_path):
-    prepare.main(["demo", f"--data_dir={tmp_path / 'data'}", *STAGE])
-    settings = "--n_layer=4 --n_head=2 --n_embd=16 --n_ff=24 --block_size=256 --batch_size=1 --eval_batches=1"
-    compare.main(
-        [
-            f"A: {settings}",
-            f"--nanogpt={nanogpt}",
-            f"--nanogpt_settings={TINY}",
-            f"--data_dir={tmp_path / 'data'}",
-            "--seconds=1",
-            "--points=2",
-            f"--out_dir={tmp_path / 'out'}",
-        ]
-    )
-    rows = json.load(open(tmp_path / "out/compare.json"))["rows"]
-    assert [r["name"] for r in rows] == ["A", "nanoGPT"] and rows[1]["curve"][-1]["val_loss"] < 11
+def test_nanogpt_learns_the_text_of_the_demo(nanogpt, data, tmp_path):
+    sizes = ["--seconds=0.5", "--points=2", f"--nanogpt_settings={TINY}"]
+    compare.main([f"--nanogpt={nanogpt}", f"--data_dir={data}", *sizes, f"--out_dir={tmp_path / 'out'}"])
+    (row,) = json.load(open(tmp_path / "out/compare.json"))["rows"]
+    assert row["name"] == "nanoGPT" and row["curve"][-1]["val_loss"] < 11

@@ -12,14 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scripts
-from scripts import STAGE
 import tiny
 import torch
 import torch.nn.functional as F
 
 import configurator
 import distill
-import prepare
 from model_trm import ANSWER_IDS
 from smol import arc, checkpoint, engine, loader, puzzles, solve, teachers
 from smol import tokenizer as tok
@@ -27,14 +25,6 @@ from smol.solve import Candidate
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
-
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    prepare.main(["demo", f"--data_dir={folder}", *STAGE])
-    return folder
 
 
 @pytest.fixture(scope="module")

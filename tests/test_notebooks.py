@@ -1,4 +1,4 @@
-"""The notebooks: one that trains and Kaggle's run from top to bottom as a user would; all of them are thin."""
+"""The notebooks: one that trains and Kaggle's run from top to bottom; all are thin."""
 
 import ast
 import os
@@ -7,9 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from scripts import STAGE
-
-import prepare
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
@@ -19,20 +16,20 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
 
 
-def copy_of_the_repository(folder):
-    """What commands need of it, and a small demo stage."""
+def copy_of_the_repository(folder, data):
+    """What commands need of it, with a small demo stage."""
     for path in ROOT.glob("*.*"):
         if path.suffix in (".py", ".toml", ".txt", ".md"):
             shutil.copy(path, folder)
     for name in ("config", "notebooks", "smol", "bench"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    prepare.main(["demo", f"--data_dir={folder / 'data'}", *STAGE])
+    shutil.copytree(data, folder / "data")
     return folder
 
 
 @pytest.fixture(scope="module")
-def copy(tmp_path_factory):
-    return copy_of_the_repository(tmp_path_factory.mktemp("copy"))
+def copy(tmp_path_factory, data):
+    return copy_of_the_repository(tmp_path_factory.mktemp("copy"), data)
 
 
 @pytest.mark.parametrize("name", ["30_route_b_train.ipynb", "kaggle_t4x2.ipynb"])

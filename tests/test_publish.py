@@ -6,21 +6,13 @@ import pytest
 import scripts
 import torch
 from local_hub import TOKEN, Fault, LocalHub
-from test_train import STAGE, losses, words
+from test_train import losses, words
 
-import prepare
 from smol import checkpoint
 
 STEPS = ["--max_iters=6", "--eval_interval=3", "--decay_iters=0"]
 PULL = "from smol import checkpoint; checkpoint.pull({!r}, {!r})"
 PUSH = "from smol import checkpoint; print(checkpoint.push({!r}, {!r}, {}))"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    prepare.main(["demo", f"--data_dir={folder}", *STAGE])
-    return folder
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ import train
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TINY = (
-    "--n_layer=4 --n_head=2 --n_embd=16 --n_ff=24 --block_size=256 --batch_size=2 --max_iters=2 --eval_interval=2 "
-    "--eval_batches=1 --log_interval=1 --warmup_iters=1 --mixture={'stdlib':1,'sudoku4':1}"
+    "--n_layer=4 --n_head=2 --n_embd=16 --n_ff=24 --block_size=256 --batch_size=2 --max_iters=2 "
+    "--eval_interval=2 --eval_batches=1 --log_interval=1 --warmup_iters=1 --mixture={'stdlib':1,'sudoku4':1}"
 ).split()
 # pattern -> what is added, so that the command takes a second or two; a later value of a setting wins
 RUN = {
@@ -82,8 +82,8 @@ def test_what_the_text_names_is_there():
         assert (ROOT / link).exists(), f"the README links to {link}, which is not there"
 
 
-def test_the_commands_run(tmp_path):
-    copy, todo = copy_of_the_repository(tmp_path), []
+def test_the_commands_run(tmp_path, data):
+    copy, todo = copy_of_the_repository(tmp_path, data), []
     for pattern in RUN:
         assert any(re.search(pattern, command) for command in commands()), f"{pattern} matches nothing"
     for command in commands():

@@ -24,11 +24,6 @@ import train
 from smol import checkpoint, loop
 
 ROOT = Path(__file__).parent.parent
-STAGE = [
-    "--val_every=3",
-    "--limit_mb=1",
-    "--num_proc=1",
-]
 SHAPE = [
     "--n_layer=2",
     "--layer_pattern=ka",
@@ -51,13 +46,6 @@ ROUTES = {
     "dense": [],
     "trm": ["--model=trm", "--n_latent=1", "--n_recursion=2", "--n_sup=3", "--carry_turns=2", "--ema=0.9"],
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    prepare.main(["demo", f"--data_dir={folder}", *STAGE])
-    return folder
 
 
 def words(data, out, *settings):
