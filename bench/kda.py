@@ -185,7 +185,7 @@ def bench_kda(device):
         layer = KimiDeltaAttention(width, heads, width // heads).to(device)
         attention = Attention(Config(n_embd=width, n_head=heads)).to(device)
         rope = rope_3d(torch.zeros(B, T, 3, dtype=torch.long, device=device), width // heads, 100.0)
-        contenders = {"ours": (lambda x: layer(x)[0], [x]), "attention layer": (lambda x: attention(x, rope)[0], [x])}
+        contenders = {"ours": (lambda x: layer(x)[0], [x]), "attention layer": (lambda x: attention(x, rope), [x])}
         figures = forward_and_backward(contenders, device)
         ours = figures.pop("ours")
         rows.append({"what": "layer", "shape": (B, T, width, heads), "backend": chosen, **ours, "rivals": figures})
