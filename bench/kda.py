@@ -56,11 +56,7 @@ def medians_ms(runs, device, seconds=1.5):
     """
     now, times = clock(device), {name: [] for name in runs}
     while True:
-        left = [
-            name
-            for name, t in times.items()
-            if len(t) < 200 and not (sum(t) > seconds and (len(t) >= 7 or t[-1] > 1))
-        ]
+        left = [name for name, t in times.items() if len(t) < 200 and not (sum(t) > seconds and (len(t) >= 7 or t[-1] > 1))]
         if not left:
             return {name: 1000 * statistics.median(t[2:] or t[-1:]) for name, t in times.items()}
         for name in left:
@@ -113,14 +109,7 @@ def forward_and_backward(contenders, device):
 
         forward[name], both[name] = torch.no_grad()(lambda f=f, inputs=inputs: f(*inputs)), with_gradients
     times = medians_ms(forward, device), medians_ms(both, device)
-    return {
-        name: {
-            "forward_ms": times[0][name],
-            "both_ms": times[1][name],
-            "peak_mb": peak_mb(both[name], device),
-        }
-        for name in contenders
-    }
+    return {name: {"forward_ms": times[0][name], "both_ms": times[1][name], "peak_mb": peak_mb(both[name], device)} for name in contenders}
 
 
 def machine_peaks(device, dtype):
@@ -146,10 +135,7 @@ NAIVE_LIMIT = 1024  # tokens up to which flash-linear-attention's naive form, se
 
 def kda_flops(B, T, H, K):
     """Floating point operations of the matrix products of the chunked form with K = V: (forward, forward + backward)."""
-    pairs, states = (
-        2 * CHUNK * K,
-        2 * K * K,
-    )  # per token: a C x C matrix against (C, K), a (K, V) state against (C, K)
+    pairs, states = 2 * CHUNK * K, 2 * K * K  # per token: a C x C matrix against (C, K), a (K, V) state against (C, K)
     forward = 4 * pairs + 3 * states
     return B * T * H * forward, B * T * H * (forward + 9 * pairs + 8 * states)
 
@@ -157,12 +143,7 @@ def kda_flops(B, T, H, K):
 def operator_rivals(device, q, k, v, g, beta):
     """{name: (function, its inputs)} of those that are installed."""
     heads_first = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
-    rivals = {
-        "scaled_dot_product_attention": (
-            lambda *x: F.scaled_dot_product_attention(*x, is_causal=True),
-            heads_first,
-        )
-    }
+    rivals = {"scaled_dot_product_attention": (lambda *x: F.scaled_dot_product_attention(*x, is_causal=True), heads_first)}
     try:
         from fla.ops.kda import chunk_kda
         from fla.ops.kda.naive import naive_chunk_kda
@@ -177,13 +158,7 @@ def operator_rivals(device, q, k, v, g, beta):
 
 def bench_kda(device):
     """Rows of {what, shape, backend, forward_ms, both_ms, peak_mb, roofline, rivals: {name: {..., ratio}}}; ratio is of both_ms."""
-    dtype = (
-        torch.float32
-        if device == "cpu"
-        else torch.bfloat16
-        if torch.cuda.get_device_capability() >= (8, 0)
-        else torch.float16
-    )
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
     shapes = CPU_SHAPES if device == "cpu" else CUDA_SHAPES
     chosen, _ = choose_backend(torch.device(device), dtype)
     flops_per_s, bytes_per_s = machine_peaks(device, dtype)
@@ -194,19 +169,13 @@ def bench_kda(device):
         g, beta = -0.1 * torch.rand(B, T, H, K, device=device), torch.rand(B, T, H, device=device)
         inputs = [q.to(dtype), F.normalize(k, dim=-1).to(dtype), v.to(dtype), g, beta]
         moved = sum(x.nbytes for x in inputs) + v.to(dtype).nbytes
-        contenders = {
-            backend: (lambda *x, backend=backend: kda(*x, backend=backend)[0], inputs)
-            for backend in sorted({chosen, "chunk"})
-        }
+        contenders = {backend: (lambda *x, backend=backend: kda(*x, backend=backend)[0], inputs) for backend in sorted({chosen, "chunk"})}
         own_rivals = operator_rivals(device, *inputs)
         figures = forward_and_backward({**contenders, **own_rivals}, device)
         rivals = {name: figures[name] for name in own_rivals}
         for backend in contenders:
             ours = figures[backend]
-            limits = [
-                max(flops / flops_per_s, bytes / bytes_per_s)
-                for flops, bytes in zip(kda_flops(B, T, H, K), (moved, 3 * moved))
-            ]
+            limits = [max(flops / flops_per_s, bytes / bytes_per_s) for flops, bytes in zip(kda_flops(B, T, H, K), (moved, 3 * moved))]
             ours["roofline"] = 1000 * limits[1] / ours["both_ms"]
             rows.append({"what": "operator", "shape": (B, T, H, K), "backend": backend, **ours,
                          "rivals": {name: dict(rival) for name, rival in rivals.items()}})  # fmt: skip
@@ -216,73 +185,40 @@ def bench_kda(device):
         layer = KimiDeltaAttention(width, heads, width // heads).to(device)
         attention = Attention(Config(n_embd=width, n_head=heads)).to(device)
         rope = rope_3d(torch.zeros(B, T, 3, dtype=torch.long, device=device), width // heads, 100.0)
-        contenders = {
-            "ours": (lambda x: layer(x)[0], [x]),
-            "attention layer": (lambda x: attention(x, rope)[0], [x]),
-        }
+        contenders = {"ours": (lambda x: layer(x)[0], [x]), "attention layer": (lambda x: attention(x, rope), [x])}
         figures = forward_and_backward(contenders, device)
         ours = figures.pop("ours")
-        rows.append(
-            {"what": "layer", "shape": (B, T, width, heads), "backend": chosen, **ours, "rivals": figures}
-        )
+        rows.append({"what": "layer", "shape": (B, T, width, heads), "backend": chosen, **ours, "rivals": figures})
         progress.update()
     for B, H, K in DECODING_SHAPES:
         q, k, v = F.normalize(torch.randn(3, B, H, K, device=device), dim=-1).to(dtype).unbind(0)
-        g, beta, state = (
-            -torch.rand(B, H, K, device=device),
-            torch.rand(B, H, device=device),
-            torch.zeros(B, H, K, K, device=device),
-        )
+        g, beta, state = -torch.rand(B, H, K, device=device), torch.rand(B, H, device=device), torch.zeros(B, H, K, K, device=device)
         contenders = {"ours": lambda: kda_step(q, k, v, g, beta, state)}
         if device == "cuda" and importlib.util.find_spec("fla"):
             from fla.ops.kda import fused_recurrent_kda
 
             one = [x.unsqueeze(1) for x in (q, k, v, g, beta)]
-            contenders["fla fused_recurrent_kda"] = lambda: fused_recurrent_kda(
-                *one, initial_state=state, output_final_state=True
-            )
+            contenders["fla fused_recurrent_kda"] = lambda: fused_recurrent_kda(*one, initial_state=state, output_final_state=True)
         times = medians_ms(contenders, device)
         rivals = {name: {"forward_ms": ms} for name, ms in times.items() if name != "ours"}
-        rows.append(
-            {
-                "what": "decoding step",
-                "shape": (B, H, K),
-                "backend": chosen,
-                "forward_ms": times["ours"],
-                "rivals": rivals,
-            }
-        )
+        rows.append({"what": "decoding step", "shape": (B, H, K), "backend": chosen, "forward_ms": times["ours"], "rivals": rivals})
         progress.update()
     progress.close()
     for row in rows:
         for rival in row["rivals"].values():
             rival["ratio"] = row.get("both_ms", row["forward_ms"]) / rival.get("both_ms", rival["forward_ms"])
-    return rows, {
-        "dtype": str(dtype).removeprefix("torch."),
-        "matmul_gflops": flops_per_s / 1e9,
-        "copy_gb_per_s": bytes_per_s / 1e9,
-    }
+    return rows, {"dtype": str(dtype).removeprefix("torch."), "matmul_gflops": flops_per_s / 1e9, "copy_gb_per_s": bytes_per_s / 1e9}
 
 
 def print_kda(rows, machine):
     print(f"{machine['device']}, torch {machine['torch']}, {machine['dtype']}; "
           f"a large matmul reaches {machine['matmul_gflops']:.0f} GFLOP/s here, a copy {machine['copy_gb_per_s']:.1f} GB/s")  # fmt: skip
-    print(
-        "both: forward + backward; roofline: the time those two would allow, over ours; ratio: our time over the rival's\n"
-    )
+    print("both: forward + backward; roofline: the time those two would allow, over ours; ratio: our time over the rival's\n")
     print(f"{'':46s} {'forward ms':>10s} {'both ms':>10s} {'peak MB':>8s} {'roofline':>8s} {'ratio':>7s}")
 
     def line(name, row):
-        cells = [
-            ("forward_ms", "10.2f"),
-            ("both_ms", "10.2f"),
-            ("peak_mb", "8.0f"),
-            ("roofline", "8.0%"),
-            ("ratio", "7.2f"),
-        ]
-        numbers = (
-            f"{row[n]:{f}}" if row.get(n) is not None else " " * int(f.split(".")[0]) for n, f in cells
-        )
+        cells = [("forward_ms", "10.2f"), ("both_ms", "10.2f"), ("peak_mb", "8.0f"), ("roofline", "8.0%"), ("ratio", "7.2f")]
+        numbers = (f"{row[n]:{f}}" if row.get(n) is not None else " " * int(f.split(".")[0]) for n, f in cells)
         print(f"{name:46s} " + " ".join(numbers).rstrip())
 
     for row in rows:
@@ -292,9 +228,7 @@ def print_kda(rows, machine):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"error: {message}; see python -m bench.kda --help")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args()
