@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import configurator
-from kda import KimiDeltaAttention
+from kda import GridKDA
 from smol import arc, runtime
 from smol import tokenizer as tok
 from smol.muon import split_parameters
@@ -202,7 +202,7 @@ class Block(nn.Module):
         self.kind, self.post, self.first_way = kind, post, first_way
         if kind == "k":
             head_dim = config.n_embd // config.n_head
-            self.mixer = KimiDeltaAttention(config.n_embd, config.n_head, head_dim, norm_eps=config.norm_eps)
+            self.mixer = GridKDA(config.n_embd, config.n_head, head_dim, norm_eps=config.norm_eps)
         else:
             self.mixer = Attention(config)
         self.mlp = SwiGLU(config)
