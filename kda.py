@@ -338,8 +338,235 @@ class Form(NamedTuple):
 TORCH = Form(decayed, states, states_grad, decayed_grad)
 
 
-def triton_kernels(dtype):
-    raise NotImplementedError
+# -----------------------------------------------------------------------------
+# 5. kernels
+#
+# The four steps of `Form` as Triton kernels; what is a plain product is left to cuBLAS. One program works on one chunk
+# of CHUNK tokens of one head, except that the loops over chunks are one program for a head and some columns of its
+# state. All tensors are float32 and as in the PyTorch form. Tensor cores multiply them as TF32 where the inputs were
+# in half precision; float32 inputs are multiplied as such. Half precision has no exp(64).
+# A level of `decays` is here one (C, C) product, of which the pairs that it is about are taken.
+
+# Channels per step (or columns of the state per program), and warps. Nothing spills registers for half precision on
+# 8.0, 8.6 and 9.0, and shared memory stays under 64 KB.
+LAUNCH = {
+    "decayed_kernel": (32, 4),
+    "inverse_kernel": (64, 4),
+    "states_kernel": (32, 4),
+    "states_grad_kernel": (32, 4),
+    "decayed_grad_kernel": (16, 8),
+}
+
+if triton is not None:
+
+    @triton.jit
+    def load(ptr, m, rows, height, columns, width):
+        """Rows and columns of the m-th (height, width) matrix, zeros outside."""
+        p = ptr + m.to(tl.int64) * (height * width) + rows[:, None] * width + columns[None, :]
+        inside = ((rows >= 0) & (rows < height))[:, None] & (columns < width)[None, :]
+        return tl.load(p, mask=inside, other=0.0)
+
+    @triton.jit
+    def store(ptr, m, rows, height, columns, width, x):
+        p = ptr + m.to(tl.int64) * (height * width) + rows[:, None] * width + columns[None, :]
+        tl.store(p, x, mask=(rows < height)[:, None] & (columns < width)[None, :])
+
+    @triton.jit
+    def product(a, b, DOT: tl.constexpr):
+        """
+        a @ b. Tensor cores cut off the last 13 bits of a float32. Where errors add up, as with beta = 2, a common
+        sign is far worse than their size: round first.
+        """
+        if DOT == "tf32":
+            a = ((a.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+            b = ((b.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        return tl.dot(a, b, input_precision=DOT)
+
+    @triton.jit
+    def next_to_each_other(s, C: tl.constexpr):
+        """(C, C) bool: token i is in the second and j in the first of two neighbouring blocks of s tokens."""
+        i, j = tl.arange(0, C)[:, None] // s, tl.arange(0, C)[None, :] // s
+        return (i % 2 == 1) & (j == i - 1)
+
+    @triton.jit
+    def level_decays(g, level: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr):
+        """g (C, STEP) -> the factors of later and of earlier tokens, and which pairs of tokens they are for (C, C)."""
+        s: tl.constexpr = 8 if level == 0 else 4 << level
+        blocks = tl.reshape(g, (C // s, s, STEP))
+        G = tl.cumsum(blocks, 1)
+        if level == 0:
+            G -= tl.sum(blocks, 1, keep_dims=True) / 2
+            late, early = tl.exp(G), tl.exp(-G)
+            i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+            here = (i // s == j // s) & (i > j)
+        else:
+            late, early = tl.exp(G), tl.exp(tl.cumsum(blocks, 1, reverse=True) - blocks)
+            here = next_to_each_other(s, C)
+        return tl.reshape(late, (C, STEP)), tl.reshape(early, (C, STEP)), here
+
+    @triton.jit
+    def decayed_kernel(
+        bk_ptr, q_ptr, k_ptr, g_ptr, P_ptr, Q_ptr, k_in_ptr, q_in_ptr, k_out_ptr, total_ptr, K,
+        C: tl.constexpr, STEP: tl.constexpr, PAIRS: tl.constexpr, DOT: tl.constexpr,
+    ):  # fmt: skip
+        """`decayed`, one program for what comes from bk, one for what comes from q."""
+        m, c, of_q = tl.program_id(0), tl.arange(0, C), tl.program_id(1) == 1
+        x_ptr, x_in_ptr = q_ptr if of_q else bk_ptr, q_in_ptr if of_q else k_in_ptr
+        A = tl.zeros((C, C), tl.float32)
+        for step in range(0, K, STEP):
+            ks = step + tl.arange(0, STEP)
+            x, k, g = load(x_ptr, m, c, C, ks, K), load(k_ptr, m, c, C, ks, K), load(g_ptr, m, c, C, ks, K)
+            if PAIRS:
+                for level in tl.static_range(4):
+                    late, early, here = level_decays(g, level, C, STEP)
+                    A += tl.where(here, product(x * late, tl.trans(k * early), DOT), 0.0)
+            store(x_in_ptr, m, c, C, ks, K, x * tl.exp(tl.cumsum(g, 0)))
+            if of_q:
+                store(k_out_ptr, m, c, C, ks, K, k * tl.exp(tl.cumsum(g, 0, reverse=True) - g))
+                tl.store(total_ptr + m * K + ks, tl.exp(tl.sum(g, 0)), mask=ks < K)
+        if PAIRS:
+            store(Q_ptr if of_q else P_ptr, m, c, C, c, C, A)
+
+    @triton.jit
+    def inverse_kernel(P_ptr, X_ptr, C: tl.constexpr, DOT: tl.constexpr):
+        """
+        X = (I + P)^-1. If X1 and X2 invert two neighbouring blocks and L is below them, [[X1, 0], [-X2 L X1, X2]]
+        inverts both.
+        """
+        m, c = tl.program_id(0), tl.arange(0, C)
+        P = load(P_ptr, m, c, C, c, C)
+        X = tl.where(c[:, None] == c[None, :], 1.0, tl.where(next_to_each_other(1, C), -P, 0.0))
+        for level in range(1, 6):
+            L = tl.where(next_to_each_other(1 << level, C), P, 0.0)
+            X -= product(product(X, L, DOT), X, DOT)
+        store(X_ptr, m, c, C, c, C, X)
+
+    @triton.jit
+    def states_kernel(
+        X_ptr, k_in_ptr, k_out_ptr, total_ptr, rhs_ptr, state_ptr, new_ptr, S_ptr, final_ptr, chunks, K, V,
+        C: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, DOT: tl.constexpr,
+    ):  # fmt: skip
+        """`states`."""
+        h, heads, c = tl.program_id(0), tl.num_programs(0), tl.arange(0, C)
+        ks, vs = tl.arange(0, WIDTH), tl.program_id(1) * STEP + tl.arange(0, STEP)
+        S = load(state_ptr, h, ks, K, vs, V)
+        for n in range(chunks):
+            m = n * heads + h
+            store(S_ptr, m, ks, K, vs, V, S)
+            new = load(rhs_ptr, m, c, C, vs, V) - product(load(k_in_ptr, m, c, C, ks, K), S, DOT)
+            new = product(load(X_ptr, m, c, C, c, C), new, DOT)
+            store(new_ptr, m, c, C, vs, V, new)
+            total = tl.load(total_ptr + m * K + ks, mask=ks < K, other=0.0)
+            S = total[:, None] * S + product(tl.trans(load(k_out_ptr, m, c, C, ks, K)), new, DOT)
+        store(final_ptr, h, ks, K, vs, V, S)
+
+    @triton.jit
+    def states_grad_kernel(
+        X_ptr, k_in_ptr, k_out_ptr, total_ptr, Qdo_ptr, qdo_ptr, d_final_ptr, dR_ptr, dS_ptr, d_state_ptr, chunks, K, V,
+        C: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, DOT: tl.constexpr,
+    ):  # fmt: skip
+        """`states_grad`."""
+        h, heads, c = tl.program_id(0), tl.num_programs(0), tl.arange(0, C)
+        ks, vs = tl.arange(0, WIDTH), tl.program_id(1) * STEP + tl.arange(0, STEP)
+        dS = load(d_final_ptr, h, ks, K, vs, V)
+        for back in range(chunks):
+            m = (chunks - 1 - back) * heads + h
+            store(dS_ptr, m, ks, K, vs, V, dS)
+            dR = load(Qdo_ptr, m, c, C, vs, V) + product(load(k_out_ptr, m, c, C, ks, K), dS, DOT)
+            dR = product(tl.trans(load(X_ptr, m, c, C, c, C)), dR, DOT)
+            store(dR_ptr, m, c, C, vs, V, dR)
+            total = tl.load(total_ptr + m * K + ks, mask=ks < K, other=0.0)
+            dS = total[:, None] * dS + load(qdo_ptr, m, ks, K, vs, V)
+            dS -= product(tl.trans(load(k_in_ptr, m, c, C, ks, K)), dR, DOT)
+        store(d_state_ptr, h, ks, K, vs, V, dS)
+
+    @triton.jit
+    def decayed_grad_kernel(
+        bk_ptr, q_ptr, k_ptr, g_ptr, dP_ptr, dQ_ptr, dk_in_ptr, dq_in_ptr, dk_out_ptr, d_total_ptr,
+        d_bk_ptr, dq_ptr, dk_ptr, dg_ptr, K,
+        C: tl.constexpr, STEP: tl.constexpr, STATES: tl.constexpr, DOT: tl.constexpr,
+    ):  # fmt: skip
+        """`decayed_grad`, one program for STEP channels of a chunk. STATES: whether there is a d_in_out."""
+        m, c, ks = tl.program_id(0), tl.arange(0, C), tl.program_id(1) * STEP + tl.arange(0, STEP)
+        k, g = load(k_ptr, m, c, C, ks, K), load(g_ptr, m, c, C, ks, K)
+        dk, dG = tl.zeros((C, STEP), tl.float32), tl.zeros((C, STEP), tl.float32)
+        for which in range(2):
+            x = load(q_ptr if which == 1 else bk_ptr, m, c, C, ks, K)
+            dA, dx = load(dQ_ptr if which == 1 else dP_ptr, m, c, C, c, C), tl.zeros((C, STEP), tl.float32)
+            for level in tl.static_range(4):
+                late, early, here = level_decays(g, level, C, STEP)
+                block = tl.where(here, dA, 0.0)
+                dx += late * product(block, k * early, DOT)
+                dk += early * product(tl.trans(block), x * late, DOT)
+            if STATES:
+                dx += tl.exp(tl.cumsum(g, 0)) * load(dq_in_ptr if which == 1 else dk_in_ptr, m, c, C, ks, K)
+            store(dq_ptr if which == 1 else d_bk_ptr, m, c, C, ks, K, dx)
+            dG += x * dx
+        dg = tl.cumsum(dG - k * dk, 0, reverse=True)
+        if STATES:
+            from_here = tl.cumsum(g, 0, reverse=True)
+            before = load(k_ptr, m, c - 1, C, ks, K) * load(dk_out_ptr, m, c - 1, C, ks, K) * tl.exp(from_here)
+            dg += tl.cumsum(before, 0) + tl.load(d_total_ptr + m * K + ks, mask=ks < K, other=0.0)[None, :]
+            dk += load(dk_out_ptr, m, c, C, ks, K) * tl.exp(from_here - g)
+        store(dk_ptr, m, c, C, ks, K, dk)
+        store(dg_ptr, m, c, C, ks, K, dg)
+
+
+def padded(width):
+    """Channels are padded to a power of two that a tensor core can take."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def launch(kernel, programs, width, dot, *args, **constants):
+    """`programs` of them, or a row of programs for every STEP of `width` channels or columns."""
+    step, warps = LAUNCH[kernel.__name__]
+    step = min(step, padded(width))
+    grid = programs if isinstance(programs, tuple) else (programs, -(-width // step))
+    if "STEP" in kernel.arg_names:
+        constants["STEP"] = step
+    with torch.cuda.device_of(args[0]):
+        kernel[grid](*args, C=CHUNK, DOT=dot, num_warps=warps, num_stages=1, **constants)
+
+
+def decayed_triton(dot, bk, q, k, g, want_pairs=True):
+    M, C, K = k.shape
+    P, Q, X = k.new_empty(3, M, C, C) if want_pairs else (k, k, None)
+    k_in, q_in, k_out, total = *k.new_empty(3, M, C, K), k.new_empty(M, K, 1)
+    tensors = bk, q, k, g, P, Q, k_in, q_in, k_out, total
+    launch(decayed_kernel, (M, 2), K, dot, *tensors, K, PAIRS=want_pairs)
+    if want_pairs:
+        launch(inverse_kernel, (M,), C, dot, P, X)
+    return X, Q, k_in, q_in, k_out, total
+
+
+def states_triton(dot, X, k_in, k_out, total, rhs, state):
+    (M, C, V), (heads, K, _) = rhs.shape, state.shape
+    new, S, final = torch.empty_like(rhs), rhs.new_empty(M, K, V), torch.empty_like(state)
+    tensors = X, k_in, k_out, total, rhs, state.contiguous(), new, S, final
+    launch(states_kernel, heads, V, dot, *tensors, M // heads, K, V, WIDTH=padded(K))
+    return new, S, final
+
+
+def states_grad_triton(dot, X, k_in, k_out, total, Qdo, qdo, d_final):
+    (M, C, V), (heads, K, _) = Qdo.shape, d_final.shape
+    dR, dS, d_state = torch.empty_like(Qdo), torch.empty_like(qdo), torch.empty_like(d_final)
+    tensors = X, k_in, k_out, total, Qdo, qdo, d_final.contiguous(), dR, dS, d_state
+    launch(states_grad_kernel, heads, V, dot, *tensors, M // heads, K, V, WIDTH=padded(K))
+    return dR, dS, d_state
+
+
+def decayed_grad_triton(dot, bk, q, k, g, dP, dQ, d_in_out):
+    grads = k.new_empty(4, *k.shape).unbind()
+    tensors = bk, q, k, g, dP, dQ, *(d_in_out or (k, k, k, k)), *grads
+    launch(decayed_grad_kernel, len(k), k.shape[2], dot, *tensors, k.shape[2], STATES=d_in_out is not None)
+    return grads
+
+
+def triton_form(dtype):
+    """The Form for inputs v of this dtype."""
+    dot = "ieee" if dtype == torch.float32 else "tf32"
+    steps = decayed_triton, states_triton, states_grad_triton, decayed_grad_triton
+    return Form(*(functools.partial(step, dot) for step in steps))
 
 
 # -----------------------------------------------------------------------------
@@ -408,10 +635,10 @@ def as_tf32(v):
         setattr(settings, name, before)
 
 
-def chunk_length(T, triton_form):
+def chunk_length(T, on_triton):
     """Tokens per chunk: at most CHUNK, a multiple of 8, little padding. 100 tokens make two chunks of 56."""
     chunks = -(-T // CHUNK)
-    return CHUNK if triton_form else 8 * -(-T // (8 * chunks))
+    return CHUNK if on_triton else 8 * -(-T // (8 * chunks))
 
 
 def is_alone(T, initial_state, want_state):
@@ -465,8 +692,8 @@ def from_chunks(x, like):
 def chunk_op(q, k, v, g, beta, initial_state, scale, want_state, backend="chunk"):
     """-> o, the final state (empty unless `want_state`), and for the backward X, Q and the states S that chunks read."""
     B, T, H, K = q.shape
-    V, wide, triton_form = v.shape[-1], widest(q, k, v, g, beta), resolve(backend, q, v) == "triton"
-    C, form = chunk_length(T, triton_form), triton_kernels(v.dtype) if triton_form else TORCH
+    V, wide, on_triton = v.shape[-1], widest(q, k, v, g, beta), resolve(backend, q, v) == "triton"
+    C, form = chunk_length(T, on_triton), triton_form(v.dtype) if on_triton else TORCH
     M, alone = B * H * -(-T // C), is_alone(T, initial_state, want_state)
     o, X, Q = torch.empty_like(v), q.new_empty(M, C, C, dtype=wide), q.new_empty(M, C, C, dtype=wide)
     S = q.new_empty(0 if alone else M, K, V, dtype=wide)
@@ -490,8 +717,8 @@ def chunk_op(q, k, v, g, beta, initial_state, scale, want_state, backend="chunk"
 def chunk_backward_op(q, k, v, g, beta, initial_state, scale, X, Q, S, do, d_final, backend):
     """-> gradients in q, k, v, g, beta and the initial state (empty if there was none)."""
     B, T, H, K = q.shape
-    V, wide, triton_form = v.shape[-1], X.dtype, resolve(backend, q, v) == "triton"
-    C, form, alone = X.shape[-1], triton_kernels(v.dtype) if triton_form else TORCH, not len(S)
+    V, wide, on_triton = v.shape[-1], X.dtype, resolve(backend, q, v) == "triton"
+    C, form, alone = X.shape[-1], triton_form(v.dtype) if on_triton else TORCH, not len(S)
     inputs = q, k, v, g, beta.unsqueeze(-1), do
     grads = [t.new_empty(t.shape) for t in inputs[:5]]
     d_state = q.new_zeros(0 if alone else B, H, K, V, dtype=wide)
