@@ -1,6 +1,5 @@
 """
-Kimi Delta Attention (KDA): linear attention that decays its memory channel by channel and overwrites instead
-of only adding.
+Kimi Delta Attention (KDA): linear attention that decays its memory channel by channel, and overwrites.
 
 The file reads top to bottom as an explanation:
   1. the recurrence    the definition, one token at a time, and kda_step, which decoding runs
@@ -8,18 +7,17 @@ The file reads top to bottom as an explanation:
   3. blocks            where those products come from, whatever the gates are
   4. the backward      written out by hand
   5. kernels           steps 2 to 4 once more for GPUs, in Triton
-  6. the operator      `kda`, which checks its arguments; works under torch.compile
+  6. the operator      kda(), which checks its arguments and works under torch.compile
   7. the layer         projections, short convolutions, gates, output norm
 
 Per head, with a state S of shape (K, V) and t = 1..T (Kimi Linear, arXiv 2510.26692):
 
     S_t = (I - beta_t k_t k_t^T) Diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T        o_t = scale * S_t^T q_t
 
-In words: forget a little of every channel, erase what the memory still holds along k_t, write v_t there, read
-with q_t.
+In words: forget a little of every channel, erase what the memory still holds along k_t, write v_t there, and
+read with q_t.
 
-Run `python kda.py` to see which form was chosen on this machine, and whether it is right. Read next:
-model_dense.py.
+`python kda.py` says which form was chosen on this machine, and whether it is right. Read next: model_dense.py.
 """
 
 import contextlib
@@ -40,32 +38,28 @@ try:
 except ImportError:  # Windows, macOS: the PyTorch form runs there
     triton = None
 
-BACKEND = os.environ.get(
-    "KDA_BACKEND", "auto"
-)  # what backend="auto" means: "recurrent", "chunk", "triton" or "auto"
-CHUNK = (
-    64  # tokens per chunk at most: the (C, C) products inside a chunk against T / C sequential state updates
-)
-# tokens per block at most, so that FLOOR * BLOCK / 2 = -64 is an exponent that float32 has, with either sign
+# What backend="auto" means: "recurrent", "chunk", "triton", or "auto" for what suits the device best.
+BACKEND = os.environ.get("KDA_BACKEND", "auto")
+# Tokens per chunk at most: the (C, C) products inside a chunk against T / C state updates, one after the other.
+CHUNK = 64
+# Gates are clamped here. exp(-16) is 1e-7, one unit of float32.
+FLOOR = -16.0
+# Tokens per block at most. A block forgets at most exp(FLOOR * BLOCK), and float32 has exp(64) and exp(-64).
 BLOCK = 8
-FLOOR = -16.0  # gates below are clamped: exp(-16) is 1e-7, one unit of float32
-AT_ONCE = 1 << 17  # numbers in one tensor on a CPU: 512 KB, so that what is worked on stays in its cache
+# Numbers in one tensor on a CPU: 512 KB, so that what is worked on stays in its cache.
+AT_ONCE = 1 << 17
 
 # -----------------------------------------------------------------------------
 # 1. the recurrence
 
 
 def recurrent_kda(q, k, v, g, beta, scale, state):
-    """
-    The recurrence over T steps. Shapes as in `kda`; state (B, H, K, V). Returns o (B, T, H, V) and the
-    final state.
-    """
+    """T steps. Shapes as in `kda`; state (B, H, K, V). Returns o (B, T, H, V) and the final state."""
     outputs = []
     for q_t, k_t, v_t, g_t, beta_t in zip(*(t.unbind(1) for t in (q, k, v, g, beta))):
         state = state * g_t.exp().unsqueeze(-1)
-        held = torch.einsum(
-            "bhk,bhkv->bhv", k_t, state
-        )  # what the memory answers to k_t now, and should no longer
+        # what the memory answers to k_t now, and should no longer
+        held = torch.einsum("bhk,bhkv->bhv", k_t, state)
         state = state + torch.einsum("bhk,bhv->bhkv", k_t, beta_t.unsqueeze(-1) * (v_t - held))
         outputs.append(torch.einsum("bhk,bhkv->bhv", q_t * scale, state))
     return (torch.stack(outputs, 1) if outputs else torch.zeros_like(v)), state
@@ -74,8 +68,8 @@ def recurrent_kda(q, k, v, g, beta, scale, state):
 @torch.no_grad()
 def kda_step(q, k, v, g, beta, state, scale=None):
     """
-    One token of the recurrence for a whole batch, without gradients: q, k, g (B, H, K); v (B, H, V); beta (B,
-    H). The state (B, H, K, V), float32 or float64, is updated in place. Returns o (B, H, V) in v's dtype.
+    One token for a whole batch, without gradients: q, k, g (B, H, K); v (B, H, V); beta (B, H). The state
+    (B, H, K, V), float32 or float64, is updated in place. Returns o (B, H, V) in v's dtype.
     """
     B, H, K, V = state.shape
     scale = K**-0.5 if scale is None else scale
@@ -89,16 +83,15 @@ def kda_step(q, k, v, g, beta, state, scale=None):
 # -----------------------------------------------------------------------------
 # 2. a chunk
 #
-# Unroll the recurrence inside a chunk of C tokens that starts with the state S. With G_i the sum of g up to
-# and including token i, and beta multiplied into the first k, scale into q:
-#     P_ij = sum_c beta_i k_ic k_jc exp(G_ic - G_jc)  for j < i      how much of what token j wrote is there
-# along k_i
-#     Q_ij = sum_c q_ic k_jc exp(G_ic - G_jc)         for j <= i
-# What token i really writes, new_i = beta_i (v_i minus what is there already), then solves a unit
-# lower-triangular system, and everything else is a product:
-#     X = (I + P)^-1          new = X (beta v - k_in S)          o = q_in S + Q new          S' = total S +
-# k_out^T new
-#     k_in = beta k exp(G)    q_in = q exp(G)    k_out = k exp(G_C - G)    total = exp(G_C)
+# Unroll the recurrence inside a chunk of C tokens that starts with the state S. G_i is the sum of g up to and
+# including token i; below, q stands for scale q. How much of what token j wrote is still there along k_i, q_i:
+#     P_ij = beta_i sum_c k_ic k_jc exp(G_ic - G_jc)  for j < i
+#     Q_ij =        sum_c q_ic k_jc exp(G_ic - G_jc)  for j <= i
+# What token i really writes, new_i = beta_i (v_i minus what is there already), solves a unit lower-triangular
+# system, and everything else is a product:
+#     k_in = beta k exp(G)        q_in = q exp(G)        k_out = k exp(G_C - G)        total = exp(G_C)
+#     X = (I + P)^-1              new = X (beta v - k_in S)
+#     o = q_in S + Q new          S' = total S + k_out^T new
 #
 # Tensors of chunks are (M, C, D): the first chunks of all sequences and heads, then the second ones, so that
 # a step of the loop over chunks works on one slice of `heads` = B * H of them.
@@ -106,10 +99,9 @@ def kda_step(q, k, v, g, beta, state, scale=None):
 
 def chunk_forward(q, k, v, g, beta, scale, state, form):
     """
-    q, k, g (M, C, K), g in [FLOOR, 0]; v (M, C, V); beta (M, C, 1); state (heads, K, V), or None: M is one
-    chunk of each head, before which there is nothing and after which nobody asks. Returns o (M, C, V) and the
-    final state, and
-    for the backward X, Q (M, C, C) and the state that every chunk reads S (M, K, V), None if state is.
+    q, k, g (M, C, K), g in [FLOOR, 0]; v (M, C, V); beta (M, C, 1); state (heads, K, V). Returns o (M, C, V),
+    the final state, and for the backward X, Q (M, C, C) and the state S (M, K, V) before each chunk.
+    state may be None if there is one chunk of each head, with nothing before it. Then no state is returned.
     """
     bk, q = k * beta, q * scale
     X, Q, k_in, q_in, k_out, total = form.decayed(bk, q, k, g)
@@ -121,10 +113,7 @@ def chunk_forward(q, k, v, g, beta, scale, state, form):
 
 
 def states(X, k_in, k_out, total, new, state):
-    """
-    Chunk by chunk. new (M, C, V) comes as beta v. Returns new, S (M, K, V) and the final state (heads, K,
-    V).
-    """
+    """The loop over chunks. `new` comes as beta v. Returns new, S and the final state."""
     heads, S = len(state), total.new_empty(len(X), *state.shape[1:])
     for a in range(0, len(X), heads):
         c = slice(a, a + heads)
@@ -139,19 +128,22 @@ def states(X, k_in, k_out, total, new, state):
 #
 # The one difficulty is exp(G_i - G_j) under a sum over channels. As a product of two factors, exp(G_i - ref)
 # and exp(ref - G_j), it is a matmul, but one of them overflows where a chunk forgets a lot. So a chunk is cut
-# into blocks of up to 8 tokens. Gates are at least -16, so a block forgets at most exp(-128), and with ref
-# half-way through the block both factors are within exp(+-64). Tokens of different blocks meet where
-# neighbouring blocks merge into blocks of twice the length. Token i in the second and j in the first decay
-# from j to the border, and from the border to i: both factors are <= 1, and made of sums over tokens, never
-# of differences. After three merges the chunk is one block. Nothing here depends on what the gates are.
+# into blocks of up to 8 tokens. With gates of at least -16 a block forgets at most exp(-128), and with ref
+# half-way through it, both factors are within exp(+-64).
+#
+# Tokens of different blocks meet where neighbouring blocks merge into one of twice the length. Token i in the
+# second and token j in the first decay from j to the border, and from the border to i. Both factors are <= 1,
+# and exponents are sums over tokens, never differences. After three merges the chunk is one block. Nothing
+# here depends on what the gates are.
 
 
 class Decays(NamedTuple):
     """
-    levels: for each length of blocks s, the factors (M * n, s, K) of later and of earlier tokens. The first
-    level pairs the tokens within each of n blocks, the others the second with the first of two neighbouring
-    blocks. start, end (M, C, K): decay from the chunk's start to a token, and from a token to the chunk's
-    end; total (M, K, 1).
+    levels: (late, early) for blocks of s = C / 8, C / 8, C / 4, C / 2 tokens. late (., s, K) goes with the later
+    tokens of pairs, early with the earlier ones. At level 0 the pairs are within each block, and late is the
+    decay from the middle of the block. At others late is for each second block and early for each first.
+    start, end (M, C, K): decay from the chunk's start to a token, and from a token to the chunk's end.
+    total (M, K, 1).
     """
 
     levels: list
@@ -161,19 +153,17 @@ class Decays(NamedTuple):
 
 
 def decays(g):
-    """g (M, C, K) -> Decays."""
+    """g (M, C, K) -> Decays. Short chunks merge less often."""
     M, C, K = g.shape
     merges = max(0, math.ceil(math.log2(C / BLOCK)))
     G = g.view(M << merges, C >> merges, K).cumsum(1)
     half = G[:, -1:] / 2
-    late = G.sub_(half).exp_()  # from the middle of its block to each token
+    late = G.sub_(half).exp_()
     early, half = late.reciprocal(), half.exp_()
     levels = [(late, early)]
     start, end, total = late * half, early * half, half * half
     for _ in range(merges):
-        start1, start2 = halves(start)
-        end1, end2 = halves(end)
-        total1, total2 = halves(total)
+        (start1, start2), (end1, end2), (total1, total2) = halves(start), halves(end), halves(total)
         levels.append((start2, end1))
         start = torch.cat((start1, start2 * total1), 1)
         end = torch.cat((end1 * total2, end2), 1)
@@ -182,24 +172,23 @@ def decays(g):
 
 
 def halves(t):
-    """(N, ...) -> the first and the second of each two, (N / 2, ...)."""
+    """(2N, ...) -> the first and the second of each two, (N, ...)."""
     return t.unflatten(0, (-1, 2)).unbind(1)
 
 
-def first_and_second(t, s, level):
-    """
-    Views of t (M, C, D) as blocks (M * n, s, D): of each two the first and the second, at level 0 all of
-    them twice.
-    """
+def earlier(t, s, level):
+    """View of t (M, C, D) as the blocks (., s, D) that come first in pairs."""
     t = t.view(-1, s, t.shape[-1])
-    return (t, t) if level == 0 else halves(t)
+    return halves(t)[0] if level else t
+
+
+def later(t, s, level):
+    t = t.view(-1, s, t.shape[-1])
+    return halves(t)[1] if level else t
 
 
 def corners(A, s, level):
-    """
-    View of A (M, C, C): at level 0 the blocks on the diagonal, else those below (second, first): (M, n,
-    s, s).
-    """
+    """View of A (M, C, C) as the blocks (M, n, s, s) that later and earlier tokens make there."""
     M, C, _ = A.shape
     if level == 0:
         A = A.view(M, C // s, s, C // s, s)
@@ -213,17 +202,17 @@ def pairs(x, k, d):
     A = x.new_zeros(x.shape[0], x.shape[1], x.shape[1])
     for level, (late, early) in enumerate(d.levels):
         s = late.shape[1]
-        _, x_late = first_and_second(x, s, level)
-        k_early, _ = first_and_second(k, s, level)
-        block = torch.bmm(x_late * late, (k_early * early).mT)
+        block = torch.bmm(later(x, s, level) * late, (earlier(k, s, level) * early).mT)
+        if level == 0:
+            block.tril_(-1)  # what is dropped may be inf
         corner = corners(A, s, level)
-        corner.copy_((block if level else block.tril_(-1)).view(corner.shape))  # what tril_ drops may be inf
+        corner.copy_(block.view(corner.shape))
     return A
 
 
 def decayed(bk, q, k, g, want_pairs=True):
     """
-    bk = beta k, q, k, g (M, C, K) -> X, Q below its diagonal (M, C, C), k_in, q_in, k_out (M, C, K),
+    bk = beta k, q, k, g (M, C, K) -> X (M, C, C), Q (M, C, C) below its diagonal, k_in, q_in, k_out (M, C, K),
     total (M, K, 1).
     """
     d, X, Q = decays(g), None, None
@@ -238,11 +227,12 @@ def decayed(bk, q, k, g, want_pairs=True):
 # 4. the backward
 #
 # With dR the gradient of beta v - k_in S, which X was multiplied by, from the last chunk to the first:
-#     d_new = Q^T do + k_out dS'          dR = X^T d_new          dS = total dS' + q_in^T do - k_in^T dR
-#     dQ = do new^T    dP = -dR new^T     since X = (I + P)^-1 gives dX = X^T (..) X^T
-# A token's gate g_t is in every G_i from t on. x_ic goes with exp(G_ic) and k_jc with exp(-G_jc), whatever
-# they are multiplied with, so G_ic has the gradient x_ic dx_ic, G_jc has -k_jc dk_jc, and g_t has the sum of
-# them over i >= t.
+#     dR = X^T (Q^T do + k_out dS')          dS = total dS' + q_in^T do - k_in^T dR
+#     dQ = do new^T                          dP = -dR new^T
+# The last one because X = (I + P)^-1 gives dP = -X^T dX X^T.
+#
+# The gates: x_ic always comes with exp(G_ic), and k_jc with exp(-G_jc). So G_ic has the gradient x_ic dx_ic and
+# G_jc has -k_jc dk_jc, whatever they are used for. g_t is in every G_i from t on, and has the sum over i >= t.
 
 
 def chunk_backward(q, k, v, g, beta, scale, X, Q, S, do, d_state, form):
@@ -252,8 +242,7 @@ def chunk_backward(q, k, v, g, beta, scale, X, Q, S, do, d_state, form):
     """
     bk, q = k * beta, q * scale
     _, _, k_in, q_in, k_out, total = form.decayed(bk, q, k, g, want_pairs=False)
-    dR, new = torch.bmm(Q.mT, do), beta * v
-    d_in_out = None
+    dR, new, d_in_out = torch.bmm(Q.mT, do), beta * v, None
     if S is None:
         new, dR = torch.bmm(X, new), torch.bmm(X.mT, dR)
     else:
@@ -263,8 +252,7 @@ def chunk_backward(q, k, v, g, beta, scale, X, Q, S, do, d_state, form):
         d_in_out = -torch.bmm(dR, S.mT), torch.bmm(do, S.mT), torch.bmm(new, dS.mT), d_total.mT
     dP, dQ = torch.bmm(dR, new.mT).neg_(), torch.bmm(do, new.mT)
     d_bk, dq, dk, dg = form.decayed_grad(bk, q, k, g, dP, dQ, d_in_out)
-    # Q's diagonal has no decay, and is by far its largest part where gates are strong: apart, it cannot spoil
-    # dg.
+    # Q's diagonal has no decay, and is by far its largest part where gates are strong. It must not spoil dg.
     diagonal = (do * new).sum(-1, keepdim=True)
     dq.addcmul_(diagonal, k)
     dk.addcmul_(diagonal, q).addcmul_(d_bk, beta)
@@ -274,8 +262,8 @@ def chunk_backward(q, k, v, g, beta, scale, X, Q, S, do, d_state, form):
 
 def states_grad(X, k_in, k_out, total, dR, dS, d_state):
     """
-    The loop of the backward. dR comes as Q^T do (M, C, V), dS as q_in^T do (M, K, V). Returns dR, the
-    gradient dS of the state after each chunk, and that of the initial state.
+    The loop over chunks. dR comes as Q^T do, dS as q_in^T do. Returns dR, the gradient dS (M, K, V) of the state
+    after each chunk, and that of the initial state.
     """
     heads = len(d_state)
     for a in range(len(X) - heads, -1, -heads):
@@ -288,23 +276,22 @@ def states_grad(X, k_in, k_out, total, dR, dS, d_state):
 
 
 def pairs_grad(dA, x, k, d):
-    """Gradients of `pairs` in x and k, (M, C, K)."""
+    """Gradients of `pairs` in x and k."""
     dx, dk = torch.zeros_like(x), torch.zeros_like(k)
     for level, (late, early) in enumerate(d.levels):
         s = late.shape[1]
-        (k_early, _), (dk_early, _) = first_and_second(k, s, level), first_and_second(dk, s, level)
-        (_, x_late), (_, dx_late) = first_and_second(x, s, level), first_and_second(dx, s, level)
         block = corners(dA, s, level).reshape(-1, s, s)
-        block = block if level else block.tril(-1)
-        dx_late.addcmul_(torch.bmm(block, k_early * early), late)
-        dk_early.addcmul_(torch.bmm(block.mT, x_late * late), early)
+        if level == 0:
+            block = block.tril(-1)
+        later(dx, s, level).addcmul_(torch.bmm(block, earlier(k, s, level) * early), late)
+        earlier(dk, s, level).addcmul_(torch.bmm(block.mT, later(x, s, level) * late), early)
     return dx, dk
 
 
 def decayed_grad(bk, q, k, g, dP, dQ, d_in_out):
     """
-    Gradients of `decayed` in bk, q, k, g. d_in_out: those of k_in, q_in, k_out (M, C, K) and of the logarithm
-    of total (M, 1, K), or None for zeros.
+    Gradients of `decayed` in bk, q, k, g. d_in_out: those of k_in, q_in, k_out (M, C, K) and of log(total)
+    (M, 1, K), or None for zeros.
     """
     d = decays(g)
     d_bk, dk = pairs_grad(dP, bk, k, d)
@@ -317,8 +304,7 @@ def decayed_grad(bk, q, k, g, dP, dQ, d_in_out):
     dG = (bk * d_bk).addcmul_(q, dq).addcmul_(k, dk, value=-1)
     dg = dG.flip(1).cumsum(1).flip(1)
     if d_in_out is not None:
-        # k_out goes with the gates after its token. It is apart: what it gives to later chunks may be large
-        # where what it has of the gates before is e^-50.
+        # k_out has the gates after its token. Apart, because it may be large where dG is e^-50.
         dk_out = dk_out * d.end
         dg += d_total
         dg[:, 1:] += (k * dk_out)[:, :-1].cumsum(1)
@@ -327,7 +313,7 @@ def decayed_grad(bk, q, k, g, dP, dQ, d_in_out):
 
 
 class Form(NamedTuple):
-    """The four steps of which there are also kernels."""
+    """The steps of which there are also kernels."""
 
     decayed: callable
     states: callable
@@ -337,18 +323,17 @@ class Form(NamedTuple):
 
 TORCH = Form(decayed, states, states_grad, decayed_grad)
 
-
 # -----------------------------------------------------------------------------
 # 5. kernels
 #
-# The four steps of `Form` as Triton kernels; what is a plain product is left to cuBLAS. One program works on one chunk
-# of CHUNK tokens of one head, except that the loops over chunks are one program for a head and some columns of its
-# state. All tensors are float32 and as in the PyTorch form. Tensor cores multiply them as TF32 where the inputs were
-# in half precision; float32 inputs are multiplied as such. Half precision has no exp(64).
-# A level of `decays` is here one (C, C) product, of which the pairs that it is about are taken.
+# The steps of `Form` in Triton; what is a plain product is left to cuBLAS. One program works on one chunk of CHUNK
+# tokens of one head, but the loops over chunks are one program for a head and some columns of its state. All
+# tensors are float32, and as in the PyTorch form. Where the inputs were in half precision, tensor cores multiply
+# them as TF32, since half precision has no exp(64). A level of `decays` is here one whole (C, C) product, of which
+# those pairs are taken that the level is about.
 
-# Channels per step (or columns of the state per program), and warps. Nothing spills registers for half precision on
-# 8.0, 8.6 and 9.0, and shared memory stays under 64 KB.
+# Channels per step (or columns of the state per program), and warps. With half precision hardly a register is
+# spilled on 8.0, 8.6, 9.0 and 10.0 (16 bytes at most), and shared memory stays under 64 KB.
 LAUNCH = {
     "decayed_kernel": (32, 4),
     "inverse_kernel": (64, 4),
@@ -358,6 +343,7 @@ LAUNCH = {
 }
 
 if triton is not None:
+    constexpr = tl.constexpr
 
     @triton.jit
     def load(ptr, m, rows, height, columns, width):
@@ -372,10 +358,10 @@ if triton is not None:
         tl.store(p, x, mask=(rows < height)[:, None] & (columns < width)[None, :])
 
     @triton.jit
-    def product(a, b, DOT: tl.constexpr):
+    def product(a, b, DOT: constexpr):
         """
-        a @ b. Tensor cores cut off the last 13 bits of a float32. Where errors add up, as with beta = 2, a common
-        sign is far worse than their size: round first.
+        a @ b. Tensor cores cut off the last 13 bits of a float32. Where errors add up, a common sign is far worse
+        than their size: round first.
         """
         if DOT == "tf32":
             a = ((a.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
@@ -383,15 +369,15 @@ if triton is not None:
         return tl.dot(a, b, input_precision=DOT)
 
     @triton.jit
-    def next_to_each_other(s, C: tl.constexpr):
+    def next_to_each_other(s, C: constexpr):
         """(C, C) bool: token i is in the second and j in the first of two neighbouring blocks of s tokens."""
         i, j = tl.arange(0, C)[:, None] // s, tl.arange(0, C)[None, :] // s
         return (i % 2 == 1) & (j == i - 1)
 
     @triton.jit
-    def level_decays(g, level: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr):
-        """g (C, STEP) -> the factors of later and of earlier tokens, and which pairs of tokens they are for (C, C)."""
-        s: tl.constexpr = 8 if level == 0 else 4 << level
+    def level_decays(g, level: constexpr, C: constexpr, STEP: constexpr):
+        """g (C, STEP) -> late, early, and which pairs of tokens the level is about (C, C)."""
+        s: constexpr = 8 if level == 0 else 4 << level
         blocks = tl.reshape(g, (C // s, s, STEP))
         G = tl.cumsum(blocks, 1)
         if level == 0:
@@ -406,9 +392,22 @@ if triton is not None:
 
     @triton.jit
     def decayed_kernel(
-        bk_ptr, q_ptr, k_ptr, g_ptr, P_ptr, Q_ptr, k_in_ptr, q_in_ptr, k_out_ptr, total_ptr, K,
-        C: tl.constexpr, STEP: tl.constexpr, PAIRS: tl.constexpr, DOT: tl.constexpr,
-    ):  # fmt: skip
+        bk_ptr,
+        q_ptr,
+        k_ptr,
+        g_ptr,
+        P_ptr,
+        Q_ptr,
+        k_in_ptr,
+        q_in_ptr,
+        k_out_ptr,
+        total_ptr,
+        K,
+        C: constexpr,
+        STEP: constexpr,
+        PAIRS: constexpr,
+        DOT: constexpr,
+    ):
         """`decayed`, one program for what comes from bk, one for what comes from q."""
         m, c, of_q = tl.program_id(0), tl.arange(0, C), tl.program_id(1) == 1
         x_ptr, x_in_ptr = q_ptr if of_q else bk_ptr, q_in_ptr if of_q else k_in_ptr
@@ -428,10 +427,10 @@ if triton is not None:
             store(Q_ptr if of_q else P_ptr, m, c, C, c, C, A)
 
     @triton.jit
-    def inverse_kernel(P_ptr, X_ptr, C: tl.constexpr, DOT: tl.constexpr):
+    def inverse_kernel(P_ptr, X_ptr, C: constexpr, DOT: constexpr):
         """
-        X = (I + P)^-1. If X1 and X2 invert two neighbouring blocks and L is below them, [[X1, 0], [-X2 L X1, X2]]
-        inverts both.
+        X = (I + P)^-1. If X1 and X2 invert two neighbouring blocks, and L is what P has below them, then
+        [[X1, 0], [-X2 L X1, X2]] inverts both together.
         """
         m, c = tl.program_id(0), tl.arange(0, C)
         P = load(P_ptr, m, c, C, c, C)
@@ -443,9 +442,23 @@ if triton is not None:
 
     @triton.jit
     def states_kernel(
-        X_ptr, k_in_ptr, k_out_ptr, total_ptr, rhs_ptr, state_ptr, new_ptr, S_ptr, final_ptr, chunks, K, V,
-        C: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, DOT: tl.constexpr,
-    ):  # fmt: skip
+        X_ptr,
+        k_in_ptr,
+        k_out_ptr,
+        total_ptr,
+        rhs_ptr,
+        state_ptr,
+        new_ptr,
+        S_ptr,
+        final_ptr,
+        chunks,
+        K,
+        V,
+        C: constexpr,
+        WIDTH: constexpr,
+        STEP: constexpr,
+        DOT: constexpr,
+    ):
         """`states`."""
         h, heads, c = tl.program_id(0), tl.num_programs(0), tl.arange(0, C)
         ks, vs = tl.arange(0, WIDTH), tl.program_id(1) * STEP + tl.arange(0, STEP)
@@ -462,9 +475,24 @@ if triton is not None:
 
     @triton.jit
     def states_grad_kernel(
-        X_ptr, k_in_ptr, k_out_ptr, total_ptr, Qdo_ptr, qdo_ptr, d_final_ptr, dR_ptr, dS_ptr, d_state_ptr, chunks, K, V,
-        C: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, DOT: tl.constexpr,
-    ):  # fmt: skip
+        X_ptr,
+        k_in_ptr,
+        k_out_ptr,
+        total_ptr,
+        Qdo_ptr,
+        qdo_ptr,
+        d_final_ptr,
+        dR_ptr,
+        dS_ptr,
+        d_state_ptr,
+        chunks,
+        K,
+        V,
+        C: constexpr,
+        WIDTH: constexpr,
+        STEP: constexpr,
+        DOT: constexpr,
+    ):
         """`states_grad`."""
         h, heads, c = tl.program_id(0), tl.num_programs(0), tl.arange(0, C)
         ks, vs = tl.arange(0, WIDTH), tl.program_id(1) * STEP + tl.arange(0, STEP)
@@ -482,10 +510,26 @@ if triton is not None:
 
     @triton.jit
     def decayed_grad_kernel(
-        bk_ptr, q_ptr, k_ptr, g_ptr, dP_ptr, dQ_ptr, dk_in_ptr, dq_in_ptr, dk_out_ptr, d_total_ptr,
-        d_bk_ptr, dq_ptr, dk_ptr, dg_ptr, K,
-        C: tl.constexpr, STEP: tl.constexpr, STATES: tl.constexpr, DOT: tl.constexpr,
-    ):  # fmt: skip
+        bk_ptr,
+        q_ptr,
+        k_ptr,
+        g_ptr,
+        dP_ptr,
+        dQ_ptr,
+        dk_in_ptr,
+        dq_in_ptr,
+        dk_out_ptr,
+        d_total_ptr,
+        d_bk_ptr,
+        dq_ptr,
+        dk_ptr,
+        dg_ptr,
+        K,
+        C: constexpr,
+        STEP: constexpr,
+        STATES: constexpr,
+        DOT: constexpr,
+    ):
         """`decayed_grad`, one program for STEP channels of a chunk. STATES: whether there is a d_in_out."""
         m, c, ks = tl.program_id(0), tl.arange(0, C), tl.program_id(1) * STEP + tl.arange(0, STEP)
         k, g = load(k_ptr, m, c, C, ks, K), load(g_ptr, m, c, C, ks, K)
@@ -505,7 +549,9 @@ if triton is not None:
         dg = tl.cumsum(dG - k * dk, 0, reverse=True)
         if STATES:
             from_here = tl.cumsum(g, 0, reverse=True)
-            before = load(k_ptr, m, c - 1, C, ks, K) * load(dk_out_ptr, m, c - 1, C, ks, K) * tl.exp(from_here)
+            before = (
+                load(k_ptr, m, c - 1, C, ks, K) * load(dk_out_ptr, m, c - 1, C, ks, K) * tl.exp(from_here)
+            )
             dg += tl.cumsum(before, 0) + tl.load(d_total_ptr + m * K + ks, mask=ks < K, other=0.0)[None, :]
             dk += load(dk_out_ptr, m, c, C, ks, K) * tl.exp(from_here - g)
         store(dk_ptr, m, c, C, ks, K, dk)
@@ -577,15 +623,13 @@ def triton_form(dtype):
 
 
 def choose_backend(device, dtype):
-    """What backend="auto" means for queries of this torch.device and dtype: (its name, why)."""
+    """What backend="auto" means for inputs on this torch.device, q of this dtype: (its name, why)."""
     if BACKEND != "auto":
         return BACKEND, "KDA_BACKEND says so"
     if device.type != "cuda":
         return "chunk", "it is the fastest there is without a GPU"
-    if triton is None:
-        return "chunk", "Triton is not installed"
-    if dtype == torch.float64:
-        return "chunk", "the kernels have no float64"
+    if triton is None or dtype == torch.float64:
+        return "chunk", "the kernels need Triton, and have no float64"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "chunk", "Triton has no tensor cores for this GPU, cuBLAS does"
     return "triton", "Triton knows this GPU"
@@ -601,56 +645,53 @@ def resolve(backend, q, v):
         raise ValueError(
             f"backend (or KDA_BACKEND) must be auto, recurrent, chunk or triton, got {backend!r}"
         )
-    if backend == "triton":
-        if triton is None:
-            raise ValueError("backend='triton', but Triton is not installed: use 'chunk'")
-        if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(f"backend='triton' needs a GPU, and q is on {q.device.type}: use 'chunk'")
-        if q.dtype == torch.float64 or wide:
-            raise ValueError("backend='triton' has no float64, and at most 128 channels: use 'chunk'")
+    on_gpu = q.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    if backend == "triton" and (triton is None or not on_gpu or q.dtype == torch.float64 or wide):
+        raise ValueError(
+            "backend='triton' needs Triton, a GPU, q not in float64 and at most 128 channels: use 'chunk'"
+        )
     return backend
 
 
 def widest(*tensors):
-    """What sums, states and products are computed in: float32, or float64 if any of the tensors is."""
+    """What everything is computed in: float32, or float64 if any of the tensors is."""
     return torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
 
 
+def floor(dtype):
+    """Where gates are clamped. float64 has the range for exp(-80), which is nothing there as well."""
+    return FLOOR if dtype == torch.float32 else 5 * FLOOR
+
+
 @contextlib.contextmanager
-def as_tf32(v):
+def computing(v):
     """
-    float32 products on a GPU use tensor cores here if v is in half precision, whatever the process wants
-    elsewhere.
+    Nothing is rounded by autocast. If v is in half precision on a GPU, float32 products use tensor cores, whatever the
+    process wants elsewhere.
     """
-    if not (v.is_cuda and v.dtype in (torch.float16, torch.bfloat16)):
-        yield
-        return
     settings = torch.backends.cuda.matmul
-    name, value = ("fp32_precision", "tf32") if hasattr(settings, "fp32_precision") else ("allow_tf32", True)
+    new = hasattr(settings, "fp32_precision")  # since PyTorch 2.9
+    name, value = ("fp32_precision", "tf32") if new else ("allow_tf32", True)
     before = getattr(settings, name)
-    setattr(settings, name, value)
+    if v.is_cuda and v.dtype in (torch.float16, torch.bfloat16):
+        setattr(settings, name, value)
     try:
-        yield
+        with torch.autocast(v.device.type, enabled=False):
+            yield
     finally:
         setattr(settings, name, before)
 
 
-def chunk_length(T, on_triton):
-    """Tokens per chunk: at most CHUNK, a multiple of 8, little padding. 100 tokens make two chunks of 56."""
+def chunk_length(T, backend):
+    """Tokens per chunk: a multiple of 8 with little padding. 100 tokens make two chunks of 56."""
     chunks = -(-T // CHUNK)
-    return CHUNK if on_triton else 8 * -(-T // (8 * chunks))
-
-
-def is_alone(T, initial_state, want_state):
-    """One chunk with nothing before it, and after it nobody asks: there are no states."""
-    return T <= CHUNK and initial_state is None and not want_state
+    return CHUNK if backend == "triton" else 8 * -(-T // (8 * chunks))
 
 
 def pieces(q, v, C):
     """
     What is worked through one after the other, as (rows, tokens, chunks): slices of the inputs' first two
-    dimensions, and of what is kept for the backward. A GPU gets all of it at once, a CPU as much as stays in
-    its cache.
+    dimensions, and of what is kept for the backward. All at once on a GPU, as much as its cache holds on a CPU.
     """
     B, T, H, K = q.shape
     at_once = AT_ONCE // (C * H * max(K, v.shape[-1])) if q.device.type == "cpu" else B * T
@@ -666,21 +707,11 @@ def pieces(q, v, C):
     return parts
 
 
-def floor(dtype):
-    """Where gates are clamped. float64 has the range for exp(-80), which is nothing there as well."""
-    return FLOOR if dtype == torch.float32 else 5 * FLOOR
-
-
 def to_chunks(t, C, dtype):
-    """
-    (B, T, H, D) -> (M, C, D). Padding tokens are all zeros: with k = beta = g = 0 they leave the state
-    alone.
-    """
+    """(B, T, H, D) -> (M, C, D). Padding tokens are all zeros: with k = beta = g = 0 they leave the state alone."""
     B, T, H, D = t.shape
-    N = -(-T // C)
-    t = F.pad(t, (0, 0, 0, 0, 0, N * C - T)) if N * C > T else t
-    t = t.view(B, N, C, H, D) if t.is_contiguous() else t.reshape(B, N, C, H, D)
-    return t.permute(1, 0, 3, 2, 4).to(dtype).reshape(N * B * H, C, D).contiguous()
+    t = F.pad(t, (0, 0, 0, 0, 0, -T % C)) if T % C else t
+    return t.reshape(B, -1, C, H, D).permute(1, 0, 3, 2, 4).to(dtype).reshape(-1, C, D).contiguous()
 
 
 def from_chunks(x, like):
@@ -689,112 +720,94 @@ def from_chunks(x, like):
     return x.view(-1, B, H, x.shape[1], D).permute(1, 0, 3, 2, 4).reshape(B, -1, H, D)[:, :T]
 
 
-def chunk_op(q, k, v, g, beta, initial_state, scale, want_state, backend="chunk"):
-    """-> o, the final state (empty unless `want_state`), and for the backward X, Q and the states S that chunks read."""
+def empty_results(q, k, v, g, beta, initial_state, want_state, backend):
+    """
+    -> o, the final state, and what is kept for the backward: X, Q and the states S that chunks read. With one chunk,
+    nothing before it and nobody who asks for the final state, there are no states.
+    """
     B, T, H, K = q.shape
-    V, wide, on_triton = v.shape[-1], widest(q, k, v, g, beta), resolve(backend, q, v) == "triton"
-    C, form = chunk_length(T, on_triton), triton_form(v.dtype) if on_triton else TORCH
-    M, alone = B * H * -(-T // C), is_alone(T, initial_state, want_state)
-    o, X, Q = torch.empty_like(v), q.new_empty(M, C, C, dtype=wide), q.new_empty(M, C, C, dtype=wide)
+    V, C, wide = v.shape[-1], chunk_length(T, backend), widest(q, k, v, g, beta)
+    M, alone = B * H * -(-T // C), T <= C and initial_state is None and not want_state
+    X, Q = (q.new_empty(M, C, C, dtype=wide) for _ in "XQ")
     S = q.new_empty(0 if alone else M, K, V, dtype=wide)
-    final = q.new_zeros(0 if alone else B, H, K, V, dtype=wide)
+    return v.new_empty(v.shape), q.new_empty(0 if alone else B, H, K, V, dtype=wide), X, Q, S
+
+
+def chunk_op(q, k, v, g, beta, initial_state, scale, want_state, backend="chunk"):
+    """-> o, the final state (float32 or float64, anything unless `want_state`), X, Q, S."""
+    backend = resolve(backend, q, v)
+    form = triton_form(v.dtype) if backend == "triton" else TORCH
+    results = empty_results(q, k, v, g, beta, initial_state, want_state, backend)
+    o, state, X, Q, S = results
+    state.zero_()
     if initial_state is not None:
-        final.copy_(initial_state)
+        state.copy_(initial_state)
+    C, wide, alone = X.shape[-1], X.dtype, not len(S)
     inputs = q, k, v, g, beta.unsqueeze(-1)
-    with torch.autocast(q.device.type, enabled=False), as_tf32(v):
+    with computing(v):
         for rows, tokens, chunks in pieces(q, v, C):
             q_, k_, v_, g_, beta_ = (to_chunks(t[rows, tokens], C, wide) for t in inputs)
-            state = None if alone else final[rows].flatten(0, 1)
-            o_, state, X[chunks], Q[chunks], S_ = chunk_forward(
-                q_, k_, v_, g_.clamp(floor(wide)), beta_, scale, state, form
+            before = None if alone else state[rows].flatten(0, 1)
+            o_, after, X[chunks], Q[chunks], S_ = chunk_forward(
+                q_, k_, v_, g_.clamp(floor(wide)), beta_, scale, before, form
             )
             o[rows, tokens] = from_chunks(o_, o[rows, tokens])
             if not alone:
-                S[chunks], final[rows] = S_, state.view(-1, H, K, V)
-    return o, final if want_state else final.new_empty(0), X, Q, S
+                S[chunks], state[rows] = S_, after.view_as(state[rows])
+    return results
 
 
-def chunk_backward_op(q, k, v, g, beta, initial_state, scale, X, Q, S, do, d_final, backend):
+def chunk_backward_op(q, k, v, g, beta, initial_state, scale, backend, X, Q, S, do, d_final):
     """-> gradients in q, k, v, g, beta and the initial state (empty if there was none)."""
-    B, T, H, K = q.shape
-    V, wide, on_triton = v.shape[-1], X.dtype, resolve(backend, q, v) == "triton"
-    C, form, alone = X.shape[-1], triton_form(v.dtype) if on_triton else TORCH, not len(S)
+    (B, T, H, K), V, C, wide, alone = q.shape, v.shape[-1], X.shape[-1], X.dtype, not len(S)
+    form = triton_form(v.dtype) if resolve(backend, q, v) == "triton" else TORCH
     inputs = q, k, v, g, beta.unsqueeze(-1), do
     grads = [t.new_empty(t.shape) for t in inputs[:5]]
-    d_state = q.new_zeros(0 if alone else B, H, K, V, dtype=wide)
-    if d_final is not None and not alone:
+    d_state = q.new_zeros(B, H, K, V, dtype=wide)
+    if d_final is not None:
         d_state.copy_(d_final)
-    with torch.autocast(q.device.type, enabled=False), as_tf32(v):
+    with computing(v):
         for rows, tokens, chunks in reversed(pieces(q, v, C)):
             q_, k_, v_, g_, beta_, do_ = (to_chunks(t[rows, tokens], C, wide) for t in inputs)
-            S_, d_after = (None, None) if alone else (S[chunks], d_state[rows].flatten(0, 1))
-            kept = X[chunks], Q[chunks], S_
-            *parts, d_before = chunk_backward(
-                q_, k_, v_, g_.clamp(floor(wide)), beta_, scale, *kept, do_, d_after, form
+            S_, after = (None, None) if alone else (S[chunks], d_state[rows].flatten(0, 1))
+            *parts, before = chunk_backward(
+                q_, k_, v_, g_.clamp(floor(wide)), beta_, scale, X[chunks], Q[chunks], S_, do_, after, form
             )
             for whole, part in zip(grads, parts):
                 whole[rows, tokens] = from_chunks(part, whole[rows, tokens])
             if not alone:
-                d_state[rows] = d_before.view(-1, H, K, V)
+                d_state[rows] = before.view_as(d_state[rows])
     grads[3].masked_fill_(g < floor(wide), 0)
     grads[4] = grads[4].squeeze(-1)
     return *grads, q.new_empty(0) if initial_state is None else d_state.to(initial_state.dtype)
 
 
-Tensor, Maybe = torch.Tensor, torch.Tensor | None
-OPERATORS = (
-    __name__.strip("_").replace(".", "_") + "_operators"
-)  # a changed copy of this file can be imported beside it
-
-
-@torch.library.custom_op(f"{OPERATORS}::kda", mutates_args=())
-def kda_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    initial_state: Maybe,
-    scale: float,
-    want_state: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return chunk_op(q, k, v, g, beta, initial_state, scale, want_state, backend)
+# Operators are named after the module, so that a changed copy of this file can be imported beside it.
+NAME = __name__.strip("_").replace(".", "_") + "_operators"
+ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state, float scale, "
+kda_op = torch.library.custom_op(
+    f"{NAME}::kda",
+    chunk_op,
+    mutates_args=(),
+    schema=f"({ARGUMENTS} bool want_state, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+kda_backward_op = torch.library.custom_op(
+    f"{NAME}::kda_backward",
+    chunk_backward_op,
+    mutates_args=(),
+    schema=f"({ARGUMENTS} str backend, Tensor X, Tensor Q, Tensor S, Tensor do, Tensor? d_final) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 @kda_op.register_fake
 def _(q, k, v, g, beta, initial_state, scale, want_state, backend):
-    B, T, H, K = q.shape
-    V, wide = v.shape[-1], widest(q, k, v, g, beta)
-    C = chunk_length(T, resolve(backend, q, v) == "triton")
-    M = B * H * -(-T // C)
-    X, Q = (q.new_empty(M, C, C, dtype=wide) for _ in "XQ")
-    S = q.new_empty(0 if is_alone(T, initial_state, want_state) else M, K, V, dtype=wide)
-    return v.new_empty(v.shape), q.new_empty((B, H, K, V) if want_state else (0,), dtype=wide), X, Q, S
-
-
-@torch.library.custom_op(f"{OPERATORS}::kda_backward", mutates_args=())
-def kda_backward_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    initial_state: Maybe,
-    scale: float,
-    X: Tensor,
-    Q: Tensor,
-    S: Tensor,
-    do: Tensor,
-    d_final: Maybe,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return chunk_backward_op(q, k, v, g, beta, initial_state, scale, X, Q, S, do, d_final, backend)
+    return empty_results(q, k, v, g, beta, initial_state, want_state, resolve(backend, q, v))
 
 
 @kda_backward_op.register_fake
-def _(q, k, v, g, beta, initial_state, scale, X, Q, S, do, d_final, backend):
-    d_state = q.new_empty(0) if initial_state is None else initial_state.new_empty(initial_state.shape)
+def _(q, k, v, g, beta, initial_state, *rest):
+    d_state = q.new_empty(0) if initial_state is None else torch.empty_like(initial_state)
     return *(t.new_empty(t.shape) for t in (q, k, v, g, beta)), d_state
 
 
@@ -805,11 +818,11 @@ def save_for_backward(ctx, inputs, output):
 
 
 def kda_gradients(ctx, do, d_final, *_):
-    q, k, v, g, beta, initial_state, *kept = ctx.saved_tensors
-    do = torch.zeros_like(v) if do is None else do
+    *inputs, X, Q, S = ctx.saved_tensors
+    do = torch.zeros_like(inputs[2]) if do is None else do
     d_final = d_final if ctx.want_state else None
-    grads = kda_backward_op(q, k, v, g, beta, initial_state, ctx.scale, *kept, do, d_final, ctx.backend)
-    return *grads[:5], None if initial_state is None else grads[5], None, None, None
+    *grads, d_state = kda_backward_op(*inputs, ctx.scale, ctx.backend, X, Q, S, do, d_final)
+    return *grads, None if inputs[5] is None else d_state, None, None, None
 
 
 kda_op.register_autograd(kda_gradients, setup_context=save_for_backward)
@@ -829,53 +842,40 @@ def kda(
     backend="auto",
 ):
     """
-    Kimi Delta Attention with precomputed gates, differentiable in every tensor. Arguments as in FLA's
-    chunk_kda.
+    Kimi Delta Attention with precomputed gates, differentiable in every tensor. Arguments as in FLA's chunk_kda.
 
     q, k (B, T, H, K)    queries and keys; keys are expected to have unit length (the layer normalises both)
     v    (B, T, H, V)    values
-    g    (B, T, H, K)    log-decay, in [-inf, 0]. Clamped at -16: what should be forgotten completely leaves
-    1e-7 of it beta (B, T, H)       how much of the old value is replaced, in [0, 1] (up to 2 is allowed: a
-    reflection) scale                multiplies q, default K ** -0.5 initial_state        (N, H, K, V) or None
-    for zero; N is B, or the number of packed sequences cu_seqlens           (N + 1,) integers from 0 to T, B
-    = 1: sequence n is made of tokens cu_seqlens[n] to
-                         cu_seqlens[n + 1] - 1, and is computed by itself
-    backend              "recurrent" (the definition), "chunk" (PyTorch), "triton", or "auto" (see
-    `choose_backend`)
+    g    (B, T, H, K)    log-decay, in [-inf, 0]
+    beta (B, T, H)       how much of the old value is replaced, in [0, 1] (up to 2 is allowed: a reflection)
+    scale                multiplies q, default K ** -0.5
+    initial_state        (N, H, K, V) or None for zero; N is B, or the number of packed sequences
+    cu_seqlens           (N + 1,) integers from 0 to T, B = 1: sequence n is made of tokens cu_seqlens[n] to
+                         cu_seqlens[n + 1] - 1. They are computed one after the other
+    backend              "recurrent" (the definition), "chunk" (PyTorch), "triton", or "auto"
 
-    Returns o (B, T, H, V) in v's dtype, and the final state (N, H, K, V) in float32 (float64 for float64
-    inputs), or None unless output_final_state. Raises ValueError naming the argument whose shape or dtype
-    does not fit.
+    Returns o (B, T, H, V) in v's dtype, and the final state (N, H, K, V) in float32 (float64 for float64 inputs), or
+    None unless output_final_state. Raises ValueError naming the argument whose shape or dtype does not fit.
+
+    Except in "recurrent", gates are clamped at -16 (-80 in float64): what should be forgotten completely leaves
+    1e-7 of it, and gates below have no gradient. Errors are 1e-6 of the result, but 2e-4 for 4,096 equal keys at
+    beta = 2 without decay, where nothing forgets a rounding.
     """
     if q.ndim != 4:
         raise ValueError(f"q must be (B, T, H, K), got shape {tuple(q.shape)}")
     B, T, H, K = q.shape
     V, N = v.shape[-1] if v.ndim == 4 else 0, B if cu_seqlens is None else len(cu_seqlens) - 1
-    arguments = {
-        "q": (q, (B, T, H, K)),
-        "k": (k, (B, T, H, K)),
-        "v": (v, (B, T, H, V)),
-        "g": (g, (B, T, H, K)),
-        "beta": (beta, (B, T, H)),
-        "initial_state": (initial_state, (N, H, K, V)),
-    }
-    for name, (t, shape) in arguments.items():
+    shapes = {"q": (B, T, H, K), "k": (B, T, H, K), "v": (B, T, H, V), "g": (B, T, H, K), "beta": (B, T, H)}
+    shapes["initial_state"] = N, H, K, V
+    for t, (name, shape) in zip((q, k, v, g, beta, initial_state), shapes.items()):
         if t is not None and (tuple(t.shape) != shape or not t.is_floating_point()):
-            raise ValueError(
-                f"{name} is {t.dtype} {tuple(t.shape)}, expected floating point {shape}, q's size"
-            )
+            raise ValueError(f"{name} is {t.dtype} {tuple(t.shape)}, expected floating point {shape}")
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
-        if (
-            B != 1
-            or N < 1
-            or bounds[0] != 0
-            or bounds[-1] != T
-            or bounds != sorted(bounds)
-            or cu_seqlens.is_floating_point()
-        ):
+        rising = N > 0 and bounds[0] == 0 and bounds[-1] == T and bounds == sorted(bounds)
+        if B != 1 or not rising or cu_seqlens.is_floating_point():
             raise ValueError(
-                f"cu_seqlens must be integers rising from 0 to T = {T}, and B = 1, got {bounds[:8]}, B = {B}"
+                f"cu_seqlens must be integers rising from 0 to T = {T}, B = 1, got {bounds[:8]}, B = {B}"
             )
         parts = []
         for n, (a, b) in enumerate(zip(bounds, bounds[1:])):
@@ -884,18 +884,18 @@ def kda(
             parts.append(
                 kda(*own, scale=scale, initial_state=state, output_final_state=True, backend=backend)
             )
-        return torch.cat([o for o, _ in parts], 1), torch.cat(
-            [s for _, s in parts]
-        ) if output_final_state else None
+        o, state = (torch.cat(t, dim) for t, dim in zip(zip(*parts), (1, 0)))
+        return o, state if output_final_state else None
     scale = K**-0.5 if scale is None else scale
     if resolve(backend, q, v) != "recurrent" and q.numel() and V:
         o, state, *_ = kda_op(q, k, v, g, beta, initial_state, scale, output_final_state, backend)
-        return o, state if output_final_state else None
-    with torch.autocast(q.device.type, enabled=False):
+    else:
         wide = widest(q, k, v, g, beta)
         state = q.new_zeros(N, H, K, V) if initial_state is None else initial_state
-        o, state = recurrent_kda(*(t.to(wide) for t in (q, k, v, g, beta)), scale, state.to(wide))
-    return o.to(v.dtype), state if output_final_state else None
+        with torch.autocast(q.device.type, enabled=False):
+            o, state = recurrent_kda(*(t.to(wide) for t in (q, k, v, g, beta)), scale, state.to(wide))
+        o = o.to(v.dtype)
+    return o, state if output_final_state else None
 
 
 # -----------------------------------------------------------------------------
@@ -904,55 +904,40 @@ def kda(
 
 class ShortConvFunction(torch.autograd.Function):
     """
-    Causal depthwise convolution as W shifted multiply-adds, written out because autograd through them, or
-    through a grouped conv1d, is slower on a CPU.
+    Causal depthwise convolution as W shifted multiply-adds. Written out because autograd through them, or through a
+    grouped conv1d, is slower on a CPU.
     """
 
     @staticmethod
-    def forward(ctx, x, taps, reach, past):
+    def forward(ctx, x, taps, reach):
         """
-        x (B, past + T, D), the first `past` tokens only to look back at, before them zeros; taps (W, D)
-        contiguous; reach (B, T, G) how many tokens back each may look, in G groups of channels, or None ->
-        (B, T, D).
+        x (B, W - 1 + T, D), T tokens after the last W - 1 before them; taps (W, D); reach (B, T, G) how many tokens
+        back each may look, in G groups of channels, or None -> (B, T, D).
         """
         ctx.save_for_backward(x, taps, reach)
-        ctx.past = past
-        y = x[:, past:] * taps[-1]
-        for n, tap in enumerate(taps[:-1].flip(0), 1):
-            by, seen = n_back(n, past, y.shape[1])
-            y[:, by].addcmul_(within(x[:, seen], reach, n), tap)
+        last = len(taps) - 1
+        y = x[:, last:] * taps[-1]
+        for n in range(1, last + 1):
+            y.addcmul_(within(x[:, last - n : -n], reach, n), taps[last - n])
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, taps, reach = ctx.saved_tensors
-        dx, d_taps = torch.empty_like(x), torch.empty_like(taps)
-        dx[:, : ctx.past] = 0
-        torch.mul(dy, taps[-1], out=dx[:, ctx.past :])
-        for n, tap in enumerate(taps.flip(0)):
-            by, seen = n_back(n, ctx.past, dy.shape[1])
-            d = within(dy[:, by], reach, n)
-            if n:
-                dx[:, seen].addcmul_(d, tap)
-            d_taps[-1 - n] = (d * x[:, seen]).sum((0, 1))
-        return dx, d_taps, None, None
-
-
-def n_back(n, past, T):
-    """Slices: which of T tokens have an n-th before them, and where those are among the past and the T."""
-    first = min(max(0, n - past), T)
-    return slice(first, None), slice(first + past - n, past + T - n)
+        dx, d_taps, last = torch.zeros_like(x), torch.empty_like(taps), len(taps) - 1
+        for n in range(last + 1):
+            seen = slice(last - n, last - n + dy.shape[1])
+            d = within(dy, reach, n)
+            dx[:, seen].addcmul_(d, taps[last - n])
+            d_taps[last - n] = (d * x[:, seen]).sum((0, 1))
+        return dx, d_taps, None
 
 
 def within(x, reach, n):
-    """
-    x (B, t, D), the last of T tokens, zero where the n-th before is out of reach (B, T, G); None:
-    nowhere.
-    """
+    """x (B, T, D), zero where the n-th token before is out of reach."""
     if reach is None:
         return x
-    reach = reach[:, reach.shape[1] - x.shape[1] :]
     return (x.unflatten(-1, (reach.shape[-1], -1)) * (reach >= n).unsqueeze(-1)).flatten(-2)
 
 
@@ -962,10 +947,7 @@ def widened(t):
 
 
 class UnitLength(torch.autograd.Function):
-    """
-    x (..., K) divided by its length, computed in float32 at least, in x's dtype. autograd's way is
-    slower.
-    """
+    """x (..., K) divided by its length, computed in float32 at least, in x's dtype. Faster than autograd's way."""
 
     @staticmethod
     def forward(ctx, x):
@@ -1005,8 +987,7 @@ class GatedRMSNorm(nn.Module):
 
 class KimiDeltaAttention(nn.Module):
     """
-    The KDA layer. Parameters are named and shaped as in flash-linear-attention's layer, so its state dicts
-    load.
+    The KDA layer. Parameters are named and shaped as in flash-linear-attention's, so its state dicts load.
 
         q, k, v = SiLU(ShortConv(W x)), q and k of unit length per head
         g = -exp(A_log) * softplus(low-rank(x) + dt_bias)      per head and channel: how fast to forget
@@ -1027,92 +1008,77 @@ class KimiDeltaAttention(nn.Module):
         allow_neg_eigval=False,
     ):
         super().__init__()
-        self.num_heads, self.head_dim = num_heads, head_dim
+        self.num_heads, self.head_dim, self.conv_size = num_heads, head_dim, conv_size
         self.lower_bound, self.allow_neg_eigval = lower_bound, allow_neg_eigval
         inner = num_heads * head_dim
-        self.q_proj = nn.Linear(hidden_size, inner, bias=False)
-        self.k_proj = nn.Linear(hidden_size, inner, bias=False)
-        self.v_proj = nn.Linear(hidden_size, inner, bias=False)
-        self.q_conv1d = ShortConv(inner, conv_size)
-        self.k_conv1d = ShortConv(inner, conv_size)
-        self.v_conv1d = ShortConv(inner, conv_size)
-        self.f_proj = nn.Sequential(
-            nn.Linear(hidden_size, head_dim, bias=False), nn.Linear(head_dim, inner, bias=False)
-        )
-        self.b_proj = nn.Linear(hidden_size, num_heads, bias=False)
-        # Heads start with time scales from a few tokens to a few thousand: A in [1, 16], softplus(dt_bias) in
-        # [0.001, 0.1].
+        linear = functools.partial(nn.Linear, bias=False)
+        self.q_proj, self.k_proj, self.v_proj = (linear(hidden_size, inner) for _ in "qkv")
+        self.q_conv1d, self.k_conv1d, self.v_conv1d = (ShortConv(inner, conv_size) for _ in "qkv")
+        self.f_proj = nn.Sequential(linear(hidden_size, head_dim), linear(head_dim, inner))
+        self.b_proj = linear(hidden_size, num_heads)
+        # Heads start with time scales from a few tokens to a few thousand: A is in [1, 16], and softplus(dt_bias)
+        # in [0.001, 0.1].
         self.A_log = nn.Parameter(torch.empty(num_heads).uniform_(1, 16).log())
         dt = torch.empty(inner).uniform_(math.log(0.001), math.log(0.1)).exp()
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-        self.g_proj = nn.Sequential(
-            nn.Linear(hidden_size, head_dim, bias=False), nn.Linear(head_dim, inner, bias=True)
-        )
+        self.g_proj = nn.Sequential(linear(hidden_size, head_dim), nn.Linear(head_dim, inner))
         self.o_norm = GatedRMSNorm(head_dim, norm_eps)
-        self.o_proj = nn.Linear(inner, hidden_size, bias=False)
+        self.o_proj = linear(inner, hidden_size)
 
     def empty_cache(self, batch_size):
-        """
-        What is remembered before the first token: the convolution's last inputs (B, W - 1, 3HK), a
-        state (B, H, K, K).
-        """
-        H, K, W = self.num_heads, self.head_dim, self.q_conv1d.weight.shape[-1]
+        """Before the first token: the convolution's last inputs (B, W - 1, 3HK), and a state (B, H, K, K)."""
+        H, K = self.num_heads, self.head_dim
         new = self.A_log.new_zeros
-        return new(batch_size, W - 1, 3 * H * K), widened(new(batch_size, H, K, K))
+        return new(batch_size, self.conv_size - 1, 3 * H * K), widened(new(batch_size, H, K, K))
 
     def forward(self, x, cache=None, starts=None):
         """
-        x (B, T, hidden_size) -> y of the same shape, and the cache after the last token: None when none came
-        in. Training passes no cache; prefill and decoding pass `empty_cache` or what the previous call
-        returned, which is used up: its state is updated in place where no gradient is wanted. starts (B, T)
-        bool: tokens at which a new document begins, that knows nothing of what was before. None: none.
+        x (B, T, hidden_size) -> y of the same shape, and the cache after the last token: None when none came in.
+        Training passes no cache. Prefill and decoding pass `empty_cache` or what the previous call returned, which
+        is used up: its state is updated in place where no gradient is wanted.
+        starts (B, T) bool: tokens at which a new document begins, that knows nothing of what was before, or None.
         """
         qkv, f, beta, gate = self.project(x)
         o, cache = self.mix(qkv, f, beta, cache, starts)
         return self.output(o.to(x.dtype), gate), cache
 
     def project(self, x):
-        """-> q, k, v before the convolution (B, T, 3HK), f (B, T, H, K) and beta (B, T, H) as they come, gate (B, T, K)."""
-        B, T, _ = x.shape
+        """-> q, k, v before the convolution (B, T, 3HK), and what f (B, T, H, K), beta and the gate come from."""
         H, K = self.num_heads, self.head_dim
-        # One product for nearly all that x is multiplied by: a fraction of the calls, and x is read once.
-        # b_proj stays apart: with its few columns, rows would no longer be multiples of 16 bytes, which
-        # tensor cores want. For one token, putting the weights together would cost more than multiplying by
-        # them.
+        # One product for nearly all that x is multiplied by. b_proj stays apart: with its few columns, rows would
+        # no longer be multiples of 16 bytes, which tensor cores want. For one token, putting the weights together
+        # would cost more than multiplying by them.
         of_x = (self.q_proj, self.k_proj, self.v_proj, self.f_proj[0], self.g_proj[0])
-        if T > 1:
+        if x.shape[1] > 1:
             projected = F.linear(x, torch.cat([m.weight for m in of_x]))
         else:
             projected = torch.cat([m(x) for m in of_x], -1)
         qkv, f, gate = projected.split((3 * H * K, K, K), -1)
-        return qkv, self.f_proj[1](f).view(B, T, H, K), self.b_proj(x), gate
+        return qkv, self.f_proj[1](f).unflatten(-1, (H, K)), self.b_proj(x), gate
 
     def mix(self, qkv, f, beta, cache, starts):
-        """
-        What looks at other tokens: o (B, T, H, K) and the cache. starts (B, T), or (B, T, H) of each
-        head.
-        """
-        B, T, H, K = f.shape
-        W = self.q_conv1d.weight.shape[-1]
-        tail, state = (None, None) if cache is None else cache
-        past, reach = 0, None
+        """What looks at other tokens -> o (B, T, H, K) and the cache. starts (B, T), or (B, T, H) for each head."""
+        (B, T, H, K), W = f.shape, self.conv_size
+        reach = None
         if starts is not None:
             starts = starts.view(B, T, -1)
             t = torch.arange(T, device=f.device)[:, None]
             reach = (t - torch.where(starts, t, -W).cummax(1).values).repeat(1, 1, 3)  # q, k and v alike
-        if cache is not None:
-            past, qkv = W - 1, torch.cat([tail.to(qkv.dtype), qkv], 1)
+        if cache is None:
+            tail = state = None
+            qkv = F.pad(qkv, (0, 0, W - 1, 0))
+        else:
+            tail, state = cache
+            qkv = torch.cat([tail.to(qkv.dtype), qkv], 1)
             tail = qkv[:, T:]
             if starts is not None:  # what a document's next tokens may look back to ends where it began
                 tail = tail * (torch.arange(W - 2, -1, -1, device=f.device)[:, None] <= reach[:, -1:, :1])
         taps = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight]).squeeze(1)
         taps = taps.t().contiguous().to(qkv.dtype)  # (3HK, W) would be read with a stride
-        qk, v = (
-            F.silu(ShortConvFunction.apply(qkv, taps, reach, past)).view(B, T, 3 * H, K).split([2 * H, H], 2)
-        )
+        qk, v = F.silu(ShortConvFunction.apply(qkv, taps, reach)).view(B, T, 3 * H, K).split([2 * H, H], 2)
         q, k = UnitLength.apply(qk).chunk(2, 2)
-        g = self.gate(widened(f) + widened(self.dt_bias).view(H, K))
-        beta = widened(beta).sigmoid() * (2 if self.allow_neg_eigval else 1)
+        g, beta = self.gates(widened(f)), widened(beta).sigmoid()
+        beta = 2 * beta if self.allow_neg_eigval else beta
         if starts is not None:
             g = g.masked_fill(starts.unsqueeze(-1), -math.inf)
         if T == 1 and cache is not None and not torch.is_grad_enabled():
@@ -1121,12 +1087,10 @@ class KimiDeltaAttention(nn.Module):
             o, state = kda(q, k, v, g, beta, initial_state=state, output_final_state=cache is not None)
         return o, None if cache is None else (tail, state)
 
-    def gate(self, x):
-        """The log-decay from x (B, T, H, K), float32 at least."""
-        A = widened(self.A_log).exp()[:, None]
-        if self.lower_bound is None:
-            return -A * F.softplus(x)
-        return self.lower_bound * torch.sigmoid(A * x)
+    def gates(self, f):
+        """g (B, T, H, K), in float32 at least."""
+        A, f = widened(self.A_log).exp()[:, None], f + widened(self.dt_bias).view(f.shape[2:])
+        return -A * F.softplus(f) if self.lower_bound is None else self.lower_bound * torch.sigmoid(A * f)
 
     def output(self, o, gate):
         return self.o_proj(self.o_norm(o, self.g_proj[1](gate).view(o.shape)).flatten(2))
@@ -1140,9 +1104,9 @@ def check():
     torch.manual_seed(0)
     for name, strength in (("mild gates", 0.1), ("strong gates", 16.0)):
         q, k, v, u = torch.rand(4, 1, 70, 1, 32, device=device).unbind(0)  # a chunk and a bit
-        inputs = [q, F.normalize(k, dim=-1), v, -strength * u, u[..., 0]]
         results = []
         for dtype, how in ((torch.float64, "recurrent"), (torch.float32, "auto")):
+            inputs = q, F.normalize(k, dim=-1), v, -strength * u, u[..., 0]
             leaves = [t.to(dtype).requires_grad_() for t in inputs]
             o, _ = kda(*leaves, backend=how)
             results.append([o, *torch.autograd.grad(o.square().sum(), leaves)])
@@ -1173,10 +1137,7 @@ class Pick(torch.autograd.Function):
 
 
 def reorder(x, order, back):
-    """
-    x (B, T, n * H, K): of each head its token order[b, t, h] as the t-th; order and back (B, T, H) undo
-    each other.
-    """
+    """x (B, T, n * H, K) with token order[b, t, h] of each head as its t-th. order, back (B, T, H) undo each other."""
     B, T, H = order.shape
     n, K = x.shape[2] // H, x.shape[3]
     first, part, head = (torch.arange(m, device=x.device) for m in (B, n, H))
@@ -1192,8 +1153,8 @@ class GridKDA(KimiDeltaAttention):
 
     def forward(self, x, cache=None, starts=None, lines=None):
         """
-        lines: None, or (order, back, starts), each (B, T, H): head h reads token order[b, t, h] as its t-th
-        (back is the inverse), and there are the starts of what it reads. With neither cache nor starts.
+        lines: None, or (order, back, starts), each (B, T, H): head h reads token order[b, t, h] as its t-th, back is
+        the inverse, and starts are those of what it reads. With neither cache nor starts.
         """
         if lines is None:
             return super().forward(x, cache, starts)

@@ -208,7 +208,7 @@ def test_a_few_rows_and_tokens_at_a_time(monkeypatch):
     for T in (64, 130, 320):
         for numbers in (0, 2, 4):
             monkeypatch.setattr(kda_file, "AT_ONCE", numbers * 64 * 8 * 2)
-            q, C = torch.zeros(4, T, 2, 8), kda_file.chunk_length(T, False)
+            q, C = torch.zeros(4, T, 2, 8), kda_file.chunk_length(T, "chunk")
             assert len(kda_file.pieces(q, q, C)) > 1 or numbers == 4
             compare(f"T={T}", make("resets", T), final=T != 320)
             compare(f"T={T}", make("mild", T, state=False), final=T == 320)
@@ -354,7 +354,7 @@ def test_no_choice_depends_on_values():
     with FakeTensorMode():
         q, k, v, g, beta, S = (torch.empty(t.shape) for t in make("mild", 100))
         o, final, X, Q, S_all = kda_file.chunk_op(q, k, v, g, beta, S, 0.3, True)
-        grads = kda_file.chunk_backward_op(q, k, v, g, beta, S, 0.3, X, Q, S_all, o, final, "chunk")
+        grads = kda_file.chunk_backward_op(q, k, v, g, beta, S, 0.3, "chunk", X, Q, S_all, o, final)
     assert [t.shape for t in grads] == [t.shape for t in (q, k, v, g, beta, S)]
 
 
@@ -545,20 +545,19 @@ def test_unit_length():
 
 
 def test_short_convolution():
-    for T, W, past in ((1, 4, 3), (1, 4, 0), (5, 4, 3), (5, 4, 0), (2, 4, 0), (2, 1, 0)):
-        x = torch.randn(2, past + T, 4, dtype=torch.float64, requires_grad=True)
+    for T, W in ((1, 4), (5, 4), (2, 1)):
+        x = torch.randn(2, W - 1 + T, 4, dtype=torch.float64, requires_grad=True)
         weight = torch.randn(4, W, dtype=torch.float64, requires_grad=True)
-        padded = F.pad(x, (0, 0, W - 1 - past, 0))
-        want = F.conv1d(padded.transpose(1, 2), weight.unsqueeze(1), groups=4).transpose(1, 2)
-        torch.testing.assert_close(ShortConvFunction.apply(x, weight.t(), None, past), want)
+        want = F.conv1d(x.transpose(1, 2), weight.unsqueeze(1), groups=4).transpose(1, 2)
+        torch.testing.assert_close(ShortConvFunction.apply(x, weight.t(), None), want)
         for reach in (None, torch.arange(2 * T * 2).view(2, T, 2) % 3):
-            assert torch.autograd.gradcheck(ShortConvFunction.apply, (x, weight.t(), reach, past))
+            assert torch.autograd.gradcheck(ShortConvFunction.apply, (x, weight.t(), reach))
 
 
 def test_a_second_derivative_is_refused_and_not_wrong():
     layer, x = make_layer(), torch.randn(1, 5, 12, requires_grad=True)
     taps = torch.randn(3, 12, requires_grad=True)
-    for y in (UnitLength.apply(x), ShortConvFunction.apply(x, taps, None, 0), layer(x)[0]):
+    for y in (UnitLength.apply(x), ShortConvFunction.apply(x, taps, None), layer(x)[0]):
         (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError):
             gradient.square().sum().backward()
