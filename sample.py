@@ -182,7 +182,7 @@ def draw(task, cells, words, wrong=None):
             font = ImageFont.truetype(font_file, round(size / 2))
             pen.text((x + size / 2, y + size / 2), str(value), tuple(ink.astype(int)), font, "mm")
         else:
-            pen.rectangle(box, tuple((cells[r, c] @ palette).astype(int)))
+            pen.rectangle(box, tuple((cells[r, c] @ palette).astype(int)), outline=PANEL)
         if wrong is not None and wrong[r, c]:
             pen.rectangle(box, outline=BAD, width=3)
     return image
@@ -190,6 +190,8 @@ def draw(task, cells, words, wrong=None):
 
 def save_gif(task, steps, path):
     """The film of what `canvas_steps` returned, gliding from step to step, what is wrong at last framed."""
+    from PIL import Image
+
     question, expected = task.test[0]
     H, W = steps[0][0].shape[:2]
 
@@ -213,7 +215,8 @@ def save_gif(task, steps, path):
         wrong = np.ones((H, W), dtype=bool)
     words = f"{wrong.sum()} of {wrong.size} cells wrong" if wrong.any() else "solved"
     frames.append(draw(task, cells, words, wrong))
-    colours = frames[-1].quantize(255)  # for all frames: those that each choose their own flicker
+    sheet = np.concatenate([np.asarray(frame) for frame in frames[:: max(1, len(frames) // 4)]])
+    colours = Image.fromarray(sheet).quantize(255)  # for all frames: each with its own would flicker
     frames = [frame.quantize(palette=colours, dither=0) for frame in frames]
     buffer = io.BytesIO()
     options = dict(append_images=frames[1:], duration=[*milliseconds, 2800], loop=0)
