@@ -428,4 +428,5 @@ def describe(model, passes=1):
 
 
 if __name__ == "__main__":
+    print(__doc__)
     describe(Model(Config()))

@@ -586,4 +586,5 @@ def describe(model, context=1024):
 
 
 if __name__ == "__main__":
+    print(__doc__)
     describe(Model(Config()))
