@@ -17,7 +17,8 @@ Per head, with a state S of shape (K, V) and t = 1..T (Kimi Linear, arXiv 2510.2
 In words: forget a little of every channel, erase what the memory still holds along k_t, write v_t there, and
 read with q_t.
 
-`python kda.py` says which form was chosen on this machine, and whether it is right. Read next: model_dense.py.
+`python kda.py` says which form was chosen on this machine, and whether it is right. Read next:
+model_dense.py.
 """
 
 import contextlib
@@ -40,7 +41,8 @@ except ImportError:  # Windows, macOS: the PyTorch form runs there
 
 # What backend="auto" means: "recurrent", "chunk", "triton", or "auto" for what suits the device best.
 BACKEND = os.environ.get("KDA_BACKEND", "auto")
-# Tokens per chunk at most: the (C, C) products inside a chunk against T / C state updates, one after the other.
+# Tokens per chunk at most: the (C, C) products inside a chunk against T / C state updates, one after the
+# other.
 CHUNK = 64
 # Gates are clamped here. exp(-16) is 1e-7, one unit of float32.
 FLOOR = -16.0
@@ -84,7 +86,8 @@ def kda_step(q, k, v, g, beta, state, scale=None):
 # 2. a chunk
 #
 # Unroll the recurrence inside a chunk of C tokens that starts with the state S. G_i is the sum of g up to and
-# including token i; below, q stands for scale q. How much of what token j wrote is still there along k_i, q_i:
+# including token i; below, q stands for scale q. How much of what token j wrote is still there along k_i,
+# q_i:
 #     P_ij = beta_i sum_c k_ic k_jc exp(G_ic - G_jc)  for j < i
 #     Q_ij =        sum_c q_ic k_jc exp(G_ic - G_jc)  for j <= i
 # What token i really writes, new_i = beta_i (v_i minus what is there already), solves a unit lower-triangular
@@ -104,7 +107,7 @@ def chunk_forward(q, k, v, g, beta, scale, state, form):
     state may be None if there is one chunk of each head, with nothing before it. Then no state is returned.
     """
     bk, q = k * beta, q * scale
-    X, Q, k_in, q_in, k_out, total = form.decayed(bk, q, k, g)
+    X, Q, k_in, q_in, k_out, total, _ = form.decayed(bk, q, k, g)
     Q.diagonal(dim1=-2, dim2=-1).copy_((q * k).sum(-1))
     if state is None:
         return torch.bmm(Q, torch.bmm(X, beta * v)), None, X, Q, None
@@ -139,10 +142,10 @@ def states(X, k_in, k_out, total, new, state):
 
 class Decays(NamedTuple):
     """
-    levels: (late, early) for blocks of s = C / 8, C / 8, C / 4, C / 2 tokens. late (., s, K) goes with the later
-    tokens of pairs, early with the earlier ones. At level 0 the pairs are within each block, and late is the
-    decay from the middle of the block. At others late is for each second block and early for each first.
-    start, end (M, C, K): decay from the chunk's start to a token, and from a token to the chunk's end.
+    levels: (late, early) for blocks of s = C / 8, C / 8, C / 4, C / 2 tokens. late (., s, K) goes with the
+    later tokens of pairs, early with the earlier ones. At level 0 the pairs are within each block, and late
+    is the decay from the middle of the block. At others late is for each second block and early for each
+    first. start, end (M, C, K): decay from the chunk's start to a token, and from a token to the chunk's end.
     total (M, K, 1).
     """
 
@@ -212,15 +215,15 @@ def pairs(x, k, d):
 
 def decayed(bk, q, k, g, want_pairs=True):
     """
-    bk = beta k, q, k, g (M, C, K) -> X (M, C, C), Q (M, C, C) below its diagonal, k_in, q_in, k_out (M, C, K),
-    total (M, K, 1).
+    bk = beta k, q, k, g (M, C, K) -> X and Q below its diagonal (M, C, C), k_in, q_in, k_out (M, C, K), total
+    (M, K, 1), and what `decayed_grad` wants to know.
     """
     d, X, Q = decays(g), None, None
     if want_pairs:
         P, Q = pairs(bk, k, d), pairs(q, k, d)
         I = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device).expand_as(P)
         X = torch.linalg.solve_triangular(P, I, upper=False, unitriangular=True).contiguous()
-    return X, Q, bk * d.start, q * d.start, k * d.end, d.total
+    return X, Q, bk * d.start, q * d.start, k * d.end, d.total, d
 
 
 # -----------------------------------------------------------------------------
@@ -231,8 +234,9 @@ def decayed(bk, q, k, g, want_pairs=True):
 #     dQ = do new^T                          dP = -dR new^T
 # The last one because X = (I + P)^-1 gives dP = -X^T dX X^T.
 #
-# The gates: x_ic always comes with exp(G_ic), and k_jc with exp(-G_jc). So G_ic has the gradient x_ic dx_ic and
-# G_jc has -k_jc dk_jc, whatever they are used for. g_t is in every G_i from t on, and has the sum over i >= t.
+# The gates: x_ic always comes with exp(G_ic), and k_jc with exp(-G_jc). So G_ic has the gradient x_ic dx_ic
+# and G_jc has -k_jc dk_jc, whatever they are used for. g_t is in every G_i from t on, and has the sum over i
+# >= t.
 
 
 def chunk_backward(q, k, v, g, beta, scale, X, Q, S, do, d_state, form):
@@ -241,7 +245,7 @@ def chunk_backward(q, k, v, g, beta, scale, X, Q, S, do, d_state, form):
     (heads, K, V). S and d_state are None where the state was.
     """
     bk, q = k * beta, q * scale
-    _, _, k_in, q_in, k_out, total = form.decayed(bk, q, k, g, want_pairs=False)
+    _, _, k_in, q_in, k_out, total, d = form.decayed(bk, q, k, g, want_pairs=False)
     dR, new, d_in_out = torch.bmm(Q.mT, do), beta * v, None
     if S is None:
         new, dR = torch.bmm(X, new), torch.bmm(X.mT, dR)
@@ -251,7 +255,7 @@ def chunk_backward(q, k, v, g, beta, scale, X, Q, S, do, d_state, form):
         d_total = total * (S * dS).sum(-1, keepdim=True)
         d_in_out = -torch.bmm(dR, S.mT), torch.bmm(do, S.mT), torch.bmm(new, dS.mT), d_total.mT
     dP, dQ = torch.bmm(dR, new.mT).neg_(), torch.bmm(do, new.mT)
-    d_bk, dq, dk, dg = form.decayed_grad(bk, q, k, g, dP, dQ, d_in_out)
+    d_bk, dq, dk, dg = form.decayed_grad(bk, q, k, d, dP, dQ, d_in_out)
     # Q's diagonal has no decay, and is by far its largest part where gates are strong. It must not spoil dg.
     diagonal = (do * new).sum(-1, keepdim=True)
     dq.addcmul_(diagonal, k)
@@ -262,8 +266,8 @@ def chunk_backward(q, k, v, g, beta, scale, X, Q, S, do, d_state, form):
 
 def states_grad(X, k_in, k_out, total, dR, dS, d_state):
     """
-    The loop over chunks. dR comes as Q^T do, dS as q_in^T do. Returns dR, the gradient dS (M, K, V) of the state
-    after each chunk, and that of the initial state.
+    The loop over chunks. dR comes as Q^T do, dS as q_in^T do. Returns dR, the gradient dS (M, K, V) of the
+    state after each chunk, and that of the initial state.
     """
     heads = len(d_state)
     for a in range(len(X) - heads, -1, -heads):
@@ -288,12 +292,11 @@ def pairs_grad(dA, x, k, d):
     return dx, dk
 
 
-def decayed_grad(bk, q, k, g, dP, dQ, d_in_out):
+def decayed_grad(bk, q, k, d, dP, dQ, d_in_out):
     """
     Gradients of `decayed` in bk, q, k, g. d_in_out: those of k_in, q_in, k_out (M, C, K) and of log(total)
     (M, 1, K), or None for zeros.
     """
-    d = decays(g)
     d_bk, dk = pairs_grad(dP, bk, k, d)
     dq, dk_of_q = pairs_grad(dQ, q, k, d)
     dk += dk_of_q
@@ -326,11 +329,11 @@ TORCH = Form(decayed, states, states_grad, decayed_grad)
 # -----------------------------------------------------------------------------
 # 5. kernels
 #
-# The steps of `Form` in Triton; what is a plain product is left to cuBLAS. One program works on one chunk of CHUNK
-# tokens of one head, but the loops over chunks are one program for a head and some columns of its state. All
-# tensors are float32, and as in the PyTorch form. Where the inputs were in half precision, tensor cores multiply
-# them as TF32, since half precision has no exp(64). A level of `decays` is here one whole (C, C) product, of which
-# those pairs are taken that the level is about.
+# The steps of `Form` in Triton; what is a plain product is left to cuBLAS. One program works on one chunk of
+# CHUNK tokens of one head, but the loops over chunks are one program for a head and some columns of its
+# state. All tensors are float32, and as in the PyTorch form. Where the inputs were in half precision, tensor
+# cores multiply them as TF32, since half precision has no exp(64). A level of `decays` is here one whole (C,
+# C) product, of which those pairs are taken that the level is about.
 
 # Channels per step (or columns of the state per program), and warps. With half precision hardly a register is
 # spilled on 8.0, 8.6, 9.0 and 10.0 (16 bytes at most), and shared memory stays under 64 KB.
@@ -360,8 +363,8 @@ if triton is not None:
     @triton.jit
     def product(a, b, DOT: constexpr):
         """
-        a @ b. Tensor cores cut off the last 13 bits of a float32. Where errors add up, a common sign is far worse
-        than their size: round first.
+        a @ b. Tensor cores cut off the last 13 bits of a float32. Where errors add up, a common sign is far
+        worse than their size: round first.
         """
         if DOT == "tf32":
             a = ((a.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
@@ -582,11 +585,11 @@ def decayed_triton(dot, bk, q, k, g, want_pairs=True):
     launch(decayed_kernel, (M, 2), K, dot, *tensors, K, PAIRS=want_pairs)
     if want_pairs:
         launch(inverse_kernel, (M,), C, dot, P, X)
-    return X, Q, k_in, q_in, k_out, total
+    return X, Q, k_in, q_in, k_out, total, g
 
 
 def states_triton(dot, X, k_in, k_out, total, rhs, state):
-    (M, C, V), (heads, K, _) = rhs.shape, state.shape
+    (M, _, V), (heads, K, _) = rhs.shape, state.shape
     new, S, final = torch.empty_like(rhs), rhs.new_empty(M, K, V), torch.empty_like(state)
     tensors = X, k_in, k_out, total, rhs, state.contiguous(), new, S, final
     launch(states_kernel, heads, V, dot, *tensors, M // heads, K, V, WIDTH=padded(K))
@@ -594,7 +597,7 @@ def states_triton(dot, X, k_in, k_out, total, rhs, state):
 
 
 def states_grad_triton(dot, X, k_in, k_out, total, Qdo, qdo, d_final):
-    (M, C, V), (heads, K, _) = Qdo.shape, d_final.shape
+    (M, _, V), (heads, K, _) = Qdo.shape, d_final.shape
     dR, dS, d_state = torch.empty_like(Qdo), torch.empty_like(qdo), torch.empty_like(d_final)
     tensors = X, k_in, k_out, total, Qdo, qdo, d_final.contiguous(), dR, dS, d_state
     launch(states_grad_kernel, heads, V, dot, *tensors, M // heads, K, V, WIDTH=padded(K))
@@ -666,8 +669,8 @@ def floor(dtype):
 @contextlib.contextmanager
 def computing(v):
     """
-    Nothing is rounded by autocast. If v is in half precision on a GPU, float32 products use tensor cores, whatever the
-    process wants elsewhere.
+    Nothing is rounded by autocast. If v is in half precision on a GPU, float32 products use tensor cores,
+    whatever the process wants elsewhere.
     """
     settings = torch.backends.cuda.matmul
     new = hasattr(settings, "fp32_precision")  # since PyTorch 2.9
@@ -691,7 +694,8 @@ def chunk_length(T, backend):
 def pieces(q, v, C):
     """
     What is worked through one after the other, as (rows, tokens, chunks): slices of the inputs' first two
-    dimensions, and of what is kept for the backward. All at once on a GPU, as much as its cache holds on a CPU.
+    dimensions, and of what is kept for the backward. All at once on a GPU, as much as its cache holds on a
+    CPU.
     """
     B, T, H, K = q.shape
     at_once = AT_ONCE // (C * H * max(K, v.shape[-1])) if q.device.type == "cpu" else B * T
@@ -708,7 +712,9 @@ def pieces(q, v, C):
 
 
 def to_chunks(t, C, dtype):
-    """(B, T, H, D) -> (M, C, D). Padding tokens are all zeros: with k = beta = g = 0 they leave the state alone."""
+    """
+    (B, T, H, D) -> (M, C, D). Padding tokens are all zeros: with k = beta = g = 0 they leave the state alone.
+    """
     B, T, H, D = t.shape
     t = F.pad(t, (0, 0, 0, 0, 0, -T % C)) if T % C else t
     return t.reshape(B, -1, C, H, D).permute(1, 0, 3, 2, 4).to(dtype).reshape(-1, C, D).contiguous()
@@ -722,8 +728,8 @@ def from_chunks(x, like):
 
 def empty_results(q, k, v, g, beta, initial_state, want_state, backend):
     """
-    -> o, the final state, and what is kept for the backward: X, Q and the states S that chunks read. With one chunk,
-    nothing before it and nobody who asks for the final state, there are no states.
+    -> o, the final state, and what is kept for the backward: X, Q and the states S that chunks read. With one
+    chunk, nothing before it and nobody who asks for the final state, there are no states.
     """
     B, T, H, K = q.shape
     V, C, wide = v.shape[-1], chunk_length(T, backend), widest(q, k, v, g, beta)
@@ -759,7 +765,7 @@ def chunk_op(q, k, v, g, beta, initial_state, scale, want_state, backend="chunk"
 
 def chunk_backward_op(q, k, v, g, beta, initial_state, scale, backend, X, Q, S, do, d_final):
     """-> gradients in q, k, v, g, beta and the initial state (empty if there was none)."""
-    (B, T, H, K), V, C, wide, alone = q.shape, v.shape[-1], X.shape[-1], X.dtype, not len(S)
+    (B, _, H, K), V, C, wide, alone = q.shape, v.shape[-1], X.shape[-1], X.dtype, not len(S)
     form = triton_form(v.dtype) if resolve(backend, q, v) == "triton" else TORCH
     inputs = q, k, v, g, beta.unsqueeze(-1), do
     grads = [t.new_empty(t.shape) for t in inputs[:5]]
@@ -842,7 +848,8 @@ def kda(
     backend="auto",
 ):
     """
-    Kimi Delta Attention with precomputed gates, differentiable in every tensor. Arguments as in FLA's chunk_kda.
+    Kimi Delta Attention with precomputed gates, differentiable in every tensor. Arguments as in FLA's
+    chunk_kda.
 
     q, k (B, T, H, K)    queries and keys; keys are expected to have unit length (the layer normalises both)
     v    (B, T, H, V)    values
@@ -854,12 +861,13 @@ def kda(
                          cu_seqlens[n + 1] - 1. They are computed one after the other
     backend              "recurrent" (the definition), "chunk" (PyTorch), "triton", or "auto"
 
-    Returns o (B, T, H, V) in v's dtype, and the final state (N, H, K, V) in float32 (float64 for float64 inputs), or
-    None unless output_final_state. Raises ValueError naming the argument whose shape or dtype does not fit.
+    Returns o (B, T, H, V) in v's dtype, and the final state (N, H, K, V) in float32 (float64 for float64
+    inputs), or None unless output_final_state. Raises ValueError naming the argument whose shape or dtype
+    does not fit.
 
-    Except in "recurrent", gates are clamped at -16 (-80 in float64): what should be forgotten completely leaves
-    1e-7 of it, and gates below have no gradient. Errors are 1e-6 of the result, but 2e-4 for 4,096 equal keys at
-    beta = 2 without decay, where nothing forgets a rounding.
+    Except in "recurrent", gates are clamped at -16 (-80 in float64): what should be forgotten completely
+    leaves 1e-7 of it, and gates below have no gradient. Errors are 1e-6 of the result, but 2e-4 for 4,096
+    equal keys at beta = 2 without decay, where nothing forgets a rounding.
     """
     if q.ndim != 4:
         raise ValueError(f"q must be (B, T, H, K), got shape {tuple(q.shape)}")
@@ -904,15 +912,15 @@ def kda(
 
 class ShortConvFunction(torch.autograd.Function):
     """
-    Causal depthwise convolution as W shifted multiply-adds. Written out because autograd through them, or through a
-    grouped conv1d, is slower on a CPU.
+    Causal depthwise convolution as W shifted multiply-adds. Written out because autograd through them, or
+    through a grouped conv1d, is slower on a CPU.
     """
 
     @staticmethod
     def forward(ctx, x, taps, reach):
         """
-        x (B, W - 1 + T, D), T tokens after the last W - 1 before them; taps (W, D); reach (B, T, G) how many tokens
-        back each may look, in G groups of channels, or None -> (B, T, D).
+        x (B, W - 1 + T, D), T tokens after the last W - 1 before them; taps (W, D); reach (B, T, G) how many
+        tokens back each may look, in G groups of channels, or None -> (B, T, D).
         """
         ctx.save_for_backward(x, taps, reach)
         last = len(taps) - 1
@@ -947,7 +955,9 @@ def widened(t):
 
 
 class UnitLength(torch.autograd.Function):
-    """x (..., K) divided by its length, computed in float32 at least, in x's dtype. Faster than autograd's way."""
+    """
+    x (..., K) divided by its length, computed in float32 at least, in x's dtype. Faster than autograd's way.
+    """
 
     @staticmethod
     def forward(ctx, x):
@@ -1016,8 +1026,8 @@ class KimiDeltaAttention(nn.Module):
         self.q_conv1d, self.k_conv1d, self.v_conv1d = (ShortConv(inner, conv_size) for _ in "qkv")
         self.f_proj = nn.Sequential(linear(hidden_size, head_dim), linear(head_dim, inner))
         self.b_proj = linear(hidden_size, num_heads)
-        # Heads start with time scales from a few tokens to a few thousand: A is in [1, 16], and softplus(dt_bias)
-        # in [0.001, 0.1].
+        # Heads start with time scales from a few tokens to a few thousand: A is in [1, 16], and
+        # softplus(dt_bias) in [0.001, 0.1].
         self.A_log = nn.Parameter(torch.empty(num_heads).uniform_(1, 16).log())
         dt = torch.empty(inner).uniform_(math.log(0.001), math.log(0.1)).exp()
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
@@ -1033,21 +1043,23 @@ class KimiDeltaAttention(nn.Module):
 
     def forward(self, x, cache=None, starts=None):
         """
-        x (B, T, hidden_size) -> y of the same shape, and the cache after the last token: None when none came in.
-        Training passes no cache. Prefill and decoding pass `empty_cache` or what the previous call returned, which
-        is used up: its state is updated in place where no gradient is wanted.
-        starts (B, T) bool: tokens at which a new document begins, that knows nothing of what was before, or None.
+        x (B, T, hidden_size) -> y of the same shape, and the cache after the last token: None when none came
+        in. Training passes no cache. Prefill and decoding pass `empty_cache` or what the previous call
+        returned, which is used up: its state is updated in place where no gradient is wanted. starts (B, T)
+        bool: tokens at which a new document begins, that knows nothing of what was before, or None.
         """
         qkv, f, beta, gate = self.project(x)
         o, cache = self.mix(qkv, f, beta, cache, starts)
         return self.output(o.to(x.dtype), gate), cache
 
     def project(self, x):
-        """-> q, k, v before the convolution (B, T, 3HK), and what f (B, T, H, K), beta and the gate come from."""
+        """
+        -> q, k, v before the convolution (B, T, 3HK), and what f (B, T, H, K), beta and the gate come from.
+        """
         H, K = self.num_heads, self.head_dim
-        # One product for nearly all that x is multiplied by. b_proj stays apart: with its few columns, rows would
-        # no longer be multiples of 16 bytes, which tensor cores want. For one token, putting the weights together
-        # would cost more than multiplying by them.
+        # One product for nearly all that x is multiplied by. b_proj stays apart: with its few columns, rows
+        # would no longer be multiples of 16 bytes, which tensor cores want. For one token, putting the
+        # weights together would cost more than multiplying by them.
         of_x = (self.q_proj, self.k_proj, self.v_proj, self.f_proj[0], self.g_proj[0])
         if x.shape[1] > 1:
             projected = F.linear(x, torch.cat([m.weight for m in of_x]))
@@ -1057,7 +1069,9 @@ class KimiDeltaAttention(nn.Module):
         return qkv, self.f_proj[1](f).unflatten(-1, (H, K)), self.b_proj(x), gate
 
     def mix(self, qkv, f, beta, cache, starts):
-        """What looks at other tokens -> o (B, T, H, K) and the cache. starts (B, T), or (B, T, H) for each head."""
+        """
+        What looks at other tokens -> o (B, T, H, K) and the cache. starts (B, T), or (B, T, H) for each head.
+        """
         (B, T, H, K), W = f.shape, self.conv_size
         reach = None
         if starts is not None:

@@ -1,6 +1,6 @@
 """
-The kernels of kda.py in Triton's interpreter, on a CPU. test_kda_triton.py runs this file in a process of its own: Triton
-looks for TRITON_INTERPRET when it is imported, and other tests need it without.
+The kernels of kda.py in Triton's interpreter, on a CPU. test_kda_triton.py runs this file in a process of its
+own: Triton looks for TRITON_INTERPRET when it is imported, and other tests need it without.
 
     TRITON_INTERPRET=1 python -m pytest tests/kda_interpreted.py
 """

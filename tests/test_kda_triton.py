@@ -1,4 +1,7 @@
-"""The Triton kernels without a GPU: right in Triton's interpreter (kda_interpreted.py), and compiled (compile_kda.py)."""
+"""
+The Triton kernels without a GPU: right in Triton's interpreter (kda_interpreted.py), and compiled
+(compile_kda.py).
+"""
 
 import json
 import os
@@ -20,7 +23,10 @@ def python(*args, **environment):
 
 
 def check(capability, sizes):
-    """Compile, and complain about anything that would make a kernel slow on this hardware, or impossible to launch."""
+    """
+    Compile, and complain about anything that would make a kernel slow on this hardware, or impossible to
+    launch.
+    """
     args = f"--capability={capability}", f"--sizes={sizes}"
     results = [json.loads(line) for line in python(os.path.join(TESTS, "compile_kda.py"), *args).splitlines()]
     assert len(results) == 5 * len(sizes.split(","))
