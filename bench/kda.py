@@ -179,7 +179,7 @@ def measure(device, dtype):
         )
         contenders = {
             "ours": (lambda x: layer(x)[0], [x]),
-            "attention layer": (lambda x: attention(x, rope)[0], [x]),
+            "attention layer": (lambda x: attention(x, rope), [x]),
         }
         rivals = forward_and_backward(contenders, device)
         yield {"what": "layer", "shape": (B, T, width, heads), "name": "", "rivals": rivals}
