@@ -137,23 +137,52 @@ def grid_lines(idx, positions):
     return order, order.argsort(dim=1), starts
 
 
-class GridKDA(KimiDeltaAttention):
+class Pick(torch.autograd.Function):
     """
-    KDA whose heads take turns in the eight ways to read grids, from `first_way` on. Text is read as it
-    stands.
+    x (N, K)[rows], every row once: back undoes it, and so does the backward, without adding anything up.
     """
 
+    @staticmethod
+    def forward(ctx, x, rows, back):
+        ctx.save_for_backward(rows, back)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, dy):
+        rows, back = ctx.saved_tensors
+        return dy.contiguous().index_select(0, back), None, None
+
+
+def reorder(x, order, back):
+    """x (B, T, n * H, K) with token order[b, t, h] of head h as its t-th. back (B, T, H) undoes order."""
+    B, T, H = order.shape
+    n, K = x.shape[2] // H, x.shape[3]
+    first, part, head = (torch.arange(m, device=x.device) for m in (B, n, H))
+    rows, back = (
+        (((first[:, None, None] * T + o).unsqueeze(2) * n + part[:, None]) * H + head).flatten()
+        for o in (order, back)
+    )
+    return Pick.apply(x.reshape(-1, K), rows, back).view(B, T, n * H, K)
+
+
+class GridKDA(KimiDeltaAttention):
+    """KDA whose heads take turns in the eight ways to read grids, from `first_way` on."""
+
     def __init__(self, config, first_way):
-        super().__init__(
-            config.n_embd, config.n_head, config.n_embd // config.n_head, norm_eps=config.norm_eps
-        )
+        head_dim = config.n_embd // config.n_head
+        super().__init__(config.n_embd, config.n_head, head_dim, norm_eps=config.norm_eps)
         self.first_way = first_way
 
     def forward(self, x, cache=None, starts=None, lines=None):
-        if lines is not None:
-            ways = (self.first_way + torch.arange(self.num_heads, device=x.device)) % WAYS
-            lines = [t[..., ways] for t in lines]  # (B, T, H)
-        return super().forward(x, cache, starts, lines)
+        """lines: what grid_lines returned, with neither cache nor starts; None: text is read as it stands."""
+        if lines is None:
+            return super().forward(x, cache, starts)
+        ways = (self.first_way + torch.arange(self.num_heads, device=x.device)) % WAYS
+        order, back, starts = (t[..., ways] for t in lines)  # (B, T, H) each
+        qkv, f, beta, gate = self.project(x)
+        qkv = reorder(qkv.unflatten(-1, (-1, self.head_dim)), order, back).flatten(2)
+        o, _ = self.mix(qkv, reorder(f, order, back), beta.gather(1, order), None, starts)
+        return self.output(reorder(o, back, order).to(x.dtype), gate), None
 
 
 # -----------------------------------------------------------------------------
