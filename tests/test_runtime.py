@@ -170,7 +170,7 @@ os.kill(os.getpid(), signal.SIGINT)
 
 FAULTS = """
 import ctypes, resource, torch
-ctypes.CDLL("libc.so.6").mallopt(-3, 131072)  # what the C library starts from; it may raise it by itself later
+ctypes.CDLL("libc.so.6").mallopt(-3, 131072)  # where glibc starts; it may raise it by itself
 from smol import runtime
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
