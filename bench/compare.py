@@ -297,8 +297,9 @@ def show(rows):
             )
         else:
             result = " ".join(f"{p['val_loss']:.3f}" for p in row["curve"])
-        what = f"{row['name']}, seed {row['seed']}: {row['params'] / 1e6:.2f}M parameters, {last['iter']:,} steps"
-        print(f"{what}, {last['tokens']:,} tokens in {last['seconds']:.0f} s\n    {result}")
+        what = f"{row['name']}, seed {row['seed']}: {row['params'] / 1e6:.2f}M parameters"
+        spent = f"{last['iter']:,} steps, {last['tokens']:,} tokens in {last['seconds']:.0f} s"
+        print(f"{what}, {spent}\n    {result}")
 
 
 def draw_curves(rows, path):

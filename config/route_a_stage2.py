@@ -1,5 +1,6 @@
-# Route A, stage 2: more reasoning, instructions, longer rows. Goes on from stage 1's weights and stays on its plateau.
-# 0.6 billion tokens, a quarter of stage 1: what it adds are skills and formats, which show within a few hundred million tokens.
+# Route A, stage 2: more reasoning, instructions, longer rows. Goes on from stage 1's weights and stays on its
+# plateau. 0.6 billion tokens, a quarter of stage 1: what it adds are skills and formats, which show within a
+# few hundred million tokens.
 base = "route_a_stage1.py"
 out_dir = "out/route_a_stage2"
 init_from = "out/route_a_stage1/ckpt.pt"

@@ -1,6 +1,7 @@
-# Route A, stage 3: toward ARC, at rows of 4096 tokens, which hold 90 in 100 of ARC-AGI-1's evaluation tasks (median 1,403 tokens).
-# The only stage whose rate goes down: half of it on a lower plateau, half of it falling in a straight line to zero. Smaller steps, of
-# 131,072 tokens, and 2,400 of them: 0.31 billion tokens.
+# Route A, stage 3: toward ARC, at rows of 4096 tokens, which hold 90 in 100 of ARC-AGI-1's evaluation tasks
+# (median 1,403 tokens). The only stage whose rate goes down: half of it on a lower plateau, half of it
+# falling in a straight line to zero. Smaller steps, of 131,072 tokens, and 2,400 of them: 0.31 billion
+# tokens.
 base = "route_a_stage2.py"
 out_dir = "out/route_a_stage3"
 init_from = "out/route_a_stage2/ckpt.pt"

@@ -182,8 +182,8 @@ def exit_now(message=None, code=1):
 
 def end_processes():
     """
-    The last call of a program. Of several processes each exits here: DDP's threads live on, and one that lets go of
-    a tensor after the interpreter has begun to end can abort the process, which to torchrun is a failed run.
+    The last call of a program. Of several processes each exits here: DDP's threads live on, and one that lets
+    go of a tensor after the interpreter has begun to end can abort the process, for torchrun a failed run.
     """
     if world_size > 1:
         dist.destroy_process_group()

@@ -68,7 +68,9 @@ def sha256_file(path):
 
 
 def write(path, data):
-    """Write bytes or text so that a reader sees the old file or the whole new one. Equal files stay as they are."""
+    """
+    Write bytes or text so that a reader sees the old file or the whole new one. Equal files stay as they are.
+    """
     path = Path(path)
     data = data.encode() if isinstance(data, str) else data
     if path.exists() and path.stat().st_size == len(data) and path.read_bytes() == data:

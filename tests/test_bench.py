@@ -28,7 +28,8 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(config.vocab_size, config.n_embd), "wpe": nn.Embedding(config.block_size, config.n_embd),
+            "wte": nn.Embedding(config.vocab_size, config.n_embd),
+            "wpe": nn.Embedding(config.block_size, config.n_embd),
             "h": nn.ModuleList([nn.Linear(config.n_embd, config.n_embd)])})
     def forward(self, idx, targets=None):
         x = self.transformer.wte(idx)

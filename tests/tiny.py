@@ -82,13 +82,16 @@ def puzzle_batch(puzzle_format, seeds, length=None):
 @pytest.fixture
 def stand_ins(monkeypatch):
     """Objects in place of a model may bring a `generate` and `cell_logits` of their own."""
-    for name in ("generate", "cell_logits"):
 
-        def call(model, *args, name=name, real=getattr(engine, name), **options):
+    def replace(name, real):
+        def call(model, *args, **options):
             own = getattr(model, name, None)
             return own(*args, **options) if own else real(model, *args, **options)
 
         monkeypatch.setattr(engine, name, call)
+
+    replace("generate", engine.generate)
+    replace("cell_logits", engine.cell_logits)
 
 
 def make(name, block_size=256):
