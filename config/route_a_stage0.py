@@ -1,7 +1,6 @@
 # Route A, stage 0: is everything in order for stage 1? Ends with a table of PASS and FAIL, and exit code 1 if
-# anything failed. python train.py config/route_a_stage0.py                 the real model, data and batch, 20
-# steps ... --data=demo --data_tag=None --block_size=256 --batch_size=1 --gradient_accumulation_steps=2
-# without stage 1, on a CPU
+# anything failed: the real model, data and batch, 20 steps. Without stage 1, on a CPU:
+#   ... --data=demo --data_tag=None --block_size=256 --batch_size=1 --gradient_accumulation_steps=2
 base = "route_a_stage1.py"
 out_dir = "out/route_a_stage0"
 sanity = True
