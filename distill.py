@@ -23,9 +23,7 @@ step and the batch, so a resumed run is the same run. Before this: train.py, smo
 """
 
 import contextlib
-import importlib
 import math
-import os
 import sys
 import time
 from collections import defaultdict
@@ -33,13 +31,12 @@ from collections import defaultdict
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import configurator
 from model_dense import row_shares
 from model_trm import ANSWER_ROWS
 from smol import arc, checkpoint, engine, loop, runtime, teachers
-from smol.loader import Ahead, Loader, draw_rng
+from smol.loader import Ahead, draw_rng
 
 # -----------------------------------------------------------------------------
 # ---- where it goes and what it logs
@@ -282,28 +279,15 @@ def main(argv):
         if init_from in ("", "auto", "scratch") or not teacher:
             raise ValueError("name a student and a teacher: --init_from=PATH --teacher=PATH")
         here, precision = runtime.start(device, dtype)
-    world_size, master = runtime.world_size, runtime.master
-    ckpt_path, log_path = os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "log.jsonl")
-
     # ---- the student, from a checkpoint or going on
-    with runtime.errors_agree():
-        checkpoint.fetch(init_from, out_dir, overwrite, push_to)
-    with runtime.errors_agree():
-        start, start_path, resumed = checkpoint.starting_point(init_from, out_dir, overwrite)
-        state = start["train"]
-        if resumed and "student" not in state:
-            raise ValueError(f"{start_path} was not written by distill.py: use another --out_dir")
-    with runtime.errors_agree():
-        checkpoint.check_same_start(state["iter"] if resumed else None, here)
-    if resumed and state["iter"] >= max_iters:
-        runtime.say(f"{start_path} is of step {state['iter']}: nothing left to do, max_iters={max_iters}")
-        checkpoint.Publication(out_dir, push_to if master else "", push_full).end(state["iter"])
-        runtime.end_processes()
+    start, start_path, resumed = checkpoint.begin(config, here, overwrite, distilled=True)
+    if resumed and checkpoint.nothing_left(start, config):
         return
+    state, model = start["train"], start["model"]
     torch.manual_seed(seed)
     with runtime.errors_agree():
         asked = {} if recompute is None else {"recompute": recompute}
-        net = checkpoint.make_model(start["model"], start["model_config"] | asked)
+        net = checkpoint.make_model(model, start["model_config"] | asked)
         weights = start["weights"] if resumed else start["ema"] or start["weights"]
         checkpoint.load_weights(net, weights, start_path)
         net.to(here)
@@ -311,127 +295,65 @@ def main(argv):
 
         # ---- teacher and data
         guide = teachers.load(teacher, here, precision, teacher_n_sup, teacher_n_views)
-        loader = Loader(
-            data_dir,
-            data,
-            tag=data_tag,
-            weights=mixture,
-            seed=seed,
-            batch_size=batch_size,
-            block_size=block_size or net.config.block_size,
-            batches_per_step=gradient_accumulation_steps,
-            puzzle_format=net.puzzle_format,
-            rank=runtime.rank,
-            world_size=world_size,
-            verify=runtime.local_rank == 0,
-        )
-        seen = state.get("data", {}).get("sources", [])
-        pinned = {
-            "stage": data,
-            "tag": data_tag,
-            "snapshot": loader.snapshot,
-            "shards": loader.fingerprint,
-            "shares": loader.rounded_shares(),
-            "sources": sorted({*loader.names, *seen, *guide.sources}),  # through the teacher too
-            "teacher": guide.about,
-        }
+        seen = [*state.get("data", {}).get("sources", []), *guide.sources]  # through the teacher too
+        loader, pinned = loop.make_loader(config, net, seen)
+        pinned["teacher"] = guide.about
         if resumed:
             checkpoint.check_same_data(state["data"], pinned)
             checkpoint.load_optimizers(optimizers, optimizer, state)
             loader.load_state_dict(state["loader"])
             if state["data"]["teacher"] != guide.about:
                 raise ValueError(f"{start_path} was distilled from another teacher: use another --out_dir")
-    scaler = torch.amp.GradScaler(here.split(":")[0], enabled=precision == "float16")
-    autocast = contextlib.nullcontext()
-    if precision != "float32":
-        autocast = torch.autocast(here.split(":")[0], dtype=getattr(torch, precision))
-    average = {k: v.detach().clone() for k, v in net.state_dict().items()} if ema else None
-
-    # ---- where the run is
-    run = {"iter": 0, "seconds": 0.0, "tokens": 0, "val_losses": {}, "val_loss": None}
-    run |= {"skipped": 0, "skipped_in_a_row": 0, "student": start_path}
-    carries, model = {}, start["model"]
+    average = loop.start_average(net, ema, start)
+    autocast, scaler = loop.mixed_precision(here, precision)
+    run, carries = {**loop.NEW_RUN, "began_with": start_path}, {}
     if resumed:
-        run = {k: state[k] for k in run}
-        if average and start["ema"]:
-            average = {k: v.to(here) for k, v in start["ema"].items()}
-        if state["scaler"] and scaler.is_enabled():
-            scaler.load_state_dict(state["scaler"])
-        if len(state["rng"]) == world_size:
-            checkpoint.restore_random_state(state["rng"], here)
-        shape = ("batch_size", "block_size", "gradient_accumulation_steps")
-        if all(start["config"][k] == config[k] for k in shape):
-            carries = checkpoint.own_carries(state["carries"])
+        carries, _ = checkpoint.restore(start, run, config, scaler, here)
     start = state = None  # free its memory
 
     # ---- ready
     parallel = Loss(net)
-    if world_size > 1:
-        parallel = DistributedDataParallel(parallel, broadcast_buffers=False, gradient_as_bucket_view=True)
+    if runtime.world_size > 1:
+        parallel = DistributedDataParallel(parallel, gradient_as_bucket_view=True)
     with runtime.errors_agree():
-        if master:
-            loop.open_out_dir(out_dir, config, run["iter"] if resumed else -1)
-    tracked = importlib.import_module(tracker) if tracker and master else None
-    if tracked:
-        tracked.init(project="smol-llm", name=os.path.basename(out_dir), config=config, resume="allow")
+        log = loop.Log(config, run["iter"] if resumed else -1)
     runtime.say(configurator.show(config, defaults))
     verb = f"going on after step {run['iter']} of" if resumed else "from the weights of"
-    runtime.say(f"{verb} {start_path}, {precision} on {world_size} x {runtime.device_name(here)}")
-    runtime.say(f"teacher {guide.about}")
+    processes = f"{runtime.world_size} x {runtime.device_name(here)}"
+    runtime.say(f"{verb} {start_path}, {precision} on {processes}; teacher {guide.about}")
     if net.puzzle_format == "canvas":
         runtime.say("Route B learns offline, from soft targets: on_policy changes nothing")
     interrupted = runtime.catch_signals()
-    evaluation = loop.Evaluation(out_dir, eval_suites if master else "", eval_limit, eval_device)
-    publication = checkpoint.Publication(out_dir, push_to if master else "", push_full)
+    evaluation, publication = loop.Evaluation(config), checkpoint.Publication(config)
     ahead = Ahead(loader, pin=here.startswith("cuda"))
     tasks = held_out_tasks(loader, check_tasks)
+    since_log, saved, due, stopping = defaultdict(float), True, False, False
     net.train()
-
-    def log(entry):
-        if master:
-            loop.write_log(entry, log_path, tracked)
-
-    def diverged(what):
-        runtime.stop(f"{what} not finite; {ckpt_path} is as it was: lower learning_rate={learning_rate:g}")
 
     def validate():
         """Returns the share of held-out puzzles that the student solves."""
-        losses, run["val_loss"] = loop.validate(net, average, loader, eval_batches, autocast, here)
-        run["val_losses"] = losses
-        if not all(map(math.isfinite, losses.values())):
-            diverged(f"step {run['iter']}: the validation losses {losses} are")
+        loop.validate(run, net, average, loader, autocast, here, config)
+        step, losses = run["iter"], run["val_losses"]
         with loop.averaged_weights(net, average), autocast:
             share = teachers.solved(teachers.Ours(net), tasks)
-        log({"iter": run["iter"], "val_loss": run["val_loss"], "val_losses": losses, "student_solved": share})
-        shown = ", ".join(f"{k} {v:.3f}" for k, v in losses.items()) or "of nothing"
-        runtime.say(f"step {run['iter']}: validation {shown}; {share:.1%} of {len(tasks)} puzzles solved")
+        log.write({"iter": step, "val_loss": run["val_loss"], "val_losses": losses, "student_solved": share})
+        shown = ", ".join(f"{k} {v:.3f}" for k, v in losses.items())
+        runtime.say(f"step {step}: validation {shown}; {share:.1%} of {len(tasks)} puzzles solved")
         return share
 
     if not resumed:
         share = validate()
         with autocast:
             its_share = teachers.solved(guide, tasks)
-        log({"iter": 0, "teacher_solved": its_share})
+        log.write({"iter": 0, "teacher_solved": its_share})
         weaker = ": it is weaker than its student" if its_share < share else ""
         runtime.say(f"the teacher solves {its_share:.1%}{weaker}")
-    progress = tqdm(total=max_iters, initial=run["iter"], disable=None if master else True, unit="step")
-    since_log, saved, due, stopping = defaultdict(float), True, False, False
 
     # ---- go
     while run["iter"] < max_iters and not stopping:
         started = time.perf_counter()
-        lr = loop.learning_rate_at(
-            run["iter"],
-            schedule=schedule,
-            learning_rate=learning_rate,
-            min_lr=min_lr,
-            warmup_iters=warmup_iters,
-            decay_iters=decay_iters,
-            max_iters=max_iters,
-        )
-        for o in optimizers:
-            for group in o.param_groups:
-                group["lr"] = lr
+        lr = loop.learning_rate_at(run["iter"], config)
+        loop.set_learning_rate(optimizers, lr)
 
         # forward and backward on every batch of the step
         try:
@@ -440,9 +362,7 @@ def main(argv):
             runtime.stop(e)
         step_state = run["iter"], carries, scaler, autocast, here
         stats, new_carries = forward_backward(parallel, guide, batches, *step_state)
-        for o in optimizers:
-            scaler.unscale_(o)
-        grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or math.inf).item()
+        grad_norm = loop.clip_gradients(net, optimizers, scaler, grad_clip)
 
         # every process learns the same sums, so that all of them step or skip, stop and save together
         out_of_time = max_hours and time.monotonic() - began > 3600 * max_hours
@@ -450,35 +370,24 @@ def main(argv):
         stats, stopping = dict(zip(stats, sums)), sums[-1]
         loss = stats["loss"]
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        loop.optimizer_step(optimizers, scaler, finite)
         if finite:
-            for o in optimizers:
-                scaler.step(o)
             carries.update(new_carries)
             if average:
                 loop.update_average(average, net, ema, run["iter"])
-        scaler.update()
-        for o in optimizers:
-            o.zero_grad(set_to_none=True)
 
         # what it was like
         seconds = time.perf_counter() - started
-        run["iter"] += 1
-        run["seconds"] += seconds
-        run["tokens"] += int(stats["tokens"])
-        run["skipped"] += not finite
-        run["skipped_in_a_row"] = 0 if finite else run["skipped_in_a_row"] + 1
+        loop.count_step(run, seconds, stats["tokens"], finite)
         step, source = run["iter"], batches[0].source
         for k, v in {**stats, "seconds": seconds}.items():
             since_log[k] += v
-        progress.set_postfix_str(f"{source} loss {loss:.3f}", refresh=False)
-        progress.update()
+        log.progress.set_postfix_str(f"{source} loss {loss:.3f}", refresh=False)
+        log.progress.update()
         if not finite:
-            log({"iter": step, "loss": None, "source": source, "lr": lr, "skipped": run["skipped"]})
-            runtime.say(f"step {step} skipped: loss {loss:.3g}, gradient norm {grad_norm:.3g}")
-            if run["skipped_in_a_row"] >= max_skipped:
-                diverged(f"loss or gradient of {max_skipped} steps in a row, up to {step}, were")
+            log.skipped(run, source, lr, loss, grad_norm, config)
         elif step % log_interval == 0 or step == max_iters:
-            own, process_seconds = since_log["own"], since_log["seconds"] * world_size
+            own, process_seconds = since_log["own"], since_log["seconds"] * runtime.world_size
             entry = {
                 "iter": step,
                 "loss": loss,
@@ -494,16 +403,14 @@ def main(argv):
                 "memory_gb": round(runtime.peak_memory(here) / 1e9, 3),
                 "skipped": run["skipped"],
             }
-            log(entry)
+            log.write(entry)
             since_log.clear()
             runtime.say(
                 f"step {step}: loss {loss:.4f} ({source}), lr {lr:.2e}, gradient {grad_norm:.2f}, sampling "
                 f"{entry['sampling']:.0%} and scoring {entry['scoring']:.0%} of the time"
             )
         if sync_check_interval and (step % sync_check_interval == 0 or step == max_iters):
-            problem = loop.out_of_sync(net, average, loss, grad_norm, here)
-            if problem:
-                runtime.stop(f"processes are out of sync at step {step}: {problem}; go on from {ckpt_path}")
+            loop.check_sync(net, average, loss, grad_norm, step, here, config)
 
         # validate, save, evaluate, publish
         evaluation.collect()
@@ -511,39 +418,19 @@ def main(argv):
         due = due or step % eval_interval == 0 or step == max_iters or bool(stopping)
         overflow = scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1
         if due and (finite or overflow):  # else what is on disk is better
-            if wrong := loop.not_finite(net, average):
-                diverged(f"after step {step} there are weights ({wrong})")
+            loop.check_weights(net, average, step, config)
             if not stopping:
                 validate()
-            rest = {
-                "data": pinned,
-                "loader": ahead.state,
-                "optimizer_name": optimizer,
-                "optimizers": [o.state_dict() for o in optimizers],
-                "scaler": scaler.state_dict(),
-                "rng": checkpoint.random_states(here),
-                "carries": checkpoint.gather_carries(carries, here),
-            }
-            saved = checkpoint.save_run(ckpt_path, net, model, config, average, {**run, **rest}, here)
+            train = {**run, "data": pinned, "loader": ahead.state}
+            saved = checkpoint.save_run(train, config, net, model, average, optimizers, scaler, carries, here)
             due = False
-            if master:
-                runtime.draw_losses(out_dir)
             if saved and not stopping:
                 evaluation.start(step)
                 publication.start(step)
 
     # ---- the end
-    progress.close()
-    ahead.close()
-    if tracked:
-        tracked.finish()
-    if saved and not due and not interrupted:
-        publication.end(run["iter"])
-    evaluation.end(0 if stopping else eval_minutes)
-    if due or not saved:
-        runtime.stop(f"the last steps, up to {run['iter']}, were not saved; {ckpt_path} is as it was")
-    if stopping:
-        runtime.say(f"stopped after step {run['iter']}; go on with --init_from=resume (saved to {ckpt_path})")
+    saved = saved and not due
+    loop.end(run, log, ahead, evaluation, publication, saved, stopping, interrupted, config)
     runtime.end_processes()
 
 

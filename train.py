@@ -21,9 +21,7 @@ a second one exits at once. Read next: eval_arc.py, which judges what this makes
 """
 
 import contextlib
-import importlib
 import math
-import os
 import sys
 import time
 
@@ -34,7 +32,7 @@ from tqdm import tqdm
 import configurator
 from smol import checkpoint, loop, runtime
 from smol import tokenizer as tok
-from smol.loader import Ahead, Loader
+from smol.loader import Ahead
 
 # -----------------------------------------------------------------------------
 # The defaults train the 100M Route A on the demo stage. Config files change what they need to.
@@ -138,23 +136,10 @@ def main(argv):
         loop.check_settings(config)
         here, precision = runtime.start(device, dtype)
     on_gpu, world_size = here.startswith("cuda"), runtime.world_size
-    ckpt_path, log_path = os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "log.jsonl")
 
     # ---- from scratch, from another run's weights, or going on
-    anew = overwrite or sanity
-    with runtime.errors_agree():
-        checkpoint.fetch(init_from, out_dir, anew, push_to)
-    with runtime.errors_agree():
-        start, start_path, resumed = checkpoint.starting_point(init_from, out_dir, anew)
-        if resumed and "student" in start["train"]:
-            raise ValueError(f"{start_path} was written by distill.py: use that, or another --out_dir")
-    with runtime.errors_agree():
-        checkpoint.check_same_start(start["train"]["iter"] if resumed else None, here)
-    if resumed and start["train"]["iter"] >= max_iters:
-        step = start["train"]["iter"]
-        runtime.say(f"{start_path} is of step {step}, and max_iters={max_iters}: there is nothing left to do")
-        checkpoint.Publication(out_dir, push_to if runtime.master else "", push_full).end(step)
-        runtime.end_processes()
+    start, start_path, resumed = checkpoint.begin(config, here, anew=overwrite or sanity)
+    if resumed and checkpoint.nothing_left(start, config):
         return
 
     # ---- model, data, optimizer
@@ -167,67 +152,19 @@ def main(argv):
         optimizers = loop.make_optimizers(net, optimizer, weight_decay, learning_rate, (beta1, beta2))
         if resumed or (start and init_optimizer):
             checkpoint.load_optimizers(optimizers, optimizer, start["train"])
-        loader = Loader(
-            data_dir,
-            data,
-            tag=data_tag,
-            weights=mixture,
-            seed=seed,
-            batch_size=batch_size,
-            block_size=block_size,
-            batches_per_step=gradient_accumulation_steps,
-            puzzle_format=net.puzzle_format,
-            rank=runtime.rank,
-            world_size=world_size,
-            verify=runtime.local_rank == 0,
-        )
         before = start["train"].get("data", {}) if start else {}
-        pinned = {
-            "stage": data,
-            "tag": data_tag,
-            "snapshot": loader.snapshot,
-            "shards": loader.fingerprint,
-            "shares": loader.rounded_shares(),
-            "sources": sorted({*loader.names, *before.get("sources", [])}),  # all that the weights have seen
-        }
+        loader, pinned = loop.make_loader(config, net, before.get("sources", []))
         if resumed:
             checkpoint.check_same_data(before, pinned)
             loader.load_state_dict(start["train"]["loader"])
-    average = {k: v.detach().clone() for k, v in net.state_dict().items()} if ema else None
-    if average and start:
-        average.update({k: v.to(here) for k, v in (start["ema"] or {}).items()})
-    scaler = torch.amp.GradScaler(here.split(":")[0], enabled=precision == "float16")
-    autocast = contextlib.nullcontext()
-    if precision != "float32":
-        autocast = torch.autocast(here.split(":")[0], dtype=getattr(torch, precision))
-
-    # ---- where the run is: what a checkpoint has beside the weights
-    run = {
-        "iter": 0,
-        "seconds": 0.0,
-        "tokens": 0,
-        "val_losses": {},
-        "val_loss": None,
-        "skipped": 0,  # steps whose loss or gradient was not finite, in all and in a row
-        "skipped_in_a_row": 0,
-        "began_with": start_path,
-    }
+    average = loop.start_average(net, ema, start)
+    autocast, scaler = loop.mixed_precision(here, precision)
+    run = {**loop.NEW_RUN, "began_with": start_path}
     carries = {}  # Route B: (number of the batch, length) -> answers and latents of puzzles that go on
     changed = []
     if resumed:
-        state, was = start["train"], start["config"]
-        run = {k: state[k] for k in run}
-        if state["scaler"] and scaler.is_enabled():
-            scaler.load_state_dict(state["scaler"])
-        changed = [f"{k}={v!r} (was {was.get(k)!r})" for k, v in config.items() if was.get(k) != v]
-        if len(state["rng"]) == world_size:
-            checkpoint.restore_random_state(state["rng"], here)
-        else:
-            changed.append(f"{world_size} processes (were {len(state['rng'])}): equal but for rounding")
-        shape = ("batch_size", "block_size", "gradient_accumulation_steps", "carry_turns")
-        if all(was.get(k) == config[k] for k in shape):
-            carries = checkpoint.own_carries(state["carries"])
-        start = state = None  # free its memory
+        carries, changed = checkpoint.restore(start, run, config, scaler, here)
+    start = None  # free its memory
 
     # ---- ready
     if compile is True or (compile == "auto" and on_gpu):
@@ -247,66 +184,33 @@ def main(argv):
         ids = [here] if on_gpu else None
         parallel = DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
     with runtime.errors_agree():
-        if runtime.master:
-            loop.open_out_dir(out_dir, config, run["iter"] if resumed else -1)
+        log = loop.Log(config, run["iter"] if resumed else -1)
     card = runtime.device_name(here)
     peak = runtime.peak_flops(card)
-    tracked = importlib.import_module(tracker) if tracker and runtime.master else None
-    if tracked:
-        tracked.init(project="smol-llm", name=os.path.basename(out_dir), config=config, resume="allow")
-    if runtime.master:
-        print(configurator.show(config, defaults))
-        print(
-            f"{net.num_params() / 1e6:.2f}M parameters, {precision} on {world_size} x {card}, {optimizer}, "
-            f"{gradient_accumulation_steps * batch_size * block_size:,} tokens per step, "
-            f"sources {', '.join(loader.names)}"
-        )
-        begin = f"from the weights of {start_path}" if start_path else "from scratch"
-        if resumed:
-            begin = f"going on after step {run['iter']} of {start_path}"
-        print(begin + "".join(f"\n  changed: {c}" for c in changed))
-        for name, why in loader.not_validated(eval_batches).items():
-            print(f"not validated: {name} ({why})")
-    interrupted = runtime.catch_signals()
-    evaluation = loop.Evaluation(out_dir, eval_suites if runtime.master else "", eval_limit, eval_device)
-    publication = checkpoint.Publication(out_dir, push_to if runtime.master else "", push_full)
-    ahead = Ahead(loader, pin=on_gpu)
-    progress = tqdm(
-        total=max_iters,
-        initial=run["iter"],
-        disable=None if runtime.master else True,
-        unit="step",
-        mininterval=1.0,
+    runtime.say(configurator.show(config, defaults))
+    runtime.say(
+        f"{net.num_params() / 1e6:.2f}M parameters, {precision} on {world_size} x {card}, {optimizer}, "
+        f"{gradient_accumulation_steps * batch_size * block_size:,} tokens per step, "
+        f"sources {', '.join(loader.names)}"
     )
+    begin = f"from the weights of {start_path}" if start_path else "from scratch"
+    if resumed:
+        begin = f"going on after step {run['iter']} of {start_path}"
+    runtime.say(begin + "".join(f"\n  changed: {c}" for c in changed))
+    for name, why in loader.not_validated(eval_batches).items():
+        runtime.say(f"not validated: {name} ({why})")
+    interrupted = runtime.catch_signals()
+    evaluation, publication = loop.Evaluation(config), checkpoint.Publication(config)
+    ahead = Ahead(loader, pin=on_gpu)
     since_log = {"seconds": 0.0, "tokens": 0, "flops": 0.0, "waited": 0.0, "steps": 0}
     logged, saved, due, stopping = [], True, False, False
     net.train()
 
-    def log(entry):
-        if runtime.master:
-            loop.write_log(entry, log_path, tracked)
-
-    def diverged(what):
-        runtime.stop(
-            f"{what}; {ckpt_path} is untouched. Lower learning_rate (now {learning_rate:g}) or grad_clip "
-            f"(now {grad_clip:g}), or raise warmup_iters (now {warmup_iters})"
-        )
-
     # ---- go
     while run["iter"] < max_iters:
         started = time.perf_counter()
-        lr = loop.learning_rate_at(
-            run["iter"],
-            schedule=schedule,
-            learning_rate=learning_rate,
-            min_lr=min_lr,
-            warmup_iters=warmup_iters,
-            decay_iters=decay_iters,
-            max_iters=max_iters,
-        )
-        for o in optimizers:
-            for group in o.param_groups:
-                group["lr"] = lr
+        lr = loop.learning_rate_at(run["iter"], config)
+        loop.set_learning_rate(optimizers, lr)
 
         # forward and backward on every batch of the step
         batches = ahead.next_step()
@@ -319,10 +223,8 @@ def main(argv):
             idx = batch.idx.to(here, non_blocking=True)  # (B, L)
             targets = batch.targets.to(here, non_blocking=True)
             with contextlib.nullcontext() if last or world_size == 1 else parallel.no_sync():
-                with (
-                    autocast
-                ):  # not the backward: its own float32 products would overflow in float16 (LOG.md)
-                    carry = loop.to_device(carry, here)
+                carry = loop.to_device(carry, here)
+                with autocast:  # not the backward: float32 products would overflow in float16 (LOG.md)
                     _, loss, carry = parallel(idx, targets, mode=batch.mode, carry=carry)
                 scaler.scale(loss / len(batches)).backward()
             if carry is not None:
@@ -330,9 +232,7 @@ def main(argv):
             losses.append(loss.detach())
             tokens += batch.tokens
             flops += batch.tokens * net.flops_per_token(idx.shape[1], batch.mode, training=True)
-        for o in optimizers:
-            scaler.unscale_(o)
-        grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or math.inf).item()
+        grad_norm = loop.clip_gradients(net, optimizers, scaler, grad_clip)
 
         # every process learns the same sums: all of them step or skip, stop, save and validate together
         loss = sum(x.item() for x in losses) / len(losses) / world_size
@@ -341,34 +241,22 @@ def main(argv):
             [loss, tokens, flops, ahead.waited / world_size, bool(interrupted or out_of_time)], here
         )
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        loop.optimizer_step(optimizers, scaler, finite)
         if finite:
-            for o in optimizers:
-                scaler.step(o)
             carries.update(new_carries)
             if average:
                 loop.update_average(average, net, ema, run["iter"])
-        scaler.update()
-        for o in optimizers:
-            o.zero_grad(set_to_none=True)
 
         # what it was like
         seconds = time.perf_counter() - started
-        run["iter"] += 1
-        run["seconds"] += seconds
-        run["tokens"] += int(tokens)
-        run["skipped"] += not finite
-        run["skipped_in_a_row"] = 0 if finite else run["skipped_in_a_row"] + 1
+        loop.count_step(run, seconds, tokens, finite)
         step, source = run["iter"], batches[0].source
         new = {"seconds": seconds, "tokens": tokens, "flops": flops, "waited": waited, "steps": 1}
         since_log = {k: v + new[k] for k, v in since_log.items()}
-        progress.set_postfix_str(f"{source} loss {loss:.3f}", refresh=False)
-        progress.update()
+        log.progress.set_postfix_str(f"{source} loss {loss:.3f}", refresh=False)
+        log.progress.update()
         if not finite:
-            log({"iter": step, "loss": None, "source": source, "lr": lr, "skipped": run["skipped"]})
-            how = f"loss {loss:.3g}, gradient norm {grad_norm:.3g}, scale {scaler.get_scale():g}"
-            runtime.say(f"step {step} skipped: {how}")
-            if run["skipped_in_a_row"] >= max_skipped:
-                diverged(f"{max_skipped} steps in a row, up to {step}, had no finite loss and gradient")
+            log.skipped(run, source, lr, loss, grad_norm, config)
         elif step % log_interval == 0 or step == max_iters:
             rate = {k: v / since_log["seconds"] for k, v in since_log.items()}  # per second
             entry = {
@@ -386,7 +274,7 @@ def main(argv):
                 "eta_hours": round((max_iters - step) / rate["steps"] / 3600, 3),
                 "skipped": run["skipped"],
             }
-            log(entry)
+            log.write(entry)
             logged.append(entry)
             since_log = dict.fromkeys(since_log, 0)
             mfu = f"MFU {entry['mfu']:.1%}, " if peak else ""
@@ -397,9 +285,7 @@ def main(argv):
                 f"{entry['eta_hours']:.2f} h to go"
             )
         if sync_check_interval and (step % sync_check_interval == 0 or step == max_iters):
-            problem = loop.out_of_sync(net, average, loss, grad_norm, here)
-            if problem:
-                runtime.stop(f"processes are out of sync at step {step}: {problem}; go on from {ckpt_path}")
+            loop.check_sync(net, average, loss, grad_norm, step, here, config)
 
         # validate, save, evaluate, publish
         evaluation.collect()
@@ -408,35 +294,16 @@ def main(argv):
         # a step that float16 skips to find its scale is no reason not to save; another one is
         overflow = scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1
         if due and (finite or overflow):
-            wrong = loop.not_finite(net, average)
-            if wrong:
-                diverged(f"after step {step} there are weights that are not finite ({wrong})")
+            loop.check_weights(net, average, step, config)
             if not stopping:
-                run["val_losses"], run["val_loss"] = loop.validate(
-                    net, average, loader, eval_batches, autocast, here
-                )
-                if not all(map(math.isfinite, run["val_losses"].values())):
-                    diverged(f"the validation loss of step {step} is not finite ({run['val_losses']})")
+                loop.validate(run, net, average, loader, autocast, here, config)
                 if run["val_losses"]:
-                    log({"iter": step, "val_loss": run["val_loss"], "val_losses": run["val_losses"]})
+                    log.write({"iter": step, "val_loss": run["val_loss"], "val_losses": run["val_losses"]})
                     shown = ", ".join(f"{k} {v:.3f}" for k, v in run["val_losses"].items())
                     runtime.say(f"step {step}: validation {shown}")
-            rest = {
-                "data": pinned,
-                "loader": ahead.state,
-                "optimizer_name": optimizer,
-                "optimizers": [o.state_dict() for o in optimizers],
-                "scaler": scaler.state_dict(),
-                "rng": checkpoint.random_states(here),
-                "carries": checkpoint.gather_carries(carries, here),
-            }
-            saved = checkpoint.save_run(ckpt_path, net, model, config, average, {**run, **rest}, here)
+            train = {**run, "data": pinned, "loader": ahead.state}
+            saved = checkpoint.save_run(train, config, net, model, average, optimizers, scaler, carries, here)
             due = False
-            if runtime.master:
-                with contextlib.suppress(OSError):  # a full disk
-                    runtime.draw_losses(out_dir)
-            if saved and runtime.master and keep_every and step % keep_every == 0:
-                checkpoint.second_name(ckpt_path, os.path.join(out_dir, f"ckpt_{step}.pt"))
             if saved and not stopping:
                 evaluation.start(step)
                 publication.start(step)
@@ -444,22 +311,12 @@ def main(argv):
             break
 
     # ---- the end
-    progress.close()
-    ahead.close()
-    if tracked:
-        tracked.finish()
-    if saved and not due and not interrupted:
-        publication.end(run["iter"])
-    evaluation.end(0 if stopping else eval_minutes)
-    step = run["iter"]
-    if due:
-        diverged(f"the last steps up to {step} had no finite loss and gradient, and nothing was saved")
-    if not saved:
-        runtime.stop(f"stopped after step {step}, and its checkpoint could not be saved to {ckpt_path}")
-    if stopping:
-        runtime.say(f"stopped after step {step}, saved to {ckpt_path}: go on with --init_from=resume")
-    elif sanity and runtime.master:
-        checks += check_run(logged, run["val_losses"], ckpt_path, net, scaler.is_enabled(), card)
+    saved = saved and not due
+    loop.end(run, log, ahead, evaluation, publication, saved, stopping, interrupted, config)
+    if sanity and not stopping and runtime.master:
+        checks += check_run(
+            logged, run["val_losses"], checkpoint.path_of(config), net, scaler.is_enabled(), card
+        )
         if not show_checks(checks):
             runtime.exit_now("stage 0 failed")
     runtime.end_processes()
@@ -487,15 +344,9 @@ def overfit_one_batch(net, mode, batch, autocast, scaled, device):
         with autocast:
             loss = net(idx, targets, mode=mode)[1]
         scaler.scale(loss).backward()
-        for o in optimizers:
-            scaler.unscale_(o)
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        for o in optimizers:
-            for group in o.param_groups:
-                group["lr"] = learning_rate * min(1, (i + 1) / 10)
-            scaler.step(o)
-            o.zero_grad(set_to_none=True)
-        scaler.update()
+        loop.clip_gradients(net, optimizers, scaler, 1.0)
+        loop.set_learning_rate(optimizers, learning_rate * min(1, (i + 1) / 10))
+        loop.optimizer_step(optimizers, scaler, True)
     net.load_state_dict(before)
     how = f"{tuple(idx.shape)} of {source}, loss {loss.item():.3f} after {sanity_steps} steps"
     return f"overfit one {mode} batch", loss.item() < 0.1, how

@@ -19,6 +19,7 @@ card. Each published step is one commit. Tokens are the hub client's business (`
 Read next: train.py, which writes them; eval_arc.py, which starts with `load_model`.
 """
 
+import contextlib
 import importlib
 import os
 import pickle
@@ -182,6 +183,40 @@ def load_model(path, device="cpu"):
 # a run: where it begins, what it saves, how it goes on
 
 
+def path_of(config):
+    """Of the checkpoint of a run with these settings."""
+    return os.path.join(config["out_dir"], "ckpt.pt")
+
+
+def begin(config, device, anew, distilled=False):
+    """
+    Where a run begins, the same in all processes: as `starting_point`, after `fetch`. anew: what is in
+    out_dir may be replaced. distilled: whether distill.py asks, which goes on with its own runs only.
+    """
+    init_from, out_dir = config["init_from"], config["out_dir"]
+    with runtime.errors_agree():
+        fetch(init_from, out_dir, anew, config["push_to"])
+    with runtime.errors_agree():
+        start, path, resumed = starting_point(init_from, out_dir, anew)
+        if resumed and ("teacher" in start["train"]["data"]) != distilled:
+            other = "train.py" if distilled else "distill.py"
+            raise ValueError(f"{path} was written by {other}: use that, or another --out_dir")
+    with runtime.errors_agree():
+        check_same_start(start["train"]["iter"] if resumed else None, device)
+    return start, path, resumed
+
+
+def nothing_left(start, config):
+    """Whether a run that would go on is already at its last step: then it is published, and that is all."""
+    step = start["train"]["iter"]
+    if step < config["max_iters"]:
+        return False
+    runtime.say(f"{path_of(config)} is of step {step}, the last of {config['max_iters']}: nothing left to do")
+    Publication(config).end(step)
+    runtime.end_processes()
+    return True
+
+
 def fetch(init_from, out_dir, overwrite, push_to):
     """
     Download what a run begins with, if it is on the hub: with init_from 'hub:USER/NAME' a checkpoint for its
@@ -215,8 +250,7 @@ def starting_point(init_from, out_dir, overwrite):
     if init_from == "resume" or (held and init_from != "scratch"):
         checkpoint = load_finite(path)
         train = checkpoint["train"]
-        began_with = train.get("student") or train.get("began_with")  # of distill.py, of train.py
-        if init_from in ("resume", "auto", began_with):
+        if init_from in ("resume", "auto", train.get("began_with")):
             if "optimizers" not in train:
                 raise ValueError(
                     f"{path} has the weights alone, as published without --push_full=True: begin another run "
@@ -296,20 +330,44 @@ def random_states(device):
     return runtime.gather({"cpu": torch.get_rng_state(), "cuda": cuda})
 
 
-def restore_random_state(states, device):
-    """states: of `random_states`, from as many processes as there are now."""
-    torch.set_rng_state(states[runtime.rank]["cpu"])
-    if device.startswith("cuda") and states[runtime.rank]["cuda"] is not None:
-        torch.cuda.set_rng_state(states[runtime.rank]["cuda"])
+def restore(start, run, config, scaler, device):
+    """
+    What a run that goes on needs besides weights, optimizers and data: its counters (into `run`), the scale,
+    the random states -> (carries of this process, lines that say what is not as it was).
+    """
+    state, was = start["train"], start["config"]
+    run.update({k: state[k] for k in run})
+    if state["scaler"] and scaler.is_enabled():
+        scaler.load_state_dict(state["scaler"])
+    changed = [f"{k}={v!r} (was {was.get(k)!r})" for k, v in config.items() if was.get(k) != v]
+    if len(state["rng"]) == runtime.world_size:
+        torch.set_rng_state(state["rng"][runtime.rank]["cpu"])
+        cuda = state["rng"][runtime.rank]["cuda"]
+        if device.startswith("cuda") and cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+    else:
+        changed.append(f"{runtime.world_size} processes (were {len(state['rng'])}): equal but for rounding")
+    shape = ("batch_size", "block_size", "gradient_accumulation_steps", "carry_turns")
+    same = all(was.get(k) == config.get(k) for k in shape)
+    return own_carries(state["carries"]) if same else {}, changed
 
 
-def save_run(path, net, model, config, average, train, device):
+def save_run(train, config, net, model, average, optimizers, scaler, carries, device):
     """
-    Write the checkpoint of a run, and keep the one before. train: what the script needs to go on. All
-    processes call this, and rank 0 writes. Returns whether it is on disk; if not, a line has said so.
+    Write the checkpoint of a run, keep the one before, and draw loss.png. train: the counters of the run, its
+    data and the position of its loader. All processes call this, and rank 0 writes. Returns whether it is on
+    disk; if not, a line has said so.
     """
-    saved = True
+    saved, path, step = True, path_of(config), train["iter"]
+    rng, carries = random_states(device), gather_carries(carries, device)
     if runtime.master:
+        rest = {
+            "optimizer_name": config["optimizer"],
+            "optimizers": [o.state_dict() for o in optimizers],
+            "scaler": scaler.state_dict(),
+            "rng": rng,
+            "carries": carries,
+        }
         whole = {
             "format": CHECKPOINT_FORMAT,
             "model": model,
@@ -319,16 +377,19 @@ def save_run(path, net, model, config, average, train, device):
             "tokenizer": tok.fingerprint(),
             "config": config,
             "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
-            "train": train,
+            "train": {**train, **rest},
         }
         try:
             save(whole, path, previous(path))
+            keep_every = config.get("keep_every")
+            if keep_every and step % keep_every == 0:
+                second_name(path, os.path.join(config["out_dir"], f"ckpt_{step}.pt"))
         except OSError as e:
             saved = False
             why = e.strerror or e
-            runtime.say(
-                f"the checkpoint of step {train['iter']} could not be saved ({why}); training goes on"
-            )
+            runtime.say(f"the checkpoint of step {step} could not be saved ({why}); training goes on")
+        with contextlib.suppress(OSError):
+            runtime.draw_losses(config["out_dir"])
     return runtime.sums([saved], device)[0] == runtime.world_size
 
 
@@ -460,18 +521,21 @@ def pull(name, out_dir, overwrite=False):
 class Publication:
     """
     Pushes of a run's checkpoints in a thread beside the training, one at a time: a step that ends while
-    another is being sent is left out. repo '': nothing is done.
+    another is being sent is left out. push_to '': nothing is done.
     """
 
-    def __init__(self, out_dir, repo, full):
-        self.out_dir, self.repo, self.full = out_dir, repo, full
+    def __init__(self, config):
+        self.out_dir, self.full = config["out_dir"], config["push_full"]
+        self.repo = config["push_to"] if runtime.master else ""
         self.step, self.future = None, None  # the last one that was sent or is being sent
-        self.link = os.path.join(out_dir, "ckpt.push")  # the next save takes nothing from under the reader
-        if repo:
+        self.link = os.path.join(
+            self.out_dir, "ckpt.push"
+        )  # the next save takes nothing from under the reader
+        if self.repo:
             from huggingface_hub import HfApi
 
             self.api = HfApi()
-            self.future = self.api.run_as_future(create, repo)  # a wrong login shows now
+            self.future = self.api.run_as_future(create, self.repo)  # a wrong login shows now
 
     def collect(self, wait=0.0):
         """Say what has come of the push, if it has ended; wait so many seconds for that."""

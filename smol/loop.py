@@ -1,9 +1,9 @@
 """
 What train.py and distill.py share of a training loop, beside the steps themselves.
 
-Checks of the settings, the learning rate's schedule, optimizers, averaged weights, validation, and the
-evaluation that runs in a process beside the training. Before this: runtime.py, checkpoint.py. Read next:
-train.py.
+Checks of the settings, the loader, the learning rate, optimizers, averaged weights, validation, the log, and
+the evaluation that runs in a process beside the training. `config` is everywhere the dict of the script's
+settings. Before this: runtime.py, checkpoint.py. Read next: train.py.
 """
 
 import contextlib
@@ -17,13 +17,27 @@ import subprocess
 import sys
 
 import torch
+from tqdm import tqdm
 
 from smol import checkpoint, runtime, suites
 from smol.files import write_whole
+from smol.loader import Loader
 from smol.muon import muon_and_adamw
 from smol.snapshots import repo_name
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of the checkout
+
+# where a run is: what a checkpoint has beside the weights, and the path of those that it began with
+NEW_RUN = {
+    "iter": 0,
+    "seconds": 0.0,
+    "tokens": 0,
+    "val_losses": {},
+    "val_loss": None,
+    "skipped": 0,  # steps whose loss or gradient was not finite, in all and in a row
+    "skipped_in_a_row": 0,
+    "began_with": None,
+}
 
 
 def check_settings(config):
@@ -48,17 +62,52 @@ def check_settings(config):
     runtime.pick_device(config["eval_device"])
 
 
-def learning_rate_at(it, *, schedule, learning_rate, min_lr, warmup_iters, decay_iters, max_iters):
+def make_loader(config, net, seen):
+    """
+    -> (the batches of a stage, what a checkpoint says of its data). seen: names of the sources that the
+    weights have learned from before.
+    """
+    loader = Loader(
+        config["data_dir"],
+        config["data"],
+        tag=config["data_tag"],
+        weights=config["mixture"],
+        seed=config["seed"],
+        batch_size=config["batch_size"],
+        block_size=config["block_size"] or net.config.block_size,
+        batches_per_step=config["gradient_accumulation_steps"],
+        puzzle_format=net.puzzle_format,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        verify=runtime.local_rank == 0,
+    )
+    pinned = {
+        "stage": config["data"],
+        "tag": config["data_tag"],
+        "snapshot": loader.snapshot,
+        "shards": loader.fingerprint,
+        "shares": loader.rounded_shares(),
+        "sources": sorted({*loader.names, *seen}),
+    }
+    return loader, pinned
+
+
+# -----------------------------------------------------------------------------
+# the parts of a step
+
+
+def learning_rate_at(it, config):
     """
     The rate of step `it`. Both schedules warm up linearly and end at min_lr, unless the plateau has no end.
     """
-    up = min(1.0, (it + 1) / max(1, warmup_iters))
-    if schedule == "cosine":
-        share = max(0, it - warmup_iters) / max(1, max_iters - warmup_iters)
+    warmup, decay, end = config["warmup_iters"], config["decay_iters"], config["max_iters"]
+    up = min(1.0, (it + 1) / max(1, warmup))
+    if config["schedule"] == "cosine":
+        share = max(0, it - warmup) / max(1, end - warmup)
         down = 0.5 + 0.5 * math.cos(math.pi * min(1.0, share))
     else:
-        down = min(1.0, (max_iters - it) / decay_iters) if decay_iters else 1.0
-    return min_lr + (learning_rate - min_lr) * min(up, down)
+        down = min(1.0, (end - it) / decay) if decay else 1.0
+    return config["min_lr"] + (config["learning_rate"] - config["min_lr"]) * min(up, down)
 
 
 def make_optimizers(net, name, weight_decay, learning_rate, betas):
@@ -66,6 +115,47 @@ def make_optimizers(net, name, weight_decay, learning_rate, betas):
     if name == "muon":
         return muon_and_adamw(net, weight_decay, learning_rate, betas)
     return [net.configure_optimizer(weight_decay, learning_rate, betas)]
+
+
+def set_learning_rate(optimizers, lr):
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+
+def mixed_precision(device, precision):
+    """-> (autocast, gradient scaler): the first does nothing in float32, the second except in float16."""
+    kind = torch.device(device).type
+    scaler = torch.amp.GradScaler(kind, enabled=precision == "float16")
+    if precision == "float32":
+        return contextlib.nullcontext(), scaler
+    return torch.autocast(kind, dtype=getattr(torch, precision)), scaler
+
+
+def clip_gradients(net, optimizers, scaler, grad_clip):
+    """Take the scale of the loss out, and clip. Returns the norm before clipping."""
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    return torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or math.inf).item()
+
+
+def optimizer_step(optimizers, scaler, finite):
+    """One step; not finite: none, but the scaler learns of it."""
+    for optimizer in optimizers:
+        if finite:
+            scaler.step(optimizer)
+    scaler.update()
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+
+
+def count_step(run, seconds, tokens, finite):
+    """One more step in the counters of a run."""
+    run["iter"] += 1
+    run["seconds"] += seconds
+    run["tokens"] += int(tokens)
+    run["skipped"] += not finite
+    run["skipped_in_a_row"] = 0 if finite else run["skipped_in_a_row"] + 1
 
 
 def to_device(carry, device):
@@ -78,6 +168,16 @@ def to_device(carry, device):
 
 # -----------------------------------------------------------------------------
 # averaged weights, validation
+
+
+def start_average(net, ema, start):
+    """
+    The averaged weights at the beginning: those of the checkpoint `start`, if it has any, else the weights.
+    None without ema.
+    """
+    saved = start and start["ema"] or {}
+    own = net.state_dict().items()
+    return {k: saved[k].to(v.device) if saved else v.detach().clone() for k, v in own} if ema else None
 
 
 @torch.no_grad()
@@ -105,16 +205,16 @@ def averaged_weights(net, average):
 
 
 @torch.no_grad()
-def validate(net, average, loader, eval_batches, autocast, device):
+def validate(run, net, average, loader, autocast, device, config):
     """
-    -> ({source: mean loss}, mean over the sources of text or None); each process takes its share of the
-    batches.
+    run["val_losses"] = {source: mean loss}, run["val_loss"] = mean over the sources of text, or None; each
+    process takes its share of the batches. Ends the run where a loss is not finite.
     """
     net.eval()
     sums = {name: [0.0, 0.0] for _, name, _ in loader.val}
     with averaged_weights(net, average):
         for mode in ("text", "puzzle"):
-            for name, _, idx, targets in loader.val_batches(mode, eval_batches):
+            for name, _, idx, targets in loader.val_batches(mode, config["eval_batches"]):
                 with autocast:
                     loss = net(idx.to(device), targets.to(device), mode=mode)[1]
                 sums[name][0] += loss.item() * len(idx)
@@ -123,79 +223,134 @@ def validate(net, average, loader, eval_batches, autocast, device):
     flat = runtime.sums([x for pair in sums.values() for x in pair], device)
     losses = {name: flat[2 * i] / flat[2 * i + 1] for i, name in enumerate(sums) if flat[2 * i + 1]}
     text = [losses[name] for kind, name, _ in loader.val if kind == "text" and name in losses]
-    return losses, sum(text) / len(text) if text else None
+    run["val_losses"], run["val_loss"] = losses, sum(text) / len(text) if text else None
+    if not all(map(math.isfinite, losses.values())):
+        diverged(f"the validation loss of step {run['iter']} is not finite ({losses})", config)
 
 
-def not_finite(net, average):
-    """
-    Which weight or average is not finite, in the same words in all processes; None where all are finite.
-    """
+def check_weights(net, average, step, config):
+    """End the run where a weight or an average of any process is not finite."""
     averaged = checkpoint.not_finite(average)
-    return runtime.all_agree(
-        checkpoint.not_finite(net.state_dict()) or averaged and f"the average of {averaged}"
-    )
+    wrong = checkpoint.not_finite(net.state_dict()) or averaged and f"the average of {averaged}"
+    wrong = runtime.all_agree(wrong)
+    if wrong:
+        diverged(f"after step {step} there are weights that are not finite ({wrong})", config)
 
 
-def out_of_sync(net, average, loss, grad_norm, device):
+def check_sync(net, average, loss, grad_norm, step, device, config):
     """
     All processes must hold the same bits: a broken link or a bug otherwise trains two models and averages
-    their gradients. -> None, or which process differs in what.
+    their gradients. Ends the run, with the name of the process that differs and in what.
     """
     both = torch.tensor([loss, grad_norm], dtype=torch.float64, device=device)
     averages = {f"the average of {k}": v for k, v in (average or {}).items()}
     figures = {"the loss": both[:1], "the gradient norm": both[1:]}
-    return runtime.difference({**dict(net.named_parameters()), **averages, **figures})
+    problem = runtime.difference({**dict(net.named_parameters()), **averages, **figures})
+    if problem:
+        path = checkpoint.path_of(config)
+        runtime.stop(f"processes are out of sync at step {step}: {problem}; go on from {path}")
+
+
+def diverged(what, config):
+    """End the run. Its checkpoints stay as they are."""
+    asked = ", ".join(f"{k}={config[k]:g}" for k in ("learning_rate", "grad_clip", "warmup_iters"))
+    path = checkpoint.path_of(config)
+    runtime.stop(f"{what}; {path} is untouched. Lower the first two of {asked}, or raise the third")
 
 
 # -----------------------------------------------------------------------------
 # out_dir
 
 
-def open_out_dir(out_dir, config, step):
+class Log:
     """
-    Lock the folder, drop what its logs say after `step`, and write config.json. Rank 0 alone calls this.
-    ValueError or OSError in one line.
+    log.jsonl of a run, its copy at a tracker, and the progress bar. It locks out_dir, drops what the logs
+    there have after `step` (-1: all) and writes config.json. ValueError or OSError in one line.
     """
-    runtime.lock(out_dir)
-    for name in ("log.jsonl", "evals.jsonl"):
-        runtime.cut_log(os.path.join(out_dir, name), step)
-    write_whole(json.dumps(config, indent=2).encode(), os.path.join(out_dir, "config.json"))
+
+    def __init__(self, config, step):
+        self.path, self.tracker = os.path.join(config["out_dir"], "log.jsonl"), None
+        if runtime.master:
+            runtime.lock(config["out_dir"])
+            for name in ("log.jsonl", "evals.jsonl"):
+                runtime.cut_log(os.path.join(config["out_dir"], name), step)
+            settings = json.dumps(config, indent=2).encode()
+            write_whole(settings, os.path.join(config["out_dir"], "config.json"))
+            if config["tracker"]:
+                self.tracker = importlib.import_module(config["tracker"])
+                name = os.path.basename(config["out_dir"])
+                self.tracker.init(project="smol-llm", name=name, config=config, resume="allow")
+        self.progress = tqdm(
+            total=config["max_iters"],
+            initial=max(0, step),
+            disable=None if runtime.master else True,
+            unit="step",
+            mininterval=1.0,
+        )
+
+    def write(self, entry):
+        """Only rank 0 writes."""
+        if not runtime.master:
+            return
+        if problem := runtime.append_log(entry, self.path):
+            runtime.say(problem)
+        if self.tracker:
+            figures = {**entry, **{f"val_loss/{k}": v for k, v in entry.get("val_losses", {}).items()}}
+            numbers = {k: v for k, v in figures.items() if isinstance(v, (int, float))}
+            self.tracker.log(numbers, step=entry["iter"])
+
+    def skipped(self, run, source, lr, loss, grad_norm, config):
+        """A step whose loss or gradient was not finite; too many in a row end the run."""
+        step = run["iter"]
+        self.write({"iter": step, "loss": None, "source": source, "lr": lr, "skipped": run["skipped"]})
+        runtime.say(f"step {step} skipped: loss {loss:.3g}, gradient norm {grad_norm:.3g}")
+        if run["skipped_in_a_row"] >= config["max_skipped"]:
+            n = config["max_skipped"]
+            diverged(f"{n} steps in a row, up to {step}, had no finite loss and gradient", config)
+
+    def close(self):
+        self.progress.close()
+        if self.tracker:
+            self.tracker.finish()
 
 
-def write_log(entry, path, tracked=None):
-    """Append to log.jsonl; the figures also go to `tracked`, the module of a tracker, if there is one."""
-    problem = runtime.append_log(entry, path)
-    if problem:
-        runtime.say(problem)
-    if tracked:
-        figures = {**entry, **{f"val_loss/{k}": v for k, v in entry.get("val_losses", {}).items()}}
-        numbers = {k: v for k, v in figures.items() if isinstance(v, (int, float))}
-        tracked.log(numbers, step=entry["iter"])
+def end(run, log, ahead, evaluation, publication, saved, stopping, interrupted, config):
+    """The end of a run's work: whatever works beside it comes to its end, and where it goes on is said."""
+    path, step = checkpoint.path_of(config), run["iter"]
+    log.close()
+    ahead.close()
+    if saved and not interrupted:
+        publication.end(step)
+    evaluation.end(0 if stopping else config["eval_minutes"])
+    if not saved:
+        runtime.stop(f"the last steps, up to {step}, were not saved; {path} is untouched")
+    if stopping:
+        runtime.say(f"stopped after step {step}, saved to {path}: go on with --init_from=resume")
 
 
 class Evaluation:
     """
     eval_arc.py on the run's checkpoints, in a process beside the training; one at a time, so a checkpoint may
-    go without. What it finds is appended to evals.jsonl. suites '': nothing is done.
+    go without. What it finds is appended to evals.jsonl. eval_suites '': nothing is done.
     """
 
-    def __init__(self, out_dir, suites, limit, device):
-        self.out_dir, self.suites, self.limit, self.device = out_dir, suites, limit, device
-        self.process, self.link = None, os.path.join(out_dir, "ckpt_eval.pt")
+    def __init__(self, config):
+        self.config, self.out_dir = config, config["out_dir"]
+        self.process, self.link = None, os.path.join(self.out_dir, "ckpt_eval.pt")
 
     def start(self, step):
         """Of ckpt.pt, which is of this step, unless another is still being evaluated."""
         self.collect()
-        if not self.suites or self.process is not None:
+        if not self.config["eval_suites"] or not runtime.master or self.process is not None:
             return
-        checkpoint.second_name(os.path.join(self.out_dir, "ckpt.pt"), self.link)
+        checkpoint.second_name(checkpoint.path_of(self.config), self.link)
         command = [
             sys.executable,
             os.path.join(ROOT, "eval_arc.py"),
             self.link,
-            f"--suites={self.suites}",
-            f"--limit={self.limit}",
-            f"--device={self.device}",
+            f"--suites={self.config['eval_suites']}",
+            f"--limit={self.config['eval_limit']}",
+            f"--device={self.config['eval_device']}",
             f"--out_dir={os.path.join(self.out_dir, 'eval_step')}",
         ]
         alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
@@ -219,8 +374,8 @@ class Evaluation:
                 (figures,) = (r for r in json.load(f).values() if r["checkpoint"] == self.link)
             solved = {k: f"{r['solved']}/{r['total']}" for k, r in figures["suites"].items() if "solved" in r}
             runtime.say(f"step {self.step}: solved " + ", ".join(f"{k} {n}" for k, n in solved.items()))
-            figures["checkpoint"] = os.path.join(self.out_dir, "ckpt.pt")
-            write_log({"iter": self.step, **figures}, os.path.join(self.out_dir, "evals.jsonl"))
+            figures["checkpoint"] = checkpoint.path_of(self.config)
+            runtime.append_log({"iter": self.step, **figures}, os.path.join(self.out_dir, "evals.jsonl"))
         else:
             with open(os.path.join(self.out_dir, "eval_step.log"), encoding="utf-8", errors="replace") as f:
                 why = (f.read().strip().splitlines() or ["nothing was written"])[-1]

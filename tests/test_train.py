@@ -250,10 +250,10 @@ def test_a_run_that_diverges_ends_and_leaves_the_checkpoints(finished, data, tmp
         # step 10, which is skipped, would be saved
         (["--eval_interval=2", "--max_skipped=4"], always, "4 steps in a row"),
         (["--eval_interval=1"], INF, "after step 10 there are weights that are not finite (wte.weight)"),
-        (["--max_hours=1e-5"], always, "nothing was saved"),
+        (["--max_hours=1e-5"], always, "the last steps, up to 10, were not saved"),
     ):
         line = fail(data, tmp_path / "run", *longer, *settings, before=fault)
-        assert part in line and f"{files[0]} is untouched. Lower learning_rate" in line
+        assert part in line and f"{files[0]} is untouched" in line
         assert [path.read_bytes() for path in files] == before
 
 
@@ -278,7 +278,7 @@ def test_float16_scales_its_loss_and_resumes_to_the_last_bit(data, tmp_path):
     ]
     overflow = NAN.replace("STEPS", "(1,)") + NOISE
     done = succeed(data, tmp_path / "whole", *settings, before=overflow)
-    assert "step 1 skipped" in done.stdout and "scale 32768" in done.stdout
+    assert "step 1 skipped" in done.stdout
     succeed(data, tmp_path / "parts", *settings, "--max_hours=1e-5", before=overflow)
     succeed(data, tmp_path / "parts", *settings, before=NOISE)
     same_losses(tmp_path / "parts", tmp_path / "whole")
@@ -293,7 +293,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(finished, data, tmp_path
     before = (tmp_path / "run" / "ckpt.pt").read_bytes()
     limits = [(resource.RLIMIT_FSIZE, 5_000_000)]
     done = run(data, tmp_path / "run", "--max_iters=13", limits=limits)
-    assert done.returncode == 1 and "its checkpoint could not be saved" in done.stderr, done.stderr
+    assert done.returncode == 1 and "up to 13, were not saved" in done.stderr, done.stderr
     assert "the checkpoint of step 12 could not be saved (File too large)" in done.stdout
     assert max(losses(tmp_path / "run")) == 13
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before
@@ -338,7 +338,7 @@ def test_schedules():
     base = {"learning_rate": 1.0, "min_lr": 0.1, "warmup_iters": 2, "decay_iters": 4, "max_iters": 10}
 
     def rates(**changes):
-        return [loop.learning_rate_at(i, **{**base, **changes}) for i in range(10)]
+        return [loop.learning_rate_at(i, {**base, **changes}) for i in range(10)]
 
     assert rates(schedule="wsd") == pytest.approx([0.55, 1, 1, 1, 1, 1, 1, 0.775, 0.55, 0.325])
     assert rates(schedule="wsd", decay_iters=0) == pytest.approx([0.55] + 9 * [1])
@@ -430,7 +430,8 @@ def test_an_evaluation_runs_beside_and_is_kept(finished, data, tmp_path, capfd):
     (found,) = [json.loads(line) for line in (tmp_path / "evals.jsonl").read_text().splitlines()]
     assert found["iter"] == 9 and found["suites"]["sudoku4"]["total"] == 2
     assert losses(tmp_path) == losses(finished) and not (tmp_path / "ckpt_eval.pt").exists()
-    evaluation = loop.Evaluation(str(tmp_path), "chess", 2, "cpu")
+    settings = configurator.settings(vars(train))
+    evaluation = loop.Evaluation({**settings, "out_dir": str(tmp_path), "eval_suites": "chess"})
     evaluation.start(4)
     evaluation.end(1)
     assert "the evaluation of step 4 failed: error: unknown suite 'chess'" in capfd.readouterr().out
@@ -439,7 +440,8 @@ def test_an_evaluation_runs_beside_and_is_kept(finished, data, tmp_path, capfd):
 KILLED = """
 import os, signal, sys, time
 from smol import loop
-evaluation = loop.Evaluation(FOLDER, "arc1", 400, "cpu")
+settings = {"out_dir": FOLDER, "eval_suites": "arc1", "eval_limit": 400, "eval_device": "cpu"}
+evaluation = loop.Evaluation(settings)
 evaluation.start(1)
 print(evaluation.process.pid, flush=True)
 while not os.path.getsize(os.path.join(FOLDER, "eval_step.log")):  # at work: it shows how far it is
