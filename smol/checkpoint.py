@@ -21,8 +21,8 @@ Read next: train.py, which writes them; eval_arc.py, which starts with `load_mod
 
 import contextlib
 import importlib
+import io
 import os
-import pickle
 import platform
 import shutil
 import zipfile
@@ -34,7 +34,7 @@ import torch
 
 from smol import runtime
 from smol import tokenizer as tok
-from smol.snapshots import files_of, git_hash, plainly, repo_name, sha256_file
+from smol.snapshots import plainly, repo_name
 
 CHECKPOINT_FORMAT = 6
 MODEL_FILES = {"dense": "model_dense", "trm": "model_trm"}
@@ -111,11 +111,6 @@ def load(path, map_location="cpu"):
             if f.testzip() is not None:
                 raise ValueError("checksum")
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path} holds Python objects besides tensors and plain values, and loading those could run "
-            "code: it is not a checkpoint of train.py"
-        ) from None
     except Exception as e:  # noqa: BLE001 (bytes that are no checkpoint fail in any way they like)
         raise ValueError(f"{path} is not a checkpoint, or it is damaged ({type(e).__name__})") from None
     needed = {"format", "model", "model_config", "weights", "ema", "tokenizer", "train"}
@@ -201,8 +196,10 @@ def begin(config, device, anew, distilled=False):
         if resumed and ("teacher" in start["train"]["data"]) != distilled:
             other = "train.py" if distilled else "distill.py"
             raise ValueError(f"{path} was written by {other}: use that, or another --out_dir")
+        step = start["train"]["iter"] if resumed else -1
     with runtime.errors_agree():
-        check_same_start(start["train"]["iter"] if resumed else None, device)
+        if runtime.sums([step], device)[0] != step * runtime.world_size:
+            raise ValueError(f"{out_dir} does not hold the same checkpoint on every machine: copy it to all")
     return start, path, resumed
 
 
@@ -226,7 +223,7 @@ def fetch(init_from, out_dir, overwrite, push_to):
     if runtime.local_rank or held:
         return
     if init_from.startswith("hub:"):
-        pull(init_from.removeprefix("hub:"), os.path.dirname(local_path(init_from)), overwrite=True)
+        pull(init_from.removeprefix("hub:"), os.path.dirname(local_path(init_from)))
     elif init_from == "resume" and push_to:
         pull(push_to, out_dir)
 
@@ -265,15 +262,6 @@ def starting_point(init_from, out_dir, overwrite):
     if init_from in ("auto", "scratch"):
         return None, None, False
     return load_finite(init_from), init_from, False
-
-
-def check_same_start(step, device):
-    """
-    step: that this process goes on from, or None. ValueError where another process goes on from another.
-    """
-    step = -1 if step is None else step
-    if runtime.sums([step], device)[0] != step * runtime.world_size:
-        raise ValueError("out_dir does not hold the same checkpoint on every machine: copy it to all of them")
 
 
 def check_same_data(before, now):
@@ -324,12 +312,6 @@ def own_carries(everyones):
     return {key: carry for key, carry in carries.items() if key[0] % runtime.world_size == runtime.rank}
 
 
-def random_states(device):
-    """The states of PyTorch's generators in every process, on rank 0."""
-    cuda = torch.cuda.get_rng_state() if device.startswith("cuda") else None
-    return runtime.gather({"cpu": torch.get_rng_state(), "cuda": cuda})
-
-
 def restore(start, run, config, scaler, device):
     """
     What a run that goes on needs besides weights, optimizers and data: its counters (into `run`), the scale,
@@ -359,7 +341,9 @@ def save_run(train, config, net, model, average, optimizers, scaler, carries, de
     disk; if not, a line has said so.
     """
     saved, path, step = True, path_of(config), train["iter"]
-    rng, carries = random_states(device), gather_carries(carries, device)
+    cuda = torch.cuda.get_rng_state() if device.startswith("cuda") else None
+    rng = runtime.gather({"cpu": torch.get_rng_state(), "cuda": cuda})
+    carries = gather_carries(carries, device)
     if runtime.master:
         rest = {
             "optimizer_name": config["optimizer"],
@@ -429,93 +413,70 @@ parameters, {train["tokens"] / 1e9:.3f}B tokens of `{data["stage"]}`, {frozen}. 
 """
 
 
-def same(file, path):
-    """Whether a file on the hub, as `files_of` describes it, has the bytes of the one at `path`."""
-    if file.size != os.path.getsize(path):
-        return False
-    return file.lfs.sha256 == sha256_file(path) if file.lfs else file.blob_id == git_hash(path)
-
-
 def create(repo):
-    """
-    Log in, and make the repository, private, if it is not there. ValueError in one line if that cannot be.
-    """
+    """Make the repository, private, if it is not there. ValueError in one line if that cannot be."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
-    api = HfApi()
-    with plainly(f"cannot log in to the hub to push to {repo}"):
-        api.whoami()
-    with plainly(f"cannot create {repo}"):
-        api.create_repo(repo_name(repo), repo_type="model", private=True, exist_ok=True)
-    return api
+    with plainly(f"cannot push to {repo}"):
+        HfApi().create_repo(repo_name(repo), private=True, exist_ok=True)
 
 
-def push(folder, repo, full, path=None):
+def push(folder, repo, full):
     """
-    A run's checkpoint (path; folder/ckpt.pt) and what lies beside it, in one commit; with what is there
-    already, nothing is sent. full: all that a run needs to go on, three times the weights. Returns a line to
-    show; ValueError or OSError in one line.
+    A run's checkpoint and what lies beside it, in one commit; of what is there already, nothing is sent.
+    full: all that a run needs to go on, three times the weights. Returns a line to show; ValueError or
+    OSError in one line.
     """
-    api = create(repo)
-    path = path or os.path.join(folder, "ckpt.pt")
-    at = load(path)
-    step = at["train"]["iter"]
-    work = os.path.join(folder, ".push")
-    shutil.rmtree(work, ignore_errors=True)  # of a push that was killed
-    os.makedirs(work)
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    create(repo)
+    path = os.path.join(folder, "ckpt.push")
+    second_name(os.path.join(folder, "ckpt.pt"), path)  # the next save takes nothing from under the reader
     try:
-        for name in BESIDES:
-            if os.path.isfile(os.path.join(folder, name)):
-                shutil.copyfile(os.path.join(folder, name), os.path.join(work, name))
-        if full:
-            second_name(path, os.path.join(work, "ckpt.pt"))
-        else:
+        at, content = load(path), path
+        step = at["train"]["iter"]
+        files = {name: Path(folder, name) for name in BESIDES}
+        files = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+        files["README.md"] = card(repo, at).encode()
+        if not full:
             at["train"] = {k: v for k, v in at["train"].items() if k in FIGURES}
-            save(at, os.path.join(work, "ckpt.pt"))
-        Path(work, "README.md").write_text(card(repo, at), encoding="utf-8")
+            content = io.BytesIO()
+            torch.save(at, content)
+            content.seek(0)
         at = None  # sending takes minutes, beside a training that needs the memory
+        files["ckpt.pt"] = content
+        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
         with plainly(f"pushing step {step} to {repo}"):
-            commit = api.upload_folder(repo_id=repo, folder_path=work, commit_message=f"step {step}").oid
+            commit = HfApi().create_commit(repo, operations, commit_message=f"step {step}").oid
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        os.remove(path)
     return f"step {step} is at {repo}, {'all of it' if full else 'weights alone'}, commit {commit[:12]}"
 
 
-def pull(name, out_dir, overwrite=False):
+def pull(name, out_dir):
     """
-    Bring USER/NAME or USER/NAME:REVISION into out_dir. Nothing takes its place there before it has the hash
-    that the hub announced and opens as a checkpoint. ValueError or OSError in one line if that cannot be.
+    Bring USER/NAME or USER/NAME:REVISION into out_dir. Nothing takes its place there before the checkpoint
+    is whole: it has a checksum for every tensor. ValueError or OSError in one line.
     """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub import snapshot_download
 
     repo, _, revision = name.partition(":")
-    repo_name(repo)
-    disable_progress_bars()
-    api = HfApi()
-    with plainly(f"cannot find {name}"):
-        commit = api.model_info(repo, revision=revision or None).sha
-        files = files_of(api, repo, commit, "model")
-    if "ckpt.pt" not in files:
-        raise ValueError(f"{name} has no ckpt.pt: no run was published there")
-    place = os.path.join(out_dir, "ckpt.pt")
-    if os.path.isfile(place) and not overwrite and not same(files["ckpt.pt"], place):
-        raise ValueError(f"{place} is another checkpoint: use another folder, or overwrite it")
-    waiting = os.path.join(out_dir, ".pull")  # kept when a download breaks off: the next goes on from there
-    wanted = [path for path in (*BESIDES, "ckpt.pt") if path in files]
+    waiting = Path(out_dir, ".pull")  # kept when a download breaks off: the next goes on from there
+    where = {"revision": revision or None, "local_dir": waiting}
     with plainly(f"downloading {name}"):
-        snapshot_download(repo, revision=commit, local_dir=waiting, allow_patterns=wanted)
-    for path in wanted:
-        if not same(files[path], os.path.join(waiting, path)):
-            shutil.rmtree(waiting)
-            raise ValueError(f"{path} of {name} does not have the hash that the hub announced: run it again")
-    at = load(os.path.join(waiting, "ckpt.pt"))
-    for path in wanted:  # the checkpoint last: it says that all is there
-        os.replace(os.path.join(waiting, path), os.path.join(out_dir, path))
+        snapshot_download(repo_name(repo), allow_patterns=[*BESIDES, "ckpt.pt"], **where)
+    try:
+        step = load(waiting / "ckpt.pt")["train"]["iter"]
+    except (OSError, ValueError) as e:
+        shutil.rmtree(waiting)
+        raise ValueError(f"{name} has no whole checkpoint: {e}") from None
+    for file in (*BESIDES, "ckpt.pt"):  # the checkpoint last: it says that all is there
+        if (waiting / file).is_file():
+            os.replace(waiting / file, Path(out_dir, file))
     shutil.rmtree(waiting)
-    runtime.say(f"{place} is step {at['train']['iter']} of {name}, commit {commit[:12]}")
+    runtime.say(f"{out_dir} holds step {step} of {name}")
 
 
 class Publication:
@@ -525,20 +486,14 @@ class Publication:
     """
 
     def __init__(self, config):
-        self.out_dir, self.full = config["out_dir"], config["push_full"]
         self.repo = config["push_to"] if runtime.master else ""
-        self.step, self.future = None, None  # the last one that was sent or is being sent
-        self.link = os.path.join(
-            self.out_dir, "ckpt.push"
-        )  # the next save takes nothing from under the reader
-        if self.repo:
-            from huggingface_hub import HfApi
-
-            self.api = HfApi()
-            self.future = self.api.run_as_future(create, self.repo)  # a wrong login shows now
+        self.how = config["out_dir"], self.repo, config["push_full"]
+        self.step = None  # the last one that was sent or is being sent
+        self.thread = futures.ThreadPoolExecutor(1)
+        self.future = self.thread.submit(create, self.repo) if self.repo else None  # a wrong login shows now
 
     def collect(self, wait=0.0):
-        """Say what has come of the push, if it has ended; wait so many seconds for that."""
+        """Tell what has come of the push, if it has ended; wait so many seconds for that."""
         if self.future is None:
             return
         if futures.wait([self.future], wait).not_done:
@@ -546,26 +501,17 @@ class Publication:
                 runtime.say(f"not published: pushing to {self.repo} takes more than {wait:.0f} seconds")
             return
         try:
-            result = self.future.result()
-            if isinstance(result, str):
-                runtime.say(result)
+            if line := self.future.result():
+                runtime.say(line)
         except Exception as e:  # noqa: BLE001 (whatever it is, training goes on)
             runtime.say(f"not published: {e}")
         self.future = None
-        Path(self.link).unlink(missing_ok=True)
 
     def start(self, step):
         """Push ckpt.pt, which is of this step, unless another is being pushed."""
         self.collect()
-        if not self.repo or self.future is not None:
-            return
-        try:
-            second_name(os.path.join(self.out_dir, "ckpt.pt"), self.link)
-        except OSError as e:
-            runtime.say(f"step {step} is not published: {e.strerror}")
-            return
-        self.future = self.api.run_as_future(push, self.out_dir, self.repo, self.full, self.link)
-        self.step = step
+        if self.repo and self.future is None:
+            self.step, self.future = step, self.thread.submit(push, *self.how)
 
     def end(self, step):
         """The run is over: wait until the step that it ends with is published."""

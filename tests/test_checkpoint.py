@@ -260,15 +260,18 @@ def test_the_same_command_begins_goes_on_and_never_replaces_another_run(tmp_path
     refused(path, "weights alone", call=lambda _: begin("resume"))
 
 
-def test_machines_that_do_not_hold_the_same_checkpoint_do_not_begin(monkeypatch):
+def test_machines_that_do_not_hold_the_same_checkpoint_do_not_begin(tmp_path, monkeypatch, capsys):
+    config = {"init_from": "auto", "out_dir": str(tmp_path), "push_to": ""}
+    monkeypatch.setattr(runtime, "exit_now", lambda message: pytest.fail(message))
     monkeypatch.setattr(runtime, "world_size", 2)
-    for others, mine, same in ((9, 9, 1), (-1, None, 1), (9, None, 0), (9, 7, 0), (-1, 9, 0)):
-        monkeypatch.setattr(runtime, "sums", lambda values, device, others=others: [values[0] + others])
-        if same:
-            ckpt.check_same_start(mine, "cpu")
-        else:
-            with pytest.raises(ValueError, match="same checkpoint on every machine"):
-                ckpt.check_same_start(mine, "cpu")
+    for step in (None, 9):
+        if step:
+            ckpt.save(make(train={"iter": step, "data": {}, "optimizers": []}), tmp_path / "ckpt.pt")
+        monkeypatch.setattr(runtime, "sums", lambda values, device: [2 * values[0]])
+        assert ckpt.begin(config, "cpu", False)[2] == bool(step)
+        monkeypatch.setattr(runtime, "sums", lambda values, device: [values[0] + 7])  # another has step 7
+        with pytest.raises(pytest.fail.Exception, match="same checkpoint on every machine"):
+            ckpt.begin(config, "cpu", False)
 
 
 def test_other_data_are_refused():
@@ -301,7 +304,7 @@ def test_code_in_a_file_does_not_run(tmp_path):
     path.write_bytes(pickle.dumps({**make(), "train": Evil(trace)}, protocol=2))
     refused(path, "not a checkpoint")
     torch.save({**make(), "train": Evil(trace)}, path)
-    refused(path, "could run code")
+    refused(path, "not a checkpoint, or it is damaged")
     refused(path, call=ckpt.load_model)
     torch.save({**make(), "train": Evil(trace)}, path, _use_new_zipfile_serialization=False)
     refused(path)

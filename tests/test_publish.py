@@ -88,9 +88,9 @@ def test_published_weights_are_what_a_run_begins_with(hub, data, trained, tmp_pa
 
 
 def test_a_hub_that_fails_costs_one_line_and_no_step(hub, data, tmp_path):
-    code, out, err = train(hub, data, tmp_path / "out", "--push_to=ada/run", token="")
-    assert code == 0 and "not published: cannot log in" in out and "hf auth login" in out, (out, err)
-    assert checkpoint.load(tmp_path / "out/ckpt.pt")["train"]["iter"] == 6 and "ada/run" not in hub.repos
+    code, out, err = train(hub, data, tmp_path / "out", "--push_to=ada/run", "--max_iters=1", token="")
+    assert code == 0 and "not published: cannot push to ada/run" in out and "hf auth login" in out, (out, err)
+    assert checkpoint.load(tmp_path / "out/ckpt.pt")["train"]["iter"] == 1 and "ada/run" not in hub.repos
 
 
 def test_training_does_not_wait_for_a_slow_hub(hub, data, tmp_path):
@@ -112,13 +112,10 @@ def test_what_breaks_off_or_lies_is_not_taken(hub, trained, tmp_path):
 
     digest = hub.repos["ada/run"].commits[hub.repos["ada/run"].branches["main"]]["ckpt.pt"]
     content = hub.blobs[digest]
-    hub.blobs[digest] = content[:-1] + b"x"
-    far, mine = tmp_path / "far", tmp_path / "mine"
+    middle = len(content) // 2  # one byte in the middle of a tensor
+    hub.blobs[digest] = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    far = tmp_path / "far"
     code, _, err = run(hub, "", code=PULL.format("ada/run", str(far)))
-    assert code == 1 and "hash" in err.splitlines()[-1] and not (far / "ckpt.pt").exists()
+    assert code == 1 and "no whole checkpoint" in err.splitlines()[-1] and not (far / "ckpt.pt").exists()
     hub.blobs[digest] = content
-
-    mine.mkdir()
-    (mine / "ckpt.pt").write_bytes(b"hours of work")
-    code, _, err = run(hub, "", code=PULL.format("ada/run", str(mine)))
-    assert code == 1 and "another checkpoint" in err and (mine / "ckpt.pt").read_bytes() == b"hours of work"
+    assert run(hub, "", code=PULL.format("ada/run", str(far)))[0] == 0 and (far / "ckpt.pt").exists()
