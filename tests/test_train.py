@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import scripts
-import tiny
 import torch
 
 import configurator
@@ -24,24 +23,9 @@ import train
 from smol import checkpoint, loop
 
 ROOT = Path(__file__).parent.parent
-SHAPE = [
-    "--n_layer=2",
-    "--layer_pattern=ka",
-    "--n_head=2",
-    "--n_embd=16",
-    "--n_ff=24",
-    "--block_size=128",
-    "--batch_size=2",
-    "--gradient_accumulation_steps=2",
-    "--log_interval=1",
-    "--eval_batches=1",
-    "--eval_interval=3",
-    "--max_iters=9",
-    "--warmup_iters=2",
-    "--decay_iters=4",
-    "--learning_rate=3e-3",
-    "--mixture={'stdlib': 1, 'sudoku4': 1, 'maze': 1}",
-]
+SHAPE = """--n_layer=2 --layer_pattern=ka --n_head=2 --n_embd=16 --n_ff=24 --block_size=128 --batch_size=2
+    --gradient_accumulation_steps=2 --log_interval=1 --eval_batches=1 --eval_interval=3 --max_iters=9
+    --warmup_iters=2 --decay_iters=4 --learning_rate=3e-3 --mixture={'stdlib':1,'sudoku4':1,'maze':1}"""
 ROUTES = {
     "dense": [],
     "trm": ["--model=trm", "--n_latent=1", "--n_recursion=2", "--n_sup=3", "--carry_turns=2", "--ema=0.9"],
@@ -49,7 +33,7 @@ ROUTES = {
 
 
 def words(data, out, *settings):
-    return [f"--data_dir={data}", f"--out_dir={out}", *SHAPE, *settings]
+    return [f"--data_dir={data}", f"--out_dir={out}", *SHAPE.split(), *settings]
 
 
 def run(data, out, *settings, **more):
@@ -66,9 +50,7 @@ def fail(*args, **more):
     """-> the one line of a run that ends with exit code 1."""
     done = run(*args, **more)
     assert done.returncode == 1 and done.stderr.startswith("error: "), done.stderr
-    assert done.stderr.count("\n") == more.get("processes", 1) or done.stderr.count("error: ") == 1, (
-        done.stderr
-    )
+    assert done.stderr.count("error: ") == 1, done.stderr
     return done.stderr
 
 
@@ -103,9 +85,12 @@ def route(request):
 
 @pytest.fixture(scope="module")
 def finished(route, data, tmp_path_factory):
-    """The out_dir of a run of 9 steps of either route, in one process."""
+    """
+    The out_dir of a run of 9 steps of either route, in one process; Route A's is evaluated on the way.
+    """
     out = tmp_path_factory.mktemp(route)
-    succeed(data, out, *ROUTES[route])
+    evaluated = ["--eval_suites=sudoku4", "--eval_limit=1"] if route == "dense" else []
+    succeed(data, out, *ROUTES[route], *evaluated)
     return out
 
 
@@ -230,14 +215,34 @@ def test_processes_that_drift_apart_are_stopped_by_name(data, tmp_path):
     assert "out of sync at step 4: process 1 differs in blocks." in line
 
 
-def test_a_gradient_that_is_not_finite_costs_its_step_only(data, tmp_path):
-    settings = ["--max_iters=8", "--ema=0.9", "--optimizer=adamw"]
-    done = succeed(data, tmp_path, *settings, before=NAN.replace("STEPS", "(3, 6)"))
-    assert [step for step, loss in losses(tmp_path).items() if loss is None] == [3, 6]
+TRACKER = """
+import json, sys, types
+def note(**what):
+    print("noted", json.dumps(what))
+trackio = types.ModuleType("trackio", "")
+trackio.__spec__ = types.SimpleNamespace()
+trackio.init = lambda project, name, config, resume: note(init=name, rate=config["learning_rate"])
+trackio.log = lambda figures, step: note(step=step, **figures)
+trackio.finish = lambda: note(finish=True)
+sys.modules["trackio"] = trackio
+"""
+
+
+def test_a_gradient_that_is_not_finite_costs_its_step_and_a_tracker_gets_what_the_log_gets(data, tmp_path):
+    """The tracker is a stand-in with the three functions that trackio and wandb have in common."""
+    settings = ["--max_iters=5", "--ema=0.9", "--optimizer=adamw", "--tracker=trackio"]
+    done = succeed(data, tmp_path, *settings, before=NAN.replace("STEPS", "(3,)") + TRACKER)
+    assert [step for step, loss in losses(tmp_path).items() if loss is None] == [3]
     assert "step 3 skipped" in done.stdout
     saved = checkpoint.load(tmp_path / "ckpt.pt")
-    assert saved["train"]["skipped"] == 2 and saved["train"]["iter"] == 8
+    assert saved["train"]["skipped"] == 1 and saved["train"]["iter"] == 5
     assert checkpoint.not_finite(saved["weights"]) is checkpoint.not_finite(saved["ema"]) is None
+
+    noted = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("noted ")]
+    assert noted[0] == {"init": tmp_path.name, "rate": 3e-3} and noted[-1] == {"finish": True}
+    assert [n["step"] for n in noted[1:-1]] == [e["iter"] for e in entries(tmp_path)]
+    assert noted[1]["loss"] == losses(tmp_path)[1]
+    assert noted[-2]["val_loss/maze"] == entries(tmp_path)[-1]["val_losses"]["maze"]
 
 
 @dense
@@ -250,7 +255,6 @@ def test_a_run_that_diverges_ends_and_leaves_the_checkpoints(finished, data, tmp
         # step 10, which is skipped, would be saved
         (["--eval_interval=2", "--max_skipped=4"], always, "4 steps in a row"),
         (["--eval_interval=1"], INF, "after step 10 there are weights that are not finite (wte.weight)"),
-        (["--max_hours=1e-5"], always, "the last steps, up to 10, were not saved"),
     ):
         line = fail(data, tmp_path / "run", *longer, *settings, before=fault)
         assert part in line and f"{files[0]} is untouched" in line
@@ -269,13 +273,8 @@ model_dense.Model.forward = noisy
 
 def test_float16_scales_its_loss_and_resumes_to_the_last_bit(data, tmp_path):
     """The T4's way, on the CPU's float16, with a model that draws random numbers."""
-    settings = [
-        "--dtype=float16",
-        "--max_iters=4",
-        "--block_size=64",
-        "--batch_size=1",
-        "--mixture={'sudoku4': 1}",
-    ]
+    settings = ["--dtype=float16", "--max_iters=4", "--block_size=64", "--batch_size=1"]
+    settings += ["--mixture={'sudoku4': 1}"]
     overflow = NAN.replace("STEPS", "(1,)") + NOISE
     done = succeed(data, tmp_path / "whole", *settings, before=overflow)
     assert "step 1 skipped" in done.stdout
@@ -292,10 +291,10 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(finished, data, tmp_path
     shutil.copytree(finished, tmp_path / "run")
     before = (tmp_path / "run" / "ckpt.pt").read_bytes()
     limits = [(resource.RLIMIT_FSIZE, 5_000_000)]
-    done = run(data, tmp_path / "run", "--max_iters=13", limits=limits)
-    assert done.returncode == 1 and "up to 13, were not saved" in done.stderr, done.stderr
-    assert "the checkpoint of step 12 could not be saved (File too large)" in done.stdout
-    assert max(losses(tmp_path / "run")) == 13
+    done = run(data, tmp_path / "run", "--max_iters=11", "--eval_interval=5", limits=limits)
+    assert done.returncode == 1 and "up to 11, were not saved" in done.stderr, done.stderr
+    assert "the checkpoint of step 10 could not be saved (File too large)" in done.stdout
+    assert max(losses(tmp_path / "run")) == 11
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before
     assert not list((tmp_path / "run").glob("*.tmp"))
 
@@ -317,21 +316,18 @@ def test_out_of_memory_is_one_line_with_what_takes_less(data, tmp_path):
 @dense
 def test_a_later_stage_takes_the_weights(finished, data, tmp_path):
     still = ["--max_iters=2", "--learning_rate=0.0", f"--init_from={finished / 'ckpt.pt'}"]
-    for extra, steps in ([], 2), (["--init_optimizer=True"], 11):
-        succeed(data, tmp_path, *still, *extra, "--overwrite=True")
+    for extra, steps in (["--init_optimizer=True"], 11), (["--overwrite=True"], 2):
+        succeed(data, tmp_path, *still, *extra)
         same_weights(tmp_path, finished)
         saved = checkpoint.load(tmp_path / "ckpt.pt")["train"]
         counts = {int(s["step"]) for s in saved["optimizers"][-1]["state"].values()}
         assert saved["iter"] == 2 and counts == {steps}
-    before = (tmp_path / "ckpt.pt").read_bytes()
-    done = succeed(data, tmp_path, *still)  # the path that it began with, again: it is done
-    assert "nothing left to do" in done.stdout and (tmp_path / "ckpt.pt").read_bytes() == before
-    done = succeed(data, tmp_path, *still, "--max_iters=3", "--weight_decay=0.0", "--init_from=resume")
-    assert "changed: max_iters=3 (was 2)" in done.stdout
+    done = succeed(
+        data, tmp_path, *still, "--max_iters=3", "--weight_decay=0.0"
+    )  # the path again: it goes on
+    assert "going on after step 2" in done.stdout and "changed: max_iters=3 (was 2)" in done.stdout
     saved = checkpoint.load(tmp_path / "ckpt.pt")["train"]
     assert saved["optimizers"][0]["param_groups"][0]["weight_decay"] == 0  # as the config has it now
-    line = fail(data, tmp_path / "adamw", *still, "--init_optimizer=True", "--optimizer=adamw")
-    assert "'muon', not 'adamw'" in line
 
 
 def test_schedules():
@@ -375,7 +371,7 @@ def test_stage_0_ends_with_a_table(data, tmp_path):
         "0.001B tokens",
     ):
         assert what in table, (what, table)
-    done = run(data, tmp_path, *settings, "--sanity_steps=1")
+    done = run(data, tmp_path, *settings, "--sanity_steps=1", "--max_iters=1")
     assert done.returncode == 1 and "FAIL   overfit one text batch" in done.stdout
 
 
@@ -400,23 +396,17 @@ def test_what_stage_0_does_not_pass(finished):
     assert passed([]) == {"steps": False}
 
 
-def test_what_is_not_validated_is_said_at_the_start(data, tmp_path):
-    scripts.stage_without_validation(data, tmp_path / "data", "stdlib")
-    settings = ["--max_iters=1", "--n_layer=1", "--layer_pattern=a", "--mixture={'stdlib': 1}"]
-    done = succeed(tmp_path / "data", tmp_path / "out", *settings)
-    assert "not validated: stdlib (it has no validation shard)\n" in done.stdout
-    assert checkpoint.load(tmp_path / "out" / "ckpt.pt")["train"]["val_loss"] is None
-
-
-def test_a_pinned_snapshot_is_verified(data, tmp_path):
-    copy = tmp_path / "data"
-    shutil.copytree(data, copy)
+def test_a_pinned_snapshot_is_verified_and_what_is_not_validated_is_told(data, tmp_path):
+    copy, out = tmp_path / "data", tmp_path / "out"
+    scripts.stage_without_validation(data, copy, "stdlib")
     prepare.main(["freeze", "demo", "--tag=v0.1", f"--data_dir={copy}"])
-    frozen, out = copy / "stages" / "demo" / "v0.1", tmp_path / "out"
-    succeed(copy, out, "--data_tag=v0.1", "--max_iters=2")
-    pinned = checkpoint.load(out / "ckpt.pt")["train"]["data"]
-    assert pinned["stage"] == "demo" and pinned["tag"] == "v0.1"
-    assert pinned["snapshot"] == hashlib.sha256((frozen / "snapshot.json").read_bytes()).hexdigest()
+    frozen = copy / "stages" / "demo" / "v0.1"
+    done = succeed(copy, out, "--data_tag=v0.1", "--max_iters=1")
+    assert "not validated: stdlib (it has no validation shard)\n" in done.stdout
+    saved = checkpoint.load(out / "ckpt.pt")["train"]
+    assert saved["val_loss"] is None and saved["val_losses"].keys() == {"maze", "sudoku4"}
+    assert saved["data"]["stage"] == "demo" and saved["data"]["tag"] == "v0.1"
+    assert saved["data"]["snapshot"] == hashlib.sha256((frozen / "snapshot.json").read_bytes()).hexdigest()
     line = fail(copy, out, "--max_iters=4")
     assert "demo:None" in line and "demo:v0.1" in line
     mixture = (frozen / "mixture.json").read_text()
@@ -425,26 +415,29 @@ def test_a_pinned_snapshot_is_verified(data, tmp_path):
 
 
 @dense
-def test_an_evaluation_runs_beside_and_is_kept(finished, data, tmp_path, capfd):
-    succeed(data, tmp_path, "--eval_suites=sudoku4", "--eval_limit=2", "--eval_interval=9")
-    (found,) = [json.loads(line) for line in (tmp_path / "evals.jsonl").read_text().splitlines()]
-    assert found["iter"] == 9 and found["suites"]["sudoku4"]["total"] == 2
-    assert losses(tmp_path) == losses(finished) and not (tmp_path / "ckpt_eval.pt").exists()
+def test_an_evaluation_runs_beside_and_is_kept(finished, tmp_path, monkeypatch, capfd):
+    found = [json.loads(line) for line in (finished / "evals.jsonl").read_text().splitlines()]
+    assert found[0]["iter"] == 3 and found[0]["suites"]["sudoku4"]["total"] == 1
+    assert not (finished / "ckpt_eval.pt").exists()
+    (tmp_path / "ckpt.pt").touch()
+    (tmp_path / "eval_arc.py").write_text("raise SystemExit('error: it is broken')")
+    monkeypatch.setattr(loop, "ROOT", str(tmp_path))
     settings = configurator.settings(vars(train))
-    evaluation = loop.Evaluation({**settings, "out_dir": str(tmp_path), "eval_suites": "chess"})
+    evaluation = loop.Evaluation({**settings, "out_dir": str(tmp_path), "eval_suites": "arc1"})
     evaluation.start(4)
     evaluation.end(1)
-    assert "the evaluation of step 4 failed: error: unknown suite 'chess'" in capfd.readouterr().out
+    assert "the evaluation of step 4 failed: error: it is broken" in capfd.readouterr().out
 
 
 KILLED = """
-import os, signal, sys, time
+import os, signal, time
 from smol import loop
+loop.ROOT = FOLDER
 settings = {"out_dir": FOLDER, "eval_suites": "arc1", "eval_limit": 400, "eval_device": "cpu"}
 evaluation = loop.Evaluation(settings)
 evaluation.start(1)
 print(evaluation.process.pid, flush=True)
-while not os.path.getsize(os.path.join(FOLDER, "eval_step.log")):  # at work: it shows how far it is
+while not os.path.getsize(os.path.join(FOLDER, "eval_step.log")):  # at work
     time.sleep(0.1)
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -452,8 +445,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
 def test_an_evaluation_ends_with_its_training_however_that_ends(tmp_path):
-    """It would take many minutes: 400 tasks."""
-    tiny.save(tmp_path / "ckpt.pt", "trm", {"iter": 1}, block_size=4096)
+    (tmp_path / "ckpt.pt").touch()
+    (tmp_path / "eval_arc.py").write_text("import time; print('at work', flush=True); time.sleep(300)")
     done = scripts.run("", before=KILLED.replace("FOLDER", repr(str(tmp_path))))
     assert done.returncode == signal.SIGKILL, done.stderr
     until = time.monotonic() + 20
@@ -483,15 +476,17 @@ def test_settings_are_checked_against_each_other(monkeypatch):
 
 
 def test_torchrun_ends_with_the_error_too(data, tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-    done = subprocess.run(
-        [*launch, *words(data, tmp_path / "out", "--data=stage9")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=300,
-    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "train.py",
+    ]
+    command += words(data, tmp_path / "out", "--data=stage9")
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 1
     before, after = done.stderr.split("Traceback", 1)  # torchrun's own
     assert before.count("'stage9'") == 1 and "error: stage 'stage9'" in after.split("Root Cause")[1]
@@ -525,41 +520,14 @@ def test_mistakes_are_one_line_and_cost_nothing(data, tmp_path):
     for settings, parts in (
         (["--init_from=scratch", f"--out_dir={kept}"], ["ckpt.pt exists", "--overwrite=True"]),
         ([f"--out_dir={kept}"], ["ckpt.pt is not a checkpoint"]),
-        (["--init_from=resume"], ["ckpt.pt does not exist"]),
         ([f"--data_dir={broken}"], [shard.name]),
         (["--mixture={'wikipedia': 1}"], ["wikipedia", "stdlib"]),
         (["--max_itres=3", *gone], ["max_itres", "max_iters"]),
-        (["--n_head=3"], ["n_embd=16", "n_head=3"]),
-        (["--grad_clip=-1", *gone], ["grad_clip must be in [0, inf], got -1.0"]),
         (["--device=tpu", *gone], ["device"]),
     ):
         line = fail(data, out, *settings)
         assert all(part in line for part in parts), line
     assert not out.exists() and (kept / "ckpt.pt").read_text() == "precious"
-
-
-TRACKER = """
-import json, sys, types
-def note(**what):
-    print("noted", json.dumps(what))
-trackio = types.ModuleType("trackio", "")
-trackio.__spec__ = types.SimpleNamespace()
-trackio.init = lambda project, name, config, resume: note(init=name, rate=config["learning_rate"])
-trackio.log = lambda figures, step: note(step=step, **figures)
-trackio.finish = lambda: note(finish=True)
-sys.modules["trackio"] = trackio
-"""
-
-
-def test_a_tracker_gets_what_the_log_gets(data, tmp_path):
-    """A stand-in with the three functions that trackio and wandb have in common."""
-    settings = ["--tracker=trackio", "--max_iters=2", "--mixture={'maze': 1}"]
-    done = succeed(data, tmp_path / "run7", *settings, before=TRACKER)
-    noted = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("noted ")]
-    assert noted[0] == {"init": "run7", "rate": 3e-3} and noted[-1] == {"finish": True}
-    assert [n["step"] for n in noted[1:-1]] == [1, 2, 2]
-    assert noted[1]["loss"] == losses(tmp_path / "run7")[1]
-    assert noted[3]["val_loss/maze"] == entries(tmp_path / "run7")[-1]["val_losses"]["maze"]
 
 
 def test_every_config_file_is_understood():
