@@ -317,12 +317,12 @@ def main(argv):
         parallel = DistributedDataParallel(parallel, gradient_as_bucket_view=True)
     with runtime.errors_agree():
         log = loop.Log(config, run["iter"] if resumed else -1)
-    runtime.say(configurator.show(config, defaults))
+    runtime.print0(configurator.show(config, defaults))
     verb = f"going on after step {run['iter']} of" if resumed else "from the weights of"
     processes = f"{runtime.world_size} x {runtime.device_name(here)}"
-    runtime.say(f"{verb} {start_path}, {precision} on {processes}; teacher {guide.about}")
+    runtime.print0(f"{verb} {start_path}, {precision} on {processes}; teacher {guide.about}")
     if net.puzzle_format == "canvas":
-        runtime.say("Route B learns offline, from soft targets: on_policy changes nothing")
+        runtime.print0("Route B learns offline, from soft targets: on_policy changes nothing")
     interrupted = runtime.catch_signals()
     evaluation, publication = loop.Evaluation(config), checkpoint.Publication(config)
     ahead = Ahead(loader, pin=here.startswith("cuda"))
@@ -338,7 +338,7 @@ def main(argv):
             share = teachers.solved(teachers.Ours(net), tasks)
         log.write({"iter": step, "val_loss": run["val_loss"], "val_losses": losses, "student_solved": share})
         shown = ", ".join(f"{k} {v:.3f}" for k, v in losses.items())
-        runtime.say(f"step {step}: validation {shown}; {share:.1%} of {len(tasks)} puzzles solved")
+        runtime.print0(f"step {step}: validation {shown}; {share:.1%} of {len(tasks)} puzzles solved")
         return share
 
     if not resumed:
@@ -347,7 +347,7 @@ def main(argv):
             its_share = teachers.solved(guide, tasks)
         log.write({"iter": 0, "teacher_solved": its_share})
         weaker = ": it is weaker than its student" if its_share < share else ""
-        runtime.say(f"the teacher solves {its_share:.1%}{weaker}")
+        runtime.print0(f"the teacher solves {its_share:.1%}{weaker}")
 
     # ---- go
     while run["iter"] < max_iters and not stopping:
@@ -405,7 +405,7 @@ def main(argv):
             }
             log.write(entry)
             since_log.clear()
-            runtime.say(
+            runtime.print0(
                 f"step {step}: loss {loss:.4f} ({source}), lr {lr:.2e}, gradient {grad_norm:.2f}, sampling "
                 f"{entry['sampling']:.0%} and scoring {entry['scoring']:.0%} of the time"
             )

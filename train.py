@@ -88,9 +88,7 @@ beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # 0 for none
 ema = 0.0  # decay of the averaged weights that evaluation uses; 0 for none
-max_skipped = (
-    20  # steps in a row whose loss or gradient is not finite: each is skipped, this many end the run
-)
+max_skipped = 20  # so many steps in a row without a finite loss and gradient end the run; each is skipped
 # ---- schedule
 schedule = "wsd"  # warm up, stay, go down in a straight line at the end; 'cosine': warm up, half a cosine
 warmup_iters = 100
@@ -187,8 +185,8 @@ def main(argv):
         log = loop.Log(config, run["iter"] if resumed else -1)
     card = runtime.device_name(here)
     peak = runtime.peak_flops(card)
-    runtime.say(configurator.show(config, defaults))
-    runtime.say(
+    runtime.print0(configurator.show(config, defaults))
+    runtime.print0(
         f"{net.num_params() / 1e6:.2f}M parameters, {precision} on {world_size} x {card}, {optimizer}, "
         f"{gradient_accumulation_steps * batch_size * block_size:,} tokens per step, "
         f"sources {', '.join(loader.names)}"
@@ -196,9 +194,9 @@ def main(argv):
     begin = f"from the weights of {start_path}" if start_path else "from scratch"
     if resumed:
         begin = f"going on after step {run['iter']} of {start_path}"
-    runtime.say(begin + "".join(f"\n  changed: {c}" for c in changed))
+    runtime.print0(begin + "".join(f"\n  changed: {c}" for c in changed))
     for name, why in loader.not_validated(eval_batches).items():
-        runtime.say(f"not validated: {name} ({why})")
+        runtime.print0(f"not validated: {name} ({why})")
     interrupted = runtime.catch_signals()
     evaluation, publication = loop.Evaluation(config), checkpoint.Publication(config)
     ahead = Ahead(loader, pin=on_gpu)
@@ -278,7 +276,7 @@ def main(argv):
             logged.append(entry)
             since_log = dict.fromkeys(since_log, 0)
             mfu = f"MFU {entry['mfu']:.1%}, " if peak else ""
-            runtime.say(
+            runtime.print0(
                 f"step {step}: loss {loss:.3f} ({source}), lr {lr:.2e}, gradient {grad_norm:.2f}, "
                 f"{entry['tokens_per_second']:,.0f} tokens/s, {mfu}"
                 f"{entry['memory_gb']:.2f} GB, data wait {entry['data_wait']:.1%}, "
@@ -300,7 +298,7 @@ def main(argv):
                 if run["val_losses"]:
                     log.write({"iter": step, "val_loss": run["val_loss"], "val_losses": run["val_losses"]})
                     shown = ", ".join(f"{k} {v:.3f}" for k, v in run["val_losses"].items())
-                    runtime.say(f"step {step}: validation {shown}")
+                    runtime.print0(f"step {step}: validation {shown}")
             train = {**run, "data": pinned, "loader": ahead.state}
             saved = checkpoint.save_run(train, config, net, model, average, optimizers, scaler, carries, here)
             due = False

@@ -208,7 +208,9 @@ def nothing_left(start, config):
     step = start["train"]["iter"]
     if step < config["max_iters"]:
         return False
-    runtime.say(f"{path_of(config)} is of step {step}, the last of {config['max_iters']}: nothing left to do")
+    runtime.print0(
+        f"{path_of(config)} is of step {step}, the last of {config['max_iters']}: nothing left to do"
+    )
     Publication(config).end(step)
     runtime.end_processes()
     return True
@@ -371,7 +373,7 @@ def save_run(train, config, net, model, average, optimizers, scaler, carries, de
         except OSError as e:
             saved = False
             why = e.strerror or e
-            runtime.say(f"the checkpoint of step {step} could not be saved ({why}); training goes on")
+            runtime.print0(f"the checkpoint of step {step} could not be saved ({why}); training goes on")
         with contextlib.suppress(OSError):
             runtime.draw_losses(config["out_dir"])
     return runtime.sums([saved], device)[0] == runtime.world_size
@@ -476,7 +478,7 @@ def pull(name, out_dir):
         if (waiting / file).is_file():
             os.replace(waiting / file, Path(out_dir, file))
     shutil.rmtree(waiting)
-    runtime.say(f"{out_dir} holds step {step} of {name}")
+    runtime.print0(f"{out_dir} holds step {step} of {name}")
 
 
 class Publication:
@@ -498,13 +500,13 @@ class Publication:
             return
         if futures.wait([self.future], wait).not_done:
             if wait:
-                runtime.say(f"not published: pushing to {self.repo} takes more than {wait:.0f} seconds")
+                runtime.print0(f"not published: pushing to {self.repo} takes more than {wait:.0f} seconds")
             return
         try:
             if line := self.future.result():
-                runtime.say(line)
+                runtime.print0(line)
         except Exception as e:  # noqa: BLE001 (whatever it is, training goes on)
-            runtime.say(f"not published: {e}")
+            runtime.print0(f"not published: {e}")
         self.future = None
 
     def start(self, step):

@@ -293,7 +293,7 @@ class Log:
         if not runtime.master:
             return
         if problem := runtime.append_log(entry, self.path):
-            runtime.say(problem)
+            runtime.print0(problem)
         if self.tracker:
             figures = {**entry, **{f"val_loss/{k}": v for k, v in entry.get("val_losses", {}).items()}}
             numbers = {k: v for k, v in figures.items() if isinstance(v, (int, float))}
@@ -303,7 +303,7 @@ class Log:
         """A step whose loss or gradient was not finite; too many in a row end the run."""
         step = run["iter"]
         self.write({"iter": step, "loss": None, "source": source, "lr": lr, "skipped": run["skipped"]})
-        runtime.say(f"step {step} skipped: loss {loss:.3g}, gradient norm {grad_norm:.3g}")
+        runtime.print0(f"step {step} skipped: loss {loss:.3g}, gradient norm {grad_norm:.3g}")
         if run["skipped_in_a_row"] >= config["max_skipped"]:
             n = config["max_skipped"]
             diverged(f"{n} steps in a row, up to {step}, had no finite loss and gradient", config)
@@ -325,7 +325,7 @@ def end(run, log, ahead, evaluation, publication, saved, stopping, interrupted, 
     if not saved:
         runtime.stop(f"the last steps, up to {step}, were not saved; {path} is untouched")
     if stopping:
-        runtime.say(f"stopped after step {step}, saved to {path}: go on with --init_from=resume")
+        runtime.print0(f"stopped after step {step}, saved to {path}: go on with --init_from=resume")
 
 
 class Evaluation:
@@ -335,8 +335,9 @@ class Evaluation:
     """
 
     def __init__(self, config):
-        self.config, self.out_dir = config, config["out_dir"]
-        self.process, self.link = None, os.path.join(self.out_dir, "ckpt_eval.pt")
+        self.config, self.out_dir, self.process = config, config["out_dir"], None
+        self.link = os.path.join(self.out_dir, "ckpt_eval.pt")
+        self.output = os.path.join(self.out_dir, "eval_step.log")
 
     def start(self, step):
         """Of ckpt.pt, which is of this step, unless another is still being evaluated."""
@@ -354,7 +355,7 @@ class Evaluation:
             f"--out_dir={os.path.join(self.out_dir, 'eval_step')}",
         ]
         alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-        with open(os.path.join(self.out_dir, "eval_step.log"), "w") as f:
+        with open(self.output, "w") as f:
             self.process = subprocess.Popen(
                 command,
                 stdout=f,
@@ -373,24 +374,23 @@ class Evaluation:
             with open(os.path.join(self.out_dir, "eval_step", "eval.json")) as f:
                 (figures,) = (r for r in json.load(f).values() if r["checkpoint"] == self.link)
             solved = {k: f"{r['solved']}/{r['total']}" for k, r in figures["suites"].items() if "solved" in r}
-            runtime.say(f"step {self.step}: solved " + ", ".join(f"{k} {n}" for k, n in solved.items()))
+            runtime.print0(f"step {self.step}: solved " + ", ".join(f"{k} {n}" for k, n in solved.items()))
             figures["checkpoint"] = checkpoint.path_of(self.config)
             runtime.append_log({"iter": self.step, **figures}, os.path.join(self.out_dir, "evals.jsonl"))
         else:
-            with open(os.path.join(self.out_dir, "eval_step.log"), encoding="utf-8", errors="replace") as f:
+            with open(self.output, encoding="utf-8", errors="replace") as f:
                 why = (f.read().strip().splitlines() or ["nothing was written"])[-1]
-            runtime.say(f"the evaluation of step {self.step} failed: {why}")
+            runtime.print0(f"the evaluation of step {self.step} failed: {why}")
         os.remove(self.link)
         self.process = None
 
     def end(self, minutes):
         """The run is over: wait this long for the last evaluation."""
         if self.process is not None:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(60 * minutes)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+            self.process.kill()  # does nothing to one that has ended
+            self.process.wait()
         self.collect()
 
 

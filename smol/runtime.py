@@ -56,10 +56,8 @@ def pick_device(device):
         raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}")
     if device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}, but PyTorch sees no GPU: use --device=cpu")
-    if ":" in device and int(device.split(":")[1]) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device={device!r}, but PyTorch counts {torch.cuda.device_count()} GPUs from cuda:0 on"
-        )
+    if ":" in device and int(device[5:]) >= (n := torch.cuda.device_count()):
+        raise ValueError(f"device={device!r}, but PyTorch counts {n} GPUs from cuda:0 on")
     return device
 
 
@@ -123,10 +121,6 @@ def peak_memory(device):
     """Most bytes that this process has held so far: allocated by PyTorch on a GPU, resident on a CPU."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError), open("/proc/self/status") as f:
-        for line in f:  # Linux, where ru_maxrss begins at what the parent held
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -159,8 +153,7 @@ def start_processes(device_type):
     global object_group
     sys.excepthook = crashed
     if world_size > 1:
-        # Half an hour: the first thing to wait for is that one process per machine has hashed all of its
-        # shards.
+        # half an hour: first of all one process of each machine verifies all shards
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(minutes=30))
         object_group = dist.new_group(backend="gloo")
 
@@ -199,7 +192,7 @@ def stop(message, everyone=True):
     exit_now(message)
 
 
-def say(text):
+def print0(text):
     """A line for people, from rank 0, that does not tear a progress bar."""
     if master:
         tqdm.write(text)

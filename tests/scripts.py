@@ -25,19 +25,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(
-    [
-        "torch",
-        "torch.distributed",
-        "torch._dynamo",
-        "numpy",
-        "tiktoken",
-        "tqdm",
-        "requests",
-        "matplotlib.figure",
-        "matplotlib.backends.backend_agg",
-    ]
-)
+PRELOAD = "torch torch.distributed torch._dynamo numpy tiktoken tqdm requests matplotlib.figure"
+server.set_forkserver_preload([*PRELOAD.split(), "matplotlib.backends.backend_agg"])
 
 
 def as_script(script, arguments, out, env, before, limits):
@@ -139,9 +128,8 @@ def stage_without_validation(data, copy, *sources):
     shutil.copytree(data, copy)
     stage = copy / "stages" / "demo"
     lines = (stage / "manifest.jsonl").read_text().splitlines(keepends=True)
-    kept = [
-        line for line in lines if (e := json.loads(line))["split"] == "train" or e["source"] not in sources
-    ]
+    held_out = [(e := json.loads(line))["split"] == "val" and e["source"] in sources for line in lines]
+    kept = [line for line, out in zip(lines, held_out) if not out]
     assert len(kept) < len(lines)
     (stage / "manifest.jsonl").write_text("".join(kept))
     mixture = json.loads((stage / "mixture.json").read_text())

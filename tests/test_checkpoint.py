@@ -162,23 +162,16 @@ def test_a_killed_save_leaves_a_whole_checkpoint(tmp_path):
     assert done.returncode == 0, done.stderr
     found = [line.split("|") for line in done.stdout.splitlines()]
     assert all(int(signum) == signal.SIGKILL for _, signum, *_ in found)
-    assert [(int(n), int(before)) for _, _, n, before in found] == [
-        (1, 0),
-        (1, 0),
-        (1, 0),
-        (0, 1),  # between the two renames: the one before alone, which `newest` finds
-        (0, 1),
-        (2, 1),
-    ]
+    there = [(int(n), int(before)) for _, _, n, before in found]
+    # between the two renames there is the one before alone, which `newest` finds
+    assert there == [(1, 0), (1, 0), (1, 0), (0, 1), (0, 1), (2, 1)]
     ckpt.save(make(), str(tmp_path / "ckpt.pt"))
     assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt_prev.pt"]  # what was half written is gone
 
 
-@pytest.mark.parametrize("at", (0, 1, 50_000, 200_001))
+@pytest.mark.parametrize("at", (0, 50_000))
 def test_a_save_that_fails_leaves_what_was_there(at, tmp_path, monkeypatch):
-    """
-    A disk that is full at the first byte, between and inside tensors: always an OSError, always the old file.
-    """
+    """A disk that is full at the first byte or inside a tensor: an OSError, and the old file."""
     path = tmp_path / "ckpt.pt"
     ckpt.save(make(), str(path))
     before, save = path.read_bytes(), torch.save
@@ -311,15 +304,18 @@ def test_code_in_a_file_does_not_run(tmp_path):
     assert not trace.exists()
 
 
-def test_what_is_not_a_checkpoint_is_refused(tmp_path):
+def test_what_is_not_a_checkpoint_or_damaged_is_refused(tmp_path):
+    """Also one flipped bit inside a tensor, of which PyTorch itself tells nothing."""
     path = tmp_path / "ckpt.pt"
     refused(path, "does not exist")
-    for content in (b"", b"hello, I am a text file\n" * 50, b"PK\x03\x04" + bytes(100), os.urandom(2000)):
+    ckpt.save(make(), path)
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    for content in (b"", b"some text\n" * 50, whole[:100], whole[:middle], whole[:-1], flipped):
         path.write_bytes(content)
-        refused(path, "not a checkpoint")
-    broken = make()
-    del broken["ema"]
-    for value in ([1, 2], {"a": 1}, torch.ones(3), broken, {"model": {}, "model_args": {}}):
+        refused(path, "not a checkpoint, or it is damaged")
+    for value in ([1, 2], torch.ones(3), {"model": {}, "model_args": {}}):
         torch.save(value, path)
         refused(path, "not a checkpoint that train.py wrote")
     for changes, part in (({"format": 0}, "format 0"), ({"tokenizer": "0" * 64}, "another tokenizer")):
@@ -327,24 +323,10 @@ def test_what_is_not_a_checkpoint_is_refused(tmp_path):
         refused(path, part)
 
 
-def test_damage_is_noticed(tmp_path):
-    """Also one flipped bit inside a tensor, of which PyTorch itself says nothing."""
-    path = tmp_path / "ckpt.pt"
-    ckpt.save(make(), path)
-    whole = path.read_bytes()
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 1
-    for damaged in (whole[:100], whole[: len(whole) // 2], whole[:-1], bytes(flipped)):
-        path.write_bytes(damaged)
-        refused(path, "damaged")
-
-
 def test_weights_of_another_model(tmp_path):
     path = tmp_path / "ckpt.pt"
     torch.save(make(model_config={**SMALL, "n_ff": 16}), path)
-    refused(
-        path, "does not fit", r"up_proj.weight is \(16, 12\) there and \(32, 12\) here", call=ckpt.load_model
-    )
+    refused(path, "does not fit", r"is \(16, 12\) there and \(32, 12\) here", call=ckpt.load_model)
     torch.save(make(model="trm"), path)
     net = ckpt.make_model("dense", SMALL)
     before = {k: v.clone() for k, v in net.state_dict().items()}

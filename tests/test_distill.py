@@ -56,9 +56,9 @@ def batch_of(tasks, puzzle_format, length=48):
 # the divergence
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize(
-    "objective, beta", [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.1)]
+    "objective, beta, temperature",
+    [("forward_kl", 0.5, 1.0), ("reverse_kl", 0.5, 2.5), ("jsd", 0.5, 1.0), ("jsd", 0.1, 2.5)],
 )
 def test_each_objective_is_what_is_computed_by_hand(objective, beta, temperature, monkeypatch):
     for name, value in {"objective": objective, "beta": beta, "temperature": temperature}.items():
@@ -71,11 +71,8 @@ def test_each_objective_is_what_is_computed_by_hand(objective, beta, temperature
     def kl(a, b):
         return sum(x * math.log(x / y) for x, y in zip(a, b))
 
-    expected = {
-        "forward_kl": kl(p, q),
-        "reverse_kl": kl(q, p),
-        "jsd": beta * kl(p, m) + (1 - beta) * kl(q, m),
-    }
+    expected = {"forward_kl": kl(p, q), "reverse_kl": kl(q, p)}
+    expected["jsd"] = beta * kl(p, m) + (1 - beta) * kl(q, m)
     assert len({round(v, 4) for v in expected.values()}) == 3
     loss = distill.divergence(student, teacher)
     assert loss.item() == pytest.approx(expected[objective], abs=1e-6)
@@ -101,9 +98,8 @@ def test_route_a_says_at_each_position_what_its_forward_says():
     model, (tasks, answers) = tiny.make("dense", 2048), some_tasks()
     for task, answer, frame in zip(tasks, answers, teachers.Ours(model).frames(tasks, answers)):
         h, w = answer.shape
-        assert (
-            frame.shape == (h + 1, w + 1, 11) and frame[h, 1:].isnan().all() and not frame[:h].isnan().any()
-        )
+        assert frame.shape == (h + 1, w + 1, 11)
+        assert frame[h, 1:].isnan().all() and not frame[:h].isnan().any()
         ids = teachers.document(task, answer)
         log_p = model(ids[None, :-1], mode="puzzle")[0][0]
         for r, c in [*np.ndindex(h, w + 1), (h, 0)]:
@@ -136,9 +132,8 @@ def test_votes_are_the_shares_of_what_the_views_answer():
     shares = teachers.frame_of_votes(three, (2, 2)).exp()
     floor = teachers.VOTE_FLOOR / 11
     for (r, c), outcome, share in [((0, 0), 1, 1), ((0, 1), 2, 0.75), ((1, 0), teachers.OVER, 0.25)]:
-        assert shares[r, c, outcome].item() == pytest.approx(
-            (1 - teachers.VOTE_FLOOR) * share + floor, abs=1e-6
-        )
+        wanted = (1 - teachers.VOTE_FLOOR) * share + floor
+        assert shares[r, c, outcome].item() == pytest.approx(wanted, abs=1e-6)
     assert torch.allclose(shares.sum(-1), torch.ones(3, 3))
 
 
@@ -281,9 +276,8 @@ def test_a_route_b_student_learns_the_canvas_and_when_to_halt():
     wanted = torch.stack([g.frames([0], None)[0][:4, :4].reshape(16, 11) for g in (guide, other, guide)])
     agrees = (logits.argmax(-1) == wanted.argmax(-1)).all(1).float()
     halting = F.binary_cross_entropy_with_logits(net.halt_logit(y), agrees)
-    assert loss.item() == pytest.approx(
-        (distill.divergence(logits, wanted).mean() + 0.5 * halting).item(), rel=1e-4
-    )
+    expected = distill.divergence(logits, wanted).mean() + 0.5 * halting
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["dense", "trm"])
@@ -301,9 +295,7 @@ def test_the_gradient_of_a_step_does_not_depend_on_how_its_rows_are_batched(name
     assert all(torch.allclose(one, two, rtol=1e-3, atol=1e-5) for one, two in zip(*found))
 
 
-@pytest.mark.parametrize(
-    "student, teacher", [("dense", "dense_teacher"), ("trm", "trm_teacher"), ("dense", "trm_teacher")]
-)
+@pytest.mark.parametrize("student, teacher", [("trm", "trm_teacher"), ("dense", "trm_teacher")])
 def test_the_student_comes_nearer_to_its_teacher(student, teacher, models):
     """After 30 steps on other puzzles the divergence is at most half of what it was."""
     net, guide = checkpoint.load_model(models[student])[0].train(), teachers.load(models[teacher], "cpu")
@@ -328,13 +320,15 @@ def test_the_student_comes_nearer_to_its_teacher(student, teacher, models):
 
 # as a user runs it
 
-RUN = ["--batch_size=2", "--gradient_accumulation_steps=2", "--log_interval=1", "--eval_batches=1"]
-RUN += ["--warmup_iters=2", "--decay_iters=4", "--learning_rate=3e-3", "--check_tasks=4", "--block_size=128"]
-RUN += ["--mixture={'stdlib': 1, 'sudoku4': 3}"]
+RUN = """--batch_size=2 --gradient_accumulation_steps=2 --log_interval=1 --eval_batches=1 --warmup_iters=2
+    --decay_iters=2 --learning_rate=3e-3 --check_tasks=4 --block_size=128 --max_iters=3 --eval_interval=3
+    --mixture={'stdlib':1,'sudoku4':3}"""
 
 
 def run(data, out, *settings, processes=1):
-    return scripts.run("distill.py", [f"--data_dir={data}", f"--out_dir={out}", *RUN, *settings], processes)
+    return scripts.run(
+        "distill.py", [f"--data_dir={data}", f"--out_dir={out}", *RUN.split(), *settings], processes
+    )
 
 
 def losses(out):
@@ -343,15 +337,13 @@ def losses(out):
 
 
 @pytest.mark.parametrize("student, teacher", [("dense", "trm_teacher"), ("trm", "dense_teacher")])
-def test_a_stopped_run_goes_on_and_two_processes_take_the_same_steps(
-    data, models, tmp_path, student, teacher
-):
-    both = [f"--init_from={models[student]}", f"--teacher={models[teacher]}", "--max_iters=4", "--ema=0.9"]
-    both += ["--eval_interval=4", "--on_policy=0.7", "--sync_check_interval=1"]
+def test_a_stopped_run_goes_on_and_two_take_the_same_steps(data, models, tmp_path, student, teacher):
+    both = [f"--init_from={models[student]}", f"--teacher={models[teacher]}", "--ema=0.9"]
+    both += ["--on_policy=0.7", "--sync_check_interval=1"]
     whole = run(data, tmp_path / "whole", *both)
     assert whole.returncode == 0, whole.stderr
     saved = checkpoint.load(str(tmp_path / "whole" / "ckpt.pt"))
-    assert saved["train"]["iter"] == 4 and saved["model"] == student
+    assert saved["train"]["iter"] == 3 and saved["model"] == student
     assert {"stdlib", "sudoku4", "elsewhere"} <= set(saved["train"]["data"]["sources"])
     assert ("on_policy changes nothing" in whole.stdout) == (student == "trm")
 
@@ -363,16 +355,18 @@ def test_a_stopped_run_goes_on_and_two_processes_take_the_same_steps(
     weights = checkpoint.load(str(parts / "ckpt.pt"))
     for which in ("weights", "ema"):
         assert all(torch.equal(v, saved[which][k]) for k, v in weights[which].items())
-    assert losses(parts) == losses(tmp_path / "whole") and len(losses(parts)) == 4
+    assert losses(parts) == losses(tmp_path / "whole") and len(losses(parts)) == 3
 
     two = run(data, tmp_path / "two", *both, processes=2)
     assert two.returncode == 0, two.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(parts), rel=1e-4)
 
-    again = ["--init_from=resume", "--max_iters=9"]
-    other = run(data, parts, f"--teacher={models[student]}", *again)
-    assert other.returncode == 1 and "another teacher" in other.stderr
-    assert scripts.run("train.py", [f"--data_dir={data}", f"--out_dir={parts}", *again]).returncode == 1
+    if student == "dense":
+        again = ["--init_from=resume", "--max_iters=9"]
+        other = run(data, parts, f"--teacher={models[student]}", *again)
+        assert other.returncode == 1 and "another teacher" in other.stderr
+        other = scripts.run("train.py", [f"--data_dir={data}", f"--out_dir={parts}", *again])
+        assert other.returncode == 1 and "written by distill.py" in other.stderr
 
 
 def test_mistakes_are_one_line(data, models, tmp_path):
@@ -381,10 +375,8 @@ def test_mistakes_are_one_line(data, models, tmp_path):
     checkpoint.save(broken, str(tmp_path / "nan.pt"))
     student, teacher = f"--init_from={models['dense']}", f"--teacher={models['trm_teacher']}"
     for settings, words in [
-        ([student], "--teacher=PATH"),
         ([student, f"--teacher={tmp_path / 'gone.pt'}"], "gone.pt does not exist"),
         ([student, f"--teacher={tmp_path / 'nan.pt'}"], "not finite"),
-        ([student, teacher, "--temperature=0"], "temperature must be in (0, inf)"),
         ([student, teacher, "--learning_rate=1e30", "--max_skipped=2"], "no finite loss"),
     ]:
         result = run(data, tmp_path / "out", *settings)
