@@ -253,9 +253,9 @@ def check_sync(net, average, loss, grad_norm, step, device, config):
 
 def diverged(what, config):
     """End the run. Its checkpoints stay as they are."""
-    asked = ", ".join(f"{k}={config[k]:g}" for k in ("learning_rate", "grad_clip", "warmup_iters"))
-    path = checkpoint.path_of(config)
-    runtime.stop(f"{what}; {path} is untouched. Lower the first two of {asked}, or raise the third")
+    rate, clip, warmup = (config[k] for k in ("learning_rate", "grad_clip", "warmup_iters"))
+    advice = f"lower learning_rate={rate:g} or grad_clip={clip:g}, or raise warmup_iters={warmup}"
+    runtime.stop(f"{what}; {checkpoint.path_of(config)} is untouched: {advice}")
 
 
 # -----------------------------------------------------------------------------
@@ -315,7 +315,7 @@ class Log:
 
 
 def end(run, log, ahead, evaluation, publication, saved, stopping, interrupted, config):
-    """The end of a run's work: whatever works beside it comes to its end, and where it goes on is said."""
+    """End what works beside a run, and tell how the run ended."""
     path, step = checkpoint.path_of(config), run["iter"]
     log.close()
     ahead.close()

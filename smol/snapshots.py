@@ -398,17 +398,6 @@ def repo_name(repo):
     return repo
 
 
-def git_hash(path):
-    content = Path(path).read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def files_of(api, repo, revision, repo_type="dataset"):
-    """{path: what the hub says of that file}"""
-    entries = api.list_repo_tree(repo, recursive=True, repo_type=repo_type, revision=revision)
-    return {entry.path: entry for entry in entries if hasattr(entry, "size")}  # folders have none
-
-
 def push(data, name, repo, private):
     """Upload the frozen stage `name` (STAGE:TAG) as a dataset under that tag. ValueError if it fails."""
     from huggingface_hub import HfApi, hf_hub_download
