@@ -328,6 +328,7 @@ def test_a_later_stage_takes_the_weights(finished, data, tmp_path):
     assert "going on after step 2" in done.stdout and "changed: max_iters=3 (was 2)" in done.stdout
     saved = checkpoint.load(tmp_path / "ckpt.pt")["train"]
     assert saved["optimizers"][0]["param_groups"][0]["weight_decay"] == 0  # as the config has it now
+    assert saved["began_with"] == str(finished / "ckpt.pt")  # so the same command goes on once more
 
 
 def test_schedules():
