@@ -100,10 +100,10 @@ def plan(c, data, stage):
     if lacking:
         notes.append(f"without {', '.join(lacking)}: the others share what was theirs")
     tokens = (c.limit_mb or megabytes) * 1e6 / BYTES_PER_TOKEN
+    total = sum(share for group, share in groups.items() if group in there)
     for part in parts:
         siblings = sum(weights[p.name] for p in parts if p.source.group == part.source.group)
-        share = groups[part.source.group] / sum(groups[g] for g in there)
-        part.share = share * weights[part.name] / siblings
+        part.share = groups[part.source.group] / total * weights[part.name] / siblings
         part.target = part.share * tokens
         part.unit_bytes = int(c.unit_mb * 1e6)
         while part.unit_bytes > max(part.target * BYTES_PER_TOKEN / table.LANES, LEAST_UNIT):
