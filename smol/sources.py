@@ -25,6 +25,7 @@ import ast
 import contextlib
 import functools
 import hashlib
+import json
 import math
 import os
 import re
@@ -41,7 +42,8 @@ from smol import arc, programs, puzzles
 from smol import tokenizer as tok
 
 LANES = 8
-READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}  # of `datasets`
+# of `datasets`; a .jsonl file is read as lines, so that one that is damaged costs a row and not the build
+READERS = {".parquet": "parquet", ".jsonl": "text", ".json": "json", ".csv": "csv"}
 
 
 @dataclass(frozen=True)
@@ -386,16 +388,17 @@ STAGES = {
 
 def to_document(name, row):
     """
-    A row of a source or an evaluation -> document. ValueError if a column is missing, naming those that are
-    there; OddRow if the row is no document for any other reason.
+    A row of a source or an evaluation -> document. OddRow if the row is no document.
     """
     source = SOURCES.get(name) or EVALUATIONS[name]
     if not source.repo and not source.rows:
         return source.document(*row)
+    if not isinstance(row, dict):
+        raise OddRow("not_a_row", f"a line of {name!r} is no JSON object: {reprlib.repr(row)}")
     try:
         return source.document(row)
     except KeyError as e:
-        raise ValueError(f"a row of {name!r} has no column {e}: it has {', '.join(row)}") from None
+        raise OddRow("no_column", f"a row of {name!r} has no column {e}: it has {', '.join(row)}") from None
     except (TypeError, AttributeError, IndexError, ValueError) as e:
         rule = getattr(e, "rule", "not_as_expected")
         raise OddRow(rule, f"a row of {name!r} is not as expected: {e}: {reprlib.repr(row)}") from None
@@ -436,7 +439,8 @@ def reader_of(path):
 class Rows:
     """
     (origin, row) of datasets that are read one after the other. parts: list of (name, function that opens an
-    iterable dataset, or gives None). state: what state() gave, to go on from there; None for the beginning.
+    iterable dataset, or gives None). Rows of .jsonl files are parsed here; a line that is no JSON stays a str.
+    state: what state() gave, to go on from there; None for the beginning.
     """
 
     def __init__(self, parts, state):
@@ -457,6 +461,12 @@ class Rows:
                 if row is None:
                     break
                 self.row += 1
+                if reader_of(Path(name)) == "text":
+                    row = row["text"]
+                    if not row.strip():
+                        continue
+                    with contextlib.suppress(ValueError):
+                        row = json.loads(row)
                 yield f"{name}:{self.row}", row
             self.part, self.row, self.data, self.inside = self.part + 1, 0, None, None
 
@@ -518,7 +528,12 @@ def open_rows(name, where, seed, lane, state, lanes=LANES):
             return data.shard(num_shards=min(lanes, data.num_shards), index=lane)
 
     def open_file(path):
-        return datasets.load_dataset(reader_of(path), data_files={source.split: str(path)}, **how)
+        reader = reader_of(path)
+        options = (
+            {"encoding": "utf-8-sig", "encoding_errors": "backslashreplace"} if reader == "text" else how
+        )
+        options = {"split": source.split, "streaming": True, **options}
+        return datasets.load_dataset(reader, data_files={source.split: str(path)}, **options)
 
     if "files" in where:
         paths = [Path(p) for p in where["files"][lane::lanes]]

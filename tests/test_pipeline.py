@@ -403,7 +403,7 @@ def test_a_source_that_is_short_is_named_and_one_far_short_stops_the_build(tmp_p
 @pytest.mark.parametrize(
     "name, content, says",
     [
-        ("9.jsonl", '{"body": "a"}\n', "has no column 'text': it has body"),
+        ("9.jsonl", '{"body": "a"}\n', "dropped: no_column 1"),
         ("9.parquet", "PAR1 no", "cannot read 9.parquet"),
         ("9.jsonl.gz", "no gzip", "cannot read 9.jsonl.gz"),
     ],

@@ -160,9 +160,29 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
     assert sources.local_files(tmp_path, "wikipedia") == []
     with pytest.raises(ValueError, match="fineweb_edu has no file of .parquet"):
         sources.local_files(tmp_path, "fineweb_edu")
-    (folder / "a.jsonl").write_text('{"text": "a"}\n{"te')
+    (folder / "a.json").write_text('[{"text": "a"}, {"te')
     (folder / "b.parquet").write_bytes(b"PAR1")
     for path in sources.local_files(tmp_path, "fineweb_edu"):
         with pytest.raises(ValueError, match=f"cannot read {path.name} after row ") as e:
             list(sources.open_rows("fineweb_edu", {"files": [path]}, 1, 0, None))
         assert "\n" not in str(e.value)
+
+
+def test_a_damaged_line_costs_a_row_and_not_the_file(tmp_path):
+    lines = [
+        b'{"text": "a"}',
+        b'{"text": "b',
+        b"",
+        b'{"text": "\xff"}',
+        b'["c"]',
+        b'{"body": 1}',
+        b'{"text": "d"}',
+    ]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    rules, texts = [], []
+    for _, row in sources.open_rows("fineweb_edu", {"files": [tmp_path / "a.jsonl"]}, 1, 0, None, lanes=1):
+        try:
+            texts.append(sources.to_document("fineweb_edu", row))
+        except sources.OddRow as e:
+            rules.append(e.rule)
+    assert texts == ["a", "d"] and rules == ["not_a_row"] * 3 + ["no_column"]
