@@ -60,6 +60,7 @@ out_dir = "out/compare"
 RANGES = {"[1, inf)": "n_train n_test points seeds rival_rows", "(0, inf)": "seconds rival_learning_rate"}
 ROOT = Path(__file__).parent.parent
 BETAS, EMA = (0.9, 0.95), 0.999
+N_BATCHES = 500  # of text that nanoGPT goes over again and again
 WARMUP, DECAY = 0.05, 0.4  # shares of the run in which the learning rate goes up, and down to zero
 
 
@@ -267,7 +268,7 @@ def rival_nanogpt(c, seed):
         batches_per_step=1,
         puzzle_format="autoregressive",
     )
-    batches = [(b.idx, b.targets) for _ in range(500) for b in source.next_step()]
+    batches = [(b.idx, b.targets) for _ in range(N_BATCHES) for b in source.next_step()]
 
     @torch.no_grad()
     def evaluate(net):

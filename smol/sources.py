@@ -439,7 +439,7 @@ def reader_of(path):
 class Rows:
     """
     (origin, row) of datasets that are read one after the other. parts: list of (name, function that opens an
-    iterable dataset, or gives None). Rows of .jsonl files are parsed here; a line that is no JSON stays a str.
+    iterable dataset, or gives None). Lines of .jsonl files are parsed here; one that is no JSON stays a str.
     state: what state() gave, to go on from there; None for the beginning.
     """
 
