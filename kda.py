@@ -281,14 +281,18 @@ def states_grad(X, k_in, k_out, total, dR, dS, d_state):
 
 def pairs_grad(dA, x, k, d):
     """Gradients of `pairs` in x and k."""
-    dx, dk = torch.zeros_like(x), torch.zeros_like(k)
     for level, (late, early) in enumerate(d.levels):
         s = late.shape[1]
         block = corners(dA, s, level).reshape(-1, s, s)
         if level == 0:
             block = block.tril(-1)
-        later(dx, s, level).addcmul_(torch.bmm(block, earlier(k, s, level) * early), late)
-        earlier(dk, s, level).addcmul_(torch.bmm(block.mT, later(x, s, level) * late), early)
+        d_late = torch.bmm(block, earlier(k, s, level) * early)
+        d_early = torch.bmm(block.mT, later(x, s, level) * late)
+        if level == 0:
+            dx, dk = d_late.mul_(late).view_as(x), d_early.mul_(early).view_as(k)
+        else:
+            later(dx, s, level).addcmul_(d_late, late)
+            earlier(dk, s, level).addcmul_(d_early, early)
     return dx, dk
 
 
@@ -717,10 +721,14 @@ def to_chunks(t, C, dtype):
     return t.reshape(B, -1, C, H, D).permute(1, 0, 3, 2, 4).to(dtype).reshape(-1, C, D).contiguous()
 
 
-def from_chunks(x, like):
-    """The inverse: (M, C, D) -> the shape of `like` (B, T, H, D)."""
-    B, T, H, D = like.shape
-    return x.view(-1, B, H, x.shape[1], D).permute(1, 0, 3, 2, 4).reshape(B, -1, H, D)[:, :T]
+def from_chunks(x, out):
+    """The inverse: x (M, C, D) into out (B, T, H, D)."""
+    (B, T, H, D), C = out.shape, x.shape[1]
+    x = x.view(-1, B, H, C, D).permute(1, 0, 3, 2, 4)
+    if T % C:
+        out.copy_(x.reshape(B, -1, H, D)[:, :T])
+    else:
+        out.unflatten(1, (-1, C)).copy_(x)
 
 
 def empty_results(q, k, v, g, beta, initial_state, want_state, backend):
@@ -753,7 +761,7 @@ def chunk_op(q, k, v, g, beta, initial_state, scale, want_state, backend="chunk"
             o_, after, X[chunks], Q[chunks], S_ = chunk_forward(
                 q_, k_, v_, g_.clamp(floor(wide)), beta_, scale, before, form
             )
-            o[rows, tokens] = from_chunks(o_, o[rows, tokens])
+            from_chunks(o_, o[rows, tokens])
             if not alone:
                 S[chunks], state[rows] = S_, after.view_as(state[rows])
     return results
@@ -776,7 +784,7 @@ def chunk_backward_op(q, k, v, g, beta, initial_state, scale, backend, X, Q, S, 
                 q_, k_, v_, g_.clamp(floor(wide)), beta_, scale, X[chunks], Q[chunks], S_, do_, after, form
             )
             for whole, part in zip(grads, parts):
-                whole[rows, tokens] = from_chunks(part, whole[rows, tokens])
+                from_chunks(part, whole[rows, tokens])
             if not alone:
                 d_state[rows] = before.view_as(d_state[rows])
     grads[3].masked_fill_(g < floor(wide), 0)
