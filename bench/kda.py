@@ -21,7 +21,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from kda import KimiDeltaAttention, kda, kda_step, resolve
+from kda import KimiDeltaAttention, choose_backend, kda, kda_step
 from model_dense import Attention, Config, rope_3d
 from smol import runtime
 
@@ -160,7 +160,7 @@ def measure(device, dtype):
             g, beta = make_gates(kind, *shape, device), torch.rand(shape[:3], device=device)
             inputs = [q.to(dtype), F.normalize(k, dim=-1).to(dtype), v.to(dtype), g, beta]
             contenders = {"ours": (lambda *x: kda(*x)[0], inputs), **operator_rivals(device, *inputs)}
-            name = f"{kind} gates, {resolve('auto', *inputs[:2])}"
+            name = f"{kind} gates, {choose_backend(g.device, dtype)[0]}"
             yield {
                 "what": "operator",
                 "shape": shape,
