@@ -505,27 +505,6 @@ def test_initial_gates_forget_slowly():
     assert 0.000999 <= dt.min() and dt.max() <= 0.1001
 
 
-def test_unit_length():
-    x, weight = torch.randn(2, 3, 5, 7, dtype=torch.float64).unbind()
-    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
-        rounded = x.to(dtype).requires_grad_()
-        want = rounded.double() / (rounded.double().square().sum(-1, keepdim=True) + 1e-6).sqrt()
-        got = UnitLength.apply(rounded)
-        (d_want,), (d_got,) = (torch.autograd.grad((y.double() * weight).sum(), rounded) for y in (want, got))
-        assert got.dtype == d_got.dtype == dtype
-        check({"y": got, "dx": d_got}, {"y": want, "dx": d_want}, tolerance, str(dtype))
-
-
-def test_short_convolution():
-    for T, W in ((1, 4), (5, 4), (2, 1)):
-        x = torch.randn(2, W - 1 + T, 4, dtype=torch.float64, requires_grad=True)
-        weight = torch.randn(4, W, dtype=torch.float64, requires_grad=True)
-        want = F.conv1d(x.transpose(1, 2), weight.unsqueeze(1), groups=4).transpose(1, 2)
-        torch.testing.assert_close(ShortConvFunction.apply(x, weight.t(), None), want)
-        for reach in (None, torch.arange(2 * T * 2).view(2, T, 2) % 3):
-            assert torch.autograd.gradcheck(ShortConvFunction.apply, (x, weight.t(), reach))
-
-
 def test_a_second_derivative_is_refused_and_not_wrong():
     layer, x = make_layer(), torch.randn(1, 5, 12, requires_grad=True)
     taps = torch.randn(3, 12, requires_grad=True)
