@@ -145,7 +145,7 @@ def test_hard_keys(gate):
 
 
 def test_the_worst_case_is_as_documented():
-    """kda()'s docstring: 2e-4 for 4,096 equal keys at beta = 2 without decay."""
+    """kda()'s docstring: up to 5e-4 for 4,096 equal keys at beta = 2 without decay."""
     q, k, v, g, beta = (t[3:].float() for t in make("none", 4096, K=16, V=16, H=1, keys="same")[:5])
     with torch.no_grad():
         want, _ = by_kda(q.double(), k.double(), v.double(), g.double(), beta.double(), backend="recurrent")
