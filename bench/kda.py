@@ -208,8 +208,8 @@ def main():
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args()
-    torch.set_flush_denormal(True)  # as train.py and eval_arc.py do, like the next line
-    runtime.keep_freed_memory()
+    torch.set_flush_denormal(True)  # subnormals cost strong gates up to 8%
+    runtime.keep_freed_memory()  # as train.py does
     torch.manual_seed(0)
     device, name, dtype = "cpu", f"CPU, {torch.get_num_threads()} threads", torch.float32
     if torch.cuda.is_available():

@@ -145,7 +145,7 @@ def test_hard_keys(gate):
 
 
 def test_the_worst_case_is_as_documented():
-    """kda()'s docstring: 2e-4 for 4,096 equal keys at beta = 2 without decay."""
+    """kda()'s docstring: up to 5e-4 for 4,096 equal keys at beta = 2 without decay."""
     q, k, v, g, beta = (t[3:].float() for t in make("none", 4096, K=16, V=16, H=1, keys="same")[:5])
     with torch.no_grad():
         want, _ = by_kda(q.double(), k.double(), v.double(), g.double(), beta.double(), backend="recurrent")
@@ -503,27 +503,6 @@ def test_initial_gates_forget_slowly():
     A, dt = layer.A_log.exp(), F.softplus(layer.dt_bias)
     assert 1 <= A.min() and A.max() <= 16
     assert 0.000999 <= dt.min() and dt.max() <= 0.1001
-
-
-def test_unit_length():
-    x, weight = torch.randn(2, 3, 5, 7, dtype=torch.float64).unbind()
-    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
-        rounded = x.to(dtype).requires_grad_()
-        want = rounded.double() / (rounded.double().square().sum(-1, keepdim=True) + 1e-6).sqrt()
-        got = UnitLength.apply(rounded)
-        (d_want,), (d_got,) = (torch.autograd.grad((y.double() * weight).sum(), rounded) for y in (want, got))
-        assert got.dtype == d_got.dtype == dtype
-        check({"y": got, "dx": d_got}, {"y": want, "dx": d_want}, tolerance, str(dtype))
-
-
-def test_short_convolution():
-    for T, W in ((1, 4), (5, 4), (2, 1)):
-        x = torch.randn(2, W - 1 + T, 4, dtype=torch.float64, requires_grad=True)
-        weight = torch.randn(4, W, dtype=torch.float64, requires_grad=True)
-        want = F.conv1d(x.transpose(1, 2), weight.unsqueeze(1), groups=4).transpose(1, 2)
-        torch.testing.assert_close(ShortConvFunction.apply(x, weight.t(), None), want)
-        for reach in (None, torch.arange(2 * T * 2).view(2, T, 2) % 3):
-            assert torch.autograd.gradcheck(ShortConvFunction.apply, (x, weight.t(), reach))
 
 
 def test_a_second_derivative_is_refused_and_not_wrong():
