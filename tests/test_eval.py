@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scripts
 import torch
-from tiny import grid, make, save
+from tiny import grid, save
 
 import eval_arc
 from smol import arc, language, solve, suites
@@ -125,17 +125,6 @@ def test_every_task_is_asked_once_with_others_of_its_length_and_without_its_outp
     assert lengths == sorted(lengths, reverse=True)
 
 
-def test_processes_share_the_tasks(monkeypatch):
-    tasks, asked = suites.load("sudoku4")[:10], []
-    monkeypatch.setattr(eval_arc, "ROWS_TOGETHER", 2)
-    monkeypatch.setattr(eval_arc.runtime, "world_size", 3)
-    monkeypatch.setattr(eval_arc.runtime, "gather", lambda mine: [])
-    for rank in range(3):
-        monkeypatch.setattr(eval_arc.runtime, "rank", rank)
-        eval_arc.evaluate(tasks, lambda part: asked.extend(t.id for t in part) or [[None]] * len(part))
-    assert sorted(asked) == sorted(t.id for t in tasks)
-
-
 # the command
 
 
@@ -173,24 +162,18 @@ def answers(folder):
     return {(r["model"], r["suite"], r["id"]): {**r, "seconds": 0} for r in records}
 
 
-def test_both_routes_through_the_command_line(checkpoints, tmp_path, monkeypatch, capsys):
+def test_both_routes_through_the_command_line(checkpoints, tmp_path, monkeypatch):
     monkeypatch.setattr(solve, "ANSWER_TOKENS", 20)  # an untrained model uses them all
     report = call(tmp_path, *checkpoints, "--suites=sudoku4,logic,arc1", "--limit=2")
-    out = capsys.readouterr().out
     assert list(report) == ["a", "b"]
-    for name, path, model in zip(report, checkpoints, ("dense", "trm")):
-        r = report[name]
-        assert (r["model"], r["checkpoint"], r["params"]) == (model, path, make(model).num_params())
-        assert list(r["suites"]) == ["sudoku4", "logic", "arc1"]
+    for name, r in report.items():
         for suite, n in (("sudoku4", 100), ("logic", 50), ("arc1", 400)):
             s = r["suites"][suite]
-            assert (s["total"], s["available"], s["protocol"]) == (2, n, "inductive")
-            assert s["attempts"] == (2 if suite == "arc1" else 1)
+            assert (s["total"], s["available"], s["attempts"]) == (2, n, 2 if suite == "arc1" else 1)
             assert s["solved"] <= s["pass_2"] <= s["oracle"] and s["too_long"] == (suite == "arc1")
             assert list(s["against"]) == [other for other in report if other != name]
     assert (report["a"]["val_loss"], report["a"]["iter"], report["b"]["val_loss"]) == (9.25, 7, None)
     assert [r["suites"]["sudoku4"]["n_sup"] for r in report.values()] == [None, 3]
-    assert "pass@2" in out and "validation loss 9.250" in out
 
     records = answers(tmp_path)
     assert len(records) == 12
@@ -256,7 +239,7 @@ def test_other_settings_another_checkpoint_or_another_task_are_asked_anew(checkp
 
 
 @pytest.mark.usefixtures("asked")
-def test_results_are_merged_by_model_and_suite(checkpoints, tmp_path, capsys):
+def test_results_are_merged_by_model_and_suite(checkpoints, tmp_path):
     """Another suite, another model, a suite asked otherwise, a checkpoint that was trained on."""
     path, out = tmp_path / "run" / "ckpt.pt", tmp_path / "out"
     save(path, "trm", {"iter": 8})
@@ -278,20 +261,16 @@ def test_results_are_merged_by_model_and_suite(checkpoints, tmp_path, capsys):
     prize = (out / "submission_run_tasks.json").read_text()
     assert prize == (out / "submission.json").read_text() and list(json.loads(prize)) == ["own"]
 
-    report, counts = evaluate(checkpoints[0], "--suites=sudoku4", "--limit=2")
-    assert counts == {("run", "sudoku4"): 3, ("run", "tasks"): 1, ("a", "sudoku4"): 2}
+    report, _ = evaluate(checkpoints[0], "--suites=sudoku4", "--limit=2")
     assert list(report["run"]["suites"]["sudoku4"]["against"]) == ["a"]
     report, counts = evaluate(path, "--suites=sudoku4", "--limit=1", "--augment=2")
     assert counts == {("run", "sudoku4"): 1, ("run", "tasks"): 1, ("a", "sudoku4"): 2}
-    assert report["run"]["suites"]["sudoku4"]["settings"]["augment"] == 2
     save(path, "trm", {"iter": 20})
     report, counts = evaluate(path, "--suites=maze", "--limit=1")
     assert counts == {("run", "maze"): 1, ("a", "sudoku4"): 2} and report["run"]["iter"] == 20
-    assert "has been trained on since" in capsys.readouterr().out
     other = save(tmp_path / "other" / "run" / "ckpt.pt", "trm", {"iter": 9})
-    save(tmp_path / "run" / "ckpt_9.pt", "trm", {"iter": 10})
-    report, _ = evaluate(other, tmp_path / "run" / "ckpt_9.pt", "--suites=maze", "--limit=1")
-    assert set(report) == {"run", "a", other, "run/ckpt_9"}
+    report, _ = evaluate(other, "--suites=maze", "--limit=1")
+    assert set(report) == {"run", "a", other}  # whose name was taken
 
 
 def test_your_own_tasks_with_and_without_outputs(checkpoints, tmp_path):
@@ -337,10 +316,8 @@ def test_two_processes_give_what_one_gives(checkpoints, tmp_path):
     args = [*checkpoints, "--suites=sudoku4", "--limit=3", "--augment=32"]
     done = scripts.run("eval_arc.py", [*args, f"--out_dir={tmp_path / '2'}", "--device=cpu"], processes=2)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("a sudoku4: ") == 1  # rank 0 speaks
     call(tmp_path / "1", *args)
     assert answers(tmp_path / "1") == answers(tmp_path / "2") and len(answers(tmp_path / "2")) == 6
-    assert not [name for name in os.listdir(tmp_path / "2") if "partial" in name]
 
 
 @pytest.mark.parametrize(

@@ -172,14 +172,6 @@ def test_both_routes_go_through_the_whole_suite(name, tmp_path, monkeypatch):
     assert json.loads(json.dumps(figures)) == figures and len(language.table(figures).splitlines()) == 3
 
 
-def test_what_is_written_ends_with_the_function():
-    encode, stop = tok.load().encode_ordinary, language.OUTSIDE_FUNCTION
-    text = "    x = 1\n\n    return x\nprint(x)\n"
-    assert language.cut(encode(text), stop) == ("    x = 1\n\n    return x\n", True)
-    assert language.cut([*encode("    return 1"), tok.EOT, *encode(" more")], stop) == ("    return 1", True)
-    assert language.cut(encode("one. two"), None) == ("one. two", False)
-
-
 # intervals
 
 

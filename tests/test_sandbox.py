@@ -157,9 +157,7 @@ def test_one_bad_program_costs_the_others_nothing():
     bad = {
         "ValueError": "import os\nos.system('true')\n",
         "does not take": programs.program_text([("scale", {"k": 10**9})]),
-        "not 1 to 30": programs.program_text(
-            [("scale", {"k": 3})] * 20
-        ),
+        "not 1 to 30": programs.program_text([("scale", {"k": 3})] * 20),
         "1000 characters": programs.program_text([("transpose", {"anti": 0})] * 100),
         "": "(" * 900,
     }
