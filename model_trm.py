@@ -435,9 +435,9 @@ class Model(nn.Module):
         n_embd), and the halting probability (R,). Rows whose probability has passed `halt` leave the batch;
         with None, all take n_sup steps (None: as configured).
         """
-        x, layout = self.embed_canvas(idx, self.puzzle_words())
+        words, rows = self.puzzle_words(), torch.arange(len(idx), device=idx.device)
+        x, layout = self.embed_canvas(idx, words)
         y, z = self.start(x)
-        rows = torch.arange(len(idx), device=idx.device)
         for _ in range(n_sup or self.config.n_sup):
             y, z = self.deep_recursion(x, y, z, layout)
             p = self.halt_logit(y).sigmoid()
@@ -445,7 +445,8 @@ class Model(nn.Module):
             if halt is not None and (p > halt).any():
                 if (p > halt).all():
                     return
-                rows, x, y, z, layout = select((rows, x, y, z, layout), p <= halt)
+                rows, y, z = (t[p <= halt] for t in (rows, y, z))
+                x, layout = self.embed_canvas(idx[rows], words)
 
     def canvases(self, tasks):
         """
@@ -504,13 +505,6 @@ def ranked(steps):
             if key not in best or p > best[key][1]:
                 best[key] = grid, p
     return sorted(best.values(), key=lambda answer: -answer[1])
-
-
-def select(value, rows):
-    """The rows of a tensor, or of each tensor in a tuple; None stays None."""
-    if isinstance(value, tuple):
-        return tuple(select(v, rows) for v in value)
-    return None if value is None else value[rows]
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
 
 import eval_arc
@@ -134,18 +133,6 @@ def test_the_table_says_how_models_were_asked_and_which_is_better(found):
     assert row[2:5] == ["66.7%", "2", "2/3"]
     assert "arc1: b is better than a: 9 tasks alone against 1 (p = 0.021)" in lines
     assert "arc1: b was asked with --augment=4 (inductive)" in lines
-
-
-def test_the_picture_shows_solved_and_unsolved_tasks_and_small_ones_first():
-    def task(name, side, solved, too_long=False):
-        grid = np.zeros((side, side), np.uint8)
-        given = None if too_long else Given([Candidate(grid if solved else grid + 1)])
-        return {"m": eval_arc.judge(arc.Task(name, "arc", [(grid, grid)], [(grid, grid)]), [given], 2)}
-
-    tasks = [task(f"solved {i}", 3, True) for i in range(5)] + [task("too long", 3, False, True)]
-    tasks += [task("large", 20, False), task("unsolved", 3, False)]
-    assert [t["m"]["id"] for t in report.choose(tasks)] == ["solved 0", "solved 1", "unsolved"]
-    assert [t["m"]["id"] for t in report.choose(tasks[5:])] == ["unsolved", "large"]
 
 
 DRIVE = """
