@@ -143,16 +143,8 @@ def test_no_test_output_reaches_the_model(name, monkeypatch):
     noise = rng.integers(0, 10, (5, 7)).astype(np.uint8)
     noisy = [replace(t, test=[(x, noise) for x, _ in t.test]) for t in tasks]
     settings = Settings(augment=2, samples=2, ttt_steps=1, programs=2)
-    found = []
-
-    def answer(part):
-        assert all(y.tolist() == [[0]] for task in part for _, y in task.test)
-        found.append(solve.solve(model, part, settings))
-        return found[-1]
-
-    for some in (tasks, noisy):
-        eval_arc.evaluate(some, answer)
-    assert plain(found[0]) == plain(found[1]) and all(found[0])
+    found = [plain(solve.solve(model, some, settings)) for some in (tasks, noisy)]
+    assert found[0] == found[1] and all(found[0])
 
 
 # text
