@@ -296,10 +296,10 @@ def core_flops_per_token(config, context):
     return sum(2 * 3 * d * config.n_ff + (full if kind == "a" else kda) for kind in layer_kinds(config))
 
 
-def cache_bytes(config, context, bytes_per_number=4):
-    """Of the caches of one row, for one pass through the blocks. KDA's state is always float32."""
-    full = 2 * context * config.n_embd * bytes_per_number
-    kda = 3 * 3 * config.n_embd * bytes_per_number + 4 * config.n_embd * (config.n_embd // config.n_head)
+def cache_bytes(config, context):
+    """Of the caches of one row in float32, for one pass through the blocks."""
+    full = 4 * 2 * context * config.n_embd
+    kda = 4 * (3 * 3 * config.n_embd + config.n_embd * (config.n_embd // config.n_head))
     return sum(full if kind == "a" else kda for kind in layer_kinds(config))
 
 

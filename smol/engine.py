@@ -230,7 +230,7 @@ def batches_by_length(items, length, tokens=None):
 
 
 @torch.no_grad()
-def answer_tasks(model, tasks, samples=1, temperature=1.0, seed=0, tokens=None):
+def answer_tasks(model, tasks, samples, temperature, seed, tokens):
     """
     Solve tasks with an autoregressive model. tasks: list of arc.Task, whose test outputs are not read.
     Returns for each task, for each test input, a list of `samples` (grid, log-probability): the greedy one,
