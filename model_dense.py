@@ -384,10 +384,10 @@ class Model(nn.Module):
 
     def forward(self, idx, targets=None, *, mode="text", carry=None):
         """
-        idx (B, T); targets (B, T), IGNORE where there is no loss. In mode "text" a row holds many
-        documents, in mode "puzzle" one. Returns logits (B, T, vocab_size), None, None; with targets None,
-        the loss, None. The loss is the mean over tokens in mode "text", and over rows of each row's mean in
-        mode "puzzle". carry is Route B's.
+        idx (B, T). In mode "text" a row holds many documents, in mode "puzzle" one. Returns (logits (B, T,
+        vocab_size), None, None), or with targets (B, T), IGNORE where there is no loss, (None, loss, None).
+        The loss is the mean over tokens in mode "text", and over rows of each row's mean in mode "puzzle".
+        carry is Route B's.
         """
         x = self.hidden(idx, document_starts(idx) if mode == "text" else None)
         if targets is None:

@@ -266,16 +266,17 @@ class Model(nn.Module):
     def forward(self, idx, targets=None, *, mode="text", carry=None):
         """
         idx (B, T). In mode "text" a row holds many documents; in mode "puzzle" it is one, right-padded with
-        PAD. targets (B, T), IGNORE where there is no loss. Returns logits, None, None, (B, T, vocab_size)
-        or in puzzles (B, T, 11) over ANSWER_IDS; with targets None, the loss, the carry. In training, a
-        puzzle takes one supervision step, on the rows that the carry holds, and on rows of idx in place of
-        those that have halted. Otherwise it takes all n_sup.
+        PAD. Returns (logits, None, None), (B, T, vocab_size) or in puzzles (B, T, 11) over ANSWER_IDS. With
+        targets (B, T), IGNORE where there is no loss: (None, loss, carry). In training, a puzzle takes one
+        supervision step, on the rows that the carry holds, and on rows of idx in place of those that have
+        halted. Otherwise it takes all n_sup.
         """
         if mode == "text":
             return self.forward_text(idx, targets)
         if targets is not None and self.training:
             return self.forward_carried(idx, targets, carry)
-        *_, (_, y, _) = self.answer_steps(idx)
+        for _, y, _ in self.answer_steps(idx):  # the last one's
+            pass
         if targets is None:
             return F.linear(y, self.wte.weight[ANSWER_IDS]), None, None
         return None, self.canvas_loss(y, targets, targets != IGNORE, self.puzzle_words())[0], None
