@@ -59,7 +59,7 @@ def log_probs(model, rows, desc="reading"):
     ids = [[*context, *continuation][-block_size - 1 :] for context, continuation in rows]
     order = sorted(range(len(rows)), key=lambda i: -len(ids[i]))  # rows of similar length together
     out = [None] * len(rows)
-    bar = progress(len(rows), desc)
+    bar = tqdm(total=len(rows), desc=desc, dynamic_ncols=True, leave=False)
     while order:
         longest = len(ids[order[0]]) - 1
         count = max(1, BATCH_TOKENS // longest)
@@ -86,8 +86,7 @@ def write(model, prompts, lengths, stops, desc="writing"):
     tokens, up to the first match of the pattern stops[i] (None: there is none) or a token that is no text.
     """
     device, out = next(model.parameters()).device, []
-    bar = progress(len(prompts), desc)
-    for start in range(0, len(prompts), TOGETHER):
+    for start in tqdm(range(0, len(prompts), TOGETHER), desc, dynamic_ncols=True, leave=False):
         part = slice(start, start + TOGETHER)
         rows = [torch.tensor(ids, device=device) for ids in prompts[part]]
         limits = list(zip(lengths[part], stops[part]))
@@ -99,8 +98,6 @@ def write(model, prompts, lengths, stops, desc="writing"):
                 if all(len(ids) >= n or cut(ids, stop)[1] for ids, (n, stop) in zip(written, limits)):
                     break
         out += [cut(ids[:n], stop)[0] for ids, (n, stop) in zip(written, limits)]
-        bar.update(len(rows))
-    bar.close()
     return out
 
 
@@ -110,10 +107,6 @@ def cut(ids, stop):
     text = tok.load().decode(ids[:end])
     match = stop and stop.search(text)
     return text[: match.start()] if match else text, bool(match) or end < len(ids)
-
-
-def progress(total, desc):
-    return tqdm(total=total, desc=desc, dynamic_ncols=True, leave=False)
 
 
 # -----------------------------------------------------------------------------
@@ -170,16 +163,9 @@ def answer_questions(model, items):
     for (category, question, choices, right), given in zip(items, scores.reshape(len(items), -1)):
         best = np.flatnonzero(given >= given.max() - 1e-9)
         points += (right in best) / max(1, len(best))
-        answers.append(
-            {
-                "category": category,
-                "question": question,
-                "choices": list(choices),
-                "right": right,
-                "picked": int(given.argmax()),
-                "log_probabilities": given.round(4).tolist(),
-            }
-        )
+        answer = {"category": category, "question": question, "choices": list(choices), "right": right}
+        answer.update(picked=int(given.argmax()), log_probabilities=given.round(4).tolist())
+        answers.append(answer)
     share = {"accuracy": round(points / len(items), 6), "interval": interval(points, len(items))}
     return {"total": len(items), "right": points, **share, "chance": 0.25, "answers": answers}
 
@@ -191,13 +177,11 @@ def write_code(model, items):
     """
     prompts = [[tok.EOT, *tok.load().encode_ordinary(stub)] for _, stub, *_ in items]
     n, answers = len(items), []
-    for (name, stub, tests, *_), text in zip(
-        items, write(model, prompts, [CODE_TOKENS] * n, [OUTSIDE_FUNCTION] * n, "code")
-    ):
+    texts = write(model, prompts, [CODE_TOKENS] * n, [OUTSIDE_FUNCTION] * n, "code")
+    for (name, stub, tests, *_), text in zip(items, texts):
         result = sandbox.run_tests(stub + text, tests)
-        answers.append(
-            {"name": name, "stub": stub, "written": text, "solved": result.ok, "reason": result.reason}
-        )
+        outcome = {"solved": result.ok, "reason": result.reason}
+        answers.append({"name": name, "stub": stub, "written": text, **outcome})
     solved = sum(answer["solved"] for answer in answers)
     share = {"accuracy": round(solved / n, 6), "interval": interval(solved, n)}
     return {"total": n, "solved": solved, **share, "answers": answers}
