@@ -1,5 +1,5 @@
 """
-Generated puzzles with verified answers, and the fixed suites of them that models are evaluated on.
+Generated puzzles with verified answers.
 
 On grids: sudoku and mazes. In words: arithmetic, shortest paths, seatings, knights and knaves; such a puzzle
 is a text "Question: ...", "Solution: ..." step by step, and a last line "Answer: ...".
@@ -8,10 +8,9 @@ A generator takes a np.random.Generator, and nothing else decides what comes out
 it looks at rows, columns and boxes and does not solve, walks through a maze in layers, or reads the finished
 text and tries every possibility.
 
-Never trained on: the grids in SUDOKU4_HELD_OUT and the puzzles of heldout(). Read next: sources.py.
+Never trained on: the grids in SUDOKU4_HELD_OUT, and what suites.py asks. Read next: sources.py.
 """
 
-import difflib
 import functools
 import hashlib
 import itertools
@@ -22,7 +21,6 @@ from collections import Counter
 
 import numpy as np
 
-from smol import programs
 from smol.arc import Task
 
 # -----------------------------------------------------------------------------
@@ -610,39 +608,7 @@ def logic_puzzle(rng):
 
 
 # -----------------------------------------------------------------------------
-# suites
-
-SUITES = {  # (how many tasks, seed, what makes one); changing one changes what was measured
-    "sudoku4": (100, 4004, lambda rng: sudoku(rng, 4, 6, "test")),
-    "sudoku9": (50, 9009, lambda rng: sudoku(rng, 9, 30, "test")),
-    "maze": (50, 7007, lambda rng: maze(rng, 7, 7)),
-    "transforms": (50, 1234, programs.transform),
-}
-HELD_OUT_N = {suite: n for suite, (n, _, _) in SUITES.items()}
-
-
-def heldout(suite, n=None):
-    """
-    The first n tasks of a fixed list of HELD_OUT_N[suite] distinct ones (default: all). Ids are 'maze-0007',
-    of transforms with the program, 'transforms-0007:roll:dy=1:dx=-2'. ValueError for an unknown suite, and
-    for more than there are: only these are kept out of training.
-    """
-    if suite not in SUITES:
-        close = difflib.get_close_matches(str(suite), SUITES, n=1, cutoff=0)[0]
-        raise ValueError(f"unknown suite {suite!r}; did you mean {close!r}? There are {', '.join(SUITES)}")
-    most, seed, make = SUITES[suite]
-    n = most if n is None else n
-    if not 0 <= n <= most:
-        raise ValueError(f"{n} held-out puzzles of {suite}: only {most} are kept out of training")
-    rng = np.random.default_rng(seed)
-    tasks, seen = [], set()
-    while len(tasks) < n:
-        task = make(rng)
-        if task_hash(task) not in seen:
-            seen.add(task_hash(task))
-            task.id = f"{suite}-{len(tasks):04d}" + (f":{task.id}" if suite == "transforms" else "")
-            tasks.append(task)
-    return tasks
+# which puzzle is which
 
 
 def task_hash(task):
@@ -657,11 +623,3 @@ def task_hash(task):
         turned = [np.rot90(grid.T if k >= 4 else grid, k) for grid in grids]
         images.append(b"".join(bytes(grid.shape) + grid.tobytes() for grid in turned))
     return hashlib.sha256(task.kind.encode() + b"|" + min(images)).hexdigest()
-
-
-def check(task):
-    """True if the answer of a sudoku or maze is right, and the only one."""
-    puzzle, answer = task.test[0]
-    if task.kind == "maze":
-        return check_maze(puzzle, answer)
-    return check_sudoku(puzzle, answer) and len(solve_sudoku(puzzle)[0]) == 1

@@ -52,6 +52,7 @@ GENERATED = {
     "transforms": (1234, 50, programs.transform),
     "logic": (7117, 50, logic),
 }
+ON_GRIDS = tuple(name for name in GENERATED if name not in IN_WORDS)
 GROUPS = {
     "sudoku": ("sudoku4", "sudoku9", "sudoku9_medium", "sudoku9_hard", "sudoku_extreme"),
     "maze": ("maze", "maze_hard"),

@@ -12,16 +12,7 @@ import pytest
 
 from smol import programs, puzzles
 from smol.arc import Task
-from smol.puzzles import (
-    check,
-    check_arithmetic,
-    check_maze,
-    check_sudoku,
-    heldout,
-    maze,
-    solve_sudoku,
-    sudoku,
-)
+from smol.puzzles import check_arithmetic, check_maze, check_sudoku, maze, solve_sudoku, sudoku
 
 
 def grid(text):
@@ -83,7 +74,8 @@ def test_sudokus_have_one_solution_by_another_solver(size, blanks, split):
     task = sudoku(np.random.default_rng([size, blanks]), size, blanks, split)
     ((puzzle, answer),) = task.test
     assert task.kind == "sudoku" and task.train == [] and puzzle.dtype == answer.dtype == np.uint8
-    assert (puzzle == 0).sum() == blanks and solved_otherwise(puzzle) == [answer.tolist()] and check(task)
+    assert (puzzle == 0).sum() == blanks and solved_otherwise(puzzle) == [answer.tolist()]
+    assert check_sudoku(puzzle, answer)
     assert size == 9 or answer.tolist() in puzzles.sudoku4_grids(split).tolist()
 
 
@@ -122,8 +114,6 @@ def test_check_sudoku_refuses_every_changed_cell(size, blanks):
     other = answer % size + 1  # a valid grid, but not with these givens
     assert check_sudoku(other, other) and not check_sudoku(puzzle, other)
     assert not check_sudoku(puzzle, answer[:-1])
-    several = Task("", "sudoku", [], [(np.zeros((size, size), np.uint8), answer)])
-    assert check_sudoku(*several.test[0]) and not check(several)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +166,8 @@ def test_mazes_of_many_sizes(height, width):
     rng = np.random.default_rng(height * width)
     for _ in range(10):
         ((puzzle, answer),) = (task := maze(rng, height, width)).test
-        assert task.kind == "maze" and puzzle.shape == answer.shape == (height, width) and check(task)
+        assert task.kind == "maze" and puzzle.shape == answer.shape == (height, width)
+        assert check_maze(puzzle, answer)
         assert puzzle.dtype == answer.dtype == np.uint8 and 2 * ((answer == 4).sum() + 1) >= height + width
     for sides in ((2, 7), (7, 31)):
         with pytest.raises(ValueError, match="3 to 30"):
@@ -354,35 +345,8 @@ def test_same_seed_same_puzzles_in_another_process():
     assert subprocess.run([sys.executable, "-c", code], **command).stdout.strip() == from_one_seed()
 
 
-@pytest.mark.parametrize(
-    "suite, fixed",
-    [
-        ("sudoku4", "f6fae1b799d2150b"),
-        ("sudoku9", "af4844f4aa743b5c"),
-        ("maze", "ddca6f25ad46a83f"),
-        ("transforms", "c351a93bb6341cf1"),
-    ],
-)
-def test_suites_verify_and_never_change(suite, fixed):
-    """If a digest changes, results before and after cannot be compared: a new numpy or a changed generator
-    did it."""
-    tasks = heldout(suite)
-    assert len(tasks) == puzzles.HELD_OUT_N[suite]
-    assert len({puzzles.task_hash(task) for task in tasks}) == len(tasks)
-    assert all(task.id.startswith(f"{suite}-{i:04d}") for i, task in enumerate(tasks))
-    assert suite == "transforms" or all(map(check, tasks))
-    assert digest(tasks) == fixed and digest(heldout(suite, 7)) == digest(tasks[:7])
-    if suite == "sudoku4":
-        held = {g.tobytes() for g in puzzles.sudoku4_grids("test")}
-        assert all(task.test[0][1].tobytes() in held for task in tasks)
-    with pytest.raises(ValueError, match="kept out of training"):
-        heldout(suite, len(tasks) + 1)
-    with pytest.raises(ValueError, match=f"did you mean '{suite}'"):
-        heldout(suite + "-")
-
-
 def test_task_hash_is_of_the_content():
-    task = heldout("transforms", 1)[0]
+    task = programs.transform(np.random.default_rng(0))
     hashed = puzzles.task_hash(task)
     for k in range(8):  # the loader may turn and mirror, and then it is still this puzzle
         turned = [tuple(images(g)[k] for g in pair) for pair in task.train + task.test]
