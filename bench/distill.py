@@ -52,11 +52,11 @@ NOT_SETTINGS = (
 
 def other_sudokus(n):
     """n puzzles like the suite's sudoku4, none of them in it."""
-    in_suite = {puzzles.task_hash(task) for task in suites.load("sudoku4")}
+    in_suite = {arc.task_hash(task) for task in suites.load("sudoku4")}
     rng, found = np.random.default_rng(4005), []
     while len(found) < n:
         task = puzzles.sudoku(rng, 4, 6, "test")
-        if puzzles.task_hash(task) not in in_suite:
+        if arc.task_hash(task) not in in_suite:
             found.append(arc.Task(f"other-{len(found)}", task.kind, task.train, task.test))
     return found
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from smol.files import save_picture
-from smol.tokenizer import ARC, BLANK, CELL0, EOT, INPUT, LOGIC, MAZE, OUTPUT, PAD, PROGRAM, ROW, SUDOKU, VOID
+from smol.tokenizer import ARC, BLANK, CELL0, EOT, INPUT, LOGIC, MAZE, OUTPUT, PROGRAM, ROW, SUDOKU, VOID
 
 SETS = ("arc1_train", "arc1_eval", "arc2_train", "arc2_eval")
 KINDS = {"arc": ARC, "sudoku": SUDOKU, "maze": MAZE, "logic": LOGIC, "program": PROGRAM}
@@ -406,6 +406,19 @@ def canonical_hash(*grids):
     return hashlib.sha256(min(forms)).hexdigest()
 
 
+def task_hash(task):
+    """
+    -> hex: SHA-256 of the kind and of every grid in order, the same for all eight turned and mirrored images
+    of a task, not for its recolourings.
+    """
+    grids = [np.asarray(grid, np.uint8) for pair in task.train + task.test for grid in pair]
+    forms = []
+    for k in range(8):
+        turned = [turn(k, grid) for grid in grids]
+        forms.append(b"".join(bytes(grid.shape) + grid.tobytes() for grid in turned))
+    return hashlib.sha256(task.kind.encode() + b"|" + min(forms)).hexdigest()
+
+
 # -----------------------------------------------------------------------------
 # pictures
 
@@ -498,63 +511,3 @@ def picture(rows, path, title=None):
             colour = "#1B7F2A" if verdict == "correct" else "#B00020"
             ax.text(0, side * 1.07, verdict, size=7.5, color=colour)
     save_picture(fig, path, dpi=min(160, 60000 / max(W, H)))  # an image may have at most 65,536 pixels a side
-
-
-# -----------------------------------------------------------------------------
-# how Route B's KDA heads read a grid
-
-WAYS = 8  # to read grids
-
-
-def grid_lines(idx, positions):
-    """The eight ways to read grids: rows, columns, tiles and pairs, each forwards and backwards.
-
-    idx: (B, T) long; positions: (B, T, 3) as above -> (order, back, starts), each (B, T, 8): the token that
-    is read as the t-th, when token t is read, and whether a line starts with the t-th that is read. A line is
-    a row, a column or a tile of one grid. Tiles are squares, side by side from the upper left corner on, of
-    about as many cells as the grid's longer side has: those of a sudoku are its boxes. Pairs are one line:
-    the first input and its output cell by cell, a cell of the input and right after it the output's at the
-    same place; then the next pair, and last the canvas. So what demonstrations do to a cell can be read off
-    two neighbours in this line, and is known when the canvas is read; backwards, the cells of each pair come
-    from the last to the first, but inputs still come before outputs and demonstrations before the canvas.
-    Where there are no demonstrations, there is nothing to carry from grid to grid, and pairs are read as
-    rows. Padding is a line of its own, as what is in no grid is to rows, columns and tiles: whatever reads
-    line by line does not notice how much of it there is.
-    """
-    import torch
-
-    row, column, grid = positions.unbind(-1)
-    at = torch.arange(idx.shape[1], device=idx.device).expand_as(idx)
-    pad = idx == PAD
-    grid = torch.where(pad, idx.shape[1], grid)
-    longer = idx.new_zeros(len(idx), idx.shape[1] + 1).scatter_reduce(
-        1, grid, torch.maximum(row + 1, column), "amax"
-    )  # of each grid
-    side = longer.sqrt().round().long().gather(1, grid)
-
-    def packed(a, b, c):
-        """As one number, to sort by a, then b, then c; a grid has at most 30 rows and columns, and a ROW
-        behind the last."""
-        return (a * 64 + b) * 64 + c
-
-    in_row, in_column, in_tile = (
-        packed(grid, 0, row),
-        packed(grid, 0, column),
-        packed(grid, row // side, column // side),
-    )
-    pair = (grid + 1) // 2
-    keys = in_column * 64 + row, in_tile, packed(pair, row, column), packed(pair, 63 - row, 63 - column)
-    down, by_tile, by_cell, by_cell_back = (key.argsort(dim=1, stable=True) for key in keys)
-    alone = positions[..., 2].amax(1, keepdim=True) < 2  # no demonstrations
-    by_cell, by_cell_back, in_pairs = (
-        torch.where(alone, *two) for two in ((at, by_cell), (at.flip(1), by_cell_back), (in_row, pad))
-    )
-    order = torch.stack(
-        [at, at.flip(1), down, down.flip(1), by_tile, by_tile.flip(1), by_cell, by_cell_back], -1
-    )
-    line = torch.stack(
-        [in_row, in_row, in_column, in_column, in_tile, in_tile, in_pairs, in_pairs], -1
-    ).gather(1, order)
-    starts = torch.ones_like(line, dtype=torch.bool)
-    starts[:, 1:] = line[:, 1:] != line[:, :-1]
-    return order, order.argsort(dim=1), starts

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 import rensa
 
-from smol import arc, puzzles, suites
+from smol import arc, suites
 
 SHINGLE = 5  # words, as in OpenWebText2 and FineWeb
 # 14 bands of 8 (FineWeb's choice): with 80% of their shingles in common, two documents share a band with a
@@ -506,7 +506,7 @@ class HeldOut:
     def __init__(self):
         self.questions = {question for task in suites.load("logic") for question, _ in task.test}
         tasks = [task for name in suites.ON_GRIDS for task in suites.load(name)]
-        self.hashes = {puzzles.task_hash(task) for task in tasks}
+        self.hashes = {arc.task_hash(task) for task in tasks}
         # whoever has learned the 288 filled 4x4 grids solves any sudoku of them, so no answer may be shared
         self.answers = {t.test[0][1].tobytes() for t in tasks if is_sudoku4(t)}
         self.known = Likenesses()
@@ -519,7 +519,7 @@ class HeldOut:
 
     def has(self, task, augment):
         """Is it one of them, turned or not, or can the loader's augmentation make one of it?"""
-        if puzzles.task_hash(task) in self.hashes:
+        if arc.task_hash(task) in self.hashes:
             return True
         if is_sudoku4(task):
             return task.test[0][1].tobytes() in self.answers

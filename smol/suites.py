@@ -112,7 +112,7 @@ def load(name):
     rng, tasks, seen = np.random.default_rng(seed), [], set()
     while len(tasks) < n:
         task = make(rng)
-        content = repr(task.test) if name in IN_WORDS else puzzles.task_hash(task)
+        content = repr(task.test) if name in IN_WORDS else arc.task_hash(task)
         if content not in seen:
             seen.add(content)
             number = f"{name}-{len(tasks):04d}"

@@ -262,6 +262,22 @@ def test_canonical_hash_is_the_same_under_every_symmetry_and_no_other():
     assert len(set(hashes)) == len(set(orbits)) == len(set(zip(hashes, orbits)))
 
 
+def test_task_hash_is_of_the_content_in_any_orientation():
+    task = TASKS["arc1_train"][0]
+    hashed = arc.task_hash(task)
+    for k in range(8):
+        turned = [tuple(arc.turn(k, g) for g in pair) for pair in task.train + task.test]
+        assert arc.task_hash(arc.Task("another id", "arc", turned[:-1], turned[-1:])) == hashed
+    x, y = task.test[0]
+    others = [
+        arc.Task(task.id, "program", task.train, task.test),
+        arc.Task(task.id, "arc", task.train[::-1], task.test),
+        arc.Task(task.id, "arc", task.train, [(x, (y + 1) % 10)]),
+        arc.Task(task.id, "arc", task.train, [(x.reshape(1, -1), y)]),
+    ]
+    assert hashed not in map(arc.task_hash, others)
+
+
 # ----------------------------------------------------------------------------- pictures
 
 
@@ -308,67 +324,3 @@ def test_picture_shows_colours_and_crosses(tmp_path):
     arc.picture([], path)
     with pytest.raises(OSError, match="is a folder"):
         arc.picture([], str(tmp_path))
-
-
-# ----------------------------------------------------------------------------- the eight ways to read a grid
-
-
-def test_lines_of_a_small_document():
-    # 0: the kind; 1: opening, 2 3 4: cells and the end of a row, 5 6 7: the next row; then the same without
-    # its second row; then padding
-    ids = [ARC, INPUT, CELL0, CELL0, ROW, CELL0, CELL0, ROW, OUTPUT, BLANK, BLANK, ROW]
-    lines = {
-        0: [[0], [1, 2, 3, 4], [5, 6, 7], [8, 9, 10, 11]],
-        1: [[11, 10, 9, 8], [7, 6, 5], [4, 3, 2, 1], [0]],
-        2: [[0], [1, 2, 5], [3, 6], [4, 7], [8, 9], [10], [11]],
-        3: [[11], [10], [9, 8], [7, 4], [6, 3], [5, 2, 1], [0]],
-        4: [[0], [1, 2], [3], [4], [5], [6], [7], [8, 9], [10], [11]],
-        5: [[11], [10], [9, 8], [7], [6], [5], [4], [3], [2, 1], [0]],
-        6: [
-            [0, 1, 2, 8, 9, 3, 10, 4, 11, 5, 6, 7]
-        ],  # a pair is one line: at each place the input, then the output
-        7: [[0, 7, 6, 5, 4, 11, 3, 10, 1, 2, 8, 9]],
-    }
-    for padding in (0, 3):
-        idx = torch.tensor([ids + [PAD] * padding])
-        order, back, starts = arc.grid_lines(idx, arc.positions(idx))
-        for way, wanted in lines.items():
-            pad = [list(range(12, 12 + padding))] if padding else []
-            wanted = [pad[0][::-1], *wanted] if padding and way in (1, 3, 5) else wanted + pad
-            assert order[0, :, way].tolist() == [t for line in wanted for t in line]
-            assert (
-                starts[0, :, way].nonzero().flatten().tolist()
-                == np.cumsum([0] + [len(line) for line in wanted[:-1]]).tolist()
-            )
-            assert order[0, :, way][back[0, :, way]].tolist() == list(range(len(ids) + padding))
-
-
-def test_without_demonstrations_pairs_are_rows():
-    alone, shown = [OUTPUT, BLANK, CELL0, ROW, CELL0, BLANK, ROW], [INPUT, CELL0, ROW, OUTPUT, CELL0, ROW]
-    for ids, same in (([ARC, *alone, PAD, PAD], True), ([ARC, *shown, *alone], False)):
-        order, back, starts = arc.grid_lines(torch.tensor([ids]), arc.positions(torch.tensor([ids])))
-        for rows, pairs in ((0, 6), (1, 7)):
-            assert all(torch.equal(t[..., rows], t[..., pairs]) == same for t in (order, back, starts))
-
-
-@pytest.mark.parametrize(
-    "h, w, side", ((9, 9, 3), (4, 4, 2), (4, 7, 3), (1, 30, 5), (30, 2, 5), (3, 3, 2), (2, 2, 1))
-)
-def test_tiles_are_squares_as_large_as_a_line(h, w, side):
-    """Those of a sudoku are its boxes. Every cell lies in one; along the right and lower edges they may be
-    smaller."""
-    idx = torch.tensor(
-        arc.encode("arc", [(np.zeros((h, w), np.uint8), np.zeros((1, 1), np.uint8))]).astype(np.int64)
-    )[None]
-    order, _, starts = arc.grid_lines(idx, arc.positions(idx))
-    cell = {2 + i * (w + 1) + j: (i, j) for i in range(h) for j in range(w)}  # after the kind and the opening
-    for way in (4, 5):
-        tiles = torch.tensor_split(order[0, :, way], starts[0, :, way].nonzero().flatten()[1:])
-        cells = [[cell[t] for t in tile.tolist() if t in cell] for tile in tiles]
-        cells = [tile for tile in (c[::-1] if way == 5 else c for c in cells) if tile]
-        corners = [(a, b) for a in range(0, h, side) for b in range(0, w, side)]
-        wanted = [
-            [(i, j) for i in range(a, min(a + side, h)) for j in range(b, min(b + side, w))]
-            for a, b in corners
-        ]
-        assert sorted(cells) == sorted(wanted)

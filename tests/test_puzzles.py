@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from smol import programs, puzzles
-from smol.arc import Task
 from smol.puzzles import check_arithmetic, check_maze, check_sudoku, maze, solve_sudoku, sudoku
 
 
@@ -84,22 +83,10 @@ def test_solver_finds_every_solution_of_partial_grids():
     for _ in range(20):
         puzzle = puzzles.all_sudoku4()[rng.integers(288)] * (rng.random((4, 4)) < 0.3)
         expected = sorted(solved_otherwise(puzzle, 1000))
-        assert sorted(s.tolist() for s in solve_sudoku(puzzle, limit=1000)[0]) == expected
-        assert len(solve_sudoku(puzzle)[0]) == min(2, len(expected))
+        assert sorted(s.tolist() for s in solve_sudoku(puzzle, limit=1000)) == expected
+        assert len(solve_sudoku(puzzle)) == min(2, len(expected))
     puzzle[0] = 1
-    assert solve_sudoku(puzzle) == ([], 0)
-
-
-def test_wrong_guesses_are_counted():
-    rng, counted = np.random.default_rng(8), []
-    for _ in range(6):
-        puzzle = sudoku(rng, 9, 54).test[0][0]
-        for cell in rng.permutation(np.flatnonzero(puzzle)).tolist():  # no given too many: a hard one
-            kept, puzzle.flat[cell] = puzzle.flat[cell], 0
-            if len(solve_sudoku(puzzle)[0]) > 1:
-                puzzle.flat[cell] = kept
-        counted.append(solve_sudoku(puzzle)[1])
-    assert counted == [12, 16, 3, 3, 0, 0]
+    assert solve_sudoku(puzzle) == []
 
 
 @pytest.mark.parametrize("size, blanks", [(4, 6), (9, 30)])
@@ -343,19 +330,3 @@ def test_same_seed_same_puzzles_in_another_process():
         cwd=root, env={**os.environ, "PYTHONHASHSEED": "77"}, capture_output=True, text=True, check=True
     )
     assert subprocess.run([sys.executable, "-c", code], **command).stdout.strip() == from_one_seed()
-
-
-def test_task_hash_is_of_the_content():
-    task = programs.transform(np.random.default_rng(0))
-    hashed = puzzles.task_hash(task)
-    for k in range(8):  # the loader may turn and mirror, and then it is still this puzzle
-        turned = [tuple(images(g)[k] for g in pair) for pair in task.train + task.test]
-        assert puzzles.task_hash(Task("another id", "arc", turned[:-1], turned[-1:])) == hashed
-    x, y = task.test[0]
-    others = [
-        Task(task.id, "program", task.train, task.test),
-        Task(task.id, "arc", task.train[::-1], task.test),
-        Task(task.id, "arc", task.train, [(x, (y + 1) % 10)]),
-        Task(task.id, "arc", task.train, [(x.reshape(1, -1), y)]),
-    ]
-    assert hashed not in map(puzzles.task_hash, others)

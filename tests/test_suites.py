@@ -33,7 +33,7 @@ def test_generated_suites_are_what_they_have_always_been(name, digest):
     assert found.hexdigest()[:16] == digest
     assert len({task.id for task in tasks}) == len(tasks) == suites.GENERATED[name][1]
     if name in suites.ON_GRIDS:
-        assert len(set(map(puzzles.task_hash, tasks))) == len(tasks)
+        assert len(set(map(arc.task_hash, tasks))) == len(tasks)
     right = {"sudoku": puzzles.check_sudoku, "maze": puzzles.check_maze}.get(tasks[0].kind)
     assert right is None or all(right(*task.test[0]) for task in tasks)
 
