@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from smol import engine, loader, sandbox, suites
+from smol import engine, loader, sandbox, snapshots, suites
 from smol import tokenizer as tok
 
 BATCH_TOKENS = 2048  # in one pass through the model: its logits are 50,304 numbers for each
@@ -121,7 +121,7 @@ def progress(total, desc):
 
 def held_out(data_dir, stage, tag=None):
     """{text source: its validation shards} of a stage. FileNotFoundError or ValueError if it is not there."""
-    entries, out = loader.read_stage(data_dir, stage, tag, verify=False)[0], {}
+    entries, out = snapshots.read_manifest(data_dir, stage, tag=tag, verify=False)[0], {}
     for entry in sorted(entries, key=lambda entry: entry["source"]):
         if entry["kind"] == "text" and entry["split"] == "val":
             out.setdefault(entry["source"], []).append(entry)
