@@ -156,8 +156,6 @@ def test_demonstrations_leave_one_answer_to_a_single_function():
         ("grid = flip(grid, axis=7)", "does not take"),
         ("import os", "does not turn grid into grid"),
         ("grid = crop(other)", "does not turn grid into grid"),
-        ("return 1", "does not turn grid into grid"),
-        ("(((", "does not turn grid into grid"),
     ],
 )
 def test_parse(line, says):

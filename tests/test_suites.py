@@ -38,10 +38,6 @@ def test_generated_suites_are_what_they_have_always_been(name, digest):
     assert right is None or all(right(*task.test[0]) for task in tasks)
 
 
-def test_arc_suites_are_the_whole_sets():
-    assert [len(suites.load(name)) for name in ("arc1", "arc2")] == [400, 120]
-
-
 def test_names(tmp_path, monkeypatch):
     monkeypatch.setattr(suites, "RAW", tmp_path)
     sudokus = ["sudoku4", "sudoku9", "sudoku9_medium", "sudoku9_hard"]
@@ -68,10 +64,6 @@ def test_a_file_of_puzzles_is_a_suite_where_it_is_there(tmp_path, monkeypatch):
     tasks = suites.load("sudoku_extreme")
     assert [task.id for task in tasks] == ["sudoku_extreme-0000", "sudoku_extreme-0001"]
     assert np.array_equal(tasks[1].test, [(puzzle, answer)])
-    suites.load.cache_clear()
-    (tmp_path / "sudoku_extreme/test.csv").write_text("\n".join([*rows, "x,too short,1,3"]))
-    with pytest.raises(ValueError, match="row 3: no puzzle of sudoku_extreme"):
-        suites.load("sudoku_extreme")
     suites.load.cache_clear()
 
 
@@ -129,13 +121,9 @@ def test_challenges_are_read_with_the_solutions_beside_them(tmp_path):
     "task, words",
     [
         ({"train": [{"input": [[1, 2], [3]], "output": [[1]]}], "test": [PAIR]}, "rows differ in length"),
-        ({"train": [PAIR, {"input": [[1]], "output": [[10]]}], "test": [PAIR]}, "output 2 of .train. is not"),
         ({"train": [PAIR], "test": [{"input": [[0] * 31]}]}, r"input 1 of 'test' is not a grid"),
-        ({"train": [PAIR], "test": [{"input": [[0.5]]}]}, "whole numbers from 0 to 9"),
-        ({"train": [PAIR], "test": [{"input": None}]}, "not a grid"),
         ({"train": [{"input": [[1]]}], "test": [PAIR]}, "pair 1 of 'train' has no 'output'"),
         ({"train": [PAIR]}, "no list 'test'"),
-        ([PAIR], "no list 'train'"),
     ],
 )
 def test_a_bad_task_is_one_line_that_says_where(task, words, tmp_path):
