@@ -265,8 +265,8 @@ def main(argv):
         if resumed:
             begin = f"going on after step {run['iter']} of {start_path}"
         print(begin + "".join(f"\n  changed: {c}" for c in changed))
-        for name, why in loader.not_validated(eval_batches).items():
-            print(f"not validated: {name} ({why})")
+        for name in loader.not_validated(eval_batches):
+            print(f"not validated: {name} has no held-out rows of at most {block_size} tokens")
     interrupted = runtime.catch_signals()
     evaluation = loop.Evaluation(out_dir, eval_suites if runtime.master else "", eval_limit, eval_device)
     publication = checkpoint.Publication(out_dir, push_to if runtime.master else "", push_full)

@@ -90,13 +90,13 @@ def make_puzzles(c, folder):
     rng, tests = np.random.default_rng(31337), {}
     while len(tests) < c.n_test:
         task = draw(c.puzzle, rng, test=True)
-        tests[puzzles.task_hash(task)] = task
+        tests[arc.task_hash(task)] = task
     if not (folder / "stages/compare/manifest.jsonl").exists():
         rng, documents = np.random.default_rng(1), {}
         for _ in tqdm(range(c.n_train), desc="puzzles", leave=False):
             task = draw(c.puzzle, rng)
             document = arc.encode(task.kind, [*task.train, *task.test])
-            if puzzles.task_hash(task) not in tests:
+            if arc.task_hash(task) not in tests:
                 documents[document.tobytes()] = document
         augment = "sudoku" if "sudoku9" in c.puzzle else "dihedral"
         about = {"source": "compare", "group": "synth", "kind": "puzzle", "augment": augment}

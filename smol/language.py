@@ -10,7 +10,7 @@ The suites that are no tasks: how well does a model read and write text and code
   code            42 small functions from signature and docstring, written greedily and run on tests
   lm_eval:NAMES   benchmarks of EleutherAI's lm-eval, our models behind its interface
 
-Every figure has a 95% interval, as [low, high]. Read next: language_items.py, sandbox.py.
+Every figure has a 95% interval, as [low, high]. The items are in suites.py. Read next: sandbox.py.
 """
 
 import contextlib
@@ -25,9 +25,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from smol import engine, language_items, loader, sandbox
+from smol import engine, loader, sandbox, snapshots, suites
 from smol import tokenizer as tok
-from smol.suites import interval
 
 BATCH_TOKENS = 2048  # in one pass through the model: its logits are 50,304 numbers for each
 SOURCE_TOKENS = 65536  # read of each source, in windows of block_size spread evenly over it
@@ -115,7 +114,7 @@ def cut(ids, stop):
 
 def held_out(data_dir, stage, tag=None):
     """{text source: its validation shards} of a stage. FileNotFoundError or ValueError if it is not there."""
-    entries, out = loader.read_stage(data_dir, stage, tag, verify=False)[0], {}
+    entries, out = snapshots.read_manifest(data_dir, stage, tag=tag, verify=False)[0], {}
     for entry in sorted(entries, key=lambda entry: entry["source"]):
         if entry["kind"] == "text" and entry["split"] == "val":
             out.setdefault(entry["source"], []).append(entry)
@@ -149,7 +148,7 @@ def bits_per_byte(model, data_dir, shards, source_tokens=SOURCE_TOKENS):
 
 def answer_questions(model, items):
     """
-    items of language_items.questions(). Returns {total, right, accuracy, interval, chance, answers}. Of ends
+    items of suites.questions(). Returns {total, right, accuracy, interval, chance, answers}. Of ends
     that are equally likely each counts for its share.
     """
     encode = tok.load().encode_ordinary
@@ -166,13 +165,13 @@ def answer_questions(model, items):
         answer = {"category": category, "question": question, "choices": list(choices), "right": right}
         answer.update(picked=int(given.argmax()), log_probabilities=given.round(4).tolist())
         answers.append(answer)
-    share = {"accuracy": round(points / len(items), 6), "interval": interval(points, len(items))}
+    share = {"accuracy": round(points / len(items), 6), "interval": suites.interval(points, len(items))}
     return {"total": len(items), "right": points, **share, "chance": 0.25, "answers": answers}
 
 
 def write_code(model, items):
     """
-    items of language_items.functions(), one greedy attempt at each. Returns {total, solved, accuracy,
+    items of suites.functions(), one greedy attempt at each. Returns {total, solved, accuracy,
     interval, answers}.
     """
     prompts = [[tok.EOT, *tok.load().encode_ordinary(stub)] for _, stub, *_ in items]
@@ -183,7 +182,7 @@ def write_code(model, items):
         outcome = {"solved": result.ok, "reason": result.reason}
         answers.append({"name": name, "stub": stub, "written": text, **outcome})
     solved = sum(answer["solved"] for answer in answers)
-    share = {"accuracy": round(solved / n, 6), "interval": interval(solved, n)}
+    share = {"accuracy": round(solved / n, 6), "interval": suites.interval(solved, n)}
     return {"total": n, "solved": solved, **share, "answers": answers}
 
 
@@ -198,13 +197,13 @@ def evaluate(model, data_dir="data", texts=None, limit=None):
         return [items[i] for i in np.linspace(0, len(items) - 1, n).astype(int)]
 
     started = time.perf_counter()
-    questions = language_items.questions()
+    questions = suites.questions()
     source_tokens = SOURCE_TOKENS * len(spread(questions)) // len(questions)
     bits = {s: bits_per_byte(model, data_dir, shards, source_tokens) for s, shards in (texts or {}).items()}
     return {
         "bits_per_byte": {source: figures for source, figures in bits.items() if figures},
         "questions": answer_questions(model, spread(questions)),
-        "code": write_code(model, spread(language_items.functions())),
+        "code": write_code(model, spread(suites.functions())),
         "seconds": round(time.perf_counter() - started, 3),
     }
 

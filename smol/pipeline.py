@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from smol import arc, curate, language_items, suites, tokenizer, units
+from smol import arc, curate, suites, tokenizer, units
 from smol import sources as table
 from smol.snapshots import GROUPS, read_json, sha256, sha256_file, to_json, write, write_shard, write_stage
 from smol.units import (
@@ -177,7 +177,7 @@ def gather_evaluations(c, data, parts, notes):
             if wheres[name] is None:
                 notes.append(f"nothing of {name} is kept out: no folder {Path(c.source_dir) / name}")
                 del wheres[name]
-    texts, tables = language_items.evaluation_texts(), {}
+    texts, tables = suites.language_texts(), {}
     path = data / "work" / f"evaluations-{key_of(abouts, texts, code())}.npz"
     with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile):  # a zip has checksums
         read_evaluations(path)

@@ -219,9 +219,7 @@ def transform(rng, index):
 
 @functools.cache
 def arc_tasks():
-    """
-    The training tasks of both ARCs that neither evaluates on, one per test pair. Of a task in both, ARC-2's.
-    """
+    """The training tasks of both ARCs that neither evaluates on, one per test pair."""
     evaluation = {task.id for name in ("arc1_eval", "arc2_eval") for task in arc.load(name)}
     tasks = {task.id: task for name in ("arc1_train", "arc2_train") for task in arc.load(name)}
     tasks = [tasks[i] for i in sorted(tasks.keys() - evaluation)]
@@ -368,18 +366,10 @@ STAGES = {
     # needs no network; more 4x4 sudoku than elsewhere, because it can be learned within minutes on a CPU
     "demo": (
         16,
-        {"web": 0.15, "code": 0.15, "math": 0.1, "synth": 0.5, "arc": 0.1},
-        {
-            "stdlib": 1,
-            "langref": 1,
-            "docstrings": 2,
-            "arithmetic": 1,
-            "sudoku4": 6,
-            "sudoku9": 1,
-            "maze": 2,
-            "transforms": 1,
-            "arc": 1,
-        },
+        dict(web=0.15, code=0.15, math=0.1, synth=0.5, arc=0.1),
+        dict(
+            stdlib=1, langref=1, docstrings=2, arithmetic=1, sudoku4=6, sudoku9=1, maze=2, transforms=1, arc=1
+        ),
     ),
     # the first thousand puzzles of the file, each seen through a new symmetry at every draw
     "sudoku_extreme": (0.74, {"synth": 1.0}, {"sudoku_extreme": 1}),
@@ -433,7 +423,7 @@ def local_files(source_dir, name):
 
 def reader_of(path):
     """'json' of a.jsonl.gz; None of a file that is not data."""
-    return READERS.get(Path(path.name.removesuffix(".gz").removesuffix(".zst")).suffix)
+    return READERS.get(Path(path.name.removesuffix(".gz")).suffix)
 
 
 class Rows:

@@ -11,11 +11,11 @@ import pytest
 import torch
 from tiny import make, stand_ins  # noqa: F401
 
-from smol import curate, language, language_items, sandbox, snapshots
+from smol import curate, language, sandbox, snapshots, suites
 from smol import tokenizer as tok
 
 pytestmark = pytest.mark.usefixtures("stand_ins")
-QUESTIONS, FUNCTIONS = language_items.questions(), language_items.functions()
+QUESTIONS, FUNCTIONS = suites.questions(), suites.functions()
 SENTENCE = "Grids are made of cells, and cells have colours.\n"
 
 
@@ -92,7 +92,7 @@ def test_every_function_has_a_solution_that_passes_and_a_mistake_that_fails():
 
 
 def test_documents_that_quote_an_item_are_recognised():
-    texts = language_items.evaluation_texts()
+    texts = suites.language_texts()
     known = curate.TextEvaluations(curate.text_tables(texts))
     words = re.compile("[A-Za-z0-9]+")
     long = [t for some in texts.values() for t in some if len(words.findall(t)) >= curate.TEXT_NGRAM]

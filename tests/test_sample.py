@@ -8,7 +8,7 @@ import tiny
 import torch
 
 import sample
-from smol import arc, checkpoint, engine, puzzles
+from smol import arc, checkpoint, engine, suites
 from smol import tokenizer as tok
 
 
@@ -48,8 +48,8 @@ def test_text_is_what_the_model_draws(name, checkpoints, capsys):
 
 def test_tasks_are_found_by_id():
     assert sample.find_task("00576224").id == "00576224"
-    for suite in puzzles.SUITES:
-        task = puzzles.heldout(suite, 8)[7]
+    for suite in suites.ON_GRIDS:
+        task = suites.load(suite)[7]
         for name in (f"{suite}-0007", task.id):
             assert np.array_equal(sample.find_task(name).test[0][0], task.test[0][0])
 
@@ -59,7 +59,7 @@ def test_a_puzzle_is_shown_and_judged(name, n_sup, checkpoints, capsys):
     options = [f"--n_sup={n_sup}"] if n_sup else []
     sample.main([checkpoints[name], "--task=sudoku4-0007", "--device=cpu", *options])
     out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
-    task = puzzles.heldout("sudoku4", 8)[7]
+    task = suites.load("sudoku4")[7]
     model, _ = checkpoint.load_model(checkpoints[name])
     grid = model.answer([task], **({"n_sup": n_sup} if n_sup else {}))[0][0][0][0]
     assert "puzzle" in out and "expected" in out and sample.verdict(grid, task.test[0][1]) in out
@@ -93,7 +93,7 @@ def test_a_film_of_the_answer(checkpoints, tmp_path):
 
 def test_what_is_filmed_is_what_is_answered(checkpoints):
     model, _ = checkpoint.load_model(checkpoints["trm"])
-    task = arc.Task("t", "arc", puzzles.heldout("maze", 2)[0].test, puzzles.heldout("maze", 2)[1].test)
+    task = arc.Task("t", "arc", suites.load("maze")[0].test, suites.load("maze")[1].test)
     steps = sample.canvas_steps(model, task)
     trace = model.answer([task], trace=True)[0][0]
     assert len(steps) == len(trace) == 3

@@ -404,7 +404,7 @@ def test_what_is_not_validated_is_said_at_the_start(data, tmp_path):
     scripts.stage_without_validation(data, tmp_path / "data", "stdlib")
     settings = ["--max_iters=1", "--n_layer=1", "--layer_pattern=a", "--mixture={'stdlib': 1}"]
     done = succeed(tmp_path / "data", tmp_path / "out", *settings)
-    assert "not validated: stdlib (it has no validation shard)\n" in done.stdout
+    assert "not validated: stdlib has no held-out rows" in done.stdout
     assert checkpoint.load(tmp_path / "out" / "ckpt.pt")["train"]["val_loss"] is None
 
 
