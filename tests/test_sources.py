@@ -48,6 +48,8 @@ SUDOKU = "".join(str((3 * r + r // 3 + c) % 9 + 1) for r in range(9) for c in ra
 @pytest.mark.parametrize(
     "name, row, rule",
     [
+        ("fineweb_edu", '{"text": "cut o', "not_a_row"),
+        ("wikipedia", {"body": "x"}, "no_column"),
         ("fineweb_edu", {"text": None}, "not_text"),
         ("fineweb_edu", {"text": [tokenizer.ROW, 70_000]}, "not_text"),
         ("fineweb_edu", {"text": "half \ud83d a pair"}, "not_text"),
@@ -71,9 +73,6 @@ def test_rows_that_are_documents():
     assert question[0, 0] == 0 and answer[0, 0] == 1 and (question == answer).sum() == 80
     row = {"question": "1 + 1?", "answer": "It is 1+1=<<1+1=2>>2.\n#### 2"}
     assert sources.to_document("gsm8k", row) == "Question: 1 + 1?\nSolution: It is 1+1=2.\nAnswer: 2"
-    with pytest.raises(ValueError, match="'wikipedia' has no column 'text': it has body") as e:
-        sources.to_document("wikipedia", {"body": "x"})
-    assert not isinstance(e.value, sources.OddRow)  # it stops the build
 
 
 @pytest.mark.parametrize("name", [name for name, source in sources.SOURCES.items() if not source.repo])
