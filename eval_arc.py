@@ -1,14 +1,13 @@
 """
 The evaluation: how many unseen tasks does a checkpoint solve, exactly, and what do its answers look like?
 
-    python eval_arc.py out/demo/route_a/ckpt.pt                        every suite; results beside the
-    checkpoint python eval_arc.py A/ckpt.pt B/ckpt.pt --out_dir=out/compare       several, on the same tasks,
-    side by side python eval_arc.py CKPT --suites=sudoku4,arc1 --limit=20           the first 20 tasks of two
-    suites python eval_arc.py CKPT --suites=arc1 --augment=16 --ttt_steps=32  16 views vote, a copy tuned to
-    each task python eval_arc.py CKPT --suites=arc1 --augment=11 --n_sup=2 --halt=0.9     Route B: many
-    views, few steps python eval_arc.py CKPT --tasks=my_tasks                           ARC-style JSON,
-    Kaggle's challenges too torchrun --nproc_per_node=2 eval_arc.py CKPT ...                   the same
-    answers from two GPUs
+    python eval_arc.py out/demo/route_a/ckpt.pt                 every suite; results beside the checkpoint
+    python eval_arc.py A/ckpt.pt B/ckpt.pt --out_dir=out/both   several on the same tasks, side by side
+    python eval_arc.py CKPT --suites=sudoku4,arc1 --limit=20    the first 20 tasks of two suites
+    python eval_arc.py CKPT --augment=16 --ttt_steps=32         16 views vote, a copy is tuned to each task
+    python eval_arc.py CKPT --augment=11 --n_sup=2 --halt=0.9   Route B: many views, few steps
+    python eval_arc.py CKPT --tasks=my_tasks                    ARC-style JSON, Kaggle's challenges too
+    torchrun --nproc_per_node=2 eval_arc.py CKPT                the same answers from two GPUs
 
 A task is solved when all its test outputs are right in every cell and in size: in one of two attempts at each
 output in ARC suites, in one attempt in puzzles. The model gets its tasks without their test outputs.

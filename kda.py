@@ -48,8 +48,8 @@ CHUNK = 64
 FLOOR = -16.0
 # Tokens per block at most. A block forgets at most exp(FLOOR * BLOCK), and float32 has exp(64) and exp(-64).
 BLOCK = 8
-# Numbers in one tensor on a CPU: 512 KB, so that what is worked on stays in its cache.
-AT_ONCE = 1 << 17
+# Numbers in one tensor on a CPU: 1 MB, so that what is worked on stays in its cache.
+AT_ONCE = 1 << 18
 
 # -----------------------------------------------------------------------------
 # 1. the recurrence
@@ -281,14 +281,18 @@ def states_grad(X, k_in, k_out, total, dR, dS, d_state):
 
 def pairs_grad(dA, x, k, d):
     """Gradients of `pairs` in x and k."""
-    dx, dk = torch.zeros_like(x), torch.zeros_like(k)
     for level, (late, early) in enumerate(d.levels):
         s = late.shape[1]
         block = corners(dA, s, level).reshape(-1, s, s)
         if level == 0:
             block = block.tril(-1)
-        later(dx, s, level).addcmul_(torch.bmm(block, earlier(k, s, level) * early), late)
-        earlier(dk, s, level).addcmul_(torch.bmm(block.mT, later(x, s, level) * late), early)
+        d_late = torch.bmm(block, earlier(k, s, level) * early)
+        d_early = torch.bmm(block.mT, later(x, s, level) * late)
+        if level == 0:
+            dx, dk = d_late.mul_(late).view_as(x), d_early.mul_(early).view_as(k)
+        else:
+            later(dx, s, level).addcmul_(d_late, late)
+            earlier(dk, s, level).addcmul_(d_early, early)
     return dx, dk
 
 
@@ -332,8 +336,8 @@ TORCH = Form(decayed, states, states_grad, decayed_grad)
 # The steps of `Form` in Triton; what is a plain product is left to cuBLAS. One program works on one chunk of
 # CHUNK tokens of one head, but the loops over chunks are one program for a head and some columns of its
 # state. All tensors are float32, and as in the PyTorch form. Where the inputs were in half precision, tensor
-# cores multiply them as TF32, since half precision has no exp(64). A level of `decays` is here one whole (C,
-# C) product, of which those pairs are taken that the level is about.
+# cores multiply them as TF32, since half precision has no exp(64). A level of `decays` is here one whole
+# (C, C) product, of which those pairs are taken that the level is about.
 
 # Channels per step (or columns of the state per program), and warps. With half precision hardly a register is
 # spilled on 8.0, 8.6, 9.0 and 10.0 (16 bytes at most), and shared memory stays under 64 KB.
@@ -552,9 +556,8 @@ if triton is not None:
         dg = tl.cumsum(dG - k * dk, 0, reverse=True)
         if STATES:
             from_here = tl.cumsum(g, 0, reverse=True)
-            before = (
-                load(k_ptr, m, c - 1, C, ks, K) * load(dk_out_ptr, m, c - 1, C, ks, K) * tl.exp(from_here)
-            )
+            before = load(k_ptr, m, c - 1, C, ks, K) * load(dk_out_ptr, m, c - 1, C, ks, K)
+            before *= tl.exp(from_here)
             dg += tl.cumsum(before, 0) + tl.load(d_total_ptr + m * K + ks, mask=ks < K, other=0.0)[None, :]
             dk += load(dk_out_ptr, m, c, C, ks, K) * tl.exp(from_here - g)
         store(dk_ptr, m, c, C, ks, K, dk)
@@ -626,7 +629,7 @@ def triton_form(dtype):
 
 
 def choose_backend(device, dtype):
-    """What backend="auto" means for inputs on this torch.device, q of this dtype: (its name, why)."""
+    """What backend="auto" means on this torch.device, computing in this dtype: (its name, why)."""
     if BACKEND != "auto":
         return BACKEND, "KDA_BACKEND says so"
     if device.type != "cuda":
@@ -638,20 +641,18 @@ def choose_backend(device, dtype):
     return "triton", "Triton knows this GPU"
 
 
-def resolve(backend, q, v):
-    """The backend that runs for these tensors. ValueError if there is no such, or if it cannot."""
+def resolve(backend, dtype, q, v):
+    """The backend for these tensors, computing in this dtype. ValueError if there is none, or it cannot."""
     wide = max(q.shape[-1], v.shape[-1]) > 128
     if backend == "auto":
-        backend, _ = choose_backend(q.device, q.dtype)
+        backend, _ = choose_backend(q.device, dtype)
         backend = "chunk" if backend == "triton" and wide else backend
     if backend not in ("recurrent", "chunk", "triton"):
-        raise ValueError(
-            f"backend (or KDA_BACKEND) must be auto, recurrent, chunk or triton, got {backend!r}"
-        )
+        raise ValueError(f"backend or KDA_BACKEND is {backend!r}, not auto, recurrent, chunk or triton")
     on_gpu = q.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    if backend == "triton" and (triton is None or not on_gpu or q.dtype == torch.float64 or wide):
+    if backend == "triton" and (triton is None or not on_gpu or dtype == torch.float64 or wide):
         raise ValueError(
-            "backend='triton' needs Triton, a GPU, q not in float64 and at most 128 channels: use 'chunk'"
+            "backend 'triton' needs Triton, a GPU, no float64, at most 128 channels: use 'chunk'"
         )
     return backend
 
@@ -672,17 +673,18 @@ def computing(v):
     Nothing is rounded by autocast. If v is in half precision on a GPU, float32 products use tensor cores,
     whatever the process wants elsewhere.
     """
-    settings = torch.backends.cuda.matmul
+    settings, before = torch.backends.cuda.matmul, None
     new = hasattr(settings, "fp32_precision")  # since PyTorch 2.9
     name, value = ("fp32_precision", "tf32") if new else ("allow_tf32", True)
-    before = getattr(settings, name)
     if v.is_cuda and v.dtype in (torch.float16, torch.bfloat16):
+        before = getattr(settings, name)
         setattr(settings, name, value)
     try:
         with torch.autocast(v.device.type, enabled=False):
             yield
     finally:
-        setattr(settings, name, before)
+        if before is not None:
+            setattr(settings, name, before)
 
 
 def chunk_length(T, backend):
@@ -720,10 +722,14 @@ def to_chunks(t, C, dtype):
     return t.reshape(B, -1, C, H, D).permute(1, 0, 3, 2, 4).to(dtype).reshape(-1, C, D).contiguous()
 
 
-def from_chunks(x, like):
-    """The inverse: (M, C, D) -> the shape of `like` (B, T, H, D)."""
-    B, T, H, D = like.shape
-    return x.view(-1, B, H, x.shape[1], D).permute(1, 0, 3, 2, 4).reshape(B, -1, H, D)[:, :T]
+def from_chunks(x, out):
+    """The inverse: x (M, C, D) into out (B, T, H, D)."""
+    (B, T, H, D), C = out.shape, x.shape[1]
+    x = x.view(-1, B, H, C, D).permute(1, 0, 3, 2, 4)
+    if T % C:
+        out.copy_(x.reshape(B, -1, H, D)[:, :T])
+    else:
+        out.unflatten(1, (-1, C)).copy_(x)
 
 
 def empty_results(q, k, v, g, beta, initial_state, want_state, backend):
@@ -741,7 +747,6 @@ def empty_results(q, k, v, g, beta, initial_state, want_state, backend):
 
 def chunk_op(q, k, v, g, beta, initial_state, scale, want_state, backend="chunk"):
     """-> o, the final state (float32 or float64, anything unless `want_state`), X, Q, S."""
-    backend = resolve(backend, q, v)
     form = triton_form(v.dtype) if backend == "triton" else TORCH
     results = empty_results(q, k, v, g, beta, initial_state, want_state, backend)
     o, state, X, Q, S = results
@@ -757,7 +762,7 @@ def chunk_op(q, k, v, g, beta, initial_state, scale, want_state, backend="chunk"
             o_, after, X[chunks], Q[chunks], S_ = chunk_forward(
                 q_, k_, v_, g_.clamp(floor(wide)), beta_, scale, before, form
             )
-            o[rows, tokens] = from_chunks(o_, o[rows, tokens])
+            from_chunks(o_, o[rows, tokens])
             if not alone:
                 S[chunks], state[rows] = S_, after.view_as(state[rows])
     return results
@@ -766,7 +771,7 @@ def chunk_op(q, k, v, g, beta, initial_state, scale, want_state, backend="chunk"
 def chunk_backward_op(q, k, v, g, beta, initial_state, scale, backend, X, Q, S, do, d_final):
     """-> gradients in q, k, v, g, beta and the initial state (empty if there was none)."""
     (B, _, H, K), V, C, wide, alone = q.shape, v.shape[-1], X.shape[-1], X.dtype, not len(S)
-    form = triton_form(v.dtype) if resolve(backend, q, v) == "triton" else TORCH
+    form = triton_form(v.dtype) if backend == "triton" else TORCH
     inputs = q, k, v, g, beta.unsqueeze(-1), do
     grads = [t.new_empty(t.shape) for t in inputs[:5]]
     d_state = q.new_zeros(B, H, K, V, dtype=wide)
@@ -780,7 +785,7 @@ def chunk_backward_op(q, k, v, g, beta, initial_state, scale, backend, X, Q, S, 
                 q_, k_, v_, g_.clamp(floor(wide)), beta_, scale, X[chunks], Q[chunks], S_, do_, after, form
             )
             for whole, part in zip(grads, parts):
-                whole[rows, tokens] = from_chunks(part, whole[rows, tokens])
+                from_chunks(part, whole[rows, tokens])
             if not alone:
                 d_state[rows] = before.view_as(d_state[rows])
     grads[3].masked_fill_(g < floor(wide), 0)
@@ -808,7 +813,7 @@ kda_backward_op = torch.library.custom_op(
 
 @kda_op.register_fake
 def _(q, k, v, g, beta, initial_state, scale, want_state, backend):
-    return empty_results(q, k, v, g, beta, initial_state, want_state, resolve(backend, q, v))
+    return empty_results(q, k, v, g, beta, initial_state, want_state, backend)
 
 
 @kda_backward_op.register_fake
@@ -866,8 +871,8 @@ def kda(
     does not fit.
 
     Except in "recurrent", gates are clamped at -16 (-80 in float64): what should be forgotten completely
-    leaves 1e-7 of it, and gates below have no gradient. Errors are 1e-6 of the result, but 2e-4 for 4,096
-    equal keys at beta = 2 without decay, where nothing forgets a rounding.
+    leaves 1e-7 of it, and gates below have no gradient. Errors are 3e-6 of the result at most, but up to 5e-4
+    for 4,096 equal keys at beta = 2 without decay, where nothing forgets a rounding.
     """
     if q.ndim != 4:
         raise ValueError(f"q must be (B, T, H, K), got shape {tuple(q.shape)}")
@@ -894,11 +899,11 @@ def kda(
             )
         o, state = (torch.cat(t, dim) for t, dim in zip(zip(*parts), (1, 0)))
         return o, state if output_final_state else None
-    scale = K**-0.5 if scale is None else scale
-    if resolve(backend, q, v) != "recurrent" and q.numel() and V:
+    scale, wide = K**-0.5 if scale is None else scale, widest(q, k, v, g, beta)
+    backend = resolve(backend, wide, q, v)
+    if backend != "recurrent" and q.numel() and V:
         o, state, *_ = kda_op(q, k, v, g, beta, initial_state, scale, output_final_state, backend)
     else:
-        wide = widest(q, k, v, g, beta)
         state = q.new_zeros(N, H, K, V) if initial_state is None else initial_state
         with torch.autocast(q.device.type, enabled=False):
             o, state = recurrent_kda(*(t.to(wide) for t in (q, k, v, g, beta)), scale, state.to(wide))

@@ -296,10 +296,10 @@ def core_flops_per_token(config, context):
     return sum(2 * 3 * d * config.n_ff + (full if kind == "a" else kda) for kind in layer_kinds(config))
 
 
-def cache_bytes(config, context, bytes_per_number=4):
-    """Of the caches of one row, for one pass through the blocks. KDA's state is always float32."""
-    full = 2 * context * config.n_embd * bytes_per_number
-    kda = 3 * 3 * config.n_embd * bytes_per_number + 4 * config.n_embd * (config.n_embd // config.n_head)
+def cache_bytes(config, context):
+    """Of the caches of one row in float32, for one pass through the blocks."""
+    full = 4 * 2 * context * config.n_embd
+    kda = 4 * (3 * 3 * config.n_embd + config.n_embd * (config.n_embd // config.n_head))
     return sum(full if kind == "a" else kda for kind in layer_kinds(config))
 
 
@@ -384,10 +384,10 @@ class Model(nn.Module):
 
     def forward(self, idx, targets=None, *, mode="text", carry=None):
         """
-        idx (B, T); targets (B, T), IGNORE where there is no loss. In mode "text" a row holds many
-        documents, in mode "puzzle" one. Returns logits (B, T, vocab_size), None, None; with targets None,
-        the loss, None. The loss is the mean over tokens in mode "text", and over rows of each row's mean in
-        mode "puzzle". carry is Route B's.
+        idx (B, T). In mode "text" a row holds many documents, in mode "puzzle" one. Returns (logits (B, T,
+        vocab_size), None, None), or with targets (B, T), IGNORE where there is no loss, (None, loss, None).
+        The loss is the mean over tokens in mode "text", and over rows of each row's mean in mode "puzzle".
+        carry is Route B's.
         """
         x = self.hidden(idx, document_starts(idx) if mode == "text" else None)
         if targets is None:

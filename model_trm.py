@@ -33,15 +33,7 @@ import torch.nn.functional as F
 
 import model_dense
 from kda import KimiDeltaAttention
-from model_dense import (
-    Attention,
-    RMSNorm,
-    SwiGLU,
-    document_mask,
-    linear_cross_entropy,
-    row_shares,
-    run_blocks,
-)
+from model_dense import Attention, RMSNorm, SwiGLU, linear_cross_entropy, row_shares, run_blocks
 from smol import arc, engine
 from smol import tokenizer as tok
 from smol.muon import split_parameters
@@ -100,10 +92,9 @@ def grid_lines(idx, positions):
     pairs             one line through all grids: a cell of the first input and right after it the output's at
                       the same place, cell by cell; then the next pair, and last the canvas
 
-    In a line of pairs, what a demonstration does to a cell stands in two neighbours, and is known when the
-    canvas is read. Backwards, the cells of a pair come from the last to the first, but inputs still come
-    before outputs and demonstrations before the canvas. Without demonstrations, pairs are read as rows.
-    Padding, and what is in no grid, is a line of its own.
+    In a line of pairs, what a demonstration does to a cell stands in two neighbours. Backwards, its cells
+    come from the last to the first, but inputs still before outputs and demonstrations before the canvas.
+    Without demonstrations, pairs are read as rows. Padding, and what is in no grid, is a line of its own.
     """
     B, T = idx.shape
     row, column, grid = positions.unbind(-1)
@@ -124,9 +115,8 @@ def grid_lines(idx, positions):
     down = (in_column * 64 + row).argsort(dim=1, stable=True)
     by_tile = in_tile.argsort(dim=1, stable=True)
     by_cell = torch.where(alone, at, key(pair, row, column).argsort(dim=1, stable=True))
-    by_cell_back = torch.where(
-        alone, at.flip(1), key(pair, 63 - row, 63 - column).argsort(dim=1, stable=True)
-    )
+    from_last = key(pair, 63 - row, 63 - column).argsort(dim=1, stable=True)
+    by_cell_back = torch.where(alone, at.flip(1), from_last)
     in_pairs = torch.where(alone, in_row, pad)
     orders = [at, at.flip(1), down, down.flip(1), by_tile, by_tile.flip(1), by_cell, by_cell_back]
     lines = [in_row, in_row, in_column, in_column, in_tile, in_tile, in_pairs, in_pairs]
@@ -138,9 +128,7 @@ def grid_lines(idx, positions):
 
 
 class Pick(torch.autograd.Function):
-    """
-    x (N, K)[rows], every row once: back undoes it, and so does the backward, without adding anything up.
-    """
+    """x (N, K)[rows], every row once: back undoes it, and so does the backward, which adds nothing up."""
 
     @staticmethod
     def forward(ctx, x, rows, back):
@@ -191,8 +179,8 @@ class GridKDA(KimiDeltaAttention):
 
 class Block(nn.Module):
     """
-    A mixer and a SwiGLU, post-norm: norm(x + f(x)). The core goes through its own output again and again,
-    and no vector may grow.
+    A mixer and a SwiGLU, post-norm: norm(x + f(x)). The core reads its own output again and again, and no
+    vector may grow.
     """
 
     def __init__(self, config, kind, first_way):
@@ -212,25 +200,15 @@ class Block(nn.Module):
         return self.norm_2(x + self.mlp(x)), cache
 
 
-def make_blocks(config):
-    """The ways to read a grid go round among the heads, and on from one KDA layer to the next."""
-    blocks, heads = nn.ModuleList(), 0
-    for kind in model_dense.layer_kinds(config):
-        blocks.append(Block(config, kind, heads % WAYS))
-        heads += config.n_head if kind == "k" else 0
-    return blocks
-
-
 # -----------------------------------------------------------------------------
 # the model
 
 
 def init_weights(model):
     """
-    Matrices are N(0, 1 / fan_in). Post-norm keeps every vector at length sqrt(n_embd), but not the
-    gradient: a branch as large as the stream it joins makes it grow, over n_layer * (n + 1) layers and
-    more. The last matrix of each branch is therefore smaller, and smaller in a deeper core: then a pass
-    hands on about as much gradient as it gets.
+    Matrices are N(0, 1 / fan_in). Post-norm keeps vectors at length sqrt(n_embd), but a branch as large as
+    the stream it joins makes the gradient grow. The last matrix of each branch is therefore smaller, and
+    smaller in a deeper core: then a pass hands on about as much gradient as it gets.
     """
     c = model.config
     nn.init.normal_(model.wte.weight, std=c.n_embd**-0.5)  # scaled to unit size when it is looked up
@@ -242,14 +220,6 @@ def init_weights(model):
             nn.init.normal_(last.weight, std=(2 / c.n_layer / last.in_features) ** 0.5)
 
 
-def latent_recursion(f, x, y, z, n):
-    """Improve the latent n times, then the answer once."""
-    for _ in range(n):
-        z = f(x + y + z)
-    y = f(y + z)
-    return y, z
-
-
 class Model(nn.Module):
     Config = Config
     puzzle_format = "canvas"
@@ -259,7 +229,10 @@ class Model(nn.Module):
         check_config(config)
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # the output head as well
-        self.blocks = make_blocks(config)
+        kinds = model_dense.layer_kinds(config)
+        # the ways to read a grid go round among the heads, and on from one KDA layer to the next
+        first_ways = [kinds[:i].count("k") * config.n_head % WAYS for i in range(config.n_layer)]
+        self.blocks = nn.ModuleList(Block(config, *one) for one in zip(kinds, first_ways))
         self.q_head = nn.Linear(config.n_embd, 1)  # halting: is the answer all correct?
         self.register_buffer("y_init", torch.randn(config.n_embd).clamp(-2, 2))
         self.register_buffer("z_init", torch.randn(config.n_embd).clamp(-2, 2))
@@ -293,17 +266,16 @@ class Model(nn.Module):
     def forward(self, idx, targets=None, *, mode="text", carry=None):
         """
         idx (B, T). In mode "text" a row holds many documents; in mode "puzzle" it is one, right-padded with
-        PAD. targets (B, T), IGNORE where there is no loss. Returns logits, None, None: (B, T, vocab_size)
-        in mode "text"; in mode "puzzle" (B, T, 11) over ANSWER_IDS, after n_sup supervision steps. With
-        targets None, the loss, the carry. In training, mode "puzzle" takes one supervision step, on the
-        rows that the carry holds, and on rows of idx in place of those that have halted. Evaluated, it
-        takes all n_sup, and the loss is the last one's.
+        PAD. Returns (logits, None, None), (B, T, vocab_size) or in puzzles (B, T, 11) over ANSWER_IDS. With
+        targets (B, T), IGNORE where there is no loss: (None, loss, carry). In training, a puzzle takes one
+        supervision step, on the rows that the carry holds, and on rows of idx in place of those that have
+        halted. Otherwise it takes all n_sup.
         """
         if mode == "text":
             return self.forward_text(idx, targets)
         if targets is not None and self.training:
             return self.forward_carried(idx, targets, carry)
-        for _, y, _ in self.answer_steps(idx):
+        for _, y, _ in self.answer_steps(idx):  # the last one's
             pass
         if targets is None:
             return F.linear(y, self.wte.weight[ANSWER_IDS]), None, None
@@ -313,16 +285,16 @@ class Model(nn.Module):
 
     def deep_recursion(self, x, y, z, layout):
         """x, y, z (B, T, n_embd), layout as in run_blocks -> y, z. A supervision step, but for the loss."""
-        c = self.config
+        c, with_grad = self.config, torch.is_grad_enabled()
 
-        def f(h):
+        def core(h):
             return run_blocks(self.blocks, h, layout, recompute=c.recompute)
 
-        with torch.no_grad():
-            for _ in range(c.n_recursion - c.n_grad):
-                y, z = latent_recursion(f, x, y, z, c.n_latent)
-        for _ in range(c.n_grad):
-            y, z = latent_recursion(f, x, y, z, c.n_latent)
+        for i in range(c.n_recursion):
+            with torch.set_grad_enabled(with_grad and i >= c.n_recursion - c.n_grad):
+                for _ in range(c.n_latent):
+                    z = core(x + y + z)
+                y = core(y + z)
         return y, z
 
     def start(self, x):
@@ -342,7 +314,7 @@ class Model(nn.Module):
     def hidden(self, idx, starts=None, attn_mask=None, positions=None, cache=None, length=0):
         """As in Route A: idx (B, T) of text -> y (B, T, n_embd), which the head reads."""
         positions = arc.positions(idx) if positions is None else positions
-        attn_mask = document_mask(starts) if attn_mask is None else attn_mask
+        attn_mask = model_dense.document_mask(starts) if attn_mask is None else attn_mask
         layout, recompute = (self.rope(positions), attn_mask, starts), self.config.recompute
         half = len(self.blocks)
         first, second = (None, None) if cache is None else (cache[:half], cache[half:])
@@ -368,18 +340,16 @@ class Model(nn.Module):
 
     def puzzle_words(self):
         """
-        (number of reserved ids, n_embd): the embedding of what puzzles are made of, <|endoftext|> first. A
-        step takes it once: every look-up in the embedding itself would have a gradient of 50,304 rows, as
-        much work as a pass through a small core.
+        (number of reserved ids, n_embd): the embedding of what puzzles are made of, <|endoftext|> first.
+        Taken once a step: every look-up in the embedding itself would have a gradient of 50,304 rows.
         """
         return self.wte.weight[tok.EOT : tok.END + 1]
 
     def embed_canvas(self, idx, words):
         """
         idx (B, T), words as in puzzle_words -> x (B, T, n_embd) of about unit size per channel, and the
-        layout for run_blocks. A cell of the test input lies where its answer goes, and not in a grid of its
-        own, which would double the row of a sudoku. It also gets the embedding of a blank cell: it is to be
-        answered.
+        layout for run_blocks. A cell of the test input lies where its answer goes, which halves the row of a
+        sudoku. It also gets the embedding of a blank cell: it is to be answered.
         """
         positions = arc.positions(idx)
         given = arc.canvas_cells(idx, positions) & (idx != tok.BLANK)
@@ -423,10 +393,8 @@ class Model(nn.Module):
             zeros = torch.zeros(len(idx), dtype=torch.long, device=idx.device)
             carry = {**fresh, "steps": zeros, "begun": zeros, "halted": zeros == 0}
         if carry["idx"].shape != idx.shape:
-            shapes = tuple(carry["idx"].shape), tuple(idx.shape)
-            raise ValueError(
-                f"the carry holds rows of shape {shapes[0]}, not {shapes[1]}: keep one per shape"
-            )
+            held, asked = tuple(carry["idx"].shape), tuple(idx.shape)
+            raise ValueError(f"the carry holds rows of shape {held}, not {asked}: keep one per shape")
         new = carry["halted"]
         rows = {k: torch.where(new.view(-1, *[1] * (v.ndim - 1)), v, carry[k]) for k, v in fresh.items()}
         x, layout = self.embed_canvas(rows["idx"], words)
@@ -436,7 +404,11 @@ class Model(nn.Module):
             z = torch.where(new[:, None, None], z, carry["z"].to(x.dtype))
         y, z = self.deep_recursion(x, y, z, layout)
         steps, begun = torch.where(new, 0, carry["steps"]) + 1, carry["begun"] + new
-        return y, {**rows, "y": detach(y), "z": detach(z), "steps": steps, "begun": begun}
+        # y and z are kept in float16 under autocast, which has room for them: nothing is beyond sqrt(n_embd).
+        # A run holds a carry for every micro-batch and every length: gigabytes.
+        dtype = torch.float16 if torch.is_autocast_enabled(x.device.type) else x.dtype
+        kept = {"y": y.detach().to(dtype), "z": z.detach().to(dtype)}
+        return y, {**rows, **kept, "steps": steps, "begun": begun}
 
     @torch.no_grad()
     def halts(self, q, carry):
@@ -447,8 +419,8 @@ class Model(nn.Module):
     def min_steps(self, idx, begun):
         """
         Exploration: (B,) the fewest steps that each row takes. 1 for most; uniform in 2..n_sup for a share
-        of halt_exploration. A hash of the row and of begun (B,), no random number generator: one process or
-        two, resumed or not, draw the same, and a row that comes again draws anew.
+        of halt_exploration. A hash of the row and of begun (B,): one process or two, resumed or not, draw
+        the same, and a row that comes again draws anew.
         """
         prime = 2**31 - 1
         weights = torch.arange(1, idx.shape[1] + 1, device=idx.device) * 2654435761 % prime
@@ -464,9 +436,9 @@ class Model(nn.Module):
         n_embd), and the halting probability (R,). Rows whose probability has passed `halt` leave the batch;
         with None, all take n_sup steps (None: as configured).
         """
-        x, layout = self.embed_canvas(idx, self.puzzle_words())
+        words, rows = self.puzzle_words(), torch.arange(len(idx), device=idx.device)
+        x, layout = self.embed_canvas(idx, words)
         y, z = self.start(x)
-        rows = torch.arange(len(idx), device=idx.device)
         for _ in range(n_sup or self.config.n_sup):
             y, z = self.deep_recursion(x, y, z, layout)
             p = self.halt_logit(y).sigmoid()
@@ -474,7 +446,8 @@ class Model(nn.Module):
             if halt is not None and (p > halt).any():
                 if (p > halt).all():
                     return
-                rows, x, y, z, layout = select((rows, x, y, z, layout), p <= halt)
+                rows, y, z = (t[p <= halt] for t in (rows, y, z))
+                x, layout = self.embed_canvas(idx[rows], words)
 
     def canvases(self, tasks):
         """
@@ -491,10 +464,8 @@ class Model(nn.Module):
                 if len(ids) <= self.config.block_size:
                     puzzles.append(((i, j, shape, start), torch.from_numpy(ids.astype(np.int64))))
         for part in engine.batches_by_length(puzzles, lambda puzzle: len(puzzle[1]), BATCH_TOKENS):
-            yield (
-                [where for where, _ in part],
-                engine.pad_documents([ids for _, ids in part], self.wte.weight.device),
-            )
+            where, documents = zip(*part)
+            yield where, engine.pad_documents(documents, self.wte.weight.device)
 
     @torch.no_grad()
     def answer(self, tasks, n_sup=None, trace=False, halt=None):
@@ -515,42 +486,18 @@ class Model(nn.Module):
                 for n, (row, probability) in enumerate(zip(rows.tolist(), p.tolist())):
                     _, _, shape, start = where[row]
                     canvas = slice(start, start + shape[0] * (shape[1] + 1))
-                    known = finite[n, canvas].all()
-                    steps[row].append(
-                        (arc.read_canvas(ids[n, canvas], shape), probability) if known else (None, 0.0)
-                    )
+                    step = arc.read_canvas(ids[n, canvas], shape), probability
+                    steps[row].append(step if finite[n, canvas].all() else (None, 0.0))
             for (i, j, _, _), given in zip(where, steps):
                 answers[i][j] = given if trace else ranked(given)
         return answers
-
-    @torch.no_grad()
-    def answer_logits(self, tasks, answers):
-        """
-        Log-probabilities of given answers after n_sup steps. answers: for each task, for each test input, a
-        grid or None. Returns the same nesting of float32 arrays (h, w), each cell's log-probability among
-        ANSWER_IDS; None where the answer is None or does not fit on the canvas, or the row is longer than
-        block_size.
-        """
-        out = [[None] * len(task.test) for task in tasks]
-        for where, idx in self.canvases(tasks):
-            for _, y, _ in self.answer_steps(idx):
-                pass
-            log_p = F.linear(y, self.wte.weight[ANSWER_IDS]).float().log_softmax(-1).cpu().numpy()
-            for row, (i, j, (H, W), start) in zip(log_p, where):
-                grid = answers[i][j]
-                if grid is not None and grid.shape[0] <= H and grid.shape[1] <= W:
-                    h, w = grid.shape
-                    canvas = row[start : start + H * (W + 1)].reshape(H, W + 1, -1)[:h, :w]
-                    out[i][j] = np.take_along_axis(canvas, grid[..., None].astype(np.int64), -1)[..., 0]
-        return out
 
 
 def ranked(steps):
     """
     steps: (grid or None, halting probability) after each supervision step -> the different grids, each with
     the highest probability it had, the highest first, and the latest of equal ones. Not simply the last:
-    puzzles leave training when they are believed to be solved, so what further steps do to a right answer
-    is hardly trained, and some spoil it.
+    puzzles leave training when they are solved, so further steps are hardly trained, and some spoil answers.
     """
     best = {}
     for grid, p in reversed(steps):
@@ -561,30 +508,6 @@ def ranked(steps):
     return sorted(best.values(), key=lambda answer: -answer[1])
 
 
-def detach(t):
-    """
-    y or z as the carry keeps it: in float16 under autocast, which has room for it (nothing is beyond
-    sqrt(n_embd)). A run holds a carry for every micro-batch and every length: gigabytes.
-    """
-    return t.detach().to(torch.float16 if torch.is_autocast_enabled(t.device.type) else t.dtype)
-
-
-def select(value, rows):
-    """The rows of a tensor, or of each tensor in a tuple; None stays None."""
-    if isinstance(value, tuple):
-        return tuple(select(v, rows) for v in value)
-    return None if value is None else value[rows]
-
-
-def describe(model, context=1024):
-    """Print the model as Route A's is, and what the recursion makes of the cost of a token."""
-    model_dense.describe(model, passes=2)
-    print(f"\n   at a context of {context:,}   passes, with gradient   MFLOP per token, in training")
-    for mode, name in (("text", "text"), ("puzzle", "puzzle, a step of n_sup")):
-        costs = [model.flops_per_token(context, mode, training) / 1e6 for training in (False, True)]
-        print("  {:23s} {:8d} {:15d} {:17,.0f} {:13,.0f}".format(name, *model.passes(mode), *costs))
-
-
 if __name__ == "__main__":
     print(__doc__)
-    describe(Model(Config()))
+    model_dense.describe(Model(Config()), passes=2)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 import configurator
 from model_trm import ANSWER_IDS, ranked
-from smol import arc, checkpoint, engine, files, puzzles, runtime, solve
+from smol import arc, checkpoint, engine, files, runtime, solve, suites
 from smol import tokenizer as tok
 
 prompt = ""  # text to go on from; empty: a new document
@@ -88,11 +88,12 @@ def find_task(task_id):
     suite, dash, number = task_id.partition("-")
     if not dash:
         return arc.find(task_id)
-    number = number.partition(":")[0]  # a transform's id goes on with its program
-    most = puzzles.HELD_OUT_N.get(suite, 1)
-    if suite in puzzles.HELD_OUT_N and not (number.isdecimal() and int(number) < most):
-        raise ValueError(f"{task_id!r} is none of {suite}-0000 to {suite}-{most - 1:04d}")
-    return puzzles.heldout(suite, int(number) + 1 if number.isdecimal() else 1)[-1]
+    if suite not in suites.ON_GRIDS:
+        raise ValueError(f"no suite of grids is called {suite!r}: there are {', '.join(suites.ON_GRIDS)}")
+    number, tasks = number.partition(":")[0], suites.load(suite)  # a transform's id goes on with its program
+    if not (number.isdecimal() and int(number) < len(tasks)):
+        raise ValueError(f"{task_id!r} is none of {tasks[0].id} to {tasks[-1].id}")
+    return tasks[int(number)]
 
 
 def verdict(grid, expected):

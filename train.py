@@ -195,8 +195,8 @@ def main(argv):
     if resumed:
         begin = f"going on after step {run['iter']} of {start_path}"
     runtime.print0(begin + "".join(f"\n  changed: {c}" for c in changed))
-    for name, why in loader.not_validated(eval_batches).items():
-        runtime.print0(f"not validated: {name} ({why})")
+    for name in loader.not_validated(eval_batches):
+        runtime.print0(f"not validated: {name} has no held-out rows of at most {block_size} tokens")
     interrupted = runtime.catch_signals()
     evaluation, publication = loop.Evaluation(config), checkpoint.Publication(config)
     ahead = Ahead(loader, pin=on_gpu)

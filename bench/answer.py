@@ -1,10 +1,8 @@
 """
 What answering costs.
 
-    python -m bench.answer                      tasks per second of both routes here, and hours for
-    ARC-AGI-1 elsewhere python -m bench.answer out/demo/route_b/ckpt.pt --suite=sudoku4
-    --limit=50
-                                                what fewer supervision steps and halting cost a Route B
+    python -m bench.answer                              tasks per second of both routes, hours for ARC-AGI-1
+    python -m bench.answer CKPT --suite=sudoku4 --limit=50      what fewer steps and halting cost a Route B
 
 The tasks are mazes of one size. The hours are FLOPs over a share of the cards' peak: of all reading, not of
 Route A's writing. Before this: smol/solve.py.

@@ -60,6 +60,7 @@ out_dir = "out/compare"
 RANGES = {"[1, inf)": "n_train n_test points seeds rival_rows", "(0, inf)": "seconds rival_learning_rate"}
 ROOT = Path(__file__).parent.parent
 BETAS, EMA = (0.9, 0.95), 0.999
+N_BATCHES = 500  # of text that nanoGPT goes over again and again
 WARMUP, DECAY = 0.05, 0.4  # shares of the run in which the learning rate goes up, and down to zero
 
 
@@ -89,13 +90,13 @@ def make_puzzles(c, folder):
     rng, tests = np.random.default_rng(31337), {}
     while len(tests) < c.n_test:
         task = draw(c.puzzle, rng, test=True)
-        tests[puzzles.task_hash(task)] = task
+        tests[arc.task_hash(task)] = task
     if not (folder / "stages/compare/manifest.jsonl").exists():
         rng, documents = np.random.default_rng(1), {}
         for _ in tqdm(range(c.n_train), desc="puzzles", leave=False):
             task = draw(c.puzzle, rng)
             document = arc.encode(task.kind, [*task.train, *task.test])
-            if puzzles.task_hash(task) not in tests:
+            if arc.task_hash(task) not in tests:
                 documents[document.tobytes()] = document
         augment = "sudoku" if "sudoku9" in c.puzzle else "dihedral"
         about = {"source": "compare", "group": "synth", "kind": "puzzle", "augment": augment}
@@ -267,7 +268,7 @@ def rival_nanogpt(c, seed):
         batches_per_step=1,
         puzzle_format="autoregressive",
     )
-    batches = [(b.idx, b.targets) for _ in range(500) for b in source.next_step()]
+    batches = [(b.idx, b.targets) for _ in range(N_BATCHES) for b in source.next_step()]
 
     @torch.no_grad()
     def evaluate(net):

@@ -24,7 +24,7 @@ import torch
 
 import configurator
 import eval_arc
-from smol import arc, checkpoint, puzzles, solve
+from smol import arc, checkpoint, puzzles, solve, suites
 from smol.files import write_whole
 
 seconds = 60.0  # of CPU, for a run
@@ -52,11 +52,11 @@ NOT_SETTINGS = (
 
 def other_sudokus(n):
     """n puzzles like the suite's sudoku4, none of them in it."""
-    in_suite = {puzzles.task_hash(task) for task in puzzles.heldout("sudoku4")}
+    in_suite = {arc.task_hash(task) for task in suites.load("sudoku4")}
     rng, found = np.random.default_rng(4005), []
     while len(found) < n:
         task = puzzles.sudoku(rng, 4, 6, "test")
-        if puzzles.task_hash(task) not in in_suite:
+        if arc.task_hash(task) not in in_suite:
             found.append(arc.Task(f"other-{len(found)}", task.kind, task.train, task.test))
     return found
 
@@ -111,7 +111,7 @@ def main(argv):
         sys.exit("error: name the checkpoints of a student and of a teacher")
     student, teacher = words
     torch.set_num_threads(1)
-    suite, outside, results = puzzles.heldout("sudoku4"), other_sudokus(c.others), []
+    suite, outside, results = suites.load("sudoku4"), other_sudokus(c.others), []
 
     def one(way, seed, rate):
         out = os.path.join(c.out_dir, f"{list(WAYS).index(way)}_{seed}_{rate:g}")

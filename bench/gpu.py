@@ -72,7 +72,13 @@ def part_kda(c, device):
                 ((a.cpu().double() - b).abs().max() / b.abs().max()).item() for a, b in zip(found, exact)
             ]
             row = {"dtype": str(dtype)[6:], "gates": name, "output": errors[0], "state": errors[1]}
-            rows.append({**row, "gradients": max(errors[2:]), "backend": kda.choose_backend(device, dtype)})
+            rows.append(
+                {
+                    **row,
+                    "gradients": max(errors[2:]),
+                    "backend": kda.choose_backend(torch.device(device), dtype)[0],
+                }
+            )
     return rows
 
 
@@ -87,7 +93,8 @@ def outputs_and_gradients(inputs, backend):
 
 def part_speed(c, device):
     """Milliseconds of KDA forward and backward beside its rivals."""
-    return bench_kda.bench_kda(device)
+    half = "float32" if device == "cpu" else runtime.pick_dtype("auto", device)
+    return list(bench_kda.measure(device, getattr(torch, half)))
 
 
 def part_train(c, device):
@@ -146,7 +153,7 @@ def part_eval(c, device):
     """
     ARC tasks of the training set per second, by untrained models of full size: an upper bound of the time.
     """
-    tasks = solve.without_answers(arc.load_tasks("arc1_train"))
+    tasks = solve.without_answers(arc.load("arc1_train"))
     tasks = [task for task in tasks if sum(x.size + y.size for x, y in task.train) < (60 if c.quick else 700)]
     tasks = tasks[: 2 if c.quick else 64]
     rows = []
@@ -235,7 +242,7 @@ def main(argv):
         start = time.perf_counter()
         try:
             found = {"rows": globals()[f"part_{part}"](c, device)}
-        except Exception as e:  # noqa: BLE001 (whatever fails on a card nobody has tried, the rest is worth having)
+        except Exception as e:  # noqa: BLE001 (the rest is worth having)
             traceback.print_exc()
             found = {"failed": f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"}
         report["parts"][part] = {"seconds": time.perf_counter() - start, **found}

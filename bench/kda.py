@@ -1,8 +1,8 @@
 """
 Kimi Delta Attention beside PyTorch's attention and flash-linear-attention, in the same run:
 
-    python -m bench.kda             forward and backward of the operator and the layer, a decoding step
-    python -m bench.kda --json      the same as JSON
+    python -m bench.kda                       operator and layer, forward and backward; a decoding step
+    python -m bench.kda --json_file=kda.json  and the rows as JSON
 
 Milliseconds are medians, and contenders take turns. It runs on the GPU where there is one, else on all CPU
 cores. With OMP_NUM_THREADS=1 they are those that the process was given, so that other jobs on the machine
@@ -10,7 +10,6 @@ count less. Rivals that are not installed are left out (`pip install fla-core==0
 Figures worth keeping go into LOG.md with their date and machine.
 """
 
-import argparse
 import ctypes
 import json
 import math
@@ -21,9 +20,13 @@ import time
 import torch
 import torch.nn.functional as F
 
-from kda import KimiDeltaAttention, kda, kda_step, resolve
+import configurator
+from kda import KimiDeltaAttention, choose_backend, kda, kda_step
 from model_dense import Attention, Config, rope_3d
 from smol import runtime
+from smol.files import write_whole
+
+json_file = ""  # write the rows here as well
 
 # (B, T, H, K) of the operator; (B, T, width, heads) of the layer, the last two as puzzles are, short and wide
 GATES_SHAPE = (1, 1024, 8, 64)  # where all kinds of gates are measured, elsewhere mild ones
@@ -122,11 +125,9 @@ def make_gates(kind, B, T, H, K, device):
     ):  # -exp(A_log) softplus: heads from 1 to 16, some tokens forget nearly everything
         return -torch.linspace(1, 16, H, device=device)[:, None] * F.softplus(2 * torch.randn_like(u) - 3)
     g = -0.1 * u
-    return (
-        g
-        if kind == "mild"
-        else g.masked_fill((torch.arange(T, device=device) % 10 == 0)[:, None, None], -math.inf)
-    )
+    if kind == "mild":
+        return g
+    return g.masked_fill((torch.arange(T, device=device) % 10 == 0)[:, None, None], -math.inf)
 
 
 def operator_rivals(device, q, k, v, g, beta):
@@ -160,40 +161,32 @@ def measure(device, dtype):
             g, beta = make_gates(kind, *shape, device), torch.rand(shape[:3], device=device)
             inputs = [q.to(dtype), F.normalize(k, dim=-1).to(dtype), v.to(dtype), g, beta]
             contenders = {"ours": (lambda *x: kda(*x)[0], inputs), **operator_rivals(device, *inputs)}
-            name = f"{kind} gates, {resolve('auto', *inputs[:2])}"
-            yield {
-                "what": "operator",
-                "shape": shape,
-                "name": name,
-                "rivals": forward_and_backward(contenders, device),
-            }
+            name = f"{kind} gates, {choose_backend(g.device, dtype)[0]}"
+            yield row_of("operator", shape, name, forward_and_backward(contenders, device))
     for B, T, width, heads in LAYER_SHAPES:
-        x, positions = (
-            torch.randn(B, T, width, device=device),
-            torch.zeros(B, T, 3, dtype=torch.long, device=device),
-        )
+        x = torch.randn(B, T, width, device=device)
         layer = KimiDeltaAttention(width, heads, width // heads).to(device)
-        attention, rope = (
-            Attention(Config(n_embd=width, n_head=heads)).to(device),
-            rope_3d(positions, width // heads, 100.0),
-        )
+        attention = Attention(Config(n_embd=width, n_head=heads)).to(device)
+        rope = rope_3d(torch.zeros(B, T, 3, dtype=torch.long, device=device), width // heads, 100.0)
         contenders = {
             "ours": (lambda x: layer(x)[0], [x]),
             "attention layer": (lambda x: attention(x, rope), [x]),
         }
-        rivals = forward_and_backward(contenders, device)
-        yield {"what": "layer", "shape": (B, T, width, heads), "name": "", "rivals": rivals}
+        yield row_of("layer", (B, T, width, heads), "", forward_and_backward(contenders, device))
     for B, H, K in DECODING_SHAPES:
         q, k, v = F.normalize(torch.randn(3, B, H, K, device=device), dim=-1).to(dtype).unbind(0)
         g, beta = -torch.rand(B, H, K, device=device), torch.rand(B, H, device=device)
         state = torch.zeros(B, H, K, K, device=device)
         ms = medians_ms({"ours": lambda: kda_step(q, k, v, g, beta, state)}, device)
-        yield {
-            "what": "decoding step",
-            "shape": (B, H, K),
-            "name": "",
-            "rivals": {"ours": {"forward_ms": ms["ours"]}},
-        }
+        yield row_of("decoding step", (B, H, K), "", {"ours": {"forward_ms": ms["ours"]}})
+
+
+def row_of(what, shape, name, figures):
+    """figures: those of "ours" and of each rival."""
+    ours = figures.pop("ours")
+    for rival in figures.values():
+        rival["ratio"] = ours["both_ms"] / rival["both_ms"]
+    return {"what": what, "shape": shape, "name": name, **ours, "rivals": figures}
 
 
 def print_row(name, row):
@@ -202,14 +195,10 @@ def print_row(name, row):
     print(f"{name:64s} " + " ".join(numbers).rstrip(), flush=True)
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    args = parser.parse_args()
-    torch.set_flush_denormal(True)  # as train.py and eval_arc.py do, like the next line
-    runtime.keep_freed_memory()
+def main(argv):
+    config, _ = configurator.read(globals(), argv)
+    torch.set_flush_denormal(True)  # subnormals cost strong gates up to 8%
+    runtime.keep_freed_memory()  # as train.py does
     torch.manual_seed(0)
     device, name, dtype = "cpu", f"CPU, {torch.get_num_threads()} threads", torch.float32
     if torch.cuda.is_available():
@@ -217,23 +206,18 @@ def main():
         dtype = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
     a = torch.randn(2048, 2048, device=device, dtype=dtype)
     gflops = 2 * 2048**3 / 1e6 / medians_ms({"product": lambda: a @ a}, device)["product"]
-    machine = {"device": name, "torch": torch.__version__, "dtype": str(dtype), "matmul_gflops": gflops}
-    if not args.json:
-        print(f"{name}, torch {torch.__version__}, {dtype}; a large matmul reaches {gflops:.0f} GFLOP/s here")
-        print(f"ratio: our time over the rival's\n\n{'':64s} forward ms    both ms  peak MB   ratio")
+    print(f"{name}, torch {torch.__version__}, {dtype}; a large matmul reaches {gflops:.0f} GFLOP/s here")
+    print(f"ratio: our time over the rival's\n\n{'':64s} forward ms    both ms  peak MB   ratio")
     rows = []
     for row in measure(device, dtype):
-        row |= row["rivals"].pop("ours")
-        for rival in row["rivals"].values():
-            rival["ratio"] = row["both_ms"] / rival["both_ms"]
         rows.append(row)
-        if not args.json:
-            print_row(f"{row['what']} {row['shape']} {row['name']}", row)
-            for name, rival in row["rivals"].items():
-                print_row(f"    {name}", rival)
-    if args.json:
-        print(json.dumps({**machine, "rows": rows}, indent=2))
+        print_row(f"{row['what']} {row['shape']} {row['name']}", row)
+        for rival, figures in row["rivals"].items():
+            print_row(f"    {rival}", figures)
+    if config["json_file"]:
+        machine = {"device": name, "torch": torch.__version__, "dtype": str(dtype), "matmul_gflops": gflops}
+        write_whole(json.dumps({**machine, "rows": rows}, indent=2).encode(), config["json_file"])
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

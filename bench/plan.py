@@ -51,7 +51,7 @@ def activation_bytes(net, c):
     T = min(c.block_size, 1024)
     idx = torch.randint(0, tok.N_GPT2, (1, T), generator=torch.Generator().manual_seed(0))
     per_token = saved_bytes(net, idx, torch.bfloat16) / T  # as many bytes as float16, which few CPUs can
-    text_passes = net.passes("text")[1] * net.config.text_n_sup if c.model == "trm" else 1
+    text_passes = net.passes("text")[1] if c.model == "trm" else 1
     if c.recompute:  # the inputs of all blocks, and one block as a whole while it is gone through again
         net.config.recompute = False
         per_token += saved_bytes(net, idx, torch.bfloat16) / T / (net.config.n_layer * text_passes)

@@ -1,7 +1,7 @@
 # Route A, stage 1: language, code, mathematics and first puzzles, on Kaggle's two T4s:
 #   torchrun --nproc_per_node=2 train.py config/route_a_stage1.py
 # 2.1 billion tokens are 21 per parameter, about where the compute of a model of 100M is best spent (Hoffmann
-# et al., arXiv 2203.15556), and by `python -m bench.train plan config/route_a_stage1.py` about one session of
+# et al., arXiv 2203.15556), and by `python -m bench.plan config/route_a_stage1.py` about one session of
 # 12 hours. The rate stays up: stage 2 goes on from here.
 out_dir = "out/route_a_stage1"
 data = "stage1"  # its mixture is web 50, code 20, math 10, synth 10, arc 10 in a hundred

@@ -1,7 +1,7 @@
 # Route B, stage 1, on Kaggle's two T4s: torchrun --nproc_per_node=2 train.py config/route_b_stage1.py
 # A token of text goes through its core twice and a token of a puzzle 21 times (7 with gradient), on average
 # three times Route A's work. So half of Route A's tokens, 1.05 billion, 10.5 per parameter: `python -m
-# bench.train plan config/route_b_stage1.py` has the hours.
+# bench.plan config/route_b_stage1.py` has the hours.
 base = "route_a_stage1.py"
 out_dir = "out/route_b_stage1"
 model = "trm"

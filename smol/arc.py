@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from smol.files import save_picture
-from smol.tokenizer import ARC, BLANK, CELL0, EOT, INPUT, LOGIC, MAZE, OUTPUT, PAD, PROGRAM, ROW, SUDOKU, VOID
+from smol.tokenizer import ARC, BLANK, CELL0, EOT, INPUT, LOGIC, MAZE, OUTPUT, PROGRAM, ROW, SUDOKU, VOID
 
 SETS = ("arc1_train", "arc1_eval", "arc2_train", "arc2_eval")
 KINDS = {"arc": ARC, "sudoku": SUDOKU, "maze": MAZE, "logic": LOGIC, "program": PROGRAM}
@@ -53,9 +53,7 @@ def validate_grid(grid):
     except ValueError:
         raise ValueError("not a grid: its rows differ in length") from None
     if array.ndim != 2 or not all(1 <= side <= MAX_SIDE for side in array.shape):
-        raise ValueError(
-            f"not a grid: shape {array.shape}, where 1 to {MAX_SIDE} rows and columns are wanted"
-        )
+        raise ValueError(f"not a grid: shape {array.shape} is not 1 to {MAX_SIDE} rows and columns")
     if array.dtype.kind not in "iuf" or not np.isin(array, range(10)).all():
         raise ValueError("not a grid: cells must be whole numbers from 0 to 9")
     return array.astype(np.uint8)
@@ -177,13 +175,10 @@ def read_tasks(path):
 
 
 def encode_grid(grid):
-    """(h, w) colours -> np.uint16 (h * (w + 1),): the cells, and ROW after each row. Any size. ValueError if
-    empty."""
+    """(h, w) colours, of any size -> np.uint16 (h * (w + 1),): the cells, and ROW after each row."""
     grid = np.asarray(grid)
     if grid.ndim != 2 or grid.size == 0 or grid.min() < 0 or grid.max() > 9:
-        raise ValueError(
-            f"cannot encode shape {grid.shape}: a grid is 2-D, not empty, with cells from 0 to 9"
-        )
+        raise ValueError(f"cannot encode shape {grid.shape}: a grid is 2-D with cells from 0 to 9")
     out = np.full((grid.shape[0], grid.shape[1] + 1), ROW, np.uint16)
     out[:, :-1] = grid.astype(np.uint16) + CELL0
     return out.reshape(-1)
@@ -200,13 +195,11 @@ def encode_parts(kind, grids):
 
 
 def encode(kind, pairs):
-    """kind: a key of KINDS; pairs: list of (input, output), the question last. -> np.uint16 (T,), EOT
-    included."""
+    """kind: a key of KINDS; pairs: list of (input, output), the question last -> np.uint16 (T,), with EOT."""
     if not pairs:
         raise ValueError("cannot encode a task without any pair of grids")
-    return np.concatenate([*encode_parts(kind, [grid for pair in pairs for grid in pair]), [EOT]]).astype(
-        np.uint16
-    )
+    parts = encode_parts(kind, [grid for pair in pairs for grid in pair])
+    return np.concatenate([*parts, [EOT]]).astype(np.uint16)
 
 
 def encode_prompt(kind, demos, test_input, canvas=None):
@@ -223,8 +216,7 @@ def encode_prompt(kind, demos, test_input, canvas=None):
 
 
 def prompt_and_room(kind, demos, test_input, puzzle_format):
-    """-> (tokens of the prompt, room for the answer after it): together they must fit into a model's
-    block_size."""
+    """-> (tokens of the prompt, room for the answer after it): their sum must be within block_size."""
     h, w = canvas_shape(demos, test_input)
     if puzzle_format == "canvas":  # which is both
         return len(encode_prompt(kind, demos, test_input, (h, w))), 0
@@ -238,14 +230,11 @@ def decode_grid(ids, start):
         cells = rows[:, :-1] - CELL0
         if (rows[:, -1] == ROW).all() and cells.min() >= 0 and cells.max() <= 9:
             return cells.astype(np.uint8)
-    raise ValueError(
-        f"malformed task: no grid, rows of one length each ended by <|row|>, at position {start}"
-    )
+    raise ValueError(f"malformed task: no grid, rows of one length ended by <|row|>, at position {start}")
 
 
 def decode(ids):
-    """The exact inverse of `encode`: ids (T,) -> (kind, pairs). Grids of any size. ValueError on anything
-    else."""
+    """The exact inverse of `encode`: ids (T,) -> (kind, pairs). ValueError on anything else."""
     ids = np.asarray(ids).astype(np.int64)
     kinds = {token: kind for kind, token in KINDS.items()}
     marks = np.flatnonzero((ids == INPUT) | (ids == OUTPUT))
@@ -344,8 +333,7 @@ def positions(idx):
 
 
 def canvas_cells(idx, positions):
-    """idx: (B, T) long, rows that end in a canvas, padded or not; positions: (B, T, 3) -> (B, T) bool: its
-    cells."""
+    """idx: (B, T) long, rows that end in a canvas; positions: (B, T, 3) -> (B, T) bool: its cells."""
     grid = positions[..., 2]
     cell = ((idx >= CELL0) & (idx < CELL0 + 10)) | (idx == BLANK)
     return cell & (grid > 0) & (grid == grid.amax(1, keepdim=True))
@@ -406,6 +394,19 @@ def canonical_hash(*grids):
     return hashlib.sha256(min(forms)).hexdigest()
 
 
+def task_hash(task):
+    """
+    -> hex: SHA-256 of the kind and of every grid in order, the same for all eight turned and mirrored images
+    of a task, not for its recolourings.
+    """
+    grids = [np.asarray(grid, np.uint8) for pair in task.train + task.test for grid in pair]
+    forms = []
+    for k in range(8):
+        turned = [turn(k, grid) for grid in grids]
+        forms.append(b"".join(bytes(grid.shape) + grid.tobytes() for grid in turned))
+    return hashlib.sha256(task.kind.encode() + b"|" + min(forms)).hexdigest()
+
+
 # -----------------------------------------------------------------------------
 # pictures
 
@@ -419,8 +420,7 @@ def wrong_cells(grid, expected):
 
 
 def ansi(grid, wrong=None):
-    """-> str, one line per row, two characters per cell on a 24-bit background; `wrong` cells, bool (h, w),
-    show ><."""
+    """-> str, a line per row, two characters per cell: >< where `wrong`, bool (h, w), is set."""
     lines = []
     for r, row in enumerate(grid):
         line = ""
@@ -434,8 +434,7 @@ def ansi(grid, wrong=None):
 
 
 def ansi_row(panels, width=None):
-    """panels: list of (title, grid or None, expected or None) -> str, side by side, in bands as wide as the
-    terminal."""
+    """panels: list of (title, grid or None, expected or None) -> str, in bands as wide as the terminal."""
     width = width or shutil.get_terminal_size((120, 24)).columns
     bands, room = [], 0
     for title, grid, expected in panels:
@@ -486,10 +485,7 @@ def picture(rows, path, title=None):
             if grid is not None and expected is not None:
                 wrong = wrong_cells(grid, expected)
                 y, x = np.nonzero(wrong)
-                for ink, thick in (
-                    ("black", 0.2),
-                    ("white", 0.09),
-                ):  # white on black is seen on all ten colours
+                for ink, thick in (("black", 0.2), ("white", 0.09)):  # seen on all ten colours
                     size = (0.54 * cell) ** 2
                     ax.scatter(x + 0.5, y + 0.5, size, ink, marker="x", lw=thick * cell, clip_on=False)
                 verdict = f"{wrong.sum()} wrong" if wrong.any() else "correct"
@@ -498,63 +494,3 @@ def picture(rows, path, title=None):
             colour = "#1B7F2A" if verdict == "correct" else "#B00020"
             ax.text(0, side * 1.07, verdict, size=7.5, color=colour)
     save_picture(fig, path, dpi=min(160, 60000 / max(W, H)))  # an image may have at most 65,536 pixels a side
-
-
-# -----------------------------------------------------------------------------
-# how Route B's KDA heads read a grid
-
-WAYS = 8  # to read grids
-
-
-def grid_lines(idx, positions):
-    """The eight ways to read grids: rows, columns, tiles and pairs, each forwards and backwards.
-
-    idx: (B, T) long; positions: (B, T, 3) as above -> (order, back, starts), each (B, T, 8): the token that
-    is read as the t-th, when token t is read, and whether a line starts with the t-th that is read. A line is
-    a row, a column or a tile of one grid. Tiles are squares, side by side from the upper left corner on, of
-    about as many cells as the grid's longer side has: those of a sudoku are its boxes. Pairs are one line:
-    the first input and its output cell by cell, a cell of the input and right after it the output's at the
-    same place; then the next pair, and last the canvas. So what demonstrations do to a cell can be read off
-    two neighbours in this line, and is known when the canvas is read; backwards, the cells of each pair come
-    from the last to the first, but inputs still come before outputs and demonstrations before the canvas.
-    Where there are no demonstrations, there is nothing to carry from grid to grid, and pairs are read as
-    rows. Padding is a line of its own, as what is in no grid is to rows, columns and tiles: whatever reads
-    line by line does not notice how much of it there is.
-    """
-    import torch
-
-    row, column, grid = positions.unbind(-1)
-    at = torch.arange(idx.shape[1], device=idx.device).expand_as(idx)
-    pad = idx == PAD
-    grid = torch.where(pad, idx.shape[1], grid)
-    longer = idx.new_zeros(len(idx), idx.shape[1] + 1).scatter_reduce(
-        1, grid, torch.maximum(row + 1, column), "amax"
-    )  # of each grid
-    side = longer.sqrt().round().long().gather(1, grid)
-
-    def packed(a, b, c):
-        """As one number, to sort by a, then b, then c; a grid has at most 30 rows and columns, and a ROW
-        behind the last."""
-        return (a * 64 + b) * 64 + c
-
-    in_row, in_column, in_tile = (
-        packed(grid, 0, row),
-        packed(grid, 0, column),
-        packed(grid, row // side, column // side),
-    )
-    pair = (grid + 1) // 2
-    keys = in_column * 64 + row, in_tile, packed(pair, row, column), packed(pair, 63 - row, 63 - column)
-    down, by_tile, by_cell, by_cell_back = (key.argsort(dim=1, stable=True) for key in keys)
-    alone = positions[..., 2].amax(1, keepdim=True) < 2  # no demonstrations
-    by_cell, by_cell_back, in_pairs = (
-        torch.where(alone, *two) for two in ((at, by_cell), (at.flip(1), by_cell_back), (in_row, pad))
-    )
-    order = torch.stack(
-        [at, at.flip(1), down, down.flip(1), by_tile, by_tile.flip(1), by_cell, by_cell_back], -1
-    )
-    line = torch.stack(
-        [in_row, in_row, in_column, in_column, in_tile, in_tile, in_pairs, in_pairs], -1
-    ).gather(1, order)
-    starts = torch.ones_like(line, dtype=torch.bool)
-    starts[:, 1:] = line[:, 1:] != line[:, :-1]
-    return order, order.argsort(dim=1), starts

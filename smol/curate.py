@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 import rensa
 
-from smol import arc, puzzles, suites
+from smol import arc, suites
 
 SHINGLE = 5  # words, as in OpenWebText2 and FineWeb
 # 14 bands of 8 (FineWeb's choice): with 80% of their shingles in common, two documents share a band with a
@@ -57,12 +57,14 @@ def text_rule(name, measure, low, high):
     return name, measure, {"prose": (low, high), "math": (low, high)}
 
 
+def duplicate_rule(n):
+    limits = {"prose": (0, (20 - n) / 100), "math": (0, (30 - n) / 100)}
+    return f"gopher_duplicate_{n}gram", f"duplicate_{n}gram", limits
+
+
+N_WORDS = {"prose": (50, 100_000), "math": (50, 100_000), "dialogue": (8, 100_000), "code": (10, 200_000)}
 RULES = (
-    (
-        "gopher_few_or_many_words",
-        "words",
-        {"prose": (50, 100_000), "math": (50, 100_000), "dialogue": (8, 100_000), "code": (10, 200_000)},
-    ),
+    ("gopher_few_or_many_words", "words", N_WORDS),
     ("gopher_mean_word_length", "mean_word_length", {"prose": (3, 10), "math": (2, 12)}),
     ("gopher_symbols_per_word", "symbols_per_word", {"prose": (0, 0.1), "math": (0, 0.2)}),
     ("gopher_bullet_lines", "bullet_lines", {"prose": (0, 0.9)}),
@@ -70,14 +72,7 @@ RULES = (
     ("gopher_words_without_letters", "alphabetic_words", {"prose": (0.8, 1), "math": (0.5, 1)}),
     text_rule("gopher_stop_words", "stop_words", 2, INF),
     text_rule("gopher_duplicate_lines", "duplicate_lines", 0, 0.3),
-    *(
-        (
-            f"gopher_duplicate_{n}gram",
-            f"duplicate_{n}gram",
-            {"prose": (0, (20 - n) / 100), "math": (0, (30 - n) / 100)},
-        )
-        for n in range(5, 11)
-    ),
+    *(duplicate_rule(n) for n in range(5, 11)),
     ("fineweb_lines_without_punctuation", "punctuated_lines", {"prose": (0.12, 1)}),
     ("fineweb_short_lines", "short_lines", {"prose": (0, 0.67)}),
     ("fineweb_duplicate_line_characters", "duplicate_line_characters", {"prose": (0, 0.1)}),
@@ -86,6 +81,7 @@ RULES = (
     # FineWeb's threshold, for fastText's lid.176, here its small version
     ("language", "english", {"prose": (0.65, 1)}),
 )
+
 # -----------------------------------------------------------------------------
 # text
 
@@ -505,8 +501,8 @@ class HeldOut:
 
     def __init__(self):
         self.questions = {question for task in suites.load("logic") for question, _ in task.test}
-        tasks = [t for name in suites.GENERATED if name not in suites.IN_WORDS for t in suites.load(name)]
-        self.hashes = {puzzles.task_hash(task) for task in tasks}
+        tasks = [task for name in suites.ON_GRIDS for task in suites.load(name)]
+        self.hashes = {arc.task_hash(task) for task in tasks}
         # whoever has learned the 288 filled 4x4 grids solves any sudoku of them, so no answer may be shared
         self.answers = {t.test[0][1].tobytes() for t in tasks if is_sudoku4(t)}
         self.known = Likenesses()
@@ -519,7 +515,7 @@ class HeldOut:
 
     def has(self, task, augment):
         """Is it one of them, turned or not, or can the loader's augmentation make one of it?"""
-        if puzzles.task_hash(task) in self.hashes:
+        if arc.task_hash(task) in self.hashes:
             return True
         if is_sudoku4(task):
             return task.test[0][1].tobytes() in self.answers

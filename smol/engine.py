@@ -125,14 +125,7 @@ def sample(logits, temperature, top_k=None, top_p=None, generator=None):
 
 @torch.no_grad()
 def generate(
-    model,
-    prompts,
-    max_new_tokens,
-    temperature=1.0,
-    top_k=None,
-    top_p=None,
-    stop=(tok.EOT,),
-    generator=None,
+    model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=(tok.EOT,), generator=None
 ):
     """
     Continue prompts, as in `prefill`: yields (B,) ids as they are drawn. A row that has drawn one of `stop`
@@ -155,22 +148,19 @@ def generate(
 # grids
 
 
-def write_grids(logits, next_logits, limits, temperature=1.0, noise=None):
+def write_grids(logits, next_logits, limits, temperature, noise):
     """
     Write grids under their grammar: only what can follow is allowed, so every answer parses. logits (B,
     12): of GRID_IDS, after the prompts. next_logits: function of drawn (B,), numbers into GRID_IDS ->
     logits (B, 12). limits: for each row (most rows, most columns). noise: for each row an
-    np.random.Generator to draw with at `temperature`, or None for the likeliest token; noise=None: the
-    likeliest everywhere. Returns a list of (grid, log-probability under the grammar), None for a row whose
-    logits were not finite. Ends after as many tokens as the largest grid has, whatever the logits are.
+    np.random.Generator to draw with at `temperature`, or None for the likeliest token. Returns a list of
+    (grid, log-probability under the grammar), None for a row whose logits were not finite. Ends after as
+    many tokens as the largest grid has, whatever the logits are.
     """
     B = len(limits)
     most_rows, most_columns = np.array(limits).reshape(B, 2).T
-    row, column, width = (
-        np.zeros(B, int),
-        np.zeros(B, int),
-        most_columns.copy(),
-    )  # (B,) each; width: of row 0 at most
+    row, column = np.zeros(B, int), np.zeros(B, int)
+    width = most_columns.copy()  # of row 0 at most
     score, done, failed = np.zeros(B), np.zeros(B, bool), np.zeros(B, bool)
     written = []
     for _ in range(max((h * (w + 1) + 1 for h, w in limits), default=0)):
@@ -179,13 +169,9 @@ def write_grids(logits, next_logits, limits, temperature=1.0, noise=None):
         grid_ends = (column == 0) & (row > 0)
         allowed = torch.from_numpy(np.stack([cell_fits] * 10 + [row_ends, grid_ends], 1))
         log_p = logits.float().cpu().masked_fill(~allowed, -torch.inf).log_softmax(-1)
-        drawn = log_p
-        if (
-            noise is not None
-        ):  # argmax of log p / temperature + Gumbel noise is a draw from softmax(log p / temperature)
-            gumbel = [np.zeros(12) if rng is None else temperature * rng.gumbel(size=12) for rng in noise]
-            drawn = log_p + torch.from_numpy(np.stack(gumbel))
-        drawn = drawn.argmax(-1)
+        # argmax of log p / temperature + Gumbel noise is a draw from softmax(log p / temperature)
+        gumbel = [np.zeros(12) if rng is None else temperature * rng.gumbel(size=12) for rng in noise]
+        drawn = (log_p + torch.from_numpy(np.stack(gumbel))).argmax(-1)
         failed |= ~done & log_p.isnan().any(-1).numpy()
         done |= failed
         choice = np.where(done, END, drawn.numpy())
@@ -206,7 +192,7 @@ def write_grids(logits, next_logits, limits, temperature=1.0, noise=None):
 
 
 @torch.no_grad()
-def decode_grids(model, prompts, limits, samples=1, temperature=1.0, noise=None):
+def decode_grids(model, prompts, limits, samples, temperature, noise):
     """
     prompts: list of (T_b,) long, each read once and answered `samples` times; limits: for each (most rows,
     most columns). temperature and noise as in `write_grids`, which returns len(prompts) * samples answers.
@@ -244,7 +230,7 @@ def batches_by_length(items, length, tokens=None):
 
 
 @torch.no_grad()
-def answer_tasks(model, tasks, samples=1, temperature=1.0, seed=0, tokens=None):
+def answer_tasks(model, tasks, samples, temperature, seed, tokens):
     """
     Solve tasks with an autoregressive model. tasks: list of arc.Task, whose test outputs are not read.
     Returns for each task, for each test input, a list of `samples` (grid, log-probability): the greedy one,

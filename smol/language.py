@@ -10,7 +10,7 @@ The suites that are no tasks: how well does a model read and write text and code
   code            42 small functions from signature and docstring, written greedily and run on tests
   lm_eval:NAMES   benchmarks of EleutherAI's lm-eval, our models behind its interface
 
-Every figure has a 95% interval, as [low, high]. Read next: language_items.py, sandbox.py.
+Every figure has a 95% interval, as [low, high]. The items are in suites.py. Read next: sandbox.py.
 """
 
 import contextlib
@@ -25,9 +25,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from smol import engine, language_items, loader, sandbox
+from smol import engine, loader, sandbox, snapshots, suites
 from smol import tokenizer as tok
-from smol.suites import interval
 
 BATCH_TOKENS = 2048  # in one pass through the model: its logits are 50,304 numbers for each
 SOURCE_TOKENS = 65536  # read of each source, in windows of block_size spread evenly over it
@@ -59,7 +58,7 @@ def log_probs(model, rows, desc="reading"):
     ids = [[*context, *continuation][-block_size - 1 :] for context, continuation in rows]
     order = sorted(range(len(rows)), key=lambda i: -len(ids[i]))  # rows of similar length together
     out = [None] * len(rows)
-    bar = progress(len(rows), desc)
+    bar = tqdm(total=len(rows), desc=desc, dynamic_ncols=True, leave=False)
     while order:
         longest = len(ids[order[0]]) - 1
         count = max(1, BATCH_TOKENS // longest)
@@ -86,8 +85,7 @@ def write(model, prompts, lengths, stops, desc="writing"):
     tokens, up to the first match of the pattern stops[i] (None: there is none) or a token that is no text.
     """
     device, out = next(model.parameters()).device, []
-    bar = progress(len(prompts), desc)
-    for start in range(0, len(prompts), TOGETHER):
+    for start in tqdm(range(0, len(prompts), TOGETHER), desc, dynamic_ncols=True, leave=False):
         part = slice(start, start + TOGETHER)
         rows = [torch.tensor(ids, device=device) for ids in prompts[part]]
         limits = list(zip(lengths[part], stops[part]))
@@ -99,8 +97,6 @@ def write(model, prompts, lengths, stops, desc="writing"):
                 if all(len(ids) >= n or cut(ids, stop)[1] for ids, (n, stop) in zip(written, limits)):
                     break
         out += [cut(ids[:n], stop)[0] for ids, (n, stop) in zip(written, limits)]
-        bar.update(len(rows))
-    bar.close()
     return out
 
 
@@ -112,17 +108,13 @@ def cut(ids, stop):
     return text[: match.start()] if match else text, bool(match) or end < len(ids)
 
 
-def progress(total, desc):
-    return tqdm(total=total, desc=desc, dynamic_ncols=True, leave=False)
-
-
 # -----------------------------------------------------------------------------
 # the suite `language`
 
 
 def held_out(data_dir, stage, tag=None):
     """{text source: its validation shards} of a stage. FileNotFoundError or ValueError if it is not there."""
-    entries, out = loader.read_stage(data_dir, stage, tag, verify=False)[0], {}
+    entries, out = snapshots.read_manifest(data_dir, stage, tag=tag, verify=False)[0], {}
     for entry in sorted(entries, key=lambda entry: entry["source"]):
         if entry["kind"] == "text" and entry["split"] == "val":
             out.setdefault(entry["source"], []).append(entry)
@@ -156,7 +148,7 @@ def bits_per_byte(model, data_dir, shards, source_tokens=SOURCE_TOKENS):
 
 def answer_questions(model, items):
     """
-    items of language_items.questions(). Returns {total, right, accuracy, interval, chance, answers}. Of ends
+    items of suites.questions(). Returns {total, right, accuracy, interval, chance, answers}. Of ends
     that are equally likely each counts for its share.
     """
     encode = tok.load().encode_ordinary
@@ -170,36 +162,27 @@ def answer_questions(model, items):
     for (category, question, choices, right), given in zip(items, scores.reshape(len(items), -1)):
         best = np.flatnonzero(given >= given.max() - 1e-9)
         points += (right in best) / max(1, len(best))
-        answers.append(
-            {
-                "category": category,
-                "question": question,
-                "choices": list(choices),
-                "right": right,
-                "picked": int(given.argmax()),
-                "log_probabilities": given.round(4).tolist(),
-            }
-        )
-    share = {"accuracy": round(points / len(items), 6), "interval": interval(points, len(items))}
+        answer = {"category": category, "question": question, "choices": list(choices), "right": right}
+        answer.update(picked=int(given.argmax()), log_probabilities=given.round(4).tolist())
+        answers.append(answer)
+    share = {"accuracy": round(points / len(items), 6), "interval": suites.interval(points, len(items))}
     return {"total": len(items), "right": points, **share, "chance": 0.25, "answers": answers}
 
 
 def write_code(model, items):
     """
-    items of language_items.functions(), one greedy attempt at each. Returns {total, solved, accuracy,
+    items of suites.functions(), one greedy attempt at each. Returns {total, solved, accuracy,
     interval, answers}.
     """
     prompts = [[tok.EOT, *tok.load().encode_ordinary(stub)] for _, stub, *_ in items]
     n, answers = len(items), []
-    for (name, stub, tests, *_), text in zip(
-        items, write(model, prompts, [CODE_TOKENS] * n, [OUTSIDE_FUNCTION] * n, "code")
-    ):
+    texts = write(model, prompts, [CODE_TOKENS] * n, [OUTSIDE_FUNCTION] * n, "code")
+    for (name, stub, tests, *_), text in zip(items, texts):
         result = sandbox.run_tests(stub + text, tests)
-        answers.append(
-            {"name": name, "stub": stub, "written": text, "solved": result.ok, "reason": result.reason}
-        )
+        outcome = {"solved": result.ok, "reason": result.reason}
+        answers.append({"name": name, "stub": stub, "written": text, **outcome})
     solved = sum(answer["solved"] for answer in answers)
-    share = {"accuracy": round(solved / n, 6), "interval": interval(solved, n)}
+    share = {"accuracy": round(solved / n, 6), "interval": suites.interval(solved, n)}
     return {"total": n, "solved": solved, **share, "answers": answers}
 
 
@@ -214,13 +197,13 @@ def evaluate(model, data_dir="data", texts=None, limit=None):
         return [items[i] for i in np.linspace(0, len(items) - 1, n).astype(int)]
 
     started = time.perf_counter()
-    questions = language_items.questions()
+    questions = suites.questions()
     source_tokens = SOURCE_TOKENS * len(spread(questions)) // len(questions)
     bits = {s: bits_per_byte(model, data_dir, shards, source_tokens) for s, shards in (texts or {}).items()}
     return {
         "bits_per_byte": {source: figures for source, figures in bits.items() if figures},
         "questions": answer_questions(model, spread(questions)),
-        "code": write_code(model, spread(language_items.functions())),
+        "code": write_code(model, spread(suites.functions())),
         "seconds": round(time.perf_counter() - started, 3),
     }
 

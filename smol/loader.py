@@ -229,13 +229,6 @@ class Puzzles:
 # the loader
 
 
-def read_stage(data_dir, stage, tag=None, verify=True):
-    """-> (manifest entries, mixture, SHA-256 of a frozen stage's snapshot.json or None)."""
-    manifest, mixture = read_manifest(data_dir, stage, tag=tag, verify=verify)
-    snapshot = os.path.join(data_dir, "stages", stage, tag or "", "snapshot.json")
-    return manifest, mixture, sha256_file(snapshot) if tag else None
-
-
 class Loader:
     """
     Training batches of a stage. A step belongs to one source, drawn by `weights`, so that its batches, spread
@@ -262,15 +255,17 @@ class Loader:
         world_size=1,
         verify=True,
     ):
-        manifest, mixture, self.snapshot = read_stage(data_dir, stage, tag, verify)
-        weights = dict(weights or mixture["weights"])
+        manifest, mixture = read_manifest(data_dir, stage, tag=tag, verify=verify)
+        snapshot = os.path.join(data_dir, "stages", stage, tag or "", "snapshot.json")
+        self.snapshot = sha256_file(snapshot) if tag else None
+        self.weights = weights = dict(weights or mixture["weights"])
         if any(w < 0 for w in weights.values()) or not sum(weights.values()) > 0:
             raise ValueError(f"the mixture needs shares of 0 or more, and not only zeros: {weights}")
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.batches_per_step, self.batch_size, self.block_size = batches_per_step, batch_size, block_size
         self.puzzle_format = puzzle_format
         self.step, self.sources = 0, {}
-        self.val, self.without_val = [], []  # (kind, source, Shards); names of sources
+        self.val = []  # (kind, source, Shards)
         used = []
         for name, weight in sorted(weights.items()):
             entries = [e for e in manifest if e["source"] == name]
@@ -290,9 +285,6 @@ class Loader:
                     self.sources[name] = Puzzles(name, shards, *how)
             if held_out:
                 self.val.append((kind, name, Shards(data_dir, held_out)))
-            else:
-                self.without_val.append(name)
-        self.manifest = sha256_file(os.path.join(data_dir, "stages", stage, tag or "", "manifest.jsonl"))
         self.fingerprint = hashlib.sha256("\n".join(used).encode()).hexdigest()  # of the data that is read
         self.names = list(self.sources)
         self.shares = np.array([weights[name] for name in self.names], dtype=np.float64)
@@ -347,13 +339,9 @@ class Loader:
                     number += 1
 
     def not_validated(self, n):
-        """{source: why} of the sources of the mixture that have no rows among val_batches(mode, n)."""
-        why = dict.fromkeys(self.without_val, "it has no validation shard")
-        for kind, name, shards in self.val:
-            if not self.val_rows(kind, shards, n):
-                size = f"{shards.n_tokens} tokens" if kind == "text" else "its first puzzles"
-                why[name] = f"{size} for validation do not fit block_size={self.block_size}"
-        return why
+        """-> the sources of the mixture that have no rows among val_batches(mode, n)."""
+        found = {name for kind, name, shards in self.val if self.val_rows(kind, shards, n)}
+        return sorted(self.weights.keys() - found)
 
     def state_dict(self):
         """Plain numbers: the step, and each source's position."""

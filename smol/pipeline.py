@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from smol import arc, curate, language_items, suites, tokenizer, units
+from smol import arc, curate, suites, tokenizer, units
 from smol import sources as table
 from smol.snapshots import GROUPS, read_json, sha256, sha256_file, to_json, write, write_shard, write_stage
 from smol.units import (
@@ -100,10 +100,10 @@ def plan(c, data, stage):
     if lacking:
         notes.append(f"without {', '.join(lacking)}: the others share what was theirs")
     tokens = (c.limit_mb or megabytes) * 1e6 / BYTES_PER_TOKEN
+    total = sum(share for group, share in groups.items() if group in there)
     for part in parts:
         siblings = sum(weights[p.name] for p in parts if p.source.group == part.source.group)
-        share = groups[part.source.group] / sum(groups[g] for g in there)
-        part.share = share * weights[part.name] / siblings
+        part.share = groups[part.source.group] / total * weights[part.name] / siblings
         part.target = part.share * tokens
         part.unit_bytes = int(c.unit_mb * 1e6)
         while part.unit_bytes > max(part.target * BYTES_PER_TOKEN / table.LANES, LEAST_UNIT):
@@ -177,7 +177,7 @@ def gather_evaluations(c, data, parts, notes):
             if wheres[name] is None:
                 notes.append(f"nothing of {name} is kept out: no folder {Path(c.source_dir) / name}")
                 del wheres[name]
-    texts, tables = language_items.evaluation_texts(), {}
+    texts, tables = suites.language_texts(), {}
     path = data / "work" / f"evaluations-{key_of(abouts, texts, code())}.npz"
     with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile):  # a zip has checksums
         read_evaluations(path)

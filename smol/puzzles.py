@@ -1,5 +1,5 @@
 """
-Generated puzzles with verified answers, and the fixed suites of them that models are evaluated on.
+Generated puzzles with verified answers.
 
 On grids: sudoku and mazes. In words: arithmetic, shortest paths, seatings, knights and knaves; such a puzzle
 is a text "Question: ...", "Solution: ..." step by step, and a last line "Answer: ...".
@@ -8,10 +8,9 @@ A generator takes a np.random.Generator, and nothing else decides what comes out
 it looks at rows, columns and boxes and does not solve, walks through a maze in layers, or reads the finished
 text and tries every possibility.
 
-Never trained on: the grids in SUDOKU4_HELD_OUT and the puzzles of heldout(). Read next: sources.py.
+Never trained on: the grids in SUDOKU4_HELD_OUT, and what suites.py asks. Read next: sources.py.
 """
 
-import difflib
 import functools
 import hashlib
 import itertools
@@ -22,7 +21,6 @@ from collections import Counter
 
 import numpy as np
 
-from smol import programs
 from smol.arc import Task
 
 # -----------------------------------------------------------------------------
@@ -33,12 +31,10 @@ MAX_BLANKS = {4: 12, 9: 54}  # 4 givens are the fewest for 4x4; 9x9 goes to 64, 
 
 def solve_sudoku(grid, limit=2, rng=None):
     """
-    -> (at most `limit` solutions of a (4, 4) or (9, 9) grid, as np.uint8 grids; wrong guesses on the way).
-    limit=2 tells whether a solution is the only one.
+    -> at most `limit` solutions of a (4, 4) or (9, 9) grid, as np.uint8 grids; 2 tell whether one is unique.
 
-    Two rules: a cell with one digit left has it; a digit with one place left in a row, column or box stands
-    there. Where neither applies, a cell with the fewest digits left is guessed, the lowest digit first. With
-    an rng, digits are tried in random order, by the first rule only. Bit v-1 stands for digit v.
+    Search fills a cell with the fewest digits left, trying the lowest digit first or, with an rng, in random
+    order. Bit v-1 stands for digit v.
     """
     size, box = len(grid), math.isqrt(len(grid))
     values = np.asarray(grid).tolist()
@@ -52,69 +48,47 @@ def solve_sudoku(grid, limit=2, rng=None):
         bit = 1 << values[r][c] - 1
         for u in units:
             if not free[u] & bit:
-                return [], 0
+                return []
             free[u] ^= bit
-    solutions, wrong_guesses = [], 0
-
-    def choose():
-        """-> (index in blanks, digits to try there as bits: none at a contradiction, one by a rule)"""
-        options = []
-        for i, (r, c, b) in enumerate(blanks):
-            options.append(free[r] & free[c] & free[b])
-            if options[i].bit_count() <= 1:
-                return i, options[i]
-        if rng is None:  # the second rule would change which grids are drawn
-            once, twice = [0] * len(free), [0] * len(free)  # digits with at least one place, at least two
-            for left, units in zip(options, blanks):
-                for u in units:
-                    twice[u] |= once[u] & left
-                    once[u] |= left
-            if once != free:
-                return 0, 0
-            for i, (r, c, b) in enumerate(blanks):
-                only = options[i] & ~(twice[r] & twice[c] & twice[b])
-                if only:
-                    return i, only & -only
-        best = min(range(len(options)), key=lambda i: options[i].bit_count())
-        return best, options[best]
+    solutions = []
 
     def search():
-        """Is there any solution from here?"""
-        nonlocal wrong_guesses
         if not blanks:
             solutions.append(np.array(values, np.uint8))
-            return True
-        best, bits = choose()
+            return
+        best, bits, fewest = 0, 0, size + 1
+        for i, (r, c, b) in enumerate(blanks):
+            left = free[r] & free[c] & free[b]
+            if left.bit_count() < fewest:
+                best, bits, fewest = i, left, left.bit_count()
+                if fewest <= 1:
+                    break
         digits = [v for v in range(1, size + 1) if bits >> v - 1 & 1]
         if rng is not None:
             rng.shuffle(digits)
         units = blanks[best]
         blanks[best] = blanks[-1]
         blanks.pop()
-        solved = False
         for v in digits:
             values[units[0]][units[1] - size] = v
             for u in units:
                 free[u] ^= 1 << v - 1
-            found = search()
+            search()
             for u in units:
                 free[u] ^= 1 << v - 1
-            solved |= found
-            wrong_guesses += len(digits) > 1 and not found
             if len(solutions) >= limit:
                 break
         blanks.append(units)
-        return solved
 
     search()
-    return solutions, wrong_guesses
+    return solutions
 
 
 @functools.cache
 def all_sudoku4():
     """The 288 filled 4x4 grids, np.uint8 (288, 4, 4), in lexicographic order; read-only, as all share it."""
-    grids, _ = solve_sudoku(np.zeros((4, 4), np.uint8), limit=1000)
-    grids = np.array(sorted(grids, key=lambda g: g.tobytes()))
+    grids = sorted(solve_sudoku(np.zeros((4, 4), np.uint8), limit=1000), key=lambda g: g.tobytes())
+    grids = np.array(grids)
     grids.flags.writeable = False
     return grids
 
@@ -160,12 +134,12 @@ def sudoku(rng, size, blanks, split="train"):
             answer = grids[rng.integers(len(grids))]
             agrees = everything == answer.reshape(16)  # uniqueness is a look at all 288 grids: (288, 16)
         else:
-            answer = solve_sudoku(np.zeros((9, 9), np.uint8), limit=1, rng=rng)[0][0]
+            answer = solve_sudoku(np.zeros((9, 9), np.uint8), limit=1, rng=rng)[0]
         puzzle = answer.copy()
         left = blanks
         for cell in rng.permutation(size * size).tolist():
             kept, puzzle.flat[cell] = puzzle.flat[cell], 0
-            n = agrees[:, puzzle.reshape(-1) > 0].all(1).sum() if size == 4 else len(solve_sudoku(puzzle)[0])
+            n = agrees[:, puzzle.reshape(-1) > 0].all(1).sum() if size == 4 else len(solve_sudoku(puzzle))
             if n != 1:
                 puzzle.flat[cell] = kept
                 continue
@@ -607,61 +581,3 @@ LOGIC = {"seating": (seating, check_seating), "knights": (knights, check_knights
 def logic_puzzle(rng):
     """-> (text, answer) of a random kind of LOGIC."""
     return list(LOGIC.values())[rng.integers(len(LOGIC))][0](rng)
-
-
-# -----------------------------------------------------------------------------
-# suites
-
-SUITES = {  # (how many tasks, seed, what makes one); changing one changes what was measured
-    "sudoku4": (100, 4004, lambda rng: sudoku(rng, 4, 6, "test")),
-    "sudoku9": (50, 9009, lambda rng: sudoku(rng, 9, 30, "test")),
-    "maze": (50, 7007, lambda rng: maze(rng, 7, 7)),
-    "transforms": (50, 1234, programs.transform),
-}
-HELD_OUT_N = {suite: n for suite, (n, _, _) in SUITES.items()}
-
-
-def heldout(suite, n=None):
-    """
-    The first n tasks of a fixed list of HELD_OUT_N[suite] distinct ones (default: all). Ids are 'maze-0007',
-    of transforms with the program, 'transforms-0007:roll:dy=1:dx=-2'. ValueError for an unknown suite, and
-    for more than there are: only these are kept out of training.
-    """
-    if suite not in SUITES:
-        close = difflib.get_close_matches(str(suite), SUITES, n=1, cutoff=0)[0]
-        raise ValueError(f"unknown suite {suite!r}; did you mean {close!r}? There are {', '.join(SUITES)}")
-    most, seed, make = SUITES[suite]
-    n = most if n is None else n
-    if not 0 <= n <= most:
-        raise ValueError(f"{n} held-out puzzles of {suite}: only {most} are kept out of training")
-    rng = np.random.default_rng(seed)
-    tasks, seen = [], set()
-    while len(tasks) < n:
-        task = make(rng)
-        if task_hash(task) not in seen:
-            seen.add(task_hash(task))
-            task.id = f"{suite}-{len(tasks):04d}" + (f":{task.id}" if suite == "transforms" else "")
-            tasks.append(task)
-    return tasks
-
-
-def task_hash(task):
-    """
-    -> hex: SHA-256 of the kind and of every grid in order, the same for all eight turned and mirrored images
-    of a task: the loader turns and mirrors, so no image of a held-out puzzle may be trained on. (Of 4x4
-    sudoku the answers are held out, since other givens would give them away.)
-    """
-    grids = [np.asarray(grid, np.uint8) for pair in task.train + task.test for grid in pair]
-    images = []
-    for k in range(8):
-        turned = [np.rot90(grid.T if k >= 4 else grid, k) for grid in grids]
-        images.append(b"".join(bytes(grid.shape) + grid.tobytes() for grid in turned))
-    return hashlib.sha256(task.kind.encode() + b"|" + min(images)).hexdigest()
-
-
-def check(task):
-    """True if the answer of a sudoku or maze is right, and the only one."""
-    puzzle, answer = task.test[0]
-    if task.kind == "maze":
-        return check_maze(puzzle, answer)
-    return check_sudoku(puzzle, answer) and len(solve_sudoku(puzzle)[0]) == 1

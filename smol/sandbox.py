@@ -74,12 +74,12 @@ class Result:
 # outside
 
 
-def run_tests(code, tests, seconds=SECONDS):
+def run_tests(code, tests):
     """
     tests: list of (expression, expected value). A test passes if value and type are right: True is not 1.
     Returns a Result, ok if all pass; its reason names the first that does not.
     """
-    result = call(code, [expression for expression, _ in tests], seconds)
+    result = call(code, [expression for expression, _ in tests])
     if result.ok:
         for (expression, expected), value in zip(tests, result.value):
             if not same(value, expected):
@@ -103,12 +103,12 @@ def shorten(text):
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def call(code, expressions, seconds=SECONDS):
+def call(code, expressions):
     """
     Run `code`, then evaluate every expression with what it defined. Returns a Result with the list of their
     values, which must be plain: numbers, texts, None, and lists, tuples, dicts and sets of them.
     """
-    line, problem = start({"code": code, "expressions": expressions, "seconds": seconds})
+    line, problem = start({"code": code, "expressions": expressions, "seconds": SECONDS})
     try:
         answer = json.loads(line)
         if "error" in answer:

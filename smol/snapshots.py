@@ -68,9 +68,7 @@ def sha256_file(path):
 
 
 def write(path, data):
-    """
-    Write bytes or text so that a reader sees the old file or the whole new one. Equal files stay as they are.
-    """
+    """Write bytes or text so that a reader sees the old file or the whole new one. An equal file is kept."""
     path = Path(path)
     data = data.encode() if isinstance(data, str) else data
     if path.exists() and path.stat().st_size == len(data) and path.read_bytes() == data:
@@ -194,13 +192,13 @@ def read_manifest(data_dir, stage, tag=None, verify=True):
     build = f"python prepare.py {stage} --data_dir={data}"
     if not (folder / "manifest.jsonl").is_file():
         if tag is not None:
+            problem = f"the tag {tag!r} of stage {stage!r} is not prepared"
             advice = f"freeze it (python prepare.py freeze {stage}:{tag}) or pull it"
+        elif stage in BUILDABLE:
+            problem, advice = f"stage {stage!r} is not prepared", f"run: {build}"
         else:
-            advice = (
-                f"run: {build}" if stage in BUILDABLE else f"there is {sorted(os.listdir(folder.parent))}"
-            )
-        name = f"stage {stage!r}" if tag is None else f"the tag {tag!r} of stage {stage!r}"
-        raise FileNotFoundError(f"{name} is not prepared in {data}/; {advice}")
+            problem, advice = f"there is no stage {stage!r}", "python prepare.py status prints what is there"
+        raise FileNotFoundError(f"{problem} in {data}/; {advice}")
     try:
         if tag is not None:
             check_snapshot(folder, stage, tag)
@@ -471,7 +469,8 @@ def pull(data, name):
             except ValueError:
                 missing.append(entry)
         shards = [p.relative_to(data).as_posix() for e in missing for p, _ in shard_files(data, e)]
-        download(shards or ["manifest.jsonl"])
+        if shards:
+            download(shards)
         check_shards(waiting, missing, verify=True)
     except ValueError as e:
         raise ValueError(f"{e}; nothing of {name} was installed") from None

@@ -25,6 +25,7 @@ import ast
 import contextlib
 import functools
 import hashlib
+import json
 import math
 import os
 import re
@@ -41,7 +42,8 @@ from smol import arc, programs, puzzles
 from smol import tokenizer as tok
 
 LANES = 8
-READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}  # of `datasets`
+# of `datasets`; a .jsonl file is read as lines, so that one that is damaged costs a row and not the build
+READERS = {".parquet": "parquet", ".jsonl": "text", ".json": "json", ".csv": "csv"}
 
 
 @dataclass(frozen=True)
@@ -217,9 +219,7 @@ def transform(rng, index):
 
 @functools.cache
 def arc_tasks():
-    """
-    The training tasks of both ARCs that neither evaluates on, one per test pair. Of a task in both, ARC-2's.
-    """
+    """The training tasks of both ARCs that neither evaluates on, one per test pair."""
     evaluation = {task.id for name in ("arc1_eval", "arc2_eval") for task in arc.load(name)}
     tasks = {task.id: task for name in ("arc1_train", "arc2_train") for task in arc.load(name)}
     tasks = [tasks[i] for i in sorted(tasks.keys() - evaluation)]
@@ -366,18 +366,10 @@ STAGES = {
     # needs no network; more 4x4 sudoku than elsewhere, because it can be learned within minutes on a CPU
     "demo": (
         16,
-        {"web": 0.15, "code": 0.15, "math": 0.1, "synth": 0.5, "arc": 0.1},
-        {
-            "stdlib": 1,
-            "langref": 1,
-            "docstrings": 2,
-            "arithmetic": 1,
-            "sudoku4": 6,
-            "sudoku9": 1,
-            "maze": 2,
-            "transforms": 1,
-            "arc": 1,
-        },
+        dict(web=0.15, code=0.15, math=0.1, synth=0.5, arc=0.1),
+        dict(
+            stdlib=1, langref=1, docstrings=2, arithmetic=1, sudoku4=6, sudoku9=1, maze=2, transforms=1, arc=1
+        ),
     ),
     # the first thousand puzzles of the file, each seen through a new symmetry at every draw
     "sudoku_extreme": (0.74, {"synth": 1.0}, {"sudoku_extreme": 1}),
@@ -386,16 +378,17 @@ STAGES = {
 
 def to_document(name, row):
     """
-    A row of a source or an evaluation -> document. ValueError if a column is missing, naming those that are
-    there; OddRow if the row is no document for any other reason.
+    A row of a source or an evaluation -> document. OddRow if the row is no document.
     """
     source = SOURCES.get(name) or EVALUATIONS[name]
     if not source.repo and not source.rows:
         return source.document(*row)
+    if not isinstance(row, dict):
+        raise OddRow("not_a_row", f"a line of {name!r} is no JSON object: {reprlib.repr(row)}")
     try:
         return source.document(row)
     except KeyError as e:
-        raise ValueError(f"a row of {name!r} has no column {e}: it has {', '.join(row)}") from None
+        raise OddRow("no_column", f"a row of {name!r} has no column {e}: it has {', '.join(row)}") from None
     except (TypeError, AttributeError, IndexError, ValueError) as e:
         rule = getattr(e, "rule", "not_as_expected")
         raise OddRow(rule, f"a row of {name!r} is not as expected: {e}: {reprlib.repr(row)}") from None
@@ -430,13 +423,14 @@ def local_files(source_dir, name):
 
 def reader_of(path):
     """'json' of a.jsonl.gz; None of a file that is not data."""
-    return READERS.get(Path(path.name.removesuffix(".gz").removesuffix(".zst")).suffix)
+    return READERS.get(Path(path.name.removesuffix(".gz")).suffix)
 
 
 class Rows:
     """
     (origin, row) of datasets that are read one after the other. parts: list of (name, function that opens an
-    iterable dataset, or gives None). state: what state() gave, to go on from there; None for the beginning.
+    iterable dataset, or gives None). Lines of .jsonl files are parsed here; one that is no JSON stays a str.
+    state: what state() gave, to go on from there; None for the beginning.
     """
 
     def __init__(self, parts, state):
@@ -457,6 +451,12 @@ class Rows:
                 if row is None:
                     break
                 self.row += 1
+                if reader_of(Path(name)) == "text":
+                    row = row["text"]
+                    if not row.strip():
+                        continue
+                    with contextlib.suppress(ValueError):
+                        row = json.loads(row)
                 yield f"{name}:{self.row}", row
             self.part, self.row, self.data, self.inside = self.part + 1, 0, None, None
 
@@ -518,7 +518,12 @@ def open_rows(name, where, seed, lane, state, lanes=LANES):
             return data.shard(num_shards=min(lanes, data.num_shards), index=lane)
 
     def open_file(path):
-        return datasets.load_dataset(reader_of(path), data_files={source.split: str(path)}, **how)
+        reader = reader_of(path)
+        options = (
+            {"encoding": "utf-8-sig", "encoding_errors": "backslashreplace"} if reader == "text" else how
+        )
+        options = {"split": source.split, "streaming": True, **options}
+        return datasets.load_dataset(reader, data_files={source.split: str(path)}, **options)
 
     if "files" in where:
         paths = [Path(p) for p in where["files"][lane::lanes]]

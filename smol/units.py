@@ -173,7 +173,7 @@ def hash64(data):
 
 def puzzle_key(task):
     """One key for all turned and mirrored images of a puzzle."""
-    return int(puzzles.task_hash(task)[:16], 16)
+    return int(arc.task_hash(task)[:16], 16)
 
 
 def judge_texts(source, documents, dropped, evaluations):

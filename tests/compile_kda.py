@@ -2,8 +2,7 @@
 Compile the Triton kernels of kda.py for GPUs that are not here, and look at what comes out. One JSON object
 per kernel:
 
-    python tests/compile_kda.py --capability=86 --dot=tf32 --sizes=64,128 [--options='{"STEP": 32,
-    "num_warps": 8}']
+    python tests/compile_kda.py --capability=86 --dot=tf32 --sizes=64,128 [--options='{"STEP": 32}']
 
 shared and stack are bytes (a stack means that registers were spilled: Triton has no other use for it), mma is
 the number of tensor core instructions, slow_dots the number of products that did not become any.

@@ -1,7 +1,7 @@
 """Grids: every ARC task through the codec, positions against a plain loop, symmetries undone, canvases,
 pictures."""
 
-import os
+import itertools
 import re
 
 import numpy as np
@@ -27,7 +27,6 @@ def same(a, b):
 
 
 def test_sets_are_complete():
-    assert [len(TASKS[s]) for s in SETS] == [400, 400, 1000, 120]
     assert [sum(len(t.test) for t in TASKS[s]) for s in SETS] == [416, 419, 1076, 167]
     train, evaluation = ({t.id for t in TASKS[s]} for s in ("arc2_train", "arc2_eval"))
     ids = {t.id for t in TASKS["arc1_eval"]}
@@ -44,7 +43,7 @@ def test_validate_grid():
     wrong_shapes = ([], [[]], [1, 2], [[1, 2], [3]], np.zeros((31, 1), int), np.zeros((1, 1, 1), int))
     wrong_cells = ([[np.nan]], [[1e300]], [[10]], [[-1]], [[0.5]], [["1"]], [[None]], [[True]])
     for bad in (*wrong_shapes, *wrong_cells):
-        with pytest.raises(ValueError, match="not a grid"):
+        with pytest.raises(ValueError):
             arc.validate_grid(bad)
 
 
@@ -72,23 +71,16 @@ def test_known_encoding():
     assert arc.encode_prompt("program", [(x, y)], x).tolist() == want[:-1] + want[1:9]
     canvas = [one, two, BLANK, ROW, three, four, BLANK, ROW, BLANK, BLANK, BLANK, ROW]  # x in its corner
     assert arc.encode_prompt("program", [(x, y)], x, (3, 3)).tolist() == [*want[:-1], OUTPUT, *canvas]
-    assert arc.encode_prompt("program", [], x).dtype == np.uint16
-    with pytest.raises(ValueError, match="2x2 does not fit on a canvas of 2x1"):
-        arc.encode_prompt("program", [], x, canvas=(2, 1))
-    big = np.zeros((40, 2), np.uint8)  # the limit of 30 is ARC's, not the format's
-    assert same(arc.decode(arc.encode("maze", [(big, big)]))[1][0][0], big)
     for kind, pairs in (("chess", [(x, y)]), ("arc", []), ("arc", [(x, y[:0])]), ("arc", [(x, y + 5)])):
         with pytest.raises(ValueError):
             arc.encode(kind, pairs)
 
 
 def test_any_damage_is_noticed():
-    """Dropping, repeating or changing one token is an error, or gives a document that encodes to exactly
-    that."""
+    """After one token is dropped, repeated or changed: an error, or a document that encodes to just that."""
     rng = np.random.default_rng(0)
     task = arc.find("00576224")
     ids = arc.encode("arc", task.train + task.test).tolist()
-    refused = 0
     for at in range(len(ids)):
         token = int(rng.integers(50250, 50280))
         for part in ([], [ids[at]] * 2, [token]):
@@ -97,8 +89,6 @@ def test_any_damage_is_noticed():
                 assert arc.encode(*arc.decode(damaged)).tolist() == damaged
             except ValueError as e:
                 assert "malformed task" in str(e)
-                refused += 1
-    assert refused > 2 * len(ids)
     for n in range(len(ids)):
         with pytest.raises(ValueError, match="malformed task"):
             arc.decode(ids[:n])
@@ -113,7 +103,6 @@ def test_canvas_shape():
     assert arc.canvas_shape([(g((3, 3)), g((9, 6)))], g((4, 4))) == (12, 8)
     assert arc.canvas_shape([(g((3, 3)), g((7, 1)))], g((3, 2))) == (7, 3)  # 3 * (7/3) is 7, not 8
     assert arc.canvas_shape([(g((2, 2)), g((3, 3)))], g((5, 5))) == (8, 8)  # 7.5 rounded up
-    assert arc.canvas_shape([(g((5, 20)), g((1, 1)))], g((2, 3))) == (5, 20)
     assert arc.canvas_shape([(g((1, 1)), g((30, 30)))], g((2, 3))) == (30, 30)
     for name, fit in (("arc1_eval", 413), ("arc2_eval", 165)):  # of 419 and 167
         sizes = [(y.shape, arc.canvas_shape(t.train, x)) for t in TASKS[name] for x, y in t.test]
@@ -184,19 +173,6 @@ def test_positions_match_the_loop():
     for batch in (np.stack(rows), noise, noise[:, :1], np.full((2, 9), PAD)):
         got = arc.positions(torch.from_numpy(batch))
         assert got.tolist() == [positions_by_loop(row) for row in batch.tolist()]
-    ids = arc.encode("arc", [(np.zeros((1, 1), np.uint8), np.zeros((2, 1), np.uint8))]).astype(np.int64)
-    by_hand = [
-        [0, 0, 0],
-        [0, 0, 1],
-        [0, 0, 1],
-        [0, 1, 1],
-        [0, 0, 2],
-        [0, 0, 2],
-        [0, 1, 2],
-        [1, 0, 2],
-        [1, 1, 2],
-    ]
-    assert arc.positions(torch.from_numpy(ids)[None]).tolist() == [[*by_hand, [0, 0, 0]]]
 
 
 # ----------------------------------------------------------------------------- symmetries
@@ -216,8 +192,6 @@ def test_the_eight_symmetries_turn_as_documented():
     seen = [arc.augment(Augment(k, arc.IDENTITY.colours), g).tolist() for k in range(8)]
     assert seen[0] == g.tolist() and seen[1] == [[3, 6], [2, 5], [1, 4]] and seen[2] == [[6, 5, 4], [3, 2, 1]]
     assert seen[4] == [[1, 4], [2, 5], [3, 6]] and len({str(s) for s in seen}) == 8
-    swapped = Augment(0, (1, 0, *range(2, 10)))
-    assert arc.augment(swapped, np.array([[0, 1, 2]], np.uint8)).tolist() == [[1, 0, 2]]
 
 
 def test_random_augment():
@@ -232,8 +206,6 @@ def test_random_augment():
     assert len(colours) > 450 and all(sorted(c) == list(range(10)) for c in colours)
     assert {c[0] for c in colours} == set(range(10))  # the background moves too
     assert draw("arc", 5) == draw("arc", 5) != draw("arc", 6)
-    with pytest.raises(ValueError, match="flip"):
-        draw("flip")
 
 
 def test_canonical_hash_is_the_same_under_every_symmetry_and_no_other():
@@ -251,15 +223,29 @@ def test_canonical_hash_is_the_same_under_every_symmetry_and_no_other():
 
     def orbit(g):  # of three colours, by brute force
         turned = [arc.augment(Augment(k, arc.IDENTITY.colours), g) for k in range(8)]
-        recolourings = [
-            np.array(p) for p in ([0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0])
-        ]
+        recolourings = [np.array(p) for p in itertools.permutations(range(3))]
         return frozenset(str(p[t].tolist()) for t in turned for p in recolourings)
 
-    cells = np.stack(np.meshgrid(*[range(3)] * 4), -1).reshape(-1, 4).astype(np.uint8)
+    cells = np.array(list(itertools.product(range(3), repeat=4)), np.uint8)
     grids = [c.reshape(shape) for c in cells for shape in ((1, 4), (2, 2), (4, 1))]
     hashes, orbits = [arc.canonical_hash(g) for g in grids], [orbit(g) for g in grids]
     assert len(set(hashes)) == len(set(orbits)) == len(set(zip(hashes, orbits)))
+
+
+def test_task_hash_is_of_the_content_in_any_orientation():
+    task = TASKS["arc1_train"][0]
+    hashed = arc.task_hash(task)
+    for k in range(8):
+        turned = [tuple(arc.turn(k, g) for g in pair) for pair in task.train + task.test]
+        assert arc.task_hash(arc.Task("another id", "arc", turned[:-1], turned[-1:])) == hashed
+    x, y = task.test[0]
+    others = [
+        arc.Task(task.id, "program", task.train, task.test),
+        arc.Task(task.id, "arc", task.train[::-1], task.test),
+        arc.Task(task.id, "arc", task.train, [(x, (y + 1) % 10)]),
+        arc.Task(task.id, "arc", task.train, [(x.reshape(1, -1), y)]),
+    ]
+    assert hashed not in map(arc.task_hash, others)
 
 
 # ----------------------------------------------------------------------------- pictures
@@ -277,17 +263,13 @@ def test_ansi():
         return re.sub(r"\x1b\[[\d;]*m", "", text).split("\n")
 
     assert shown(text) == ["".join("><" if cell else "  " for cell in row) for row in wrong]
+    a = np.array([[1, 2], [3, 4]], np.uint8)
+    assert arc.wrong_cells(a, np.array([[1, 0, 5]], np.uint8)).tolist() == [[False, True], [True, True]]
     g = np.zeros((3, 10), np.uint8)
     out = arc.ansi_row([("one", g, None), ("two", g, g), ("three", None, g), ("four", g + 1, g)], width=60)
     assert max(map(len, shown(out))) == 2 * 20 + 3 + 3 + 9 and out.count("><") == 30
     assert shown(out)[0].split() == ["one", "two", "three"] and shown(out)[4] == "four"
     assert "no answer" in shown(out)[1]
-
-
-def test_wrong_cells():
-    a = np.array([[1, 2], [3, 4]], np.uint8)
-    assert not arc.wrong_cells(a, a).any()
-    assert arc.wrong_cells(a, np.array([[1, 0, 5]], np.uint8)).tolist() == [[False, True], [True, True]]
 
 
 def test_picture_shows_colours_and_crosses(tmp_path):
@@ -304,71 +286,3 @@ def test_picture_shows_colours_and_crosses(tmp_path):
     right, crossed = reds(("a", grid, grid)), reds(("a", grid, grid + 1))
     assert right > 400 and right * 0.3 < crossed < right * 0.95  # the cross covers a part of the cell
     assert reds(("a", None, None)) == 0 < 5 * right < reds(("a", grid, None), ("b", grid.repeat(6, 1), grid))
-    assert os.listdir(tmp_path / "new") == ["grids.png"]
-    arc.picture([], path)
-    with pytest.raises(OSError, match="is a folder"):
-        arc.picture([], str(tmp_path))
-
-
-# ----------------------------------------------------------------------------- the eight ways to read a grid
-
-
-def test_lines_of_a_small_document():
-    # 0: the kind; 1: opening, 2 3 4: cells and the end of a row, 5 6 7: the next row; then the same without
-    # its second row; then padding
-    ids = [ARC, INPUT, CELL0, CELL0, ROW, CELL0, CELL0, ROW, OUTPUT, BLANK, BLANK, ROW]
-    lines = {
-        0: [[0], [1, 2, 3, 4], [5, 6, 7], [8, 9, 10, 11]],
-        1: [[11, 10, 9, 8], [7, 6, 5], [4, 3, 2, 1], [0]],
-        2: [[0], [1, 2, 5], [3, 6], [4, 7], [8, 9], [10], [11]],
-        3: [[11], [10], [9, 8], [7, 4], [6, 3], [5, 2, 1], [0]],
-        4: [[0], [1, 2], [3], [4], [5], [6], [7], [8, 9], [10], [11]],
-        5: [[11], [10], [9, 8], [7], [6], [5], [4], [3], [2, 1], [0]],
-        6: [
-            [0, 1, 2, 8, 9, 3, 10, 4, 11, 5, 6, 7]
-        ],  # a pair is one line: at each place the input, then the output
-        7: [[0, 7, 6, 5, 4, 11, 3, 10, 1, 2, 8, 9]],
-    }
-    for padding in (0, 3):
-        idx = torch.tensor([ids + [PAD] * padding])
-        order, back, starts = arc.grid_lines(idx, arc.positions(idx))
-        for way, wanted in lines.items():
-            pad = [list(range(12, 12 + padding))] if padding else []
-            wanted = [pad[0][::-1], *wanted] if padding and way in (1, 3, 5) else wanted + pad
-            assert order[0, :, way].tolist() == [t for line in wanted for t in line]
-            assert (
-                starts[0, :, way].nonzero().flatten().tolist()
-                == np.cumsum([0] + [len(line) for line in wanted[:-1]]).tolist()
-            )
-            assert order[0, :, way][back[0, :, way]].tolist() == list(range(len(ids) + padding))
-
-
-def test_without_demonstrations_pairs_are_rows():
-    alone, shown = [OUTPUT, BLANK, CELL0, ROW, CELL0, BLANK, ROW], [INPUT, CELL0, ROW, OUTPUT, CELL0, ROW]
-    for ids, same in (([ARC, *alone, PAD, PAD], True), ([ARC, *shown, *alone], False)):
-        order, back, starts = arc.grid_lines(torch.tensor([ids]), arc.positions(torch.tensor([ids])))
-        for rows, pairs in ((0, 6), (1, 7)):
-            assert all(torch.equal(t[..., rows], t[..., pairs]) == same for t in (order, back, starts))
-
-
-@pytest.mark.parametrize(
-    "h, w, side", ((9, 9, 3), (4, 4, 2), (4, 7, 3), (1, 30, 5), (30, 2, 5), (3, 3, 2), (2, 2, 1))
-)
-def test_tiles_are_squares_as_large_as_a_line(h, w, side):
-    """Those of a sudoku are its boxes. Every cell lies in one; along the right and lower edges they may be
-    smaller."""
-    idx = torch.tensor(
-        arc.encode("arc", [(np.zeros((h, w), np.uint8), np.zeros((1, 1), np.uint8))]).astype(np.int64)
-    )[None]
-    order, _, starts = arc.grid_lines(idx, arc.positions(idx))
-    cell = {2 + i * (w + 1) + j: (i, j) for i in range(h) for j in range(w)}  # after the kind and the opening
-    for way in (4, 5):
-        tiles = torch.tensor_split(order[0, :, way], starts[0, :, way].nonzero().flatten()[1:])
-        cells = [[cell[t] for t in tile.tolist() if t in cell] for tile in tiles]
-        cells = [tile for tile in (c[::-1] if way == 5 else c for c in cells) if tile]
-        corners = [(a, b) for a in range(0, h, side) for b in range(0, w, side)]
-        wanted = [
-            [(i, j) for i in range(a, min(a + side, h)) for j in range(b, min(b + side, w))]
-            for a, b in corners
-        ]
-        assert sorted(cells) == sorted(wanted)

@@ -8,7 +8,7 @@ import tiny
 
 import eval_arc
 from bench import answer as bench_answer
-from smol import arc, checkpoint, puzzles, runtime, solve
+from smol import arc, checkpoint, runtime, solve, suites
 
 TINY = {"n_layer": 2, "layer_pattern": "ka", "n_head": 2, "n_embd": 24, "n_ff": 32}
 
@@ -40,7 +40,7 @@ def test_hours_are_flops_over_the_cards_rate(monkeypatch):
 
 def test_fewer_steps_are_what_the_evaluation_gives(monkeypatch):
     monkeypatch.setattr(bench_answer, "HALTS", (None, 0.5))
-    net, tasks = tiny.make("trm"), puzzles.heldout("sudoku4", 4)
+    net, tasks = tiny.make("trm"), suites.load("sudoku4")[:4]
     rows = bench_answer.fewer_steps(net, tasks, 2, 3)
     assert [(r["n_sup"], r["halt"]) for r in rows] == [(n, h) for n in (1, 2, 3) for h in (None, 0.5)]
     for r in rows[-2:]:

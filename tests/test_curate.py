@@ -40,16 +40,12 @@ def english(n, seed):
         ("a\x07b\x1bc\td", "abc\td\n"),
         ("a\n\n\n\n\nb\n\n\n", "a\n\nb\n"),
         ("one\u2028two\x0cthree", "one\ntwo\nthree\n"),
-        ("\n \n", ""),
         ("a\0b", None),
         ("a\ufffdb", None),
     ],
 )
 def test_normalise(text, clean):
     assert curate.normalise(text) == clean
-
-
-def test_normalise_keeps_the_layout_of_code():
     code = "def f():\n\treturn 1\n\n\n\n\ndef g():\n    return 2\n"
     assert curate.normalise(code, keep_layout=True) == code
 
@@ -121,9 +117,7 @@ def test_measures_are_those_of_plain_python():
         for name, value in expected.items():
             found = measured[name][i]
             if re.match(r"duplicate_([6-9]|10)gram", name) and found == 0 < value:
-                assert (
-                    value <= expected["duplicate_5gram"] <= 0.1
-                )  # not looked for, where it could not matter
+                assert value <= expected["duplicate_5gram"] <= 0.1  # not looked for: it could not matter
             else:
                 assert found == pytest.approx(value, abs=1e-9), (i, name)
 
@@ -180,22 +174,17 @@ CASES = {  # what it is: (text, rules that drop it)
     ),
     "dashes, 1 in 6": (mixed("\u2014", 5), []),
     "dashes, 1 in 4": (mixed("\u2014", 3), ["gopher_words_without_letters"]),
-    "numbers, 1 in 3": (mixed("1815", 2), ["gopher_words_without_letters"]),
-    "emoji": (mixed("\U0001f600", 2), ["gopher_words_without_letters"]),
     "hashes": (mixed("#", 8), ["gopher_symbols_per_word"]),
     "ellipses": (mixed("\u2026", 8), ["gopher_symbols_per_word"]),
     "runs of dots": (mixed("......", 13), []),
-    "curly quotes": (starting("\u201c", "\u2018"), []),
     "bullets": (starting("\u2022 "), ["gopher_bullet_lines"]),
     "asterisks": (starting("* "), ["gopher_bullet_lines"]),
     "hyphens, 11 of 12": (starting(*["  - "] * 11, ""), ["gopher_bullet_lines"]),
     "hyphens, 10 of 12": (starting(*["- "] * 10, "", ""), []),
-    "arrows": (starting("\u2192 "), []),
     "ellipsis lines, 1 in 3": (ending("...", ".", "."), ["gopher_ellipsis_lines"]),
     "ellipsis lines, 1 in 4": (ending("\u2026", ".", "?", "!"), []),
     "no punctuation": (ending(""), ["fineweb_lines_without_punctuation"]),
     "accents at line ends": (ending(" caf\u00e6"), ["fineweb_lines_without_punctuation"]),
-    "ideographic full stops": (ending("\u3002"), ["fineweb_lines_without_punctuation"]),
     "closing quotes": (ending("\u201d"), []),
     "lines of 29, in accents": (
         "\n".join(line[:28].replace("e", "\u00e9") + "." for line in LINES),
@@ -310,10 +299,8 @@ CODE = (
     ("text", "profile", "rule"),
     [
         (english(12, 3), "prose", None),
-        (english(12, 3), "math", None),
         (FRENCH, "prose", "language"),
         (f"{FRENCH}\n{FRENCH}", "prose", "gopher_duplicate_lines"),  # the first in the table that it fails
-        ("What is seven plus five?\nIt is twelve.\n", "dialogue", None),
         ("hm\n", "dialogue", "gopher_few_or_many_words"),
         ("hm\n", "none", None),
         (CODE, "code", None),
@@ -361,10 +348,8 @@ def test_overlap_is_the_share_of_common_shingles():
     expected = len(shingles(a) & shingles(b)) / len(shingles(a) | shingles(b))
     assert 0.5 < expected < 0.95
     assert curate.overlap(curate.shingle_set(a), curate.shingle_set(b)) == pytest.approx(expected)
-    tiny = [
-        curate.shingle_set(text) for text in ("tiny one", "tiny one", "tiny two")
-    ]  # too short for a shingle
-    assert curate.overlap(*tiny[:2]) == 1 and curate.overlap(*tiny[1:]) == 0
+    one, two = map(curate.shingle_set, ("tiny one", "tiny two"))  # too short for a shingle
+    assert curate.overlap(one, one) == 1 and curate.overlap(one, two) == 0
 
 
 # ---- decontamination
@@ -383,11 +368,6 @@ def evaluations():
         ("NATALIA sold clips to 48 of her friends in April -- and then she sold something else.", True),
         ("“Natalia sold ‘clips’ to 48 of her friends—in April… and then she” went home.", True),  # 13 words
         ("Natalia sold clips to 48 of her friends in april, and afterwards went home.", False),  # 11 words
-        (
-            "Clips were sold by Natalia to friends of hers in April, and half as many in May she sold then.",
-            False,
-        ),
-        ("", False),
     ],
 )
 def test_text_that_quotes_an_evaluation_is_found(evaluations, text, quoted):
@@ -436,22 +416,12 @@ def test_an_evaluation_output_is_recognised_in_disguise_unless_it_is_trivial():
     assert outputs.matches([mine, mine, np.zeros((9, 9), np.uint8), np.ones((1, 1), np.uint8)]) == []
 
 
-def test_training_tasks_that_show_an_evaluation_output_are_few():
-    """61 of these 633 have a grid that is one, 54 of them only trivial ones."""
-    tasks = {task.id: task for name in ("arc1_train", "arc2_train") for task in arc.load(name)}
-    for name in curate.EVALUATION_SETS:
-        for task in arc.load(name):
-            tasks.pop(task.id, None)
-    grids = [[g for pair in t.train + t.test for g in pair] for t in tasks.values()]
-    assert len(grids) == 633 and sum(bool(curate.evaluation_outputs().matches(g)) for g in grids) == 7
-
-
 def changed_grids(task, change):
     parts = ([tuple(map(change, pair)) for pair in pairs] for pairs in (task.train, task.test))
     return arc.Task("x", task.kind, *parts)
 
 
-@pytest.mark.parametrize("suite", [name for name in suites.GENERATED if name not in suites.IN_WORDS])
+@pytest.mark.parametrize("suite", suites.ON_GRIDS)
 def test_a_held_out_puzzle_in_disguise_is_recognised(suite):
     """Whatever source it comes from: all suites are kept out of all of them."""
     held, task = curate.held_out(), suites.load(suite)[0]

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import configurator
 import distill
 from model_trm import ANSWER_IDS
-from smol import arc, checkpoint, engine, loader, puzzles, solve, teachers
+from smol import arc, checkpoint, engine, loader, puzzles, solve, suites, teachers
 from smol import tokenizer as tok
 from smol.solve import Candidate
 
@@ -42,7 +42,7 @@ def models(tmp_path_factory):
 
 
 def some_tasks():
-    tasks = [puzzles.heldout("transforms")[4], *puzzles.heldout("sudoku4", 1), puzzles.heldout("maze")[0]]
+    tasks = [suites.load("transforms")[4], *suites.load("sudoku4")[:1], suites.load("maze")[0]]
     answers = [np.array([[1, 2, 3], [4, 5, 6]]), np.full((4, 4), 7), np.array([[9]])]
     return tasks, [answer.astype(np.uint8) for answer in answers]
 
@@ -120,7 +120,7 @@ def test_route_b_says_of_any_answer_what_its_forward_says():
 
 
 def test_votes_are_the_shares_of_what_the_views_answer():
-    model, (task,) = tiny.make("trm"), puzzles.heldout("sudoku4", 1)
+    model, (task,) = tiny.make("trm"), suites.load("sudoku4")[:1]
     (frame,) = teachers.Ours(model, n_views=8).frames([task], [None])
     candidates = []
     name = hashlib.sha256(teachers.prompt(task).numpy().tobytes()).hexdigest()
@@ -220,7 +220,7 @@ class Says:
 @pytest.mark.parametrize("reads_answers", [True, False])
 def test_a_route_a_student_learns_from_its_own_answers(own, reads_answers, monkeypatch):
     monkeypatch.setattr(distill, "on_policy", own)
-    net, tasks = tiny.make("dense"), puzzles.heldout("sudoku4", 4)
+    net, tasks = tiny.make("dense"), suites.load("sudoku4")[:4]
     guide, stats = Says(3, reads_answers), defaultdict(float)
     loss = distill.left_to_right(net, guide, batch_of(tasks, "autoregressive"), 5, stats)
 
@@ -252,8 +252,8 @@ def test_a_route_a_student_learns_from_its_own_answers(own, reads_answers, monke
 
 
 def test_a_route_b_student_learns_the_canvas_and_when_to_halt():
-    net, tasks = tiny.make("trm").train(), puzzles.heldout("sudoku4", 3)
-    guide, batch = Says(7, False), batch_of(puzzles.heldout("sudoku4", 3), "canvas", 44)
+    net, tasks = tiny.make("trm").train(), suites.load("sudoku4")[:3]
+    guide, batch = Says(7, False), batch_of(suites.load("sudoku4")[:3], "canvas", 44)
     loss, carry = distill.on_canvas(net, guide, batch, None, defaultdict(float))
     assert all(np.array_equal(a, t.test[0][1]) for a, t in zip(guide.answers, tasks))
 
@@ -283,7 +283,7 @@ def test_a_route_b_student_learns_the_canvas_and_when_to_halt():
 @pytest.mark.parametrize("name", ["dense", "trm"])
 def test_the_gradient_of_a_step_does_not_depend_on_how_its_rows_are_batched(name, monkeypatch):
     monkeypatch.setattr(distill, "on_policy", 0.0)
-    net, tasks = tiny.make(name).train(), puzzles.heldout("sudoku4", 4)
+    net, tasks = tiny.make(name).train(), suites.load("sudoku4")[:4]
     found = []
     for parts in ([tasks], [tasks[:1], tasks[1:]]):
         batches = [batch_of(part, net.puzzle_format) for part in parts]

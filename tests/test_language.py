@@ -1,10 +1,8 @@
 """The suites of text: sound items, figures that known models must get, lm-eval on local tasks."""
 
-import ast
 import json
 import math
 import re
-import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -13,11 +11,11 @@ import pytest
 import torch
 from tiny import make, stand_ins  # noqa: F401
 
-from smol import curate, language, language_items, sandbox, snapshots
+from smol import curate, language, sandbox, snapshots, suites
 from smol import tokenizer as tok
 
 pytestmark = pytest.mark.usefixtures("stand_ins")
-QUESTIONS, FUNCTIONS = language_items.questions(), language_items.functions()
+QUESTIONS, FUNCTIONS = suites.questions(), suites.functions()
 SENTENCE = "Grids are made of cells, and cells have colours.\n"
 
 
@@ -79,23 +77,22 @@ def test_every_function_has_a_solution_that_passes_and_a_mistake_that_fails():
     everything = "".join(stub + solution for _, stub, _, solution, _ in FUNCTIONS)
     solved = sandbox.run_tests(everything, [test for _, _, tests, _, _ in FUNCTIONS for test in tests])
     assert solved.ok, solved.reason
-    for name, stub, tests, solution, mistake in FUNCTIONS:
-        assert len(tests) >= 2 and ast.get_docstring(ast.parse(stub + solution).body[0])
+
+    def passes(space, call, value):
+        try:
+            return sandbox.same(eval(call, space), value)
+        except Exception:
+            return False
+
+    for name, stub, tests, _, mistake in FUNCTIONS:
         for wrong in (mistake, "    return None\n"):
             space = {}
             exec(stub + wrong, space)  # ours
-
-            def passes(call, value):
-                try:
-                    return sandbox.same(eval(call, space), value)
-                except Exception:
-                    return False
-
-            assert not all(passes(*test) for test in tests), name
+            assert not all(passes(space, *test) for test in tests), name
 
 
 def test_documents_that_quote_an_item_are_recognised():
-    texts = language_items.evaluation_texts()
+    texts = suites.language_texts()
     known = curate.TextEvaluations(curate.text_tables(texts))
     words = re.compile("[A-Za-z0-9]+")
     long = [t for some in texts.values() for t in some if len(words.findall(t)) >= curate.TEXT_NGRAM]
@@ -114,8 +111,9 @@ def test_who_has_memorised_the_answers_gets_all_and_who_has_memorised_mistakes_n
         [f"{question} {choices[place if right else place - 1]}" for _, question, choices, place in QUESTIONS]
         + [f"{stub}{good if right else bad}\nprint(1)\n" for _, stub, _, good, bad in FUNCTIONS]
     )
-    questions, code = language.answer_questions(model, QUESTIONS), language.write_code(model, FUNCTIONS[:10])
-    assert (questions["right"], questions["accuracy"]) == (right * len(QUESTIONS), float(right))
+    some = QUESTIONS[::4]
+    questions, code = language.answer_questions(model, some), language.write_code(model, FUNCTIONS[:10])
+    assert (questions["right"], questions["accuracy"]) == (right * len(some), float(right))
     assert questions["interval"][right] == float(right)
     assert all((a["picked"] == a["right"]) == right for a in questions["answers"])
     assert code["solved"] == right * 10 and all(bool(a["reason"]) != right for a in code["answers"])
@@ -124,9 +122,9 @@ def test_who_has_memorised_the_answers_gets_all_and_who_has_memorised_mistakes_n
 
 def test_who_knows_nothing_is_at_chance_and_as_surprised_as_can_be(tmp_path):
     """Ends of as many tokens are equally likely to it: of four such it gets a quarter of the point."""
-    questions = language.answer_questions(Table(), QUESTIONS)
+    questions = language.answer_questions(Table(), QUESTIONS[::3])
     even = [a for a in questions["answers"] if len(set(a["log_probabilities"])) == 1]
-    assert len(even) > 60 and questions["interval"][0] < 0.25 < questions["interval"][1]
+    assert len(even) > 15 and questions["interval"][0] < 0.25 < questions["interval"][1]
     write_stage(tmp_path, [SENTENCE] * 40)
     (shards,) = language.held_out(tmp_path, "s").values()
     figures = language.bits_per_byte(Table(block_size=64), tmp_path, shards)
@@ -140,13 +138,8 @@ def write_stage(data, texts):
     about = {"source": "words", "group": "web", "kind": "text", "augment": "none"}
     documents = [np.array([*tok.load().encode_ordinary(t), tok.EOT], np.uint16) for t in texts]
     entries = [snapshots.write_shard(data, about, split, documents) for split in ("train", "val")]
-    mixture = {
-        "stage": "s",
-        "seed": 1,
-        "groups": {},
-        "weights": {"words": 1.0},
-        "tokenizer": tok.fingerprint(),
-    }
+    mixture = {"stage": "s", "seed": 1, "groups": {}, "weights": {"words": 1.0}}
+    mixture["tokenizer"] = tok.fingerprint()
     snapshots.write_stage(data, "s", entries, mixture, {})
 
 
@@ -177,16 +170,6 @@ def test_both_routes_go_through_the_whole_suite(name, tmp_path, monkeypatch):
     assert figures["bits_per_byte"]["words"]["bits_per_byte"] > 2 and figures["seconds"] > 0
     assert (figures["questions"]["total"], figures["code"]["total"]) == (3, 3)
     assert json.loads(json.dumps(figures)) == figures and len(language.table(figures).splitlines()) == 3
-
-
-def test_what_is_written_ends_with_the_function():
-    encode, stop = tok.load().encode_ordinary, language.OUTSIDE_FUNCTION
-    text = "    x = 1\n\n    return x\nprint(x)\n"
-    assert language.cut(encode(text), stop) == ("    x = 1\n\n    return x\n", True)
-    assert language.cut(encode("    return 1\n"), stop) == ("    return 1\n", False)
-    assert language.cut([*encode("    return 1"), tok.EOT, *encode(" more")], stop) == ("    return 1", True)
-    assert language.cut(encode("no"), stop) == ("", True)
-    assert language.cut(encode("one. two"), None) == ("one. two", False)
 
 
 # intervals
@@ -261,29 +244,9 @@ def test_lm_eval_gives_what_is_known(local_benchmarks):
     assert found["bits_per_byte"]["value"] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["dense", "trm"])
-def test_both_routes_go_through_lm_eval(local_benchmarks, name):
-    figures = language.evaluate_benchmarks(
-        make(name, block_size=24), f"lm_eval:{','.join(BENCHMARKS)}", limit=2
-    )
-    assert set(figures["results"]) == set(BENCHMARKS) and len(language.table(figures).splitlines()) >= 3
-
-
-def test_an_unknown_benchmark_is_an_error_with_the_closest_names(local_benchmarks):
-    with pytest.raises(ValueError, match="no task 'capitol': the closest are capitals"):
-        language.check_benchmarks("lm_eval:capitals,capitol")
-
-
-def test_without_lm_eval_the_error_says_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    language.benchmarks.cache_clear()
-    with pytest.raises(ValueError, match="pip install lm-eval"):
-        language.check_benchmarks("lm_eval:sciq")
-
-
 @pytest.mark.parametrize(
     "prompt, asked, read, written",
-    [(21, 8, 21, 8), (21, 60, 21, 43), (21, 2048, 21, 43), (81, 16, 48, 16), (81, 2048, 32, 32)],
+    [(21, 8, 21, 8), (21, 60, 21, 43), (81, 16, 48, 16), (81, 2048, 32, 32)],
 )
 def test_what_is_written_gives_way_to_the_prompt_down_to_half_of_the_block(prompt, asked, read, written):
     ids, n = language.fit(list(range(prompt)), asked, 64)

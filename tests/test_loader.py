@@ -104,7 +104,7 @@ def test_processes_share_the_batches_of_one(data, world_size):
 
 
 @FORMATS
-@pytest.mark.parametrize("stop", (0, 1, 5, 23))
+@pytest.mark.parametrize("stop", (0, 23))
 def test_going_on_where_it_stopped(data, stop, puzzle_format):
     first = make(data, puzzle_format=puzzle_format)
     run(first, stop)
@@ -175,8 +175,9 @@ def test_every_token_is_seen_once_in_an_epoch(data, block_size):
 
 
 def test_epochs_may_end_inside_a_batch(data):
-    small = make(data, weights={"code": 1}, batch_size=1, batches_per_step=1, block_size=20)
-    large = make(data, weights={"code": 1}, batch_size=7, batches_per_step=3, block_size=20)
+    settings = {"weights": {"code": 1}, "block_size": 20}
+    small = make(data, batch_size=1, batches_per_step=1, **settings)
+    large = make(data, batch_size=7, batches_per_step=3, **settings)
     rows = [b.idx[0] for _ in range(63) for b in small.next_step()]
     assert torch.equal(torch.stack(rows), torch.cat([b.idx for _ in range(3) for b in large.next_step()]))
 
@@ -250,9 +251,6 @@ def test_an_augmented_row_is_a_symmetry_of_its_document(augment):
     tests, turns, recoloured = set(), set(), False
     for n, document in enumerate(puzzle_documents(30, low=2, high=4, most=3)):
         pairs = arc.decode(document)[1]
-        assert np.array_equal(
-            puzzle_row(document, "autoregressive", augment)[0], document[:-1]
-        )  # without rng
         idx, targets = puzzle_row(document, "autoregressive", augment, np.random.default_rng(n))
         got = arc.decode(np.append(idx, tok.EOT))[1]
         assert np.array_equal(targets[targets != IGNORE], [*arc.encode_grid(got[-1][1]), tok.EOT])
@@ -338,14 +336,11 @@ def test_a_step_belongs_to_one_source_and_shares_are_kept(data):
         (dict(weights={"prose": 0, "code": 0}), "zero"),
         (dict(weights={"prose": 2, "code": -1}), "-1"),
         (dict(weights={"code": 1}, block_size=512), "code.*325 tokens.*block_size=512"),
-        (dict(stage="stage9"), "stage9"),
-        (dict(stage="../demo"), "not the name"),
     ),
 )
 def test_a_mixture_that_cannot_be(data, settings, message):
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as e:
+    with pytest.raises(ValueError, match=message):
         make(data, **settings)
-    assert "\n" not in str(e.value)
 
 
 def test_weights_are_the_stages_own_unless_told(tmp_path):
@@ -409,23 +404,15 @@ def test_validation_rows_are_held_out_and_not_augmented(data):
         assert sorted(rows) == sorted(d for d in documents[: 4 * n] if len(d) <= 128)
 
 
-@FORMATS
-@pytest.mark.parametrize("tokens, block_size", [(13, 12), (13, 13), (130, 96), (130, 8)])
-def test_what_is_not_validated_is_what_validation_gives_no_rows_of(
-    tmp_path, tokens, block_size, puzzle_format
-):
+@pytest.mark.parametrize("n, found", [(1, {"prose"}), (4, {"prose", "large"})])
+def test_what_is_not_validated(tmp_path, n, found):
+    """What has no held-out rows, or none that fit among those that are looked at."""
     short, long = (puzzle_documents(3, low=side, high=side, most=1, kind="sudoku") for side in (1, 8))
-    sources = [
-        ("prose", "text", "train", "none", text_documents(40)),
-        ("prose", "text", "val", "none", text_documents(tokens // 13)),
-        ("code", "text", "train", "none", text_documents(40)),
-        ("small", "puzzle", "train", "none", short),
-        ("small", "puzzle", "val", "none", short),
-        ("large", "puzzle", "train", "none", short),
-        ("large", "puzzle", "val", "none", [*long, *short]),
-    ]
-    data = write_stage(tmp_path, sources)
-    loader = make(data, block_size=block_size, batch_size=1, puzzle_format=puzzle_format)
-    for n in (1, 4):
-        seen = {name for mode in ("text", "puzzle") for name, *_ in val(loader, mode, n)}
-        assert set(loader.not_validated(n)) == {"prose", "code", "small", "large"} - seen
+    sources = [(name, "text", "train", "none", text_documents(40)) for name in ("prose", "code", "short")]
+    sources += [("large", "puzzle", "train", "none", short)]
+    sources += [("prose", "text", "val", "none", text_documents(3))]
+    sources += [("short", "text", "val", "none", text_documents(1))]
+    sources += [("large", "puzzle", "val", "none", [*long, *short])]
+    loader = make(write_stage(tmp_path, sources), block_size=20, batch_size=1)
+    assert {name for mode in ("text", "puzzle") for name, *_ in val(loader, mode, n)} == found
+    assert loader.not_validated(n) == sorted({"prose", "code", "short", "large"} - found)

@@ -7,13 +7,13 @@ import pytest
 import torch
 from tiny import TASKS, dense, text
 
-from model_dense import Config, Model, cache_bytes, rope_3d, rotate, tokens_at_once
+from model_dense import Config, Model, cache_bytes, rope_3d
 from smol import arc, engine
 from smol import tokenizer as tok
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("n_embd", (64, 640, 1024))
+@pytest.mark.parametrize("n_embd", (64, 1024))
 def test_an_untrained_model_knows_nothing(n_embd):
     """Also not that a token comes again, which a tied embedding too large would make it predict."""
     torch.manual_seed(0)
@@ -60,21 +60,6 @@ def test_attention_is_its_formula():
     attn_mask = torch.arange(20).view(1, 1, 1, 20) < 15
     free = attention_by_hand(a, x[0], positions[0], 100.0, lambda i: list(range(15)))
     torch.testing.assert_close(a(x, rope, attn_mask)[0], free, rtol=1e-4, atol=1e-5)
-
-
-def test_rotation_depends_on_differences_only_and_leaves_text_alone():
-    q, k = torch.randn(2, 1, 1, 1, 12, generator=torch.Generator().manual_seed(0))
-
-    def product(a, b):
-        q_turned, k_turned = (
-            rotate(t, rope_3d(torch.tensor([[at]]), 12, 100.0)) for t, at in ((q, a), (k, b))
-        )
-        return (q_turned * k_turned).sum()
-
-    same = product([3, 7, 1], [1, 2, 4]), product([13, 10, 5], [11, 5, 8])
-    torch.testing.assert_close(*same, rtol=1e-4, atol=1e-5)
-    assert abs(same[0] - product([3, 7, 2], [1, 2, 4])) > 1e-4
-    assert torch.equal(rotate(q, rope_3d(torch.zeros(1, 1, 3, dtype=torch.long), 12, 100.0)), q)
 
 
 # ---- grids
@@ -135,7 +120,7 @@ def test_draws_depend_on_seed_and_prompt_alone():
     assert abs(share - math.exp(2) / (math.exp(2) + 9)) < 0.03  # of the ten colours at temperature 0.5
 
 
-@pytest.mark.parametrize("wrong", (math.nan, math.inf, -math.inf))
+@pytest.mark.parametrize("wrong", (math.nan, math.inf))
 def test_logits_that_are_not_finite_are_no_answer(wrong):
     """The other rows are written as if it were not there, and all ends with the largest grid."""
     limits = [(2, 3), (2, 2), (1, 3)]
@@ -144,7 +129,8 @@ def test_logits_that_are_not_finite_are_no_answer(wrong):
 
     def grids(logits, rows):
         steps = iter(logits[1:, rows])  # as many as the largest grid takes: StopIteration after them
-        return engine.write_grids(logits[0, rows], lambda drawn: next(steps), [limits[r] for r in rows])
+        sizes, noise = [limits[r] for r in rows], [None] * len(rows)
+        return engine.write_grids(logits[0, rows], lambda drawn: next(steps), sizes, 1.0, noise)
 
     for at in (0, 2, 4):
         broken = logits.clone()
@@ -153,14 +139,6 @@ def test_logits_that_are_not_finite_are_no_answer(wrong):
         assert none is None
         for got, (want,) in ((first, grids(logits, [0])), (last, grids(logits, [2]))):
             assert np.array_equal(got[0], want[0]) and got[1] == want[1]
-
-
-@pytest.mark.parametrize("samples", (1, 3))
-def test_a_diverged_model_answers_nothing(samples):
-    model = dense()
-    for p in model.parameters():
-        p.data.fill_(math.nan)
-    assert model.answer(TASKS, samples=samples) == [[[] for _ in task.test] for task in TASKS]
 
 
 @torch.no_grad()
@@ -189,13 +167,7 @@ def test_answer_logits_are_those_of_the_forward():
 # ---- costs
 
 
-@pytest.mark.parametrize("pattern", ("kkka", "a", "k"))
-def test_cache_bytes_are_those_of_the_caches(pattern):
-    model = dense(layer_pattern=pattern)
+def test_cache_bytes_are_those_of_the_caches():
+    model = dense()
     _, cache = engine.prefill(model, text(1, 50))
     assert sum(t.nbytes for layer in cache.layers for t in layer) == cache_bytes(model.config, 50)
-
-
-def test_a_gpu_writes_as_much_together_as_its_memory_holds():
-    assert [tokens_at_once(Config(), free) for free in (0, 1e9, 1e12)] == [2**15, 2**15, 2**17]
-    assert 2**15 < tokens_at_once(Config(), 5e9) < 2**17

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import BUILD, RECURSION, SHAPE, TASKS, dense, documents, make_task, puzzle_batch, text
+from tiny import BUILD, RECURSION, SHAPE, dense, documents, make_task, puzzle_batch, text
 
 import model_dense
 import model_trm
@@ -37,17 +37,7 @@ def test_defaults_are_the_100m_model(route):
 
 
 @both
-@pytest.mark.parametrize(
-    "wrong",
-    (
-        dict(n_embd=25),
-        dict(n_embd=8),
-        dict(n_embd=18),
-        dict(layer_pattern="kx"),
-        dict(n_head=0),
-        dict(vocab_size=1000),
-    ),
-)
+@pytest.mark.parametrize("wrong", (dict(n_embd=25), dict(layer_pattern="kx"), dict(n_head=0)))
 def test_impossible_shapes_are_refused(route, wrong):
     (name,) = wrong
     with pytest.raises(ValueError, match=name):
@@ -76,9 +66,8 @@ def test_optimizers_hold_every_parameter_once_and_decay_only_matrices(route):
     assert names == {
         n for n, _ in model.named_parameters() if n.endswith("_proj.weight") and "b_proj" not in n
     }
-    muon, adamw = muon_and_adamw(model, 0.1, 1e-3, (0.9, 0.95))
+    muon, _ = muon_and_adamw(model, 0.1, 1e-3, (0.9, 0.95))
     assert {id(p) for p in muon.param_groups[0]["params"]} == decayed
-    assert len(adamw.param_groups[0]["params"]) == len(held) - len(decayed)
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch has one to compare with from 2.9 on")
@@ -101,20 +90,17 @@ def test_our_muon_is_pytorchs():
 @both
 @pytest.mark.parametrize("how", ("recomputed", "compiled"))
 def test_recomputed_and_compiled_blocks_have_the_same_gradients(route, how):
-    """In text with several documents, and in a puzzle of another length."""
+    """Route A in text with several documents, Route B in a puzzle: compiling takes its time."""
     model = BUILD[route](n_layer=2, layer_pattern="ka").train()
     idx, _ = documents([5, 6])
-    batches = [("text", (idx, idx.roll(-1, 1))), ("puzzle", puzzle_batch(model.puzzle_format, range(2)))]
-    if (route, how) == ("trm", "compiled"):
-        del batches[0]  # compiling takes its time
+    mode, batch = "text", (idx, idx.roll(-1, 1))
+    if route == "trm":
+        mode, batch = "puzzle", puzzle_batch(model.puzzle_format, range(2))
 
     def gradients():
-        found = []
-        for mode, batch in batches:
-            model.zero_grad()
-            model(*batch, mode=mode)[1].backward()
-            found += [p.grad.clone() for p in model.parameters()]
-        return found
+        model.zero_grad()
+        model(*batch, mode=mode)[1].backward()
+        return [p.grad.clone() for p in model.parameters()]
 
     want = gradients()
     model.config.recompute = how == "recomputed"
@@ -161,17 +147,6 @@ def test_text_loss_is_cross_entropy_of_the_logits(route):
 
 
 @both
-@torch.no_grad()
-def test_puzzle_loss_is_the_mean_over_rows(route):
-    """Two processes with half the rows each then agree with one."""
-    model = BUILD[route]()
-    idx, targets = puzzle_batch(model.puzzle_format, range(4), 96)
-    parts = [model(idx[b : b + 1], targets[b : b + 1], mode="puzzle")[1] for b in range(4)]
-    loss = model(idx, targets, mode="puzzle")[1]
-    torch.testing.assert_close(loss, sum(parts) / 4, rtol=1e-4, atol=1e-4)
-
-
-@both
 def test_a_batch_without_any_target(route):
     model = BUILD[route]().train()
     for mode, idx in (("text", text(2, 6)), ("puzzle", puzzle_batch(model.puzzle_format, range(2))[0])):
@@ -185,10 +160,9 @@ def test_a_batch_without_any_target(route):
 
 
 @both
-@pytest.mark.parametrize("pattern", ("kkka", "a", "k"))
 @torch.no_grad()
-def test_documents_know_nothing_of_each_other_nor_of_what_comes(route, pattern):
-    model = BUILD[route](layer_pattern=pattern).double()  # rounding is far below what is looked for
+def test_documents_know_nothing_of_each_other_nor_of_what_comes(route):
+    model = BUILD[route]().double()  # rounding is far below what is looked for
     idx, bounds = documents([30, 0, 3, 60])
     idx = torch.cat([text(1, 20, seed=9), idx], 1)  # the row begins in the middle of a document
     bounds = [0] + [b + 20 for b in bounds]
@@ -233,14 +207,15 @@ def test_attention_gets_a_mask_only_where_a_row_has_several_documents(route, mon
 def test_padding_and_other_rows_change_nothing_in_a_puzzle(route):
     model = BUILD[route]()
     idx, targets = puzzle_batch(model.puzzle_format, range(4))
-    together = model(idx, mode="puzzle")[0]
+    together, losses = model(idx, mode="puzzle")[0], []
     for b in range(4):
         alone, wanted = puzzle_batch(model.puzzle_format, [b])
         n = alone.shape[1]
         got = model(alone, mode="puzzle")[0][0]
         torch.testing.assert_close(got[:, -60:], together[b, :n, -60:], rtol=1e-3, atol=1e-3)
-        loss = model(idx[b : b + 1], targets[b : b + 1], mode="puzzle")[1]
-        torch.testing.assert_close(model(alone, wanted, mode="puzzle")[1], loss, rtol=1e-4, atol=1e-4)
+        losses.append(model(alone, wanted, mode="puzzle")[1])
+    loss = model(idx, targets, mode="puzzle")[1]  # two processes with half the rows each agree with one
+    torch.testing.assert_close(loss, sum(losses) / 4, rtol=1e-4, atol=1e-4)
 
 
 # ---- decoding
@@ -257,15 +232,13 @@ def greedy(model, prompts, n, stop=()):
     return torch.stack(list(generate(model, prompts, n, temperature=0, stop=stop)), 1)
 
 
-@pytest.mark.parametrize(
-    "route, pattern", (("dense", "kkka"), ("dense", "a"), ("dense", "k"), ("trm", "kkka"))
-)
+@both
 @pytest.mark.parametrize("at_once", (2**15, 40))
 @torch.no_grad()
-def test_cached_decoding_is_the_full_forward(route, pattern, at_once, monkeypatch):
+def test_cached_decoding_is_the_full_forward(route, at_once, monkeypatch):
     """Prompts of all lengths at once, and read in parts; text and grids follow."""
     monkeypatch.setattr(engine, "BATCH_TOKENS", at_once)
-    model = BUILD[route](1, layer_pattern=pattern)
+    model = BUILD[route](1)
     soup = [tok.INPUT, tok.OUTPUT, tok.ROW, tok.CELL0, tok.CELL0 + 3, tok.BLANK, tok.ARC, 17]
     after = torch.from_numpy(np.random.default_rng(0).choice(soup, (len(prompts()), 30)))
     x, cache = engine.prefill(model, prompts(), 30)
@@ -295,9 +268,7 @@ def test_half_precision_decodes():
         with torch.autocast("cpu", dtype), torch.no_grad():
             x, cache = engine.prefill(model, prompts(), 1)
             assert engine.decode_step(model, torch.full((len(x),), 17), cache).isfinite().all()
-        assert {layer[0].dtype for layer, block in zip(cache.layers, model.blocks) if block.kind == "a"} == {
-            dtype
-        }
+        assert cache.layers[3][0].dtype == dtype  # keys of full attention
 
 
 def test_top_k_top_p_and_temperature():
@@ -338,26 +309,15 @@ def test_no_text_from_nan_logits_and_none_after_an_empty_prompt(route):
 
 
 @both
-def test_answers_do_not_read_the_test_outputs(route):
-    model = BUILD[route]()
-    hidden = [arc.Task(t.id, t.kind, t.train, [(x, None) for x, _ in t.test]) for t in TASKS]
-    for a, b in zip(model.answer(TASKS), model.answer(hidden)):
-        assert all(np.array_equal(x[0][0], y[0][0]) for x, y in zip(a, b))
-
-
-@both
 def test_what_does_not_fit_has_no_answer(route):
     task, long = make_task(0, side=2), make_task(7, demos=8, side=5)
     x, _ = task.test[0]
     needed = sum(arc.prompt_and_room("arc", task.train, x, BUILD[route]().puzzle_format))
-    full = np.zeros(arc.canvas_shape(task.train, x), np.uint8)
     model = BUILD[route](block_size=needed)
     (none,), (some,) = model.answer([long, task])
     assert none is None and some
-    (none,), (some,) = model.answer_logits([long, task], [[long.test[0][1]], [full]])
-    assert none is None and some.shape == full.shape and some.dtype == np.float32
     assert BUILD[route](block_size=needed - 1).answer([task]) == [[None]]
-    assert model.answer([]) == [] == model.answer_logits([], [])
+    assert model.answer([]) == []
 
 
 # ---- learning

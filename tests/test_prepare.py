@@ -10,7 +10,7 @@ import pytest
 from test_hub import small_stage
 
 import prepare
-from smol import arc, puzzles, snapshots, sources, suites, tokenizer
+from smol import arc, snapshots, sources, suites, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -114,10 +114,10 @@ def test_nothing_that_is_evaluated_on_is_trained_on(demo):
     answers = {arc.decode(tokens)[1][0][1].tobytes() for _, tokens in documents(demo, "train", "sudoku4")}
     assert len(answers) > 50 and not answers & {t.test[0][1].tobytes() for t in suites.load("sudoku4")}
     for suite in ("sudoku4", "sudoku9", "maze", "transforms"):
-        held = {puzzles.task_hash(task) for task in suites.load(suite)}
+        held = {arc.task_hash(task) for task in suites.load(suite)}
         for split, wanted in (("train", set()), ("val", held)):
             found = [arc.decode(tokens) for _, tokens in documents(demo, split, suite)]
-            found = {puzzles.task_hash(arc.Task("", kind, pairs[:-1], pairs[-1:])) for kind, pairs in found}
+            found = {arc.task_hash(arc.Task("", kind, pairs[:-1], pairs[-1:])) for kind, pairs in found}
             assert found & held == found & wanted and (found <= held or split == "train")
 
 

@@ -67,7 +67,7 @@ def test_the_arguments_are_ones_that_the_script_takes(command):
     name, *argv = words[2:] if words[1] == "-m" else [words[1].removesuffix(".py"), *words[2:]]
     script = vars(importlib.import_module(name))
     if name in ("bench.plan", "bench.train"):  # they take the settings of train.py as well
-        script = {**vars(train), **script, "RANGES": {}}
+        script = {**script, **vars(train), "RANGES": {}}
     configurator.resolve(script, [word for word in argv if word != "--help"], usage="words")
 
 

@@ -1,9 +1,6 @@
 """sample.py: text arrives whole, tasks are found, shown and judged, a film ends as the answer does."""
 
-import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,10 +8,8 @@ import tiny
 import torch
 
 import sample
-from smol import arc, checkpoint, engine, puzzles
+from smol import arc, checkpoint, engine, suites
 from smol import tokenizer as tok
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 @pytest.fixture(scope="module")
@@ -49,30 +44,26 @@ def test_text_is_what_the_model_draws(name, checkpoints, capsys):
     idx = torch.tensor([[tok.EOT, *tok.load().encode_ordinary("Once upon")]])
     drawn = engine.generate(model, idx, 30, 0.8, 50, generator=torch.Generator().manual_seed(5))
     assert out == "Once upon" + "".join(sample.text_of(i.item() for i in drawn)) + "\n" and len(out) > 20
-    sample.main([checkpoints[name], *options, "--seed=6", "--num_samples=2"])
-    first, second = capsys.readouterr().out.split("-" * 20 + "\n")
-    assert len({out, first, second}) == 3
 
 
 def test_tasks_are_found_by_id():
     assert sample.find_task("00576224").id == "00576224"
-    for suite in puzzles.SUITES:
-        task = puzzles.heldout(suite, 8)[7]
+    for suite in suites.ON_GRIDS:
+        task = suites.load(suite)[7]
         for name in (f"{suite}-0007", task.id):
             assert np.array_equal(sample.find_task(name).test[0][0], task.test[0][0])
 
 
-@pytest.mark.parametrize("name, n_sup", [("dense", None), ("trm", None), ("trm", 5)])
+@pytest.mark.parametrize("name, n_sup", [("dense", None), ("trm", 5)])
 def test_a_puzzle_is_shown_and_judged(name, n_sup, checkpoints, capsys):
     options = [f"--n_sup={n_sup}"] if n_sup else []
     sample.main([checkpoints[name], "--task=sudoku4-0007", "--device=cpu", *options])
     out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
-    task = puzzles.heldout("sudoku4", 8)[7]
+    task = suites.load("sudoku4")[7]
     model, _ = checkpoint.load_model(checkpoints[name])
     grid = model.answer([task], **({"n_sup": n_sup} if n_sup else {}))[0][0][0][0]
     assert "puzzle" in out and "expected" in out and sample.verdict(grid, task.test[0][1]) in out
-    steps = re.findall(r"step (\d+), halt \d\.\d\d", out)
-    assert steps == ([str(n) for n in range(1, (n_sup or 3) + 1)] if name == "trm" else [])
+    assert re.findall(r"step (\d+), halt \d\.\d\d", out) == [str(n + 1) for n in range(n_sup or 0)]
 
 
 @pytest.mark.parametrize(
@@ -80,12 +71,8 @@ def test_a_puzzle_is_shown_and_judged(name, n_sup, checkpoints, capsys):
     [
         (["{dense}", "--task=0057622"], "00576224"),
         (["{dense}", "--task=sudoku4-9999"], "sudoku4-0099"),
-        (["{dense}", "--task=sudku4-0001"], "sudoku4"),
-        (["{dense}", "--task=00576224", "--prompt=both"], "one of them"),
         (["{dense}", "--task=sudoku4-0001", "--n_sup=3"], "Route B"),
-        (["{trm}", "--prompt=a", "--gif=a.gif"], "Route B"),
         (["{trm}", "--task=0934a4d8"], "at most 300"),
-        ([], "checkpoint"),
     ],
 )
 def test_mistakes_are_one_line(args, words, checkpoints, capsys):
@@ -94,33 +81,19 @@ def test_mistakes_are_one_line(args, words, checkpoints, capsys):
     assert words in str(e.value) and "\n" not in str(e.value) and capsys.readouterr().out == ""
 
 
-def test_the_command_exits_with_1_and_survives_a_reader_that_leaves(checkpoints):
-    run = [sys.executable, "sample.py", checkpoints["dense"], "--device=cpu"]
-    pipes = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    done = subprocess.run([*run, "--task=nonsense"], **pipes, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: no ARC task") and not done.stdout
-    process = subprocess.Popen([*run, "--max_new_tokens=2000", "--num_samples=50"], **pipes)
-    assert process.stdout.read(10)  # there is text long before it is done
-    process.stdout.close()
-    assert process.stderr.read() == b"" and process.wait(timeout=20) == 0
-
-
-@pytest.mark.parametrize("task_id, n_sup", [("sudoku4-0003", 1), ("maze-0001", 2)])
-def test_a_film_of_the_answer(task_id, n_sup, checkpoints, tmp_path, capsys):
+def test_a_film_of_the_answer(checkpoints, tmp_path):
     from PIL import Image
 
     path = tmp_path / "new" / "film.gif"
-    sample.main(
-        [checkpoints["trm"], f"--task={task_id}", f"--gif={path}", f"--n_sup={n_sup}", "--device=cpu"]
-    )
+    options = ["--task=sudoku4-0003", f"--gif={path}", "--n_sup=2", "--device=cpu"]
+    sample.main([checkpoints["trm"], *options])
     film = Image.open(path)
-    assert film.n_frames == 2 + sample.GLIDE * n_sup and film.info["loop"] == 0
-    assert os.listdir(path.parent) == ["film.gif"] and str(path) in capsys.readouterr().out
+    assert film.n_frames == 2 + sample.GLIDE * 2 and film.info["loop"] == 0
 
 
 def test_what_is_filmed_is_what_is_answered(checkpoints):
     model, _ = checkpoint.load_model(checkpoints["trm"])
-    task = arc.Task("t", "arc", puzzles.heldout("maze", 2)[0].test, puzzles.heldout("maze", 2)[1].test)
+    task = arc.Task("t", "arc", suites.load("maze")[0].test, suites.load("maze")[1].test)
     steps = sample.canvas_steps(model, task)
     trace = model.answer([task], trace=True)[0][0]
     assert len(steps) == len(trace) == 3
@@ -131,17 +104,3 @@ def test_what_is_filmed_is_what_is_answered(checkpoints):
         ids[:, :W] = np.array(sample.ANSWER_IDS)[cells.argmax(-1)]
         filmed = arc.read_canvas(ids.reshape(-1), (H, W))
         assert (filmed is None) == (grid is None) and (grid is None or np.array_equal(filmed, grid))
-
-
-@pytest.mark.parametrize("name", ("dense", "trm"))
-def test_a_diverged_checkpoint_answers_nothing(name, checkpoints, tmp_path, capsys):
-    path, content = str(tmp_path / "ckpt.pt"), checkpoint.load(checkpoints[name])
-    weights = {k: v * np.nan for k, v in content["weights"].items()}
-    checkpoint.save({**content, "weights": weights}, path)
-    sample.main([path, "--task=sudoku4-0003", "--device=cpu"])
-    assert "no answer" in capsys.readouterr().out
-    film = ["--task=sudoku4-0003", f"--gif={tmp_path / 'no.gif'}"]
-    for args in [["--prompt=a"]] + [film] * (name == "trm"):
-        with pytest.raises(ValueError, match="not finite"):
-            sample.main([path, *args, "--device=cpu"])
-    assert not (tmp_path / "no.gif").exists()

@@ -59,7 +59,8 @@ def test_a_view_is_another_task_of_its_kind_whose_answer_turns_back(suite, most)
             assert np.array_equal(arc.invert(view.symmetry, seen.test[0][1]), task.test[0][1])
             assert len(seen.train) == len(task.train)
             if suite != "transforms":
-                assert puzzles.check(seen)  # still a puzzle with this one solution
+                right = puzzles.check_maze if suite == "maze" else puzzles.check_sudoku
+                assert right(*seen.test[0])  # still a puzzle with this solution
 
 
 class RightInSomeViews:
@@ -130,8 +131,6 @@ def test_route_b_keeps_its_steps_and_stops_where_it_is_confident():
         solve.solve(model, tasks, Settings(augment=2)), model.answer(tasks, trace=True)
     ):
         assert [g.tolist() for g, _ in given.steps] == [g.tolist() for g, _ in trace]
-        (record,) = eval_arc.judge(tasks[0], [given], 2)["test"]
-        assert len(record["attempts"]) == min(2, len(given.candidates))
     for halt, n in ((0.0, 1), (1.0, model.config.n_sup)):
         assert [len(g.steps) for (g,) in solve.solve(model, tasks, Settings(halt=halt))] == [n] * 2
 
@@ -145,16 +144,8 @@ def test_no_test_output_reaches_the_model(name, monkeypatch):
     noise = rng.integers(0, 10, (5, 7)).astype(np.uint8)
     noisy = [replace(t, test=[(x, noise) for x, _ in t.test]) for t in tasks]
     settings = Settings(augment=2, samples=2, ttt_steps=1, programs=2)
-    found = []
-
-    def answer(part):
-        assert all(y.tolist() == [[0]] for task in part for _, y in task.test)
-        found.append(solve.solve(model, part, settings))
-        return found[-1]
-
-    for some in (tasks, noisy):
-        eval_arc.evaluate(some, answer)
-    assert plain(found[0]) == plain(found[1]) and all(found[0])
+    found = [plain(solve.solve(model, some, settings)) for some in (tasks, noisy)]
+    assert found[0] == found[1] and all(found[0])
 
 
 # text
@@ -214,13 +205,12 @@ def test_only_programs_that_pass_every_demonstration_answer():
     model = Writes("nonsense", [*wrong, right], tok.OUTPUT)
     (found,) = solve.solve_by_programs(model, task, Settings(programs=5))
     assert [(g.tolist(), text) for g, _, _, text in found] == [(task.test[0][1].tolist(), right)]
-    assert solve.solve_by_programs(Writes("nonsense", wrong, tok.OUTPUT), task, Settings(programs=4)) == [[]]
 
 
 # test-time training
 
 
-@pytest.mark.parametrize("name, rank", [("dense", 4), ("trm", 4), ("dense", 0)])
+@pytest.mark.parametrize("name, rank", [("trm", 4), ("dense", 0)])
 def test_a_tuned_copy_has_learned_the_task_and_the_model_is_untouched(name, rank):
     model, task = make(name, 512), turned()
     before = copy.deepcopy(model.state_dict())
@@ -243,10 +233,3 @@ def test_a_tuned_copy_has_learned_the_task_and_the_model_is_untouched(name, rank
     other = arc.Task(task.id, task.kind, task.train, [(np.zeros((9, 9), np.uint8),) * 2])
     again = solve.tune(model, other, replace(settings, seed=1)).state_dict()  # the question is not learned
     assert changed and all(torch.equal(v, again[k]) for k, v in weights.items())
-
-
-def test_a_task_that_cannot_be_learned_from_is_answered_as_it_is():
-    task, settings = turned(), Settings(ttt_steps=3)
-    model = make("dense", 512)
-    assert solve.tune(model, replace(task, train=task.train[:1]), settings) is model
-    assert solve.tune(make("dense", 20), task, settings).config.block_size == 20

@@ -32,14 +32,10 @@ def test_generated_suites_are_what_they_have_always_been(name, digest):
             found.update(grid.encode() if isinstance(grid, str) else bytes(grid.shape) + grid.tobytes())
     assert found.hexdigest()[:16] == digest
     assert len({task.id for task in tasks}) == len(tasks) == suites.GENERATED[name][1]
-    if name not in suites.IN_WORDS:
-        assert len(set(map(puzzles.task_hash, tasks))) == len(tasks)
-    if tasks[0].kind in ("sudoku", "maze"):
-        assert all(map(puzzles.check, tasks[:5]))
-
-
-def test_arc_suites_are_the_whole_sets():
-    assert [len(suites.load(name)) for name in ("arc1", "arc2")] == [400, 120]
+    if name in suites.ON_GRIDS:
+        assert len(set(map(arc.task_hash, tasks))) == len(tasks)
+    right = {"sudoku": puzzles.check_sudoku, "maze": puzzles.check_maze}.get(tasks[0].kind)
+    assert right is None or all(right(*task.test[0]) for task in tasks)
 
 
 def test_names(tmp_path, monkeypatch):
@@ -68,10 +64,6 @@ def test_a_file_of_puzzles_is_a_suite_where_it_is_there(tmp_path, monkeypatch):
     tasks = suites.load("sudoku_extreme")
     assert [task.id for task in tasks] == ["sudoku_extreme-0000", "sudoku_extreme-0001"]
     assert np.array_equal(tasks[1].test, [(puzzle, answer)])
-    suites.load.cache_clear()
-    (tmp_path / "sudoku_extreme/test.csv").write_text("\n".join([*rows, "x,too short,1,3"]))
-    with pytest.raises(ValueError, match="row 3: no puzzle of sudoku_extreme"):
-        suites.load("sudoku_extreme")
     suites.load.cache_clear()
 
 
@@ -123,19 +115,18 @@ def test_challenges_are_read_with_the_solutions_beside_them(tmp_path):
     assert read(tmp_path / "x-arc_evaluation_challenges.json") == known
     assert read(tmp_path / "x-arc_test_challenges.json") == {"t1": [None, None], "t3": [None, None]}
     assert read(tmp_path) == {**known, "t3": [None, None], "own": [PAIR["output"]]}
+    (tmp_path / "x-arc_evaluation_solutions.json").write_text(json.dumps({"t0": outputs["t0"][:1]}))
+    with pytest.raises(ValueError, match="solutions.json, task t0: as many outputs are wanted"):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize(
     "task, words",
     [
         ({"train": [{"input": [[1, 2], [3]], "output": [[1]]}], "test": [PAIR]}, "rows differ in length"),
-        ({"train": [PAIR, {"input": [[1]], "output": [[10]]}], "test": [PAIR]}, "output 2 of .train. is not"),
         ({"train": [PAIR], "test": [{"input": [[0] * 31]}]}, r"input 1 of 'test' is not a grid"),
-        ({"train": [PAIR], "test": [{"input": [[0.5]]}]}, "whole numbers from 0 to 9"),
-        ({"train": [PAIR], "test": [{"input": None}]}, "not a grid"),
         ({"train": [{"input": [[1]]}], "test": [PAIR]}, "pair 1 of 'train' has no 'output'"),
         ({"train": [PAIR]}, "no list 'test'"),
-        ([PAIR], "no list 'train'"),
     ],
 )
 def test_a_bad_task_is_one_line_that_says_where(task, words, tmp_path):
@@ -144,11 +135,3 @@ def test_a_bad_task_is_one_line_that_says_where(task, words, tmp_path):
     with pytest.raises(ValueError, match=words) as error:
         arc.read_tasks(str(tmp_path))
     assert "\n" not in str(error.value) and "wrong.json" in str(error.value)
-
-
-def test_solutions_that_do_not_fit_are_one_line(tmp_path):
-    task = {"train": [PAIR], "test": [{"input": [[1]]}] * 2}
-    (tmp_path / "challenges.json").write_text(json.dumps({"a": task}))
-    (tmp_path / "solutions.json").write_text(json.dumps({"a": [[[1]]]}))
-    with pytest.raises(ValueError, match="solutions.json.*task a: as many outputs .* 2"):
-        arc.read_tasks(str(tmp_path))

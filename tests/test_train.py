@@ -403,7 +403,7 @@ def test_a_pinned_snapshot_is_verified_and_what_is_not_validated_is_told(data, t
     prepare.main(["freeze", "demo", "--tag=v0.1", f"--data_dir={copy}"])
     frozen = copy / "stages" / "demo" / "v0.1"
     done = succeed(copy, out, "--data_tag=v0.1", "--max_iters=1")
-    assert "not validated: stdlib (it has no validation shard)\n" in done.stdout
+    assert "not validated: stdlib has no held-out rows" in done.stdout
     saved = checkpoint.load(out / "ckpt.pt")["train"]
     assert saved["val_loss"] is None and saved["val_losses"].keys() == {"maze", "sudoku4"}
     assert saved["data"]["stage"] == "demo" and saved["data"]["tag"] == "v0.1"

@@ -1,7 +1,6 @@
 """Route B: the published recursion by hand, how KDA reads grids, the carry, halting, answers, bounds."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +10,10 @@ from tiny import TASKS, puzzle_batch, text, trm
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import configurator
 import kda
 import model_trm
 from model_trm import ANSWER_IDS
-from smol import arc, checkpoint
+from smol import arc
 from smol import tokenizer as tok
 from smol.tokenizer import IGNORE
 
@@ -155,7 +153,7 @@ def check_gradients(model, got, want):
         assert (a - b).norm() <= 1e-3 * b.norm() + 1e-6, name
 
 
-@pytest.mark.parametrize("n, T, n_grad, n_head", ((2, 2, 1, 2), (1, 1, 1, 4), (3, 1, 1, 1), (1, 3, 2, 4)))
+@pytest.mark.parametrize("n, T, n_grad, n_head", ((2, 2, 1, 2), (1, 3, 2, 4)))
 def test_training_is_the_published_recursion(n, T, n_grad, n_head):
     model = trm(n_latent=n, n_recursion=T, n_grad=n_grad, n_sup=2, n_head=n_head, halt_exploration=0.0)
     model.train().q_head.bias.data -= 100  # never halts early
@@ -181,12 +179,6 @@ def test_text_is_one_latent_recursion():
     want, got = F.cross_entropy(logits.flatten(0, 1), targets.flatten()), model.train()(idx, targets)[1]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     check_gradients(model, got, want)
-
-
-def test_settings_that_make_no_recursion_are_refused():
-    for wrong in (dict(n_latent=0), dict(n_recursion=0), dict(n_grad=0), dict(n_sup=0), dict(n_grad=3)):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            trm(**wrong)
 
 
 # ---- the carry
@@ -284,20 +276,6 @@ def test_answers_step_by_step_alone_and_in_batches():
     assert len(model.answer(TASKS[:1], n_sup=2, trace=True)[0][0]) == 2
 
 
-@torch.no_grad()
-def test_answer_logits_are_those_of_the_forward():
-    model, task = trm(2), TASKS[0]
-    H, W = arc.canvas_shape(task.train, task.test[0][0])
-    answer = np.random.default_rng(0).integers(0, 10, (H - 1, W)).astype(np.uint8)
-    ids = arc.encode_prompt(task.kind, task.train, task.test[0][0], canvas=(H, W)).astype(np.int64)
-    want = model(torch.from_numpy(ids)[None], mode="puzzle")[0][0].log_softmax(-1)[-H * (W + 1) :]
-    want = want.view(H, W + 1, 11)[:-1, :-1].gather(2, torch.from_numpy(answer.astype(np.int64))[..., None])
-    too_high = np.zeros((H + 1, 1), np.uint8)
-    for given, got in ((answer, want[..., 0].numpy()), (None, None), (too_high, None)):
-        ((log_p,),) = model.answer_logits([task], [[given]])
-        assert (log_p is None and got is None) or np.allclose(log_p, got, atol=1e-4)
-
-
 def test_the_most_probable_answer_comes_first():
     a, b, c = (np.array([[i]], np.uint8) for i in range(3))
     steps = [(a, 0.5), (b, 0.9), (None, 1.0), (b, 0.2), (c, 0.5), (a, 0.4)]
@@ -368,11 +346,10 @@ def test_vectors_and_gradients_stay_bounded_at_the_published_depth(dtype):
 
 
 @pytest.mark.parametrize("pattern, tolerance", (("a", 0.01), ("kkka", 0.15)))
-@pytest.mark.parametrize("n_grad", (1, 2))
-def test_flops_are_those_that_pytorch_counts(pattern, tolerance, n_grad, monkeypatch):
+def test_flops_are_those_that_pytorch_counts(pattern, tolerance, monkeypatch):
     """With causal attention in full, and the products of KDA in the open, but for its solves."""
     monkeypatch.setattr(kda, "kda_op", lambda *a: kda.chunk_op(*a[:-1]))
-    model = trm(n_embd=96, n_ff=256, layer_pattern=pattern, n_recursion=3, n_grad=n_grad).train()
+    model = trm(n_embd=96, n_ff=256, layer_pattern=pattern, n_recursion=3, n_grad=2).train()
     puzzle = torch.randint(tok.CELL0, tok.CELL0 + 10, (2, 64))
     for mode, idx in (("text", text(2, 64)), ("puzzle", puzzle)):
         for training in (False, True) if pattern == "a" else (False,):  # the open products have no gradient
@@ -384,14 +361,3 @@ def test_flops_are_those_that_pytorch_counts(pattern, tolerance, n_grad, monkeyp
                         model(idx, None if mode == "text" else idx, mode=mode)
             want = model.flops_per_token(64 if mode == "puzzle" else 2 * 64, mode, training) * idx.numel()
             assert abs(counted.get_total_flops() / want - 1) < tolerance, (mode, training)
-
-
-@pytest.mark.parametrize("stage", (0, 1, 2, 3))
-def test_configs_of_all_stages_build_the_published_recursion(stage):
-    path = Path(__file__).parent.parent / f"config/route_b_stage{stage}.py"
-    config = {name: value for name, value, *_ in configurator.read_config_file(str(path))}
-    with torch.device("meta"):
-        model = checkpoint.make_model(config["model"], config)
-    c = model.config
-    assert 98e6 <= model.num_params() <= 102e6 and c.block_size == config["block_size"]
-    assert (c.n_latent, c.n_recursion, c.n_grad, c.n_sup) == (6, 3, 1, 16)

@@ -63,13 +63,7 @@ def make_task(seed, demos=2, tests=1, side=3):
     return arc.Task(f"t{seed}", "arc", [pair() for _ in range(demos)], [pair() for _ in range(tests)])
 
 
-TASKS = [
-    make_task(0),
-    make_task(1, demos=1, tests=2),
-    make_task(2, demos=3),
-    make_task(3, demos=1, side=5),
-    make_task(0),
-]
+TASKS = [make_task(0), make_task(1, 1, tests=2), make_task(2, 3), make_task(3, 1, side=5), make_task(0)]
 
 
 def puzzle_batch(puzzle_format, seeds, length=None):
