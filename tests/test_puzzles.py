@@ -73,8 +73,7 @@ def test_solver_finds_every_solution_of_partial_grids():
         expected = sorted(solved_otherwise(puzzle, 1000))
         assert sorted(s.tolist() for s in solve_sudoku(puzzle, limit=1000)) == expected
         assert len(solve_sudoku(puzzle)) == min(2, len(expected))
-    puzzle[0] = 1
-    assert solve_sudoku(puzzle) == []
+    assert solve_sudoku(np.pad([[0, 1], [1, 1]], (0, 2))) == []  # givens that contradict each other
 
 
 @pytest.mark.parametrize("size, blanks", [(4, 6), (9, 30)])
