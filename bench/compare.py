@@ -170,12 +170,15 @@ def rate_at(share):
     return min(1.0, share / WARMUP, (1 - share) / DECAY)
 
 
+def moving_average(average, value, n):
+    """Follows closely early on, as in train.py: there is little to average."""
+    return average.lerp(value, 1 - min(EMA, (1 + n.item()) / (10 + n.item())))
+
+
 def train_rival(c, net, loss_of, batches, evaluate):
     """Train for c.seconds of this thread; evaluate(averaged net) at every point. Returns the curve."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=c.rival_learning_rate, betas=BETAS, weight_decay=0.1)
-    average = torch.optim.swa_utils.AveragedModel(
-        net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(EMA)
-    )
+    average = torch.optim.swa_utils.AveragedModel(net, avg_fn=moving_average)
     spent, tokens, steps, curve = 0.0, 0, 0, []
     while spent < c.seconds:
         batch = batches[steps % len(batches)]
