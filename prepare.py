@@ -293,6 +293,8 @@ def main(argv):
     command, *arguments = words or [""]
     try:
         if command not in commands:
+            if not command:
+                raise ValueError(f"say what to do: {', '.join(commands)} (--help)")
             closest = difflib.get_close_matches(command, commands, n=1, cutoff=0)[0]
             raise ValueError(f"unknown command {command!r}: the closest is {closest!r} (--help lists them)")
         if len(arguments) != (command in WITH_ARGUMENT):

@@ -52,11 +52,11 @@ def activation_bytes(net, c):
     idx = torch.randint(0, tok.N_GPT2, (1, T), generator=torch.Generator().manual_seed(0))
     per_token = saved_bytes(net, idx, torch.bfloat16) / T  # as many bytes as float16, which few CPUs can
     text_passes = net.passes("text")[1] if c.model == "trm" else 1
-    if c.recompute:  # the inputs of all blocks, and one block as a whole while it is gone through again
-        net.config.recompute = False
-        per_token += saved_bytes(net, idx, torch.bfloat16) / T / (net.config.n_layer * text_passes)
     if c.model == "trm":  # a puzzle keeps more passes through the core than text
         per_token *= max(1, net.passes("puzzle")[1] / text_passes)
+    if c.recompute:  # beside the inputs of all blocks, one block as a whole while it is gone through again
+        net.config.recompute = False
+        per_token += saved_bytes(net, idx, torch.bfloat16) / T / (net.config.n_layer * text_passes)
     return per_token
 
 

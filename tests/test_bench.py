@@ -152,6 +152,8 @@ def test_plan_counts_tokens_hours_and_memory(config, tmp_path, capsys):
     assert (
         f"hours: {tokens / 10 / 3600:.1f} at 10 tokens/s" in out and "kB a token" in out and "of 16 GB" in out
     )
+    plan.main([config, "--model=trm", "--recompute=True"])
+    assert "for the carries of puzzles" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="error: card must be one of"):
         plan.main([config, "--card=T1000"])
 
