@@ -416,8 +416,7 @@ def main(argv):
         evaluation.collect()
         publication.collect()
         due = due or step % eval_interval == 0 or step == max_iters or bool(stopping)
-        overflow = scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1
-        if due and (finite or overflow):  # else what is on disk is better
+        if due and loop.worth_saving(loss, finite, scaler):
             loop.check_weights(net, average, step, config)
             if not stopping:
                 validate()

@@ -289,9 +289,7 @@ def main(argv):
         evaluation.collect()
         publication.collect()
         due = due or step % eval_interval == 0 or step == max_iters or bool(stopping)
-        # a step that float16 skips to find its scale is no reason not to save; another one is
-        overflow = scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1
-        if due and (finite or overflow):
+        if due and loop.worth_saving(loss, finite, scaler):
             loop.check_weights(net, average, step, config)
             if not stopping:
                 loop.validate(run, net, average, loader, autocast, here, config)

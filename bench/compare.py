@@ -218,31 +218,26 @@ def rival_trm(c, seed, tasks):
         grids = [np.stack([t.test[0][i].ravel() for t in some]).astype(np.int64) + 1 for i in (0, 1)]
         return torch.from_numpy(grids[0]), torch.from_numpy(grids[1])
 
+    def named(inputs, labels):
+        identifiers = torch.zeros(len(inputs), dtype=torch.long)
+        return {"inputs": inputs, "labels": labels, "puzzle_identifiers": identifiers}
+
     made = [draw(c.puzzle, rng) for _ in tqdm(range(c.n_train), desc="puzzles", leave=False)]
     batches = [as_batch(made[i : i + c.rival_rows]) for i in range(0, len(made) - c.rival_rows, c.rival_rows)]
     carry = None
 
     def loss_of(net, batch):
         nonlocal carry
-        inputs, labels = batch
-        data = {
-            "inputs": inputs,
-            "labels": labels,
-            "puzzle_identifiers": torch.zeros(len(inputs), dtype=torch.long),
-        }
+        data = named(*batch)
         if carry is None:
             carry = net.initial_carry(data)
         carry, loss, *_ = net(return_keys=[], carry=carry, batch=data)
-        return loss / len(inputs)
+        return loss / len(batch[0])
 
     @torch.no_grad()
     def evaluate(net):
         inputs, labels = as_batch(tasks)
-        data = {
-            "inputs": inputs,
-            "labels": labels,
-            "puzzle_identifiers": torch.zeros(len(inputs), dtype=torch.long),
-        }
+        data = named(inputs, labels)
         state, found = net.initial_carry(data), {}
         for step in range(1, max(c.n_sup) + 1):
             state.halted = torch.full_like(state.halted, step == 1)

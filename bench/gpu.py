@@ -180,7 +180,10 @@ def part_learn(c, device):
     folder = Path(c.out_dir) / "learn"
     tiny = [f"--{k}={v}" for k, v in TINY.items()] + ["--block_size=256"] if c.quick else []
     rows = []
-    for where, more in ((device, [f"--max_hours={c.seconds / 3600}"]), ("cpu", ["--max_iters=20"])):
+    runs = {device: f"--max_hours={c.seconds / 3600}"}
+    if device != "cpu":
+        runs["cpu"] = "--max_iters=20"
+    for where, until in runs.items():
         command = [sys.executable, "train.py", "config/route_a_demo.py", *tiny, f"--data_dir={c.data_dir}"]
         command += [
             f"--out_dir={folder / where}",
@@ -188,9 +191,7 @@ def part_learn(c, device):
             "--log_interval=5",
             f"--device={where}",
         ]
-        if rows and where == device:
-            break
-        subprocess.run([*command, *more], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*command, until], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         for entry in runtime.read_log(folder / where / "log.jsonl"):
             if "loss" in entry and entry["iter"] in (5, 10, 15, 20, 50, 100, 150, 200, 250):
                 figures = {k: entry.get(k) for k in ("iter", "loss", "tokens_per_second", "mfu")}

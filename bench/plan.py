@@ -16,6 +16,7 @@ import torch
 
 import configurator
 import train
+from bench.train import read_with_train
 from smol import checkpoint, loader, runtime
 from smol import tokenizer as tok
 
@@ -108,14 +109,11 @@ def plan(o, c, what):
 
 
 def main(argv):
-    own = {
-        word for word in argv if word.partition("=")[0].removeprefix("--") in configurator.settings(globals())
-    }
-    options, _ = configurator.read(globals(), [word for word in argv if word in own or word == "--help"])
-    config, _ = configurator.read(vars(train), [word for word in argv if word not in own])
-    what = " ".join(word for word in argv if word not in own) or "train.py"
+    options, config = read_with_train(globals(), argv)
+    config = config or configurator.settings(vars(train))
+    what = " ".join(word for word in argv if word.partition("=")[0].removeprefix("--") not in options)
     try:
-        plan(SimpleNamespace(**options), SimpleNamespace(**config), what)
+        plan(SimpleNamespace(**options), SimpleNamespace(**config), what or "train.py")
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
 

@@ -261,16 +261,17 @@ def print_row(row):
     print(LAYOUT.format(*cells), flush=True)
 
 
+def read_with_train(script_globals, argv):
+    """(settings of a bench, settings of train.py or None where argv has none of them)."""
+    names = configurator.settings(script_globals)
+    own = [w for w in argv if w == "--help" or w.partition("=")[0].removeprefix("--") in names]
+    options, _ = configurator.read(script_globals, own)
+    others = [word for word in argv if word not in own]
+    return options, configurator.read(vars(train), others)[0] if others else None
+
+
 def main(argv):
-    own = [
-        word for word in argv if word.partition("=")[0].removeprefix("--") in configurator.settings(globals())
-    ]
-    if "--help" in argv or own == list(argv):
-        config = None
-        options, _ = configurator.read(globals(), argv)
-    else:
-        options, _ = configurator.read(globals(), own)
-        config, _ = configurator.read(vars(train), [word for word in argv if word not in own])
+    options, config = read_with_train(globals(), argv)
     c, device = SimpleNamespace(**options), "cuda" if torch.cuda.is_available() else "cpu"
     threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
     print(f"{runtime.device_name(device)}{threads}, torch {torch.__version__}")

@@ -149,6 +149,11 @@ def optimizer_step(optimizers, scaler, finite):
         optimizer.zero_grad(set_to_none=True)
 
 
+def worth_saving(loss, finite, scaler):
+    """A step that float16 skips to find its scale is no reason not to save; any other skipped step is."""
+    return finite or (scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1)
+
+
 def count_step(run, seconds, tokens, finite):
     """One more step in the counters of a run."""
     run["iter"] += 1

@@ -440,6 +440,7 @@ class Rows:
     def __iter__(self):
         while self.part < len(self.parts):
             name, open_part = self.parts[self.part]
+            of_lines = reader_of(Path(name)) == "text"
             with in_one_line(name, self.row):
                 self.data = open_part()
                 if self.data and self.inside:
@@ -451,7 +452,7 @@ class Rows:
                 if row is None:
                     break
                 self.row += 1
-                if reader_of(Path(name)) == "text":
+                if of_lines:
                     row = row["text"]
                     if not row.strip():
                         continue
