@@ -386,16 +386,21 @@ class Model(nn.Module):
         """
         idx (B, T). In mode "text" a row holds many documents, in mode "puzzle" one. Returns (logits (B, T,
         vocab_size), None, None), or with targets (B, T), IGNORE where there is no loss, (None, loss, None).
-        The loss is the mean over tokens in mode "text", and over rows of each row's mean in mode "puzzle".
-        carry is Route B's.
+        The loss is the mean over tokens in mode "text", and over rows of each row's mean in mode "puzzle",
+        where it is among GRID_IDS alone: an answer is written with nothing else. carry is Route B's.
         """
         x = self.hidden(idx, document_starts(idx) if mode == "text" else None)
         if targets is None:
             return F.linear(x, self.wte.weight), None, None
         keep = targets != IGNORE
-        rows = keep.nonzero()[:, 0]  # (N,)
-        share = row_shares(rows, len(idx)) if mode == "puzzle" else torch.ones_like(rows) / len(rows)
-        return None, linear_cross_entropy(x[keep], self.wte.weight, targets[keep], share), None
+        x, targets, rows = x[keep], targets[keep], keep.nonzero()[:, 0]  # (N, n_embd), (N,), (N,)
+        if mode == "text":
+            share = torch.ones_like(rows) / len(rows)
+            return None, linear_cross_entropy(x, self.wte.weight, targets, share), None
+        ids = torch.tensor(engine.GRID_IDS, device=x.device)
+        logits = F.linear(x, self.wte.weight[ids]).float()  # (N, 12)
+        loss = F.cross_entropy(logits, (targets[:, None] == ids).long().argmax(1), reduction="none")
+        return None, (loss * row_shares(rows, len(idx))).sum(), None
 
     def answer(self, tasks, samples=1, temperature=1.0, seed=0):
         """Solve tasks, whose test outputs are not read: engine.answer_tasks."""

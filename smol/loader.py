@@ -6,8 +6,9 @@ augmentation, which pair is the test all follow from the seed, the source and n.
 loader's whole state.
 
   text      shards are one long string of tokens, cut into windows, in a new order every epoch
-  puzzles   a document is decoded, seen through a random symmetry, with a random pair as its test, and written
-            in the model's format; rows of similar length wait in buckets, and a full bucket is a batch
+  puzzles   a document is decoded, seen through a random symmetry, its pairs in a random order and as many as
+            fit, and written in the model's format; rows of similar length wait in buckets, and a full bucket
+            is a batch
 
 Every batch has about batch_size * block_size tokens: short puzzles come in larger batches. Every process goes
 through the same draws and keeps the batches that are its own, so the batches of a step do not depend on how
@@ -91,14 +92,17 @@ class Shards:
 # rows
 
 
-def puzzle_row(document, puzzle_format, augment, rng=None):
+def puzzle_row(document, puzzle_format, augment, rng=None, block_size=None):
     """
-    One document (uint16 ids of a task) as a row: (idx, targets), int64 of equal length, loss on the answer.
+    One document (uint16 ids of a task) as a row: (idx, targets), int64 of equal length.
 
-    puzzle_format "autoregressive": the document shifted by one; targets are the test output and its end.
+    puzzle_format "autoregressive": the document shifted by one; targets are the outputs of all pairs but the
+    first, which nothing explains, and after each the <|endoftext|> that ends an answer.
     puzzle_format "canvas": demonstrations, then the test input on a canvas; every cell of it is a target.
     augment: "none", "dihedral" or "arc", as in arc.random_augment, or "sudoku", as in puzzles.shuffle_sudoku.
-    The order of the pairs changes too, so any may be the test. rng None: the document as it is.
+    The order of the pairs changes too, so any may be the test. rng None, for validation: the document as it
+    is, and loss on the last output alone. Demonstrations that do not fit into block_size are left out, the
+    first ones, but for one: a row may still be longer.
     """
     kind, pairs = arc.decode(document)
     if rng is not None:
@@ -108,13 +112,28 @@ def puzzle_row(document, puzzle_format, augment, rng=None):
         pairs = [pairs[i] for i in rng.permutation(len(pairs))]
         if symmetry != arc.IDENTITY:
             pairs = [(arc.augment(symmetry, x), arc.augment(symmetry, y)) for x, y in pairs]
+    make = read_row if puzzle_format == "autoregressive" else canvas_row
+    row = make(kind, pairs, last_only=rng is None)
+    while block_size and len(row[0]) > block_size and len(pairs) > 2:
+        pairs = pairs[1:]
+        row = make(kind, pairs, last_only=rng is None)
+    return row
+
+
+def read_row(kind, pairs, last_only):
+    """A row for a model that reads left to right."""
+    ids = arc.encode(kind, pairs).astype(np.int64)
+    idx, targets = ids[:-1], np.full(len(ids) - 1, IGNORE)
+    starts = np.flatnonzero(idx == tok.OUTPUT)  # there the first cell is predicted
+    for start, (_, y) in list(zip(starts, pairs))[-1 if last_only or len(pairs) == 1 else 1 :]:
+        n = y.shape[0] * (y.shape[1] + 1)
+        targets[start : start + n + 1] = [*ids[start + 1 : start + n + 1], tok.EOT]
+    return idx, targets
+
+
+def canvas_row(kind, pairs, last_only):
+    """A row for a model that fills in all cells at once, of the last output alone in any case."""
     *demos, (test_input, test_output) = pairs
-    if puzzle_format == "autoregressive":
-        ids = arc.encode(kind, pairs).astype(np.int64)
-        idx, targets = ids[:-1], ids[1:].copy()
-        h, w = test_output.shape
-        targets[: -h * (w + 1) - 1] = IGNORE
-        return idx, targets
     # One task in seventy has an output larger than could be guessed: it is learned from all the same.
     guessed = arc.canvas_shape(demos, test_input)
     shape = tuple(max(a, b) for a, b in zip(guessed, test_output.shape))
@@ -194,7 +213,7 @@ class Puzzles:
     def row(self, n):
         rng = draw_rng(self.seed, self.name, n)
         document = self.shards.document(int(rng.integers(self.shards.n_documents)))
-        return puzzle_row(document, self.puzzle_format, self.augment, rng)
+        return puzzle_row(document, self.puzzle_format, self.augment, rng, self.block_size)
 
     def next_batch(self, build=True):
         skipped = 0
@@ -319,7 +338,7 @@ class Loader:
             return {self.block_size: rows} if rows else {}
         lengths = {}
         for i in range(min(shards.n_documents, n * self.batch_size)):
-            row = puzzle_row(shards.document(i), self.puzzle_format, "none")
+            row = puzzle_row(shards.document(i), self.puzzle_format, "none", block_size=self.block_size)
             if len(row[0]) <= self.block_size:
                 lengths.setdefault(min(bucket_length(len(row[0])), self.block_size), []).append(row)
         return lengths

@@ -6,7 +6,8 @@ direction. Muon moves it as far in all directions (Jordan et al., kellerjordan.g
 update is the momentum with its singular values made alike. What that brings is in LOG.md.
 
 torch.optim.Muon does it from PyTorch 2.9 on, in bfloat16. Kaggle's T4s want PyTorch 2.6
-(requirements-kaggle.txt) and have no bfloat16: for them the same optimizer is here, with the same state.
+(requirements-kaggle.txt) and have no bfloat16, nor have most CPUs, where it is emulated and takes longer than
+the rest of a step (LOG.md): for them the same optimizer is here, with the same state.
 """
 
 import torch
@@ -35,7 +36,7 @@ def muon_and_adamw(model, weight_decay, learning_rate, betas):
     """
     matrices, rest = split_parameters(model, weight_decay)
     settings = {"lr": learning_rate, "weight_decay": weight_decay}
-    if hasattr(torch.optim, "Muon") and half(matrices["params"][0].device) == torch.bfloat16:
+    if hasattr(torch.optim, "Muon") and fast_dtype(matrices["params"][0].device) == torch.bfloat16:
         muon = torch.optim.Muon(matrices["params"], **settings, adjust_lr_fn="match_rms_adamw")
     else:
         muon = Muon(matrices["params"], **settings)
@@ -64,19 +65,21 @@ class Muon(torch.optim.Optimizer):
                 p.add_(orthogonal(ahead), alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
 
 
-def half(device):
-    """The half-precision dtype that has tensor cores on `device`: float16 on a GPU older than bfloat16."""
-    return torch.float16 if runtime.pick_dtype("auto", str(device)) == "float16" else torch.bfloat16
+def fast_dtype(device):
+    """The shortest dtype in which `device` multiplies matrices fast: float16 on a GPU without bfloat16."""
+    if device.type == "cpu":
+        return torch.bfloat16 if runtime.cpu_has_bfloat16() else torch.float32
+    return getattr(torch, runtime.pick_dtype("auto", str(device)))
 
 
 def orthogonal(m):
     """
-    m (R, C) -> about U V^T of its decomposition U S V^T, in half precision: five times X <- a X + (b A + c
+    m (R, C) -> about U V^T of its decomposition U S V^T, in fast_dtype: five times X <- a X + (b A + c
     A^2) X with A = X X^T. This odd polynomial (Jordan et al.) is steepest at 0, so even small singular values
     arrive, somewhere between 0.7 and 1.2: near enough.
     """
     wide = m if m.shape[0] <= m.shape[1] else m.T
-    x = (wide / wide.norm().clamp(min=1e-7)).to(half(m.device))
+    x = (wide / wide.norm().clamp(min=1e-7)).to(fast_dtype(m.device))
     for _ in range(5):
         a = x @ x.T
         x = torch.addmm(x, torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)

@@ -253,7 +253,11 @@ def test_an_augmented_row_is_a_symmetry_of_its_document(augment):
         pairs = arc.decode(document)[1]
         idx, targets = puzzle_row(document, "autoregressive", augment, np.random.default_rng(n))
         got = arc.decode(np.append(idx, tok.EOT))[1]
-        assert np.array_equal(targets[targets != IGNORE], [*arc.encode_grid(got[-1][1]), tok.EOT])
+        answers = [[*arc.encode_grid(y), tok.EOT] for _, y in got[min(1, len(got) - 1) :]]
+        assert np.array_equal(targets[targets != IGNORE], np.concatenate(answers))
+        same = targets == np.append(idx[1:], tok.EOT)  # the next token, but at the end of a demonstration
+        assert np.array_equal(same | (targets == tok.EOT), targets != IGNORE)
+        assert (idx[1:][(targets == tok.EOT)[:-1]] == tok.INPUT).all()
         # of several explanations, the one without new colours
         found = min(symmetries(got, pairs), key=lambda found: sum(a != b for a, b in found[1].items()))
         turns.add(found[0])
@@ -295,7 +299,28 @@ def test_puzzle_batches_are_full_but_never_too_large(data, puzzle_format):
         assert (batch.targets != IGNORE).any(1).all() and batch.tokens == lengths.sum()
 
 
-def test_rows_longer_than_the_block_are_skipped(tmp_path):
+@FORMATS
+def test_demonstrations_that_do_not_fit_are_left_out(puzzle_format):
+    """The first ones, in the order that was drawn, and no more than needed; of two pairs none."""
+    left_out = 0
+    for n, document in enumerate(puzzle_documents(60, low=2, most=6)):
+        kind, pairs = arc.decode(document)
+        whole, _ = puzzle_row(document, puzzle_format, "arc", np.random.default_rng(n))
+        idx, targets = puzzle_row(document, puzzle_format, "arc", np.random.default_rng(n), block_size=60)
+        count, drawn = (int((ids == tok.OUTPUT).sum()) for ids in (idx, whole))
+        assert len(idx) <= 60 or count == min(2, len(pairs))
+        assert (targets != IGNORE).any() and idx[0] == whole[0]
+        starts = np.flatnonzero(whole == tok.INPUT)
+        if count < drawn:
+            left_out += 1
+            assert count >= 2
+            if puzzle_format == "autoregressive":
+                assert np.array_equal(idx[1:], whole[starts[drawn - count] :])
+                assert len(idx) + starts[drawn - count] - starts[drawn - count - 1] > 60
+    assert left_out > 20
+
+
+def test_rows_that_are_still_longer_are_skipped(tmp_path):
     """However many among few short ones. (10,000 in a row are an error: test_ahead_passes_errors_on.)"""
     short, long = (puzzle_documents(1, low=side, high=side, most=1) for side in (1, 5))
     data = write_stage(tmp_path, [("mixed", "puzzle", "train", "none", short + 29 * long)])
@@ -398,7 +423,8 @@ def test_validation_rows_are_held_out_and_not_augmented(data):
     assert set(rows) == windows  # asked for enough, all of it
 
     loader = make(data, weights={"grids": 1, "sudoku": 0}, batch_size=4, block_size=128)
-    documents = [tuple(d[:-1].tolist()) for d in puzzle_documents(30, seed=1)]
+    rows = [puzzle_row(d, "autoregressive", "none", block_size=128) for d in puzzle_documents(30, seed=1)]
+    documents = [tuple(idx.tolist()) for idx, _ in rows]
     for n in (1, 3, 9):  # at most n * batch_size of each source, the first ones
         batches = [idx for name, _, idx, _ in val(loader, "puzzle", n) if name == "grids"]
         rows = [tuple(t for t in row if t != tok.PAD) for idx in batches for row in idx]
