@@ -206,9 +206,9 @@ def show(c, name):
     if name not in table.SOURCES:
         closest = difflib.get_close_matches(name, table.SOURCES, n=1, cutoff=0)[0]
         raise ValueError(f"unknown source {name!r}: the closest is {closest!r}")
-    where, _ = pipeline.find_rows(c, Path(c.data_dir), name)
+    where, about = pipeline.find_rows(c, Path(c.data_dir), name)
     if where is None:
-        raise ValueError(f"{name} has no folder in {c.source_dir}")
+        raise ValueError(f"{name}: {about}")
     pictures, texts = [], []
     for _, row in itertools.islice(table.open_rows(name, where, c.seed, 0, None), 24):
         task, _, pieces = table.instantiate(table.to_document(name, row))

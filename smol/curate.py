@@ -497,11 +497,14 @@ class EvaluationOutputs:
 
 
 class HeldOut:
-    """The generated puzzles that are evaluated on, recognised also behind an augmentation of the loader's."""
+    """
+    The generated puzzles that are evaluated on, recognised also behind an augmentation of the loader's.
+    names: of suites on grids.
+    """
 
-    def __init__(self):
+    def __init__(self, names):
         self.questions = {question for task in suites.load("logic") for question, _ in task.test}
-        tasks = [task for name in suites.ON_GRIDS for task in suites.load(name)]
+        tasks = [task for name in names for task in suites.load(name)]
         self.hashes = {arc.task_hash(task) for task in tasks}
         # whoever has learned the 288 filled 4x4 grids solves any sudoku of them, so no answer may be shared
         self.answers = {t.test[0][1].tobytes() for t in tasks if is_sudoku4(t)}
@@ -533,6 +536,6 @@ def evaluation_outputs():
 
 
 @functools.cache
-def held_out():
-    """HeldOut, made once: its puzzles are generated anew."""
-    return HeldOut()
+def held_out(of_arc=False):
+    """HeldOut, made once: its puzzles are generated anew. of_arc: RE-ARC's too, which take seconds."""
+    return HeldOut([*suites.ON_GRIDS, *(["rearc"] if of_arc and suites.found("rearc") else [])])

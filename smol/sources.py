@@ -38,7 +38,7 @@ from pathlib import Path
 
 import numpy as np
 
-from smol import arc, programs, puzzles
+from smol import arc, programs, puzzles, rearc
 from smol import tokenizer as tok
 
 LANES = 8
@@ -61,6 +61,7 @@ class Source:
     augment: str = "none"  # what the loader may do to a puzzle
     suite: str | None = None  # of held-out puzzles (suites.py) that the source is validated on
     rows: Callable | None = None  # of what Python brings along: () -> list of rows, dicts with a "name"
+    package: str = ""  # that it is made with and requirements.txt lacks: how to install it
 
 
 # -----------------------------------------------------------------------------
@@ -251,11 +252,26 @@ def augmented(tasks_of):
     return document
 
 
+def new_pairs(difficulty, tokens):
+    """RE-ARC's tasks of three to five pairs and at most so many tokens."""
+
+    def document(rng, index):
+        family = str(rng.choice(list(rearc.families())))
+        task = rearc.task(rng, family, int(rng.integers(3, 6)), difficulty, tokens)
+        if task is None:
+            raise OddRow("few_pairs_that_fit", f"{family}: no three pairs within {tokens:,} tokens")
+        return task
+
+    return document
+
+
 # -----------------------------------------------------------------------------
 # the table. Columns, splits and licences are those of the datasets' cards on the hub, as far as a copy of the
 # card could be read; elsewhere the entry says what was seen instead.
 
 OURS = "generated here"
+REARC = {"kind": "puzzle", "augment": "arc", "suite": "rearc", "package": rearc.INSTALL}
+REARC_LICENCE = "MIT (RE-ARC), Apache-2.0 (reasoning-gym)"
 HRM = {"files": "train.csv", "columns": ("source", "question", "answer", "rating"), "kind": "puzzle"}
 
 SOURCES = {
@@ -317,6 +333,10 @@ SOURCES = {
     "langref": Source("web", "PSF-2.0", column("text"), "dialogue", rows=language_reference),
     "docstrings": Source("web", "PSF-2.0", docstrings, "dialogue", rows=stdlib),
     "arc": Source("arc", "Apache-2.0", augmented(arc_tasks), kind="puzzle", augment="arc"),
+    # difficulty and length grow with the stages: what fits block_size there
+    "rearc": Source("arc", REARC_LICENCE, new_pairs((0, 0.3), 1024), **REARC),
+    "rearc_medium": Source("arc", REARC_LICENCE, new_pairs((0, 0.6), 2048), **REARC),
+    "rearc_hard": Source("arc", REARC_LICENCE, new_pairs((0, 1), 4096), **REARC),
     # demonstrations of evaluation tasks, never their tests: only with --eval_demos=True
     "arc_eval_demos": Source("arc", "Apache-2.0", augmented(arc_eval_demos), kind="puzzle", augment="arc"),
 }
@@ -351,6 +371,9 @@ WEIGHTS = {
     "graphs": (1, 1, 1),
     "logic": (1, 1, 1),
     "arc": (1, 1, 1),
+    "rearc": (2, 0, 0),
+    "rearc_medium": (0, 2, 0),
+    "rearc_hard": (0, 0, 2),
 }
 
 
@@ -371,6 +394,8 @@ STAGES = {
             stdlib=1, langref=1, docstrings=2, arithmetic=1, sudoku4=6, sudoku9=1, maze=2, transforms=1, arc=1
         ),
     ),
+    # for hours on a CPU: none of the pairs that ARC itself has, neither for training nor for validation
+    "arc_cpu": (60, {"arc": 1.0}, {"rearc": 1}),
     # the first thousand puzzles of the file, each seen through a new symmetry at every draw
     "sudoku_extreme": (0.74, {"synth": 1.0}, {"sudoku_extreme": 1}),
 }

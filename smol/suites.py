@@ -5,6 +5,7 @@ arc1, arc2         ARC-AGI-1's evaluation set (400 tasks), ARC-AGI-2's public ev
 sudoku             sudoku4; sudoku9, sudoku9_medium, sudoku9_hard (30, 42 and 54 blanks); sudoku_extreme
 maze               7x7 mazes; maze_hard (30x30)
 transforms         grid programs of one step
+rearc              RE-ARC: pairs that are not trained on, one task for each family that fits 1,024 tokens
 logic              puzzles in words: who sits where, knights and knaves
 language           short questions, small functions, bits per byte, which language.py measures
 lm_eval:NAME,NAME  lm-eval's benchmarks
@@ -33,7 +34,7 @@ from pathlib import Path
 
 import numpy as np
 
-from smol import arc, programs, puzzles, sources
+from smol import arc, programs, puzzles, rearc, sources
 
 ARC_SUITES = {"arc1": "arc1_eval", "arc2": "arc2_eval"}
 FILES = {"sudoku_extreme": sources.sudoku_extreme, "maze_hard": sources.maze_hard}
@@ -63,7 +64,7 @@ GROUPS = {
     "sudoku": ("sudoku4", "sudoku9", "sudoku9_medium", "sudoku9_hard", "sudoku_extreme"),
     "maze": ("maze", "maze_hard"),
 }
-SUITES = (*ARC_SUITES, *GROUPS["sudoku"], *GROUPS["maze"], "transforms", "logic")
+SUITES = (*ARC_SUITES, "rearc", *GROUPS["sudoku"], *GROUPS["maze"], "transforms", "logic")
 ALL = ", ".join((*SUITES, "sudoku", "language", "lm_eval:NAME"))
 
 
@@ -73,7 +74,9 @@ def is_tasks(name):
 
 
 def found(name):
-    """Is the suite there? Those of FILES may not be."""
+    """Is the suite there? Those of FILES may not be, and RE-ARC's generators neither."""
+    if name == "rearc":
+        return rearc.installed() is not None
     return name not in FILES or (RAW / name / "test.csv").is_file()
 
 
@@ -98,6 +101,8 @@ def names(text):
             raise ValueError(f"unknown suite {name!r}: did you mean {closest!r}? There are {ALL}")
         elif name in GROUPS:
             out += filter(found, GROUPS[name])
+        elif not found(name) and name == "rearc":
+            raise ValueError(f"suite {name!r} needs RE-ARC's generators: {rearc.INSTALL}")
         elif not found(name):
             raise ValueError(f"suite {name!r} needs {RAW / name / 'test.csv'}, which is not there")
         else:
@@ -114,6 +119,12 @@ def load(name):
         return tuple(arc.load(ARC_SUITES[name]))
     if name in FILES:
         return tuple(read_csv(RAW / name / "test.csv", name))
+    if name == "rearc":
+        made = (
+            rearc.task(np.random.default_rng([4040, i]), f, 4, (0, 0.3), 1024)
+            for i, f in enumerate(rearc.families())
+        )
+        return tuple(task for task in made if task)
     seed, n, make = GENERATED[name]
     rng, tasks, seen = np.random.default_rng(seed), [], set()
     while len(tasks) < n:

