@@ -77,18 +77,22 @@ class Draws(random.Random):
         return super().getrandbits(k)
 
 
-def pair(family, chance, difficulty):
-    """-> (input, output); None where the generator fails, the verifier disagrees or nothing changes."""
+def pair(family, chance, difficulty, room):
+    """
+    -> (input, output, tokens) within so many tokens. None where the pair is larger or changes nothing, its
+    generator fails or its verifier disagrees.
+    """
     generate, verify = families()[family]
     chance.left = MOST_DRAWS
     try:
         made = generate(chance, *difficulty)
-        if verify(made["input"]) != made["output"]:
-            return None
         x, y = arc.validate_grid(made["input"]), arc.validate_grid(made["output"])
+        tokens = sum(1 + grid.shape[0] * (grid.shape[1] + 1) for grid in (x, y))
+        # the verifier last, for it takes most of the time
+        good = tokens <= room and not np.array_equal(x, y) and verify(made["input"]) == made["output"]
     except Exception:  # noqa: BLE001 (one in a thousand runs into a corner that its author did not see)
         return None
-    return None if np.array_equal(x, y) else (x, y)
+    return (x, y, tokens) if good else None
 
 
 def task(rng, family, n_pairs, difficulty, tokens):
@@ -99,11 +103,10 @@ def task(rng, family, n_pairs, difficulty, tokens):
     chance = Draws(int(rng.integers(2**63)))
     pairs, room = {}, tokens - 2  # the kind, end of text
     for _ in range(TRIES * n_pairs):
-        if found := pair(family, chance, difficulty):
-            size = sum(1 + grid.shape[0] * (grid.shape[1] + 1) for grid in found)
-            key = found[0].shape, found[0].tobytes()
-            if size <= room and key not in pairs:
-                pairs[key] = found
+        if found := pair(family, chance, difficulty, room):
+            x, y, size = found
+            if (x.shape, x.tobytes()) not in pairs:
+                pairs[x.shape, x.tobytes()] = x, y
                 room -= size
         if len(pairs) == n_pairs:
             break
