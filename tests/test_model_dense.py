@@ -10,6 +10,7 @@ from tiny import TASKS, dense, text
 from model_dense import Config, Model, cache_bytes, rope_3d
 from smol import arc, engine
 from smol import tokenizer as tok
+from smol.loader import IGNORE, pad_rows, puzzle_row
 
 
 @torch.no_grad()
@@ -103,6 +104,26 @@ def test_answers_are_greedy_decoding_by_hand_in_any_batch(seed, size, monkeypatc
             want, score = answer_by_hand(model, task, test_input)
             for ((grid, got),) in given:
                 assert grid.dtype == np.uint8 and np.array_equal(grid, want) and abs(got - score) < 1e-3
+
+
+@torch.no_grad()
+def test_puzzle_loss_is_cross_entropy_among_what_a_grid_is_written_with():
+    """Row by row, however many answers are learned from; no other word of the vocabulary counts."""
+    model = dense(3)
+    documents = [arc.encode(t.kind, [*t.train, *t.test]) for t in TASKS[:4]]
+    rows = [puzzle_row(d, "autoregressive", "arc", np.random.default_rng(5)) for d in documents]
+    want = 0.0
+    for idx, targets in rows:
+        logits = model(torch.from_numpy(idx)[None], mode="puzzle")[0][0]
+        parts = []
+        for at in np.flatnonzero(targets != IGNORE):
+            log_p = logits[at, engine.GRID_IDS].log_softmax(0)
+            parts.append(-log_p[engine.GRID_IDS.index(targets[at])])
+        want += sum(parts) / len(parts) / len(rows)
+    batch = pad_rows(rows, max(len(idx) for idx, _ in rows))
+    torch.testing.assert_close(model(*batch, mode="puzzle")[1], want, rtol=1e-4, atol=1e-5)
+    model.wte.weight[: tok.EOT] += 1.0  # words of text
+    torch.testing.assert_close(model(*batch, mode="puzzle")[1], want, rtol=1e-4, atol=1e-5)
 
 
 def test_draws_depend_on_seed_and_prompt_alone():

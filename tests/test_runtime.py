@@ -9,6 +9,7 @@ import scripts
 import torch
 
 from smol import runtime
+from smol.muon import fast_dtype
 
 
 def test_a_log_is_cut_back_to_a_step_and_cut_lines_are_dropped(tmp_path):
@@ -45,6 +46,19 @@ def test_cards_are_known_by_the_names_that_drivers_report():
         assert runtime.peak_flops(reported) == tflops * 1e12
     for unknown in ("CPU", "Quadro T400", "NVIDIA GB10"):
         assert runtime.peak_flops(unknown) is None
+
+
+@pytest.mark.parametrize("instructions", ("_is_avx512_bf16_supported", "_is_amx_tile_supported", None))
+def test_a_cpu_trains_in_bfloat16_where_it_has_it(instructions, monkeypatch):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == instructions)
+    for effect in ("keep_freed_memory", "start_processes"):
+        monkeypatch.setattr(runtime, effect, lambda *about: None)
+    want = "bfloat16" if instructions else "float32"
+    assert runtime.start("cpu", "auto") == ("cpu", want)
+    assert runtime.start("cpu", "float32") == ("cpu", "float32")
+    assert fast_dtype(torch.device("cpu")) == getattr(torch, want)  # of Muon
+    assert runtime.pick_dtype("auto", "cpu") == "float32"  # evaluation is the same on every CPU
 
 
 def test_device_and_dtype():
