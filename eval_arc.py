@@ -23,7 +23,7 @@ again. Figures of other models and suites that out_dir holds stay there. What is
         score                         mean share of a task's test outputs solved: what ARC Prize ranks by
         pass_1, pass_2, oracle        tasks solved with one attempt, two, any number
         too_long, unknown             tasks that do not fit into block_size; tasks without known outputs
-        protocol                      inductive, ttt, transductive: trained on demonstrations of these tasks
+        protocol                      inductive, ttt, and what was trained on: see suites.known
         against                       {other model: {only_this, only_other, p}}: exact McNemar test
     answers.jsonl      a line for every model, suite and task: see `judge`
 
@@ -80,7 +80,6 @@ RANGES = {
     "[0, 1]": "halt",
 }
 ARC_RULES = (*smol.suites.ARC_SUITES, "tasks")  # scored as ARC's rules say: two attempts
-EVAL_DEMOS = "arc_eval_demos"  # the source of demonstrations of evaluation tasks; never of test outputs
 ROWS_TOGETHER = 64  # views handed to a model at a time: what is lost when a run is killed
 
 # -----------------------------------------------------------------------------
@@ -404,7 +403,7 @@ def run(c, paths):
                 found = measure(name, model, about, suite, about["suites"].get(suite, {}), c.limit)
             else:
                 found = figures(records, attempts_of(suite))
-                found.update(available=len(tasks), **how_asked(about, settings, model))
+                found.update(available=len(tasks), **how_asked(about, settings, model, suite))
                 print(f"{name} {suite}: {found['solved']} of {found['total']} solved", flush=True)
             about["suites"][suite] = found
             save_json(results, os.path.join(folder, "eval.json"))
@@ -412,11 +411,10 @@ def run(c, paths):
         finish(results, [(name, suite) for name in models for suite in asked], folder)
 
 
-def how_asked(about, settings, model):
-    known = EVAL_DEMOS in about["data"]["sources"]
-    protocol = ["transductive"] * known + ["ttt"] * (settings.ttt_steps > 0)
+def how_asked(about, settings, model, suite):
+    protocol = [smol.suites.known(suite, about["data"]["sources"]), "ttt" * (settings.ttt_steps > 0)]
     return {
-        "protocol": " + ".join(protocol) or "inductive",
+        "protocol": " + ".join(filter(None, protocol)) or "inductive",
         "settings": dataclasses.asdict(settings),
         "n_sup": (settings.n_sup or model.config.n_sup) if about["model"] == "trm" else None,
     }

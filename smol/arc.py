@@ -130,42 +130,51 @@ def read_json(file):
         raise ValueError(f"{file} is not JSON: {e}") from None
 
 
+NO_TASKS = ("solutions.json", "sample_submission.json")  # of Kaggle's files
+
+
+def tasks_of_file(file, one=False):
+    """
+    -> {id: (JSON of a task, outputs of its tests or None)} of an ARC-style file: one task, whose id is the
+    file's name, or many, {id: task}. A file called ...challenges.json, Kaggle's name for one of many, is read
+    with the ...solutions.json beside it, {id: [output, ...]}. one: it is one task, whatever is in it.
+    """
+    content, challenges = read_json(file), file.endswith("challenges.json")
+    one = one and not challenges
+    if isinstance(content, dict):  # of many, "train" and "test" would be ids of tasks
+        one = one or any(isinstance(content.get(part), list) for part in ("train", "test"))
+    found = {os.path.basename(file).removesuffix(".json"): content} if one else content
+    if not isinstance(found, dict) or not found:
+        raise ValueError(f"{file} holds no tasks: {{id: task}} is wanted")
+    beside = file.removesuffix("challenges.json") + "solutions.json"
+    outputs = read_json(beside) if challenges and os.path.exists(beside) else {}
+    if not isinstance(outputs, dict):
+        raise ValueError(f"{beside} holds no solutions: {{id: [output, ...]}} is wanted")
+    return {task_id: (raw, outputs.get(task_id)) for task_id, raw in found.items()}
+
+
 def read_tasks(path):
     """
-    Tasks from elsewhere -> list[Task], sorted by id: a folder of ARC-style JSON files, one task each, named
-    by its id; one such file; or a JSON file of many, {id: task}. A file called ...challenges.json, Kaggle's
-    name for one of many, is read with the ...solutions.json beside it, {id: [output, ...]}, alone or in a
-    folder. A test input may come without its output, which is None then. ValueError, naming the file and the
-    mistake, in one line.
+    Tasks from elsewhere -> list[Task], sorted by id: one file that tasks_of_file reads, or a folder of files
+    with a task each; Kaggle's may be among them. A test input may come without its output, which is None
+    then. ValueError, naming the file and the mistake, in one line.
     """
     if not os.path.exists(path):
         raise ValueError(f"there is no {path}: name a folder of ARC-style .json files, or one file")
     files = [path]
     if os.path.isdir(path):
-        no_tasks = ("solutions.json", "sample_submission.json")
-        names = [f for f in sorted(os.listdir(path)) if f.endswith(".json") and not f.endswith(no_tasks)]
+        names = [f for f in sorted(os.listdir(path)) if f.endswith(".json") and not f.endswith(NO_TASKS)]
         files = [os.path.join(path, f) for f in names]
     if not files:
         raise ValueError(f"{path} holds no .json file: ARC-style tasks are wanted, one a file")
     tasks = {}
     for file in files:
-        content, challenges = read_json(file), file.endswith("challenges.json")
-        alone = file != path and not challenges
-        if isinstance(content, dict):  # of many, "train" and "test" would be ids of tasks
-            alone = alone or any(isinstance(content.get(part), list) for part in ("train", "test"))
-        found = {os.path.basename(file).removesuffix(".json"): content} if alone else content
-        if not isinstance(found, dict) or not found:
-            raise ValueError(f"{file} holds no tasks: {{id: task}} is wanted")
-        beside = file.removesuffix("challenges.json") + "solutions.json"
-        outputs = read_json(beside) if challenges and os.path.exists(beside) else {}
-        if not isinstance(outputs, dict):
-            raise ValueError(f"{beside} holds no solutions: {{id: [output, ...]}} is wanted")
-        for task_id, raw in found.items():
-            if task_id in outputs or task_id not in tasks:  # it may be there twice, once without outputs
+        for task_id, (raw, outputs) in tasks_of_file(file, one=file != path).items():
+            if outputs is not None or task_id not in tasks:  # it may be there twice, once without outputs
                 try:
-                    tasks[task_id] = to_task(task_id, raw, outputs.get(task_id))
+                    tasks[task_id] = to_task(task_id, raw, outputs)
                 except ValueError as e:
-                    where = f"{file} with {beside}" if task_id in outputs else file
+                    where = file if outputs is None else f"{file} with its solutions.json"
                     raise ValueError(f"{where}, task {task_id}: {e}") from None
     return [tasks[task_id] for task_id in sorted(tasks)]
 

@@ -536,6 +536,11 @@ def evaluation_outputs():
 
 
 @functools.cache
+def evaluation_ids():
+    return {task.id for name in EVALUATION_SETS for task in arc.load(name)}
+
+
+@functools.cache
 def held_out(of_arc=False):
     """HeldOut, made once: its puzzles are generated anew. of_arc: RE-ARC's too, which take seconds."""
     return HeldOut([*suites.ON_GRIDS, *(["rearc"] if of_arc and suites.found("rearc") else [])])

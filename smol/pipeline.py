@@ -120,8 +120,10 @@ def find_rows(c, data, name):
         version = rearc.installed()
         about = {"seed": c.seed, "reasoning-gym": version}
         return ({}, about) if version else (None, f"not installed ({source.package})")
-    if not source.repo:
+    if not source.is_read:
         return {}, {"seed": c.seed}
+    if not (c.source_dir or source.repo):
+        return None, f"only from --source_dir=DIR, in DIR/{name}"
     if not c.source_dir:
         where = {"revision": revision(data, source.repo)}
         return where, where
@@ -428,7 +430,9 @@ def choose(c, stage, part, earlier, make_more):
         make_more({part.name: have * min(part.target / max(so_far[-1], 1) * 1.02, 2) + 1})
     records = records[: enough[0]] if len(enough) else records
     check_odd_rows(part.name, records)
-    if so_far[-1] < max(FAR_SHORT * part.target, 1):
+    # a task that comes back turned and recoloured is never the same twice
+    least = 1 if part.source.tasks else max(FAR_SHORT * part.target, 1)
+    if so_far[-1] < least:
         dropped = Dropped(*(record["dropped"] for record in records))
         dropped.add("duplicate", count=int(np.count_nonzero(verdict)))
         raise ValueError(

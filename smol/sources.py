@@ -15,6 +15,7 @@ number of processes, so the order of documents never depends on the machine. A l
 
 --source_dir=DIR reads DIR/NAME/*.parquet, .jsonl, .json or .csv (also .gz) in place of the hub, with the
 same columns. What is evaluated on and kept out is in DIR/gsm8k_test, sudoku_extreme_test and maze_hard_test.
+Tasks in ARC's JSON, of any origin, are read from DIR/arc_json.
 A row that is no document (null where text is expected, a sudoku of 82 characters, an unknown role) is an
 OddRow: dropped and counted by reason. A missing column, or a file that cannot be read, stops the build.
 
@@ -62,6 +63,12 @@ class Source:
     suite: str | None = None  # of held-out puzzles (suites.py) that the source is validated on
     rows: Callable | None = None  # of what Python brings along: () -> list of rows, dicts with a "name"
     package: str = ""  # that it is made with and requirements.txt lacks: how to install it
+    tasks: bool = False  # is it read as ARC's JSON? Without a repo, from --source_dir alone
+
+    @property
+    def is_read(self):
+        """From files or the hub, rather than made or brought along by Python."""
+        return bool(self.repo or self.tasks)
 
 
 # -----------------------------------------------------------------------------
@@ -252,6 +259,42 @@ def augmented(tasks_of):
     return document
 
 
+MOST_PAIRS = 6  # of a task from elsewhere: some have hundreds
+
+
+def arc_json(row):
+    """
+    A task in ARC's JSON: {train, test}, lists of {input, output}, or {examples}, which may be a list of
+    [input, output] too; `outputs` are those of the tests where they come apart. A pair without is left out.
+    """
+    raw = row
+    if "examples" in row:
+        pairs = [p if isinstance(p, dict) else dict(zip(("input", "output"), p)) for p in row["examples"]]
+        raw = {"train": pairs[:-1], "test": pairs[-1:]}
+    task = arc.to_task("", raw, row.get("outputs"))
+    pairs = [(x, y) for x, y in task.train + task.test if y is not None][:MOST_PAIRS]
+    if len(pairs) < 2:
+        raise OddRow("few_pairs", "a task has two pairs at the least")
+    task.train, task.test = pairs[:-1], pairs[-1:]
+    task.id = str(row.get("id") or row.get("task_id") or arc.task_hash(task)[:8])
+    return task
+
+
+def json_tasks(path):
+    """The rows of a .json file, as arc_json takes them. A list of pairs is cut into tasks of a few."""
+    if path.endswith(arc.NO_TASKS):
+        return
+    name, content = Path(path).stem, arc.read_json(path)
+    if isinstance(content, list):
+        for i in range(0, len(content) - 1, MOST_PAIRS):
+            yield {"id": name, "examples": content[i : i + MOST_PAIRS]}
+    elif "examples" in content:
+        yield {"id": name, **content}
+    else:
+        for task_id, (raw, outputs) in arc.tasks_of_file(path).items():
+            yield {"id": task_id, "train": raw.get("train"), "test": raw.get("test"), "outputs": outputs}
+
+
 def new_pairs(difficulty, tokens):
     """RE-ARC's tasks of three to five pairs and at most so many tokens."""
 
@@ -271,6 +314,7 @@ def new_pairs(difficulty, tokens):
 
 OURS = "generated here"
 REARC = {"kind": "puzzle", "augment": "arc", "suite": "rearc", "package": rearc.INSTALL}
+TASKS = {"kind": "puzzle", "augment": "arc", "tasks": True}
 REARC_LICENCE = "MIT (RE-ARC), Apache-2.0 (reasoning-gym)"
 HRM = {"files": "train.csv", "columns": ("source", "question", "answer", "rating"), "kind": "puzzle"}
 
@@ -337,6 +381,20 @@ SOURCES = {
     "rearc": Source("arc", REARC_LICENCE, new_pairs((0, 0.3), 1024), **REARC),
     "rearc_medium": Source("arc", REARC_LICENCE, new_pairs((0, 0.6), 2048), **REARC),
     "rearc_hard": Source("arc", REARC_LICENCE, new_pairs((0, 1), 4096), **REARC),
+    # examples = [[input, output], ...], numbers as floats, as public training code reads data_100k.jsonl
+    "barc_heavy": Source(
+        "arc",
+        "MIT",
+        arc_json,
+        repo="barc0/200k_HEAVY_gpt4o-description-gpt4omini-code_generated_problems",
+        **TASKS,
+    ),
+    # each from --source_dir: ID.json of ARC-GEN-100K (Kaggle, arcgen100k/the-arc-gen-100k-dataset), a list of
+    # pairs; corpus/ of github.com/victorvikram/ConceptARC; data/MiniARC/ of github.com/KSB21ST/MINI-ARC
+    "arc_gen": Source("arc", "Apache-2.0", arc_json, **TASKS),
+    "concept_arc": Source("arc", "MIT", arc_json, **TASKS),
+    "mini_arc": Source("arc", "Apache-2.0", arc_json, **TASKS),
+    "arc_json": Source("arc", "that of its files", arc_json, **TASKS),
     # demonstrations of evaluation tasks, never their tests: only with --eval_demos=True
     "arc_eval_demos": Source("arc", "Apache-2.0", augmented(arc_eval_demos), kind="puzzle", augment="arc"),
 }
@@ -374,6 +432,11 @@ WEIGHTS = {
     "rearc": (2, 0, 0),
     "rearc_medium": (0, 2, 0),
     "rearc_hard": (0, 0, 2),
+    "barc_heavy": (1, 1, 1),
+    "arc_gen": (0.5, 0.5, 0.5),
+    "concept_arc": (0.1, 0.1, 0.1),
+    "mini_arc": (0.1, 0.1, 0.1),
+    "arc_json": (0.5, 0.5, 0.5),
 }
 
 
@@ -406,7 +469,7 @@ def to_document(name, row):
     A row of a source or an evaluation -> document. OddRow if the row is no document.
     """
     source = SOURCES.get(name) or EVALUATIONS[name]
-    if not source.repo and not source.rows:
+    if not source.is_read and not source.rows:
         return source.document(*row)
     if not isinstance(row, dict):
         raise OddRow("not_a_row", f"a line of {name!r} is no JSON object: {reprlib.repr(row)}")
@@ -528,7 +591,7 @@ def open_rows(name, where, seed, lane, state, lanes=LANES):
     source or an evaluation. where: {"files": [path, ...]}, {"revision": commit}, or {} if it is generated.
     """
     source = SOURCES.get(name) or EVALUATIONS[name]
-    if not source.repo:
+    if not source.is_read:
         return LocalRows(name, seed, lane, state)
     import datasets  # half a second that generated sources do without
 
@@ -545,6 +608,8 @@ def open_rows(name, where, seed, lane, state, lanes=LANES):
 
     def open_file(path):
         reader = reader_of(path)
+        if source.tasks and reader == "json":
+            return datasets.IterableDataset.from_generator(json_tasks, gen_kwargs={"path": str(path)})
         options = (
             {"encoding": "utf-8-sig", "encoding_errors": "backslashreplace"} if reader == "text" else how
         )

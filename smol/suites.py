@@ -2,6 +2,7 @@
 What is asked: every suite of tasks, always the same ones in the same order, and their names.
 
 arc1, arc2         ARC-AGI-1's evaluation set (400 tasks), ARC-AGI-2's public evaluation set (120)
+arc1_train         ARC-AGI-1's training set (400): for models that were not trained on it; known() says so
 sudoku             sudoku4; sudoku9, sudoku9_medium, sudoku9_hard (30, 42 and 54 blanks); sudoku_extreme
 maze               7x7 mazes; maze_hard (30x30)
 transforms         grid programs of one step
@@ -36,7 +37,7 @@ import numpy as np
 
 from smol import arc, programs, puzzles, rearc, sources
 
-ARC_SUITES = {"arc1": "arc1_eval", "arc2": "arc2_eval"}
+ARC_SUITES = {"arc1": "arc1_eval", "arc2": "arc2_eval", "arc1_train": "arc1_train"}
 FILES = {"sudoku_extreme": sources.sudoku_extreme, "maze_hard": sources.maze_hard}
 FROM_FILE = 1000  # tasks taken from a file, the first ones
 IN_WORDS = ("logic",)
@@ -81,8 +82,21 @@ def found(name):
 
 
 def default():
-    """All suites that are there: what is asked unless somebody says what to ask."""
-    return [name for name in (*SUITES, "language") if found(name)]
+    """All suites that are there but arc1_train: what is asked unless somebody says what to ask."""
+    return [name for name in (*SUITES, "language") if found(name) and name != "arc1_train"]
+
+
+def known(suite, trained_on):
+    """
+    What a model knows of the tasks of a suite by the sources it was trained on, or "": "transductive" (the
+    demonstrations of evaluation tasks), "trained on" (the very pairs), "same rules" (other pairs of a task).
+    """
+    if "arc_eval_demos" in trained_on:
+        return "transductive"
+    if suite == "arc1_train" and "arc" in trained_on:
+        return "trained on"
+    made_after_it = {"arc", "arc_gen", "rearc", "rearc_medium", "rearc_hard"}
+    return "same rules" if suite in ("arc1_train", "rearc") and made_after_it & {*trained_on} else ""
 
 
 def names(text):

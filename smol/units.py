@@ -89,7 +89,9 @@ def make_unit(job, number, rows, iterator):
         try:
             document = table.to_document(job["source"], row)
         except table.OddRow as e:
-            refused = odd if source.repo or source.rows else dropped  # what is generated is simply left out
+            refused = (
+                odd if source.is_read or source.rows else dropped
+            )  # what is generated is simply left out
             refused.add(e.rule, f"[{origin}] {e}".encode(errors="backslashreplace").decode()[:EXAMPLE_CHARS])
             size += len(repr(row))
         else:
@@ -216,7 +218,7 @@ def answer_fits(task):
     """Is the answer right? For puzzles from elsewhere; a maze may have other ways as short."""
     if task.kind == "sudoku":
         return puzzles.check_sudoku(*task.test[0])
-    return puzzles.check_maze(*task.test[0], only=False)
+    return task.kind != "maze" or puzzles.check_maze(*task.test[0], only=False)
 
 
 def judge_puzzles(source, documents, dropped, evaluations):
@@ -230,6 +232,8 @@ def judge_puzzles(source, documents, dropped, evaluations):
             dropped.add("larger_than_30", name)
         elif source.repo and not answer_fits(task):
             dropped.add("wrong_answer", name)
+        elif source.tasks and task.id in curate.evaluation_ids():
+            dropped.add("evaluation_task", name)
         elif curate.held_out(source.group == "arc").has(task, source.augment):
             dropped.add("held_out", name)
         elif same in tested_on:

@@ -287,16 +287,20 @@ def test_your_own_tasks_with_and_without_outputs(checkpoints, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "sources, steps, protocol",
+    "suite, sources, steps, protocol",
     [
-        (["arc", "maze"], 0, "inductive"),
-        (["arc", "maze"], 1, "ttt"),
-        (["arc_eval_demos"], 1, "transductive + ttt"),
+        ("arc1", ["arc", "maze"], 0, "inductive"),
+        ("arc1", ["arc", "rearc"], 1, "ttt"),
+        ("arc1", ["arc_eval_demos"], 1, "transductive + ttt"),
+        ("arc1_train", ["arc", "rearc"], 0, "trained on"),
+        ("arc1_train", ["rearc_hard"], 1, "same rules + ttt"),
+        ("arc1_train", ["maze"], 0, "inductive"),
+        ("rearc", ["arc"], 0, "same rules"),
     ],
 )
-def test_figures_say_what_was_known_of_the_tasks(sources, steps, protocol):
+def test_figures_say_what_was_known_of_the_tasks(suite, sources, steps, protocol):
     about, settings = {"model": "dense", "data": {"sources": sources}}, solve.Settings(ttt_steps=steps)
-    assert eval_arc.how_asked(about, settings, None)["protocol"] == protocol
+    assert eval_arc.how_asked(about, settings, None, suite)["protocol"] == protocol
 
 
 def test_a_model_of_nan_answers_nothing_and_its_evaluation_ends(tmp_path, monkeypatch):

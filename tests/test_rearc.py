@@ -1,0 +1,225 @@
+"""RE-ARC: what becomes a task, and what must not."""
+
+import hashlib
+import os
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import prepare
+from smol import arc, curate, rearc, snapshots, sources, suites, units
+
+needs_package = pytest.mark.skipif(rearc.installed() is None, reason=f"without {rearc.INSTALL}")
+
+
+def digest(tasks):
+    found = hashlib.sha256()
+    for task in tasks:
+        found.update(task.id.encode())
+        for grid in (grid for pair in task.train + task.test for grid in pair):
+            found.update(bytes(grid.shape) + grid.tobytes())
+    return found.hexdigest()[:16]
+
+
+# ---- one family of our own: the input turned over
+
+
+def flip(chance, low, high):
+    side = 2 + round(chance.uniform(low, high) * 8)
+    grid = tuple(tuple(chance.randint(0, 9) for _ in range(side)) for _ in range(side))
+    return {"input": grid, "output": grid[::-1]}
+
+
+@pytest.fixture
+def family(monkeypatch):
+    """Sets the generator and the verifier of the only family there is."""
+
+    def replace(generate=flip, verify=lambda grid: grid[::-1]):
+        monkeypatch.setattr(rearc, "families", lambda: {"f": (generate, verify)})
+
+    replace()
+    return replace
+
+
+def make(seed=0, n_pairs=4, difficulty=(0, 0.3), tokens=1024):
+    return rearc.task(np.random.default_rng(seed), "f", n_pairs, difficulty, tokens)
+
+
+def test_a_task_has_the_pairs_that_were_asked_for(family):
+    task = make()
+    pairs = task.train + task.test
+    assert (task.id, task.kind, len(task.train), len(task.test)) == ("f", "arc", 3, 1)
+    assert all(np.array_equal(x[::-1], y) for x, y in pairs)
+    assert len({x.tobytes() for x, _ in pairs}) == 4
+    assert digest([make()]) == digest([task]) != digest([make(seed=1)])
+    assert max(x.shape[0] for x, _ in make(difficulty=(1, 1)).train) == 10 > max(x.shape[0] for x, _ in pairs)
+
+
+@pytest.mark.parametrize("tokens, most", [(1024, 4), (60, 4), (40, 3)])
+def test_a_task_fits(family, tokens, most):
+    for seed in range(20):
+        task = make(seed, tokens=tokens)
+        if task:
+            assert len(arc.encode("arc", task.train + task.test)) <= tokens
+            assert 3 <= len(task.train) + 1 <= most
+    assert make(tokens=30) is None
+
+
+def test_a_pair_that_its_verifier_does_not_confirm_is_in_no_task(family):
+    """It is drawn anew; where all of them are wrong, there is no task."""
+    family(verify=lambda grid: grid[::-1] if grid[0][0] % 2 else grid)
+    tasks = [task for task in map(make, range(20)) if task]
+    assert tasks and all(x[0, 0] % 2 for task in tasks for x, _ in task.train + task.test)
+    family(verify=lambda grid: ((0,),))
+    assert make() is None
+
+
+def test_generators_that_fail_or_do_not_end_cost_a_pair(family):
+    def careless(chance, low, high):
+        made = flip(chance, low, high)
+        if made["input"][0][0] == 0:
+            raise StopIteration
+        if made["input"][0][0] == 1:
+            return {"input": ((1,) * 31,), "output": ((1,),)}  # too wide
+        while made["input"][0][0] == 2:
+            chance.random()
+        return made
+
+    family(careless)
+    tasks = [make(seed) for seed in range(10)]
+    assert all(x[0, 0] > 2 for task in tasks for x, _ in task.train + task.test)
+
+
+def test_pairs_that_change_nothing_or_come_twice_are_left_out(family):
+    family(lambda chance, low, high: {"input": ((1, 2),), "output": ((1, 2),)}, lambda grid: grid)
+    assert make() is None
+    family(lambda chance, low, high: {"input": ((1, 2),), "output": ((2, 1),)}, lambda grid: ((2, 1),))
+    assert make() is None
+
+
+def test_chance_is_that_of_python_and_counted():
+    ours, theirs = rearc.Draws(7), random.Random(7)
+    for chance in (ours, theirs):
+        chance.values = [
+            chance.random(),
+            chance.choice("abc"),
+            chance.sample(range(99), 5),
+            chance.uniform(0, 2),
+        ]
+    assert ours.values == theirs.values and ours.left < rearc.MOST_DRAWS
+    ours.left = 3
+    with pytest.raises(ValueError, match="too many random numbers"):
+        ours.sample(range(99), 5)
+
+
+# ---- without the package
+
+
+@pytest.fixture
+def no_package(monkeypatch):
+    monkeypatch.setattr(rearc, "installed", lambda: None)
+
+
+def test_without_the_package_one_line_says_how_to_get_it(no_package, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="pip install --no-deps reasoning-gym=="):
+        suites.names("rearc")
+    assert "rearc" not in suites.default()
+    for words in (["arc_cpu"], ["show", "rearc"]):
+        with pytest.raises(SystemExit, match="pip install --no-deps reasoning-gym==") as error:
+            prepare.main([*words, f"--data_dir={tmp_path}"])
+        assert "\n" not in str(error.value)
+    monkeypatch.setattr(rearc.importlib.util, "find_spec", lambda name: None)
+    rearc.families.cache_clear()
+    with pytest.raises(ValueError, match="pip install --no-deps reasoning-gym=="):
+        rearc.families()
+
+
+def test_without_the_package_the_other_stages_are_built_without_it(no_package, tmp_path, capsys):
+    prepare.main(["stage1", "--sources=arc,rearc", "--dry_run=True", f"--data_dir={tmp_path}"])
+    printed = capsys.readouterr().out
+    assert "note: rearc: not installed (pip install --no-deps reasoning-gym==" in printed
+    assert "arc               arc     100.0%" in printed
+
+
+# ---- with it
+
+
+@needs_package
+def test_the_suite_is_what_it_has_always_been():
+    """Another digest means that figures of before and after cannot be compared."""
+    tasks = suites.load("rearc")
+    assert (len(tasks), digest(tasks)) == (361, "1ad272ff9db44fca")
+    trained = {*arc.tasks_in("arc1_train")}
+    assert {task.id for task in tasks} <= trained and not trained & curate.evaluation_ids()
+    assert all(len(arc.encode("arc", task.train + task.test)) <= 1024 for task in tasks)
+
+
+@needs_package
+def test_pairs_depend_on_no_other_thing_than_their_seed():
+    """Neither on the random numbers of others, nor on the process, nor on how it hashes strings."""
+    code = (
+        "import sys, numpy as np; sys.path.insert(0, '.'); from tests.test_rearc import digest, rearc;"
+        "tasks = [rearc.task(np.random.default_rng(i), f, 3, (0, 0.2), 600)"
+        " for i, f in enumerate(list(rearc.families())[::9])]; print(digest([t for t in tasks if t]))"
+    )
+    state = random.getstate()
+    found = set()
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        found.add(done.stdout)
+    assert len(found) == 1 and len(found.pop().strip()) == 16
+    rearc.task(np.random.default_rng(0), next(iter(rearc.families())), 3, (0, 0.2), 600)
+    assert random.getstate() == state
+
+
+@needs_package
+def test_the_rest_of_the_package_is_not_imported():
+    rearc.families()
+    assert "reasoning_gym" not in sys.modules
+
+
+@needs_package
+def test_a_stage_of_it_is_rebuilt_byte_for_byte_and_keeps_held_out_pairs_out(tmp_path, monkeypatch):
+    few = dict(list(rearc.families().items())[:12])
+    monkeypatch.setattr(rearc, "families", lambda: few)
+    suites.load.cache_clear()
+    curate.held_out.cache_clear()
+    manifests = []
+    for folder in ("a", "b"):
+        data = tmp_path / folder
+        prepare.main(["arc_cpu", f"--data_dir={data}", "--limit_mb=0.3", "--val_every=4", "--num_proc=1"])
+        manifests.append((data / "stages/arc_cpu/manifest.jsonl").read_bytes())
+    assert manifests[0] == manifests[1]
+    entries, _ = snapshots.read_manifest(data, "arc_cpu")
+    assert {e["source"] for e in entries} == {"rearc"}
+    documents = {"train": [], "val": []}
+    for e in entries:
+        tokens = np.fromfile(data / e["path"], "<u2")
+        ends = np.fromfile((data / e["path"]).with_suffix(".idx"), "<i8")
+        documents[e["split"]] += [arc.decode(tokens[a:b])[1] for a, b in zip(ends, ends[1:])]
+    held = {arc.canonical_hash(*task.test[0]) for task in suites.load("rearc")}
+    assert {arc.canonical_hash(*pairs[-1]) for pairs in documents["val"]} <= held
+    trained = {arc.canonical_hash(*pair) for pairs in documents["train"] for pair in pairs}
+    assert trained and not trained & held
+    # a family is on the side of the split that its original is on
+    away = {i for i in few if units.hash64(i.encode()) % 4 == 0}
+    dropped = snapshots.read_json(data / "metadata/arc_cpu/filters.json")["rearc"]["dropped"]
+    assert away and dropped["held_out_task"]["count"] > 0
+    suites.load.cache_clear()
+    curate.held_out.cache_clear()
+
+
+@needs_package
+def test_a_document_has_a_family_that_fits(monkeypatch):
+    draw = sources.SOURCES["rearc"].document
+    for i in range(12):
+        try:
+            task = draw(np.random.default_rng(i), i)
+        except sources.OddRow as e:
+            assert e.rule == "few_pairs_that_fit"
+        else:
+            assert 3 <= len(task.train) + 1 <= 5 and task.id in arc.tasks_in("arc1_train")
