@@ -214,7 +214,8 @@ def show(c, name):
         task, _, pieces = table.instantiate(table.to_document(name, row))
         if table.SOURCES[name].kind == "puzzle":
             grids = [grid for pair in task.train[:2] + task.test for grid in pair]
-            pictures.append((task.id, [(side, g, None) for g, side in zip(grids, ("input", "output") * 3)]))
+            panels = [(side, g, None) for g, side in zip(grids, ("input", "output") * 3)]
+            pictures.append((task.id, task.kind, panels))
         else:
             ids = units.tokenise(pieces)[:-1].tolist()
             texts.append(re.sub(r"(<\|(row|input|output)\|>)", r"\1\n", tokenizer.load().decode(ids)))

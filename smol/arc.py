@@ -30,6 +30,9 @@ SETS = ("arc1_train", "arc1_eval", "arc2_train", "arc2_eval")
 KINDS = {"arc": ARC, "sudoku": SUDOKU, "maze": MAZE, "logic": LOGIC, "program": PROGRAM}
 MAX_SIDE = 30  # ARC's own limit on height and width
 PALETTE = "#000000 #0074D9 #FF4136 #2ECC40 #FFDC00 #AAAAAA #F012BE #FF851B #7FDBFF #870C25".split()
+# free, wall, start, goal, on the way; a maze has no other cells
+MAZE_PALETTE = ["#F1F1F1", "#30343B", "#FF4136", "#2ECC40", "#FFB000", *PALETTE[5:]]
+RIGHT, WRONG = "#1B7F2A", "#B00020"
 
 # -----------------------------------------------------------------------------
 # tasks
@@ -464,42 +467,74 @@ def ansi_row(panels, width=None):
 
 def picture(rows, path, title=None):
     """
-    Draw grids to a png, written whole or not at all. rows: list of (row title, [(column title, grid or None,
-    expected or None), ...]). Cells are of one size along a row. Where `expected` is given, wrong cells are
-    crossed out and a line below says how the answer did; None is drawn as "no answer".
+    Draw grids to a png, written whole or not at all. rows: list of (row title, kind, panels), a panel being
+    (title, grid or None, expected or None), or None for a gap. Cells are of one size along a row. Sudokus are
+    drawn in digits, mazes in their own colours. Where `expected` is given, the panel's frame says whether the
+    answer is right and a line below it how wrong; wrong cells are crossed out, in a sudoku red, where they
+    are a minority. None is "no answer".
     """
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure  # no pyplot: no window, no global state
+    from matplotlib.patches import Rectangle
 
-    panel, height = 2.1, 2.55  # inches
-    columns = max((len(entries) for _, entries in rows), default=1)
-    W, H = panel * columns, height * len(rows) + 0.5
+    panel, gap, height = 1.4, 0.35, 2.0  # inches
+    widths = [sum(panel if p else gap for p in panels) for _, _, panels in rows]
+    W, H = max([5, *widths]) + 0.2, height * len(rows) + 0.45
     fig = Figure((W, H), facecolor="white")
-    fig.text(0.1 / W, 1 - 0.25 / H, title or "", size=12, weight="bold", parse_math=False)
-    for i, (row_title, entries) in enumerate(rows):
-        top = H - 0.5 - i * height
-        fig.text(0.1 / W, (top - 0.1) / H, row_title, size=9, weight="bold", parse_math=False)
-        sides = [max(grid.shape) for _, *grids in entries for grid in grids if grid is not None]
-        side = max([7, *sides])  # cells along a panel
-        cell = 72 * (panel - 0.2) / side  # points
-        for j, (name, grid, expected) in enumerate(entries):
-            place = (panel * j + 0.1) / W, (top - height + 0.2) / H, (panel - 0.2) / W, (panel - 0.2) / H
+    fig.text(0.1 / W, 1 - 0.22 / H, title or "", size=12, weight="bold", va="center", parse_math=False)
+    for i, (row_title, kind, panels) in enumerate(rows):
+        left, top = 0.1, H - 0.45 - i * height
+        fig.text(left / W, (top - 0.12) / H, row_title, size=10, weight="bold", parse_math=False)
+        palette = ListedColormap(MAZE_PALETTE if kind == "maze" else PALETTE)
+        sides = [max(p[1].shape) for p in panels if p is not None and p[1] is not None]
+        side = max([4, *sides])  # cells along a panel
+        for entry in panels:
+            if entry is None:
+                left += gap
+                continue
+            name, grid, expected = entry
+            size = panel - 0.15
+            place = left / W, (top - 0.4 - size) / H, size / W, size / H
             ax = fig.add_axes(place, xlim=(0, side), ylim=(side, 0))
             ax.set_axis_off()
             ax.set_title(name, size=8, pad=3, loc="left", parse_math=False)
-            verdict = "no answer" if grid is None else ""
-            if grid is not None:
-                style = dict(cmap=ListedColormap(PALETTE), edgecolors="white", linewidth=min(1, 0.09 * cell))
+            left += panel
+            if grid is None:
+                ax.text(0, 0, "no answer", size=8, va="top", color=WRONG)
+                continue
+            h, w = grid.shape
+            cell = 72 * size / side  # points
+            wrong = np.zeros((h, w), bool) if expected is None else wrong_cells(grid, expected)
+            if kind == "sudoku":
+                draw_sudoku(ax, grid, wrong, cell)
+            else:
+                style = dict(cmap=palette, edgecolors="white", linewidth=min(1, 0.09 * cell))
                 ax.pcolormesh(grid, vmin=-0.5, vmax=9.5, **style)
-            if grid is not None and expected is not None:
-                wrong = wrong_cells(grid, expected)
+            if expected is None:
+                continue
+            if kind != "sudoku" and 2 * wrong.sum() <= wrong.size:  # more would hide what was answered
                 y, x = np.nonzero(wrong)
                 for ink, thick in (("black", 0.2), ("white", 0.09)):  # seen on all ten colours
-                    size = (0.54 * cell) ** 2
-                    ax.scatter(x + 0.5, y + 0.5, size, ink, marker="x", lw=thick * cell, clip_on=False)
-                verdict = f"{wrong.sum()} wrong" if wrong.any() else "correct"
-                if grid.shape != expected.shape:
-                    verdict = "{}x{}, not {}x{}".format(*grid.shape, *expected.shape)
-            colour = "#1B7F2A" if verdict == "correct" else "#B00020"
-            ax.text(0, side * 1.07, verdict, size=7.5, color=colour)
-    save_picture(fig, path, dpi=min(160, 60000 / max(W, H)))  # an image may have at most 65,536 pixels a side
+                    ax.scatter(x + 0.5, y + 0.5, (0.54 * cell) ** 2, ink, marker="x", lw=thick * cell)
+            right = grid.shape == expected.shape and not wrong.any()
+            verdict = "correct" if right else f"{wrong.sum()} of {wrong.size} wrong"
+            if grid.shape != expected.shape:
+                verdict = "{}x{}, not {}x{}".format(*grid.shape, *expected.shape)
+            ax.text(0, h + 0.06 * side, verdict, size=7.5, va="top", color=RIGHT if right else WRONG)
+            frame = dict(fill=False, edgecolor=RIGHT if right else WRONG, linewidth=2, clip_on=False)
+            ax.add_patch(Rectangle((0, 0), w, h, **frame))
+    save_picture(fig, path, dpi=min(120, 60000 / max(W, H)))  # an image may have at most 65,536 pixels a side
+
+
+def draw_sudoku(ax, grid, wrong, cell):
+    """A grid's digits, red where `wrong` (h, w) is set, and its boxes; a cell is `cell` points wide."""
+    h, w = grid.shape
+    box = round(h**0.5)
+    for i in range(h + 1):
+        ax.plot([0, w], [i, i], color="black", linewidth=0.3 if i % box else 1.2, clip_on=False)
+    for i in range(w + 1):
+        ax.plot([i, i], [0, h], color="black", linewidth=0.3 if i % box else 1.2, clip_on=False)
+    for (r, c), digit in np.ndenumerate(grid):
+        if digit:
+            style = dict(size=0.6 * cell, color=WRONG if wrong[r, c] else "black", ha="center", va="center")
+            ax.text(c + 0.5, r + 0.54, str(digit), **style)

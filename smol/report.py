@@ -20,7 +20,7 @@ import numpy as np
 from smol import arc, language, runtime, solve, suites
 from smol.files import write_whole
 
-SHOWN = 3  # tasks of each suite in the picture
+PANELS = 12  # grids beside each other in the picture
 LEGIBLE = 12  # grids with longer sides are shown only where there are no smaller ones
 
 
@@ -71,16 +71,25 @@ def remarks_on(s):
 
 
 def draw_grids(results, records, path):
-    """A few tasks of each suite of grids, with every model's first attempt. No file if all are too long."""
+    """
+    A line for each suite of grids: a few of its tasks, each with every model's first attempt, solved and
+    unsolved ones in proportion. No file if all are too long.
+    """
     rows = []
     for suite in dict.fromkeys(suite for _, suite in records if suite not in suites.IN_WORDS):
         by_task = {}
         for name in results:
             for record in records.get((name, suite), []):
                 by_task.setdefault(record["id"], {})[name] = record
-        rows += [picture_row(task) for task in choose(list(by_task.values()))]
+        tasks = [panels_of(task) for task in choose(list(by_task.values()))]
+        panels = [panel for task in tasks for panel in [*task, None]][:-1]
+        if panels:
+            solved = ((n, r["suites"][suite]) for n, r in results.items() if suite in r["suites"])
+            tally = ", ".join(f"{name} {s['solved']} of {s['total']}" for name, s in solved)
+            kind = next(iter(next(iter(by_task.values())).values()))["kind"]
+            rows.append((f"{suite}: {tally}", kind, panels))
     if rows:
-        arc.picture(rows, path, f"{', '.join(results)}   (crosses: wrong cells)")
+        arc.picture(rows, path, "Held-out tasks and first attempts")
 
 
 def grid_of(rows):
@@ -89,8 +98,8 @@ def grid_of(rows):
 
 def choose(tasks):
     """
-    Up to SHOWN of a suite's tasks, each {model: record}: small ones before large ones, one of them, if there
-    is one, solved by no model.
+    Some of a suite's tasks, each {model: record}, as many as fit into PANELS: small ones before large ones,
+    those that some model has solved first, and as large a share of them as among all.
     """
 
     def large(task):
@@ -98,27 +107,32 @@ def choose(tasks):
         return max(len(test["input"]), len(test["input"][0]), len(test["expected"] or "")) > LEGIBLE
 
     fit = sorted((t for t in tasks if not all(r["too_long"] for r in t.values())), key=large)
+    if not fit:
+        return []
+    shown = max(1, PANELS // len(panels_of(fit[0])))
     solved = [t for t in fit if any(r["solved"] for r in t.values())]
     unsolved = [t for t in fit if not any(r["solved"] for r in t.values())]
-    return (solved[: SHOWN - 1] + unsolved + solved[SHOWN - 1 :])[:SHOWN]
+    n_solved = round(shown * len(solved) / len(fit))
+    n_solved = min(max(n_solved, bool(solved)), shown - bool(unsolved)) if shown > 1 else bool(solved)
+    return (solved[:n_solved] + unsolved + solved[n_solved:])[:shown]
 
 
-def picture_row(task):
+def panels_of(task):
     """
-    A row for arc.picture of a task, {model: record}: a demonstration, the first test input, what is
+    Panels for arc.picture of a task, {model: record}: a demonstration, the first test input, what is
     expected, and each model's first attempt.
     """
     record = next(iter(task.values()))
     expected, panels = grid_of(record["test"][0]["expected"]), []
     for x, y in record["demonstrations"][:1]:
         panels += [("demonstration", grid_of(x), None), ("its output", grid_of(y), None)]
-    panels.append(("test input", grid_of(record["test"][0]["input"]), None))
+    panels.append((record["id"].partition(":")[0], grid_of(record["test"][0]["input"]), None))
     if expected is not None:
         panels.append(("expected", expected, None))
     for name, r in task.items():
         attempts = r["test"][0]["attempts"]
         panels.append((name, grid_of(attempts[0]) if attempts else None, expected))
-    return f"{record['suite']}   {record['id']}", panels
+    return panels
 
 
 # -----------------------------------------------------------------------------

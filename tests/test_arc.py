@@ -272,17 +272,30 @@ def test_ansi():
     assert "no answer" in shown(out)[1]
 
 
-def test_picture_shows_colours_and_crosses(tmp_path):
+def test_picture_shows_colours_crosses_and_frames(tmp_path):
     from matplotlib.image import imread
 
     path = str(tmp_path / "new" / "grids.png")
-    grid = np.array([[2]], np.uint8)
+    grid = np.array([[2, 2], [2, 2]], np.uint8)
+    one_wrong, all_wrong = grid + [[1, 0], [0, 0]], grid + 1
 
-    def reds(*panels):
-        arc.picture([("row", panels)], path, "a $title")
+    def count(colour, *panels, kind="arc"):
+        arc.picture([("row", kind, panels)], path, "a $title")
         image = (imread(path)[..., :3] * 255).round().astype(int)
-        return int((image == [0xFF, 0x41, 0x36]).all(-1).sum())
+        return int((image == list(bytes.fromhex(colour[1:]))).all(-1).sum())
 
-    right, crossed = reds(("a", grid, grid)), reds(("a", grid, grid + 1))
-    assert right > 400 and right * 0.3 < crossed < right * 0.95  # the cross covers a part of the cell
-    assert reds(("a", None, None)) == 0 < 5 * right < reds(("a", grid, None), ("b", grid.repeat(6, 1), grid))
+    red = arc.PALETTE[2]
+    right, crossed = count(red, ("a", grid, grid)), count(red, ("a", grid, one_wrong))
+    assert right > 400 and right * 0.8 < crossed < right * 0.98  # the cross covers a part of the cell
+    assert count(red, ("a", grid, all_wrong)) == right  # it is the frame that says so
+    assert (
+        count(red, ("a", None, None))
+        == 0
+        < 1.5 * right
+        < count(red, ("a", grid, None), None, ("b", grid, None))
+    )
+    for expected, colour, other in ((grid, arc.RIGHT, arc.WRONG), (all_wrong, arc.WRONG, arc.RIGHT)):
+        assert count(colour, ("a", grid, expected)) > 300 > 10 > count(other, ("a", grid, expected))
+    assert count(red, ("a", np.full((4, 4), 2, np.uint8), None), kind="sudoku") == 0  # digits, in black
+    assert count("#000000", ("a", np.full((4, 4), 2, np.uint8), None), kind="sudoku") > 100
+    assert count(arc.MAZE_PALETTE[1], ("a", grid - 1, None), kind="maze") > 400
