@@ -130,13 +130,13 @@ def read_json(file):
         raise ValueError(f"{file} is not JSON: {e}") from None
 
 
-def read_tasks(path):
+def read_tasks(path, solutions=""):
     """
     Tasks from elsewhere -> list[Task], sorted by id: a folder of ARC-style JSON files, one task each, named
     by its id; one such file; or a JSON file of many, {id: task}. A file called ...challenges.json, Kaggle's
     name for one of many, is read with the ...solutions.json beside it, {id: [output, ...]}, alone or in a
-    folder. A test input may come without its output, which is None then. ValueError, naming the file and the
-    mistake, in one line.
+    folder; `solutions` names another such file. A test input may come without its output, which is None then.
+    ValueError, naming the file and the mistake, in one line.
     """
     if not os.path.exists(path):
         raise ValueError(f"there is no {path}: name a folder of ARC-style .json files, or one file")
@@ -156,8 +156,8 @@ def read_tasks(path):
         found = {os.path.basename(file).removesuffix(".json"): content} if alone else content
         if not isinstance(found, dict) or not found:
             raise ValueError(f"{file} holds no tasks: {{id: task}} is wanted")
-        beside = file.removesuffix("challenges.json") + "solutions.json"
-        outputs = read_json(beside) if challenges and os.path.exists(beside) else {}
+        beside = solutions or file.removesuffix("challenges.json") + "solutions.json"
+        outputs = read_json(beside) if solutions or challenges and os.path.exists(beside) else {}
         if not isinstance(outputs, dict):
             raise ValueError(f"{beside} holds no solutions: {{id: [output, ...]}} is wanted")
         for task_id, raw in found.items():

@@ -135,6 +135,7 @@ def test_the_table_says_how_models_were_asked_and_which_is_better(found):
     assert "arc1: b was asked with --augment=4 (inductive)" in lines
 
 
+# in a block of its own: the page has names of its own at the top
 DRIVE = """
 const said = {}, $ = query => document.querySelector(query);
 const count = () => $("#count").textContent;
@@ -164,7 +165,7 @@ def test_in_a_browser(written, tmp_path):
     """Keyboard, filters, slider and drawing, driven by a script put behind the page's own."""
     text = written.read_text(encoding="utf-8")
     (tmp_path / "driven.html").write_text(
-        text.replace("</body>", f"<script>{DRIVE}</script></body>"), encoding="utf-8"
+        text.replace("</body>", f"<script>{{{DRIVE}}}</script></body>"), encoding="utf-8"
     )
     options = "--headless --no-sandbox --disable-gpu --no-first-run --dump-dom"
     profile, page = f"--user-data-dir={tmp_path / 'profile'}", f"file://{tmp_path / 'driven.html'}"
