@@ -45,7 +45,10 @@ def read(script_globals, argv, usage=""):
     script's docstring and its settings, and exits. A mistake is one line on stderr and exit code 1.
     """
     if "--help" in argv or "-h" in argv:
-        print(help_text(script_globals, usage))
+        try:
+            print(help_text(script_globals, usage), flush=True)
+        except BrokenPipeError:  # `| head`: the reader has seen enough, and the rest goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     try:
         return resolve(script_globals, argv, usage)

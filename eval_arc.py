@@ -3,6 +3,8 @@ The evaluation: how many unseen tasks does a checkpoint solve, exactly, and what
 
     python eval_arc.py out/demo/route_a/ckpt.pt                 every suite; results beside the checkpoint
     python eval_arc.py A/ckpt.pt B/ckpt.pt --out_dir=out/both   several on the same tasks, side by side
+    python eval_arc.py 'out/run/ckpt_*.pt'                      those that a run has kept, and curves of them
+    python eval_arc.py USER/NAME@v0.1                           one that is published on the hub
     python eval_arc.py CKPT --suites=sudoku4,arc1 --limit=20    the first 20 tasks of two suites
     python eval_arc.py CKPT --augment=16 --ttt_steps=32         16 views vote, a copy is tuned to each task
     python eval_arc.py CKPT --augment=11 --n_sup=2 --halt=0.9   Route B: many views, few steps
@@ -22,6 +24,7 @@ again. Figures of other models and suites that out_dir holds stay there. What is
         total, solved, interval       tasks; 95% interval of solved / total
         score                         mean share of a task's test outputs solved: what ARC Prize ranks by
         pass_1, pass_2, oracle        tasks solved with one attempt, two, any number
+        guessable                     [solved, tasks] of those with small answers: see `guessable`
         too_long, unknown             tasks that do not fit into block_size; tasks without known outputs
         protocol                      inductive, ttt, and what was trained on: see suites.known
         against                       {other model: {only_this, only_other, p}}: exact McNemar test
@@ -56,6 +59,9 @@ from smol.files import write_whole
 
 suites = ""  # what is asked, separated by commas, as smol/suites.py names them; "" means all that are there
 tasks = ""  # your own tasks: a folder of ARC-style .json files, or one file
+solutions = (
+    ""  # the file of their test outputs, {id: [output, ...]}, where it is not ...solutions.json beside
+)
 limit: int | None = None  # only the first tasks of each suite
 # ---- how it is asked; more of anything takes longer
 augment = 1  # views of each task that vote; 1 is the task as it is
@@ -134,9 +140,16 @@ def judge(task, given, attempts):
 # figures of a suite, from its records alone
 
 
+def guessable(record):
+    """Whether each output of a task has at most 9 cells or one colour: such are found by chance as well."""
+    outputs = ["".join(t["expected"]) for t in record["test"]]
+    return all(len(cells) <= 9 or len(set(cells)) == 1 for cells in outputs)
+
+
 def figures(records, attempts):
     judged = [r for r in records if r["solved"] is not None]
     solved = sum(r["solved"] for r in judged)
+    small = [r["solved"] for r in judged if guessable(r)]
     scores = [np.mean([t["solved"] for t in r["test"]]) for r in judged]
 
     def passed(n):
@@ -151,6 +164,7 @@ def figures(records, attempts):
         "pass_1": passed(1),
         "pass_2": passed(2),
         "oracle": sum(all(t["oracle"] for t in r["test"]) for r in judged),
+        "guessable": [sum(small), len(small)],
         "too_long": sum(r["too_long"] for r in records),
         "unknown": len(records) - len(judged),
         "seconds": round(sum(r.get("seconds", 0.0) for r in records), 3),
@@ -159,7 +173,7 @@ def figures(records, attempts):
 
 def against(records, others):
     """{only_this, only_other, p} of two models' records, on the tasks that both were asked."""
-    others = {r["id"]: r["solved"] for r in others}
+    others = {r["id"]: r["solved"] for r in others if r["solved"] is not None}
     pairs = [(r["solved"], others[r["id"]]) for r in records if r["solved"] is not None and r["id"] in others]
     this = sum(a and not b for a, b in pairs)
     other = sum(b and not a for a, b in pairs)
@@ -282,15 +296,15 @@ def measure(name, model, about, suite, before, limit):
 # eval.json
 
 
-def describe(path, model, ckpt, device, dtype):
-    """What eval.json says of a checkpoint besides its suites."""
+def describe(name, model, ckpt, device, dtype):
+    """What eval.json says of a checkpoint besides its suites. name: as checkpoint.py knows it."""
     train, config = ckpt.get("train") or {}, ckpt.get("config") or {}
     data = train.get("data") or {}
     return {
         "model": ckpt["model"],
         "params": model.num_params(),
-        "checkpoint": path,
-        "sha256": snapshots.sha256_file(path),
+        "checkpoint": name,
+        "sha256": snapshots.sha256_file(checkpoint.local_file(name)),
         "iter": train.get("iter"),
         "val_loss": train.get("val_loss"),
         "data": {
@@ -306,12 +320,20 @@ def describe(path, model, ckpt, device, dtype):
 
 
 def name_of(about, results):
-    """The checkpoint's folder, with the file's name if that is not ckpt.pt; its path if the name is taken."""
-    folder, file = os.path.split(os.path.realpath(about["checkpoint"]))
-    name = os.path.basename(folder) + ("" if file == "ckpt.pt" else f"/{file.removesuffix('.pt')}")
-    other = results.get(name, about)
-    same = other["sha256"] == about["sha256"] or os.path.realpath(other["checkpoint"]) == f"{folder}/{file}"
-    return name if same else about["checkpoint"]
+    """
+    That of the run: the checkpoint's folder, with the file's name if it is not ckpt.pt, and after as many
+    more folders as it takes where the name is another's; on the hub USER/NAME[@REVISION].
+    """
+    if not os.path.exists(about["checkpoint"]):
+        return about["checkpoint"]
+    path = os.path.realpath(about["checkpoint"])
+    folders, file = os.path.dirname(path).split(os.sep), os.path.basename(path)
+    last = [] if file in ("ckpt.pt", checkpoint.WEIGHTS) else [file.removesuffix(".pt")]
+    for n in range(1, len(folders) + 1):
+        name = "/".join(folders[-n:] + last)
+        other = results.get(name, about)
+        if other["sha256"] == about["sha256"] or os.path.realpath(other["checkpoint"]) == path:
+            return name
 
 
 def read_results(path):
@@ -356,59 +378,80 @@ def tasks_asked(c):
     for name in asked:
         if name.startswith("lm_eval:"):
             language.check_benchmarks(name)
-    return {**asked, "tasks": arc.read_tasks(c.tasks)} if c.tasks else asked
+    return {**asked, "tasks": arc.read_tasks(c.tasks, c.solutions)} if c.tasks else asked
 
 
-def load_models(paths, device, dtype, results):
-    """{name: model} of the checkpoints. results gets what they are and keeps the suites that still hold."""
+def checkpoints(words):
+    """Names of checkpoints, with patterns such as 'out/run/ckpt_*.pt' and folders replaced by files."""
+    found = []
+    for word in words:
+        files = sorted(glob.glob(word), key=lambda file: (len(file), file))  # ckpt_500 before ckpt_1000
+        found += map(checkpoint.local_file, files) if files else [word]
+    return list(dict.fromkeys(found))
+
+
+def look_at(names, device, dtype, results):
+    """{name of the model: checkpoint}. results gets what they are and keeps the suites that still hold."""
     models = {}
-    for path in paths:
-        model, ckpt = checkpoint.load_model(path, device)
-        about = describe(path, model, ckpt, device, dtype)
+    for checkpoint_name in names:
+        model, ckpt = checkpoint.load_model(checkpoint_name)
+        about = describe(checkpoint_name, model, ckpt, device, dtype)
         name = name_of(about, results)
         before = results.get(name, about)
         same = before["sha256"] == about["sha256"]
         if not same and runtime.master:
             print(f"{name} has been trained on since: what there was of it is replaced")
-        models[name] = model
+        models[name] = checkpoint_name
         results[name] = {**about, "suites": before.get("suites", {}) if same else {}}
     return models
 
 
-def run(c, paths):
-    if not paths:
+def run(c, words):
+    if not words:
         raise ValueError("name a checkpoint: python eval_arc.py out/ckpt.pt")
-    if len(paths) > 1 and not c.out_dir:
-        raise ValueError("with several checkpoints, say with --out_dir=FOLDER where the results go")
-    folder = c.out_dir or os.path.dirname(paths[0]) or "."
+    names = checkpoints(words)
+    folders = {os.path.dirname(n) if os.path.exists(n) else os.path.join("out", "hub", n) for n in names}
+    if len(folders) > 1 and not c.out_dir:
+        raise ValueError("with checkpoints of several runs, say with --out_dir=FOLDER where the results go")
+    folder = c.out_dir or min(folders) or "."
     asked = tasks_asked(c)
     settings = solve.Settings(**{f.name: getattr(c, f.name) for f in dataclasses.fields(solve.Settings)})
     on = runtime.pick_device(c.device)
     if on == "cuda" and runtime.world_size > 1:
         on = f"cuda:{runtime.local_rank}"
     results = read_results(os.path.join(folder, "eval.json"))
-    models = load_models(paths, on, runtime.pick_dtype(c.dtype, on), results)
+    models = look_at(names, on, runtime.pick_dtype(c.dtype, on), results)
     os.makedirs(folder, exist_ok=True)
     if runtime.world_size > 1:
         runtime.start_processes(on.split(":")[0])
 
-    for suite in sorted(asked, key=lambda suite: asked[suite] is None):  # the last ones are rank 0's alone
-        for name, model in models.items():
-            about, tasks = results[name], asked[suite]
-            if tasks is not None:
-                records = ask(name, model, about, suite, tasks[: c.limit], settings, folder)
-            if not runtime.master:
-                continue
-            if tasks is None:
-                found = measure(name, model, about, suite, about["suites"].get(suite, {}), c.limit)
-            else:
-                found = figures(records, attempts_of(suite))
-                found.update(available=len(tasks), **how_asked(about, settings, model, suite))
-                print(f"{name} {suite}: {found['solved']} of {found['total']} solved", flush=True)
-            about["suites"][suite] = found
-            save_json(results, os.path.join(folder, "eval.json"))
+    for of_tasks in (True, False):  # the others are rank 0's alone
+        some = [suite for suite, tasks in asked.items() if (tasks is not None) == of_tasks]
+        for name in models if some else ():
+            about = results[name]
+            model = checkpoint.load_model(models[name], on)[0]  # one at a time: there can be many
+            for suite in some:
+                tasks, how = asked[suite], settings_for(suite, model, settings)
+                if of_tasks:
+                    records = ask(name, model, about, suite, tasks[: c.limit], how, folder)
+                if not runtime.master:
+                    continue
+                if of_tasks:
+                    found = figures(records, attempts_of(suite))
+                    found.update(available=len(tasks), **how_asked(about, how, model, suite))
+                    print(f"{name} {suite}: {found['solved']} of {found['total']} solved", flush=True)
+                else:
+                    found = measure(name, model, about, suite, about["suites"].get(suite, {}), c.limit)
+                about["suites"][suite] = found
+                save_json(results, os.path.join(folder, "eval.json"))
     if runtime.master:
         finish(results, [(name, suite) for name in models for suite in asked], folder)
+
+
+def settings_for(suite, model, settings):
+    """Where two attempts count, Route A draws a second answer to a single view; Route B has its steps."""
+    alone = model.puzzle_format == "autoregressive" and settings.augment * settings.samples == 1
+    return dataclasses.replace(settings, samples=2) if alone and attempts_of(suite) == 2 else settings
 
 
 def how_asked(about, settings, model, suite):

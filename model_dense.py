@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
 from torch.utils.checkpoint import checkpoint
 
 from kda import KimiDeltaAttention
@@ -342,11 +343,11 @@ def init_linears(block):
         nn.init.zeros_(block.mixer.f_proj[1].weight)
 
 
-class Model(nn.Module):
+class Model(nn.Module, PyTorchModelHubMixin, library_name="smol-llm", license="mit"):
     Config = Config
     puzzle_format = "autoregressive"
 
-    def __init__(self, config):
+    def __init__(self, config: Config):
         super().__init__()
         check_config(config)
         self.config = config

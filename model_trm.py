@@ -30,6 +30,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
 
 import model_dense
 from kda import KimiDeltaAttention
@@ -220,11 +221,11 @@ def init_weights(model):
             nn.init.normal_(last.weight, std=(2 / c.n_layer / last.in_features) ** 0.5)
 
 
-class Model(nn.Module):
+class Model(nn.Module, PyTorchModelHubMixin, library_name="smol-llm", license="mit"):
     Config = Config
     puzzle_format = "canvas"
 
-    def __init__(self, config):
+    def __init__(self, config: Config):
         super().__init__()
         check_config(config)
         self.config = config

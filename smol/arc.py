@@ -136,11 +136,12 @@ def read_json(file):
 NO_TASKS = ("solutions.json", "sample_submission.json")  # of Kaggle's files
 
 
-def tasks_of_file(file, one=False):
+def tasks_of_file(file, one=False, solutions=""):
     """
     -> {id: (JSON of a task, outputs of its tests or None)} of an ARC-style file: one task, whose id is the
     file's name, or many, {id: task}. A file called ...challenges.json, Kaggle's name for one of many, is read
-    with the ...solutions.json beside it, {id: [output, ...]}. one: it is one task, whatever is in it.
+    with the ...solutions.json beside it, {id: [output, ...]}; `solutions` names another such file. one: it is
+    one task, whatever is in it.
     """
     content, challenges = read_json(file), file.endswith("challenges.json")
     one = one and not challenges
@@ -149,18 +150,18 @@ def tasks_of_file(file, one=False):
     found = {os.path.basename(file).removesuffix(".json"): content} if one else content
     if not isinstance(found, dict) or not found:
         raise ValueError(f"{file} holds no tasks: {{id: task}} is wanted")
-    beside = file.removesuffix("challenges.json") + "solutions.json"
-    outputs = read_json(beside) if challenges and os.path.exists(beside) else {}
+    beside = solutions or file.removesuffix("challenges.json") + "solutions.json"
+    outputs = read_json(beside) if solutions or challenges and os.path.exists(beside) else {}
     if not isinstance(outputs, dict):
         raise ValueError(f"{beside} holds no solutions: {{id: [output, ...]}} is wanted")
     return {task_id: (raw, outputs.get(task_id)) for task_id, raw in found.items()}
 
 
-def read_tasks(path):
+def read_tasks(path, solutions=""):
     """
     Tasks from elsewhere -> list[Task], sorted by id: one file that tasks_of_file reads, or a folder of files
-    with a task each; Kaggle's may be among them. A test input may come without its output, which is None
-    then. ValueError, naming the file and the mistake, in one line.
+    with a task each; Kaggle's may be among them. `solutions` as there. A test input may come without its
+    output, which is None then. ValueError, naming the file and the mistake, in one line.
     """
     if not os.path.exists(path):
         raise ValueError(f"there is no {path}: name a folder of ARC-style .json files, or one file")
@@ -172,12 +173,12 @@ def read_tasks(path):
         raise ValueError(f"{path} holds no .json file: ARC-style tasks are wanted, one a file")
     tasks = {}
     for file in files:
-        for task_id, (raw, outputs) in tasks_of_file(file, one=file != path).items():
+        for task_id, (raw, outputs) in tasks_of_file(file, file != path, solutions).items():
             if outputs is not None or task_id not in tasks:  # it may be there twice, once without outputs
                 try:
                     tasks[task_id] = to_task(task_id, raw, outputs)
                 except ValueError as e:
-                    where = file if outputs is None else f"{file} with its solutions.json"
+                    where = file if outputs is None else f"{file} with {solutions or 'its solutions.json'}"
                     raise ValueError(f"{where}, task {task_id}: {e}") from None
     return [tasks[task_id] for task_id in sorted(tasks)]
 

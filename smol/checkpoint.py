@@ -13,31 +13,38 @@ A checkpoint is a dict of tensors and plain values, which torch.load(weights_onl
     config       the settings of the run
     train        what the run needs to go on: iter, optimizers, scaler, loader, carries, and its figures
 
-A repository on the hub holds one run: ckpt.pt, the run's config.json, log.jsonl and loss.png, and a model
-card. Each published step is one commit. Tokens are the hub client's business (`hf auth login`, or HF_TOKEN).
+A repository on the hub holds one run, as the hub's own tools expect it: model.safetensors has the weights
+that evaluation uses, config.json the model's Config, for Model.from_pretrained("USER/NAME"), README.md is the
+model card; with push_full there is ckpt.pt, from which the run goes on. Each published step is one commit.
+Tokens are the hub client's business (`hf auth login`, or HF_TOKEN).
+
+A checkpoint is named by its file, a folder that holds one, or USER/NAME or USER/NAME@REVISION on the hub.
 
 Read next: train.py, which writes them; eval_arc.py, which starts with `load_model`.
 """
 
 import contextlib
 import importlib
-import io
+import json
 import os
 import platform
+import re
 import shutil
 import zipfile
 from concurrent import futures
 from dataclasses import fields
 from pathlib import Path
 
+import safetensors.torch
 import torch
 
 from smol import runtime
 from smol import tokenizer as tok
-from smol.snapshots import plainly, repo_name
+from smol.snapshots import NAME, plainly, repo_name, sha256_file
 
 CHECKPOINT_FORMAT = 6
 MODEL_FILES = {"dense": "model_dense", "trm": "model_trm"}
+WEIGHTS = "model.safetensors"  # the hub's name for it
 
 
 def make_model(name, settings):
@@ -99,18 +106,33 @@ def second_name(path, other):
         shutil.copyfile(path, other)
 
 
-def load(path, map_location="cpu"):
+def local_file(name):
+    """A checkpoint's name, see above -> the path of its file, which is downloaded. ValueError in one line."""
+    name = str(name)
+    if os.path.isdir(name):
+        published = os.path.join(name, WEIGHTS)
+        return published if os.path.isfile(published) else os.path.join(name, "ckpt.pt")
+    if re.fullmatch(rf"{NAME}/{NAME}(@.+)?", name) and not name.endswith((".pt", ".safetensors")):
+        return str(download(name, WEIGHTS, "config.json") / WEIGHTS)
+    return name
+
+
+def load(name, map_location="cpu"):
     """
     -> the checkpoint dict. FileNotFoundError or ValueError, in one line, for a missing file, a file that is
     damaged or no checkpoint, one of another format, or one trained with another tokenizer.
     """
+    path = local_file(name)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"checkpoint {path} does not exist: give the path of a ckpt.pt")
+        raise FileNotFoundError(f"checkpoint {path} does not exist: name a ckpt.pt, or USER/NAME on the hub")
     try:
-        with zipfile.ZipFile(path) as f:  # torch.load reads tensors without looking at their checksums
-            if f.testzip() is not None:
-                raise ValueError("checksum")
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        if path.endswith(".safetensors"):
+            checkpoint = read_published(path, map_location)
+        else:
+            with zipfile.ZipFile(path) as f:  # torch.load reads tensors without looking at their checksums
+                if f.testzip() is not None:
+                    raise ValueError("checksum")
+            checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as e:  # noqa: BLE001 (bytes that are no checkpoint fail in any way they like)
         raise ValueError(f"{path} is not a checkpoint, or it is damaged ({type(e).__name__})") from None
     needed = {"format", "model", "model_config", "weights", "ema", "tokenizer", "train"}
@@ -124,6 +146,20 @@ def load(path, map_location="cpu"):
     if checkpoint["tokenizer"] != tok.fingerprint():
         raise ValueError(f"{path} was trained with another tokenizer: its token ids mean something else here")
     return checkpoint
+
+
+def read_published(path, map_location):
+    """The same of model.safetensors and config.json, from `push` or from a model's save_pretrained."""
+    about = json.loads(Path(path).with_name("config.json").read_bytes())
+    return {
+        "format": CHECKPOINT_FORMAT,
+        "model": about.get("model") or ("trm" if "n_latent" in about else "dense"),
+        "model_config": about,
+        "weights": safetensors.torch.load_file(path, map_location),
+        "ema": None,
+        "tokenizer": about.get("tokenizer", tok.fingerprint()),
+        "train": about.get("train", {}),
+    }
 
 
 def not_finite(weights):
@@ -185,12 +221,15 @@ def path_of(config):
 
 def begin(config, device, anew, distilled=False):
     """
-    Where a run begins, the same in all processes: as `starting_point`, after `fetch`. anew: what is in
-    out_dir may be replaced. distilled: whether distill.py asks, which goes on with its own runs only.
+    Where a run begins, the same in all processes: as `starting_point`, after out_dir, where it is empty and
+    the run resumes, got what push_to holds. anew: what is in out_dir may be replaced. distilled: whether
+    distill.py asks, which goes on with its own runs only.
     """
-    init_from, out_dir = config["init_from"], config["out_dir"]
+    init_from, out_dir, push_to = config["init_from"], config["out_dir"], config["push_to"]
     with runtime.errors_agree():
-        fetch(init_from, out_dir, anew, config["push_to"])
+        empty = not os.path.exists(newest(path_of(config)))
+        if init_from == "resume" and push_to and empty and runtime.local_rank == 0:
+            pull(push_to, out_dir)
     with runtime.errors_agree():
         start, path, resumed = starting_point(init_from, out_dir, anew)
         if resumed and ("teacher" in start["train"]["data"]) != distilled:
@@ -216,26 +255,6 @@ def nothing_left(start, config):
     return True
 
 
-def fetch(init_from, out_dir, overwrite, push_to):
-    """
-    Download what a run begins with, if it is on the hub: with init_from 'hub:USER/NAME' a checkpoint for its
-    weights; with 'resume', an empty out_dir and a push_to, the whole run. Once a machine.
-    """
-    held = os.path.exists(newest(os.path.join(out_dir, "ckpt.pt"))) and not overwrite
-    if runtime.local_rank or held:
-        return
-    if init_from.startswith("hub:"):
-        pull(init_from.removeprefix("hub:"), os.path.dirname(local_path(init_from)))
-    elif init_from == "resume" and push_to:
-        pull(push_to, out_dir)
-
-
-def local_path(path):
-    """'hub:USER/NAME' -> where `fetch` puts that checkpoint; another path as it is."""
-    name = path.removeprefix("hub:")
-    return path if name == path else os.path.join("out", "hub", *name.split("/"), "ckpt.pt")
-
-
 def starting_point(init_from, out_dir, overwrite):
     """
     Where a run begins -> (checkpoint, its path, whether the run goes on from it); (None, None, False) from
@@ -245,16 +264,10 @@ def starting_point(init_from, out_dir, overwrite):
     """
     path = newest(os.path.join(out_dir, "ckpt.pt"))
     held = os.path.exists(path) and not overwrite
-    init_from = local_path(init_from)
     if init_from == "resume" or (held and init_from != "scratch"):
         checkpoint = load_finite(path)
         train = checkpoint["train"]
         if init_from in ("resume", "auto", train.get("began_with")):
-            if "optimizers" not in train:
-                raise ValueError(
-                    f"{path} has the weights alone, as published without --push_full=True: begin another run "
-                    f"with them, --init_from={path} and another --out_dir"
-                )
             return checkpoint, path, True
     if held:
         raise ValueError(
@@ -382,36 +395,82 @@ def save_run(train, config, net, model, average, optimizers, scaler, carries, de
 # -----------------------------------------------------------------------------
 # the hub
 
-BESIDES = ("config.json", "log.jsonl", "loss.png")
-# the entries of "train" that are not for going on
-FIGURES = ("iter", "seconds", "tokens", "val_loss", "val_losses", "data")
+BESIDES = ("log.jsonl", "evals.jsonl", "loss.png")
+FIGURES = ("iter", "seconds", "tokens", "val_loss", "val_losses", "data")  # of "train": not for going on
 PATIENCE = 900.0  # seconds that a run waits at its end for the last push
 
 
-def card(repo, at):
+def download(name, *files):
+    """
+    What the hub has of `files` in USER/NAME or USER/NAME@REVISION, in its client's cache -> their folder.
+    ValueError in one line, also where the first is missing or a large one is not what its hash says.
+    """
+    from huggingface_hub import snapshot_download
+
+    repo, _, revision = name.partition("@")
+    with plainly(f"downloading {name}"):
+        folder = Path(snapshot_download(repo_name(repo), revision=revision or None, allow_patterns=files))
+    for file in filter(Path.is_file, map(folder.joinpath, files)):
+        blob = file.resolve()  # a large one is named by its SHA-256
+        if len(blob.name) == 64 and sha256_file(blob) != blob.name:
+            blob.unlink()
+            raise ValueError(
+                f"{file.name} of {name} is not what its hash says: run it again to fetch it anew"
+            )
+    if not (folder / files[0]).is_file():
+        raise ValueError(f"{name} has no {files[0]} on the hub")
+    return folder
+
+
+def pull(name, out_dir):
+    """A published run into out_dir, the checkpoint last: it says that all is there. Raises as `download`."""
+    folder = download(name, "ckpt.pt", *BESIDES)
+    os.makedirs(out_dir, exist_ok=True)
+    for file in filter(Path.is_file, map(folder.joinpath, BESIDES)):
+        shutil.copyfile(file, Path(out_dir, file.name))
+    second_name((folder / "ckpt.pt").resolve(), Path(out_dir, "ckpt.pull"))
+    os.replace(Path(out_dir, "ckpt.pull"), Path(out_dir, "ckpt.pt"))
+    runtime.print0(f"{out_dir} holds what {name} has")
+
+
+def card(repo, at, evals):
     """The model card: which model, on what it was trained, how well it does, how to use it."""
     train, data = at["train"], at["train"]["data"]
     route = "B, a Tiny Recursive Model" if at["model"] == "trm" else "A, a decoder with Kimi Delta Attention"
     size = sum(w.numel() for w in at["weights"].values())
-    losses = "".join(f"| {name} | {loss:.3f} |\n" for name, loss in train["val_losses"].items())
     frozen = f"tag `{data['tag']}`, snapshot `{data['snapshot'][:12]}`" if data["tag"] else "not frozen"
-    kept = "the whole checkpoint: a run goes on from it" if "optimizers" in train else "the weights alone"
+    rows = [f"| {name} | validation loss | {loss:.3f} nats |" for name, loss in train["val_losses"].items()]
+    for suite, s in evals[-1]["suites"].items() if evals else ():
+        if "solved" in s:
+            low, high = s["interval"]
+            rows.append(f"| {suite} | solved | {s['solved']} of {s['total']} ({low:.1%} to {high:.1%}) |")
+    table = "\n".join(rows)
     return f"""---
 license: mit
-tags: [smol-llm, arc-agi, pytorch]
+library_name: smol-llm
+tags: [smol-llm, arc-agi, model_hub_mixin, pytorch_model_hub_mixin]
 pipeline_tag: text-generation
 ---
 # {repo.split("/")[1]}
 
 A smol-llm of Route {route}, after step {train["iter"]:,} of {at["config"]["max_iters"]:,}: {size / 1e6:.1f}M
-parameters, {train["tokens"] / 1e9:.3f}B tokens of `{data["stage"]}`, {frozen}. `ckpt.pt` is {kept}.
+parameters, {train["tokens"] / 1e9:.3f}B tokens of `{data["stage"]}`, {frozen}: {", ".join(data["sources"])}.
 
-    python train.py CONFIG --init_from=hub:{repo}
+| source or suite | figure | value |
+|---|---|---|
+{table}
 
-| source | validation loss, nats |
-|---|---|
-{losses}
-`config.json` has every setting of the run, `log.jsonl` every figure.
+![losses of the run](loss.png)
+
+In a checkout of smol-llm:
+
+    python eval_arc.py {repo}
+    python train.py CONFIG --init_from={repo}
+
+    from {MODEL_FILES[at["model"]]} import Model
+    model = Model.from_pretrained("{repo}")
+
+`config.json` has the model's shape, every setting of the run and its last figures, `log.jsonl` all figures.
 """
 
 
@@ -427,9 +486,9 @@ def create(repo):
 
 def push(folder, repo, full):
     """
-    A run's checkpoint and what lies beside it, in one commit; of what is there already, nothing is sent.
-    full: all that a run needs to go on, three times the weights. Returns a line to show; ValueError or
-    OSError in one line.
+    Publish the run in a folder, in one commit; of what is there already, nothing is sent. full: with ckpt.pt,
+    all that a run needs to go on, three times the weights. Returns a line to show; ValueError or OSError in
+    one line.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -437,48 +496,24 @@ def push(folder, repo, full):
     path = os.path.join(folder, "ckpt.push")
     second_name(os.path.join(folder, "ckpt.pt"), path)  # the next save takes nothing from under the reader
     try:
-        at, content = load(path), path
+        at = load(path)
         step = at["train"]["iter"]
         files = {name: Path(folder, name) for name in BESIDES}
         files = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
-        files["README.md"] = card(repo, at).encode()
-        if not full:
-            at["train"] = {k: v for k, v in at["train"].items() if k in FIGURES}
-            content = io.BytesIO()
-            torch.save(at, content)
-            content.seek(0)
+        train = {k: v for k, v in at["train"].items() if k in FIGURES}
+        about = {"model": at["model"], "tokenizer": at["tokenizer"], "train": train, "settings": at["config"]}
+        files["config.json"] = json.dumps({**at["model_config"], **about}, indent=2).encode()
+        files["README.md"] = card(repo, at, runtime.read_log(os.path.join(folder, "evals.jsonl"))).encode()
+        files[WEIGHTS] = safetensors.torch.save(at["ema"] or at["weights"], {"format": "pt"})
         at = None  # sending takes minutes, beside a training that needs the memory
-        files["ckpt.pt"] = content
+        if full:
+            files["ckpt.pt"] = path
         operations = [CommitOperationAdd(name, content) for name, content in files.items()]
         with plainly(f"pushing step {step} to {repo}"):
             commit = HfApi().create_commit(repo, operations, commit_message=f"step {step}").oid
     finally:
         os.remove(path)
     return f"step {step} is at {repo}, {'all of it' if full else 'weights alone'}, commit {commit[:12]}"
-
-
-def pull(name, out_dir):
-    """
-    Bring USER/NAME or USER/NAME:REVISION into out_dir. Nothing takes its place there before the checkpoint
-    is whole: it has a checksum for every tensor. ValueError or OSError in one line.
-    """
-    from huggingface_hub import snapshot_download
-
-    repo, _, revision = name.partition(":")
-    waiting = Path(out_dir, ".pull")  # kept when a download breaks off: the next goes on from there
-    where = {"revision": revision or None, "local_dir": waiting}
-    with plainly(f"downloading {name}"):
-        snapshot_download(repo_name(repo), allow_patterns=[*BESIDES, "ckpt.pt"], **where)
-    try:
-        step = load(waiting / "ckpt.pt")["train"]["iter"]
-    except (OSError, ValueError) as e:
-        shutil.rmtree(waiting)
-        raise ValueError(f"{name} has no whole checkpoint: {e}") from None
-    for file in (*BESIDES, "ckpt.pt"):  # the checkpoint last: it says that all is there
-        if (waiting / file).is_file():
-            os.replace(waiting / file, Path(out_dir, file))
-    shutil.rmtree(waiting)
-    runtime.print0(f"{out_dir} holds step {step} of {name}")
 
 
 class Publication:

@@ -1,9 +1,10 @@
 """
 What an evaluation found, for people: a table, a picture, and report.html.
 
-report.html is one file that opens from disk and fetches nothing: figures with intervals, curves over
-training, and every task with every answer. Arrow keys or j and k go through the tasks, comma and full stop
-through Route B's supervision steps; the address names the task, so it can be sent to somebody.
+report.html is one file that opens from disk and fetches nothing: figures with intervals, curves of what was
+solved and of the loss over training, and every task with every answer. Arrow keys or j and k go through the
+tasks, comma and full stop through Route B's supervision steps; the address names the task, so it can be sent
+to somebody.
 
 `results` is eval.json and `records` are the lines of answers.jsonl, {(model, suite): [record, ...]}, as
 eval_arc.py describes them. Read next: report.html, the template.
@@ -29,7 +30,7 @@ def table(results):
     lines, remarks = [], []
     for name, r in results.items():
         loss = "" if r["val_loss"] is None else f", validation loss {r['val_loss']:.3f}"
-        lines.append(f"{name}: {r['params']:,} parameters, step {r['iter']}{loss}   {r['checkpoint']}")
+        lines.append(f"{name}: {r['params']:,} parameters, step {r['iter']}{loss}")
     rows = [["", "", "score", "pass@2", "solved", "", "95%", "pass@1", "oracle", "too long", "seconds"]]
     for suite in dict.fromkeys(suite for r in results.values() for suite in r["suites"]):
         for name, r in results.items():
@@ -56,10 +57,19 @@ def row(s):
 
 
 def remarks_on(s):
-    """How a suite was asked where that is not the default, and whom the model beats by more than chance."""
+    """
+    How a suite was asked where that is not the default, what of it could be guessed, and whom the model beats
+    by more than chance.
+    """
     asked = [f"--{k}={v}" for k, v in s["settings"].items() if v != getattr(solve.Settings, k)]
     if asked:
         yield f"was asked with {' '.join(asked)} ({s['protocol']})"
+    if s["attempts"] > 1 and s["solved"]:
+        solved, total = s["guessable"]
+        yield (
+            f"solved {solved} of {total} whose answers have at most 9 cells or one colour, "
+            f"{s['solved'] - solved} of {s['total'] - total} others"
+        )
     for other, a in s.get("against", {}).items():
         if a["p"] < 0.05 and a["only_this"] > a["only_other"]:
             tally = f"{a['only_this']} tasks alone against {a['only_other']}"
@@ -142,7 +152,8 @@ def panels_of(task):
 def write(results, records, folder):
     """folder/report.html; returns its path. Whatever is in the data, it cannot end its script element."""
     data = {
-        "models": [{"name": name, **r} for name, r in results.items()],
+        # a model is known by its run: where that lies on this machine is nobody else's business
+        "models": [{"name": name, **r, "checkpoint": None} for name, r in results.items()],
         "tasks": tasks_with_answers(records),
         "history": history(results),
         "palette": arc.PALETTE,
@@ -171,20 +182,31 @@ def tasks_with_answers(records):
 
 
 def history(results):
-    """[{name, points: [{iter, suites: {suite: {solved, total, interval}}}]}] from evals.jsonl of each run."""
-    paths = {os.path.dirname(r["checkpoint"]): name for name, r in results.items()}
-    out = []
-    for folder, name in paths.items():
-        points = {}
-        # of a run that was resumed, the last entry of each step counts
-        for entry in runtime.read_log(os.path.join(folder, "evals.jsonl")):
+    """
+    Of each run, [{name, model: its first one here, points, losses}]. points: [{iter, suites: {suite: {solved,
+    total, interval}}}] of its checkpoints where several were asked, else as in its evals.jsonl. losses: the
+    held-out loss {source: [[iter, loss]]} of its log.jsonl.
+    """
+    runs, out = {}, []
+    for name, r in results.items():
+        runs.setdefault(os.path.dirname(r["checkpoint"]), []).append(name)
+    for folder, names in runs.items():
+        entries = [results[name] for name in names]
+        if len(names) == 1:
+            entries = runtime.read_log(os.path.join(folder, "evals.jsonl"))
+        points, losses = {}, {}
+        for entry in entries:  # of a run that was resumed, the last entry of each step counts
             found = {k: s for k, s in entry["suites"].items() if s.get("total")}
             keys = ("solved", "total", "interval")
             found = {suite: {key: s[key] for key in keys} for suite, s in found.items()}
             points[entry["iter"]] = {"iter": entry["iter"], "suites": found}
-        if points:
-            out.append({"name": name, "points": [points[i] for i in sorted(points)]})
-    return out
+        for entry in runtime.read_log(os.path.join(folder, "log.jsonl")):
+            for source, loss in entry.get("val_losses", {}).items():
+                losses.setdefault(source, []).append([entry["iter"], loss])
+        name = names[0] if len(names) == 1 else os.path.basename(folder)
+        points = [points[i] for i in sorted(points)]
+        out.append({"name": name, "model": names[0], "points": points, "losses": losses})
+    return [run for run in out if run["points"] or run["losses"]]
 
 
 def finite(value):

@@ -483,15 +483,25 @@ def pull(data, name):
     print(f"{stage}:{tag} is in {frozen}: {len(entries)} shards; train with --data={stage} --data_tag={tag}")
 
 
+def origin(about):
+    """Of a source, by what provenance.json says of it: exactly which data, in a phrase."""
+    if repo := about.get("repo"):
+        files = f"{len(about.get('files', ()))} files, SHA-256 in `snapshot.json`"
+        return f"{repo}, commit {about['revision'][:12]}" if "revision" in about else f"{repo}, {files}"
+    if "python" in about:
+        return f"Python {about['python']}"
+    made = "smol-llm" if about.get("licence") == "generated here" else "an installed package"
+    return f"{made}, seed {about.get('seed')}"
+
+
 def card(repo, stage, tag, snapshot, mixture):
     """The dataset card: what is in it, how it is used, under which licences."""
     sources = snapshot.get("provenance", {}).get("sources", {})
     rows = ""
     for name, share in mixture["weights"].items():
         about = sources.get(name, {})
-        where = about.get("repo") or "generated, or from an installed package"
-        tokens = about.get("train", {}).get("tokens", 0)
-        rows += f"| {name} | {share:.1%} | {tokens:,} | {where} | {about.get('licence', '')} |\n"
+        licence, tokens = about.get("licence", ""), about.get("train", {}).get("tokens", 0)
+        rows += f"| {name} | {share:.1%} | {tokens:,} | {origin(about)} | {licence} |\n"
     return f"""---
 license: other
 license_name: mixed
@@ -511,5 +521,6 @@ encoding with reserved ids for grids, uint16, in shards with document offsets.
 |---|---|---|---|---|
 {rows}
 Documents were normalised, filtered and deduplicated: `snapshot.json` has the counts by rule. Test outputs of
-ARC-AGI's evaluation sets are in none of them, under any symmetry. The licence of a document is its source's.
+ARC-AGI's evaluation sets are in none of them, under any symmetry. The licence of a document is its source's:
+what its terms ask for, such as naming where it is from or sharing alike, goes for this copy as well.
 """

@@ -206,9 +206,8 @@ def test_a_second_name_outlives_the_first(tmp_path, monkeypatch):
 
 def test_the_same_command_begins_goes_on_and_never_replaces_another_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path, other, hub = "run/ckpt.pt", "other.pt", "out/hub/ada/run/ckpt.pt"
+    path, other = "run/ckpt.pt", "other.pt"
     ckpt.save(make(), other)
-    ckpt.save(make(train={"iter": 5}), hub)
 
     def begin(init_from, overwrite=False):
         found, where, resumed = ckpt.starting_point(init_from, "run", overwrite)
@@ -217,7 +216,6 @@ def test_the_same_command_begins_goes_on_and_never_replaces_another_run(tmp_path
     for init_from in ("auto", "scratch"):
         assert begin(init_from) == (None, None, False)
     assert begin(other) == (7, other, False)
-    assert begin("hub:ada/run") == (5, hub, False)
     refused(path, "does not exist", call=lambda _: begin("resume"))
     ckpt.save(make(train={"iter": 9, "began_with": other, "optimizers": []}), path)
     assert begin("auto") == begin("resume") == begin(other) == (9, path, True)
@@ -229,8 +227,6 @@ def test_the_same_command_begins_goes_on_and_never_replaces_another_run(tmp_path
     for began_with in (None, "elsewhere.pt"):
         ckpt.save(make(train={"iter": 9, "began_with": began_with, "optimizers": []}), path)
         refused(path, "exists", "--init_from=resume", call=lambda _: begin(other))
-    ckpt.save(make(train={"iter": 9}), path)
-    refused(path, "weights alone", call=lambda _: begin("resume"))
 
 
 def test_machines_that_do_not_hold_the_same_checkpoint_do_not_begin(tmp_path, monkeypatch, capsys):

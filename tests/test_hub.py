@@ -33,7 +33,8 @@ def small_stage(data, salt=0):
             entries.append(snapshots.write_shard(data, about, split, documents))
     shares = {"weights": {"maze": 0.25, "arithmetic": 0.75}, "groups": {"synth": 0.25, "math": 0.75}}
     mixture = {"stage": "stage1", "seed": 1, "tokenizer": tokenizer.fingerprint(), **shares}
-    about = {"maze": {"licence": "generated here", "train": {"tokens": 1240}}}
+    about = {"maze": {"licence": "generated here", "seed": 3, "train": {"tokens": 1240}}}
+    about["arithmetic"] = {"licence": "CC-BY-4.0", "repo": "them/sums", "revision": "abc" * 10}
     snapshots.write_stage(data, "stage1", entries, mixture, {"provenance": {"sources": about}, "filters": {}})
     snapshots.freeze(data, "stage1", "v0.1")
 
@@ -80,7 +81,11 @@ def test_a_stage_goes_to_the_hub_and_comes_back(hub, data, tmp_path, capsys):
     assert set(there) == {*shards, *snapshots.FROZEN_FILES, "README.md", ".gitattributes"}
     assert hub.repos["ada/stage1"].private
     card = there["README.md"].decode()
-    assert card.startswith("---\nlicense:") and "| maze | 25.0% | 1,240 |" in card
+    assert (
+        card.startswith("---\nlicense:")
+        and "| maze | 25.0% | 1,240 | smol-llm, seed 3 | generated here |" in card
+    )
+    assert "| arithmetic | 75.0% | 0 | them/sums, commit abcabcabcabc | CC-BY-4.0 |" in card
     before = len(hub.log)
     push(data)
     assert not [x for x in hub.log[before:] if x[0] == "PUT" or "/commit/" in x[1]], "it was sent again"

@@ -1,9 +1,13 @@
 """Runs on the hub (checkpoint.py, --push_to): the real huggingface_hub client against local_hub.py."""
 
+import hashlib
+import json
 import os
 
 import pytest
+import safetensors.torch
 import scripts
+import tiny
 import torch
 from local_hub import TOKEN, Fault, LocalHub
 from test_train import losses, words
@@ -50,11 +54,11 @@ def test_a_published_run_goes_on_elsewhere_as_if_it_had_never_stopped(hub, data,
     assert code == 0 and "step 3 is at ada/run, all of it" in out, (out, err)
     assert hub.repos["ada/run"].private and not [f for f in os.listdir(here) if "push" in f]
     card = hub.files("ada/run")["README.md"].decode()
-    assert card.startswith("---\nlicense:") and "after step 3 of 3" in card and "| stdlib |" in card
+    assert card.startswith("---\nlicense:") and "after step 3 of 3" in card
+    assert "| stdlib | validation loss |" in card
 
     code, out, err = train(hub, data, far, *push, "--init_from=resume")
     assert code == 0 and "going on after step 3" in out and "step 6 is at ada/run, all of it" in out, err
-    assert not (far / ".pull").exists()
     ours, never_stopped = (checkpoint.load(d / "ckpt.pt")["weights"] for d in (far, trained))
     assert all(torch.equal(ours[k], never_stopped[k]) for k in never_stopped)
     assert losses(far) == losses(trained)  # its log was there as well
@@ -64,27 +68,72 @@ def test_a_published_run_goes_on_elsewhere_as_if_it_had_never_stopped(hub, data,
     assert not [x for x in hub.log[before:] if x[0] == "PUT"]
 
 
-def test_weights_alone_serve_for_everything_but_resuming(hub, data, trained, tmp_path):
+def test_published_weights_are_loaded_evaluated_and_trained_on_by_name(hub, data, trained, tmp_path):
     code, out, err = run(hub, "", code=PUSH.format(str(trained), "ada/light", False))
     assert code == 0 and "step 6 is at ada/light, weights alone" in out, err
-    assert len(hub.files("ada/light")["ckpt.pt"]) < 0.6 * (trained / "ckpt.pt").stat().st_size
-    far = tmp_path / "far"
-    assert run(hub, "", code=PULL.format("ada/light", str(far)))[0] == 0
-    whole, (net, light) = checkpoint.load(trained / "ckpt.pt"), checkpoint.load_model(far / "ckpt.pt")
-    assert all(torch.equal(w, net.state_dict()[k]) for k, w in whole["weights"].items())
-    assert "optimizers" not in light["train"] and light["train"]["data"] == whole["train"]["data"]
-    code, out, err = train(hub, data, far, "--init_from=resume")
-    assert code == 1 and "weights alone" in err.splitlines()[-1]
+    files = hub.files("ada/light")
+    ours = {"model.safetensors", "config.json", "README.md", "log.jsonl", "loss.png"}
+    assert set(files) == ours | {".gitattributes"}
+    whole = checkpoint.load(trained / "ckpt.pt")
+    told = json.loads(files["config.json"], parse_constant=pytest.fail)
+    assert told.items() >= whole["model_config"].items() and told["train"]["data"] == whole["train"]["data"]
+    hub.repos["ada/light"].tags["v0.1"] = hub.repos["ada/light"].branches["main"]
+    hub.put("ada/light", {"model.safetensors": b"of another day" * 100})
 
+    code, out, err = run(hub, "", code=PULL.format("ada/light", str(tmp_path / "far")))
+    assert code == 1 and "ada/light has no ckpt.pt on the hub" in err.splitlines()[-1]
+    code, out, err = run(hub, "eval_arc.py", "ada/light", f"--out_dir={tmp_path}", "--suites=sudoku4")
+    assert code == 1 and "not a checkpoint, or it is damaged" in err.splitlines()[-1]
+    asked = ["--suites=sudoku4", "--limit=1", f"--out_dir={tmp_path}", "--device=cpu"]
+    code, out, err = run(hub, "eval_arc.py", "ada/light@v0.1", *asked)
+    assert code == 0, err
+    (name, about), *_ = json.loads((tmp_path / "eval.json").read_text()).items()
+    assert (name, about["iter"], about["data"]["stage"]) == ("ada/light@v0.1", 6, "demo")
+    assert about["sha256"] == hashlib.sha256(files["model.safetensors"]).hexdigest()
+    code, out, err = run(hub, "sample.py", "ada/light@v0.1", "--max_new_tokens=1", "--device=cpu")
+    assert code == 0, err
 
-def test_published_weights_are_what_a_run_begins_with(hub, data, trained, tmp_path):
-    run(hub, "", code=PUSH.format(str(trained), "ada/light", False))
-    code = f"import os; os.chdir({str(tmp_path)!r})"  # where out/hub/ is made
-    still = ["--learning_rate=0.0", "--init_from=hub:ada/light"]
-    code, out, err = train(hub, data, tmp_path / "next", *still, code=code)
-    assert code == 0 and "from the weights of out/hub/ada/light/ckpt.pt" in out, err
-    ours, theirs = (checkpoint.load(d / "ckpt.pt")["weights"] for d in (tmp_path / "next", trained))
+    still = ["--learning_rate=0.0", "--init_from=ada/light@v0.1"]
+    code, out, err = train(hub, data, tmp_path / "next", *still)
+    assert code == 0 and "from the weights of ada/light@v0.1" in out, err
+    ours, theirs = checkpoint.load(tmp_path / "next/ckpt.pt")["weights"], whole["weights"]
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+    (tmp_path / "empty").mkdir()  # as a stranger does, who has a checkout and nothing else
+    program = f"""
+import os, sys
+os.chdir({str(tmp_path / "empty")!r})
+sys.path.insert(0, {str(scripts.ROOT)!r})
+import torch
+from {checkpoint.MODEL_FILES[told["model"]]} import Model
+model = Model.from_pretrained("ada/light", revision="v0.1", strict=True)
+torch.save(model.state_dict(), "weights.pt")
+model.push_to_hub("ada/again")
+"""
+    code, out, err = run(hub, "", code=program)
+    assert code == 0, err
+    loaded = torch.load(tmp_path / "empty/weights.pt")
+    assert loaded.keys() == theirs.keys() and all(torch.equal(loaded[k], theirs[k]) for k in theirs)
+    again = safetensors.torch.load(hub.files("ada/again")["model.safetensors"])
+    assert again.keys() == theirs.keys() and all(torch.equal(again[k], theirs[k]) for k in theirs)
+
+
+@pytest.mark.parametrize("name", tiny.BUILD)
+def test_a_model_goes_into_a_folder_and_comes_back(name, tmp_path):
+    """Every weight once, the tied head too; with no more than the model's own Config beside it."""
+    model = tiny.BUILD[name](n_ff=40)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == vars(model.config)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    held = sum(w.numel() for w in model.state_dict().values())
+    assert 4 * held < size < 4 * held + 20_000 and model.wte.weight.numel() * 4 > 20_000
+    ours, at = checkpoint.load_model(tmp_path)
+    assert at["model"] == name
+    for loaded in (type(model).from_pretrained(tmp_path), ours):
+        assert loaded.config == model.config and not loaded.training
+        for mode in ("text", "puzzle"):
+            idx = tiny.text(2, 30) if mode == "text" else tiny.puzzle_batch(model.puzzle_format, [1, 2])[0]
+            assert torch.equal(model(idx, mode=mode)[0], loaded(idx, mode=mode)[0])
 
 
 def test_a_hub_that_fails_costs_one_line_and_no_step(hub, data, tmp_path):
@@ -110,12 +159,18 @@ def test_what_breaks_off_or_lies_is_not_taken(hub, trained, tmp_path):
     hub.faults.clear()
     assert run(hub, "", code=PUSH.format(str(trained), "ada/run", True))[0] == 0
 
-    digest = hub.repos["ada/run"].commits[hub.repos["ada/run"].branches["main"]]["ckpt.pt"]
-    content = hub.blobs[digest]
-    middle = len(content) // 2  # one byte in the middle of a tensor
-    hub.blobs[digest] = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-    far = tmp_path / "far"
-    code, _, err = run(hub, "", code=PULL.format("ada/run", str(far)))
-    assert code == 1 and "no whole checkpoint" in err.splitlines()[-1] and not (far / "ckpt.pt").exists()
-    hub.blobs[digest] = content
-    assert run(hub, "", code=PULL.format("ada/run", str(far)))[0] == 0 and (far / "ckpt.pt").exists()
+    commit = hub.repos["ada/run"].commits[hub.repos["ada/run"].branches["main"]]
+    before = dict(hub.blobs)
+    for file, get in (
+        ("ckpt.pt", f"checkpoint.pull('ada/run', {str(tmp_path / 'far')!r})"),
+        ("model.safetensors", "checkpoint.load('ada/run')"),
+    ):
+        content = before[commit[file]]
+        middle = len(content) // 2  # one byte in the middle of a tensor
+        hub.blobs[commit[file]] = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        code, _, err = run(hub, "", code=f"from smol import checkpoint; {get}")
+        assert code == 1 and f"{file} of ada/run is not what its hash says" in err.splitlines()[-1]
+        assert not (tmp_path / "far").exists() or file != "ckpt.pt"
+        hub.blobs[commit[file]] = content
+        assert run(hub, "", code=f"from smol import checkpoint; {get}")[0] == 0
+    assert (tmp_path / "far" / "ckpt.pt").read_bytes() == (trained / "ckpt.pt").read_bytes()

@@ -60,6 +60,8 @@ def found(tmp_path_factory):
         lines = [json.dumps({"iter": i, "suites": suites}) + "\n" for i in (2, 1)]
         text = "".join(lines) + '{"iter": 3, "cut'  # killed while writing
         (folder / name / "evals.jsonl").write_text(text)
+        entries = [{"iter": 1, "loss": 5}, *({"iter": i, "val_losses": {"maze": 4 / i}} for i in (1, 2))]
+        (folder / name / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
     results["a"]["suites"].update({"language": language, "lm_eval:sciq": lm_eval})
     return results, records, folder
 
@@ -111,6 +113,16 @@ def test_the_page_has_everything_that_was_measured(written):
         ("a", [1, 2]),
         ("b", [1, 2]),
     ]
+    assert data["history"][0]["losses"] == {"maze": [[1, 4], [2, 2]]}
+    assert str(written.parent) not in page.scripts[0]  # a path of this machine is nobody's business
+
+
+def test_checkpoints_of_one_run_are_points_of_its_curves(found):
+    results = json.loads(json.dumps(found[0]))
+    results = {f"a/{step}": {**results["a"], "iter": step} for step in (20, 10)}
+    (run,) = report.history(results)
+    assert (run["name"], run["model"], [p["iter"] for p in run["points"]]) == ("a", "a/20", [10, 20])
+    assert run["points"][0]["suites"]["arc1"]["solved"] == 1
 
 
 def test_the_page_needs_nothing_else_and_runs_nothing_of_the_models(written):
@@ -133,8 +145,12 @@ def test_the_table_says_how_models_were_asked_and_which_is_better(found):
     assert row[2:5] == ["66.7%", "2", "2/3"]
     assert "arc1: b is better than a: 9 tasks alone against 1 (p = 0.021)" in lines
     assert "arc1: b was asked with --augment=4 (inductive)" in lines
+    results["a"]["suites"]["arc1"]["guessable"] = [1, 2]
+    apart = "a solved 1 of 2 whose answers have at most 9 cells or one colour, 0 of 1 others"
+    assert f"arc1: {apart}" in report.table(results).splitlines()
 
 
+# in a block of its own: the page has names of its own at the top
 DRIVE = """
 const said = {}, $ = query => document.querySelector(query);
 const count = () => $("#count").textContent;
@@ -164,7 +180,7 @@ def test_in_a_browser(written, tmp_path):
     """Keyboard, filters, slider and drawing, driven by a script put behind the page's own."""
     text = written.read_text(encoding="utf-8")
     (tmp_path / "driven.html").write_text(
-        text.replace("</body>", f"<script>{DRIVE}</script></body>"), encoding="utf-8"
+        text.replace("</body>", f"<script>{{{DRIVE}}}</script></body>"), encoding="utf-8"
     )
     options = "--headless --no-sandbox --disable-gpu --no-first-run --dump-dom"
     profile, page = f"--user-data-dir={tmp_path / 'profile'}", f"file://{tmp_path / 'driven.html'}"
