@@ -8,6 +8,7 @@ The evaluation: how many unseen tasks does a checkpoint solve, exactly, and what
     python eval_arc.py CKPT --suites=sudoku4,arc1 --limit=20    the first 20 tasks of two suites
     python eval_arc.py CKPT --augment=16 --ttt_steps=32         16 views vote, a copy is tuned to each task
     python eval_arc.py CKPT --augment=11 --n_sup=2 --halt=0.9   Route B: many views, few steps
+    python eval_arc.py CKPT --n_sup=16 --n_rollouts=8           Route B: eight tries, and its head chooses
     python eval_arc.py CKPT --tasks=my_tasks                    ARC-style JSON, Kaggle's challenges too
     torchrun --nproc_per_node=2 eval_arc.py CKPT                the same answers from two GPUs
 
@@ -51,6 +52,7 @@ from tqdm import tqdm
 
 import configurator
 import smol.suites
+from model_trm import NOISE
 from smol import arc, checkpoint, language, report, runtime, snapshots, solve
 from smol.files import write_whole
 
@@ -70,6 +72,8 @@ temperature = 0.8  # of answers that are drawn
 programs = 0  # Route A: programs written for each ARC task
 n_sup: int | None = None  # Route B: supervision steps; None means as it was trained
 halt: float | None = None  # Route B: stop once the halting probability is above this; None means never
+n_rollouts = 1  # Route B: answers to each view, all but the first with noise; its halting head chooses
+noise = NOISE  # of the others, on z, which has size 1
 ttt_steps = 0  # test-time training: steps on each task
 ttt_rank = 8  # its rank; 0 tunes all weights
 ttt_lr = 1e-3  # its learning rate
@@ -80,8 +84,8 @@ device = "auto"  # cpu, cuda, cuda:1
 dtype = "auto"  # float32, bfloat16, float16; as train.py chooses
 
 RANGES = {
-    "[1, inf)": "limit augment samples n_sup",
-    "[0, inf)": "temperature programs ttt_steps ttt_rank seed",
+    "[1, inf)": "limit augment samples n_sup n_rollouts",
+    "[0, inf)": "temperature programs noise ttt_steps ttt_rank seed",
     "(0, inf)": "ttt_lr",
     "[0, 1]": "halt",
 }
@@ -250,7 +254,7 @@ def ask(name, model, about, suite, tasks, settings, folder):
     half = getattr(torch, about["dtype"])
     with torch.autocast(about["device"], half) if half != torch.float32 else contextlib.nullcontext():
         answer = functools.partial(solve.solve, model, settings=settings)
-        rows = settings.augment * settings.samples * (4 if settings.ttt_steps else 1)
+        rows = settings.augment * settings.samples * settings.n_rollouts * (4 if settings.ttt_steps else 1)
         records = evaluate(tasks, answer, attempts_of(suite), rows, before, keep, f"{name} {suite}")
     if runtime.master:
         kept = [r for r in runtime.read_log(paths[0]) if (r["model"], r["suite"]) != (name, suite)]
@@ -421,6 +425,8 @@ def run(c, words):
         on = f"cuda:{runtime.local_rank}"
     results = read_results(os.path.join(folder, "eval.json"))
     models = look_at(names, on, runtime.pick_dtype(c.dtype, on), results)
+    if c.n_rollouts > 1 and all(results[name]["model"] != "trm" for name in models):
+        raise ValueError("--n_rollouts is about Route B, and there is none: --samples is Route A's")
     os.makedirs(folder, exist_ok=True)
     if runtime.world_size > 1:
         runtime.start_processes(on.split(":")[0])

@@ -37,6 +37,7 @@ from kda import KimiDeltaAttention
 from model_dense import Attention, RMSNorm, SwiGLU, linear_cross_entropy, row_shares, run_blocks
 from smol import arc, engine
 from smol import tokenizer as tok
+from smol.loader import draw_rng
 from smol.muon import split_parameters
 from smol.tokenizer import IGNORE
 
@@ -44,6 +45,7 @@ ANSWER_IDS = [*range(tok.CELL0, tok.CELL0 + 10), tok.VOID]  # what a canvas cell
 ANSWER_ROWS = [i - tok.EOT for i in ANSWER_IDS]  # their rows in Model.puzzle_words
 BATCH_TOKENS = 8192  # positions per batch when answering: memory is the same for short and for long tasks
 WAYS = 8  # to read grids
+NOISE = 1.0  # of rollouts, where z has size 1
 
 
 @dataclass
@@ -431,28 +433,37 @@ class Model(nn.Module, PyTorchModelHubMixin, library_name="smol-llm", license="m
 
     # ---- answering puzzles
 
-    def answer_steps(self, idx, n_sup=None, halt=None):
+    def answer_steps(self, idx, n_sup=None, halt=None, n_rollouts=1, noise=NOISE, seed=0):
         """
-        Yields after each supervision step on puzzles idx (B, T): the rows (R,) still worked on, y (R, T,
-        n_embd), and the halting probability (R,). Rows whose probability has passed `halt` leave the batch;
-        with None, all take n_sup steps (None: as configured).
+        Yields after each supervision step on puzzles idx (B, T): the rows (R,) still worked on, each as often
+        as it has rollouts, y (R, T, n_embd), and the halting probability (R,). A row leaves the batch once
+        the probability of one of its rollouts has passed `halt`; with None, all take n_sup steps (None: as
+        configured). The first rollout is the plain answer; the others have Gaussian noise of this size added
+        to z before each step.
         """
         words, rows = self.puzzle_words(), torch.arange(len(idx), device=idx.device)
-        x, layout = self.embed_canvas(idx, words)
+        rows, rngs = rows.repeat_interleave(n_rollouts), rollout_rngs(idx, n_rollouts, seed)
+        x, layout = self.embed_canvas(idx[rows], words)
         y, z = self.start(x)
         for _ in range(n_sup or self.config.n_sup):
+            if n_rollouts > 1:
+                z = z + noise * normal_like(z, rngs)
             y, z = self.deep_recursion(x, y, z, layout)
             p = self.halt_logit(y).sigmoid()
             yield rows, y, p
-            if halt is not None and (p > halt).any():
-                if (p > halt).all():
-                    return
-                rows, y, z = (t[p <= halt] for t in (rows, y, z))
+            sure = (p > (2 if halt is None else halt)).view(-1, n_rollouts).any(1)
+            if sure.all():
+                return
+            if sure.any():
+                left = ~sure.repeat_interleave(n_rollouts)
+                rows, y, z = rows[left], y[left], z[left]
+                rngs = [one for one, stays in zip(rngs, left.tolist()) if stays]
                 x, layout = self.embed_canvas(idx[rows], words)
 
-    def canvases(self, tasks):
+    def canvases(self, tasks, n_rollouts=1):
         """
-        The test inputs of tasks as puzzles, about BATCH_TOKENS positions at a time, short ones first.
+        The test inputs of tasks as puzzles, about BATCH_TOKENS positions at a time with all rollouts, short
+        ones first.
         Yields (list of (task number, test number, canvas shape, canvas start), idx (B, T)). Those longer
         than block_size are left out.
         """
@@ -464,23 +475,25 @@ class Model(nn.Module, PyTorchModelHubMixin, library_name="smol-llm", license="m
                 start = len(ids) - shape[0] * (shape[1] + 1)
                 if len(ids) <= self.config.block_size:
                     puzzles.append(((i, j, shape, start), torch.from_numpy(ids.astype(np.int64))))
-        for part in engine.batches_by_length(puzzles, lambda puzzle: len(puzzle[1]), BATCH_TOKENS):
+        for part in engine.batches_by_length(
+            puzzles, lambda puzzle: len(puzzle[1]) * n_rollouts, BATCH_TOKENS
+        ):
             where, documents = zip(*part)
             yield where, engine.pad_documents(documents, self.wte.weight.device)
 
     @torch.no_grad()
-    def answer(self, tasks, n_sup=None, trace=False, halt=None):
+    def answer(self, tasks, n_sup=None, trace=False, halt=None, n_rollouts=1, noise=NOISE, seed=0):
         """
         Solve tasks, whose test outputs are not read. Returns for each task, for each of its test inputs, a
         list of (grid, halting probability) as `ranked` orders them; None where the row does not fit into
-        block_size. With trace, a list of the answers after every supervision step: the grid is None for an
-        empty canvas, and where logits were not finite, with probability 0. n_sup and halt as in
-        answer_steps.
+        block_size. With trace, a list of the answers after every supervision step, of one rollout after the
+        other: the grid is None for an empty canvas, and where logits were not finite, with probability 0.
+        The rest as in answer_steps.
         """
         answers = [[None] * len(task.test) for task in tasks]
-        for where, idx in self.canvases(tasks):
-            steps = [[] for _ in where]
-            for rows, y, p in self.answer_steps(idx, n_sup, halt):
+        for where, idx in self.canvases(tasks, n_rollouts):
+            steps = [[[] for _ in range(n_rollouts)] for _ in where]
+            for rows, y, p in self.answer_steps(idx, n_sup, halt, n_rollouts, noise, seed):
                 logits = F.linear(y, self.wte.weight[ANSWER_IDS])
                 finite = (logits.isfinite().all(-1) & p.isfinite()[:, None]).cpu()  # (R, T)
                 ids = torch.tensor(ANSWER_IDS)[logits.argmax(-1).cpu()].numpy()
@@ -488,10 +501,43 @@ class Model(nn.Module, PyTorchModelHubMixin, library_name="smol-llm", license="m
                     _, _, shape, start = where[row]
                     canvas = slice(start, start + shape[0] * (shape[1] + 1))
                     step = arc.read_canvas(ids[n, canvas], shape), probability
-                    steps[row].append(step if finite[n, canvas].all() else (None, 0.0))
-            for (i, j, _, _), given in zip(where, steps):
+                    steps[row][n % n_rollouts].append(step if finite[n, canvas].all() else (None, 0.0))
+            for (i, j, _, _), rollouts in zip(where, steps):
+                given = [step for steps in rollouts for step in steps]
                 answers[i][j] = given if trace else ranked(given)
         return answers
+
+
+def rollout_rngs(idx, n_rollouts, seed):
+    """
+    For each rollout of each row of idx (B, T): its random numbers, None for the first one, and the row's
+    length. They depend on seed and puzzle, not on what else is asked.
+    """
+    if n_rollouts == 1:
+        return []
+    rows = [[i for i in ids if i != tok.PAD] for ids in idx.tolist()]
+    return [
+        (draw_rng(seed, f"rollout {k}", row) if k else None, len(row))
+        for row in rows
+        for k in range(n_rollouts)
+    ]
+
+
+def normal_like(z, rngs):
+    """z (R, T, n_embd), rngs as rollout_rngs made them -> standard normal numbers, zero in padding."""
+    noise = np.zeros(z.shape, np.float32)
+    for part, (rng, length) in zip(noise, rngs):
+        if rng is not None:
+            rng.standard_normal(out=part[:length], dtype=np.float32)
+    return torch.from_numpy(noise).to(z)
+
+
+def surest_rollout(steps, n_rollouts):
+    """Of a trace, the steps of the rollout that had the highest halting probability."""
+    n = len(steps) // n_rollouts
+    return max(
+        (steps[i * n : (i + 1) * n] for i in range(n_rollouts)), key=lambda some: max(p for _, p in some)
+    )
 
 
 def ranked(steps):

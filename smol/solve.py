@@ -5,7 +5,8 @@ A *view* is the task turned or mirrored, with other colours and its demonstratio
 model's answer to a view is turned back and counts as a vote for that grid. Route A can also draw several
 answers to each view. Route B gives one, that of its most confident supervision step; those of the other
 steps are candidates without a vote. Candidates with equal votes are ordered by a score: for Route A the
-log-probability of the candidate's cells, averaged over views; for Route B the halting probability.
+log-probability of the candidate's cells, averaged over views; for Route B the halting probability. Where
+Route B takes several rollouts, its one answer is that of the most confident step of all of them.
 
 Programs are another way: the model writes functions of the language of programs.py, and those that turn every
 demonstration's input into its output are run on the test input. They have passed a test, so they come first.
@@ -30,7 +31,7 @@ import torch
 import torch.nn as nn
 from torch.nn.utils import parametrize
 
-from model_trm import ranked
+from model_trm import NOISE, ranked, surest_rollout
 from smol import arc, engine, sandbox
 from smol import tokenizer as tok
 from smol.loader import bucket_length, draw_rng, pad_rows, puzzle_row
@@ -52,6 +53,8 @@ class Settings:
     programs: int = 0  # programs written for each ARC task
     n_sup: int | None = None  # Route B: supervision steps; None: as it was trained
     halt: float | None = None  # Route B: a puzzle stops once its halting probability is above this
+    n_rollouts: int = 1  # Route B: answers to a view, all but the first with noise; the head chooses
+    noise: float = NOISE  # on z, which has size 1
     ttt_steps: int = 0  # steps of test-time training
     ttt_rank: int = 8  # 0: all weights are tuned
     ttt_lr: float = 1e-3
@@ -71,7 +74,8 @@ class Given:
     """What a model gives for one test input."""
 
     candidates: list  # of Candidate, all different, best first
-    steps: list = field(default_factory=list)  # Route B, first view: (grid or None, probability) of each step
+    # Route B: (grid or None, probability) of each step, of the surest rollout of the first view
+    steps: list = field(default_factory=list)
 
 
 # -----------------------------------------------------------------------------
@@ -205,7 +209,8 @@ def solve_grids(model, tasks, settings):
     asked = [(i, view) for i, some_views in enumerate(seen) for view in some_views]
     view_tasks = [apply_view(view, tasks[i]) for i, view in asked]
     if canvas:
-        answers = model.answer(view_tasks, n_sup=settings.n_sup, trace=True, halt=settings.halt)
+        how = {k: getattr(settings, k) for k in ("n_sup", "halt", "n_rollouts", "noise", "seed")}
+        answers = model.answer(view_tasks, trace=True, **how)
     else:
         how = {"samples": settings.samples, "temperature": settings.temperature, "seed": settings.seed}
         answers = model.answer(view_tasks, **how)
@@ -222,7 +227,7 @@ def solve_grids(model, tasks, settings):
                 if math.isfinite(score)
             ]
             if canvas and view is seen[i][0]:
-                steps[i][j] = some
+                steps[i][j] = surest_rollout(some, settings.n_rollouts)
             votes[i][j] = (votes[i][j] or []) + (votes_of_steps(some) if canvas else votes_of_samples(some))
     for task, given in zip(tasks, votes):
         if settings.programs and task.kind == "arc":

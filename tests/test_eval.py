@@ -410,6 +410,7 @@ def test_two_processes_give_what_one_gives(checkpoints, tmp_path):
         (["{good}", "{folder}/notes.txt"], "not a checkpoint"),
         (["{good}", "--suites=sudoku4,sudku4"], "did you mean 'sudoku4'"),
         (["{good}", "--tasks={folder}/nowhere"], "there is no"),
+        (["{good}", "--suites=sudoku4", "--n_rollouts=2"], "about Route B"),
         (["{good}", "--suites=sudoku4"], "eval.json is damaged or of another version"),
     ],
 )

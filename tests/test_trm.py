@@ -302,6 +302,60 @@ def test_rows_that_halt_leave_the_batch_and_the_others_do_not_notice():
     assert all(len(trace) == 1 for task in model.answer(TASKS, trace=True, halt=0.5) for trace in task)
 
 
+def same_traces(a, b):
+    return len(a) == len(b) and all(same(g, h) and abs(p - q) < 1e-3 for (g, p), (h, q) in zip(a, b))
+
+
+@torch.no_grad()
+def test_rollouts_start_with_the_plain_answer_and_are_a_puzzles_own():
+    model, options = trm(3, n_sup=4), {"trace": True, "noise": 0.5}
+    plain, two, four = (model.answer(TASKS[:3], n_rollouts=n, **options) for n in (1, 2, 4))
+    still = model.answer(TASKS[:3], n_rollouts=2, trace=True, noise=0.0)
+    other = model.answer(TASKS[:3], n_rollouts=2, seed=1, **options)
+    for i, task in enumerate(TASKS[:3]):
+        alone = model.answer([task], n_rollouts=4, **options)[0]
+        for j in range(len(task.test)):
+            assert len(four[i][j]) == 16 and same_traces(four[i][j], alone[j])
+            assert same_traces(four[i][j][:4], plain[i][j]) and same_traces(four[i][j][:8], two[i][j])
+            assert same_traces(still[i][j], plain[i][j] * 2)
+            rollouts = [four[i][j][n : n + 4] for n in range(0, 16, 4)] + [other[i][j][4:]]
+            assert not any(same_traces(a, b) for n, a in enumerate(rollouts) for b in rollouts[:n])
+            assert model_trm.surest_rollout(four[i][j], 4) == max(
+                rollouts[:4], key=lambda r: max(p for _, p in r)
+            )
+    every = model.answer(TASKS[:3], n_rollouts=4, noise=0.5)
+    for ranked, trace in zip(sum(every, []), sum(four, [])):
+        assert ranked[0][1] == pytest.approx(max(p for grid, p in trace if grid is not None), abs=1e-3)
+
+
+@torch.no_grad()
+def test_noise_has_its_size_on_z_and_none_on_the_first_rollout(monkeypatch):
+    model, seen = trm(n_sup=2), []
+    monkeypatch.setattr(model, "deep_recursion", lambda x, y, z, layout: (seen.append(z), (y, z))[1])
+    idx, _ = puzzle_batch("canvas", range(3))
+    list(model.answer_steps(idx, n_rollouts=50, noise=0.7))
+    real = (idx != tok.PAD).repeat_interleave(50, 0)
+    for step, z in enumerate(seen, 1):
+        noise = (z - model.z_init).view(3, 50, *z.shape[1:])
+        assert not noise[:, 0].any() and not (z - model.z_init)[~real].any()
+        drawn = noise[:, 1:][real.view(3, 50, -1)[:, 1:]]
+        assert abs(drawn.std() / 0.7 / step**0.5 - 1) < 0.01 and abs(drawn.mean()) < 0.01
+
+
+@torch.no_grad()
+def test_a_puzzle_stops_when_one_of_its_rollouts_is_sure():
+    model, how = trm(3, n_sup=6), {"trace": True, "n_rollouts": 3, "noise": 0.5}
+    model.q_head.weight.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
+    whole = sum(model.answer(TASKS, **how), [])
+    threshold = float(np.median([max(p for _, p in trace) for trace in whole]))
+    early = sum(model.answer(TASKS, halt=threshold, **how), [])
+    for a, b in zip(whole, early):
+        sure = [any(a[k * 6 + step][1] > threshold for k in range(3)) for step in range(6)]
+        n = sure.index(True) + 1 if any(sure) else 6
+        assert len(b) == 3 * n and same_traces(b, [a[k * 6 + step] for k in range(3) for step in range(n)])
+    assert len({len(trace) for trace in early}) > 1
+
+
 @pytest.mark.parametrize("part", ("wte", "q_head"))
 def test_a_diverged_model_answers_nothing(part):
     model = trm()
