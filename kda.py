@@ -45,9 +45,9 @@ BACKEND = os.environ.get("KDA_BACKEND", "auto")
 # other.
 CHUNK = 64
 CPU_CHUNK = 32
-# Gates are clamped here. exp(-16) is 1e-7, one unit of float32.
-FLOOR = -16.0
-# Tokens per block at most. A block forgets at most exp(FLOOR * BLOCK), and float32 has exp(64) and exp(-64).
+# Where gates are clamped: exp(-16) is 1e-7, one unit of float32, and exp(-80) is nothing to float64.
+FLOOR = {torch.float32: -16.0, torch.float64: -80.0}
+# Tokens per block at most. A block forgets at most exp(-16 * 8), and float32 has exp(64) and exp(-64).
 BLOCK = 8
 # Numbers in one tensor on a CPU: 1 MB, so that what is worked on stays in its cache.
 AT_ONCE = 1 << 18
@@ -105,7 +105,7 @@ def kda_step(q, k, v, g, beta, state, scale=None):
 
 def chunk_forward(q, k, v, g, beta, scale, state, form):
     """
-    q, k, g (M, C, K), g in [FLOOR, 0]; v (M, C, V); beta (M, C, 1); state (heads, K, V). Returns o (M, C, V),
+    q, k, g (M, C, K), g clamped; v (M, C, V); beta (M, C, 1); state (heads, K, V). Returns o (M, C, V),
     the final state, and for the backward XQ (2, M, C, C) and the state (M, K, V) before each chunk.
     state may be None if there is one chunk of each head, with nothing before it. Then no states are returned.
     """
@@ -160,39 +160,31 @@ def states(X, read, write, total, rows, S, backwards=False):
 # has below them, then [[X1, 0], [X2 L X1, X2]] inverts both together.
 
 
-class Decays(NamedTuple):
+def decays(g):
     """
+    g (M, C, K) -> levels, start, end (M, C, K), total (M, K, 1).
+
     levels: (late, early) for blocks of s tokens, which double from level to level. late (., s, K) goes with
     the later tokens of pairs, early with the earlier ones. At level 0 the pairs are within each block, and
     late is the decay from the middle of the block. At others late is for each second block and early for each
-    first. start, end (M, C, K): decay from the chunk's start to a token, and from a token to the chunk's end.
-    total (M, K, 1).
+    first. start, end: decay from the chunk's start to a token, and from a token to the chunk's end.
     """
-
-    levels: list
-    start: torch.Tensor
-    end: torch.Tensor
-    total: torch.Tensor
-
-
-def decays(g):
-    """g (M, C, K) -> Decays. Short chunks merge less often."""
     M, C, K = g.shape
-    merges = max(0, math.ceil(math.log2(C / BLOCK)))
+    merges = max(0, math.ceil(math.log2(C / BLOCK)))  # fewer in short chunks
     G = g.view(M << merges, C >> merges, K).cumsum(1)
     half = G[:, -1:] / 2
     late = G.sub_(half).exp_()
     early, half = late.reciprocal(), half.exp_()
     levels = [(late, early)]
     start, end, total = late * half, early * half, half * half
-    for level in range(merges):
-        # from the borders of blocks to those of pairs: all but the first ones' starts, the second ones' ends
+    for _ in range(merges):
+        # from the borders of blocks to those of pairs: second blocks start earlier, first ones end later
         (_, start2), (end1, _), (total1, total2) = halves(start), halves(end), halves(total)
         levels.append((start2.clone(), end1.clone()))
         start2.mul_(total1)
         end1.mul_(total2)
         start, end, total = (t.view(len(total1), -1, K) for t in (start, end, total1 * total2))
-    return Decays(levels, start.view_as(g), end.view_as(g), total.mT)
+    return levels, start.view_as(g), end.view_as(g), total.mT
 
 
 def halves(t):
@@ -200,15 +192,10 @@ def halves(t):
     return t.unflatten(0, (-1, 2)).unbind(1)
 
 
-def earlier(t, s, level):
-    """View of t (M, C, D) as the blocks (., s, D) that come first in pairs."""
+def sides(t, s, level):
+    """Views of t (M, C, D) as blocks (., s, D): the earlier and the later ones of pairs, all at level 0."""
     t = t.view(-1, s, t.shape[-1])
-    return halves(t)[0] if level else t
-
-
-def later(t, s, level):
-    t = t.view(-1, s, t.shape[-1])
-    return halves(t)[1] if level else t
+    return halves(t) if level else (t, t)
 
 
 def corners(A, s, level):
@@ -226,13 +213,14 @@ def decayed(x, k, g, want_pairs=True):
     x (2, M, C, K); k, g (M, C, K) -> XQ (2, M, C, C), x_in (2, M, C, K), k_out (M, C, K), total (M, K, 1),
     and what `decayed_grad` wants to know.
     """
-    d, XQ = decays(g), None
+    levels, start, end, total = d = decays(g)
+    XQ = None
     if want_pairs:
         XQ = x.new_zeros(*x.shape[:3], x.shape[2])
-        for level, (late, early) in enumerate(d.levels):
+        for level, (late, early) in enumerate(levels):
             s = late.shape[1]
-            k_early = (earlier(k, s, level) * early).mT
-            P, Q = (torch.bmm(later(t, s, level) * late, k_early) for t in x)
+            k_early = (sides(k, s, level)[0] * early).mT
+            P, Q = (torch.bmm(sides(t, s, level)[1] * late, k_early) for t in x)
             if level == 0:  # what is dropped may be inf
                 I = torch.eye(s, dtype=P.dtype, device=P.device).expand_as(P)
                 P = torch.linalg.solve_triangular(-P.tril_(-1), I, upper=False, unitriangular=True)
@@ -243,7 +231,7 @@ def decayed(x, k, g, want_pairs=True):
             for whole, block in zip(XQ, (P, Q)):
                 corner = corners(whole, s, level)
                 corner.copy_(block.view(corner.shape))
-    return XQ, x * d.start, k * d.end, d.total, d
+    return XQ, x * start, k * end, total, d
 
 
 # -----------------------------------------------------------------------------
@@ -302,25 +290,25 @@ def decayed_grad(x, k, d, dA, d_in_out):
     diagonals are left out. d_in_out: those of x_in (2, M, C, K), k_out (M, C, K) and log(total) (M, 1, K), or
     None for zeros.
     """
-    dx, dk = torch.zeros_like(x), torch.zeros_like(k)
-    for level, (late, early) in enumerate(d.levels):
+    (levels, start, end, _), dx, dk = d, torch.zeros_like(x), torch.zeros_like(k)
+    for level, (late, early) in enumerate(levels):
         s = late.shape[1]
-        k_early = earlier(k, s, level) * early
+        k_early = sides(k, s, level)[0] * early
         d_early = torch.zeros_like(k_early)
         for t, dt, dA_t in zip(x, dx, dA):
             block = corners(dA_t, s, level).reshape(-1, s, s)
             block = block if level else block.tril(-1)
-            later(dt, s, level).addcmul_(torch.bmm(block, k_early), late)
-            d_early.baddbmm_(block.mT, later(t, s, level) * late)
-        earlier(dk, s, level).addcmul_(d_early, early)
+            sides(dt, s, level)[1].addcmul_(torch.bmm(block, k_early), late)
+            d_early.baddbmm_(block.mT, sides(t, s, level)[1] * late)
+        sides(dk, s, level)[0].addcmul_(d_early, early)
     if d_in_out is not None:
         dx_in, dk_out, d_total = d_in_out
-        dx.addcmul_(dx_in, d.start)
+        dx.addcmul_(dx_in, start)
     dG = (x[0] * dx[0]).addcmul_(x[1], dx[1]).addcmul_(k, dk, value=-1)
     dg = dG.flip(1).cumsum(1).flip(1)
     if d_in_out is not None:
         # k_out has the gates after its token. Apart, because it may be large where dG is e^-50.
-        dk_out = dk_out * d.end
+        dk_out = dk_out * end
         dg += d_total
         dg[:, 1:] += (k * dk_out)[:, :-1].cumsum(1)
         dk += dk_out
@@ -351,22 +339,24 @@ TORCH = Form(decayed, states, decayed_grad)
 LAUNCH = {"decayed_kernel": (32, 4), "states_kernel": (32, 4), "decayed_grad_kernel": (16, 8)}
 
 if triton is not None:
-    constexpr = tl.constexpr
+    const = tl.constexpr
+    INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on a CPU, for tests
+    C = CHUNK if INTERPRETED else const(CHUNK)
 
     @triton.jit
-    def load(ptr, m, rows, height, columns, width):
+    def load(p, m, rows, height, columns, width):
         """Rows and columns of the m-th (height, width) matrix, zeros outside."""
-        p = ptr + m.to(tl.int64) * (height * width) + rows[:, None] * width + columns[None, :]
+        p += m.to(tl.int64) * (height * width) + rows[:, None] * width + columns[None, :]
         inside = ((rows >= 0) & (rows < height))[:, None] & (columns < width)[None, :]
         return tl.load(p, mask=inside, other=0.0)
 
     @triton.jit
-    def store(ptr, m, rows, height, columns, width, x):
-        p = ptr + m.to(tl.int64) * (height * width) + rows[:, None] * width + columns[None, :]
+    def store(p, m, rows, height, columns, width, x):
+        p += m.to(tl.int64) * (height * width) + rows[:, None] * width + columns[None, :]
         tl.store(p, x, mask=(rows < height)[:, None] & (columns < width)[None, :])
 
     @triton.jit
-    def product(a, b, DOT: constexpr):
+    def product(a, b, DOT: const):
         """
         a @ b. Tensor cores cut off the last 13 bits of a float32. Where errors add up, a common sign is far
         worse than their size: round first.
@@ -377,15 +367,15 @@ if triton is not None:
         return tl.dot(a, b, input_precision=DOT)
 
     @triton.jit
-    def next_to_each_other(s, C: constexpr):
+    def next_to_each_other(s):
         """(C, C) bool: token i is in the second and j in the first of two neighbouring blocks of s tokens."""
         i, j = tl.arange(0, C)[:, None] // s, tl.arange(0, C)[None, :] // s
         return (i % 2 == 1) & (j == i - 1)
 
     @triton.jit
-    def level_decays(g, level: constexpr, C: constexpr, STEP: constexpr):
+    def level_decays(g, level: const, STEP: const):
         """g (C, STEP) -> late, early, and which pairs of tokens the level is about (C, C)."""
-        s: constexpr = 8 if level == 0 else 4 << level
+        s: const = 8 if level == 0 else 4 << level
         blocks = tl.reshape(g, (C // s, s, STEP))
         G = tl.cumsum(blocks, 1)
         if level == 0:
@@ -395,130 +385,93 @@ if triton is not None:
             here = (i // s == j // s) & (i >= j)
         else:
             late, early = tl.exp(G), tl.exp(tl.cumsum(blocks, 1, reverse=True) - blocks)
-            here = next_to_each_other(s, C)
+            here = next_to_each_other(s)
         return tl.reshape(late, (C, STEP)), tl.reshape(early, (C, STEP)), here
 
     @triton.jit
-    def inverse(P, C: constexpr, DOT: constexpr):
+    def inverse(P, DOT: const):
         """(I - P)^-1, merged from blocks of one token on. Only what P has below its diagonal is read."""
         c = tl.arange(0, C)
-        X = tl.where(c[:, None] == c[None, :], 1.0, tl.where(next_to_each_other(1, C), P, 0.0))
+        X = tl.where(c[:, None] == c[None, :], 1.0, tl.where(next_to_each_other(1), P, 0.0))
         for level in range(1, 6):
-            L = tl.where(next_to_each_other(1 << level, C), P, 0.0)
+            L = tl.where(next_to_each_other(1 << level), P, 0.0)
             X += product(product(X, L, DOT), X, DOT)
         return X
 
     @triton.jit
     def decayed_kernel(
-        x_ptr,
-        k_ptr,
-        g_ptr,
-        XQ_ptr,
-        x_in_ptr,
-        k_out_ptr,
-        total_ptr,
-        K,
-        C: constexpr,
-        STEP: constexpr,
-        PAIRS: constexpr,
-        DOT: constexpr,
+        x_p, k_p, g_p, XQ_p, x_in_p, k_out_p, total_p, K, STEP: const, PAIRS: const, DOT: const
     ):
         """`decayed`, one program for what comes from e, one for what comes from q."""
         m, of_q, c = tl.program_id(0), tl.program_id(1), tl.arange(0, C)
         xm, A = of_q * tl.num_programs(0) + m, tl.zeros((C, C), tl.float32)
         for step in range(0, K, STEP):
             ks = step + tl.arange(0, STEP)
-            x, k, g = load(x_ptr, xm, c, C, ks, K), load(k_ptr, m, c, C, ks, K), load(g_ptr, m, c, C, ks, K)
+            x, k, g = load(x_p, xm, c, C, ks, K), load(k_p, m, c, C, ks, K), load(g_p, m, c, C, ks, K)
             if PAIRS:
                 for level in tl.static_range(4):
-                    late, early, here = level_decays(g, level, C, STEP)
+                    late, early, here = level_decays(g, level, STEP)
                     A += tl.where(here, product(x * late, tl.trans(k * early), DOT), 0.0)
-            store(x_in_ptr, xm, c, C, ks, K, x * tl.exp(tl.cumsum(g, 0)))
+            store(x_in_p, xm, c, C, ks, K, x * tl.exp(tl.cumsum(g, 0)))
             if of_q:
-                store(k_out_ptr, m, c, C, ks, K, k * tl.exp(tl.cumsum(g, 0, reverse=True) - g))
-                tl.store(total_ptr + m * K + ks, tl.exp(tl.sum(g, 0)), mask=ks < K)
+                store(k_out_p, m, c, C, ks, K, k * tl.exp(tl.cumsum(g, 0, reverse=True) - g))
+                tl.store(total_p + m * K + ks, tl.exp(tl.sum(g, 0)), mask=ks < K)
         if PAIRS:
             if of_q == 0:
-                A = inverse(A, C, DOT)
-            store(XQ_ptr, xm, c, C, c, C, A)
+                A = inverse(A, DOT)
+            store(XQ_p, xm, c, C, c, C, A)
 
     @triton.jit
     def states_kernel(
-        X_ptr,
-        read_ptr,
-        write_ptr,
-        total_ptr,
-        rows_ptr,
-        S_ptr,
-        chunks,
-        K,
-        V,
-        C: constexpr,
-        WIDTH: constexpr,
-        STEP: constexpr,
-        BACKWARDS: constexpr,
-        DOT: constexpr,
+        X_p, read_p, write_p, total_p, rows_p, S_p, N, K, V, KPAD: const, STEP: const, BACK: const, DOT: const
     ):
-        """`states`."""
+        """`states`, over N chunks, for STEP columns of a head. KPAD: `padded(K)`."""
         h, heads, c = tl.program_id(0), tl.num_programs(0), tl.arange(0, C)
-        ks, vs = tl.arange(0, WIDTH), tl.program_id(1) * STEP + tl.arange(0, STEP)
-        S = load(S_ptr, h + (chunks * heads if BACKWARDS else 0), ks, K, vs, V)
-        for step in range(chunks):
-            m = h + heads * (chunks - 1 - step if BACKWARDS else step)
-            X = load(X_ptr, m, c, C, c, C)
-            rows = load(rows_ptr, m, c, C, vs, V) + product(load(read_ptr, m, c, C, ks, K), S, DOT)
-            rows = product(tl.trans(X) if BACKWARDS else X, rows, DOT)
-            store(rows_ptr, m, c, C, vs, V, rows)
-            total = tl.load(total_ptr + m * K + ks, mask=ks < K, other=0.0)
-            after = m if BACKWARDS else m + heads
-            S = total[:, None] * S + load(S_ptr, after, ks, K, vs, V)
-            S += product(tl.trans(load(write_ptr, m, c, C, ks, K)), rows, DOT)
-            store(S_ptr, after, ks, K, vs, V, S)
+        ks, vs = tl.arange(0, KPAD), tl.program_id(1) * STEP + tl.arange(0, STEP)
+        S = load(S_p, h + (N * heads if BACK else 0), ks, K, vs, V)
+        for step in range(N):
+            m = h + heads * (N - 1 - step if BACK else step)
+            X = load(X_p, m, c, C, c, C)
+            rows = load(rows_p, m, c, C, vs, V) + product(load(read_p, m, c, C, ks, K), S, DOT)
+            rows = product(tl.trans(X) if BACK else X, rows, DOT)
+            store(rows_p, m, c, C, vs, V, rows)
+            total = tl.load(total_p + m * K + ks, mask=ks < K, other=0.0)
+            after = m if BACK else m + heads
+            S = total[:, None] * S + load(S_p, after, ks, K, vs, V)
+            S += product(tl.trans(load(write_p, m, c, C, ks, K)), rows, DOT)
+            store(S_p, after, ks, K, vs, V, S)
 
     @triton.jit
     def decayed_grad_kernel(
-        x_ptr,
-        k_ptr,
-        g_ptr,
-        dA_ptr,
-        dx_in_ptr,
-        dk_out_ptr,
-        d_total_ptr,
-        dx_ptr,
-        dk_ptr,
-        dg_ptr,
-        K,
-        C: constexpr,
-        STEP: constexpr,
-        STATES: constexpr,
-        DOT: constexpr,
+        x_p, k_p, g_p, dA_p, dx_in_p, dk_out_p, d_total_p, grads_p, K, STEP: const, STATES: const, DOT: const
     ):
         """`decayed_grad`, one program for STEP channels of a chunk. STATES: whether there is a d_in_out."""
         m, M, c = tl.program_id(0), tl.num_programs(0), tl.arange(0, C)
         ks = tl.program_id(1) * STEP + tl.arange(0, STEP)
-        k, g = load(k_ptr, m, c, C, ks, K), load(g_ptr, m, c, C, ks, K)
+        k, g = load(k_p, m, c, C, ks, K), load(g_p, m, c, C, ks, K)
         dk, dG = tl.zeros((C, STEP), tl.float32), tl.zeros((C, STEP), tl.float32)
-        for xm in range(m, 2 * M, M):
-            x, dx = load(x_ptr, xm, c, C, ks, K), tl.zeros((C, STEP), tl.float32)
-            dA = tl.where(c[:, None] > c[None, :], load(dA_ptr, xm, c, C, c, C), 0.0)
+        for which in range(2):
+            xm = which * M + m
+            x, dx = load(x_p, xm, c, C, ks, K), tl.zeros((C, STEP), tl.float32)
+            dA = tl.where(c[:, None] > c[None, :], load(dA_p, xm, c, C, c, C), 0.0)
             for level in tl.static_range(4):
-                late, early, here = level_decays(g, level, C, STEP)
+                late, early, here = level_decays(g, level, STEP)
                 block = tl.where(here, dA, 0.0)
                 dx += late * product(block, k * early, DOT)
                 dk += early * product(tl.trans(block), x * late, DOT)
             if STATES:
-                dx += tl.exp(tl.cumsum(g, 0)) * load(dx_in_ptr, xm, c, C, ks, K)
-            store(dx_ptr, xm, c, C, ks, K, dx)
+                dx += tl.exp(tl.cumsum(g, 0)) * load(dx_in_p, xm, c, C, ks, K)
+            store(grads_p, xm, c, C, ks, K, dx)
             dG += x * dx
         dg = tl.cumsum(dG - k * dk, 0, reverse=True)
         if STATES:
             from_here = tl.cumsum(g, 0, reverse=True)
-            before = load(k_ptr, m, c - 1, C, ks, K) * load(dk_out_ptr, m, c - 1, C, ks, K)
+            before = load(k_p, m, c - 1, C, ks, K) * load(dk_out_p, m, c - 1, C, ks, K)
             before *= tl.exp(from_here)
-            dg += tl.cumsum(before, 0) + tl.load(d_total_ptr + m * K + ks, mask=ks < K, other=0.0)[None, :]
-            dk += load(dk_out_ptr, m, c, C, ks, K) * tl.exp(from_here - g)
-        store(dk_ptr, m, c, C, ks, K, dk)
-        store(dg_ptr, m, c, C, ks, K, dg)
+            dg += tl.cumsum(before, 0) + tl.load(d_total_p + m * K + ks, mask=ks < K, other=0.0)[None, :]
+            dk += load(dk_out_p, m, c, C, ks, K) * tl.exp(from_here - g)
+        store(grads_p, 2 * M + m, c, C, ks, K, dk)
+        store(grads_p, 3 * M + m, c, C, ks, K, dg)
 
 
 def padded(width):
@@ -531,8 +484,7 @@ def launch(kernel, dot, programs, *args, columns=None, **constants):
     step, warps = LAUNCH[kernel.__name__]
     step = min(step, padded(columns or args[-1]))
     grid = programs, -(-columns // step) if columns else 2
-    with torch.cuda.device_of(args[0]):
-        kernel[grid](*args, C=CHUNK, STEP=step, DOT=dot, num_warps=warps, num_stages=1, **constants)
+    kernel[grid](*args, STEP=step, DOT=dot, num_warps=warps, num_stages=1, **constants)
 
 
 def decayed_triton(dot, x, k, g, want_pairs=True):
@@ -547,15 +499,14 @@ def states_triton(dot, X, read, write, total, rows, S, backwards=False):
     (M, _, V), K = rows.shape, S.shape[1]
     heads = len(S) - M
     tensors, sizes = (X, read, write, total, rows, S), (M // heads, K, V)
-    launch(states_kernel, dot, heads, *tensors, *sizes, columns=V, WIDTH=padded(K), BACKWARDS=backwards)
+    launch(states_kernel, dot, heads, *tensors, *sizes, columns=V, KPAD=padded(K), BACK=backwards)
 
 
 def decayed_grad_triton(dot, x, k, g, dA, d_in_out):
-    M, _, K = k.shape
-    grads = torch.empty_like(x), torch.empty_like(k), torch.empty_like(k)
-    tensors = x, k, g, dA, *(d_in_out or (x, k, k)), *grads
+    (M, _, K), grads = k.shape, k.new_empty(4, *k.shape)
+    tensors = x, k, g, dA, *(d_in_out or (x, k, k)), grads
     launch(decayed_grad_kernel, dot, M, *tensors, K, columns=K, STATES=d_in_out is not None)
-    return grads
+    return grads[:2], grads[2], grads[3]
 
 
 def triton_form(dtype):
@@ -605,29 +556,23 @@ def widest(*tensors):
     return torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
 
 
-def floor(dtype):
-    """Where gates are clamped. float64 has the range for exp(-80), which is nothing there as well."""
-    return FLOOR if dtype == torch.float32 else 5 * FLOOR
-
-
 @contextlib.contextmanager
 def computing(v):
     """
-    Nothing is rounded by autocast. If v is in half precision on a GPU, float32 products use tensor cores,
-    whatever the process wants elsewhere.
+    On v's device, nothing is rounded by autocast. If v is in half precision on a GPU, float32 products use
+    tensor cores, whatever the process wants elsewhere.
     """
-    settings, before = torch.backends.cuda.matmul, None
+    settings = torch.backends.cuda.matmul
     new = hasattr(settings, "fp32_precision")  # since PyTorch 2.9
     name, value = ("fp32_precision", "tf32") if new else ("allow_tf32", True)
-    if v.is_cuda and v.dtype in (torch.float16, torch.bfloat16):
-        before = getattr(settings, name)
-        setattr(settings, name, value)
+    before = getattr(settings, name)
     try:
-        with torch.autocast(v.device.type, enabled=False):
+        if v.is_cuda and v.dtype in (torch.float16, torch.bfloat16):
+            setattr(settings, name, value)
+        with torch.cuda.device_of(v), torch.autocast(v.device.type, enabled=False):
             yield
     finally:
-        if before is not None:
-            setattr(settings, name, before)
+        setattr(settings, name, before)
 
 
 def chunk_length(T, most):
@@ -702,7 +647,7 @@ def chunk_op(q, k, v, g, beta, initial_state, scale, want_state, backend="chunk"
             q_, k_, v_, g_, beta_ = (to_chunks(t[rows, tokens], C, wide) for t in inputs)
             before = None if alone else state[rows].flatten(0, 1)
             o_, after, XQ[:, chunks], S_ = chunk_forward(
-                q_, k_, v_, g_.clamp(floor(wide)), beta_, scale, before, form
+                q_, k_, v_, g_.clamp(FLOOR[wide]), beta_, scale, before, form
             )
             from_chunks(o_, o[rows, tokens])
             if not alone:
@@ -724,9 +669,9 @@ def chunk_backward_op(q, k, v, g, beta, initial_state, scale, backend, XQ, S, do
             q_, k_, v_, g_, beta_, do_ = (to_chunks(t[rows, tokens], C, wide) for t in inputs)
             S_, after = (None, None) if alone else (S[chunks], d_state[rows].flatten(0, 1))
             dq, dk, dv, dg, d_beta, before = chunk_backward(
-                q_, k_, v_, g_.clamp(floor(wide)), beta_, scale, XQ[:, chunks], S_, do_, after, form
+                q_, k_, v_, g_.clamp(FLOOR[wide]), beta_, scale, XQ[:, chunks], S_, do_, after, form
             )
-            dg.masked_fill_(g_ < floor(wide), 0)
+            dg.masked_fill_(g_ < FLOOR[wide], 0)
             for whole, part in zip(grads, (dq, dk, dv, dg, d_beta)):
                 from_chunks(part, whole[rows, tokens])
             if not alone:
