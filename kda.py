@@ -44,9 +44,10 @@ BACKEND = os.environ.get("KDA_BACKEND", "auto")
 # Tokens per chunk at most: the (C, C) products inside a chunk against T / C state updates, one after the
 # other.
 CHUNK = 64
-# Gates are clamped here. exp(-16) is 1e-7, one unit of float32.
-FLOOR = -16.0
-# Tokens per block at most. A block forgets at most exp(FLOOR * BLOCK), and float32 has exp(64) and exp(-64).
+CPU_CHUNK = 32
+# Where gates are clamped: exp(-16) is 1e-7, one unit of float32, and exp(-80) is nothing to float64.
+FLOOR = {torch.float32: -16.0, torch.float64: -80.0}
+# Tokens per block at most. A block forgets at most exp(-16 * 8), and float32 has exp(64) and exp(-64).
 BLOCK = 8
 # Numbers in one tensor on a CPU: 1 MB, so that what is worked on stays in its cache.
 AT_ONCE = 1 << 18
@@ -86,44 +87,60 @@ def kda_step(q, k, v, g, beta, state, scale=None):
 # 2. a chunk
 #
 # Unroll the recurrence inside a chunk of C tokens that starts with the state S. G_i is the sum of g up to and
-# including token i; below, q stands for scale q. How much of what token j wrote is still there along k_i,
-# q_i:
-#     P_ij = beta_i sum_c k_ic k_jc exp(G_ic - G_jc)  for j < i
-#     Q_ij =        sum_c q_ic k_jc exp(G_ic - G_jc)  for j <= i
+# including token i; e = -beta k is what erases, and below, q stands for scale q. How much of what token j
+# wrote is still there along e_i, q_i:
+#     P_ij = sum_c e_ic k_jc exp(G_ic - G_jc)  for j < i
+#     Q_ij = sum_c q_ic k_jc exp(G_ic - G_jc)  for j <= i
 # What token i really writes, new_i = beta_i (v_i minus what is there already), solves a unit lower-triangular
 # system, and everything else is a product:
-#     k_in = beta k exp(G)        q_in = q exp(G)        k_out = k exp(G_C - G)        total = exp(G_C)
-#     X = (I + P)^-1              new = X (beta v - k_in S)
-#     o = q_in S + Q new          S' = total S + k_out^T new
+#     e_in = e exp(G)        q_in = q exp(G)        k_out = k exp(G_C - G)        total = exp(G_C)
+#     X = (I - P)^-1         new = X (beta v + e_in S)
+#     o = q_in S + Q new     S' = total S + k_out^T new
 #
 # Tensors of chunks are (M, C, D): the first chunks of all sequences and heads, then the second ones, so that
-# a step of the loop over chunks works on one slice of `heads` = B * H of them.
+# a step of the loop over chunks works on one slice of `heads` = B * H of them. States are (M + heads, K, V):
+# before each chunk, and after the last ones. What is done to e and to q alike is done to x = (e, q), and
+# X and Q are kept as XQ.
 
 
 def chunk_forward(q, k, v, g, beta, scale, state, form):
     """
-    q, k, g (M, C, K), g in [FLOOR, 0]; v (M, C, V); beta (M, C, 1); state (heads, K, V). Returns o (M, C, V),
-    the final state, and for the backward X, Q (M, C, C) and the state S (M, K, V) before each chunk.
-    state may be None if there is one chunk of each head, with nothing before it. Then no state is returned.
+    q, k, g (M, C, K), g clamped; v (M, C, V); beta (M, C, 1); state (heads, K, V). Returns o (M, C, V),
+    the final state, and for the backward XQ (2, M, C, C) and the state (M, K, V) before each chunk.
+    state may be None if there is one chunk of each head, with nothing before it. Then no states are returned.
     """
-    bk, q = k * beta, q * scale
-    X, Q, k_in, q_in, k_out, total, _ = form.decayed(bk, q, k, g)
-    Q.diagonal(dim1=-2, dim2=-1).copy_((q * k).sum(-1))
+    XQ, (e_in, q_in), k_out, total, _ = form.decayed(erase_and_read(q, k, beta, scale), k, g)
+    (X, Q), new = XQ, beta * v
     if state is None:
-        return torch.bmm(Q, torch.bmm(X, beta * v)), None, X, Q, None
-    new, S, state = form.states(X, k_in, k_out, total, beta * v, state)
-    return torch.bmm(Q, new).baddbmm_(q_in, S), state, X, Q, S
+        return torch.bmm(Q, torch.bmm(X, new)), None, XQ, None
+    heads = len(state)
+    S = state.new_zeros(len(X) + heads, *state.shape[1:])
+    S[:heads] = state
+    form.states(X, e_in, k_out, total, new, S)
+    return torch.bmm(Q, new).baddbmm_(q_in, S[:-heads]), S[-heads:], XQ, S[:-heads]
 
 
-def states(X, k_in, k_out, total, new, state):
-    """The loop over chunks. `new` comes as beta v. Returns new, S and the final state."""
-    heads, S = len(state), total.new_empty(len(X), *state.shape[1:])
-    for a in range(0, len(X), heads):
-        c = slice(a, a + heads)
-        S[c] = state
-        new[c] = torch.bmm(X[c], new[c].baddbmm_(k_in[c], state, alpha=-1))
-        state = (total[c] * state).baddbmm_(k_out[c].mT, new[c])
-    return new, S, state
+def erase_and_read(q, k, beta, scale):
+    """x (2, M, C, K): e and scale q."""
+    x = q.new_empty(2, *q.shape)
+    torch.mul(k, -beta, out=x[0])
+    torch.mul(q, scale, out=x[1])
+    return x
+
+
+def states(X, read, write, total, rows, S, backwards=False):
+    """
+    The loop over chunks, in place: rows = X (rows + read S), and S' += total S + write^T rows is the next
+    state. `backwards` goes from the last chunk to the first, with X^T.
+    """
+    heads = len(S) - len(X)
+    S = S.split(heads)
+    steps = list(zip(*(t.split(heads) for t in (X, read, write, total, rows)), S[:-1], S[1:]))
+    for X, read, write, total, rows, S, S_next in reversed(steps) if backwards else steps:
+        if backwards:
+            X, S, S_next = X.mT, S_next, S
+        torch.bmm(X, torch.baddbmm(rows, read, S), out=rows)
+        S_next.addcmul_(total, S).baddbmm_(write.mT, rows)
 
 
 # -----------------------------------------------------------------------------
@@ -136,29 +153,24 @@ def states(X, k_in, k_out, total, new, state):
 #
 # Tokens of different blocks meet where neighbouring blocks merge into one of twice the length. Token i in the
 # second and token j in the first decay from j to the border, and from the border to i. Both factors are <= 1,
-# and exponents are sums over tokens, never differences. After three merges the chunk is one block. Nothing
-# here depends on what the gates are.
-
-
-class Decays(NamedTuple):
-    """
-    levels: (late, early) for blocks of s = C / 8, C / 8, C / 4, C / 2 tokens. late (., s, K) goes with the
-    later tokens of pairs, early with the earlier ones. At level 0 the pairs are within each block, and late
-    is the decay from the middle of the block. At others late is for each second block and early for each
-    first. start, end (M, C, K): decay from the chunk's start to a token, and from a token to the chunk's end.
-    total (M, K, 1).
-    """
-
-    levels: list
-    start: torch.Tensor
-    end: torch.Tensor
-    total: torch.Tensor
+# and exponents are sums over tokens, never differences. After two or three merges the chunk is one block.
+# Nothing here depends on what the gates are.
+#
+# The inverse is merged with them: if X1 and X2 invert I - P within two neighbouring blocks, and L is what P
+# has below them, then [[X1, 0], [X2 L X1, X2]] inverts both together.
 
 
 def decays(g):
-    """g (M, C, K) -> Decays. Short chunks merge less often."""
+    """
+    g (M, C, K) -> levels, start, end (M, C, K), total (M, K, 1).
+
+    levels: (late, early) for blocks of s tokens, which double from level to level. late (., s, K) goes with
+    the later tokens of pairs, early with the earlier ones. At level 0 the pairs are within each block, and
+    late is the decay from the middle of the block. At others late is for each second block and early for each
+    first. start, end: decay from the chunk's start to a token, and from a token to the chunk's end.
+    """
     M, C, K = g.shape
-    merges = max(0, math.ceil(math.log2(C / BLOCK)))
+    merges = max(0, math.ceil(math.log2(C / BLOCK)))  # fewer in short chunks
     G = g.view(M << merges, C >> merges, K).cumsum(1)
     half = G[:, -1:] / 2
     late = G.sub_(half).exp_()
@@ -166,12 +178,13 @@ def decays(g):
     levels = [(late, early)]
     start, end, total = late * half, early * half, half * half
     for _ in range(merges):
-        (start1, start2), (end1, end2), (total1, total2) = halves(start), halves(end), halves(total)
-        levels.append((start2, end1))
-        start = torch.cat((start1, start2 * total1), 1)
-        end = torch.cat((end1 * total2, end2), 1)
-        total = total1 * total2
-    return Decays(levels, start, end, total.mT)
+        # from the borders of blocks to those of pairs: second blocks start earlier, first ones end later
+        (_, start2), (end1, _), (total1, total2) = halves(start), halves(end), halves(total)
+        levels.append((start2.clone(), end1.clone()))
+        start2.mul_(total1)
+        end1.mul_(total2)
+        start, end, total = (t.view(len(total1), -1, K) for t in (start, end, total1 * total2))
+    return levels, start.view_as(g), end.view_as(g), total.mT
 
 
 def halves(t):
@@ -179,15 +192,10 @@ def halves(t):
     return t.unflatten(0, (-1, 2)).unbind(1)
 
 
-def earlier(t, s, level):
-    """View of t (M, C, D) as the blocks (., s, D) that come first in pairs."""
+def sides(t, s, level):
+    """Views of t (M, C, D) as blocks (., s, D): the earlier and the later ones of pairs, all at level 0."""
     t = t.view(-1, s, t.shape[-1])
-    return halves(t)[0] if level else t
-
-
-def later(t, s, level):
-    t = t.view(-1, s, t.shape[-1])
-    return halves(t)[1] if level else t
+    return halves(t) if level else (t, t)
 
 
 def corners(A, s, level):
@@ -200,123 +208,111 @@ def corners(A, s, level):
     return A.diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
 
-def pairs(x, k, d):
-    """A (M, C, C): A_ij = sum_c x_ic k_jc exp(G_ic - G_jc) for j < i, else zero."""
-    A = x.new_zeros(x.shape[0], x.shape[1], x.shape[1])
-    for level, (late, early) in enumerate(d.levels):
-        s = late.shape[1]
-        block = torch.bmm(later(x, s, level) * late, (earlier(k, s, level) * early).mT)
-        if level == 0:
-            block.tril_(-1)  # what is dropped may be inf
-        corner = corners(A, s, level)
-        corner.copy_(block.view(corner.shape))
-    return A
-
-
-def decayed(bk, q, k, g, want_pairs=True):
+def decayed(x, k, g, want_pairs=True):
     """
-    bk = beta k, q, k, g (M, C, K) -> X and Q below its diagonal (M, C, C), k_in, q_in, k_out (M, C, K), total
-    (M, K, 1), and what `decayed_grad` wants to know.
+    x (2, M, C, K); k, g (M, C, K) -> XQ (2, M, C, C), x_in (2, M, C, K), k_out (M, C, K), total (M, K, 1),
+    and what `decayed_grad` wants to know.
     """
-    d, X, Q = decays(g), None, None
+    levels, start, end, total = d = decays(g)
+    XQ = None
     if want_pairs:
-        P, Q = pairs(bk, k, d), pairs(q, k, d)
-        I = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device).expand_as(P)
-        X = torch.linalg.solve_triangular(P, I, upper=False, unitriangular=True).contiguous()
-    return X, Q, bk * d.start, q * d.start, k * d.end, d.total, d
+        XQ = x.new_zeros(*x.shape[:3], x.shape[2])
+        for level, (late, early) in enumerate(levels):
+            s = late.shape[1]
+            k_early = (sides(k, s, level)[0] * early).mT
+            P, Q = (torch.bmm(sides(t, s, level)[1] * late, k_early) for t in x)
+            if level == 0:  # what is dropped may be inf
+                I = torch.eye(s, dtype=P.dtype, device=P.device).expand_as(P)
+                P = torch.linalg.solve_triangular(-P.tril_(-1), I, upper=False, unitriangular=True)
+                Q.tril_()
+            else:
+                X1, X2 = halves(corners(XQ[0], s, 0).reshape(-1, s, s))
+                P = torch.bmm(torch.bmm(X2, P), X1)
+            for whole, block in zip(XQ, (P, Q)):
+                corner = corners(whole, s, level)
+                corner.copy_(block.view(corner.shape))
+    return XQ, x * start, k * end, total, d
 
 
 # -----------------------------------------------------------------------------
 # 4. the backward
 #
-# With dR the gradient of beta v - k_in S, which X was multiplied by, from the last chunk to the first:
-#     dR = X^T (Q^T do + k_out dS')          dS = total dS' + q_in^T do - k_in^T dR
-#     dQ = do new^T                          dP = -dR new^T
-# The last one because X = (I + P)^-1 gives dP = -X^T dX X^T.
+# With dR the gradient of beta v + e_in S, which X was multiplied by, from the last chunk to the first:
+#     dR = X^T (Q^T do + k_out dS')          dS = q_in^T do + total dS' + e_in^T dR
+#     dQ = do new^T                          dP = dR new^T
+# The last one because X = (I - P)^-1 gives dP = X^T dX X^T. The first line is the loop of the forward, from
+# the end, with X^T and with e_in and k_out exchanged.
 #
 # The gates: x_ic always comes with exp(G_ic), and k_jc with exp(-G_jc). So G_ic has the gradient x_ic dx_ic
 # and G_jc has -k_jc dk_jc, whatever they are used for. g_t is in every G_i from t on, and has the sum over i
 # >= t.
 
 
-def chunk_backward(q, k, v, g, beta, scale, X, Q, S, do, d_state, form):
+def chunk_backward(q, k, v, g, beta, scale, XQ, S, do, d_state, form):
     """
     Gradients of `chunk_forward` in q, k, v, g, beta and the initial state, from do (M, C, V) and d_state
     (heads, K, V). S and d_state are None where the state was.
     """
-    bk, q = k * beta, q * scale
-    _, _, k_in, q_in, k_out, total, d = form.decayed(bk, q, k, g, want_pairs=False)
-    dR, new, d_in_out = torch.bmm(Q.mT, do), beta * v, None
+    x = erase_and_read(q, k, beta, scale)
+    _, x_in, k_out, total, d = form.decayed(x, k, g, want_pairs=False)
+    (X, Q), new, d_in_out = XQ, beta * v, None
+    dR = torch.bmm(Q.mT, do)
     if S is None:
         new, dR = torch.bmm(X, new), torch.bmm(X.mT, dR)
     else:
-        new = torch.bmm(X, new.baddbmm_(k_in, S, alpha=-1))
-        dR, dS, d_state = form.states_grad(X, k_in, k_out, total, dR, torch.bmm(q_in.mT, do), d_state)
+        heads = len(d_state)
+        new = torch.bmm(X, new.baddbmm_(x_in[0], S))
+        dS = S.new_empty(len(S) + heads, *S.shape[1:])
+        torch.bmm(x_in[1].mT, do, out=dS[:-heads])
+        dS[-heads:] = d_state
+        form.states(X, k_out, x_in[0], total, dR, dS, backwards=True)
+        d_state, dS = dS[:heads], dS[heads:]
         d_total = total * (S * dS).sum(-1, keepdim=True)
-        d_in_out = -torch.bmm(dR, S.mT), torch.bmm(do, S.mT), torch.bmm(new, dS.mT), d_total.mT
-    dP, dQ = torch.bmm(dR, new.mT).neg_(), torch.bmm(do, new.mT)
-    d_bk, dq, dk, dg = form.decayed_grad(bk, q, k, d, dP, dQ, d_in_out)
+        dx_in, dk_out = x_in, torch.bmm(new, dS.mT)  # x_in is used up
+        torch.bmm(dR, S.mT, out=dx_in[0])
+        torch.bmm(do, S.mT, out=dx_in[1])
+        d_in_out = dx_in, dk_out, d_total.mT
+    dA = torch.empty_like(XQ)
+    torch.bmm(dR, new.mT, out=dA[0])
+    torch.bmm(do, new.mT, out=dA[1])
+    (de, dq), dk, dg = form.decayed_grad(x, k, d, dA, d_in_out)
     # Q's diagonal has no decay, and is by far its largest part where gates are strong. It must not spoil dg.
-    diagonal = (do * new).sum(-1, keepdim=True)
-    dq.addcmul_(diagonal, k)
-    dk.addcmul_(diagonal, q).addcmul_(d_bk, beta)
-    d_beta = (dR * v).sum(-1, keepdim=True) + (d_bk * k).sum(-1, keepdim=True)
-    return dq.mul_(scale), dk, dR.mul_(beta), dg, d_beta, d_state
+    diagonal = dA[1].diagonal(dim1=1, dim2=2).unsqueeze(-1)
+    dq.addcmul_(diagonal, k).mul_(scale)
+    dk.addcmul_(diagonal, x[1]).addcmul_(de, beta, value=-1)
+    d_beta = (dR * v).sum(-1, keepdim=True) - (de * k).sum(-1, keepdim=True)
+    return dq, dk, dR.mul_(beta), dg, d_beta, d_state
 
 
-def states_grad(X, k_in, k_out, total, dR, dS, d_state):
+def decayed_grad(x, k, d, dA, d_in_out):
     """
-    The loop over chunks. dR comes as Q^T do, dS as q_in^T do. Returns dR, the gradient dS (M, K, V) of the
-    state after each chunk, and that of the initial state.
+    -> gradients of `decayed` in x (2, M, C, K) and k, g (M, C, K). dA (2, M, C, C) is that of P and Q, whose
+    diagonals are left out. d_in_out: those of x_in (2, M, C, K), k_out (M, C, K) and log(total) (M, 1, K), or
+    None for zeros.
     """
-    heads = len(d_state)
-    for a in range(len(X) - heads, -1, -heads):
-        c = slice(a, a + heads)
-        dR[c] = torch.bmm(X[c].mT, dR[c].baddbmm_(k_out[c], d_state))
-        before = dS[c].addcmul(total[c], d_state).baddbmm_(k_in[c].mT, dR[c], alpha=-1)
-        dS[c] = d_state
-        d_state = before
-    return dR, dS, d_state
-
-
-def pairs_grad(dA, x, k, d):
-    """Gradients of `pairs` in x and k."""
-    for level, (late, early) in enumerate(d.levels):
+    (levels, start, end, _), dx, dk = d, torch.zeros_like(x), torch.zeros_like(k)
+    for level, (late, early) in enumerate(levels):
         s = late.shape[1]
-        block = corners(dA, s, level).reshape(-1, s, s)
-        if level == 0:
-            block = block.tril(-1)
-        d_late = torch.bmm(block, earlier(k, s, level) * early)
-        d_early = torch.bmm(block.mT, later(x, s, level) * late)
-        if level == 0:
-            dx, dk = d_late.mul_(late).view_as(x), d_early.mul_(early).view_as(k)
-        else:
-            later(dx, s, level).addcmul_(d_late, late)
-            earlier(dk, s, level).addcmul_(d_early, early)
-    return dx, dk
-
-
-def decayed_grad(bk, q, k, d, dP, dQ, d_in_out):
-    """
-    Gradients of `decayed` in bk, q, k, g. d_in_out: those of k_in, q_in, k_out (M, C, K) and of log(total)
-    (M, 1, K), or None for zeros.
-    """
-    d_bk, dk = pairs_grad(dP, bk, k, d)
-    dq, dk_of_q = pairs_grad(dQ, q, k, d)
-    dk += dk_of_q
+        k_early = sides(k, s, level)[0] * early
+        d_early = torch.zeros_like(k_early)
+        for t, dt, dA_t in zip(x, dx, dA):
+            block = corners(dA_t, s, level).reshape(-1, s, s)
+            block = block if level else block.tril(-1)
+            sides(dt, s, level)[1].addcmul_(torch.bmm(block, k_early), late)
+            d_early.baddbmm_(block.mT, sides(t, s, level)[1] * late)
+        sides(dk, s, level)[0].addcmul_(d_early, early)
     if d_in_out is not None:
-        dk_in, dq_in, dk_out, d_total = d_in_out
-        d_bk.addcmul_(dk_in, d.start)
-        dq.addcmul_(dq_in, d.start)
-    dG = (bk * d_bk).addcmul_(q, dq).addcmul_(k, dk, value=-1)
+        dx_in, dk_out, d_total = d_in_out
+        dx.addcmul_(dx_in, start)
+    dG = (x[0] * dx[0]).addcmul_(x[1], dx[1]).addcmul_(k, dk, value=-1)
     dg = dG.flip(1).cumsum(1).flip(1)
     if d_in_out is not None:
         # k_out has the gates after its token. Apart, because it may be large where dG is e^-50.
-        dk_out = dk_out * d.end
+        dk_out = dk_out * end
         dg += d_total
         dg[:, 1:] += (k * dk_out)[:, :-1].cumsum(1)
         dk += dk_out
-    return d_bk, dq, dk, dg
+    return dx, dk, dg
 
 
 class Form(NamedTuple):
@@ -324,48 +320,43 @@ class Form(NamedTuple):
 
     decayed: callable
     states: callable
-    states_grad: callable
     decayed_grad: callable
 
 
-TORCH = Form(decayed, states, states_grad, decayed_grad)
+TORCH = Form(decayed, states, decayed_grad)
 
 # -----------------------------------------------------------------------------
 # 5. kernels
 #
 # The steps of `Form` in Triton; what is a plain product is left to cuBLAS. One program works on one chunk of
-# CHUNK tokens of one head, but the loops over chunks are one program for a head and some columns of its
-# state. All tensors are float32, and as in the PyTorch form. Where the inputs were in half precision, tensor
-# cores multiply them as TF32, since half precision has no exp(64). A level of `decays` is here one whole
-# (C, C) product, of which those pairs are taken that the level is about.
+# CHUNK tokens of one head, but the loop over chunks is one program for a head and some columns of its state.
+# All tensors are float32, and as in the PyTorch form. Where the inputs were in half precision, tensor cores
+# multiply them as TF32, since half precision has no exp(64). A level of `decays` is here one whole (C, C)
+# product, of which those pairs are taken that the level is about.
 
 # Channels per step (or columns of the state per program), and warps. With half precision hardly a register is
 # spilled on 8.0, 8.6, 9.0 and 10.0 (16 bytes at most), and shared memory stays under 64 KB.
-LAUNCH = {
-    "decayed_kernel": (32, 4),
-    "inverse_kernel": (64, 4),
-    "states_kernel": (32, 4),
-    "states_grad_kernel": (32, 4),
-    "decayed_grad_kernel": (16, 8),
-}
+LAUNCH = {"decayed_kernel": (32, 4), "states_kernel": (32, 4), "decayed_grad_kernel": (16, 8)}
 
 if triton is not None:
-    constexpr = tl.constexpr
+    const = tl.constexpr
+    INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on a CPU, for tests
+    C = CHUNK if INTERPRETED else const(CHUNK)
 
     @triton.jit
-    def load(ptr, m, rows, height, columns, width):
+    def load(p, m, rows, height, columns, width):
         """Rows and columns of the m-th (height, width) matrix, zeros outside."""
-        p = ptr + m.to(tl.int64) * (height * width) + rows[:, None] * width + columns[None, :]
+        p += m.to(tl.int64) * (height * width) + rows[:, None] * width + columns[None, :]
         inside = ((rows >= 0) & (rows < height))[:, None] & (columns < width)[None, :]
         return tl.load(p, mask=inside, other=0.0)
 
     @triton.jit
-    def store(ptr, m, rows, height, columns, width, x):
-        p = ptr + m.to(tl.int64) * (height * width) + rows[:, None] * width + columns[None, :]
+    def store(p, m, rows, height, columns, width, x):
+        p += m.to(tl.int64) * (height * width) + rows[:, None] * width + columns[None, :]
         tl.store(p, x, mask=(rows < height)[:, None] & (columns < width)[None, :])
 
     @triton.jit
-    def product(a, b, DOT: constexpr):
+    def product(a, b, DOT: const):
         """
         a @ b. Tensor cores cut off the last 13 bits of a float32. Where errors add up, a common sign is far
         worse than their size: round first.
@@ -376,192 +367,111 @@ if triton is not None:
         return tl.dot(a, b, input_precision=DOT)
 
     @triton.jit
-    def next_to_each_other(s, C: constexpr):
+    def next_to_each_other(s):
         """(C, C) bool: token i is in the second and j in the first of two neighbouring blocks of s tokens."""
         i, j = tl.arange(0, C)[:, None] // s, tl.arange(0, C)[None, :] // s
         return (i % 2 == 1) & (j == i - 1)
 
     @triton.jit
-    def level_decays(g, level: constexpr, C: constexpr, STEP: constexpr):
+    def level_decays(g, level: const, STEP: const):
         """g (C, STEP) -> late, early, and which pairs of tokens the level is about (C, C)."""
-        s: constexpr = 8 if level == 0 else 4 << level
+        s: const = 8 if level == 0 else 4 << level
         blocks = tl.reshape(g, (C // s, s, STEP))
         G = tl.cumsum(blocks, 1)
         if level == 0:
             G -= tl.sum(blocks, 1, keep_dims=True) / 2
             late, early = tl.exp(G), tl.exp(-G)
             i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-            here = (i // s == j // s) & (i > j)
+            here = (i // s == j // s) & (i >= j)
         else:
             late, early = tl.exp(G), tl.exp(tl.cumsum(blocks, 1, reverse=True) - blocks)
-            here = next_to_each_other(s, C)
+            here = next_to_each_other(s)
         return tl.reshape(late, (C, STEP)), tl.reshape(early, (C, STEP)), here
 
     @triton.jit
-    def decayed_kernel(
-        bk_ptr,
-        q_ptr,
-        k_ptr,
-        g_ptr,
-        P_ptr,
-        Q_ptr,
-        k_in_ptr,
-        q_in_ptr,
-        k_out_ptr,
-        total_ptr,
-        K,
-        C: constexpr,
-        STEP: constexpr,
-        PAIRS: constexpr,
-        DOT: constexpr,
-    ):
-        """`decayed`, one program for what comes from bk, one for what comes from q."""
-        m, c, of_q = tl.program_id(0), tl.arange(0, C), tl.program_id(1) == 1
-        x_ptr, x_in_ptr = q_ptr if of_q else bk_ptr, q_in_ptr if of_q else k_in_ptr
-        A = tl.zeros((C, C), tl.float32)
-        for step in range(0, K, STEP):
-            ks = step + tl.arange(0, STEP)
-            x, k, g = load(x_ptr, m, c, C, ks, K), load(k_ptr, m, c, C, ks, K), load(g_ptr, m, c, C, ks, K)
-            if PAIRS:
-                for level in tl.static_range(4):
-                    late, early, here = level_decays(g, level, C, STEP)
-                    A += tl.where(here, product(x * late, tl.trans(k * early), DOT), 0.0)
-            store(x_in_ptr, m, c, C, ks, K, x * tl.exp(tl.cumsum(g, 0)))
-            if of_q:
-                store(k_out_ptr, m, c, C, ks, K, k * tl.exp(tl.cumsum(g, 0, reverse=True) - g))
-                tl.store(total_ptr + m * K + ks, tl.exp(tl.sum(g, 0)), mask=ks < K)
-        if PAIRS:
-            store(Q_ptr if of_q else P_ptr, m, c, C, c, C, A)
+    def inverse(P, DOT: const):
+        """(I - P)^-1, merged from blocks of one token on. Only what P has below its diagonal is read."""
+        c = tl.arange(0, C)
+        X = tl.where(c[:, None] == c[None, :], 1.0, tl.where(next_to_each_other(1), P, 0.0))
+        for level in range(1, 6):
+            L = tl.where(next_to_each_other(1 << level), P, 0.0)
+            X += product(product(X, L, DOT), X, DOT)
+        return X
 
     @triton.jit
-    def inverse_kernel(P_ptr, X_ptr, C: constexpr, DOT: constexpr):
-        """
-        X = (I + P)^-1. If X1 and X2 invert two neighbouring blocks, and L is what P has below them, then
-        [[X1, 0], [-X2 L X1, X2]] inverts both together.
-        """
-        m, c = tl.program_id(0), tl.arange(0, C)
-        P = load(P_ptr, m, c, C, c, C)
-        X = tl.where(c[:, None] == c[None, :], 1.0, tl.where(next_to_each_other(1, C), -P, 0.0))
-        for level in range(1, 6):
-            L = tl.where(next_to_each_other(1 << level, C), P, 0.0)
-            X -= product(product(X, L, DOT), X, DOT)
-        store(X_ptr, m, c, C, c, C, X)
+    def decayed_kernel(
+        x_p, k_p, g_p, XQ_p, x_in_p, k_out_p, total_p, K, STEP: const, PAIRS: const, DOT: const
+    ):
+        """`decayed`, one program for what comes from e, one for what comes from q."""
+        m, of_q, c = tl.program_id(0), tl.program_id(1), tl.arange(0, C)
+        xm, A = of_q * tl.num_programs(0) + m, tl.zeros((C, C), tl.float32)
+        for step in range(0, K, STEP):
+            ks = step + tl.arange(0, STEP)
+            x, k, g = load(x_p, xm, c, C, ks, K), load(k_p, m, c, C, ks, K), load(g_p, m, c, C, ks, K)
+            if PAIRS:
+                for level in tl.static_range(4):
+                    late, early, here = level_decays(g, level, STEP)
+                    A += tl.where(here, product(x * late, tl.trans(k * early), DOT), 0.0)
+            store(x_in_p, xm, c, C, ks, K, x * tl.exp(tl.cumsum(g, 0)))
+            if of_q:
+                store(k_out_p, m, c, C, ks, K, k * tl.exp(tl.cumsum(g, 0, reverse=True) - g))
+                tl.store(total_p + m * K + ks, tl.exp(tl.sum(g, 0)), mask=ks < K)
+        if PAIRS:
+            if of_q == 0:
+                A = inverse(A, DOT)
+            store(XQ_p, xm, c, C, c, C, A)
 
     @triton.jit
     def states_kernel(
-        X_ptr,
-        k_in_ptr,
-        k_out_ptr,
-        total_ptr,
-        rhs_ptr,
-        state_ptr,
-        new_ptr,
-        S_ptr,
-        final_ptr,
-        chunks,
-        K,
-        V,
-        C: constexpr,
-        WIDTH: constexpr,
-        STEP: constexpr,
-        DOT: constexpr,
+        X_p, read_p, write_p, total_p, rows_p, S_p, N, K, V, KPAD: const, STEP: const, BACK: const, DOT: const
     ):
-        """`states`."""
+        """`states`, over N chunks, for STEP columns of a head. KPAD: `padded(K)`."""
         h, heads, c = tl.program_id(0), tl.num_programs(0), tl.arange(0, C)
-        ks, vs = tl.arange(0, WIDTH), tl.program_id(1) * STEP + tl.arange(0, STEP)
-        S = load(state_ptr, h, ks, K, vs, V)
-        for n in range(chunks):
-            m = n * heads + h
-            store(S_ptr, m, ks, K, vs, V, S)
-            new = load(rhs_ptr, m, c, C, vs, V) - product(load(k_in_ptr, m, c, C, ks, K), S, DOT)
-            new = product(load(X_ptr, m, c, C, c, C), new, DOT)
-            store(new_ptr, m, c, C, vs, V, new)
-            total = tl.load(total_ptr + m * K + ks, mask=ks < K, other=0.0)
-            S = total[:, None] * S + product(tl.trans(load(k_out_ptr, m, c, C, ks, K)), new, DOT)
-        store(final_ptr, h, ks, K, vs, V, S)
-
-    @triton.jit
-    def states_grad_kernel(
-        X_ptr,
-        k_in_ptr,
-        k_out_ptr,
-        total_ptr,
-        Qdo_ptr,
-        qdo_ptr,
-        d_final_ptr,
-        dR_ptr,
-        dS_ptr,
-        d_state_ptr,
-        chunks,
-        K,
-        V,
-        C: constexpr,
-        WIDTH: constexpr,
-        STEP: constexpr,
-        DOT: constexpr,
-    ):
-        """`states_grad`."""
-        h, heads, c = tl.program_id(0), tl.num_programs(0), tl.arange(0, C)
-        ks, vs = tl.arange(0, WIDTH), tl.program_id(1) * STEP + tl.arange(0, STEP)
-        dS = load(d_final_ptr, h, ks, K, vs, V)
-        for back in range(chunks):
-            m = (chunks - 1 - back) * heads + h
-            store(dS_ptr, m, ks, K, vs, V, dS)
-            dR = load(Qdo_ptr, m, c, C, vs, V) + product(load(k_out_ptr, m, c, C, ks, K), dS, DOT)
-            dR = product(tl.trans(load(X_ptr, m, c, C, c, C)), dR, DOT)
-            store(dR_ptr, m, c, C, vs, V, dR)
-            total = tl.load(total_ptr + m * K + ks, mask=ks < K, other=0.0)
-            dS = total[:, None] * dS + load(qdo_ptr, m, ks, K, vs, V)
-            dS -= product(tl.trans(load(k_in_ptr, m, c, C, ks, K)), dR, DOT)
-        store(d_state_ptr, h, ks, K, vs, V, dS)
+        ks, vs = tl.arange(0, KPAD), tl.program_id(1) * STEP + tl.arange(0, STEP)
+        S = load(S_p, h + (N * heads if BACK else 0), ks, K, vs, V)
+        for step in range(N):
+            m = h + heads * (N - 1 - step if BACK else step)
+            X = load(X_p, m, c, C, c, C)
+            rows = load(rows_p, m, c, C, vs, V) + product(load(read_p, m, c, C, ks, K), S, DOT)
+            rows = product(tl.trans(X) if BACK else X, rows, DOT)
+            store(rows_p, m, c, C, vs, V, rows)
+            total = tl.load(total_p + m * K + ks, mask=ks < K, other=0.0)
+            after = m if BACK else m + heads
+            S = total[:, None] * S + load(S_p, after, ks, K, vs, V)
+            S += product(tl.trans(load(write_p, m, c, C, ks, K)), rows, DOT)
+            store(S_p, after, ks, K, vs, V, S)
 
     @triton.jit
     def decayed_grad_kernel(
-        bk_ptr,
-        q_ptr,
-        k_ptr,
-        g_ptr,
-        dP_ptr,
-        dQ_ptr,
-        dk_in_ptr,
-        dq_in_ptr,
-        dk_out_ptr,
-        d_total_ptr,
-        d_bk_ptr,
-        dq_ptr,
-        dk_ptr,
-        dg_ptr,
-        K,
-        C: constexpr,
-        STEP: constexpr,
-        STATES: constexpr,
-        DOT: constexpr,
+        x_p, k_p, g_p, dA_p, dx_in_p, dk_out_p, d_total_p, grads_p, K, STEP: const, STATES: const, DOT: const
     ):
         """`decayed_grad`, one program for STEP channels of a chunk. STATES: whether there is a d_in_out."""
-        m, c, ks = tl.program_id(0), tl.arange(0, C), tl.program_id(1) * STEP + tl.arange(0, STEP)
-        k, g = load(k_ptr, m, c, C, ks, K), load(g_ptr, m, c, C, ks, K)
+        m, M, c = tl.program_id(0), tl.num_programs(0), tl.arange(0, C)
+        ks = tl.program_id(1) * STEP + tl.arange(0, STEP)
+        k, g = load(k_p, m, c, C, ks, K), load(g_p, m, c, C, ks, K)
         dk, dG = tl.zeros((C, STEP), tl.float32), tl.zeros((C, STEP), tl.float32)
         for which in range(2):
-            x = load(q_ptr if which == 1 else bk_ptr, m, c, C, ks, K)
-            dA, dx = load(dQ_ptr if which == 1 else dP_ptr, m, c, C, c, C), tl.zeros((C, STEP), tl.float32)
+            xm = which * M + m
+            x, dx = load(x_p, xm, c, C, ks, K), tl.zeros((C, STEP), tl.float32)
+            dA = tl.where(c[:, None] > c[None, :], load(dA_p, xm, c, C, c, C), 0.0)
             for level in tl.static_range(4):
-                late, early, here = level_decays(g, level, C, STEP)
+                late, early, here = level_decays(g, level, STEP)
                 block = tl.where(here, dA, 0.0)
                 dx += late * product(block, k * early, DOT)
                 dk += early * product(tl.trans(block), x * late, DOT)
             if STATES:
-                dx += tl.exp(tl.cumsum(g, 0)) * load(dq_in_ptr if which == 1 else dk_in_ptr, m, c, C, ks, K)
-            store(dq_ptr if which == 1 else d_bk_ptr, m, c, C, ks, K, dx)
+                dx += tl.exp(tl.cumsum(g, 0)) * load(dx_in_p, xm, c, C, ks, K)
+            store(grads_p, xm, c, C, ks, K, dx)
             dG += x * dx
         dg = tl.cumsum(dG - k * dk, 0, reverse=True)
         if STATES:
             from_here = tl.cumsum(g, 0, reverse=True)
-            before = load(k_ptr, m, c - 1, C, ks, K) * load(dk_out_ptr, m, c - 1, C, ks, K)
+            before = load(k_p, m, c - 1, C, ks, K) * load(dk_out_p, m, c - 1, C, ks, K)
             before *= tl.exp(from_here)
-            dg += tl.cumsum(before, 0) + tl.load(d_total_ptr + m * K + ks, mask=ks < K, other=0.0)[None, :]
-            dk += load(dk_out_ptr, m, c, C, ks, K) * tl.exp(from_here - g)
-        store(dk_ptr, m, c, C, ks, K, dk)
-        store(dg_ptr, m, c, C, ks, K, dg)
+            dg += tl.cumsum(before, 0) + tl.load(d_total_p + m * K + ks, mask=ks < K, other=0.0)[None, :]
+            dk += load(dk_out_p, m, c, C, ks, K) * tl.exp(from_here - g)
+        store(grads_p, 2 * M + m, c, C, ks, K, dk)
+        store(grads_p, 3 * M + m, c, C, ks, K, dg)
 
 
 def padded(width):
@@ -569,56 +479,40 @@ def padded(width):
     return max(16, 1 << (width - 1).bit_length())
 
 
-def launch(kernel, programs, width, dot, *args, **constants):
-    """`programs` of them, or a row of programs for every STEP of `width` channels or columns."""
+def launch(kernel, dot, programs, *args, columns=None, **constants):
+    """`programs` by two programs, or by one for every STEP of `columns`."""
     step, warps = LAUNCH[kernel.__name__]
-    step = min(step, padded(width))
-    grid = programs if isinstance(programs, tuple) else (programs, -(-width // step))
-    if "STEP" in kernel.arg_names:
-        constants["STEP"] = step
-    with torch.cuda.device_of(args[0]):
-        kernel[grid](*args, C=CHUNK, DOT=dot, num_warps=warps, num_stages=1, **constants)
+    step = min(step, padded(columns or args[-1]))
+    grid = programs, -(-columns // step) if columns else 2
+    kernel[grid](*args, STEP=step, DOT=dot, num_warps=warps, num_stages=1, **constants)
 
 
-def decayed_triton(dot, bk, q, k, g, want_pairs=True):
+def decayed_triton(dot, x, k, g, want_pairs=True):
     M, C, K = k.shape
-    P, Q, X = k.new_empty(3, M, C, C) if want_pairs else (k, k, None)
-    k_in, q_in, k_out, total = *k.new_empty(3, M, C, K), k.new_empty(M, K, 1)
-    tensors = bk, q, k, g, P, Q, k_in, q_in, k_out, total
-    launch(decayed_kernel, (M, 2), K, dot, *tensors, K, PAIRS=want_pairs)
-    if want_pairs:
-        launch(inverse_kernel, (M,), C, dot, P, X)
-    return X, Q, k_in, q_in, k_out, total, g
+    XQ = x.new_empty(2, M, C, C) if want_pairs else x
+    x_in, k_out, total = torch.empty_like(x), torch.empty_like(k), k.new_empty(M, K, 1)
+    launch(decayed_kernel, dot, M, x, k, g, XQ, x_in, k_out, total, K, PAIRS=want_pairs)
+    return XQ, x_in, k_out, total, g
 
 
-def states_triton(dot, X, k_in, k_out, total, rhs, state):
-    (M, _, V), (heads, K, _) = rhs.shape, state.shape
-    new, S, final = torch.empty_like(rhs), rhs.new_empty(M, K, V), torch.empty_like(state)
-    tensors = X, k_in, k_out, total, rhs, state.contiguous(), new, S, final
-    launch(states_kernel, heads, V, dot, *tensors, M // heads, K, V, WIDTH=padded(K))
-    return new, S, final
+def states_triton(dot, X, read, write, total, rows, S, backwards=False):
+    (M, _, V), K = rows.shape, S.shape[1]
+    heads = len(S) - M
+    tensors, sizes = (X, read, write, total, rows, S), (M // heads, K, V)
+    launch(states_kernel, dot, heads, *tensors, *sizes, columns=V, KPAD=padded(K), BACK=backwards)
 
 
-def states_grad_triton(dot, X, k_in, k_out, total, Qdo, qdo, d_final):
-    (M, _, V), (heads, K, _) = Qdo.shape, d_final.shape
-    dR, dS, d_state = torch.empty_like(Qdo), torch.empty_like(qdo), torch.empty_like(d_final)
-    tensors = X, k_in, k_out, total, Qdo, qdo, d_final.contiguous(), dR, dS, d_state
-    launch(states_grad_kernel, heads, V, dot, *tensors, M // heads, K, V, WIDTH=padded(K))
-    return dR, dS, d_state
-
-
-def decayed_grad_triton(dot, bk, q, k, g, dP, dQ, d_in_out):
-    grads = k.new_empty(4, *k.shape).unbind()
-    tensors = bk, q, k, g, dP, dQ, *(d_in_out or (k, k, k, k)), *grads
-    launch(decayed_grad_kernel, len(k), k.shape[2], dot, *tensors, k.shape[2], STATES=d_in_out is not None)
-    return grads
+def decayed_grad_triton(dot, x, k, g, dA, d_in_out):
+    (M, _, K), grads = k.shape, k.new_empty(4, *k.shape)
+    tensors = x, k, g, dA, *(d_in_out or (x, k, k)), grads
+    launch(decayed_grad_kernel, dot, M, *tensors, K, columns=K, STATES=d_in_out is not None)
+    return grads[:2], grads[2], grads[3]
 
 
 def triton_form(dtype):
     """The Form for inputs v of this dtype."""
     dot = "ieee" if dtype == torch.float32 else "tf32"
-    steps = decayed_triton, states_triton, states_grad_triton, decayed_grad_triton
-    return Form(*(functools.partial(step, dot) for step in steps))
+    return Form(*(functools.partial(f, dot) for f in (decayed_triton, states_triton, decayed_grad_triton)))
 
 
 # -----------------------------------------------------------------------------
@@ -662,35 +556,29 @@ def widest(*tensors):
     return torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
 
 
-def floor(dtype):
-    """Where gates are clamped. float64 has the range for exp(-80), which is nothing there as well."""
-    return FLOOR if dtype == torch.float32 else 5 * FLOOR
-
-
 @contextlib.contextmanager
 def computing(v):
     """
-    Nothing is rounded by autocast. If v is in half precision on a GPU, float32 products use tensor cores,
-    whatever the process wants elsewhere.
+    On v's device, nothing is rounded by autocast. If v is in half precision on a GPU, float32 products use
+    tensor cores, whatever the process wants elsewhere.
     """
-    settings, before = torch.backends.cuda.matmul, None
+    settings = torch.backends.cuda.matmul
     new = hasattr(settings, "fp32_precision")  # since PyTorch 2.9
     name, value = ("fp32_precision", "tf32") if new else ("allow_tf32", True)
-    if v.is_cuda and v.dtype in (torch.float16, torch.bfloat16):
-        before = getattr(settings, name)
-        setattr(settings, name, value)
+    before = getattr(settings, name)
     try:
-        with torch.autocast(v.device.type, enabled=False):
+        if v.is_cuda and v.dtype in (torch.float16, torch.bfloat16):
+            setattr(settings, name, value)
+        with torch.cuda.device_of(v), torch.autocast(v.device.type, enabled=False):
             yield
     finally:
-        if before is not None:
-            setattr(settings, name, before)
+        setattr(settings, name, before)
 
 
-def chunk_length(T, backend):
-    """Tokens per chunk: a multiple of 8 with little padding. 100 tokens make two chunks of 56."""
-    chunks = -(-T // CHUNK)
-    return CHUNK if backend == "triton" else 8 * -(-T // (8 * chunks))
+def chunk_length(T, most):
+    """Tokens per chunk: a multiple of 8 with little padding. At most 64: 100 tokens make two chunks of 56."""
+    chunks = -(-T // most)
+    return 8 * -(-T // (8 * chunks))
 
 
 def pieces(q, v, C):
@@ -734,33 +622,32 @@ def from_chunks(x, out):
 
 def empty_results(q, k, v, g, beta, initial_state, want_state, backend):
     """
-    -> o, the final state, and what is kept for the backward: X, Q and the states S that chunks read. With one
+    -> o, the final state, and what is kept for the backward: XQ and the states S that chunks read. With one
     chunk, nothing before it and nobody who asks for the final state, there are no states.
     """
-    B, T, H, K = q.shape
-    V, C, wide = v.shape[-1], chunk_length(T, backend), widest(q, k, v, g, beta)
+    (B, T, H, K), V, wide = q.shape, v.shape[-1], widest(q, k, v, g, beta)
+    C = CHUNK if backend == "triton" else chunk_length(T, CPU_CHUNK if q.device.type == "cpu" else CHUNK)
     M, alone = B * H * -(-T // C), T <= C and initial_state is None and not want_state
-    X, Q = (q.new_empty(M, C, C, dtype=wide) for _ in "XQ")
+    XQ = q.new_empty(2, M, C, C, dtype=wide)
     S = q.new_empty(0 if alone else M, K, V, dtype=wide)
-    return v.new_empty(v.shape), q.new_empty(0 if alone else B, H, K, V, dtype=wide), X, Q, S
+    return v.new_empty(v.shape), q.new_empty(0 if alone else B, H, K, V, dtype=wide), XQ, S
 
 
 def chunk_op(q, k, v, g, beta, initial_state, scale, want_state, backend="chunk"):
-    """-> o, the final state (float32 or float64, anything unless `want_state`), X, Q, S."""
+    """-> o, the final state (float32 or float64, anything unless `want_state`), XQ, S."""
     form = triton_form(v.dtype) if backend == "triton" else TORCH
-    results = empty_results(q, k, v, g, beta, initial_state, want_state, backend)
-    o, state, X, Q, S = results
+    o, state, XQ, S = results = empty_results(q, k, v, g, beta, initial_state, want_state, backend)
     state.zero_()
     if initial_state is not None:
         state.copy_(initial_state)
-    C, wide, alone = X.shape[-1], X.dtype, not len(S)
+    C, wide, alone = XQ.shape[-1], XQ.dtype, not len(S)
     inputs = q, k, v, g, beta.unsqueeze(-1)
     with computing(v):
         for rows, tokens, chunks in pieces(q, v, C):
             q_, k_, v_, g_, beta_ = (to_chunks(t[rows, tokens], C, wide) for t in inputs)
             before = None if alone else state[rows].flatten(0, 1)
-            o_, after, X[chunks], Q[chunks], S_ = chunk_forward(
-                q_, k_, v_, g_.clamp(floor(wide)), beta_, scale, before, form
+            o_, after, XQ[:, chunks], S_ = chunk_forward(
+                q_, k_, v_, g_.clamp(FLOOR[wide]), beta_, scale, before, form
             )
             from_chunks(o_, o[rows, tokens])
             if not alone:
@@ -768,9 +655,9 @@ def chunk_op(q, k, v, g, beta, initial_state, scale, want_state, backend="chunk"
     return results
 
 
-def chunk_backward_op(q, k, v, g, beta, initial_state, scale, backend, X, Q, S, do, d_final):
+def chunk_backward_op(q, k, v, g, beta, initial_state, scale, backend, XQ, S, do, d_final):
     """-> gradients in q, k, v, g, beta and the initial state (empty if there was none)."""
-    (B, _, H, K), V, C, wide, alone = q.shape, v.shape[-1], X.shape[-1], X.dtype, not len(S)
+    (B, _, H, K), V, C, wide, alone = q.shape, v.shape[-1], XQ.shape[-1], XQ.dtype, not len(S)
     form = triton_form(v.dtype) if backend == "triton" else TORCH
     inputs = q, k, v, g, beta.unsqueeze(-1), do
     grads = [t.new_empty(t.shape) for t in inputs[:5]]
@@ -781,14 +668,14 @@ def chunk_backward_op(q, k, v, g, beta, initial_state, scale, backend, X, Q, S, 
         for rows, tokens, chunks in reversed(pieces(q, v, C)):
             q_, k_, v_, g_, beta_, do_ = (to_chunks(t[rows, tokens], C, wide) for t in inputs)
             S_, after = (None, None) if alone else (S[chunks], d_state[rows].flatten(0, 1))
-            *parts, before = chunk_backward(
-                q_, k_, v_, g_.clamp(floor(wide)), beta_, scale, X[chunks], Q[chunks], S_, do_, after, form
+            dq, dk, dv, dg, d_beta, before = chunk_backward(
+                q_, k_, v_, g_.clamp(FLOOR[wide]), beta_, scale, XQ[:, chunks], S_, do_, after, form
             )
-            for whole, part in zip(grads, parts):
+            dg.masked_fill_(g_ < FLOOR[wide], 0)
+            for whole, part in zip(grads, (dq, dk, dv, dg, d_beta)):
                 from_chunks(part, whole[rows, tokens])
             if not alone:
                 d_state[rows] = before.view_as(d_state[rows])
-    grads[3].masked_fill_(g < floor(wide), 0)
     grads[4] = grads[4].squeeze(-1)
     return *grads, q.new_empty(0) if initial_state is None else d_state.to(initial_state.dtype)
 
@@ -800,13 +687,13 @@ kda_op = torch.library.custom_op(
     f"{NAME}::kda",
     chunk_op,
     mutates_args=(),
-    schema=f"({ARGUMENTS} bool want_state, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({ARGUMENTS} bool want_state, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 kda_backward_op = torch.library.custom_op(
     f"{NAME}::kda_backward",
     chunk_backward_op,
     mutates_args=(),
-    schema=f"({ARGUMENTS} str backend, Tensor X, Tensor Q, Tensor S, Tensor do, Tensor? d_final) "
+    schema=f"({ARGUMENTS} str backend, Tensor XQ, Tensor S, Tensor do, Tensor? d_final) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -829,10 +716,10 @@ def save_for_backward(ctx, inputs, output):
 
 
 def kda_gradients(ctx, do, d_final, *_):
-    *inputs, X, Q, S = ctx.saved_tensors
+    *inputs, XQ, S = ctx.saved_tensors
     do = torch.zeros_like(inputs[2]) if do is None else do
     d_final = d_final if ctx.want_state else None
-    *grads, d_state = kda_backward_op(*inputs, ctx.scale, ctx.backend, X, Q, S, do, d_final)
+    *grads, d_state = kda_backward_op(*inputs, ctx.scale, ctx.backend, XQ, S, do, d_final)
     return *grads, None if inputs[5] is None else d_state, None, None, None
 
 

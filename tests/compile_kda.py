@@ -30,17 +30,17 @@ def compile_kernel(name, capability, dot, size, overrides):
     kernel = getattr(kda, name)
     step, warps = kda.LAUNCH[name]
     constants = {
-        "C": kda.CHUNK,
         "DOT": dot,
         "STEP": min(step, size),
-        "WIDTH": size,
+        "KPAD": size,
         "PAIRS": True,
         "STATES": True,
+        "BACK": True,
     } | overrides
     options = {"num_warps": constants.pop("num_warps", warps), "num_stages": constants.pop("num_stages", 1)}
     constants = {arg: constants[arg] for arg in kernel.arg_names if arg in constants}
     signature = {
-        arg: "*fp32" if arg.endswith("_ptr") else "i32" for arg in kernel.arg_names if arg not in constants
+        arg: "*fp32" if arg.endswith("_p") else "i32" for arg in kernel.arg_names if arg not in constants
     }
     # what a launch with 64 or 128 channels finds out: pointers and sizes are multiples of 16
     aligned = [i for i, arg in enumerate(kernel.arg_names) if arg in signature and arg != "chunks"]

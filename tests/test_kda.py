@@ -198,8 +198,8 @@ def test_a_few_rows_and_tokens_at_a_time(monkeypatch):
     """A CPU works through what stays in its cache; here one chunk, then two chunks, then two rows."""
     for T in (64, 130, 320):
         for numbers in (0, 2, 4):
-            monkeypatch.setattr(kda_file, "AT_ONCE", numbers * 64 * 8 * 2)
-            q, C = torch.zeros(4, T, 2, 8), kda_file.chunk_length(T, "chunk")
+            monkeypatch.setattr(kda_file, "AT_ONCE", numbers * 32 * 8 * 2)
+            q, C = torch.zeros(4, T, 2, 8), kda_file.chunk_length(T, kda_file.CPU_CHUNK)
             assert len(kda_file.pieces(q, q, C)) > 1 or numbers == 4
             compare(f"T={T}", make("resets", T), final=T != 320)
             compare(f"T={T}", make("mild", T, state=False), final=T == 320)
@@ -304,7 +304,7 @@ def test_backends_are_named_and_python_kda_py_checks(monkeypatch, capsys):
     with pytest.raises(ValueError, match="GPU"):
         kda_file.check()
     monkeypatch.setattr(kda_file, "BACKEND", "auto")
-    wrong = kda_file.TORCH._replace(states=lambda X, *rest: kda_file.states(-X, *rest))
+    wrong = kda_file.TORCH._replace(states=lambda X, *rest, **_: kda_file.states(-X, *rest, **_))
     monkeypatch.setattr(kda_file, "TORCH", wrong)
     with pytest.raises(SystemExit, match="KDA_BACKEND=chunk"):
         kda_file.check()
@@ -336,8 +336,8 @@ def test_no_choice_depends_on_values():
     """Tensors without values go through forward and backward, so on a GPU nothing waits for one."""
     with FakeTensorMode():
         q, k, v, g, beta, S = (torch.empty(t.shape) for t in make("mild", 100))
-        o, final, X, Q, S_all = kda_file.chunk_op(q, k, v, g, beta, S, 0.3, True)
-        grads = kda_file.chunk_backward_op(q, k, v, g, beta, S, 0.3, "chunk", X, Q, S_all, o, final)
+        o, final, XQ, S_all = kda_file.chunk_op(q, k, v, g, beta, S, 0.3, True)
+        grads = kda_file.chunk_backward_op(q, k, v, g, beta, S, 0.3, "chunk", XQ, S_all, o, final)
     assert [t.shape for t in grads] == [t.shape for t in (q, k, v, g, beta, S)]
 
 
