@@ -211,7 +211,11 @@ def show(c, name):
         raise ValueError(f"{name}: {about}")
     pictures, texts = [], []
     for _, row in itertools.islice(table.open_rows(name, where, c.seed, 0, None), 24):
-        task, _, pieces = table.instantiate(table.to_document(name, row))
+        try:
+            task, _, pieces = table.instantiate(table.to_document(name, row))
+        except table.OddRow as e:
+            print(f"left out: {e}")
+            continue
         if table.SOURCES[name].kind == "puzzle":
             grids = [grid for pair in task.train[:2] + task.test for grid in pair]
             pictures.append((task.id, [(side, g, None) for g, side in zip(grids, ("input", "output") * 3)]))

@@ -541,6 +541,6 @@ def evaluation_ids():
 
 
 @functools.cache
-def held_out(of_arc=False):
-    """HeldOut, made once: its puzzles are generated anew. of_arc: RE-ARC's too, which take seconds."""
-    return HeldOut([*suites.ON_GRIDS, *(["rearc"] if of_arc and suites.found("rearc") else [])])
+def held_out(with_rearc=False):
+    """HeldOut, made once: its puzzles are generated anew. with_rearc: RE-ARC's too, which take seconds."""
+    return HeldOut([*suites.ON_GRIDS, *(["rearc"] if with_rearc and suites.found("rearc") else [])])
