@@ -11,6 +11,7 @@ tokenising does.)
   signatures()       MinHash (rensa, in Rust) of 5-word shingles as band keys; overlap() checks a pair exactly
   TextEvaluations    n-grams of evaluation texts, and ARC's test outputs written as digits
   EvaluationOutputs  ARC's test outputs as grids, under the 8 symmetries and any recolouring
+  EvaluationTasks    its evaluation tasks, by id or demonstration, in tasks that come from elsewhere
   HeldOut            the generated puzzles that are evaluated on
 
 Read next: prepare.py, which runs documents through this.
@@ -535,9 +536,24 @@ def evaluation_outputs():
     return EvaluationOutputs()
 
 
+class EvaluationTasks:
+    """The evaluation sets, recognised by id or by a demonstration, in any symmetry and recolouring."""
+
+    def __init__(self):
+        tasks = [task for name in EVALUATION_SETS for task in arc.load(name)]
+        self.ids, self.known = {task.id for task in tasks}, Likenesses()
+        for task in tasks:
+            for pair in task.train:
+                if not all(map(trivial, pair)):
+                    self.known.add(task.id, *pair)
+
+    def has(self, task):
+        return task.id in self.ids or any(self.known.find(*pair) for pair in task.train + task.test)
+
+
 @functools.cache
-def evaluation_ids():
-    return {task.id for name in EVALUATION_SETS for task in arc.load(name)}
+def evaluation_tasks():
+    return EvaluationTasks()
 
 
 @functools.cache

@@ -292,7 +292,7 @@ def json_tasks(path):
         yield {"id": name, **content}
     else:
         for task_id, (raw, outputs) in arc.tasks_of_file(path).items():
-            yield {"id": task_id, "train": raw.get("train"), "test": raw.get("test"), "outputs": outputs}
+            yield {"id": task_id, **raw, "outputs": outputs} if isinstance(raw, dict) else raw
 
 
 def new_pairs(difficulty, tokens):

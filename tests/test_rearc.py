@@ -153,7 +153,7 @@ def test_the_suite_is_what_it_has_always_been():
     tasks = suites.load("rearc")
     assert (len(tasks), digest(tasks)) == (361, "1ad272ff9db44fca")
     trained = {*arc.tasks_in("arc1_train")}
-    assert {task.id for task in tasks} <= trained and not trained & curate.evaluation_ids()
+    assert {task.id for task in tasks} <= trained and not trained & curate.evaluation_tasks().ids
     held = curate.HeldOut(["rearc"])  # so the source "arc" need not be searched for these
     assert not any(held.has(task, "arc") for task in sources.arc_tasks())
     assert all(len(arc.encode("arc", task.train + task.test)) <= 1024 for task in tasks)
