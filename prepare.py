@@ -8,6 +8,7 @@ From sources to what training reads: clean documents, token shards, a stage, fro
         --dry_run=True                           print what would be built
     python prepare.py stage2|stage3              the other stages of the curriculum
     python prepare.py sudoku_extreme             a thousand hard sudokus
+    python prepare.py arc_cpu                    RE-ARC alone, for hours on a CPU, in some minutes
     python prepare.py status                     what is there, and what was dropped by which rule
     python prepare.py show programs              the first documents of a source, in out/show/
     python prepare.py freeze stage1 --tag=v0.1   an immutable copy; training pins it with --data_tag=v0.1
@@ -211,7 +212,11 @@ def show(c, name):
         raise ValueError(f"{name}: {about}")
     pictures, texts = [], []
     for _, row in itertools.islice(table.open_rows(name, where, c.seed, 0, None), 24):
-        task, _, pieces = table.instantiate(table.to_document(name, row))
+        try:
+            task, _, pieces = table.instantiate(table.to_document(name, row))
+        except table.OddRow as e:
+            print(f"left out: {e}")
+            continue
         if table.SOURCES[name].kind == "puzzle":
             grids = [grid for pair in task.train[:2] + task.test for grid in pair]
             panels = [(side, g, None) for g, side in zip(grids, ("input", "output") * 3)]

@@ -11,6 +11,7 @@ tokenising does.)
   signatures()       MinHash (rensa, in Rust) of 5-word shingles as band keys; overlap() checks a pair exactly
   TextEvaluations    n-grams of evaluation texts, and ARC's test outputs written as digits
   EvaluationOutputs  ARC's test outputs as grids, under the 8 symmetries and any recolouring
+  EvaluationTasks    its evaluation tasks, by id or demonstration, in tasks that come from elsewhere
   HeldOut            the generated puzzles that are evaluated on
 
 Read next: prepare.py, which runs documents through this.
@@ -535,12 +536,27 @@ def evaluation_outputs():
     return EvaluationOutputs()
 
 
-@functools.cache
-def evaluation_ids():
-    return {task.id for name in EVALUATION_SETS for task in arc.load(name)}
+class EvaluationTasks:
+    """The evaluation sets, recognised by id or by a demonstration, in any symmetry and recolouring."""
+
+    def __init__(self):
+        tasks = [task for name in EVALUATION_SETS for task in arc.load(name)]
+        self.ids, self.known = {task.id for task in tasks}, Likenesses()
+        for task in tasks:
+            for pair in task.train:
+                if not all(map(trivial, pair)):
+                    self.known.add(task.id, *pair)
+
+    def has(self, task):
+        return task.id in self.ids or any(self.known.find(*pair) for pair in task.train + task.test)
 
 
 @functools.cache
-def held_out(of_arc=False):
-    """HeldOut, made once: its puzzles are generated anew. of_arc: RE-ARC's too, which take seconds."""
-    return HeldOut([*suites.ON_GRIDS, *(["rearc"] if of_arc and suites.found("rearc") else [])])
+def evaluation_tasks():
+    return EvaluationTasks()
+
+
+@functools.cache
+def held_out(with_rearc=False):
+    """HeldOut, made once: its puzzles are generated anew. with_rearc: RE-ARC's too, which take seconds."""
+    return HeldOut([*suites.ON_GRIDS, *(["rearc"] if with_rearc and suites.found("rearc") else [])])

@@ -117,9 +117,8 @@ def find_rows(c, data, name):
     if source.rows:
         return {}, {"python": sys.version.split()[0]}
     if source.package:
-        version = rearc.installed()
-        about = {"seed": c.seed, "reasoning-gym": version}
-        return ({}, about) if version else (None, f"not installed ({source.package})")
+        about = {"seed": c.seed, "reasoning-gym": rearc.installed()}
+        return ({}, about) if rearc.installed() else (None, f"not installed ({source.package})")
     if not source.is_read:
         return {}, {"seed": c.seed}
     if not (c.source_dir or source.repo):
@@ -166,6 +165,7 @@ def key_of(*values):
 
 def unit_folder(data, part, evaluations):
     versions = [version(package) for package in PACKAGES]
+    versions += [rearc.installed()] if part.source.tasks else []  # what is held out depends on it
     key = key_of(part.about, part.unit_bytes, evaluations.name, code(), tokenizer.fingerprint(), versions)
     return data / "work" / part.name / key
 

@@ -28,7 +28,7 @@ INSTALL = "pip install --no-deps reasoning-gym==0.1.25"
 # Their pairs take 30 to 80 ms at (0, 0.3) and up to 0.3 s at (0, 1), those of the others 1 ms and 6 ms on
 # average: half of the time for one family in fifty
 SLOW = "150deff5 447fd412 6aa20dc0 7df24a62 a64e4611 af902bf9 c3f564a4 f9012d9b".split()
-MOST_DRAWS = 100_000  # random numbers for a pair: a generator that is at it for longer has lost its way
+MOST_DRAWS = 20_000  # random numbers for a pair: a generator that is at it for longer has lost its way
 FEWEST_PAIRS = 3
 TRIES = 4  # for each pair that is wanted
 

@@ -232,9 +232,9 @@ def judge_puzzles(source, documents, dropped, evaluations):
             dropped.add("larger_than_30", name)
         elif source.repo and not answer_fits(task):
             dropped.add("wrong_answer", name)
-        elif source.tasks and task.id in curate.evaluation_ids():
+        elif source.tasks and curate.evaluation_tasks().has(task):
             dropped.add("evaluation_task", name)
-        elif curate.held_out(source.group == "arc").has(task, source.augment):
+        elif curate.held_out(source.suite == "rearc" or source.tasks).has(task, source.augment):
             dropped.add("held_out", name)
         elif same in tested_on:
             dropped.add(f"is_in_{tested_on[same]}", name)

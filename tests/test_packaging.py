@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from smol import rearc
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -27,6 +29,12 @@ def test_kaggle_has_the_same_versions_but_for_pytorch():
     }
     assert differ == {"torch", "triton", "numpy"}
     assert kaggle["torch", None] == "==2.6.0" and kaggle["numpy", None] in usual.values()
+
+
+def test_make_installs_the_generators_that_the_code_asks_for():
+    package = rearc.INSTALL.removeprefix("pip install --no-deps ")
+    assert f"REARC := {package}#" in (ROOT / "Makefile").read_text()
+    assert "reasoning" not in (ROOT / "requirements.txt").read_text()  # there, its own pins would count
 
 
 def test_what_is_required_is_pinned():

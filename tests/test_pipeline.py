@@ -21,7 +21,7 @@ import pytest
 from test_curate import english
 
 import prepare
-from smol import arc, curate, pipeline, puzzles, snapshots, sources, tokenizer, units
+from smol import arc, curate, pipeline, puzzles, rearc, snapshots, sources, tokenizer, units
 
 ROOT = Path(__file__).parent.parent
 EXAM = (
@@ -92,6 +92,14 @@ def write_sources(folder):
 
 def build(data, source_dir, *options, stage="stage1"):
     prepare.main([stage, f"--data_dir={data}", f"--source_dir={source_dir}", *SMALL, *options])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_rearc():
+    """The same stages whether its generators are installed or not, and seconds sooner: see test_rearc.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rearc, "installed", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +216,33 @@ def test_images_of_an_arc_task_are_on_one_side_of_the_split(tmp_path, monkeypatc
         sides[split].add(trait(ids))
         n += 1
     assert n > 80 and len(sides["val"]) > 3 and not sides["train"] & sides["val"]
+
+
+def test_tasks_from_elsewhere_are_kept_but_those_of_the_evaluation_sets(tmp_path):
+    def official(pairs):
+        return [{"input": x.tolist(), "output": y.tolist()} for x, y in pairs]
+
+    task = arc.load("arc1_eval")[7]
+    symmetry = arc.random_augment(np.random.default_rng(3), "arc")
+    demos = [tuple(arc.augment(symmetry, grid) for grid in pair) for pair in task.train]
+    draw = np.random.default_rng(4)
+    own = [[(x, x[::-1]) for x in draw.integers(0, 10, (4, 5, 6))] for _ in range(40)]
+    for i, pairs in enumerate(own):
+        write_rows(tmp_path / f"arc_gen/{i:08x}.json", [json.dumps(official(pairs))])
+    write_rows(tmp_path / f"arc_gen/{task.id}.json", [json.dumps(official(own[0]))])  # its id
+    write_rows(tmp_path / "arc_gen/99.json", [json.dumps(official([*own[1], demos[0]]))])  # a demonstration
+    answer = (own[2][0][0], np.rot90(task.test[0][1]))  # a test output: EvaluationOutputs finds it
+    write_rows(tmp_path / "arc_gen/98.json", [json.dumps(official([*own[2], answer]))])
+    write_rows(tmp_path / "arc_gen/97.json", ['{"train": 3}'])
+    data = tmp_path / "data"
+    build(data, tmp_path, "--sources=arc_gen,arc_json")
+    kept = list(documents(data, "arc_gen"))
+    assert len(kept) == 40 and {split for _, split, _ in kept} == {"train", "val"}
+    counts = dropped(data, "arc_gen")
+    assert counts == {"evaluation_task": 2, "evaluation_output": 1, "not_a_row": 1}
+    provenance = json.loads((data / "metadata/stage1/provenance.json").read_text())
+    assert provenance["sources"]["arc_gen"]["licence"] == "Apache-2.0"
+    assert any("arc_json: no folder" in note for note in provenance["notes"])
 
 
 def test_the_validation_split_is_stable_when_a_source_grows(built, source_dir, tmp_path):

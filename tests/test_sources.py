@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from smol import arc, sources, tokenizer
+from smol import arc, rearc, sources, tokenizer
 from smol.snapshots import GROUPS
 
 
@@ -75,11 +75,20 @@ def test_rows_that_are_documents():
     assert sources.to_document("gsm8k", row) == "Question: 1 + 1?\nSolution: It is 1+1=2.\nAnswer: 2"
 
 
-@pytest.mark.parametrize("name", [name for name, source in sources.SOURCES.items() if not source.repo])
+@pytest.mark.parametrize("name", [name for name, source in sources.SOURCES.items() if not source.is_read])
 def test_generated_documents_depend_on_seed_and_number_alone(name):
+    if sources.SOURCES[name].package and not rearc.installed():
+        pytest.skip(f"without {sources.SOURCES[name].package}")
+
+    def document(row):
+        try:
+            return sources.to_document(name, row)
+        except sources.OddRow as e:
+            return str(e)
+
     def first(n, lane, state=None, seed=1):
         rows = sources.open_rows(name, {}, seed, lane, state)
-        documents = [sources.to_document(name, row) for _, row in itertools.islice(rows, n)]
+        documents = [document(row) for _, row in itertools.islice(rows, n)]
         parts = [sources.instantiate(document)[2] for document in documents]
         return [[p if isinstance(p, str) else np.atleast_1d(p).tolist() for p in ps] for ps in parts], rows
 
@@ -103,6 +112,67 @@ def test_arc_sources_have_no_test_of_an_evaluation():
     assert sorted(map(arc.canonical_hash, (y for _, y in task.train + task.test))) == sorted(
         map(arc.canonical_hash, (y for _, y in original.train + original.test))
     )
+
+
+# ---- ARC's JSON
+
+
+def pairs(n, colour=1, side=3):
+    """n of them, whose inputs differ."""
+    return [{"input": [[i % 10] * side] * (i + 2), "output": [[colour]]} for i in range(n)]
+
+
+def read_arc_json(folder, name="arc_json"):
+    """{id: [number of pairs of each document]} and the rules of the rows that are none."""
+    where = {"files": [str(p) for p in sources.local_files(folder, name)]}
+    found, rules = {}, []
+    for lane in range(sources.LANES):
+        for _, row in sources.open_rows(name, where, 1, lane, None):
+            try:
+                task = sources.to_document(name, row)
+            except sources.OddRow as e:
+                rules.append(e.rule)
+            else:
+                assert task.kind == "arc" and len(task.test) == 1
+                found.setdefault(task.id, []).append(len(task.train) + 1)
+    return found, rules
+
+
+def test_arc_json_of_every_shape_is_read(tmp_path):
+    folder = tmp_path / "arc_json/deeper"
+    folder.mkdir(parents=True)
+    task = {"train": pairs(2), "test": pairs(1, 2)}
+    as_lists = [[p["input"], p["output"]] for p in pairs(9)]
+    hidden = {"train": pairs(2), "test": [{"input": [[1]]}]}
+    files = {
+        "one.json": task,
+        "many.json": {"a": task, "b": task},
+        "x_challenges.json": {"known": hidden, "unknown": hidden},
+        "x_solutions.json": {"known": [[[7]]]},
+        "sample_submission.json": {"known": [{"attempt_1": [[0]]}]},
+        "made.json": pairs(15),  # ARC-GEN's: pairs without end, cut into tasks of a few
+        "examples.json": {"examples": as_lists},
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    lines = [{"id": "line", **task}, {"task_id": "listed", "examples": as_lists}, {"examples": as_lists[:1]}]
+    lines += [{"train": pairs(2), "test": [{"input": [[11]], "output": [[1]]}]}, {"body": 1}]
+    (folder / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found, rules = read_arc_json(tmp_path)
+    assert found == {
+        **{"one": [3], "a": [3], "b": [3], "known": [3], "unknown": [2]},
+        **{"made": [6, 6, 3], "examples": [6], "line": [3], "listed": [6]},
+    }
+    assert sorted(rules) == ["few_pairs", "not_as_expected", "not_as_expected"]
+
+
+def test_a_row_of_barc_is_a_task_whatever_it_is_read_from(tmp_path):
+    rows = [{"source": "x", "examples": [[[[1.0, 2.0]], [[float(i)]]] for i in range(8)]}]
+    (tmp_path / "barc_heavy").mkdir()
+    (tmp_path / "barc_heavy/a.jsonl").write_text(json.dumps(rows[0]))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "barc_heavy/b.parquet")
+    found, rules = read_arc_json(tmp_path, "barc_heavy")
+    assert list(found.values()) == [[6, 6]] and not rules
 
 
 # ---- reading

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from smol import arc, puzzles, suites
+from smol import arc, puzzles, rearc, suites
 
 PAIR = {"input": [[1, 2], [3, 4]], "output": [[4]]}
 
@@ -44,7 +44,13 @@ def test_names(tmp_path, monkeypatch):
     assert suites.names("sudoku,maze,sudoku4") == [*sudokus, "maze"]  # groups, and each once
     asked = ["arc1", "lm_eval:sciq,arc_easy", "logic", "language"]
     assert suites.names("arc1,lm_eval:sciq,arc_easy,logic,language") == asked
-    assert suites.default() == ["arc1", "arc2", *sudokus, "maze", "transforms", "logic", "language"]
+    rest = [*sudokus, "maze", "transforms", "logic", "language"]
+    for version, there in ((None, []), ("0.1.25", ["rearc"])):
+        monkeypatch.setattr(rearc, "installed", lambda: version)
+        assert suites.default() == ["arc1", "arc2", *there, *rest]
+    assert (
+        suites.names("arc1_train,rearc") == ["arc1_train", "rearc"] and len(suites.load("arc1_train")) == 400
+    )
     with pytest.raises(ValueError, match="maze_hard/test.csv"):
         suites.names("maze_hard")
     for text, closest in (("arc_1", "arc1"), ("sudoku_9", "sudoku9"), ("lm_eval:", "lm_eval:NAME")):
