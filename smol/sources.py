@@ -459,6 +459,12 @@ STAGES = {
     ),
     # for hours on a CPU: none of the pairs that ARC itself has, neither for training nor for validation
     "arc_cpu": (40, {"arc": 1.0}, {"rearc": 1}),
+    # for a GPU; config/arc_speedrun.py goes through it about twice
+    "arc": (
+        1200,
+        {"arc": 0.9, "synth": 0.1},
+        dict(rearc=1, rearc_medium=2, rearc_hard=3, barc_heavy=3, arc=0.5, programs=1),
+    ),
     # the first thousand puzzles of the file, each seen through a new symmetry at every draw
     "sudoku_extreme": (0.74, {"synth": 1.0}, {"sudoku_extreme": 1}),
 }

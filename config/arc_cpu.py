@@ -1,0 +1,23 @@
+# Toward ARC in hours on one CPU thread: RE-ARC's tasks, and ARC's own tasks as the question.
+#   pip install --no-deps reasoning-gym==0.1.25 && python prepare.py arc_cpu --limit_mb=16
+#   OMP_NUM_THREADS=1 python train.py config/arc_cpu.py --max_hours=1     again, until its last step
+#   python eval_arc.py out/arc_cpu/ckpt.pt --suites=rearc,arc1_train,arc1
+# 49 million tokens, each document seen through a new symmetry at every draw. With less time, as many steps as
+# fit into it: --max_iters=3600 --decay_iters=1200 is an hour of a thread that does 4,200 tokens a second.
+out_dir = "out/arc_cpu"
+data = "arc_cpu"
+model = "dense"
+n_layer = 4
+n_head = 4
+n_embd = 128
+n_ff = 344
+block_size = 1024
+batch_size = 4  # 4,096 tokens a step
+gradient_accumulation_steps = 1
+learning_rate = 2e-3
+max_iters = 12000
+warmup_iters = 50
+decay_iters = 4000
+eval_interval = 250
+eval_batches = 16  # 64 held-out tasks
+keep_every = 1000
