@@ -427,11 +427,8 @@ def run(c, words):
 
     jobs, loaded = [(name, suite) for name in models for suite in asked], None
     for name, suite in sorted(jobs, key=lambda job: asked[job[1]] is None):  # the last are rank 0's alone
-        if name != loaded:
-            model, loaded = (
-                checkpoint.load_model(models[name], on)[0],
-                name,
-            )  # one at a time: there can be many
+        if name != loaded:  # one at a time: there can be many
+            model, loaded = checkpoint.load_model(models[name], on)[0], name
         about, tasks, how = results[name], asked[suite], settings_for(suite, model, settings)
         if tasks is not None:
             records = ask(name, model, about, suite, tasks[: c.limit], how, folder)
