@@ -61,9 +61,7 @@ from smol.files import write_whole
 
 suites = ""  # what is asked, separated by commas, as smol/suites.py names them; "" means all that are there
 tasks = ""  # your own tasks: a folder of ARC-style .json files, or one file
-solutions = (
-    ""  # the file of their test outputs, {id: [output, ...]}, where it is not ...solutions.json beside
-)
+solutions = ""  # the file of their test outputs, {id: [output, ...]}; "": ...solutions.json beside it
 limit: int | None = None  # only the first tasks of each suite
 # ---- how it is asked; more of anything takes longer
 augment = 1  # views of each task that vote; 1 is the task as it is
@@ -300,15 +298,15 @@ def measure(name, model, about, suite, before, limit):
 # eval.json
 
 
-def describe(name, model, ckpt, device, dtype):
-    """What eval.json says of a checkpoint besides its suites. name: as checkpoint.py knows it."""
+def describe(name, path, model, ckpt, device, dtype):
+    """What eval.json says of a checkpoint besides its suites: how it was named, which file that is."""
     train, config = ckpt.get("train") or {}, ckpt.get("config") or {}
     data = train.get("data") or {}
     return {
         "model": ckpt["model"],
         "params": model.num_params(),
         "checkpoint": name,
-        "sha256": snapshots.sha256_file(checkpoint.local_file(name)),
+        "sha256": snapshots.sha256_file(path),
         "iter": train.get("iter"),
         "val_loss": train.get("val_loss"),
         "data": {
@@ -325,19 +323,20 @@ def describe(name, model, ckpt, device, dtype):
 
 def name_of(about, results):
     """
-    That of the run: the checkpoint's folder, with the file's name if it is not ckpt.pt, and after as many
-    more folders as it takes where the name is another's; on the hub USER/NAME[@REVISION].
+    The checkpoint's folder, with the file's name if it is not ckpt.pt, and with more folders before it where
+    the name is another's; on the hub USER/NAME[@REVISION].
     """
-    if not os.path.exists(about["checkpoint"]):
-        return about["checkpoint"]
-    path = os.path.realpath(about["checkpoint"])
-    folders, file = os.path.dirname(path).split(os.sep), os.path.basename(path)
-    last = [] if file in ("ckpt.pt", checkpoint.WEIGHTS) else [file.removesuffix(".pt")]
-    for n in range(1, len(folders) + 1):
-        name = "/".join(folders[-n:] + last)
+    path, names = os.path.realpath(about["checkpoint"]), [about["checkpoint"]]
+    if os.path.exists(path):
+        parts = path.removesuffix(".pt").split(os.sep)
+        parts = parts[:-1] if parts[-1] in ("ckpt", checkpoint.WEIGHTS) else parts
+        first = len(parts) - 1 - (not path.endswith(("ckpt.pt", checkpoint.WEIGHTS)))
+        names = ["/".join(parts[i:]) for i in range(first, 0, -1)]
+    for name in names:
         other = results.get(name, about)
         if other["sha256"] == about["sha256"] or os.path.realpath(other["checkpoint"]) == path:
             return name
+    return names[-1]
 
 
 def read_results(path):
@@ -395,17 +394,17 @@ def checkpoints(words):
 
 
 def look_at(names, device, dtype, results):
-    """{name of the model: checkpoint}. results gets what they are and keeps the suites that still hold."""
+    """{name of the model: its file}. results gets what they are and keeps the suites that still hold."""
     models = {}
-    for checkpoint_name in names:
-        model, ckpt = checkpoint.load_model(checkpoint_name)
-        about = describe(checkpoint_name, model, ckpt, device, dtype)
+    for word in names:
+        path = checkpoint.local_file(word)
+        about = describe(word, path, *checkpoint.load_model(path), device, dtype)
         name = name_of(about, results)
         before = results.get(name, about)
         same = before["sha256"] == about["sha256"]
         if not same and runtime.master:
             print(f"{name} has been trained on since: what there was of it is replaced")
-        models[name] = checkpoint_name
+        models[name] = path
         results[name] = {**about, "suites": before.get("suites", {}) if same else {}}
     return models
 
@@ -431,27 +430,25 @@ def run(c, words):
     if runtime.world_size > 1:
         runtime.start_processes(on.split(":")[0])
 
-    for of_tasks in (True, False):  # the others are rank 0's alone
-        some = [suite for suite, tasks in asked.items() if (tasks is not None) == of_tasks]
-        for name in models if some else ():
-            about = results[name]
-            model = checkpoint.load_model(models[name], on)[0]  # one at a time: there can be many
-            for suite in some:
-                tasks, how = asked[suite], settings_for(suite, model, settings)
-                if of_tasks:
-                    records = ask(name, model, about, suite, tasks[: c.limit], how, folder)
-                if not runtime.master:
-                    continue
-                if of_tasks:
-                    found = figures(records, attempts_of(suite))
-                    found.update(available=len(tasks), **how_asked(about, how, model, suite))
-                    print(f"{name} {suite}: {found['solved']} of {found['total']} solved", flush=True)
-                else:
-                    found = measure(name, model, about, suite, about["suites"].get(suite, {}), c.limit)
-                about["suites"][suite] = found
-                save_json(results, os.path.join(folder, "eval.json"))
+    jobs, loaded = [(name, suite) for name in models for suite in asked], None
+    for name, suite in sorted(jobs, key=lambda job: asked[job[1]] is None):  # the last are rank 0's alone
+        if name != loaded:  # one at a time: there can be many
+            model, loaded = checkpoint.load_model(models[name], on)[0], name
+        about, tasks, how = results[name], asked[suite], settings_for(suite, model, settings)
+        if tasks is not None:
+            records = ask(name, model, about, suite, tasks[: c.limit], how, folder)
+        if not runtime.master:
+            continue
+        if tasks is None:
+            found = measure(name, model, about, suite, about["suites"].get(suite, {}), c.limit)
+        else:
+            found = figures(records, attempts_of(suite))
+            found.update(available=len(tasks), **how_asked(about, how, model, suite))
+            print(f"{name} {suite}: {found['solved']} of {found['total']} solved", flush=True)
+        about["suites"][suite] = found
+        save_json(results, os.path.join(folder, "eval.json"))
     if runtime.master:
-        finish(results, [(name, suite) for name in models for suite in asked], folder)
+        finish(results, jobs, folder)
 
 
 def settings_for(suite, model, settings):

@@ -440,10 +440,10 @@ def card(repo, at, evals):
     size = sum(w.numel() for w in at["weights"].values())
     frozen = f"tag `{data['tag']}`, snapshot `{data['snapshot'][:12]}`" if data["tag"] else "not frozen"
     rows = [f"| {name} | validation loss | {loss:.3f} nats |" for name, loss in train["val_losses"].items()]
-    for suite, s in evals[-1]["suites"].items() if evals else ():
-        if "solved" in s:
-            low, high = s["interval"]
-            rows.append(f"| {suite} | solved | {s['solved']} of {s['total']} ({low:.1%} to {high:.1%}) |")
+    for evaluated in evals[-1:]:
+        solved = {suite: s for suite, s in evaluated["suites"].items() if "solved" in s}
+        of = f"solved after step {evaluated['iter']:,}"
+        rows += [f"| {suite} | {of} | {s['solved']} of {s['total']} |" for suite, s in solved.items()]
     table = "\n".join(rows)
     return f"""---
 license: mit
@@ -454,7 +454,7 @@ pipeline_tag: text-generation
 # {repo.split("/")[1]}
 
 A smol-llm of Route {route}, after step {train["iter"]:,} of {at["config"]["max_iters"]:,}: {size / 1e6:.1f}M
-parameters, {train["tokens"] / 1e9:.3f}B tokens of `{data["stage"]}`, {frozen}: {", ".join(data["sources"])}.
+parameters, {train["tokens"]:,} tokens of `{data["stage"]}`, {frozen}: {", ".join(data["sources"])}.
 
 | source or suite | figure | value |
 |---|---|---|
@@ -470,7 +470,7 @@ In a checkout of smol-llm:
     from {MODEL_FILES[at["model"]]} import Model
     model = Model.from_pretrained("{repo}")
 
-`config.json` has the model's shape, every setting of the run and its last figures, `log.jsonl` all figures.
+`config.json` has the model's shape, the settings of the run and its last figures, `log.jsonl` all figures.
 """
 
 
@@ -487,8 +487,8 @@ def create(repo):
 def push(folder, repo, full):
     """
     Publish the run in a folder, in one commit; of what is there already, nothing is sent. full: with ckpt.pt,
-    all that a run needs to go on, three times the weights. Returns a line to show; ValueError or OSError in
-    one line.
+    all that a run needs to go on, three times the weights; without, one that is there stays. Returns a line
+    to show; ValueError or OSError in one line.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -501,7 +501,10 @@ def push(folder, repo, full):
         files = {name: Path(folder, name) for name in BESIDES}
         files = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
         train = {k: v for k, v in at["train"].items() if k in FIGURES}
-        about = {"model": at["model"], "tokenizer": at["tokenizer"], "train": train, "settings": at["config"]}
+        settings = {
+            k: v for k, v in at["config"].items() if not k.endswith("_dir")
+        }  # those are this machine's
+        about = {"model": at["model"], "tokenizer": at["tokenizer"], "train": train, "settings": settings}
         files["config.json"] = json.dumps({**at["model_config"], **about}, indent=2).encode()
         files["README.md"] = card(repo, at, runtime.read_log(os.path.join(folder, "evals.jsonl"))).encode()
         files[WEIGHTS] = safetensors.torch.save(at["ema"] or at["weights"], {"format": "pt"})

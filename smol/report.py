@@ -151,9 +151,11 @@ def panels_of(task):
 
 def write(results, records, folder):
     """folder/report.html; returns its path. Whatever is in the data, it cannot end its script element."""
+    models = [{"name": name, **r, "data": dict(r["data"])} for name, r in results.items()]
+    for model in models:  # known by its run: where that lies on this machine is nobody else's business
+        del model["checkpoint"], model["data"]["data_dir"]
     data = {
-        # a model is known by its run: where that lies on this machine is nobody else's business
-        "models": [{"name": name, **r, "checkpoint": None} for name, r in results.items()],
+        "models": models,
         "tasks": tasks_with_answers(records),
         "history": history(results),
         "palette": arc.PALETTE,

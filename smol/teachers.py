@@ -304,6 +304,6 @@ def load(path, device, dtype="float32", n_sup=None, n_views=1):
     model, saved = checkpoint.load_model(path, device)
     if wrong := checkpoint.not_finite(model.state_dict()):
         raise ValueError(f"teacher {path} has weights that are not finite ({wrong})")
-    about = {"path": path, "sha256": sha256_file(path), "model": saved["model"]}
+    about = {"path": path, "sha256": sha256_file(checkpoint.local_file(path)), "model": saved["model"]}
     sources = saved["train"].get("data", {}).get("sources", [])
     return Ours(model.requires_grad_(False), about, sources, n_sup, n_views)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 
 import pytest
 import safetensors.torch
@@ -69,12 +70,19 @@ def test_a_published_run_goes_on_elsewhere_as_if_it_had_never_stopped(hub, data,
 
 
 def test_published_weights_are_loaded_evaluated_and_trained_on_by_name(hub, data, trained, tmp_path):
-    code, out, err = run(hub, "", code=PUSH.format(str(trained), "ada/light", False))
+    whole = checkpoint.load(trained / "ckpt.pt")
+    theirs = whole["ema"] = {k: w + 0.01 for k, w in whole["weights"].items()}  # what evaluation uses
+    shutil.copytree(trained, tmp_path / "run")
+    checkpoint.save(whole, tmp_path / "run" / "ckpt.pt")
+    solved = {"iter": 3, "suites": {"sudoku4": {"solved": 2, "total": 5}, "language": {"seconds": 1.0}}}
+    (tmp_path / "run" / "evals.jsonl").write_text(json.dumps(solved) + "\n")
+    code, out, err = run(hub, "", code=PUSH.format(str(tmp_path / "run"), "ada/light", False))
     assert code == 0 and "step 6 is at ada/light, weights alone" in out, err
     files = hub.files("ada/light")
-    ours = {"model.safetensors", "config.json", "README.md", "log.jsonl", "loss.png"}
+    ours = {"model.safetensors", "config.json", "README.md", "log.jsonl", "evals.jsonl", "loss.png"}
     assert set(files) == ours | {".gitattributes"}
-    whole = checkpoint.load(trained / "ckpt.pt")
+    assert b"| sudoku4 | solved after step 3 | 2 of 5 |" in files["README.md"]
+    assert not [name for name, content in files.items() if bytes(tmp_path) in content]
     told = json.loads(files["config.json"], parse_constant=pytest.fail)
     assert told.items() >= whole["model_config"].items() and told["train"]["data"] == whole["train"]["data"]
     hub.repos["ada/light"].tags["v0.1"] = hub.repos["ada/light"].branches["main"]
@@ -96,7 +104,7 @@ def test_published_weights_are_loaded_evaluated_and_trained_on_by_name(hub, data
     still = ["--learning_rate=0.0", "--init_from=ada/light@v0.1"]
     code, out, err = train(hub, data, tmp_path / "next", *still)
     assert code == 0 and "from the weights of ada/light@v0.1" in out, err
-    ours, theirs = checkpoint.load(tmp_path / "next/ckpt.pt")["weights"], whole["weights"]
+    ours = checkpoint.load(tmp_path / "next/ckpt.pt")["weights"]
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
     (tmp_path / "empty").mkdir()  # as a stranger does, who has a checkout and nothing else

@@ -49,6 +49,7 @@ def found(tmp_path_factory):
     results = {}
     for name, model in (("a", "dense"), ("b", "trm")):
         about = {"params": 7, "iter": 3, "val_loss": float("nan"), "model": model}
+        about["data"] = {"data_dir": str(folder), "stage": "demo", "tag": None}
         results[name] = {**about, "checkpoint": str(folder / name / "ckpt.pt"), "suites": {}}
         for key, some in records.items():
             if key[0] == name:
