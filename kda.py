@@ -327,8 +327,8 @@ TORCH = Form(decays, pairs, states, pairs_grad)
 LAUNCH = {"pairs_kernel": (32, 4), "states_kernel": (32, 4), "pairs_grad_kernel": (16, 8)}
 
 if triton is not None:
-    const = tl.constexpr
-    C = CHUNK if INTERPRETED else const(CHUNK)
+    constexpr = tl.constexpr
+    C = CHUNK if INTERPRETED else constexpr(CHUNK)
 
     @triton.jit
     def load(p, m, rows, height, columns, width):
@@ -342,7 +342,7 @@ if triton is not None:
         tl.store(p, x, mask=(rows < height)[:, None] & (columns < width)[None, :])
 
     @triton.jit
-    def product(a, b, DOT: const):
+    def product(a, b, DOT: constexpr):
         """
         a @ b. Tensor cores cut off the last 13 bits of a float32. Where errors add up, a common sign is far
         worse than their size: round first.
@@ -359,9 +359,9 @@ if triton is not None:
         return (i % 2 == 1) & (j == i - 1)
 
     @triton.jit
-    def level_decays(g, level: const, STEP: const):
+    def level_decays(g, level: constexpr, STEP: constexpr):
         """g (C, STEP) -> late, early, and which pairs of tokens the level is about (C, C)."""
-        s: const = 8 if level == 0 else 4 << level
+        s: constexpr = 8 if level == 0 else 4 << level
         blocks = tl.reshape(g, (C // s, s, STEP))
         G = tl.cumsum(blocks, 1)
         if level == 0:
@@ -375,7 +375,7 @@ if triton is not None:
         return tl.reshape(late, (C, STEP)), tl.reshape(early, (C, STEP)), here
 
     @triton.jit
-    def inverse(P, DOT: const):
+    def inverse(P, DOT: constexpr):
         """(I - P)^-1, merged from blocks of one token on. Only what P has below its diagonal is read."""
         c = tl.arange(0, C)
         X = tl.where(c[:, None] == c[None, :], 1.0, tl.where(next_to_each_other(1), P, 0.0))
@@ -385,7 +385,7 @@ if triton is not None:
         return X
 
     @triton.jit
-    def pairs_kernel(x_p, k_p, g_p, XQ_p, K, STEP: const, DOT: const):
+    def pairs_kernel(x_p, k_p, g_p, XQ_p, K, STEP: constexpr, DOT: constexpr):
         """`pairs`, one program for what comes from e, one for what comes from q."""
         m, of_q, c = tl.program_id(0), tl.program_id(1), tl.arange(0, C)
         xm, A = of_q * tl.num_programs(0) + m, tl.zeros((C, C), tl.float32)
@@ -401,7 +401,19 @@ if triton is not None:
 
     @triton.jit
     def states_kernel(
-        X_p, read_p, write_p, total_p, rows_p, S_p, N, K, V, KPAD: const, STEP: const, BACK: const, DOT: const
+        X_p,
+        read_p,
+        write_p,
+        total_p,
+        rows_p,
+        S_p,
+        N,
+        K,
+        V,
+        KPAD: constexpr,
+        STEP: constexpr,
+        BACK: constexpr,
+        DOT: constexpr,
     ):
         """`states`, over N chunks, for STEP columns of a head. KPAD: `padded(K)`."""
         h, heads, c = tl.program_id(0), tl.num_programs(0), tl.arange(0, C)
@@ -420,7 +432,7 @@ if triton is not None:
             store(S_p, after, ks, K, vs, V, S)
 
     @triton.jit
-    def pairs_grad_kernel(x_p, k_p, g_p, dA_p, dx_p, dk_p, K, STEP: const, DOT: const):
+    def pairs_grad_kernel(x_p, k_p, g_p, dA_p, dx_p, dk_p, K, STEP: constexpr, DOT: constexpr):
         """`pairs_grad`, one program for STEP channels of a chunk."""
         m, c, ks = tl.program_id(0), tl.arange(0, C), tl.program_id(1) * STEP + tl.arange(0, STEP)
         k, g, dk = load(k_p, m, c, C, ks, K), load(g_p, m, c, C, ks, K), tl.zeros((C, STEP), tl.float32)
