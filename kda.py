@@ -41,6 +41,7 @@ except ImportError:  # Windows, macOS: the PyTorch form runs there
 
 # What backend="auto" means: "recurrent", "chunk", "triton", or "auto" for what suits the device best.
 BACKEND = os.environ.get("KDA_BACKEND", "auto")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton on a CPU, in tests
 # Tokens per chunk at most: the (C, C) products inside a chunk against T / C state updates, one after the
 # other.
 CHUNK = 64
@@ -109,14 +110,15 @@ def chunk_forward(q, k, v, g, beta, scale, state, form):
     the final state, and for the backward XQ (2, M, C, C) and the state (M, K, V) before each chunk.
     state may be None if there is one chunk of each head, with nothing before it. Then no states are returned.
     """
-    XQ, (e_in, q_in), k_out, total, _ = form.decayed(erase_and_read(q, k, beta, scale), k, g)
-    (X, Q), new = XQ, beta * v
+    x, d, new = erase_and_read(q, k, beta, scale), form.decays(g), beta * v
+    X, Q = XQ = form.pairs(x, k, d)
     if state is None:
         return torch.bmm(Q, torch.bmm(X, new)), None, XQ, None
-    heads = len(state)
+    (_, start, end, total), heads = d, len(state)
+    e_in, q_in = x * start
     S = state.new_zeros(len(X) + heads, *state.shape[1:])
     S[:heads] = state
-    form.states(X, e_in, k_out, total, new, S)
+    form.states(X, e_in, k * end, total, new, S)
     return torch.bmm(Q, new).baddbmm_(q_in, S[:-heads]), S[-heads:], XQ, S[:-heads]
 
 
@@ -208,30 +210,24 @@ def corners(A, s, level):
     return A.diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
 
-def decayed(x, k, g, want_pairs=True):
-    """
-    x (2, M, C, K); k, g (M, C, K) -> XQ (2, M, C, C), x_in (2, M, C, K), k_out (M, C, K), total (M, K, 1),
-    and what `decayed_grad` wants to know.
-    """
-    levels, start, end, total = d = decays(g)
-    XQ = None
-    if want_pairs:
-        XQ = x.new_zeros(*x.shape[:3], x.shape[2])
-        for level, (late, early) in enumerate(levels):
-            s = late.shape[1]
-            k_early = (sides(k, s, level)[0] * early).mT
-            P, Q = (torch.bmm(sides(t, s, level)[1] * late, k_early) for t in x)
-            if level == 0:  # what is dropped may be inf
-                I = torch.eye(s, dtype=P.dtype, device=P.device).expand_as(P)
-                P = torch.linalg.solve_triangular(-P.tril_(-1), I, upper=False, unitriangular=True)
-                Q.tril_()
-            else:
-                X1, X2 = halves(corners(XQ[0], s, 0).reshape(-1, s, s))
-                P = torch.bmm(torch.bmm(X2, P), X1)
-            for whole, block in zip(XQ, (P, Q)):
-                corner = corners(whole, s, level)
-                corner.copy_(block.view(corner.shape))
-    return XQ, x * start, k * end, total, d
+def pairs(x, k, d):
+    """x (2, M, C, K), k (M, C, K) and their decays -> XQ (2, M, C, C)."""
+    XQ = x.new_zeros(*x.shape[:3], x.shape[2])
+    for level, (late, early) in enumerate(d[0]):
+        s = late.shape[1]
+        k_early = (sides(k, s, level)[0] * early).mT
+        P, Q = (torch.bmm(sides(t, s, level)[1] * late, k_early) for t in x)
+        if level == 0:  # what is dropped may be inf
+            I = torch.eye(s, dtype=P.dtype, device=P.device).expand_as(P)
+            P = torch.linalg.solve_triangular(-P.tril_(-1), I, upper=False, unitriangular=True)
+            Q.tril_()
+        else:
+            X1, X2 = halves(corners(XQ[0], s, 0).reshape(-1, s, s))
+            P = torch.bmm(torch.bmm(X2, P), X1)
+        for whole, block in zip(XQ, (P, Q)):
+            corner = corners(whole, s, level)
+            corner.copy_(block.view(corner.shape))
+    return XQ
 
 
 # -----------------------------------------------------------------------------
@@ -253,45 +249,46 @@ def chunk_backward(q, k, v, g, beta, scale, XQ, S, do, d_state, form):
     Gradients of `chunk_forward` in q, k, v, g, beta and the initial state, from do (M, C, V) and d_state
     (heads, K, V). S and d_state are None where the state was.
     """
-    x = erase_and_read(q, k, beta, scale)
-    _, x_in, k_out, total, d = form.decayed(x, k, g, want_pairs=False)
-    (X, Q), new, d_in_out = XQ, beta * v, None
+    x, d, new = erase_and_read(q, k, beta, scale), form.decays(g), beta * v
+    (X, Q), (_, start, end, total) = XQ, d
     dR = torch.bmm(Q.mT, do)
     if S is None:
         new, dR = torch.bmm(X, new), torch.bmm(X.mT, dR)
     else:
-        heads = len(d_state)
+        x_in, k_out, heads = x * start, k * end, len(d_state)
         new = torch.bmm(X, new.baddbmm_(x_in[0], S))
         dS = S.new_empty(len(S) + heads, *S.shape[1:])
         torch.bmm(x_in[1].mT, do, out=dS[:-heads])
         dS[-heads:] = d_state
         form.states(X, k_out, x_in[0], total, dR, dS, backwards=True)
         d_state, dS = dS[:heads], dS[heads:]
-        d_total = total * (S * dS).sum(-1, keepdim=True)
-        dx_in, dk_out = x_in, torch.bmm(new, dS.mT)  # x_in is used up
-        torch.bmm(dR, S.mT, out=dx_in[0])
-        torch.bmm(do, S.mT, out=dx_in[1])
-        d_in_out = dx_in, dk_out, d_total.mT
     dA = torch.empty_like(XQ)
     torch.bmm(dR, new.mT, out=dA[0])
     torch.bmm(do, new.mT, out=dA[1])
-    (de, dq), dk, dg = form.decayed_grad(x, k, d, dA, d_in_out)
+    dx, dk = form.pairs_grad(x, k, d, dA)
+    if S is not None:
+        for t, dt in zip((dR, do), dx):
+            dt.addcmul_(torch.bmm(t, S.mT), start)
+    dG = (x[0] * dx[0]).addcmul_(x[1], dx[1]).addcmul_(k, dk, value=-1)
+    dg = dG.flip(1).cumsum(1).flip(1)
+    if S is not None:
+        # k_out has the gates after its token. Apart, because it may be large where dG is e^-50.
+        dk_out = torch.bmm(new, dS.mT).mul_(end)
+        dg += (total * (S * dS).sum(-1, keepdim=True)).mT
+        dg[:, 1:] += (k * dk_out)[:, :-1].cumsum(1)
+        dk += dk_out
     # Q's diagonal has no decay, and is by far its largest part where gates are strong. It must not spoil dg.
-    diagonal = dA[1].diagonal(dim1=1, dim2=2).unsqueeze(-1)
+    (de, dq), diagonal = dx, dA[1].diagonal(dim1=1, dim2=2).unsqueeze(-1)
     dq.addcmul_(diagonal, k).mul_(scale)
     dk.addcmul_(diagonal, x[1]).addcmul_(de, beta, value=-1)
     d_beta = (dR * v).sum(-1, keepdim=True) - (de * k).sum(-1, keepdim=True)
     return dq, dk, dR.mul_(beta), dg, d_beta, d_state
 
 
-def decayed_grad(x, k, d, dA, d_in_out):
-    """
-    -> gradients of `decayed` in x (2, M, C, K) and k, g (M, C, K). dA (2, M, C, C) is that of P and Q, whose
-    diagonals are left out. d_in_out: those of x_in (2, M, C, K), k_out (M, C, K) and log(total) (M, 1, K), or
-    None for zeros.
-    """
-    (levels, start, end, _), dx, dk = d, torch.zeros_like(x), torch.zeros_like(k)
-    for level, (late, early) in enumerate(levels):
+def pairs_grad(x, k, d, dA):
+    """Gradients of P and Q in x (2, M, C, K) and k (M, C, K). dA (2, M, C, C): theirs, diagonals left out."""
+    dx, dk = torch.zeros_like(x), torch.zeros_like(k)
+    for level, (late, early) in enumerate(d[0]):
         s = late.shape[1]
         k_early = sides(k, s, level)[0] * early
         d_early = torch.zeros_like(k_early)
@@ -301,54 +298,43 @@ def decayed_grad(x, k, d, dA, d_in_out):
             sides(dt, s, level)[1].addcmul_(torch.bmm(block, k_early), late)
             d_early.baddbmm_(block.mT, sides(t, s, level)[1] * late)
         sides(dk, s, level)[0].addcmul_(d_early, early)
-    if d_in_out is not None:
-        dx_in, dk_out, d_total = d_in_out
-        dx.addcmul_(dx_in, start)
-    dG = (x[0] * dx[0]).addcmul_(x[1], dx[1]).addcmul_(k, dk, value=-1)
-    dg = dG.flip(1).cumsum(1).flip(1)
-    if d_in_out is not None:
-        # k_out has the gates after its token. Apart, because it may be large where dG is e^-50.
-        dk_out = dk_out * end
-        dg += d_total
-        dg[:, 1:] += (k * dk_out)[:, :-1].cumsum(1)
-        dk += dk_out
-    return dx, dk, dg
+    return dx, dk
 
 
 class Form(NamedTuple):
     """The steps of which there are also kernels."""
 
-    decayed: callable
+    decays: callable
+    pairs: callable
     states: callable
-    decayed_grad: callable
+    pairs_grad: callable
 
 
-TORCH = Form(decayed, states, decayed_grad)
+TORCH = Form(decays, pairs, states, pairs_grad)
 
 # -----------------------------------------------------------------------------
 # 5. kernels
 #
-# The steps of `Form` in Triton; what is a plain product is left to cuBLAS. One program works on one chunk of
-# CHUNK tokens of one head, but the loop over chunks is one program for a head and some columns of its state.
+# The products inside chunks and the loop over chunks in Triton; all else is left to PyTorch and cuBLAS. One
+# program works on one chunk of CHUNK tokens of one head, but the loop is one program for a head and some
+# columns of its state.
 # All tensors are float32, and as in the PyTorch form. Where the inputs were in half precision, tensor cores
 # multiply them as TF32, since half precision has no exp(64). A level of `decays` is here one whole (C, C)
 # product, of which those pairs are taken that the level is about.
 
 # Channels per step (or columns of the state per program), and warps. With half precision hardly a register is
 # spilled on 8.0, 8.6, 9.0 and 10.0 (16 bytes at most), and shared memory stays under 64 KB.
-LAUNCH = {"decayed_kernel": (32, 4), "states_kernel": (32, 4), "decayed_grad_kernel": (16, 8)}
+LAUNCH = {"pairs_kernel": (32, 4), "states_kernel": (32, 4), "pairs_grad_kernel": (16, 8)}
 
 if triton is not None:
-    const = tl.constexpr
-    INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on a CPU, for tests
-    C = CHUNK if INTERPRETED else const(CHUNK)
+    constexpr = tl.constexpr
+    C = CHUNK if INTERPRETED else constexpr(CHUNK)
 
     @triton.jit
     def load(p, m, rows, height, columns, width):
         """Rows and columns of the m-th (height, width) matrix, zeros outside."""
         p += m.to(tl.int64) * (height * width) + rows[:, None] * width + columns[None, :]
-        inside = ((rows >= 0) & (rows < height))[:, None] & (columns < width)[None, :]
-        return tl.load(p, mask=inside, other=0.0)
+        return tl.load(p, mask=(rows < height)[:, None] & (columns < width)[None, :], other=0.0)
 
     @triton.jit
     def store(p, m, rows, height, columns, width, x):
@@ -356,7 +342,7 @@ if triton is not None:
         tl.store(p, x, mask=(rows < height)[:, None] & (columns < width)[None, :])
 
     @triton.jit
-    def product(a, b, DOT: const):
+    def product(a, b, DOT: constexpr):
         """
         a @ b. Tensor cores cut off the last 13 bits of a float32. Where errors add up, a common sign is far
         worse than their size: round first.
@@ -373,9 +359,9 @@ if triton is not None:
         return (i % 2 == 1) & (j == i - 1)
 
     @triton.jit
-    def level_decays(g, level: const, STEP: const):
+    def level_decays(g, level: constexpr, STEP: constexpr):
         """g (C, STEP) -> late, early, and which pairs of tokens the level is about (C, C)."""
-        s: const = 8 if level == 0 else 4 << level
+        s: constexpr = 8 if level == 0 else 4 << level
         blocks = tl.reshape(g, (C // s, s, STEP))
         G = tl.cumsum(blocks, 1)
         if level == 0:
@@ -389,7 +375,7 @@ if triton is not None:
         return tl.reshape(late, (C, STEP)), tl.reshape(early, (C, STEP)), here
 
     @triton.jit
-    def inverse(P, DOT: const):
+    def inverse(P, DOT: constexpr):
         """(I - P)^-1, merged from blocks of one token on. Only what P has below its diagonal is read."""
         c = tl.arange(0, C)
         X = tl.where(c[:, None] == c[None, :], 1.0, tl.where(next_to_each_other(1), P, 0.0))
@@ -399,31 +385,35 @@ if triton is not None:
         return X
 
     @triton.jit
-    def decayed_kernel(
-        x_p, k_p, g_p, XQ_p, x_in_p, k_out_p, total_p, K, STEP: const, PAIRS: const, DOT: const
-    ):
-        """`decayed`, one program for what comes from e, one for what comes from q."""
+    def pairs_kernel(x_p, k_p, g_p, XQ_p, K, STEP: constexpr, DOT: constexpr):
+        """`pairs`, one program for what comes from e, one for what comes from q."""
         m, of_q, c = tl.program_id(0), tl.program_id(1), tl.arange(0, C)
         xm, A = of_q * tl.num_programs(0) + m, tl.zeros((C, C), tl.float32)
         for step in range(0, K, STEP):
             ks = step + tl.arange(0, STEP)
             x, k, g = load(x_p, xm, c, C, ks, K), load(k_p, m, c, C, ks, K), load(g_p, m, c, C, ks, K)
-            if PAIRS:
-                for level in tl.static_range(4):
-                    late, early, here = level_decays(g, level, STEP)
-                    A += tl.where(here, product(x * late, tl.trans(k * early), DOT), 0.0)
-            store(x_in_p, xm, c, C, ks, K, x * tl.exp(tl.cumsum(g, 0)))
-            if of_q:
-                store(k_out_p, m, c, C, ks, K, k * tl.exp(tl.cumsum(g, 0, reverse=True) - g))
-                tl.store(total_p + m * K + ks, tl.exp(tl.sum(g, 0)), mask=ks < K)
-        if PAIRS:
-            if of_q == 0:
-                A = inverse(A, DOT)
-            store(XQ_p, xm, c, C, c, C, A)
+            for level in tl.static_range(4):
+                late, early, here = level_decays(g, level, STEP)
+                A += tl.where(here, product(x * late, tl.trans(k * early), DOT), 0.0)
+        if of_q == 0:
+            A = inverse(A, DOT)
+        store(XQ_p, xm, c, C, c, C, A)
 
     @triton.jit
     def states_kernel(
-        X_p, read_p, write_p, total_p, rows_p, S_p, N, K, V, KPAD: const, STEP: const, BACK: const, DOT: const
+        X_p,
+        read_p,
+        write_p,
+        total_p,
+        rows_p,
+        S_p,
+        N,
+        K,
+        V,
+        KPAD: constexpr,
+        STEP: constexpr,
+        BACK: constexpr,
+        DOT: constexpr,
     ):
         """`states`, over N chunks, for STEP columns of a head. KPAD: `padded(K)`."""
         h, heads, c = tl.program_id(0), tl.num_programs(0), tl.arange(0, C)
@@ -442,16 +432,12 @@ if triton is not None:
             store(S_p, after, ks, K, vs, V, S)
 
     @triton.jit
-    def decayed_grad_kernel(
-        x_p, k_p, g_p, dA_p, dx_in_p, dk_out_p, d_total_p, grads_p, K, STEP: const, STATES: const, DOT: const
-    ):
-        """`decayed_grad`, one program for STEP channels of a chunk. STATES: whether there is a d_in_out."""
-        m, M, c = tl.program_id(0), tl.num_programs(0), tl.arange(0, C)
-        ks = tl.program_id(1) * STEP + tl.arange(0, STEP)
-        k, g = load(k_p, m, c, C, ks, K), load(g_p, m, c, C, ks, K)
-        dk, dG = tl.zeros((C, STEP), tl.float32), tl.zeros((C, STEP), tl.float32)
+    def pairs_grad_kernel(x_p, k_p, g_p, dA_p, dx_p, dk_p, K, STEP: constexpr, DOT: constexpr):
+        """`pairs_grad`, one program for STEP channels of a chunk."""
+        m, c, ks = tl.program_id(0), tl.arange(0, C), tl.program_id(1) * STEP + tl.arange(0, STEP)
+        k, g, dk = load(k_p, m, c, C, ks, K), load(g_p, m, c, C, ks, K), tl.zeros((C, STEP), tl.float32)
         for which in range(2):
-            xm = which * M + m
+            xm = which * tl.num_programs(0) + m
             x, dx = load(x_p, xm, c, C, ks, K), tl.zeros((C, STEP), tl.float32)
             dA = tl.where(c[:, None] > c[None, :], load(dA_p, xm, c, C, c, C), 0.0)
             for level in tl.static_range(4):
@@ -459,19 +445,8 @@ if triton is not None:
                 block = tl.where(here, dA, 0.0)
                 dx += late * product(block, k * early, DOT)
                 dk += early * product(tl.trans(block), x * late, DOT)
-            if STATES:
-                dx += tl.exp(tl.cumsum(g, 0)) * load(dx_in_p, xm, c, C, ks, K)
-            store(grads_p, xm, c, C, ks, K, dx)
-            dG += x * dx
-        dg = tl.cumsum(dG - k * dk, 0, reverse=True)
-        if STATES:
-            from_here = tl.cumsum(g, 0, reverse=True)
-            before = load(k_p, m, c - 1, C, ks, K) * load(dk_out_p, m, c - 1, C, ks, K)
-            before *= tl.exp(from_here)
-            dg += tl.cumsum(before, 0) + tl.load(d_total_p + m * K + ks, mask=ks < K, other=0.0)[None, :]
-            dk += load(dk_out_p, m, c, C, ks, K) * tl.exp(from_here - g)
-        store(grads_p, 2 * M + m, c, C, ks, K, dk)
-        store(grads_p, 3 * M + m, c, C, ks, K, dg)
+            store(dx_p, xm, c, C, ks, K, dx)
+        store(dk_p, m, c, C, ks, K, dk)
 
 
 def padded(width):
@@ -479,40 +454,44 @@ def padded(width):
     return max(16, 1 << (width - 1).bit_length())
 
 
-def launch(kernel, dot, programs, *args, columns=None, **constants):
-    """`programs` by two programs, or by one for every STEP of `columns`."""
+def launch(kernel, programs, columns, dot, *args, **constants):
+    """`programs` by 2 of them, or by one for every STEP of `columns`."""
     step, warps = LAUNCH[kernel.__name__]
-    step = min(step, padded(columns or args[-1]))
-    grid = programs, -(-columns // step) if columns else 2
+    step = min(step, padded(columns))
+    grid = programs, 2 if kernel is pairs_kernel else -(-columns // step)
     kernel[grid](*args, STEP=step, DOT=dot, num_warps=warps, num_stages=1, **constants)
 
 
-def decayed_triton(dot, x, k, g, want_pairs=True):
-    M, C, K = k.shape
-    XQ = x.new_empty(2, M, C, C) if want_pairs else x
-    x_in, k_out, total = torch.empty_like(x), torch.empty_like(k), k.new_empty(M, K, 1)
-    launch(decayed_kernel, dot, M, x, k, g, XQ, x_in, k_out, total, K, PAIRS=want_pairs)
-    return XQ, x_in, k_out, total, g
+def decays_triton(g):
+    """What the kernels do not count themselves: g, start, end, total as in `decays`."""
+    G = g.cumsum(1)
+    return g, G.exp(), (g.flip(1).cumsum(1).flip(1) - g).exp_(), G[:, -1:].exp().mT
+
+
+def pairs_triton(dot, x, k, d):
+    (M, _, K), XQ = k.shape, x.new_empty(*x.shape[:3], x.shape[2])
+    launch(pairs_kernel, M, K, dot, x, k, d[0], XQ, K)
+    return XQ
 
 
 def states_triton(dot, X, read, write, total, rows, S, backwards=False):
-    (M, _, V), K = rows.shape, S.shape[1]
-    heads = len(S) - M
-    tensors, sizes = (X, read, write, total, rows, S), (M // heads, K, V)
-    launch(states_kernel, dot, heads, *tensors, *sizes, columns=V, KPAD=padded(K), BACK=backwards)
+    heads, (K, V) = len(S) - len(X), S.shape[1:]
+    args = X, read, write, total, rows, S, len(X) // heads, K, V
+    launch(states_kernel, heads, V, dot, *args, KPAD=padded(K), BACK=backwards)
 
 
-def decayed_grad_triton(dot, x, k, g, dA, d_in_out):
-    (M, _, K), grads = k.shape, k.new_empty(4, *k.shape)
-    tensors = x, k, g, dA, *(d_in_out or (x, k, k)), grads
-    launch(decayed_grad_kernel, dot, M, *tensors, K, columns=K, STATES=d_in_out is not None)
-    return grads[:2], grads[2], grads[3]
+def pairs_grad_triton(dot, x, k, d, dA):
+    (M, _, K), dx, dk = k.shape, torch.empty_like(x), torch.empty_like(k)
+    launch(pairs_grad_kernel, M, K, dot, x, k, d[0], dA, dx, dk, K)
+    return dx, dk
 
 
 def triton_form(dtype):
     """The Form for inputs v of this dtype."""
     dot = "ieee" if dtype == torch.float32 else "tf32"
-    return Form(*(functools.partial(f, dot) for f in (decayed_triton, states_triton, decayed_grad_triton)))
+    return Form(
+        decays_triton, *(functools.partial(f, dot) for f in (pairs_triton, states_triton, pairs_grad_triton))
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -543,8 +522,8 @@ def resolve(backend, dtype, q, v):
         backend = "chunk" if backend == "triton" and wide else backend
     if backend not in ("recurrent", "chunk", "triton"):
         raise ValueError(f"backend or KDA_BACKEND is {backend!r}, not auto, recurrent, chunk or triton")
-    on_gpu = q.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    if backend == "triton" and (triton is None or not on_gpu or dtype == torch.float64 or wide):
+    on_gpu = triton is not None and (q.is_cuda or INTERPRETED)
+    if backend == "triton" and (not on_gpu or dtype == torch.float64 or wide):
         raise ValueError(
             "backend 'triton' needs Triton, a GPU, no float64, at most 128 channels: use 'chunk'"
         )

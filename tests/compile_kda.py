@@ -33,8 +33,6 @@ def compile_kernel(name, capability, dot, size, overrides):
         "DOT": dot,
         "STEP": min(step, size),
         "KPAD": size,
-        "PAIRS": True,
-        "STATES": True,
         "BACK": True,
     } | overrides
     options = {"num_warps": constants.pop("num_warps", warps), "num_stages": constants.pop("num_stages", 1)}
