@@ -69,7 +69,7 @@ sample_temperature = 1.0  # at which it writes them
 data_dir = "data"
 data = "demo"  # name of a prepared stage
 data_tag: str | None = None  # its frozen version
-mixture = {}  # {source: share of the steps}; empty: the stage's own. Text keeps the language
+mixture = {}  # {source: share of the batches}; empty: the stage's own. Text keeps the language
 batch_size = 8  # rows of text per batch; puzzles come in batches of as many tokens
 block_size: int | None = None  # longest row, and prompt; None: the student's
 gradient_accumulation_steps = 8  # batches per optimizer step, over all processes
@@ -231,12 +231,16 @@ def timed(what, stats):
     stats[what] += time.perf_counter() - started
 
 
-def forward_backward(parallel, guide, batches, step, carries, scaler, autocast, here):
+def forward_backward(parallel, guide, batches, step, carries, scaler, autocast, here, names):
     """
-    The gradient of a step, the mean over all of its rows, however they are batched. Returns figures of this
-    process, to be summed over processes, and the new carries.
+    The gradient of a step: of each source the mean over all of its rows, however they are batched, and of
+    these the mean, weighted by their numbers of batches. names: of the loader's sources. Returns figures of
+    this process, to be summed over processes, and the new carries.
     """
-    (n_rows,) = runtime.sums([sum(len(batch.idx) for batch in batches)], here)
+    rows = [sum(len(batch.idx) for batch in batches if batch.source == name) for name in names]
+    counts = [sum(batch.source == name for batch in batches) for name in names]
+    n_batches, *both = runtime.sums([len(batches), *rows, *counts], here)
+    weights = {k: n / r / n_batches for k, r, n in zip(names, both, both[len(names) :]) if n}  # of a row
     stats = dict.fromkeys(("loss", "tokens", "own", "right", "sampling", "scoring"), 0.0)
     new_carries = {}
     for batch in batches:
@@ -245,7 +249,7 @@ def forward_backward(parallel, guide, batches, step, carries, scaler, autocast, 
             with autocast:
                 carry = loop.to_device(carries.get(batch.key), here)
                 loss, carry = parallel(guide, batch, step, carry, stats)
-            loss = loss * len(batch.idx) / n_rows
+            loss = loss * len(batch.idx) * weights[batch.source]
             scaler.scale(loss * runtime.world_size).backward()
         if carry is not None:
             new_carries[batch.key] = loop.to_device(carry, "cpu")
@@ -316,7 +320,7 @@ def main(argv):
     if runtime.world_size > 1:
         parallel = DistributedDataParallel(parallel, gradient_as_bucket_view=True)
     with runtime.errors_agree():
-        log = loop.Log(config, run["iter"] if resumed else -1)
+        log = loop.Log(config, run, resumed)
     runtime.print0(configurator.show(config, defaults))
     verb = f"going on after step {run['iter']} of" if resumed else "from the weights of"
     processes = f"{runtime.world_size} x {runtime.device_name(here)}"
@@ -324,7 +328,7 @@ def main(argv):
     if net.puzzle_format == "canvas":
         runtime.print0("Route B learns offline, from soft targets: on_policy changes nothing")
     interrupted = runtime.catch_signals()
-    evaluation, publication = loop.Evaluation(config), checkpoint.Publication(config)
+    evaluation, publication = loop.Evaluation(config, log), checkpoint.Publication(config)
     ahead = Ahead(loader, pin=here.startswith("cuda"))
     tasks = held_out_tasks(loader, check_tasks)
     since_log, saved, due, stopping = defaultdict(float), True, False, False
@@ -332,13 +336,11 @@ def main(argv):
 
     def validate():
         """Returns the share of held-out puzzles that the student solves."""
-        loop.validate(run, net, average, loader, autocast, here, config)
-        step, losses = run["iter"], run["val_losses"]
+        entry, line = loop.validate(run, net, average, loader, autocast, here, config)
         with loop.averaged_weights(net, average), autocast:
             share = teachers.solved(teachers.Ours(net), tasks)
-        log.write({"iter": step, "val_loss": run["val_loss"], "val_losses": losses, "student_solved": share})
-        shown = ", ".join(f"{k} {v:.3f}" for k, v in losses.items())
-        runtime.print0(f"step {step}: validation {shown}; {share:.1%} of {len(tasks)} puzzles solved")
+        log.write({**entry, "student_solved": share})
+        runtime.print0(f"{line}; {share:.1%} of {len(tasks)} puzzles solved")
         return share
 
     if not resumed:
@@ -361,7 +363,7 @@ def main(argv):
         except ValueError as e:  # no puzzle fits into block_size, in any process
             runtime.stop(e)
         step_state = run["iter"], carries, scaler, autocast, here
-        stats, new_carries = forward_backward(parallel, guide, batches, *step_state)
+        stats, new_carries = forward_backward(parallel, guide, batches, *step_state, loader.names)
         grad_norm = loop.clip_gradients(net, optimizers, scaler, grad_clip)
 
         # every process learns the same sums, so that all of them step or skip, stop and save together
@@ -379,19 +381,18 @@ def main(argv):
         # what it was like
         seconds = time.perf_counter() - started
         loop.count_step(run, seconds, stats["tokens"], finite)
-        step, source = run["iter"], batches[0].source
+        step = run["iter"]
         for k, v in {**stats, "seconds": seconds}.items():
             since_log[k] += v
-        log.progress.set_postfix_str(f"{source} loss {loss:.3f}", refresh=False)
+        log.progress.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         log.progress.update()
         if not finite:
-            log.skipped(run, source, lr, loss, grad_norm, config)
+            log.skipped(run, lr, f"{loss:.3g}", grad_norm, config)
         elif step % log_interval == 0 or step == max_iters:
             own, process_seconds = since_log["own"], since_log["seconds"] * runtime.world_size
             entry = {
                 "iter": step,
                 "loss": loss,
-                "source": source,
                 "lr": lr,
                 "grad_norm": grad_norm,
                 "tokens": run["tokens"],
@@ -406,7 +407,7 @@ def main(argv):
             log.write(entry)
             since_log.clear()
             runtime.print0(
-                f"step {step}: loss {loss:.4f} ({source}), lr {lr:.2e}, gradient {grad_norm:.2f}, sampling "
+                f"step {step}: loss {loss:.4f}, lr {lr:.2e}, gradient {grad_norm:.2f}, sampling "
                 f"{entry['sampling']:.0%} and scoring {entry['scoring']:.0%} of the time"
             )
         if sync_check_interval and (step % sync_check_interval == 0 or step == max_iters):

@@ -47,6 +47,8 @@ init_optimizer = False  # with the path of a checkpoint: take its optimizer's st
 overwrite = False  # begin anew in an out_dir that holds a checkpoint
 eval_interval = 500  # steps between validations, each of which also saves a checkpoint
 eval_batches = 8  # validation batches per source, at most
+eval_only = False  # validate the checkpoint that init_from names, and nothing else
+sample_interval = 0  # steps between prints of a text and a puzzle that the model makes; 0 for never
 keep_every = 0  # keep the checkpoints of steps that are multiples of this as ckpt_STEP.pt; 0 for none
 eval_suites = ""  # suites of eval_arc.py, such as 'sudoku4,arc1', in a process beside the training
 eval_limit = 20  # tasks of each of these suites
@@ -61,7 +63,7 @@ tracker = ""  # 'trackio' or 'wandb' get the same figures as log.jsonl
 data_dir = "data"
 data = "demo"  # name of a prepared stage
 data_tag: str | None = None  # its frozen version, such as 'v0.1'; None: the stage as it is now
-mixture = {}  # {source: share of the steps}; empty: the stage's own
+mixture = {}  # {source: share of the batches}; empty: the stage's own
 batch_size = 8  # rows of text per batch; puzzles come in batches of as many tokens
 block_size = 1024  # longest row
 gradient_accumulation_steps = 8  # batches per optimizer step, over all processes
@@ -95,7 +97,7 @@ warmup_iters = 100
 decay_iters = 2000  # of 'wsd'; 0 stays up to the end: for a stage that another one follows
 min_lr = 0.0
 # ---- system
-device = "auto"  # 'cpu', 'cuda', or auto: cuda where there is one
+device = "auto"  # 'cpu', 'cuda', 'mps', or auto: the GPU where there is one
 dtype = "auto"  # 'float32', 'bfloat16', 'float16'; auto: float32 on CPU, bfloat16 from capability 8.0 on
 compile: bool | str = "auto"  # torch.compile the blocks; auto: on a GPU. False where that fails
 sync_check_interval = 100  # steps between comparisons of all processes' weights; 0 for none
@@ -111,7 +113,7 @@ RANGES = {
     "max_skipped gradient_accumulation_steps n_layer n_head n_embd n_ff n_latent n_recursion n_grad n_sup "
     "carry_turns sanity_steps sanity_tokens",
     "[0, inf)": "mixture learning_rate weight_decay warmup_iters decay_iters min_lr sync_check_interval "
-    "sanity_run_tokens keep_every",
+    "sanity_run_tokens keep_every sample_interval",
     "[0, inf]": "max_hours grad_clip eval_minutes",
     "[0, 1)": "beta1 beta2 ema",
     "[0, 1]": "halt_exploration",
@@ -137,7 +139,7 @@ def main(argv):
 
     # ---- from scratch, from another run's weights, or going on
     start, start_path, resumed = checkpoint.begin(config, here, anew=overwrite or sanity)
-    if resumed and checkpoint.nothing_left(start, config):
+    if resumed and not eval_only and checkpoint.nothing_left(start, config):
         return
 
     # ---- model, data, optimizer
@@ -158,11 +160,15 @@ def main(argv):
     average = loop.start_average(net, ema, start)
     autocast, scaler = loop.mixed_precision(here, precision)
     run = {**loop.NEW_RUN, "began_with": start_path}
-    carries = {}  # Route B: (number of the batch, length) -> answers and latents of puzzles that go on
+    carries = {}  # Route B: (number of the batch, source, length) -> answers and latents of unsolved puzzles
     changed = []
     if resumed:
         carries, changed = checkpoint.restore(start, run, config, scaler, here)
     start = None  # free its memory
+    if eval_only:
+        runtime.print0(loop.validate(run, net, average, loader, autocast, here, config)[1])
+        runtime.end_processes()
+        return
 
     # ---- ready
     if compile is True or (compile == "auto" and on_gpu):
@@ -182,7 +188,7 @@ def main(argv):
         ids = [here] if on_gpu else None
         parallel = DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
     with runtime.errors_agree():
-        log = loop.Log(config, run["iter"] if resumed else -1)
+        log = loop.Log(config, run, resumed)
     card = runtime.device_name(here)
     peak = runtime.peak_flops(card)
     runtime.print0(configurator.show(config, defaults))
@@ -198,7 +204,7 @@ def main(argv):
     for name in loader.not_validated(eval_batches):
         runtime.print0(f"not validated: {name} has no held-out rows of at most {block_size} tokens")
     interrupted = runtime.catch_signals()
-    evaluation, publication = loop.Evaluation(config), checkpoint.Publication(config)
+    evaluation, publication = loop.Evaluation(config, log), checkpoint.Publication(config)
     ahead = Ahead(loader, pin=on_gpu)
     since_log = {"seconds": 0.0, "tokens": 0, "flops": 0.0, "waited": 0.0, "steps": 0}
     logged, saved, due, stopping = [], True, False, False
@@ -212,10 +218,10 @@ def main(argv):
 
         # forward and backward on every batch of the step
         batches = ahead.next_step()
-        losses, tokens, flops, new_carries = [], 0, 0.0, {}
+        sums, tokens, flops, new_carries = dict.fromkeys(loader.names, 0.0), 0, 0.0, {}  # sums of losses
         for i, batch in enumerate(batches):
-            number, length = batch.key
-            key = (run["iter"] % carry_turns * gradient_accumulation_steps + number, length)
+            number, *rest = batch.key
+            key = (run["iter"] % carry_turns * gradient_accumulation_steps + number, *rest)
             carry = carries.get(key)
             last = i == len(batches) - 1  # gradients of the processes are averaged once, after the last batch
             idx = batch.idx.to(here, non_blocking=True)  # (B, L)
@@ -227,17 +233,17 @@ def main(argv):
                 scaler.scale(loss / len(batches)).backward()
             if carry is not None:
                 new_carries[key] = loop.to_device(carry, "cpu")
-            losses.append(loss.detach())
+            sums[batch.source] += loss.detach()
             tokens += batch.tokens
             flops += batch.tokens * net.flops_per_token(idx.shape[1], batch.mode, training=True)
         grad_norm = loop.clip_gradients(net, optimizers, scaler, grad_clip)
 
         # every process learns the same sums: all of them step or skip, stop, save and validate together
-        loss = sum(x.item() for x in losses) / len(losses) / world_size
         out_of_time = max_hours and time.monotonic() - began > 3600 * max_hours
-        loss, tokens, flops, waited, stopping = runtime.sums(
-            [loss, tokens, flops, ahead.waited / world_size, bool(interrupted or out_of_time)], here
-        )
+        own = [tokens, flops, ahead.waited / world_size, bool(interrupted or out_of_time)]
+        own += [float(x) for x in sums.values()]
+        tokens, flops, waited, stopping, *everyones = runtime.sums(own, here)
+        loss, losses = loop.mean_losses(loader, run["iter"], everyones)
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         loop.optimizer_step(optimizers, scaler, finite)
         if finite:
@@ -248,19 +254,19 @@ def main(argv):
         # what it was like
         seconds = time.perf_counter() - started
         loop.count_step(run, seconds, tokens, finite)
-        step, source = run["iter"], batches[0].source
+        step, by_source = run["iter"], ", ".join(f"{k} {v:.2f}" for k, v in losses.items())
         new = {"seconds": seconds, "tokens": tokens, "flops": flops, "waited": waited, "steps": 1}
         since_log = {k: v + new[k] for k, v in since_log.items()}
-        log.progress.set_postfix_str(f"{source} loss {loss:.3f}", refresh=False)
+        log.progress.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         log.progress.update()
         if not finite:
-            log.skipped(run, source, lr, loss, grad_norm, config)
+            log.skipped(run, lr, f"{loss:.3g} ({by_source})", grad_norm, config)
         elif step % log_interval == 0 or step == max_iters:
             rate = {k: v / since_log["seconds"] for k, v in since_log.items()}  # per second
             entry = {
                 "iter": step,
                 "loss": loss,
-                "source": source,
+                "losses": losses,
                 "lr": lr,
                 "grad_norm": grad_norm,
                 "tokens": run["tokens"],
@@ -277,13 +283,16 @@ def main(argv):
             since_log = dict.fromkeys(since_log, 0)
             mfu = f"MFU {entry['mfu']:.1%}, " if peak else ""
             runtime.print0(
-                f"step {step}: loss {loss:.3f} ({source}), lr {lr:.2e}, gradient {grad_norm:.2f}, "
+                f"step {step}: loss {loss:.3f} ({by_source}), lr {lr:.2e}, gradient {grad_norm:.2f}, "
                 f"{entry['tokens_per_second']:,.0f} tokens/s, {mfu}"
                 f"{entry['memory_gb']:.2f} GB, data wait {entry['data_wait']:.1%}, "
                 f"{entry['eta_hours']:.2f} h to go"
             )
         if sync_check_interval and (step % sync_check_interval == 0 or step == max_iters):
             loop.check_sync(net, average, loss, grad_norm, step, here, config)
+
+        if sample_interval and step % sample_interval == 0 and runtime.master:
+            loop.show_samples(step // sample_interval, net, average, loader)
 
         # validate, save, evaluate, publish
         evaluation.collect()
@@ -292,11 +301,10 @@ def main(argv):
         if due and loop.worth_saving(loss, finite, scaler):
             loop.check_weights(net, average, step, config)
             if not stopping:
-                loop.validate(run, net, average, loader, autocast, here, config)
+                entry, line = loop.validate(run, net, average, loader, autocast, here, config)
                 if run["val_losses"]:
-                    log.write({"iter": step, "val_loss": run["val_loss"], "val_losses": run["val_losses"]})
-                    shown = ", ".join(f"{k} {v:.3f}" for k, v in run["val_losses"].items())
-                    runtime.print0(f"step {step}: validation {shown}")
+                    log.write(entry)
+                    runtime.print0(line)
             train = {**run, "data": pinned, "loader": ahead.state}
             saved = checkpoint.save_run(train, config, net, model, average, optimizers, scaler, carries, here)
             due = False

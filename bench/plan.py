@@ -8,6 +8,7 @@ Tokens, hours and memory of a training run, before it is started.
 All settings of train.py can be given as well. Before this: train.py, bench/train.py.
 """
 
+import math
 import statistics
 import sys
 from types import SimpleNamespace
@@ -96,12 +97,11 @@ def plan(o, c, what):
         f"  memory per card: {fixed / 1e9:.1f} GB for weights, gradients and optimizer, "
         f"{activations / 1e9:.1f} GB for activations ({per_token / 1e3:.0f} kB a token), of {memory} GB"
     )
-    if c.model == "trm":  # y and z in float16, for every batch of a step and every length, if all occur
+    if c.model == "trm":  # y and z in float16, for every batch of puzzles of a step and every length
+        batches = math.ceil(o.puzzles * c.gradient_accumulation_steps) * c.carry_turns
         lengths = sum(length <= c.block_size for length in loader.BUCKETS)
-        carried = (
-            4 * net.config.n_embd * c.batch_size * c.block_size * lengths * c.gradient_accumulation_steps
-        )
-        print(f"  memory of the host: at most {carried / 1e9:.1f} GB for the carries of puzzles")
+        carried = 4 * net.config.n_embd * c.batch_size * c.block_size * lengths * batches
+        print(f"  memory of the host: about {carried / 1e9:.1f} GB at most for the carries of puzzles")
     if fixed + activations > 0.9 * memory * 1e9:
         print(
             "  that does not fit: lower batch_size (and raise gradient_accumulation_steps), or recompute=True"

@@ -42,7 +42,7 @@ from smol import runtime
 from smol import tokenizer as tok
 from smol.snapshots import NAME, plainly, repo_name, sha256_file
 
-CHECKPOINT_FORMAT = 6
+CHECKPOINT_FORMAT = 7
 MODEL_FILES = {"dense": "model_dense", "trm": "model_trm"}
 WEIGHTS = "model.safetensors"  # the hub's name for it
 
@@ -310,12 +310,13 @@ def load_optimizers(optimizers, name, train):
 
 def gather_carries(carries, device):
     """
-    {(number, length): dict of tensors} of this process -> {'number/length': ...} of all processes, on rank 0.
+    {(number, source, length): dict of tensors} of this process -> {'number/source/length': ...} of all
+    processes, on rank 0.
     """
     mine, everyones = sorted(carries), {}
     most = max(runtime.sums([len(mine) * (r == runtime.rank) for r in range(runtime.world_size)], device))
     for i in range(int(most)):  # one by one: all carries of all processes at once can be gigabytes
-        part = {f"{mine[i][0]}/{mine[i][1]}": carries[mine[i]]} if i < len(mine) else {}
+        part = {"/".join(map(str, mine[i])): carries[mine[i]]} if i < len(mine) else {}
         for some in runtime.gather(part):
             everyones.update(some)
     return everyones
@@ -323,7 +324,8 @@ def gather_carries(carries, device):
 
 def own_carries(everyones):
     """The inverse: each process takes those of the batches that are now its own."""
-    carries = {tuple(map(int, key.split("/"))): carry for key, carry in everyones.items()}
+    split = ((key.split("/"), carry) for key, carry in everyones.items())
+    carries = {(int(number), source, int(length)): carry for (number, source, length), carry in split}
     return {key: carry for key, carry in carries.items() if key[0] % runtime.world_size == runtime.rank}
 
 

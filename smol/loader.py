@@ -10,9 +10,9 @@ loader's whole state.
             fit, and written in the model's format; rows of similar length wait in buckets, and a full bucket
             is a batch
 
-Every batch has about batch_size * block_size tokens: short puzzles come in larger batches. Every process goes
-through the same draws and keeps the batches that are its own, so the batches of a step do not depend on how
-many processes share them.
+Every batch has about batch_size * block_size tokens: short puzzles come in larger batches. The batches of a
+step are of several sources, each of one. Every process goes through the same draws and keeps the batches that
+are its own, so the batches of a step do not depend on how many processes share them.
 
 Before this: prepare.py. Read next: train.py.
 """
@@ -38,6 +38,7 @@ BUCKETS = (
     *(1024, 1280, 1536, 2048, 2560, 3072, 4096, 5120, 6144, 8192, 10240),
 )
 MOST_SKIPPED = 10_000  # draws in a row that are longer than block_size
+GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, fill [0, 1) as evenly as any
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Batch:
     idx: torch.Tensor  # (B, L) long
     targets: torch.Tensor  # (B, L) long, IGNORE where there is no loss
     source: str
-    key: tuple  # (number of the batch within its step, L): what a carry belongs to
+    key: tuple  # (number of the batch within its step, source, L): what a carry belongs to
     tokens: int  # in idx, padding left out
 
 
@@ -250,10 +251,9 @@ class Puzzles:
 
 class Loader:
     """
-    Training batches of a stage. A step belongs to one source, drawn by `weights`, so that its batches, spread
-    over processes, cost about the same.
+    Training batches of a stage, every step a mixture of its sources in proportion to `weights`.
 
-    weights: {source: share of the steps}, any positive numbers; None: the stage's own; sources left out are
+    weights: {source: share of the batches}, any positive numbers; None: the stage's own; sources left out are
     not read. tag: a frozen version of the stage. Raises FileNotFoundError or ValueError, in one line, for a
     stage that is not prepared, damaged, or lacks what is asked for.
     """
@@ -305,26 +305,36 @@ class Loader:
             if held_out:
                 self.val.append((kind, name, Shards(data_dir, held_out)))
         self.fingerprint = hashlib.sha256("\n".join(used).encode()).hexdigest()  # of the data that is read
-        self.names = list(self.sources)
+        self.names = sorted(self.sources, key=lambda name: (self.sources[name].mode, name))
         self.shares = np.array([weights[name] for name in self.names], dtype=np.float64)
         self.shares /= self.shares.sum()
 
     def rounded_shares(self):
-        """{source: share of the steps}, for people and for comparison."""
+        """{source: share of the batches}, for people and for comparison."""
         return {name: round(float(share), 4) for name, share in zip(self.names, self.shares)}
+
+    def sources_of_step(self, step):
+        """
+        The name of the source of each batch. Systematic sampling: the sources lie on [0, 1) one after the
+        other, each as long as its share, and the batches are points at equal distances there, which move from
+        step to step. So a source has its share of every step to within a batch, and of any number of steps
+        to within a few. A number is mostly the same source's: its carry is soon taken up again. Puzzles are
+        neighbours: processes that deal the numbers out have equally many of them, give or take one.
+        """
+        moved = (draw_rng(self.seed, "", 0).random() + step * GOLDEN) % 1
+        points = (np.arange(self.batches_per_step) + moved) / self.batches_per_step
+        return [self.names[i] for i in np.searchsorted(np.cumsum(self.shares)[:-1], points, side="right")]
 
     def next_step(self):
         """The batches of the next optimizer step that belong to this process: rank, rank + world_size, ..."""
-        name = self.names[draw_rng(self.seed, "", self.step).choice(len(self.names), p=self.shares)]
-        source = self.sources[name]
         batches = []
-        for number in range(self.batches_per_step):
-            mine = number % self.world_size == self.rank
+        for number, name in enumerate(self.sources_of_step(self.step)):
+            source, mine = self.sources[name], number % self.world_size == self.rank
             batch = source.next_batch(mine)
             if mine:
                 idx, targets = batch
                 tokens = int((idx != tok.PAD).sum())
-                batches.append(Batch(source.mode, idx, targets, name, (number, idx.shape[1]), tokens))
+                batches.append(Batch(source.mode, idx, targets, name, (number, name, idx.shape[1]), tokens))
         self.step += 1
         return batches
 

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import math
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -19,7 +20,8 @@ import sys
 import torch
 from tqdm import tqdm
 
-from smol import checkpoint, runtime, suites
+from smol import arc, checkpoint, engine, runtime, suites
+from smol import tokenizer as tok
 from smol.files import write_whole
 from smol.loader import Loader
 from smol.muon import muon_and_adamw
@@ -37,6 +39,7 @@ NEW_RUN = {
     "skipped": 0,  # steps whose loss or gradient was not finite, in all and in a row
     "skipped_in_a_row": 0,
     "began_with": None,
+    "id": None,  # what a tracker knows the run by
 }
 
 
@@ -154,6 +157,16 @@ def worth_saving(loss, finite, scaler):
     return finite or (scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1)
 
 
+def mean_losses(loader, step, sums):
+    """
+    sums: of the losses of a step's batches, over all processes, for each of loader.names -> (mean over the
+    batches, {source: mean over its batches}), without the sources that the step had none of.
+    """
+    sources = loader.sources_of_step(step)
+    counts = [sources.count(name) for name in loader.names]
+    return sum(sums) / len(sources), {k: x / n for k, x, n in zip(loader.names, sums, counts) if n}
+
+
 def count_step(run, seconds, tokens, finite):
     """One more step in the counters of a run."""
     run["iter"] += 1
@@ -213,10 +226,12 @@ def averaged_weights(net, average):
 def validate(run, net, average, loader, autocast, device, config):
     """
     run["val_losses"] = {source: mean loss}, run["val_loss"] = mean over the sources of text, or None; each
-    process takes its share of the batches. Ends the run where a loss is not finite.
+    process takes its share of the batches. Ends the run where a loss is not finite. Returns the entry for
+    log.jsonl, with val_bpb = {source of text: bits per byte}, and a line to print.
     """
     net.eval()
-    sums = {name: [0.0, 0.0] for _, name, _ in loader.val}
+    sums = {name: [0.0, 0.0, 0.0] for _, name, _ in loader.val}  # of losses, of rows, of bytes of text
+    bytes_of = torch.from_numpy(tok.byte_lengths())
     with averaged_weights(net, average):
         for mode in ("text", "puzzle"):
             for name, _, idx, targets in loader.val_batches(mode, config["eval_batches"]):
@@ -224,13 +239,52 @@ def validate(run, net, average, loader, autocast, device, config):
                     loss = net(idx.to(device), targets.to(device), mode=mode)[1]
                 sums[name][0] += loss.item() * len(idx)
                 sums[name][1] += len(idx)
+                sums[name][2] += bytes_of[targets].sum().item() if mode == "text" else 0
     net.train()
-    flat = runtime.sums([x for pair in sums.values() for x in pair], device)
-    losses = {name: flat[2 * i] / flat[2 * i + 1] for i, name in enumerate(sums) if flat[2 * i + 1]}
-    text = [losses[name] for kind, name, _ in loader.val if kind == "text" and name in losses]
-    run["val_losses"], run["val_loss"] = losses, sum(text) / len(text) if text else None
+    flat = iter(runtime.sums([x for part in sums.values() for x in part], device))
+    sums = {name: part for name, part in zip(sums, zip(flat, flat, flat)) if part[1]}
+    losses = {name: loss / rows for name, (loss, rows, _) in sums.items()}
+    bpb = {name: loss * loader.block_size / n / math.log(2) for name, (loss, _, n) in sums.items() if n}
+    run["val_losses"] = losses
+    run["val_loss"] = sum(losses[name] for name in bpb) / len(bpb) if bpb else None
     if not all(map(math.isfinite, losses.values())):
         diverged(f"the validation loss of step {run['iter']} is not finite ({losses})", config)
+    shown = (f"{k} {v:.3f}" + (f" ({bpb[k]:.3f} bits a byte)" if k in bpb else "") for k, v in losses.items())
+    entry = {"iter": run["iter"], "val_loss": run["val_loss"], "val_losses": losses, "val_bpb": bpb}
+    return entry, f"step {run['iter']}: validation {', '.join(shown)}"
+
+
+def show_samples(n, net, average, loader):
+    """
+    Print how the model goes on from a held-out text, and its answer to a held-out puzzle, of the n-th source
+    of each kind in turn. Draws from a generator of its own, so the run is the same without it.
+    """
+    net.eval()
+    # decoding has a new shape at every token: nothing to compile. A ValueError is of weights that are not
+    # finite, of which the next save will tell
+    eager, without = torch.compiler.set_stance("force_eager"), contextlib.suppress(ValueError)
+    with averaged_weights(net, average), eager, without:
+        for kind in ("text", "puzzle"):
+            sources = [(name, shards) for k, name, shards in loader.val if k == kind]
+            if not sources:
+                continue
+            turn, i = divmod(n, len(sources))
+            name, shards = sources[i]
+            document = shards.document(turn % shards.n_documents)
+            if kind == "text":
+                prompt = torch.tensor([[tok.EOT, *document[:24].tolist()]], device=net.wte.weight.device)
+                generator = torch.Generator(prompt.device).manual_seed(n)
+                drawn = engine.generate(net, prompt, 48, temperature=0.8, top_k=200, generator=generator)
+                drawn = [ids.item() for ids in drawn]
+                begun, more = (tok.load().decode(ids) for ids in (prompt[0, 1:].tolist(), drawn))
+                runtime.print0(f"{name}: {begun} | {more}")
+                continue
+            task_kind, pairs = arc.decode(document)
+            ((given,),) = net.answer([arc.Task("", task_kind, pairs[:-1], pairs[-1:])])
+            question, expected = pairs[-1]
+            panels = [(name, question, None), ("expected", expected, None)]
+            runtime.print0(arc.ansi_row([*panels, ("answer", given[0][0] if given else None, expected)]))
+    net.train()
 
 
 def check_weights(net, average, step, config):
@@ -247,6 +301,8 @@ def check_sync(net, average, loss, grad_norm, step, device, config):
     All processes must hold the same bits: a broken link or a bug otherwise trains two models and averages
     their gradients. Ends the run, with the name of the process that differs and in what.
     """
+    if runtime.world_size == 1:
+        return
     both = torch.tensor([loss, grad_norm], dtype=torch.float64, device=device)
     averages = {f"the average of {k}": v for k, v in (average or {}).items()}
     figures = {"the loss": both[:1], "the gradient norm": both[1:]}
@@ -270,11 +326,14 @@ def diverged(what, config):
 class Log:
     """
     log.jsonl of a run, its copy at a tracker, and the progress bar. It locks out_dir, drops what the logs
-    there have after `step` (-1: all) and writes config.json. ValueError or OSError in one line.
+    there have after the step of `run`, or all of it of a new one, and writes config.json. ValueError or
+    OSError in one line.
     """
 
-    def __init__(self, config, step):
+    def __init__(self, config, run, resumed):
         self.path, self.tracker = os.path.join(config["out_dir"], "log.jsonl"), None
+        self.step = step = run["iter"] if resumed else -1  # of the last line
+        run["id"] = run["id"] or secrets.token_hex(4)
         if runtime.master:
             runtime.lock(config["out_dir"])
             for name in ("log.jsonl", "evals.jsonl"):
@@ -283,8 +342,10 @@ class Log:
             write_whole(settings, os.path.join(config["out_dir"], "config.json"))
             if config["tracker"]:
                 self.tracker = importlib.import_module(config["tracker"])
-                name = os.path.basename(config["out_dir"])
-                self.tracker.init(project="smol-llm", name=name, config=config, resume="allow")
+                # trackio knows a run by its name, wandb by an id: sessions of a run go on under the same
+                name = f"{os.path.basename(config['out_dir'])}-{run['id']}"
+                more = {"id": run["id"]} if config["tracker"] == "wandb" else {}
+                self.tracker.init(project="smol-llm", name=name, config=config, resume="allow", **more)
         self.progress = tqdm(
             total=config["max_iters"],
             initial=max(0, step),
@@ -297,18 +358,26 @@ class Log:
         """Only rank 0 writes."""
         if not runtime.master:
             return
+        self.step = entry["iter"]
         if problem := runtime.append_log(entry, self.path):
             runtime.print0(problem)
-        if self.tracker:
-            figures = {**entry, **{f"val_loss/{k}": v for k, v in entry.get("val_losses", {}).items()}}
-            numbers = {k: v for k, v in figures.items() if isinstance(v, (int, float))}
-            self.tracker.log(numbers, step=entry["iter"])
+        self.track(entry)
 
-    def skipped(self, run, source, lr, loss, grad_norm, config):
+    def track(self, entry, picture=None):
+        """The numbers of an entry, those in dicts of it too, and a picture go to the tracker."""
+        if not self.tracker:
+            return
+        inner = {f"{k}/{name}": x for k, v in entry.items() if isinstance(v, dict) for name, x in v.items()}
+        figures = {k: v for k, v in {**entry, **inner}.items() if isinstance(v, (int, float))}
+        if picture and os.path.exists(picture):
+            figures["answers"] = self.tracker.Image(picture)
+        self.tracker.log(figures, step=self.step)
+
+    def skipped(self, run, lr, loss, grad_norm, config):
         """A step whose loss or gradient was not finite; too many in a row end the run."""
         step = run["iter"]
-        self.write({"iter": step, "loss": None, "source": source, "lr": lr, "skipped": run["skipped"]})
-        runtime.print0(f"step {step} skipped: loss {loss:.3g}, gradient norm {grad_norm:.3g}")
+        self.write({"iter": step, "loss": None, "lr": lr, "skipped": run["skipped"]})
+        runtime.print0(f"step {step} skipped: loss {loss}, gradient norm {grad_norm:.3g}")
         if run["skipped_in_a_row"] >= config["max_skipped"]:
             n = config["max_skipped"]
             diverged(f"{n} steps in a row, up to {step}, had no finite loss and gradient", config)
@@ -322,11 +391,11 @@ class Log:
 def end(run, log, ahead, evaluation, publication, saved, stopping, interrupted, config):
     """End what works beside a run, and tell how the run ended."""
     path, step = checkpoint.path_of(config), run["iter"]
-    log.close()
     ahead.close()
     if saved and not interrupted:
         publication.end(step)
     evaluation.end(0 if stopping else config["eval_minutes"])
+    log.close()
     if not saved:
         runtime.stop(f"the last steps, up to {step}, were not saved; {path} is untouched")
     if stopping:
@@ -336,11 +405,12 @@ def end(run, log, ahead, evaluation, publication, saved, stopping, interrupted, 
 class Evaluation:
     """
     eval_arc.py on the run's checkpoints, in a process beside the training; one at a time, so a checkpoint may
-    go without. What it finds is appended to evals.jsonl. eval_suites '': nothing is done.
+    go without. What it finds is appended to evals.jsonl, and goes to the tracker of `log`. eval_suites '':
+    nothing is done.
     """
 
-    def __init__(self, config):
-        self.config, self.out_dir, self.process = config, config["out_dir"], None
+    def __init__(self, config, log):
+        self.config, self.out_dir, self.log, self.process = config, config["out_dir"], log, None
         self.link = os.path.join(self.out_dir, "ckpt_eval.pt")
         self.output = os.path.join(self.out_dir, "eval_step.log")
 
@@ -376,12 +446,17 @@ class Evaluation:
         if self.process is None or self.process.poll() is None:
             return
         if self.process.returncode == 0:
-            with open(os.path.join(self.out_dir, "eval_step", "eval.json")) as f:
+            found = os.path.join(self.out_dir, "eval_step")
+            with open(os.path.join(found, "eval.json")) as f:
                 (figures,) = (r for r in json.load(f).values() if r["checkpoint"] == self.link)
             solved = {k: f"{r['solved']}/{r['total']}" for k, r in figures["suites"].items() if "solved" in r}
             runtime.print0(f"step {self.step}: solved " + ", ".join(f"{k} {n}" for k, n in solved.items()))
             figures["checkpoint"] = checkpoint.path_of(self.config)
             runtime.append_log({"iter": self.step, **figures}, os.path.join(self.out_dir, "evals.jsonl"))
+            rates = {k: r["solved"] / r["total"] for k, r in figures["suites"].items() if "solved" in r}
+            # a tracker takes no step before its last, and the evaluation is of an earlier one
+            entry = {"solved": rates, "solved_iter": self.step}
+            self.log.track(entry, os.path.join(found, "grids.png"))
         else:
             with open(self.output, encoding="utf-8", errors="replace") as f:
                 why = (f.read().strip().splitlines() or ["nothing was written"])[-1]

@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from datetime import timedelta
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -49,16 +50,49 @@ CARDS = {
 
 
 def pick_device(device):
-    """'auto', 'cpu', 'cuda' or 'cuda:N' -> device. ValueError, in one line, where there is none such."""
+    """
+    'auto', 'cpu', 'mps', 'cuda' or 'cuda:N' -> device; 'mps' only where it works. ValueError, in one line,
+    where there is none such.
+    """
+    if device == "auto" and torch.cuda.is_available():
+        return "cuda"
+    if device == "mps" or (device == "auto" and torch.backends.mps.is_available()):
+        return "mps" if mps_works() else "cpu"
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}")
+        raise ValueError(f"device must be 'auto', 'cpu', 'mps', 'cuda' or 'cuda:N', got {device!r}")
     if device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}, but PyTorch sees no GPU: use --device=cpu")
     if ":" in device and int(device[5:]) >= (n := torch.cuda.device_count()):
         raise ValueError(f"device={device!r}, but PyTorch counts {n} GPUs from cuda:0 on")
     return device
+
+
+@lru_cache
+def mps_works():
+    """Whether an Apple GPU gives the output and gradients of a KDA layer as the CPU does; a line if not."""
+    from kda import KimiDeltaAttention
+
+    try:
+        rng, found = torch.Generator().manual_seed(0), []
+        state = {
+            k: torch.randn(v.shape, generator=rng)
+            for k, v in KimiDeltaAttention(32, 2, 16).state_dict().items()
+        }
+        x = torch.randn(2, 80, 32, generator=rng)
+        for device in ("cpu", "mps"):
+            layer = KimiDeltaAttention(32, 2, 16)
+            layer.load_state_dict(state)
+            y, _ = layer.to(device)(x.to(device))
+            y.square().sum().backward()
+            found.append(torch.cat([y.flatten(), *(p.grad.flatten() for p in layer.parameters())]).cpu())
+        problem = None if torch.allclose(*found, rtol=1e-2, atol=1e-2) else "it computes something else"
+    except (RuntimeError, AssertionError, TypeError) as e:  # how PyTorch says that it cannot
+        problem = str(e).splitlines()[0]
+    if problem:
+        print0(f"the Apple GPU cannot be used, the CPU is: {problem}")
+    return problem is None
 
 
 def pick_dtype(dtype, device):
@@ -103,7 +137,7 @@ def start(device, dtype):
 
 
 def device_name(device):
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device.upper()
 
 
 def keep_freed_memory():
@@ -252,9 +286,10 @@ def errors_agree():
 
 def sums(values, device):
     """Sums of a list of numbers over all processes: a list of floats, bit for bit the same in each."""
+    if world_size == 1:  # an Apple GPU has no float64
+        return [float(x) for x in values]
     values = torch.tensor(values, dtype=torch.float64, device=device)
-    if world_size > 1:
-        dist.all_reduce(values)
+    dist.all_reduce(values)
     return values.tolist()
 
 
@@ -369,25 +404,33 @@ def cut_log(path, last_step):
 
 
 def draw_losses(out_dir):
-    """
-    out_dir/loss.png: the training loss, faint as it is and smoothed, and the validation loss of each source.
-    """
+    """out_dir/loss.png: the training loss of all batches and of each source, and its validation loss."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
+    def smooth(points):
+        """Each the mean of the last twentieth of all: (steps, losses)."""
+        steps, losses = [i for i, _ in points], [x for _, x in points]
+        n = 1 + len(points) // 20
+        parts = (losses[max(0, i - n) : i] for i in range(1, len(points) + 1))
+        return steps, [sum(part) / len(part) for part in parts]
+
+    def points(key, source):
+        return [(e["iter"], e[key][source]) for e in entries if source in e.get(key, {})]
+
     entries = read_log(os.path.join(out_dir, "log.jsonl"))
-    steps = [(e["iter"], e["loss"]) for e in entries if e.get("loss") is not None]
-    smooth, mean = [], None
-    for _, loss in steps:
-        mean = loss if mean is None else 0.95 * mean + 0.05 * loss
-        smooth.append(mean)
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    axes.plot([i for i, _ in steps], [loss for _, loss in steps], color="0.8", lw=0.8)
-    axes.plot([i for i, _ in steps], smooth, color="0.2", lw=1.5, label="training, smoothed")
-    for source in sorted({name for e in entries for name in e.get("val_losses", {})}):
-        points = [(e["iter"], e["val_losses"][source]) for e in entries if source in e.get("val_losses", {})]
-        axes.plot(*zip(*points), marker="o", ms=3, lw=1, label=f"validation, {source}")
+    total = [(e["iter"], e["loss"]) for e in entries if e.get("loss") is not None]
+    axes.plot(*smooth(total), color="0.2", lw=1.5, label="all batches")
+    for n, source in enumerate(
+        sorted({k for e in entries for k in (e.get("losses") or e.get("val_losses", ()))})
+    ):
+        style = {"color": colormaps["tab20"](n % 20), "lw": 1}
+        axes.plot(*smooth(points("losses", source)), label=source, alpha=0.7, **style)
+        if found := points("val_losses", source):
+            axes.plot(*zip(*found), ls=":", marker="o", ms=4, **style)
     axes.set(xlabel="step", ylabel="loss in nats", title=out_dir)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, ncols=2, title="lines: training, smoothed; dots: validation", title_fontsize=8)
     save_picture(figure, os.path.join(out_dir, "loss.png"))

@@ -19,6 +19,7 @@ import json
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
@@ -85,6 +86,15 @@ def load():
         special_tokens=SPECIAL,
         explicit_n_vocab=END + 1,
     )
+
+
+@lru_cache
+def byte_lengths():
+    """-> np.int64 (VOCAB_SIZE,): bytes of text that an id stands for, 0 for the reserved ones."""
+    lengths = np.zeros(VOCAB_SIZE, np.int64)
+    for token, rank in vocabulary().items():
+        lengths[rank] = len(token)
+    return lengths
 
 
 @lru_cache

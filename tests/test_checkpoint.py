@@ -30,7 +30,7 @@ def make(model="dense", **changes):
         "optimizer_name": "adamw",
         "optimizers": [optimizer.state_dict()],
         "loader": {"step": 3, "sources": {"a": {"drawn": 5}}},
-        "carries": {"0/96": {"y": torch.ones(2, 3), "halted": torch.tensor([True, False])}},
+        "carries": {"0/a/96": {"y": torch.ones(2, 3), "halted": torch.tensor([True, False])}},
         "loss": float("nan"),
     }
     return {
@@ -97,12 +97,13 @@ def test_an_optimizer_comes_back_without_its_settings():
 
 
 def test_carries_go_to_the_processes_whose_batches_they_are(monkeypatch):
-    carries = {(n, 96): {"y": torch.full((2,), float(n))} for n in range(4)}
+    carries = {(n, "maze", 96): {"y": torch.full((2,), float(n))} for n in range(4)}
     everyones = ckpt.gather_carries(carries, "cpu")
-    assert list(everyones) == ["0/96", "1/96", "2/96", "3/96"] and equal(ckpt.own_carries(everyones), carries)
+    assert list(everyones) == [f"{n}/maze/96" for n in range(4)]
+    assert equal(ckpt.own_carries(everyones), carries)
     monkeypatch.setattr(runtime, "world_size", 2)
     monkeypatch.setattr(runtime, "rank", 1)
-    assert sorted(ckpt.own_carries(everyones)) == [(1, 96), (3, 96)]
+    assert sorted(ckpt.own_carries(everyones)) == [(1, "maze", 96), (3, "maze", 96)]
 
 
 # ---- crashes

@@ -50,7 +50,7 @@ def some_tasks():
 def batch_of(tasks, puzzle_format, length=48):
     rows = [loader.puzzle_row(arc.encode(t.kind, t.train + t.test), puzzle_format, "none") for t in tasks]
     idx, targets = loader.pad_rows(rows, length)
-    return loader.Batch("puzzle", idx, targets, "sudoku4", (0, length), idx.numel())
+    return loader.Batch("puzzle", idx, targets, "sudoku4", (0, "sudoku4", length), idx.numel())
 
 
 # the divergence
@@ -288,7 +288,7 @@ def test_the_gradient_of_a_step_does_not_depend_on_how_its_rows_are_batched(name
     for parts in ([tasks], [tasks[:1], tasks[1:]]):
         batches = [batch_of(part, net.puzzle_format) for part in parts]
         scaler, loss_of = torch.amp.GradScaler("cpu", enabled=False), distill.Loss(net)
-        context = {}, scaler, contextlib.nullcontext(), "cpu"
+        context = {}, scaler, contextlib.nullcontext(), "cpu", ["stdlib", "sudoku4"]
         stats, _ = distill.forward_backward(loss_of, Says(3, True), batches, 0, *context)
         found.append([torch.tensor(stats["loss"]), *(p.grad.clone() for p in net.parameters())])
         net.zero_grad()

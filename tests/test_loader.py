@@ -85,12 +85,14 @@ def run(loader, steps):
 
 @FORMATS
 def test_the_same_seed_gives_the_same_batches(data, puzzle_format):
-    a, b, c = (run(make(data, seed=s, puzzle_format=puzzle_format), 12) for s in (1, 1, 2))
+    how = {"puzzle_format": puzzle_format, "batches_per_step": 3}
+    a, b, c = (run(make(data, seed=s, **how), 12) for s in (1, 1, 2))
     assert a == b and a != c
-    assert [x[0][0] for x in a] != [x[0][0] for x in c]  # even the order of sources differs
+    a_sources, c_sources = ([[batch[0] for batch in step] for step in x] for x in (a, c))
+    assert a_sources != c_sources and a_sources == [make(data, **how).sources_of_step(i) for i in range(12)]
     torch.manual_seed(5)  # global random state plays no part
     np.random.seed(5)
-    assert run(make(data, puzzle_format=puzzle_format), 12) == a
+    assert run(make(data, **how), 12) == a
 
 
 @pytest.mark.parametrize("world_size", (2, 4))
@@ -290,7 +292,9 @@ def test_puzzle_batches_are_full_but_never_too_large(data, puzzle_format):
     for batch in (batch for _ in range(20) for batch in enumerate(loader.next_step())):
         number, batch = batch
         B, L = batch.idx.shape
-        assert batch.mode == "puzzle" and batch.key == (number, L) and (L in BUCKETS or L == 128)
+        assert (
+            batch.mode == "puzzle" and batch.key == (number, batch.source, L) and (L in BUCKETS or L == 128)
+        )
         assert L <= 128 and B == max(1, 4 * 128 // L)  # always the same of a key: a carry fits
         lengths = (batch.idx != tok.PAD).sum(1)
         assert ((lengths > max([b for b in BUCKETS if b < L], default=0)) & (lengths <= L)).all()
@@ -339,20 +343,33 @@ def test_draws_cover_all_documents_of_all_shards(data):
 # ---- the mixture
 
 
-def test_a_step_belongs_to_one_source_and_shares_are_kept(data):
-    """A process with no batch of its own goes through the steps without building text."""
-    shares = {"prose": 6, "code": 3, "sudoku": 1}
+@pytest.mark.parametrize("batches", (1, 4, 16))
+def test_every_step_and_every_run_of_steps_has_the_shares(data, batches):
+    shares = {"prose": 0.42, "code": 0.33, "grids": 0.2, "sudoku": 0.05}
+    loader = make(data, weights=shares, batches_per_step=batches)
+    kinds = {name: source.mode for name, source in loader.sources.items()}
+    total, places = dict.fromkeys(shares, 0), set()
+    for step in range(600):
+        names = loader.sources_of_step(step)
+        places |= set(enumerate(names))
+        for name, share in shares.items():
+            count = names.count(name)
+            total[name] += count
+            assert abs(count - share * batches) < 1  # of a step: rounded down or up
+            assert abs(total[name] - share * batches * (step + 1)) < 3  # of any number of steps
+        for world_size in (2, 4):  # processes have the same work
+            per_process = [names[rank::world_size] for rank in range(world_size)]
+            of_puzzles = [sum(kinds[name] == "puzzle" for name in own) for own in per_process]
+            assert max(of_puzzles) - min(of_puzzles) <= 1
+    assert len(places) < batches + len(shares)  # a carry belongs to one: they stay few
+
+
+def test_a_process_without_a_batch_goes_through_the_steps_all_the_same(data):
+    shares = {"prose": 6, "code": 3}
     loader = make(data, weights=shares, batch_size=1, batches_per_step=1, rank=1, world_size=2, block_size=64)
-    assert not any(loader.next_step() for _ in range(1000))
-    state = loader.state_dict()["sources"]
-    steps = {name: state[name]["drawn"] for name in ("prose", "code")}
-    steps["sudoku"] = 1000 - sum(steps.values())
-    for name, share in shares.items():
-        expected = 1000 * share / 10
-        assert abs(steps[name] - expected) < 4 * (expected * (1 - share / 10)) ** 0.5, steps
-    seen = [{batch[0] for batch in batches} for batches in run(make(data), 40)]
-    assert all(len(sources) == 1 for sources in seen)
-    assert set().union(*seen) == {"prose", "code", "grids", "sudoku"}
+    assert not any(loader.next_step() for _ in range(300))
+    drawn = [loader.state_dict()["sources"][name]["drawn"] for name in shares]
+    assert sum(drawn) == 300 and abs(drawn[0] - 200) < 3
 
 
 @pytest.mark.parametrize(

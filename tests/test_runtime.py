@@ -75,6 +75,20 @@ def test_device_and_dtype():
             runtime.pick_device("cuda:0")
 
 
+@pytest.mark.parametrize("factor, found", [(1.0, "mps"), (1.1, "cpu"), (None, "cpu")])
+def test_an_apple_gpu_is_used_if_it_computes_what_the_cpu_does(factor, found, monkeypatch, capsys):
+    """Stood in for by the CPU, right, wrong, and not there."""
+    to = torch.Tensor.to
+    if factor:
+        monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: module)
+        as_told = lambda x, *how, **more: x * factor if how == ("mps",) else to(x, *how, **more)  # noqa: E731
+        monkeypatch.setattr(torch.Tensor, "to", as_told)
+    runtime.mps_works.cache_clear()
+    assert runtime.pick_device("mps") == found
+    runtime.mps_works.cache_clear()
+    assert ("the Apple GPU cannot be used" in capsys.readouterr().out) == (found == "cpu")
+
+
 def test_memory_is_counted_and_its_end_is_recognised():
     # in a process of its own: it is the peak of a whole life
     code = """

@@ -20,7 +20,8 @@ import torch
 import configurator
 import prepare
 import train
-from smol import checkpoint, loop
+from smol import checkpoint, loader, loop
+from smol import tokenizer as tok
 
 ROOT = Path(__file__).parent.parent
 SHAPE = """--n_layer=2 --layer_pattern=ka --n_head=2 --n_embd=16 --n_ff=24 --block_size=128 --batch_size=2
@@ -89,8 +90,12 @@ def finished(route, data, tmp_path_factory):
     The out_dir of a run of 9 steps of either route, in one process; Route A's is evaluated on the way.
     """
     out = tmp_path_factory.mktemp(route)
-    evaluated = ["--eval_suites=sudoku4", "--eval_limit=1"] if route == "dense" else []
-    succeed(data, out, *ROUTES[route], *evaluated)
+    if route == "trm":
+        succeed(data, out, *ROUTES[route])
+        return out
+    more = ["--eval_suites=sudoku4", "--eval_limit=1", "--tracker=wandb"]
+    done = succeed(data, out, *more, before=TRACKER.replace("NAME", "wandb"))
+    (out / "stdout").write_text(done.stdout)
     return out
 
 
@@ -112,6 +117,9 @@ def test_a_run_leaves_a_log_a_picture_a_config_and_a_checkpoint(finished):
     entry = [e for e in entries(finished) if "loss" in e][-1]
     assert {"lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "memory_gb", "skipped"} <= entry.keys()
     assert entry["eta_hours"] == 0 and 0 <= entry["data_wait"] < 1
+    by_source = [(e["loss"], e["losses"]) for e in entries(finished) if "loss" in e]
+    assert all(loss == pytest.approx(sum(x.values()) / 2) for loss, x in by_source if len(x) == 2)
+    assert set().union(*(x for _, x in by_source)) == {"stdlib", "sudoku4", "maze"}
     assert json.loads((finished / "config.json").read_text())["max_iters"] == 9
     assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
     net, saved = checkpoint.load_model(finished / "ckpt.pt")
@@ -122,18 +130,41 @@ def test_a_run_leaves_a_log_a_picture_a_config_and_a_checkpoint(finished):
 def test_two_processes_take_the_same_steps_as_one(finished, finished_by_two):
     for one, two in zip(entries(finished), entries(finished_by_two)):
         assert one.keys() == two.keys() and two.get("tokens") == one.get("tokens")
-        for key in one.keys() & {"loss", "grad_norm", "val_losses"}:
+        for key in one.keys() & {"loss", "losses", "grad_norm", "val_losses", "val_bpb"}:
             assert two[key] == pytest.approx(one[key], rel=1e-3), (one["iter"], key)
 
 
+def test_bits_per_byte_are_of_the_bytes_that_the_targets_stand_for(finished, data):
+    entry = [e for e in entries(finished) if "val_bpb" in e][-1]
+    shape = {"batch_size": 2, "block_size": 128, "batches_per_step": 1, "puzzle_format": "autoregressive"}
+    held_out = loader.Loader(data, "demo", weights={"stdlib": 1}, seed=0, **shape).val_batches("text", 1)
+    ((_, _, _, targets),) = held_out
+    text = tok.load().decode_bytes([i for i in targets.flatten().tolist() if i != tok.EOT])
+    nats = entry["val_losses"]["stdlib"] * targets.numel()
+    assert entry["val_bpb"] == pytest.approx({"stdlib": nats / math.log(2) / len(text)})
+
+
+@dense
+def test_eval_only_validates_and_changes_nothing(finished, data):
+    before = {path: path.stat().st_mtime_ns for path in finished.iterdir()}
+    done = succeed(data, finished, "--eval_only=True")
+    assert done.stdout.splitlines()[-1] in (finished / "stdout").read_text()
+    assert done.stdout.startswith("step 9: validation") and "bits a byte" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in finished.iterdir()} == before
+
+
 def test_killed_terminated_and_out_of_time_it_goes_on_to_the_last_bit(route, finished_by_two, data, tmp_path):
-    """kill -9, SIGTERM of one process, max_hours, and each time the same command again."""
-    settings = [*ROUTES[route], "--sync_check_interval=3"]
+    """
+    kill -9, SIGTERM of one process, max_hours, and each time the same command again; with samples, which the
+    other run goes without.
+    """
+    settings = [*ROUTES[route], "--sync_check_interval=3", "--sample_interval=1"]
     first = scripts.Run("train.py", words(data, tmp_path, *settings), processes=2)
     first.wait_until((tmp_path / "ckpt.pt").exists)
     first.kill()
-    killed_at = checkpoint.load(tmp_path / "ckpt.pt")["train"]["iter"]
-    assert killed_at in (3, 6)
+    saved = checkpoint.load(tmp_path / "ckpt.pt")["train"]
+    killed_at = saved["iter"]
+    assert killed_at in (3, 6) and saved["id"]
 
     second = scripts.Run("train.py", words(data, tmp_path, *settings), processes=2)
     second.wait_until(lambda: max(losses(tmp_path), default=0) == killed_at + 1)
@@ -145,7 +176,9 @@ def test_killed_terminated_and_out_of_time_it_goes_on_to_the_last_bit(route, fin
 
     done = succeed(data, tmp_path, *settings, "--max_hours=1e-5", processes=2)
     assert f"stopped after step {terminated_at + 1}, saved to" in done.stdout
-    succeed(data, tmp_path, *settings, "--init_from=resume", processes=2)
+    done = succeed(data, tmp_path, *settings, "--init_from=resume", processes=2)
+    assert all(part in done.stdout for part in ("stdlib: ", "expected", "answer")), done.stdout
+    assert checkpoint.load(tmp_path / "ckpt.pt")["train"]["id"] == saved["id"]  # for a tracker, one run
     same_losses(tmp_path, finished_by_two)
     same_weights(tmp_path, finished_by_two)
     assert len(entries(tmp_path)) <= 9 + 3  # no step is logged twice
@@ -216,33 +249,43 @@ def test_processes_that_drift_apart_are_stopped_by_name(data, tmp_path):
 
 
 TRACKER = """
-import json, sys, types
+import json, os, sys, types
 def note(**what):
     print("noted", json.dumps(what))
-trackio = types.ModuleType("trackio", "")
-trackio.__spec__ = types.SimpleNamespace()
-trackio.init = lambda project, name, config, resume: note(init=name, rate=config["learning_rate"])
-trackio.log = lambda figures, step: note(step=step, **figures)
-trackio.finish = lambda: note(finish=True)
-sys.modules["trackio"] = trackio
+tracker = types.ModuleType("NAME", "")
+tracker.__spec__ = types.SimpleNamespace()
+def init(project, name, config, resume, **more):
+    note(init=name, rate=config["learning_rate"], **more)
+tracker.init = init
+tracker.log = lambda figures, step: note(step=step, **figures)
+tracker.Image = lambda path: os.path.getsize(path)
+tracker.finish = lambda: note(finish=True)
+sys.modules["NAME"] = tracker
 """
 
 
+def noted(stdout):
+    return [json.loads(line[6:]) for line in stdout.splitlines() if line.startswith("noted ")]
+
+
 def test_a_gradient_that_is_not_finite_costs_its_step_and_a_tracker_gets_what_the_log_gets(data, tmp_path):
-    """The tracker is a stand-in with the three functions that trackio and wandb have in common."""
+    """The tracker is a stand-in with the functions that trackio and wandb have in common."""
     settings = ["--max_iters=5", "--ema=0.9", "--optimizer=adamw", "--tracker=trackio"]
-    done = succeed(data, tmp_path, *settings, before=NAN.replace("STEPS", "(3,)") + TRACKER)
+    done = succeed(
+        data, tmp_path, *settings, before=NAN.replace("STEPS", "(3,)") + TRACKER.replace("NAME", "trackio")
+    )
     assert [step for step, loss in losses(tmp_path).items() if loss is None] == [3]
     assert "step 3 skipped" in done.stdout
     saved = checkpoint.load(tmp_path / "ckpt.pt")
     assert saved["train"]["skipped"] == 1 and saved["train"]["iter"] == 5
     assert checkpoint.not_finite(saved["weights"]) is checkpoint.not_finite(saved["ema"]) is None
 
-    noted = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("noted ")]
-    assert noted[0] == {"init": tmp_path.name, "rate": 3e-3} and noted[-1] == {"finish": True}
-    assert [n["step"] for n in noted[1:-1]] == [e["iter"] for e in entries(tmp_path)]
-    assert noted[1]["loss"] == losses(tmp_path)[1]
-    assert noted[-2]["val_loss/maze"] == entries(tmp_path)[-1]["val_losses"]["maze"]
+    first, *logged, last = noted(done.stdout)
+    name = f"{tmp_path.name}-{saved['train']['id']}"
+    assert first == {"init": name, "rate": 3e-3} and last == {"finish": True}
+    assert [n["step"] for n in logged] == [e["iter"] for e in entries(tmp_path)]
+    assert logged[0]["loss"] == losses(tmp_path)[1]
+    assert logged[-1]["val_losses/maze"] == entries(tmp_path)[-1]["val_losses"]["maze"]
 
 
 @dense
@@ -419,12 +462,18 @@ def test_a_pinned_snapshot_is_verified_and_what_is_not_validated_is_told(data, t
 def test_an_evaluation_runs_beside_and_is_kept(finished, tmp_path, monkeypatch, capfd):
     found = [json.loads(line) for line in (finished / "evals.jsonl").read_text().splitlines()]
     assert found[0]["iter"] == 3 and found[0]["suites"]["sudoku4"]["total"] == 1
+    first, *logged, last = noted((finished / "stdout").read_text())
+    assert first["id"] == checkpoint.load(finished / "ckpt.pt")["train"]["id"] and last == {"finish": True}
+    tracked = [n for n in logged if "solved/sudoku4" in n]
+    assert [n["solved_iter"] for n in tracked] == [e["iter"] for e in found]
+    assert all(n["step"] >= n["solved_iter"] and n["answers"] > 1000 for n in tracked)
+    assert [n["step"] for n in logged] == sorted(n["step"] for n in logged)  # wandb drops what goes back
     assert not (finished / "ckpt_eval.pt").exists()
     (tmp_path / "ckpt.pt").touch()
     (tmp_path / "eval_arc.py").write_text("raise SystemExit('error: it is broken')")
     monkeypatch.setattr(loop, "ROOT", str(tmp_path))
     settings = configurator.settings(vars(train))
-    evaluation = loop.Evaluation({**settings, "out_dir": str(tmp_path), "eval_suites": "arc1"})
+    evaluation = loop.Evaluation({**settings, "out_dir": str(tmp_path), "eval_suites": "arc1"}, None)
     evaluation.start(4)
     evaluation.end(1)
     assert "the evaluation of step 4 failed: error: it is broken" in capfd.readouterr().out
@@ -435,7 +484,7 @@ import os, signal, time
 from smol import loop
 loop.ROOT = FOLDER
 settings = {"out_dir": FOLDER, "eval_suites": "arc1", "eval_limit": 400, "eval_device": "cpu"}
-evaluation = loop.Evaluation(settings)
+evaluation = loop.Evaluation(settings, None)
 evaluation.start(1)
 print(evaluation.process.pid, flush=True)
 while not os.path.getsize(os.path.join(FOLDER, "eval_step.log")):  # at work
