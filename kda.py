@@ -141,7 +141,7 @@ def states(X, read, write, total, rows, S, backwards=False):
     for X, read, write, total, rows, S, S_next in reversed(steps) if backwards else steps:
         if backwards:
             X, S, S_next = X.mT, S_next, S
-        torch.bmm(X, torch.baddbmm(rows, read, S), out=rows)
+        rows.copy_(torch.bmm(X, rows.baddbmm_(read, S)))
         S_next.addcmul_(total, S).baddbmm_(write.mT, rows)
 
 
