@@ -421,8 +421,8 @@ if triton is not None:
         S = load(S_p, h + (N * heads if BACK else 0), ks, K, vs, V)
         for step in range(N):
             m = h + heads * (N - 1 - step if BACK else step)
-            X = load(X_p, m, c, C, c, C)
             rows = load(rows_p, m, c, C, vs, V) + product(load(read_p, m, c, C, ks, K), S, DOT)
+            X = load(X_p, m, c, C, c, C)
             rows = product(tl.trans(X) if BACK else X, rows, DOT)
             store(rows_p, m, c, C, vs, V, rows)
             total = tl.load(total_p + m * K + ks, mask=ks < K, other=0.0)
