@@ -45,7 +45,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton on a CPU, in t
 # Tokens per chunk at most: the (C, C) products inside a chunk against T / C state updates, one after the
 # other.
 CHUNK = 64
-CPU_CHUNK = 32
+CPU_CHUNK = 32  # one merge of blocks less
 # Where gates are clamped: exp(-16) is 1e-7, one unit of float32, and exp(-80) is nothing to float64.
 FLOOR = {torch.float32: -16.0, torch.float64: -80.0}
 # Tokens per block at most. A block forgets at most exp(-16 * 8), and float32 has exp(64) and exp(-64).
