@@ -45,7 +45,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton on a CPU, in t
 # Tokens per chunk at most: the (C, C) products inside a chunk against T / C state updates, one after the
 # other.
 CHUNK = 64
-CPU_CHUNK = 32
+CPU_CHUNK = 32  # one merge of blocks less
 # Where gates are clamped: exp(-16) is 1e-7, one unit of float32, and exp(-80) is nothing to float64.
 FLOOR = {torch.float32: -16.0, torch.float64: -80.0}
 # Tokens per block at most. A block forgets at most exp(-16 * 8), and float32 has exp(64) and exp(-64).
@@ -141,7 +141,7 @@ def states(X, read, write, total, rows, S, backwards=False):
     for X, read, write, total, rows, S, S_next in reversed(steps) if backwards else steps:
         if backwards:
             X, S, S_next = X.mT, S_next, S
-        torch.bmm(X, torch.baddbmm(rows, read, S), out=rows)
+        rows.copy_(torch.bmm(X, rows.baddbmm_(read, S)))
         S_next.addcmul_(total, S).baddbmm_(write.mT, rows)
 
 
@@ -421,8 +421,8 @@ if triton is not None:
         S = load(S_p, h + (N * heads if BACK else 0), ks, K, vs, V)
         for step in range(N):
             m = h + heads * (N - 1 - step if BACK else step)
-            X = load(X_p, m, c, C, c, C)
             rows = load(rows_p, m, c, C, vs, V) + product(load(read_p, m, c, C, ks, K), S, DOT)
+            X = load(X_p, m, c, C, c, C)
             rows = product(tl.trans(X) if BACK else X, rows, DOT)
             store(rows_p, m, c, C, vs, V, rows)
             total = tl.load(total_p + m * K + ks, mask=ks < K, other=0.0)
