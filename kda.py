@@ -50,6 +50,8 @@ CPU_CHUNK = 32  # one merge of blocks less
 FLOOR = {torch.float32: -16.0, torch.float64: -80.0}
 # Tokens per block at most. A block forgets at most exp(-16 * 8), and float32 has exp(64) and exp(-64).
 BLOCK = 8
+# Tokens of a sequence that needs neither chunks nor blocks.
+SHORT = 16
 # Numbers in one tensor on a CPU: 1 MB, so that what is worked on stays in its cache.
 AT_ONCE = 1 << 18
 
@@ -705,6 +707,55 @@ def kda_gradients(ctx, do, d_final, *_):
 kda_op.register_autograd(kda_gradients, setup_context=save_for_backward)
 
 
+class ShortFunction(torch.autograd.Function):
+    """
+    Sequences of at most SHORT tokens with nothing before them, in float32 on a CPU: one masked product of all
+    pairs and one triangular solve for each, without chunks and blocks. Half of the decay from the first to
+    the last token is on either side of a pair, and exp(88) is still a float32. So gates are clamped at -16
+    for up to 12 tokens, and at -11.7 for 16: of what should be forgotten, 8e-6 is left.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, g, beta, scale):
+        """Shapes as in `kda` -> o (B, T, H, V) in float32."""
+        B, T, H, _ = q.shape
+        inputs = q, k, v, g, beta.unsqueeze(-1)
+        q, k, v, g, beta = (t.float().transpose(1, 2).reshape(B * H, T, -1) for t in inputs)
+        floor = max(FLOOR, -176 / max(1, T - 1))
+        G = g.clamp(floor).cumsum(1)
+        late = (G - (G[:, :1] + G[:, -1:]) / 2).exp_()
+        early, q = late.reciprocal(), q * scale
+        x, k_early = torch.cat([k * beta * late, q * late], 1), k * early
+        P, Q = torch.bmm(x, k_early.mT).chunk(2, 1)  # (B * H, T, T); what is above the diagonal may be inf
+        Q = Q.tril(-1)
+        Q.diagonal(dim1=1, dim2=2).copy_((q * k).sum(-1))
+        new = torch.linalg.solve_triangular(P, beta * v, upper=False, unitriangular=True)
+        ctx.scale = scale
+        ctx.save_for_backward(q, k, v, g >= floor, beta, late, early, x, k_early, P, Q, new)
+        return torch.bmm(Q, new).view(B, H, T, -1).transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do):
+        q, k, v, open_gate, beta, late, early, x, k_early, P, Q, new = ctx.saved_tensors
+        (B, T, H, V), K = do.shape, q.shape[-1]
+        do = do.transpose(1, 2).reshape(B * H, T, V)
+        dR = torch.linalg.solve_triangular(P.mT, torch.bmm(Q.mT, do), upper=True, unitriangular=True)
+        dA = torch.bmm(torch.cat([-dR, do], 1), new.mT)
+        dA.view(-1, T, T).tril_(-1)
+        d_bk, dq = torch.bmm(dA, k_early).view(-1, 2, T, K).mul_(late.unsqueeze(1)).unbind(1)
+        dk = torch.bmm(dA.mT, x).mul_(early)
+        dG = (k * beta * d_bk).addcmul_(q, dq).addcmul_(k, dk, value=-1)
+        dg = dG.flip(1).cumsum(1).flip(1).mul_(open_gate)
+        diagonal = (do * new).sum(-1, keepdim=True)
+        d_beta = (dR * v).sum(-1, keepdim=True) + (d_bk * k).sum(-1, keepdim=True)
+        dq = (dq + diagonal * k).mul_(ctx.scale)
+        dk.addcmul_(diagonal, q).addcmul_(d_bk, beta)
+        out = (dq, dk, dR.mul_(beta), dg, d_beta)
+        dq, dk, dv, dg, d_beta = (t.view(B, H, T, -1).transpose(1, 2) for t in out)
+        return dq, dk, dv, dg, d_beta.squeeze(-1), None
+
+
 def kda(
     q,
     k,
@@ -767,7 +818,11 @@ def kda(
         return o, state if output_final_state else None
     scale, wide = K**-0.5 if scale is None else scale, widest(q, k, v, g, beta)
     backend = resolve(backend, wide, q, v)
-    if backend != "recurrent" and q.numel() and V:
+    short = T <= SHORT and initial_state is None and not output_final_state and wide == torch.float32
+    if backend == "chunk" and short and q.numel() and V and q.device.type == "cpu":
+        with torch.autocast("cpu", enabled=False):
+            o = ShortFunction.apply(q, k, v, g, beta, scale).to(v.dtype)
+    elif backend != "recurrent" and q.numel() and V:
         o, state, *_ = kda_op(q, k, v, g, beta, initial_state, scale, output_final_state, backend)
     else:
         state = q.new_zeros(N, H, K, V) if initial_state is None else initial_state

@@ -25,6 +25,7 @@ Before this: model_dense.py. Read next: train.py.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 
 import model_dense
-from kda import KimiDeltaAttention
+from kda import SHORT, KimiDeltaAttention
 from model_dense import Attention, RMSNorm, SwiGLU, linear_cross_entropy, row_shares, run_blocks
 from smol import arc, engine
 from smol import tokenizer as tok
@@ -97,7 +98,8 @@ def grid_lines(idx, positions):
 
     In a line of pairs, what a demonstration does to a cell stands in two neighbours. Backwards, its cells
     come from the last to the first, but inputs still before outputs and demonstrations before the canvas.
-    Without demonstrations, pairs are read as rows. Padding, and what is in no grid, is a line of its own.
+    Without demonstrations, pairs are read as rows. What is in no grid is a line of its own, and so are every
+    eight tokens of padding.
     """
     B, T = idx.shape
     row, column, grid = positions.unbind(-1)
@@ -124,36 +126,77 @@ def grid_lines(idx, positions):
     orders = [at, at.flip(1), down, down.flip(1), by_tile, by_tile.flip(1), by_cell, by_cell_back]
     lines = [in_row, in_row, in_column, in_column, in_tile, in_tile, in_pairs, in_pairs]
     order = torch.stack(orders, -1)
-    line = torch.stack(lines, -1).gather(1, order)
+    line = torch.where(pad.unsqueeze(-1), -1 - at.unsqueeze(-1) // 8, torch.stack(lines, -1)).gather(1, order)
     starts = torch.ones_like(line, dtype=torch.bool)
     starts[:, 1:] = line[:, 1:] != line[:, :-1]
     return order, order.argsort(dim=1), starts
 
 
-class Pick(torch.autograd.Function):
-    """x (N, K)[rows], every row once: back undoes it, and so does the backward, which adds nothing up."""
+class Lines(NamedTuple):
+    """
+    How the heads of a layer read: tokens (B, T) become sequences (N, S). take, slots: the token that comes to
+    each place, and the place of each token, as numbers of rows of K in (B, T, H, K) and in (N, S, H, K); the
+    same with 3H for queries, keys and values. starts (N, S, H) bool, or None: every sequence is a line.
+    """
+
+    shape: tuple
+    take: torch.Tensor
+    slots: torch.Tensor
+    take_qkv: torch.Tensor
+    slots_qkv: torch.Tensor
+    starts: torch.Tensor
+
+
+def lay_out(order, back, starts):
+    """
+    What grid_lines returned, for the heads of a layer (B, T, H) -> Lines. Once a step: all passes read alike.
+    On a CPU, short lines are sequences of their own, with less for kda to do and nothing to forget.
+    """
+    B, T, H = order.shape
+    row, at, head = (torch.arange(n, device=order.device) for n in (B, T, H))
+    row, at, shape = row[:, None, None], at[:, None], (B, T)
+    place = row * T + at
+    within = at - torch.where(starts, at, 0).cummax(1).values
+    if order.device.type == "cpu":
+        n_lines, longest = int(starts.sum(1).max()), int(within.max()) + 1
+        if longest <= SHORT and n_lines * longest <= 2 * T:
+            place = (row * n_lines + starts.cumsum(1) - 1) * longest + within
+            shape, starts = (B * n_lines, longest), None
+    take = place.new_zeros(shape[0] * shape[1], H)  # a place without a token has the first: nobody reads it
+    take.scatter_(0, place.expand(B, T, H).flatten(0, 1), (row * T + order).flatten(0, 1))
+    slots = place.expand(B, T, H).gather(1, back).flatten(0, 1)
+
+    def rows(places, n):
+        return ((places[:, None] * n + torch.arange(n, device=head.device)[:, None]) * H + head).flatten()
+
+    return Lines(shape, rows(take, 1), rows(slots, 1), rows(take, 3), rows(slots, 3), starts)
+
+
+class IntoLines(torch.autograd.Function):
+    """x (B * T * H, K)[take]. Every row of x has one slot, so the backward adds nothing up."""
 
     @staticmethod
-    def forward(ctx, x, rows, back):
-        ctx.save_for_backward(rows, back)
-        return x.index_select(0, rows)
+    def forward(ctx, x, take, slots):
+        ctx.save_for_backward(slots)
+        return x.index_select(0, take)
 
     @staticmethod
     def backward(ctx, dy):
-        rows, back = ctx.saved_tensors
-        return dy.contiguous().index_select(0, back), None, None
+        return dy.contiguous().index_select(0, *ctx.saved_tensors), None, None
 
 
-def reorder(x, order, back):
-    """x (B, T, n * H, K) with token order[b, t, h] of head h as its t-th. back (B, T, H) undoes order."""
-    B, T, H = order.shape
-    n, K = x.shape[2] // H, x.shape[3]
-    first, part, head = (torch.arange(m, device=x.device) for m in (B, n, H))
-    rows, back = (
-        (((first[:, None, None] * T + o).unsqueeze(2) * n + part[:, None]) * H + head).flatten()
-        for o in (order, back)
-    )
-    return Pick.apply(x.reshape(-1, K), rows, back).view(B, T, n * H, K)
+class OutOfLines(torch.autograd.Function):
+    """y (N * S * H, K)[slots]: undoes IntoLines."""
+
+    @staticmethod
+    def forward(ctx, y, slots):
+        ctx.save_for_backward(slots)
+        ctx.n = len(y)
+        return y.index_select(0, slots)
+
+    @staticmethod
+    def backward(ctx, dx):
+        return dx.new_zeros(ctx.n, dx.shape[1]).index_copy_(0, *ctx.saved_tensors, dx), None
 
 
 class GridKDA(KimiDeltaAttention):
@@ -165,15 +208,17 @@ class GridKDA(KimiDeltaAttention):
         self.first_way = first_way
 
     def forward(self, x, cache=None, starts=None, lines=None):
-        """lines: what grid_lines returned, with neither cache nor starts; None: text is read as it stands."""
+        """lines: {first way: Lines}, with neither cache nor starts; None: text is read as it stands."""
         if lines is None:
             return super().forward(x, cache, starts)
-        ways = (self.first_way + torch.arange(self.num_heads, device=x.device)) % WAYS
-        order, back, starts = (t[..., ways] for t in lines)  # (B, T, H) each
+        way, (H, K) = lines[self.first_way], (self.num_heads, self.head_dim)
         qkv, f, beta, gate = self.project(x)
-        qkv = reorder(qkv.unflatten(-1, (-1, self.head_dim)), order, back).flatten(2)
-        o, _ = self.mix(qkv, reorder(f, order, back), beta.gather(1, order), None, starts)
-        return self.output(reorder(o, back, order).to(x.dtype), gate), None
+        qkv = IntoLines.apply(qkv.reshape(-1, K), way.take_qkv, way.slots_qkv).view(*way.shape, 3 * H * K)
+        f = IntoLines.apply(f.reshape(-1, K), way.take, way.slots).view(*way.shape, H, K)
+        beta = IntoLines.apply(beta.reshape(-1, 1), way.take, way.slots).view(*way.shape, H)
+        o, _ = self.mix(qkv, f, beta, None, way.starts)
+        o = OutOfLines.apply(o.reshape(-1, K), way.slots).view(*x.shape[:2], H, K)
+        return self.output(o.to(x.dtype), gate), None
 
 
 # -----------------------------------------------------------------------------
@@ -236,6 +281,7 @@ class Model(nn.Module, PyTorchModelHubMixin, library_name="smol-llm", license="m
         # the ways to read a grid go round among the heads, and on from one KDA layer to the next
         first_ways = [kinds[:i].count("k") * config.n_head % WAYS for i in range(config.n_layer)]
         self.blocks = nn.ModuleList(Block(config, *one) for one in zip(kinds, first_ways))
+        self.first_ways = [way for kind, way in zip(kinds, first_ways) if kind == "k"]
         self.q_head = nn.Linear(config.n_embd, 1)  # halting: is the answer all correct?
         self.register_buffer("y_init", torch.randn(config.n_embd).clamp(-2, 2))
         self.register_buffer("z_init", torch.randn(config.n_embd).clamp(-2, 2))
@@ -358,8 +404,18 @@ class Model(nn.Module, PyTorchModelHubMixin, library_name="smol-llm", license="m
         given = arc.canvas_cells(idx, positions) & (idx != tok.BLANK)
         x = F.embedding(idx - tok.EOT, words) + given.unsqueeze(-1) * words[tok.BLANK - tok.EOT]
         attn_mask = (idx != tok.PAD)[:, None, None, :]  # all but padding; never None, which is causal
-        layout = self.rope(positions), attn_mask, None, grid_lines(idx, positions)
-        return x * self.config.n_embd**0.5, layout
+        return x * self.config.n_embd**0.5, (
+            self.rope(positions),
+            attn_mask,
+            None,
+            self.lines(idx, positions),
+        )
+
+    def lines(self, idx, positions):
+        """{first way of a KDA layer: how its heads read the grids}."""
+        every, H = grid_lines(idx, positions), self.config.n_head
+        ways = {first: [(first + i) % WAYS for i in range(H)] for first in self.first_ways}
+        return {first: lay_out(*(t[..., heads] for t in every)) for first, heads in ways.items()}
 
     def halt_logit(self, y):
         """y (B, T, n_embd) -> (B,): above 0, the answer is taken for all correct. Read at the first token."""
