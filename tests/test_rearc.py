@@ -3,7 +3,6 @@
 import hashlib
 import os
 import random
-import shutil
 import subprocess
 import sys
 
@@ -196,10 +195,9 @@ def test_a_stage_of_it_is_rebuilt_byte_for_byte_and_keeps_held_out_pairs_out(tmp
     suites.load.cache_clear()
     curate.held_out.cache_clear()
     manifests = []
-    data, options = tmp_path / "data", ["--limit_mb=0.1", "--val_every=4", "--num_proc=1", "--force=True"]
-    for _ in range(2):
-        shutil.rmtree(data / "work/rearc", ignore_errors=True)
-        prepare.main(["arc_cpu", f"--data_dir={data}", *options])
+    for folder in ("a", "b"):
+        data = tmp_path / folder
+        prepare.main(["arc_cpu", f"--data_dir={data}", "--limit_mb=0.1", "--val_every=4", "--num_proc=1"])
         manifests.append((data / "stages/arc_cpu/manifest.jsonl").read_bytes())
     assert manifests[0] == manifests[1]
     entries, _ = snapshots.read_manifest(data, "arc_cpu")
