@@ -1,7 +1,8 @@
 # The recipe of arc_cpu.py at 78M parameters, on RE-ARC up to its full difficulty, BARC and programs of ours:
 #   pip install --no-deps reasoning-gym==0.1.25 && python prepare.py arc --source_dir=...
 #   python train.py config/arc_speedrun.py --batch_size=16 --gradient_accumulation_steps=2      an H100
-#   torchrun --nproc_per_node=2 train.py config/arc_speedrun.py --batch_size=1 --gradient_accumulation_steps=32
+#   torchrun --nproc_per_node=2 train.py config/arc_speedrun.py --batch_size=1 \
+#     --gradient_accumulation_steps=32                                      two T4s
 #   python train.py config/arc_speedrun.py                                  a 3060, overnight
 # 0.6 billion tokens. `python -m bench.plan config/arc_speedrun.py --puzzles=1 --card=H100 --cards=1` says how
 # long that takes. Not trained yet: its learning rate lies between those of arc_cpu.py and of stage 1.
