@@ -368,10 +368,13 @@ def weights_of(batches, sources, device):
     same, over all processes. sources: the names of all that there are.
     """
     mine = [[b for b in batches if b.source == name] for name in sources]
-    n_rows = runtime.sums([sum(len(b.idx) for b in some) for some in mine], device)
-    n_batches = runtime.sums([len(some) for some in mine], device)
-    rows, share = dict(zip(sources, n_rows)), dict(zip(sources, n_batches))
-    return [share[b.source] / sum(n_batches) * len(b.idx) / rows[b.source] for b in batches]
+    counts = [len(some) for some in mine] + [sum(len(b.idx) for b in some) for some in mine]
+    counts = runtime.sums(counts, device)
+    n_batches, n_rows = (
+        dict(zip(sources, part)) for part in (counts[: len(sources)], counts[len(sources) :])
+    )
+    total = sum(n_batches.values())
+    return [n_batches[b.source] / total * len(b.idx) / n_rows[b.source] for b in batches]
 
 
 def forward_backward(parallel, net, guide, batches, sources, step, carries, scaler, autocast, here):
