@@ -193,10 +193,22 @@ def test_a_text_model_says_of_an_answer_what_it_says_of_the_text(gpt2, tmp_path)
         if file.name != "tokenizer.json":
             (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "merges.txt").write_text(merges)
-    with pytest.raises(ValueError, match="every cell as one token"):
+    with pytest.raises(ValueError, match="not GPT-2's, and .* every cell as one token"):
         teachers.load(str(tmp_path), "cpu")
     with pytest.raises(ValueError, match="text model"):
         teachers.load(str(gpt2), "cpu", n_views=4)
+
+
+def test_a_text_model_says_of_a_text_what_its_forward_says(gpt2):
+    teacher = teachers.load(str(gpt2), "cpu")
+    assert teacher.cannot == {} and teacher.n_ids == tok.N_GPT2 and teacher.context == 256
+    idx = tiny.text(2, 20)
+    idx[0, 12:], idx[1, 5] = tok.PAD, tok.ASSISTANT
+    plain = idx.clone()
+    plain[1, 5] = teacher.encode("\n")[0]
+    logits = teacher.logits(teacher.read(idx))
+    assert torch.allclose(logits[0, :12], teacher.model(idx[:1, :12]).logits[0], atol=1e-4)
+    assert torch.allclose(logits[1], teacher.model(plain[1:]).logits[0], atol=1e-4)
 
 
 # the loss of a batch
