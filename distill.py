@@ -402,7 +402,7 @@ def forward_backward(parallel, net, guide, batches, sources, step, carries, scal
     return stats, new_carries
 
 
-def check_teacher(guide, loader, net):
+def check_teacher(guide, loader):
     """ValueError where the teacher cannot teach what is in the data."""
     modes = {source.mode for source in loader.sources.values()} - ({"text"} if text == "data" else set())
     for mode in sorted(modes & set(guide.cannot)):
@@ -462,7 +462,7 @@ def main(argv):
         seen = [*state.get("data", {}).get("sources", []), *guide.sources]  # through the teacher too
         loader, pinned = loop.make_loader(config, net, seen)
         pinned["teacher"] = guide.about
-        check_teacher(guide, loader, net)
+        check_teacher(guide, loader)
         if resumed:
             checkpoint.check_same_data(state["data"], pinned)
             checkpoint.load_optimizers(optimizers, optimizer, state)
@@ -564,6 +564,7 @@ def main(argv):
                 "tokens_per_second": round(since_log["tokens"] / since_log["seconds"], 1),
                 "sampling": round(since_log["sampling"] / process_seconds, 4),
                 "scoring": round(since_log["scoring"] / process_seconds, 4),
+                "learning": round(1 - (since_log["sampling"] + since_log["scoring"]) / process_seconds, 4),
                 "own_right": round(since_log["right"] / own, 4) if own else None,
                 "memory_gb": round(runtime.peak_memory(here) / 1e9, 3),
                 "skipped": run["skipped"],

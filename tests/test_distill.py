@@ -467,20 +467,26 @@ def run(data, out, *settings, processes=1):
     )
 
 
+def entries(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
 def losses(out):
-    entries = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    return [e["loss"] for e in entries if "loss" in e]
+    return [e["loss"] for e in entries(out) if "loss" in e]
 
 
 @pytest.mark.parametrize("student, teacher", [("dense", "trm_teacher"), ("trm", "dense_teacher")])
 def test_a_stopped_run_goes_on_and_two_take_the_same_steps(data, models, tmp_path, student, teacher):
     both = [f"--init_from={models[student]}", f"--teacher={models[teacher]}", "--ema=0.9"]
-    both += ["--on_policy=0.7", "--sync_check_interval=1"]
+    both += ["--on_policy=0.7", "--sync_check_interval=1", "--text=teacher"]
+    both += ["--prompt_tokens=16", "--new_tokens=8", "--mixture={'stdlib':1,'sudoku4':1}"]
     whole = run(data, tmp_path / "whole", *both)
     assert whole.returncode == 0, whole.stderr
     saved = checkpoint.load(str(tmp_path / "whole" / "ckpt.pt"))
     assert saved["train"]["iter"] == 3 and saved["model"] == student
     assert {"stdlib", "sudoku4", "elsewhere"} <= set(saved["train"]["data"]["sources"])
+    sources = [entry["source"] for entry in entries(tmp_path / "whole") if "loss" in entry]
+    assert set(sources) == {"stdlib", "sudoku4"}
     assert ("on_policy changes nothing" in whole.stdout) == (student == "trm")
 
     parts = tmp_path / "parts"
@@ -503,6 +509,19 @@ def test_a_stopped_run_goes_on_and_two_take_the_same_steps(data, models, tmp_pat
         assert other.returncode == 1 and "another teacher" in other.stderr
         other = scripts.run("train.py", [f"--data_dir={data}", f"--out_dir={parts}", *again])
         assert other.returncode == 1 and "written by distill.py" in other.stderr
+
+
+def test_a_text_model_teaches_text(gpt2, data, models, tmp_path):
+    settings = [f"--init_from={models['dense']}", f"--teacher=hf:{gpt2}", "--text=teacher"]
+    settings += ["--mixture={'stdlib':1}", "--on_policy=0.5", "--prompt_tokens=16", "--new_tokens=16"]
+    result = run(data, tmp_path / "out", *settings)
+    assert result.returncode == 0, result.stderr
+    steps = [entry for entry in entries(tmp_path / "out") if "loss" in entry]
+    assert len(steps) == 3 and all(0 < entry["loss"] < 20 for entry in steps)
+    assert all(entry["scoring"] > 0 and entry["learning"] > 0 for entry in steps)
+    assert any(entry["sampling"] > 0.001 for entry in steps)
+    result = run(data, tmp_path / "long", *settings, "--new_tokens=300", "--max_iters=1")
+    assert result.returncode == 1 and "reads 256 tokens" in result.stderr
 
 
 def test_mistakes_are_one_line(data, models, tmp_path):
