@@ -503,11 +503,12 @@ def main(argv):
             share = teachers.solved(teachers.Ours(net), tasks)
         log.write({"iter": step, "val_loss": run["val_loss"], "val_losses": losses, "student_solved": share})
         shown = ", ".join(f"{k} {v:.3f}" for k, v in losses.items())
-        runtime.print0(f"step {step}: validation {shown}; {share:.1%} of {len(tasks)} puzzles solved")
+        shown += f"; {share:.1%} of {len(tasks)} puzzles solved" if tasks else ""
+        runtime.print0(f"step {step}: validation {shown}")
         return share
 
-    if not resumed:
-        share = validate()
+    share = None if resumed else validate()
+    if not resumed and tasks:
         with autocast:
             its_share = teachers.solved(guide, tasks)
         log.write({"iter": 0, "teacher_solved": its_share})
