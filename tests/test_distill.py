@@ -336,6 +336,14 @@ def test_texts_are_drawn_from_the_models_distribution():
             assert token == logits.argmax()
 
 
+def test_a_text_is_written_up_to_its_end(monkeypatch):
+    drawn = iter(torch.tensor([[5, 6], [tok.EOT, 7], [8, tok.END], [9, 9]]))
+    monkeypatch.setattr(engine, "sample", lambda *args, **options: next(drawn))
+    prompts, uniform = [torch.tensor([tok.EOT, 5])] * 2, torch.zeros(2, 4, dtype=torch.float64)
+    written = engine.continue_texts(tiny.make("dense"), prompts, uniform, 1.0, tok.END + 1)
+    assert [ids.tolist() for ids in written] == [[5, tok.EOT], [6, 7, tok.END]]
+
+
 @pytest.mark.parametrize("name", ["dense", "trm"])
 @pytest.mark.parametrize("slices", [2**23, 3 * tok.VOCAB_SIZE])
 def test_the_loss_on_text_is_the_mean_over_tokens_then_rows(name, slices, short_texts, monkeypatch):
@@ -452,6 +460,32 @@ def test_the_student_comes_nearer_to_its_teacher(student, teacher, models):
         optimizer.step()
         optimizer.zero_grad()
     assert how_far(0) < before / 2
+
+
+def test_the_student_comes_nearer_to_its_teacher_on_text(short_texts):
+    """Of 300 words; after 30 steps on what it writes, the divergence on other texts is 0.54 of what it was."""
+    torch.manual_seed(0)
+    net, guide = tiny.make("dense").train(), teachers.Ours(tiny.make("dense"))
+    guide.n_ids = 300
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in guide.model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-2)
+
+    def texts(number):
+        batch = text_batch(8, number=number)
+        return replace(batch, idx=batch.idx % 300, targets=batch.targets % 300)
+
+    def loss(batch):
+        return distill.on_text(net, guide, batch, defaultdict(float))
+
+    before = loss(texts(1000)).item()
+    for step in range(30):
+        loss(*distill.own_batches(net, guide, [texts(step)], step, defaultdict(float))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss(texts(1000)).item() < 0.6 * before
 
 
 # as a user runs it
