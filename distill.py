@@ -1,25 +1,29 @@
 """
-Distillation on grid puzzles: a Route A student learns on its own answers, a Route B student offline.
+Distillation: a student learns the distributions of a teacher, on what it writes itself where it can.
 
     python distill.py config/distill_demo.py                         after `make demo`: its B teaches its A
-    torchrun --nproc_per_node=2 distill.py config/distill_route_b.py    two processes share a global batch
-    python distill.py config/distill_route_a.py --teacher=hf:gpt2    any teacher of smol/teachers.py
+    torchrun --nproc_per_node=2 distill.py config/distill_route_a.py    two processes share a global batch
+    python distill.py config/distill_text.py --teacher=hf:gpt2-medium   text, from a model with GPT-2's words
     python distill.py config/distill_demo.py                         once more: goes on from ckpt.pt
 
-A step is one of train.py's, on the same batches of the loader, and text is learned as there. On puzzles:
+A step is one of train.py's, on the same batches of the loader. In a share `on_policy` of them the student's
+own writing takes the place of the data's (generalised knowledge distillation, arXiv 2306.13649):
 
-    Route A student   It writes an answer, without gradient, and the teacher gives its distribution at every
-                      position of that answer. The loss is the student's divergence from it (generalised
-                      knowledge distillation, arXiv 2306.13649). In a share of 1 - on_policy of the batches
-                      the answers are the data's. A teacher that does not read the answer (Route B, votes)
-                      counts up to the first position where it would have written something else.
-    Route B student   It learns the teacher's distribution at every cell of its canvas. A teacher that reads
-                      an answer reads the data's. The student's own answers play no part: this is offline
-                      distillation with soft targets, and on_policy changes nothing.
+    student   learns    teacher              on-policy?
+    either    text      either route, hf:    yes: it continues prompts from the data, up to the end of a text
+                                             (text="teacher"; with "data" text is learned as in train.py)
+    Route A   puzzles   reads the answer     yes: it writes an answer under the grammar of grids, and the
+                        (Route A, hf:)       teacher gives its distribution at every position of that answer
+    Route A   puzzles   does not (Route B,   in part: what the teacher says does not depend on the student's
+                        votes)               answer, so it counts up to the first difference only
+    Route B   puzzles   any                  no: no cell of a canvas is sampled from those before. This is
+                                             offline distillation with soft targets
 
-The loss is the mean over the positions of an answer, then over the answers of the whole step, however they
-are shared among batches and processes. Writes what train.py writes. Random draws follow from the seed, the
-step and the batch, so a resumed run is the same run. Before this: train.py, smol/teachers.py.
+Draws and losses are over the same outcomes: the ids that both models know, in puzzles those that the grammar
+allows. The loss is the mean over the tokens of a row, then over the rows of a source in the whole step,
+however they are shared among batches and processes; a source weighs as much as it has batches. Writes what
+train.py writes. Random draws follow from the seed, the step, the batch and the row, so a resumed run is the
+same run. Before this: train.py, smol/teachers.py.
 """
 
 import contextlib
@@ -27,16 +31,20 @@ import math
 import sys
 import time
 from collections import defaultdict
+from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import configurator
-from model_dense import row_shares
+from model_dense import LOGITS_AT_ONCE, document_starts, row_shares
 from model_trm import ANSWER_ROWS
 from smol import arc, checkpoint, engine, loop, runtime, teachers
-from smol.loader import Ahead, draw_rng
+from smol import tokenizer as tok
+from smol.loader import Ahead, draw_rng, pad_rows, puzzle_row
+from smol.tokenizer import IGNORE
 
 # -----------------------------------------------------------------------------
 # ---- where it goes and what it logs
@@ -63,8 +71,11 @@ teacher_n_views = 1  # it votes over so many views of each puzzle
 objective = "forward_kl"  # 'reverse_kl' and 'jsd' hardly see what the student is wrongly sure of (LOG.md)
 beta = 0.5  # of jsd: near 0 it is like forward_kl, near 1 like reverse_kl
 temperature = 1.0  # softens both distributions
-on_policy = 1.0  # Route A: share of the batches whose answers are the student's own
-sample_temperature = 1.0  # at which it writes them
+text = "data"  # what text is learned from: 'data', as in train.py, or 'teacher'
+on_policy = 1.0  # share of the batches that the student writes itself
+sample_temperature = 1.0  # at which it writes
+prompt_tokens = 64  # of a text, or fewer: an answer in a dialogue is written from its start
+new_tokens = 64  # that the student continues it with, at most
 # ---- data
 data_dir = "data"
 data = "demo"  # name of a prepared stage
@@ -96,7 +107,7 @@ seed = 1337
 # -----------------------------------------------------------------------------
 RANGES = {
     "[1, inf)": "eval_interval eval_batches eval_limit log_interval batch_size block_size max_iters "
-    "max_skipped gradient_accumulation_steps teacher_n_sup teacher_n_views",
+    "max_skipped gradient_accumulation_steps teacher_n_sup teacher_n_views prompt_tokens new_tokens",
     "[0, inf)": "check_tasks sample_temperature mixture learning_rate weight_decay warmup_iters decay_iters "
     "min_lr sync_check_interval",
     "(0, inf)": "temperature",
@@ -105,12 +116,90 @@ RANGES = {
     "(0, 1)": "beta",
     "[0, 1]": "on_policy",
     "[0, 1e18)": "seed",
+    ("data", "teacher"): "text",
     ("forward_kl", "reverse_kl", "jsd"): "objective",
     ("muon", "adamw"): "optimizer",
     ("wsd", "cosine"): "schedule",
     ("", "trackio", "wandb"): "tracker",
     ("auto", "float32", "bfloat16", "float16"): "dtype",
 }
+
+ILLEGAL = -1e9  # logit of what the grammar forbids: an infinite one would make the gradient NaN
+
+# -----------------------------------------------------------------------------
+# what the student writes
+
+
+@torch.no_grad()
+def own_batches(net, guide, batches, step, stats):
+    """
+    The batches of a step, those that are on-policy with what the student writes in place of the data's. All
+    is written together: a step of decoding takes about as long for many rows as for few. Where logits are not
+    finite the batches stay as they are, and their loss says so.
+    """
+    taught = {"text": text == "teacher", "puzzle": net.puzzle_format == "autoregressive"}
+    texts, tasks, rows = [], [], defaultdict(list)
+    for batch in batches:
+        number = batch.key[0]
+        if taught[batch.mode] and draw_rng(seed, f"policy {step}", number).random() < on_policy:
+            here = prompts_of(batch.idx) if batch.mode == "text" else tasks_of(batch, net.puzzle_format)
+            rngs = [draw_rng(seed, f"answers {step}", f"{number} {row}") for row in range(len(here))]
+            (texts if batch.mode == "text" else tasks).extend(zip([number] * len(here), here, rngs))
+    if texts:
+        uniform = torch.from_numpy(np.stack([rng.random(new_tokens) for *_, rng in texts]))
+        prompts = [prompt for _, prompt, _ in texts]
+        try:
+            written = engine.continue_texts(net, prompts, uniform, sample_temperature, guide.n_ids)
+        except ValueError:
+            return batches
+        for (number, prompt, _), new in zip(texts, written):
+            ids = torch.cat([prompt, new]).numpy()
+            targets = np.where(np.arange(len(ids)) < len(prompt), IGNORE, ids)
+            rows[number].append((ids[:-1], targets[1:]))
+    for (number, task, _), answer in zip(tasks, write_answers(net, tasks)):
+        if answer is None:
+            return batches
+        document = arc.encode(task.kind, [*task.train, (task.test[0][0], answer)])
+        rows[number].append(puzzle_row(document, "autoregressive", "none"))
+        stats["own"] += 1
+        stats["right"] += np.array_equal(answer, task.test[0][1])
+    torch.clear_autocast_cache()  # of weights that were cast without gradient
+    own = {number: pad_rows(some, max(len(x) for x, _ in some)) for number, some in rows.items()}
+    return [replace(b, **dict(zip(("idx", "targets"), own.get(b.key[0], ())))) for b in batches]
+
+
+def prompts_of(idx):
+    """Windows of text (B, L) -> list of prompts (n,) long, one for every prompt_tokens + new_tokens."""
+    n, prompts = prompt_tokens + new_tokens, []
+    for piece in idx[:, : idx.shape[1] // n * n].reshape(-1, n)[:, :prompt_tokens]:
+        answers = (piece == tok.ASSISTANT).nonzero()
+        prompts.append(piece[: int(answers[-1]) + 1] if len(answers) else piece)
+    return prompts
+
+
+def tasks_of(batch, puzzle_format):
+    return teachers.tasks_of(batch.idx, batch.targets, puzzle_format)
+
+
+def write_answers(net, tasks):
+    """
+    tasks: list of (_, task, rng) -> an answer to each, drawn under the grammar of grids; None where logits
+    are not finite.
+    """
+    answers, items = [None] * len(tasks), []
+    for i, (_, task, rng) in enumerate(tasks):
+        items.append((i, teachers.prompt(task), limit_of(task), rng))
+    for part in engine.batches_by_length(items, lambda item: len(item[1]) + item[2][0] * (item[2][1] + 1)):
+        where, prompts, limits, rngs = zip(*part)
+        drawn = engine.decode_grids(net, prompts, limits, 1, sample_temperature, rngs)
+        for i, answer in zip(where, drawn):
+            answers[i] = answer and answer[0]
+    return answers
+
+
+def limit_of(task):
+    return arc.canvas_shape(task.train, task.test[0][0])
+
 
 # -----------------------------------------------------------------------------
 # the loss
@@ -146,40 +235,77 @@ def mean_divergence(student, teacher, rows, n_rows):
     return (divergence(student[known], teacher[known]) * row_shares(rows, n_rows)[known]).sum()
 
 
-def left_to_right(net, guide, batch, step, stats):
-    """The loss of a Route A student on a batch of puzzles, the mean over its rows."""
-    tasks = teachers.tasks_of(batch.idx, batch.targets, net.puzzle_format)
+class LinearDivergence(torch.autograd.Function):
+    """
+    sum_i share_i * divergence(weight @ x_i, the teacher's logits of seen_i). As in LinearCrossEntropy only a
+    slice of all logits is held, and the gradient is found with the loss. x (N, D), weight (V, D), seen
+    (N, ...), share (N,) float32, summing to about 1.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, seen, share, guide, stats):
+        N, n = len(x), max(1, LOGITS_AT_ONCE // len(weight))
+        loss, d_x, d_weight = share.new_zeros(()), torch.zeros_like(x), torch.zeros_like(weight)
+        weight = weight.detach().requires_grad_()
+        for i in range(0, N, n):
+            with timed("scoring", stats, x.device):
+                teacher = guide.logits(seen[i : i + n])
+            with torch.enable_grad():
+                some = x[i : i + n].detach().requires_grad_()
+                each = divergence(F.linear(some, weight), teacher)
+                part = (each * share[i : i + n] * N).sum()  # half precision would lose shares of 1 / N
+            d_some, d_part = torch.autograd.grad(part, (some, weight))
+            loss += part.detach()
+            d_x[i : i + n] = d_some
+            d_weight += d_part
+        ctx.save_for_backward(d_x, d_weight)
+        ctx.N = max(1, N)
+        return loss / ctx.N
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_loss):
+        d_x, d_weight = ctx.saved_tensors
+        d_loss = d_loss / ctx.N
+        return d_x * d_loss.to(d_x.dtype), d_weight * d_loss, None, None, None, None
+
+
+def on_text(net, guide, batch, stats):
+    """
+    The loss on a batch of texts, the mean over its rows: of windows of the data at every token, of what the
+    student has written up to the end of the text. A token that the teacher does not know counts as 0.
+    """
+    here = net.wte.weight.device
+    idx, targets = batch.idx.to(here), batch.targets.to(here)
+    keep = targets != IGNORE
+    with timed("scoring", stats, here):
+        seen = guide.read(idx)[keep]
+    share = row_shares(keep.nonzero()[:, 0], len(idx)) * (targets[keep] < guide.n_ids)
+    x = net.hidden(idx, document_starts(idx))[keep]
+    loss = LinearDivergence.apply(x, net.wte.weight[: guide.n_ids], seen, share, guide, stats)
+    if net.puzzle_format == "canvas":  # DDP waits for a gradient of every parameter
+        loss = loss + 0.0 * sum(p.sum() for p in net.q_head.parameters())
+    return loss
+
+
+def left_to_right(net, guide, batch, stats):
+    """The loss of a Route A student on a batch of answered puzzles, the mean over its rows."""
+    tasks = tasks_of(batch, net.puzzle_format)
     answers = [task.test[0][1] for task in tasks]
-    number = batch.key[0]
-    if draw_rng(seed, f"policy {step}", number).random() < on_policy:
-        with timed("sampling", stats):
-            own = write_answers(net, tasks, draw_rng(seed, f"answers {step}", number))
-            torch.clear_autocast_cache()  # of weights that were cast without gradient
-        if any(answer is None for answer in own):  # logits that are not finite
-            return math.nan * sum(p.sum() for p in net.parameters())
-        stats["own"] += len(own)
-        stats["right"] += sum(x.shape == y.shape and bool((x == y).all()) for x, y in zip(own, answers))
-        answers = own
-    with timed("scoring", stats):
+    with timed("scoring", stats, net.wte.weight.device):
         frames = guide.frames(tasks, answers)
     documents = [teachers.document(task, answer) for task, answer in zip(tasks, answers)]
     student = engine.cell_logits(net, documents, [answer.shape for answer in answers])  # (N, 11)
-    parts, rows = [], []
-    for row, (frame, answer) in enumerate(zip(frames, answers)):
+    parts, legal, rows = [], [], []
+    for row, (task, frame, answer) in enumerate(zip(tasks, frames, answers)):
         log_p = teachers.at_tokens(frame, answer)
         parts.append(log_p if guide.reads_answers else teachers.until_first_difference(log_p, answer))
+        legal.append(engine.legal_outcomes(answer.shape, limit_of(task)))
         rows += [row] * len(log_p)
-    rows = torch.tensor(rows, device=student.device)
-    return mean_divergence(student, torch.cat(parts).to(student.device), rows, len(tasks))
-
-
-@torch.no_grad()
-def write_answers(net, tasks, rng):
-    """An answer to each task, drawn under the grammar of grids; None where logits are not finite."""
-    prompts = [teachers.prompt(task) for task in tasks]
-    limits = [arc.canvas_shape(task.train, task.test[0][0]) for task in tasks]
-    drawn = engine.decode_grids(net, prompts, limits, 1, sample_temperature, [rng] * len(tasks))
-    return [answer and answer[0] for answer in drawn]
+    illegal = ~torch.cat(legal)
+    teacher_log_p = torch.cat(parts).masked_fill(illegal, ILLEGAL).to(student.device)
+    student = student.masked_fill(illegal.to(student.device), ILLEGAL)
+    return mean_divergence(student, teacher_log_p, torch.tensor(rows, device=student.device), len(tasks))
 
 
 def on_canvas(net, guide, batch, carry, stats):
@@ -188,7 +314,7 @@ def on_canvas(net, guide, batch, carry, stats):
     idx, targets = batch.idx.to(here), batch.targets.to(here)
     new = torch.ones(len(idx), dtype=torch.bool, device=here) if carry is None else carry["halted"]
     tasks = teachers.tasks_of(idx[new], targets[new], net.puzzle_format)
-    with timed("scoring", stats):  # once a puzzle; then the carry keeps it
+    with timed("scoring", stats, here):  # once a puzzle; then the carry keeps it
         frames = guide.frames(tasks, [task.test[0][1] for task in tasks])
     log_p = torch.full((*idx.shape, teachers.OUTCOMES), torch.nan, device=here)
     log_p[new] = teachers.on_canvases(frames, idx[new])
@@ -214,48 +340,82 @@ class Loss(torch.nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, guide, batch, step, carry, stats):
+    def forward(self, guide, batch, carry, stats):
         here = self.net.wte.weight.device
+        if batch.mode == "text" and text == "teacher":
+            return on_text(self.net, guide, batch, stats), None
         if batch.mode == "text":
             return self.net(batch.idx.to(here), batch.targets.to(here), mode="text")[1], None
         if self.net.puzzle_format == "canvas":
             return on_canvas(self.net, guide, batch, carry, stats)
-        return left_to_right(self.net, guide, batch, step, stats), None
+        return left_to_right(self.net, guide, batch, stats), None
 
 
 @contextlib.contextmanager
-def timed(what, stats):
-    """Adds the seconds inside; they end with results on the CPU, so a GPU has been waited for."""
+def timed(what, stats, device):
+    """Adds the seconds inside, after waiting for a GPU."""
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    wait()
     started = time.perf_counter()
     yield
+    wait()
     stats[what] += time.perf_counter() - started
 
 
-def forward_backward(parallel, guide, batches, step, carries, scaler, autocast, here, names):
+def weights_of(batches, sources, device):
     """
-    The gradient of a step: of each source the mean over all of its rows, however they are batched, and of
-    these the mean, weighted by their numbers of batches. names: of the loader's sources. Returns figures of
-    this process, to be summed over processes, and the new carries.
+    What the loss of each batch weighs in the step's: sources by their batches, and all rows of a source the
+    same, over all processes. sources: the names of all that there are.
     """
-    rows = [sum(len(batch.idx) for batch in batches if batch.source == name) for name in names]
-    counts = [sum(batch.source == name for batch in batches) for name in names]
-    n_batches, *both = runtime.sums([len(batches), *rows, *counts], here)
-    weights = {k: n / r / n_batches for k, r, n in zip(names, both, both[len(names) :]) if n}  # of a row
+    mine = [[b for b in batches if b.source == name] for name in sources]
+    counts = [len(some) for some in mine] + [sum(len(b.idx) for b in some) for some in mine]
+    counts = runtime.sums(counts, device)
+    n_batches, n_rows = (
+        dict(zip(sources, part)) for part in (counts[: len(sources)], counts[len(sources) :])
+    )
+    total = sum(n_batches.values())
+    return [n_batches[b.source] / total * len(b.idx) / n_rows[b.source] for b in batches]
+
+
+def forward_backward(parallel, net, guide, batches, sources, step, carries, scaler, autocast, here):
+    """
+    The gradient of a step, however its rows are batched. Returns figures of this process, to be summed over
+    processes, and the new carries.
+    """
+    weights = weights_of(batches, sources, here)
     stats = dict.fromkeys(("loss", "tokens", "own", "right", "sampling", "scoring"), 0.0)
     new_carries = {}
-    for batch in batches:
+    with autocast, timed("sampling", stats, here):
+        batches = own_batches(net, guide, batches, step, stats)
+    for batch, weight in zip(batches, weights):
         alone = batch is batches[-1] or runtime.world_size == 1  # gradients are averaged in the last backward
         with contextlib.nullcontext() if alone else parallel.no_sync():
             with autocast:
                 carry = loop.to_device(carries.get(batch.key), here)
-                loss, carry = parallel(guide, batch, step, carry, stats)
-            loss = loss * len(batch.idx) * weights[batch.source]
+                loss, carry = parallel(guide, batch, carry, stats)
+            loss = loss * weight
             scaler.scale(loss * runtime.world_size).backward()
         if carry is not None:
             new_carries[batch.key] = loop.to_device(carry, "cpu")
         stats["loss"] += loss.item()
         stats["tokens"] += batch.tokens
     return stats, new_carries
+
+
+def check_teacher(guide, loader):
+    """ValueError where the teacher cannot teach what is in the data."""
+    modes = {source.mode for source in loader.sources.values()} - ({"text"} if text == "data" else set())
+    for mode in sorted(modes & set(guide.cannot)):
+        raise ValueError(f"teacher {teacher} cannot teach {mode}: {guide.cannot[mode]}")
+    if "text" in modes and max(loader.block_size, prompt_tokens + new_tokens) > guide.context:
+        n = guide.context
+        raise ValueError(
+            f"teacher {teacher} reads {n} tokens: lower block_size, prompt_tokens and new_tokens"
+        )
+    if "text" in modes and prompt_tokens + new_tokens > loader.block_size:
+        raise ValueError(
+            f"prompt_tokens and new_tokens are together more than block_size={loader.block_size}"
+        )
 
 
 def held_out_tasks(loader, n):
@@ -302,6 +462,7 @@ def main(argv):
         seen = [*state.get("data", {}).get("sources", []), *guide.sources]  # through the teacher too
         loader, pinned = loop.make_loader(config, net, seen)
         pinned["teacher"] = guide.about
+        check_teacher(guide, loader)
         if resumed:
             checkpoint.check_same_data(state["data"], pinned)
             checkpoint.load_optimizers(optimizers, optimizer, state)
@@ -326,7 +487,7 @@ def main(argv):
     processes = f"{runtime.world_size} x {runtime.device_name(here)}"
     runtime.print0(f"{verb} {start_path}, {precision} on {processes}; teacher {guide.about}")
     if net.puzzle_format == "canvas":
-        runtime.print0("Route B learns offline, from soft targets: on_policy changes nothing")
+        runtime.print0("Route B learns puzzles offline, from soft targets: there on_policy changes nothing")
     interrupted = runtime.catch_signals()
     evaluation, publication = loop.Evaluation(config, log), checkpoint.Publication(config)
     ahead = Ahead(loader, pin=here.startswith("cuda"))
@@ -340,11 +501,11 @@ def main(argv):
         with loop.averaged_weights(net, average), autocast:
             share = teachers.solved(teachers.Ours(net), tasks)
         log.write({**entry, "student_solved": share})
-        runtime.print0(f"{line}; {share:.1%} of {len(tasks)} puzzles solved")
+        runtime.print0(line + (f"; {share:.1%} of {len(tasks)} puzzles solved" if tasks else ""))
         return share
 
-    if not resumed:
-        share = validate()
+    share = None if resumed else validate()
+    if not resumed and tasks:
         with autocast:
             its_share = teachers.solved(guide, tasks)
         log.write({"iter": 0, "teacher_solved": its_share})
@@ -363,7 +524,7 @@ def main(argv):
         except ValueError as e:  # no puzzle fits into block_size, in any process
             runtime.stop(e)
         step_state = run["iter"], carries, scaler, autocast, here
-        stats, new_carries = forward_backward(parallel, guide, batches, *step_state, loader.names)
+        stats, new_carries = forward_backward(parallel, net, guide, batches, loader.names, *step_state)
         grad_norm = loop.clip_gradients(net, optimizers, scaler, grad_clip)
 
         # every process learns the same sums, so that all of them step or skip, stop and save together
@@ -400,6 +561,7 @@ def main(argv):
                 "tokens_per_second": round(since_log["tokens"] / since_log["seconds"], 1),
                 "sampling": round(since_log["sampling"] / process_seconds, 4),
                 "scoring": round(since_log["scoring"] / process_seconds, 4),
+                "learning": round(1 - (since_log["sampling"] + since_log["scoring"]) / process_seconds, 4),
                 "own_right": round(since_log["right"] / own, 4) if own else None,
                 "memory_gb": round(runtime.peak_memory(here) / 1e9, 3),
                 "skipped": run["skipped"],

@@ -100,11 +100,11 @@ def decode_step(model, token, cache):
 # text
 
 
-def sample(logits, temperature, top_k=None, top_p=None, generator=None):
+def sample(logits, temperature, top_k=None, top_p=None, generator=None, uniform=None):
     """
     logits (B, V) -> ids (B,). Temperature 0 is greedy. top_k keeps the k likeliest ids; top_p then keeps
     the fewest likeliest whose probabilities sum to top_p. Unassigned ids are never drawn. ValueError where
-    logits are NaN or infinite.
+    logits are NaN or infinite. uniform (B,), in [0, 1): what each row draws with, instead of the generator.
     """
     logits = logits[:, : tok.END + 1].float()
     if not logits.amax(-1).isfinite().all():
@@ -120,6 +120,9 @@ def sample(logits, temperature, top_k=None, top_p=None, generator=None):
         ordered, order = p.sort(-1, descending=True)
         beyond = ordered.cumsum(-1) - ordered >= top_p  # the likelier ones suffice without this one
         p = p.masked_fill(beyond.scatter(1, order, beyond), 0.0)
+    if uniform is not None:
+        below = p.double().cumsum(-1)
+        return torch.searchsorted(below, uniform.double()[:, None] * below[:, -1:], right=True).squeeze(1)
     return torch.multinomial(p, 1, generator=generator).squeeze(1)
 
 
@@ -144,8 +147,56 @@ def generate(
         x = decode_step(model, drawn, cache)
 
 
+@torch.no_grad()
+def continue_texts(model, prompts, uniform, temperature, n_ids):
+    """
+    Continue prompts, a list of (T_b,) long, with ids below n_ids up to the end of a text or a turn. uniform
+    (B, N) float64 in [0, 1): what each row draws with, whatever is written beside it. Returns a list of
+    (n_b,) long on the CPU, n_b <= N. ValueError where logits are not finite.
+    """
+    out, head = [None] * len(prompts), model.wte.weight[:n_ids]
+    n = uniform.shape[1]
+    for part in batches_by_length(list(enumerate(prompts)), lambda row: len(row[1]) + n):
+        where, some = zip(*part)
+        u = uniform[list(where)].to(head.device)
+        x, cache = prefill(model, list(some), n)
+        done, drawn = torch.zeros_like(u[:, 0], dtype=torch.bool), []
+        for i in range(n):
+            token = sample(F.linear(x, head), temperature, uniform=u[:, i]).masked_fill(done, tok.PAD)
+            drawn.append(token)
+            done = done | (token == tok.EOT) | (token == tok.END) | (token == tok.PAD)
+            if done.all() or i == n - 1:
+                break
+            x = decode_step(model, token, cache)
+        for b, ids in zip(where, torch.stack(drawn, 1).cpu()):
+            out[b] = ids[ids != tok.PAD]
+    return out
+
+
 # -----------------------------------------------------------------------------
 # grids
+
+
+def legal(row, column, width, most_rows):
+    """
+    The grammar of grids: which of GRID_IDS can come at (row, column), bool (N, 12). All are arrays (N,);
+    width: columns of the grid, in row 0 the most that it may have.
+    """
+    cell_fits = (column < width) & (row < most_rows)
+    row_ends = (column > 0) & ((row == 0) | (column == width))  # the first row chooses the width
+    grid_ends = (column == 0) & (row > 0)
+    return torch.from_numpy(np.stack([cell_fits] * 10 + [row_ends, grid_ends], 1))
+
+
+def legal_outcomes(shape, limit):
+    """
+    Bool (h * (w + 1) + 1, 11): what could have come at each token of an answer of this shape (h, w), as
+    `cell_logits` has them. limit: (most rows, most columns) that it was written under.
+    """
+    (h, w), (most_rows, most_columns) = shape, np.maximum(shape, limit)
+    row, column = np.divmod(np.arange(h * (w + 1) + 1), w + 1)
+    allowed = legal(row, column, np.where(row == 0, most_columns, w), most_rows)
+    return torch.cat([allowed[:, :10], allowed[:, 10:].any(1, keepdim=True)], 1)
 
 
 def write_grids(logits, next_logits, limits, temperature, noise):
@@ -164,10 +215,7 @@ def write_grids(logits, next_logits, limits, temperature, noise):
     score, done, failed = np.zeros(B), np.zeros(B, bool), np.zeros(B, bool)
     written = []
     for _ in range(max((h * (w + 1) + 1 for h, w in limits), default=0)):
-        cell_fits = (column < width) & (row < most_rows)
-        row_ends = (column > 0) & ((row == 0) | (column == width))  # the first row chooses the width
-        grid_ends = (column == 0) & (row > 0)
-        allowed = torch.from_numpy(np.stack([cell_fits] * 10 + [row_ends, grid_ends], 1))
+        allowed = legal(row, column, width, most_rows)
         log_p = logits.float().cpu().masked_fill(~allowed, -torch.inf).log_softmax(-1)
         # argmax of log p / temperature + Gumbel noise is a draw from softmax(log p / temperature)
         gumbel = [np.zeros(12) if rng is None else temperature * rng.gumbel(size=12) for rng in noise]

@@ -1,8 +1,12 @@
 """
-Teachers of distill.py: their log-probabilities at every position of an answer to a grid puzzle.
+Teachers of distill.py: what they say of every token of a text, and at every position of an answer.
 
-A *frame* is a float32 tensor (rows, columns, 11): at row r and column c of an answer, the log-probabilities
-of the ten colours and of OVER, "the answer does not reach here". NaN where the teacher has no opinion.
+On text, read(idx) gives vectors and logits(vectors) the logits of the ids below n_ids, which student and
+teacher have in common: GPT-2's 50,257 for a text model, the reserved ones too for a model of ours.
+
+On puzzles, a *frame* is a float32 tensor (rows, columns, 11): at row r and column c of an answer, the
+log-probabilities of the ten colours and of OVER, "the answer does not reach here". NaN where the teacher has
+no opinion.
 Every model can be read in this form, so a student of either route learns from a teacher of either:
 
     left to right (Route A, a text model)   the (h, w) cells of an answer, the end of each row at column w and
@@ -11,9 +15,10 @@ Every model can be read in this form, so a student of either route learns from a
     votes (either route)                    shares of the answers to several views; the answer is not read
 
 A teacher is an object with `about` (a dict that identifies it), `sources` (names of those it has learned
-from), `reads_answers` (whether its frames depend on the answer) and frames(tasks, answers) -> list of
-frames, None where a task is too long. A task is an arc.Task of one test pair, whose output no teacher
-reads. Read next: distill.py.
+from), `cannot` (why it cannot teach "text" or "puzzle", if so), `context` (the longest text it reads),
+`reads_answers` (whether its frames depend on the answer) and frames(tasks, answers) -> list of frames, None
+where a task is too long. A task is an arc.Task of one test pair, whose output no teacher reads. Read next:
+distill.py.
 """
 
 import hashlib
@@ -24,6 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from model_dense import document_starts
 from model_trm import ANSWER_IDS
 from smol import arc, checkpoint, engine, solve
 from smol import tokenizer as tok
@@ -153,10 +159,22 @@ class Ours:
     (solve.py).
     """
 
+    n_ids, cannot = tok.END + 1, {}
+
     def __init__(self, model, about=None, sources=(), n_sup=None, n_views=1):
         self.model, self.sources, self.n_sup, self.n_views = model, sources, n_sup, n_views
         self.about = {**(about or {}), "n_sup": n_sup, "n_views": n_views}
         self.reads_answers = model.puzzle_format == "autoregressive" and n_views == 1
+        self.context = model.config.block_size
+
+    @torch.no_grad()
+    def read(self, idx):
+        """Texts idx (B, T), right-padded -> (B, T, n_embd) for `logits`."""
+        return self.model.hidden(idx, document_starts(idx))
+
+    def logits(self, x):
+        """x (N, n_embd) -> (N, n_ids)"""
+        return F.linear(x, self.model.wte.weight[: self.n_ids])
 
     @torch.no_grad()
     def frames(self, tasks, answers):
@@ -227,6 +245,8 @@ PIECES = {
     **{tok.CELL0 + c: f" {c}" for c in range(10)},
 }
 
+NEW_LINE = 198  # GPT-2's id
+
 
 def render(ids):
     """A document of ours, without its EOT, as plain text."""
@@ -236,11 +256,12 @@ def render(ids):
 class HuggingFace:
     """
     A causal language model in a folder or on the hub, through `transformers`, which reads a puzzle as text.
-    ValueError unless its tokenizer maps cells exactly: a cell and the end of a row are one token each, and
-    the tokens of a text are those of its pieces.
+    It can teach text if its vocabulary is GPT-2's, and puzzles if its tokenizer maps cells exactly: a cell
+    and the end of a row are one token each, and the tokens of a text are those of its pieces. ValueError if
+    it can teach neither.
     """
 
-    reads_answers, sources = True, ()
+    reads_answers, sources, n_ids = True, (), tok.N_GPT2
 
     def __init__(self, name, device, dtype="float32"):
         try:
@@ -263,8 +284,29 @@ class HuggingFace:
         x, y = np.arange(10, dtype=np.uint8).reshape(2, 5), np.full((3, 1), 9, np.uint8)
         probes = [arc.encode(kind, [(x, y), (y, x)])[:-1] for kind in arc.KINDS]
         exact = all(self.encode(render(ids)) == self.tokens(ids) for ids in probes)
+        self.cannot = {}  # what it cannot teach, and why
         if not exact or None in self.outcomes or any(len(ids) != 1 for ids in single):
-            raise ValueError(f"teacher {name}: its tokenizer does not write every cell as one token")
+            self.cannot["puzzle"] = "its tokenizer does not write every cell as one token"
+        text = tok.load().decode(range(tok.EOT))  # of all words, one after the other
+        ids = tok.load().encode_ordinary(text)
+        if self.tokenizer.eos_token_id != tok.EOT or self.encode(text) != ids:
+            self.cannot["text"] = "its vocabulary is not GPT-2's"
+        else:
+            idx = torch.tensor([ids[:32]], device=device)
+            whole = self.model(idx).logits[0, :, : self.n_ids].float()
+            if not torch.allclose(self.logits(self.read(idx)[0]).float(), whole, rtol=1e-2, atol=1e-2):
+                self.cannot["text"] = "its logits are not what its head makes of its last vectors"
+        if len(self.cannot) == 2:
+            raise ValueError(f"teacher {name}: {self.cannot['text']}, and {self.cannot['puzzle']}")
+
+    @torch.no_grad()
+    def read(self, idx):
+        """Texts idx (B, T), right-padded -> (B, T, D) for `logits`; a reserved id is read as a new line."""
+        return self.model.base_model(input_ids=idx.masked_fill(idx >= self.n_ids, NEW_LINE))[0]
+
+    def logits(self, x):
+        """x (N, D) -> (N, n_ids)"""
+        return self.model.get_output_embeddings()(x)[:, : self.n_ids]
 
     def encode(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False)

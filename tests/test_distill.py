@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import configurator
 import distill
 from model_trm import ANSWER_IDS
-from smol import arc, checkpoint, engine, loader, puzzles, solve, suites, teachers
+from smol import arc, checkpoint, engine, loader, puzzles, runtime, solve, suites, teachers
 from smol import tokenizer as tok
 from smol.solve import Candidate
 
@@ -193,10 +193,22 @@ def test_a_text_model_says_of_an_answer_what_it_says_of_the_text(gpt2, tmp_path)
         if file.name != "tokenizer.json":
             (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "merges.txt").write_text(merges)
-    with pytest.raises(ValueError, match="every cell as one token"):
+    with pytest.raises(ValueError, match="not GPT-2's, and .* every cell as one token"):
         teachers.load(str(tmp_path), "cpu")
     with pytest.raises(ValueError, match="text model"):
         teachers.load(str(gpt2), "cpu", n_views=4)
+
+
+def test_a_text_model_says_of_a_text_what_its_forward_says(gpt2):
+    teacher = teachers.load(str(gpt2), "cpu")
+    assert teacher.cannot == {} and teacher.n_ids == tok.N_GPT2 and teacher.context == 256
+    idx = tiny.text(2, 20)
+    idx[0, 12:], idx[1, 5] = tok.PAD, tok.ASSISTANT
+    plain = idx.clone()
+    plain[1, 5] = teacher.encode("\n")[0]
+    logits = teacher.logits(teacher.read(idx))
+    assert torch.allclose(logits[0, :12], teacher.model(idx[:1, :12]).logits[0], atol=1e-4)
+    assert torch.allclose(logits[1], teacher.model(plain[1:]).logits[0], atol=1e-4)
 
 
 # the loss of a batch
@@ -216,22 +228,14 @@ class Says:
         return [frame] * len(tasks)
 
 
-@pytest.mark.parametrize("own", [0.0, 1.0])
 @pytest.mark.parametrize("reads_answers", [True, False])
-def test_a_route_a_student_learns_from_its_own_answers(own, reads_answers, monkeypatch):
-    monkeypatch.setattr(distill, "on_policy", own)
+def test_the_loss_on_puzzles_is_over_what_the_grammar_allows(reads_answers):
+    """On 4x4 answers, some of another size; by brute force, cell by cell."""
     net, tasks = tiny.make("dense"), suites.load("sudoku4")[:4]
-    guide, stats = Says(3, reads_answers), defaultdict(float)
-    loss = distill.left_to_right(net, guide, batch_of(tasks, "autoregressive"), 5, stats)
-
-    answers = [task.test[0][1] for task in tasks]
-    if own:
-        rng = loader.draw_rng(distill.seed, "answers 5", 0)
-        prompts = [teachers.prompt(task) for task in tasks]
-        drawn = engine.decode_grids(net, prompts, [(4, 4)] * 4, 1, distill.sample_temperature, [rng] * 4)
-        answers = [grid for grid, _ in drawn]
-        assert not all(np.array_equal(a, t.test[0][1]) for a, t in zip(answers, tasks))
-    assert stats["own"] == 4 * own
+    answers = [tasks[0].test[0][1], tiny.grid("333/333"), tiny.grid("3333"), tiny.grid("3/3/3/3")]
+    tasks = [replace(t, test=[(t.test[0][0], answer)]) for t, answer in zip(tasks, answers)]
+    guide = Says(3, reads_answers)
+    loss = distill.left_to_right(net, guide, batch_of(tasks, "autoregressive"), defaultdict(float))
     assert all(np.array_equal(*both) for both in zip(guide.answers, answers))
 
     frames, total = guide.frames(tasks, answers), 0.0
@@ -242,13 +246,129 @@ def test_a_route_a_student_learns_from_its_own_answers(own, reads_answers, monke
         counted = 0.0
         for r, c in positions:
             inside = r < h and c < w
-            counted += distill.divergence(mine[r, c], frame[r, c])
+            if r == 0:
+                legal = [*range(10)] * (c < 4) + [teachers.OVER] * (c > 0)
+            else:
+                legal = [*range(10)] * (c < w and r < 4) + [teachers.OVER] * (c in (0, w))
+            counted += distill.divergence(mine[r, c, legal], frame[r, c, legal])
             if not reads_answers and (answer[r, c] if inside else teachers.OVER) != 3:
                 break
         total += counted / len(positions)
     assert loss.item() == pytest.approx(total.item() / len(tasks), rel=1e-4)
     loss.backward()
-    assert all(p.grad is not None for p in net.parameters())
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+def text_batch(rows=2, length=48, number=0, source="prose"):
+    """Windows of documents, one of them a dialogue."""
+    ids, _ = tiny.documents([17] * (rows * 3 + 3), seed=number)
+    idx = ids[0, : rows * length].view(rows, length).clone()
+    idx[0, 2:4] = torch.tensor([tok.END, tok.ASSISTANT])
+    targets = torch.cat([idx[:, 1:], idx[:, :1]], 1)
+    return loader.Batch("text", idx, targets, source, (number, length), idx.numel())
+
+
+@pytest.fixture
+def short_texts(monkeypatch):
+    for name, value in {"text": "teacher", "prompt_tokens": 8, "new_tokens": 12}.items():
+        monkeypatch.setattr(distill, name, value)
+
+
+@pytest.mark.parametrize("name", ["dense", "trm"])
+def test_on_policy_batches_are_what_the_student_writes(name, short_texts, monkeypatch):
+    net, tasks = tiny.make(name), suites.load("sudoku4")[:3]
+    puzzle = batch_of(tasks, net.puzzle_format)
+    puzzle.key = (2, 48)
+    batches, guide, stats = [text_batch(), text_batch(number=1), puzzle], teachers.Ours(net), defaultdict(int)
+    monkeypatch.setattr(distill, "on_policy", 0.0)
+    data = distill.own_batches(net, guide, batches, 5, stats)
+    assert all(a.idx is b.idx and a.targets is b.targets for a, b in zip(data, batches))
+
+    monkeypatch.setattr(distill, "on_policy", 1.0)
+    own = distill.own_batches(net, guide, batches, 5, stats)
+    alone = distill.own_batches(net, guide, batches[1:2], 5, stats)[0]  # in another process
+    other = distill.own_batches(net, guide, batches[1:2], 6, stats)[0]  # in another step
+    assert torch.equal(own[1].idx, alone.idx) and torch.equal(own[1].targets, alone.targets)
+    assert alone.idx.shape != other.idx.shape or not torch.equal(alone.idx, other.idx)
+    for before, after in zip(batches[:2], own):
+        pieces = before.idx[:, :40].reshape(4, 20)  # 8 of a prompt and 12 that are written
+        assert len(after.idx) == 4
+        for piece, idx, targets in zip(pieces, after.idx, after.targets):
+            n = 4 if (piece[:8] == tok.ASSISTANT).any() else 8  # an answer is written from its start
+            whole = torch.cat([idx[:1], torch.where(targets == tok.IGNORE, torch.roll(idx, -1), targets)])
+            assert torch.equal(idx[:n], piece[:n])
+            assert (targets[: n - 1] == tok.IGNORE).all()
+            written = targets[n - 1 :]
+            counted = written[written != tok.IGNORE]
+            assert 0 < len(counted) <= 12 and (written[len(counted) :] == tok.IGNORE).all()
+            ends = torch.isin(counted, torch.tensor([tok.EOT, tok.END]))
+            assert not ends[:-1].any() and (ends[-1] or len(counted) == 12)
+            assert torch.equal(whole[1 : n + len(counted)], torch.cat([piece[1:n], counted]))
+            assert not torch.equal(counted, piece[n : n + len(counted)])
+    if name == "trm":  # no cell of a canvas is sampled from those before it
+        assert own[2].idx is puzzle.idx and not stats["own"]
+    else:
+        own_tasks = teachers.tasks_of(own[2].idx, own[2].targets, "autoregressive")
+        for row, (task, mine) in enumerate(zip(tasks, own_tasks)):
+            rng = loader.draw_rng(distill.seed, "answers 5", f"2 {row}")
+            drawn = engine.decode_grids(net, [teachers.prompt(task)], [(4, 4)], 1, 1.0, [rng])
+            assert np.array_equal(mine.test[0][1], drawn[0][0])
+            assert np.array_equal(mine.test[0][0], task.test[0][0]) and len(mine.train) == len(task.train)
+        assert stats["own"] == 3
+
+
+def test_texts_are_drawn_from_the_models_distribution():
+    model = tiny.make("dense")
+    prompts = [torch.tensor([tok.EOT, 5]), torch.tensor([tok.EOT, 7, 9])]
+    with torch.no_grad():
+        p = [F.linear(model.hidden(ids[None])[0, -1], model.wte.weight[:40]).softmax(-1) for ids in prompts]
+    n = 4000
+    uniform = torch.rand(2 * n, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    drawn = engine.continue_texts(model, prompts * n, uniform, 1.0, 40)
+    for i in range(2):
+        counts = torch.cat(drawn[i::2]).bincount(minlength=40)
+        expected = p[i] * n
+        assert ((counts - expected) ** 2 / expected.clamp(min=1)).sum() < 100  # about 39 +- 9
+    greedy = engine.continue_texts(model, prompts, uniform[:2].expand(2, 6), 0, tok.END + 1)
+    for prompt, ids in zip(prompts, greedy):
+        for i, token in enumerate(ids):
+            logits = model(torch.cat([prompt, ids[:i]])[None])[0][0, -1, : tok.END + 1]
+            assert token == logits.argmax()
+
+
+def test_a_text_is_written_up_to_its_end(monkeypatch):
+    drawn = iter(torch.tensor([[5, 6], [tok.EOT, 7], [8, tok.END], [9, 9]]))
+    monkeypatch.setattr(engine, "sample", lambda *args, **options: next(drawn))
+    prompts, uniform = [torch.tensor([tok.EOT, 5])] * 2, torch.zeros(2, 4, dtype=torch.float64)
+    written = engine.continue_texts(tiny.make("dense"), prompts, uniform, 1.0, tok.END + 1)
+    assert [ids.tolist() for ids in written] == [[5, tok.EOT], [6, 7, tok.END]]
+
+
+@pytest.mark.parametrize("name", ["dense", "trm"])
+@pytest.mark.parametrize("slices", [2**23, 3 * tok.VOCAB_SIZE])
+def test_the_loss_on_text_is_the_mean_over_tokens_then_rows(name, slices, short_texts, monkeypatch):
+    monkeypatch.setattr(distill, "LOGITS_AT_ONCE", slices)
+    monkeypatch.setattr(distill, "temperature", 1.5)
+    net, guide = tiny.make(name).train(), teachers.Ours(tiny.make("dense", 128))
+    guide.n_ids = tok.N_GPT2  # as of a text model
+    with torch.no_grad():
+        guide.model.wte.weight.add_(torch.randn_like(guide.model.wte.weight))
+    batch = text_batch()
+    batch.targets[0, 9:] = tok.IGNORE  # after the end of what was written
+    loss = distill.on_text(net, guide, batch, defaultdict(float))
+    loss.backward()
+    found = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+
+    mine, theirs = (m(batch.idx, mode="text")[0][..., : tok.N_GPT2] for m in (net, guide.model))
+    each = distill.divergence(mine, theirs.detach())
+    each = torch.where(batch.targets < tok.N_GPT2, each, 0.0)  # it does not know <|assistant|>
+    expected = (each[0, :9].sum() / 9 + each[1].mean()) / 2
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    expected.backward()
+    for (k, p), grad in zip(net.named_parameters(), found):
+        wanted = torch.zeros_like(grad) if p.grad is None else p.grad
+        assert torch.allclose(grad, wanted, rtol=1e-3, atol=1e-6), k
 
 
 def test_a_route_b_student_learns_the_canvas_and_when_to_halt():
@@ -281,18 +401,42 @@ def test_a_route_b_student_learns_the_canvas_and_when_to_halt():
 
 
 @pytest.mark.parametrize("name", ["dense", "trm"])
-def test_the_gradient_of_a_step_does_not_depend_on_how_its_rows_are_batched(name, monkeypatch):
+def test_the_gradient_of_a_step_does_not_depend_on_how_its_rows_are_batched(name, short_texts, monkeypatch):
+    """Eight texts and eight puzzles: in two batches, in eight, and in unequal ones of two processes."""
     monkeypatch.setattr(distill, "on_policy", 0.0)
-    net, tasks = tiny.make(name).train(), suites.load("sudoku4")[:4]
-    found = []
-    for parts in ([tasks], [tasks[:1], tasks[1:]]):
-        batches = [batch_of(part, net.puzzle_format) for part in parts]
-        scaler, loss_of = torch.amp.GradScaler("cpu", enabled=False), distill.Loss(net)
-        context = {}, scaler, contextlib.nullcontext(), "cpu", ["stdlib", "sudoku4"]
-        stats, _ = distill.forward_backward(loss_of, Says(3, True), batches, 0, *context)
-        found.append([torch.tensor(stats["loss"]), *(p.grad.clone() for p in net.parameters())])
+    net, tasks = tiny.make(name).train(), suites.load("sudoku4")[:8]
+    guide, texts = Says(3, True), text_batch(8)
+    text_teacher = teachers.Ours(tiny.make("dense", 128))
+    guide.read, guide.logits, guide.n_ids = text_teacher.read, text_teacher.logits, text_teacher.n_ids
+
+    def batches_of(cuts):
+        out = []
+        for a, b in zip([0, *cuts], [*cuts, 8]):
+            out += [batch_of(tasks[a:b], net.puzzle_format)]
+            out += [replace(texts, idx=texts.idx[a:b], targets=texts.targets[a:b])]
+        return [replace(batch, key=(i, batch.source, 48)) for i, batch in enumerate(out)]
+
+    def gradient(parts):
+        """parts: the batches of each process."""
+        said, loss, sources = [], 0.0, ["prose", "sudoku4"]
+        monkeypatch.setattr(runtime, "sums", lambda values, device: said.append(values) or values)
+        for part in parts:
+            distill.weights_of(part, sources, "cpu")
+        everywhere = np.sum(said, axis=0).tolist()
+        monkeypatch.setattr(runtime, "sums", lambda values, device: everywhere)
+        for part in parts:
+            scaler, context = torch.amp.GradScaler("cpu", enabled=False), contextlib.nullcontext()
+            args = guide, part, sources, 0, {}, scaler, context, "cpu"
+            loss += distill.forward_backward(distill.Loss(net), net, *args)[0]["loss"]
+        grads = [torch.tensor(loss), *(p.grad.clone() for p in net.parameters())]
         net.zero_grad()
-    assert all(torch.allclose(one, two, rtol=1e-3, atol=1e-5) for one, two in zip(*found))
+        return grads
+
+    whole = gradient([batches_of([])])
+    in_four, uneven = batches_of([2, 4, 6]), batches_of([1, 3])
+    for parts in ([in_four], [uneven], [uneven[:2], uneven[2:]]):
+        other = gradient(parts)
+        assert all(torch.allclose(one, two, rtol=1e-3, atol=1e-5) for one, two in zip(whole, other))
 
 
 @pytest.mark.parametrize("student, teacher", [("trm", "trm_teacher"), ("dense", "trm_teacher")])
@@ -306,16 +450,42 @@ def test_the_student_comes_nearer_to_its_teacher(student, teacher, models):
 
     def how_far(step):
         with torch.no_grad():
-            return loss_of(guide, held_out, step, None, defaultdict(float))[0].item()
+            return loss_of(guide, held_out, None, defaultdict(float))[0].item()
 
     before = how_far(0)
     for step in range(30):
         batch = batch_of([puzzles.sudoku(rng, 4, 6, "train") for _ in range(8)], puzzle_format)
-        loss, _ = loss_of(guide, batch, step, None, defaultdict(float))
+        loss, _ = loss_of(guide, batch, None, defaultdict(float))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     assert how_far(0) < before / 2
+
+
+def test_the_student_comes_nearer_to_its_teacher_on_text(short_texts):
+    """Of 300 words; 30 steps on what it writes bring the divergence on other texts to 0.53."""
+    torch.manual_seed(0)
+    net, guide = tiny.make("dense").train(), teachers.Ours(tiny.make("dense"))
+    guide.n_ids = 300
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in guide.model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-2)
+
+    def texts(number):
+        batch = text_batch(8, number=number)
+        return replace(batch, idx=batch.idx % 300, targets=batch.targets % 300)
+
+    def loss(batch):
+        return distill.on_text(net, guide, batch, defaultdict(float))
+
+    before = loss(texts(1000)).item()
+    for step in range(30):
+        loss(*distill.own_batches(net, guide, [texts(step)], step, defaultdict(float))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss(texts(1000)).item() < 0.6 * before
 
 
 # as a user runs it
@@ -331,20 +501,26 @@ def run(data, out, *settings, processes=1):
     )
 
 
+def entries(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
 def losses(out):
-    entries = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    return [e["loss"] for e in entries if "loss" in e]
+    return [e["loss"] for e in entries(out) if "loss" in e]
 
 
 @pytest.mark.parametrize("student, teacher", [("dense", "trm_teacher"), ("trm", "dense_teacher")])
 def test_a_stopped_run_goes_on_and_two_take_the_same_steps(data, models, tmp_path, student, teacher):
     both = [f"--init_from={models[student]}", f"--teacher={models[teacher]}", "--ema=0.9"]
-    both += ["--on_policy=0.7", "--sync_check_interval=1"]
+    both += ["--on_policy=0.7", "--sync_check_interval=1", "--text=teacher"]
+    both += ["--prompt_tokens=16", "--new_tokens=8", "--mixture={'stdlib':1,'sudoku4':1}"]
     whole = run(data, tmp_path / "whole", *both)
     assert whole.returncode == 0, whole.stderr
     saved = checkpoint.load(str(tmp_path / "whole" / "ckpt.pt"))
     assert saved["train"]["iter"] == 3 and saved["model"] == student
     assert {"stdlib", "sudoku4", "elsewhere"} <= set(saved["train"]["data"]["sources"])
+    sources = [entry["source"] for entry in entries(tmp_path / "whole") if "loss" in entry]
+    assert set(sources) == {"stdlib", "sudoku4"}
     assert ("on_policy changes nothing" in whole.stdout) == (student == "trm")
 
     parts = tmp_path / "parts"
@@ -367,6 +543,19 @@ def test_a_stopped_run_goes_on_and_two_take_the_same_steps(data, models, tmp_pat
         assert other.returncode == 1 and "another teacher" in other.stderr
         other = scripts.run("train.py", [f"--data_dir={data}", f"--out_dir={parts}", *again])
         assert other.returncode == 1 and "written by distill.py" in other.stderr
+
+
+def test_a_text_model_teaches_text(gpt2, data, models, tmp_path):
+    settings = [f"--init_from={models['dense']}", f"--teacher=hf:{gpt2}", "--text=teacher"]
+    settings += ["--mixture={'stdlib':1}", "--on_policy=0.5", "--prompt_tokens=16", "--new_tokens=16"]
+    result = run(data, tmp_path / "out", *settings)
+    assert result.returncode == 0, result.stderr
+    steps = [entry for entry in entries(tmp_path / "out") if "loss" in entry]
+    assert len(steps) == 3 and all(0 < entry["loss"] < 20 for entry in steps)
+    assert all(entry["scoring"] > 0 and entry["learning"] > 0 for entry in steps)
+    assert any(entry["sampling"] > 0.001 for entry in steps)
+    result = run(data, tmp_path / "long", *settings, "--new_tokens=300", "--max_iters=1")
+    assert result.returncode == 1 and "reads 256 tokens" in result.stderr
 
 
 def test_mistakes_are_one_line(data, models, tmp_path):
