@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import kda
 import model_trm
 from model_trm import ANSWER_IDS
-from smol import arc
+from smol import arc, puzzles
 from smol import tokenizer as tok
+from smol.loader import pad_rows, puzzle_row
 from smol.tokenizer import IGNORE
 
 # ---- how KDA reads grids, by hand
@@ -169,6 +170,24 @@ def test_training_is_the_published_recursion(n, T, n_grad, n_head):
         check_gradients(model, got, answer + 0.5 * halting)
     assert carry["halted"].all() and (carry["steps"] == 2).all()
     torch.testing.assert_close(model.eval()(idx, targets, mode="puzzle")[1], answer, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_head", (2, 4))
+def test_short_lines_as_sequences_are_read_as_one_row_after_the_other(n_head, monkeypatch):
+    """Puzzles without demonstrations, of several sizes, with padding."""
+    rng, results = np.random.default_rng(0), []
+    tasks = [puzzles.sudoku(rng, 9, 30, "train"), puzzles.maze(rng, 4, 6), puzzles.maze(rng, 3, 3)]
+    rows = [puzzle_row(arc.encode(t.kind, t.test), "canvas", "none") for t in tasks]
+    idx, targets = pad_rows(rows, 128)
+    model = trm(n_head=n_head).train()
+    for short in (kda.SHORT, 0):
+        monkeypatch.setattr(model_trm, "SHORT", short)
+        laid_out = model.lines(idx, arc.positions(idx)).values()
+        assert all((lines.starts is None) == (short > 0) for lines in laid_out)
+        _, loss, carry = model(idx, targets, mode="puzzle")
+        results.append((carry["y"][idx != tok.PAD], loss))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
+    check_gradients(model, results[0][1], results[1][1])
 
 
 def test_text_is_one_latent_recursion():
