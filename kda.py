@@ -721,7 +721,7 @@ class ShortFunction(torch.autograd.Function):
         B, T, H, _ = q.shape
         inputs = q, k, v, g, beta.unsqueeze(-1)
         q, k, v, g, beta = (t.float().transpose(1, 2).reshape(B * H, T, -1) for t in inputs)
-        floor = max(FLOOR, -176 / max(1, T - 1))
+        floor = max(FLOOR[torch.float32], -176 / max(1, T - 1))
         G = g.clamp(floor).cumsum(1)
         late = (G - (G[:, :1] + G[:, -1:]) / 2).exp_()
         early, q = late.reciprocal(), q * scale
