@@ -35,7 +35,7 @@ from smol import tokenizer as tok
 from smol.files import save_picture
 
 # ---- what on
-# sudoku4-MIN-MAX or sudoku9-MIN-MAX (blanks; the test has MAX), maze-SIDE, turn; '' for the demo's text
+# sudoku4-MIN-MAX or sudoku9-MIN-MAX (blanks; the test has MAX), maze-SIDE, turn-2 to turn-8; '' for text
 puzzle = ""
 n_train = 20000  # different puzzles to train on
 n_test = 100
@@ -76,13 +76,9 @@ def draw(kind, rng, test=False):
         return puzzles.sudoku(rng, side, blanks, "test" if test else "train")
     if match := re.fullmatch(r"maze-(\d+)", kind):
         return puzzles.maze(rng, int(match[1]), int(match[1]))
-    if kind == "turn":  # one of eight turns and mirrorings, which two demonstrations tell
-        turn, pairs = int(rng.integers(8)), []
-        for _ in range(3):
-            grid = rng.integers(0, 10, (3, 3)).astype(np.uint8)
-            pairs.append((grid, arc.augment(arc.Augment(turn, tuple(range(10))), grid)))
-        return arc.Task("turn", "arc", pairs[:2], pairs[2:])
-    raise ValueError(f"--puzzle={kind}: there are sudoku4-MIN-MAX, sudoku9-MIN-MAX, maze-SIDE and turn")
+    if match := re.fullmatch(r"turn-([2-8])", kind):
+        return puzzles.turned(rng, int(match[1]))
+    raise ValueError(f"--puzzle={kind}: there are sudoku4-MIN-MAX, sudoku9-MIN-MAX, maze-SIDE and turn-N")
 
 
 def make_puzzles(c, folder):
@@ -98,7 +94,7 @@ def make_puzzles(c, folder):
             document = arc.encode(task.kind, [*task.train, *task.test])
             if arc.task_hash(task) not in tests:
                 documents[document.tobytes()] = document
-        augment = "sudoku" if "sudoku9" in c.puzzle else "dihedral"
+        augment = "sudoku" if "sudoku9" in c.puzzle else "none" if "turn" in c.puzzle else "dihedral"
         about = {"source": "compare", "group": "synth", "kind": "puzzle", "augment": augment}
         every = list(documents.values())
         entries = [

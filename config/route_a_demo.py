@@ -1,27 +1,27 @@
-# Route A on the demo stage: small enough for two CPU cores and two minutes.
+# Route A on the demo stage: small enough for one CPU core and six minutes.
 out_dir = "out/demo/route_a"
 model = "dense"
 n_layer = 4
-n_head = 2
-n_embd = 64
-n_ff = 172
-block_size = 1024
-batch_size = 2
-gradient_accumulation_steps = 1
+n_head = 4
+n_embd = 128
+n_ff = 344
+block_size = 512
+batch_size = 1
+gradient_accumulation_steps = 4  # batches of 512 tokens: a step has four, mostly of different sources
 mixture = {
-    "stdlib": 0.1,
-    "langref": 0.1,
-    "docstrings": 0.1,
-    "arithmetic": 0.1,
-    "sudoku4": 0.3,
-    "maze": 0.1,
-    "transforms": 0.1,
-    "arc": 0.1,
+    "stdlib": 0.05,
+    "langref": 0.05,
+    "docstrings": 0.05,
+    "arithmetic": 0.05,
+    "sudoku4": 0.2,
+    "maze": 0.2,
+    "turned": 0.15,
+    "transforms": 0.05,
+    "rearc": 0.2,
 }
-optimizer = "adamw"  # what its learning rate was found with
-learning_rate = 3e-3
-max_iters = 250
+learning_rate = 2e-3
+max_iters = 600
 warmup_iters = 20
-decay_iters = 150
-eval_interval = 250
-eval_batches = 4
+decay_iters = 300
+eval_interval = 600
+eval_batches = 8

@@ -2,23 +2,26 @@
 base = "route_a_demo.py"
 out_dir = "out/demo/route_b"
 model = "trm"
-n_head = 4  # twelve in its KDA layers: some for each of the eight ways to read grids
+n_embd = 64
+n_ff = 172
 n_latent = 1
 n_recursion = 1
 n_sup = 4
 halt_exploration = 0.3
 ema = 0.99
 mixture = {
-    "stdlib": 0.03,
-    "langref": 0.03,
-    "docstrings": 0.03,
-    "arithmetic": 0.03,
-    "sudoku4": 0.6,
-    "maze": 0.14,
-    "transforms": 0.08,
-    "arc": 0.06,
+    "stdlib": 0.025,
+    "langref": 0.025,
+    "docstrings": 0.025,
+    "arithmetic": 0.025,
+    "sudoku4": 0.25,
+    "maze": 0.3,
+    "turned": 0.25,
+    "transforms": 0.02,
+    "rearc": 0.08,
 }
+optimizer = "adamw"  # what its learning rate was found with
 learning_rate = 2e-3
-max_iters = 600
-decay_iters = 250
-eval_interval = 600
+max_iters = 1000
+decay_iters = 400
+eval_interval = 1000

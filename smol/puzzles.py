@@ -1,8 +1,8 @@
 """
 Generated puzzles with verified answers.
 
-On grids: sudoku and mazes. In words: arithmetic, shortest paths, seatings, knights and knaves; such a puzzle
-is a text "Question: ...", "Solution: ..." step by step, and a last line "Answer: ...".
+On grids: sudoku, turned grids and mazes. In words: arithmetic, shortest paths, seatings, knights and knaves;
+such a puzzle is a text "Question: ...", "Solution: ..." step by step, and a last line "Answer: ...".
 
 A generator takes a np.random.Generator, and nothing else decides what comes out. A checker works another way:
 it looks at rows, columns and boxes and does not solve, walks through a maze in layers, or reads the finished
@@ -21,7 +21,7 @@ from collections import Counter
 
 import numpy as np
 
-from smol.arc import Task
+from smol.arc import Task, turn
 
 # -----------------------------------------------------------------------------
 # sudoku: 0 is a blank
@@ -166,6 +166,21 @@ def shuffle_sudoku(rng, *grids):
     lines = [np.concatenate([3 * band + rng.permutation(3) for band in rng.permutation(3)]) for _ in range(2)]
     turn = rng.integers(2)
     return [np.ascontiguousarray(digits[(grid.T if turn else grid)[np.ix_(*lines)]]) for grid in grids]
+
+
+# -----------------------------------------------------------------------------
+# a rule that only the demonstrations tell
+
+
+def turned(rng, n):
+    """
+    Task(kind="arc") of two demonstrations and a test: 3x3 grids of random colours, all seen through the same
+    one of the first n of eight symmetries (arc.turn): for n = 2, as they are or a quarter turn.
+    """
+    k = int(rng.integers(n))
+    grids = [rng.integers(0, 10, (3, 3)).astype(np.uint8) for _ in range(3)]
+    pairs = [(grid, np.ascontiguousarray(turn(k, grid))) for grid in grids]
+    return Task("turn", "arc", pairs[:2], pairs[2:])
 
 
 # -----------------------------------------------------------------------------

@@ -221,6 +221,10 @@ def maze(rng, index):
     return puzzles.maze(rng, 7, 7)
 
 
+def turned(rng, index):
+    return puzzles.turned(rng, 2)
+
+
 def transform(rng, index):
     return programs.transform(rng)
 
@@ -369,6 +373,7 @@ SOURCES = {
     ),
     "mazes": Source("synth", OURS, mazes, kind="puzzle", augment="dihedral", suite="maze"),
     "maze": Source("synth", OURS, maze, kind="puzzle", augment="dihedral", suite="maze"),
+    "turned": Source("synth", OURS, turned, kind="puzzle", suite="turn"),
     "transforms": Source("synth", OURS, transform, kind="puzzle", augment="arc", suite="transforms"),
     "graphs": Source("synth", OURS, lambda rng, index: puzzles.shortest_path(rng)[0]),
     "logic": Source("synth", OURS, lambda rng, index: puzzles.logic_puzzle(rng)[0]),
@@ -449,12 +454,13 @@ STAGES = {
     "stage1": _stage(1, 30_000, web=0.5, code=0.2, math=0.1, synth=0.1, arc=0.1),
     "stage2": _stage(2, 10_000, web=0.4, code=0.2, math=0.1, synth=0.15, arc=0.15),
     "stage3": _stage(3, 5_000, web=0.3, code=0.2, math=0.1, synth=0.2, arc=0.2),
-    # needs no network; more 4x4 sudoku than elsewhere, because it can be learned within minutes on a CPU
+    # needs no network; more of what can be learned within minutes on a CPU
     "demo": (
         16,
-        dict(web=0.15, code=0.15, math=0.1, synth=0.5, arc=0.1),
+        dict(web=0.15, code=0.15, math=0.1, synth=0.45, arc=0.15),
         dict(
-            stdlib=1, langref=1, docstrings=2, arithmetic=1, sudoku4=6, sudoku9=1, maze=2, transforms=1, arc=1
+            **dict(stdlib=1, langref=1, docstrings=2, arithmetic=1),
+            **dict(sudoku4=5, maze=3, turned=3, transforms=1, arc=1, rearc=3),
         ),
     ),
     # for hours on a CPU: none of the pairs that ARC itself has, neither for training nor for validation
