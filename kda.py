@@ -732,7 +732,7 @@ class ShortFunction(torch.autograd.Function):
         new = torch.linalg.solve_triangular(P, beta * v, upper=False, unitriangular=True)
         ctx.scale = scale
         ctx.save_for_backward(q, k, v, g >= floor, beta, late, early, x, k_early, P, Q, new)
-        return torch.bmm(Q, new).view(B, H, T, -1).transpose(1, 2)
+        return torch.bmm(Q, new).reshape(B, H, T, -1).transpose(1, 2)
 
     @staticmethod
     @once_differentiable
@@ -741,9 +741,8 @@ class ShortFunction(torch.autograd.Function):
         (B, T, H, V), K = do.shape, q.shape[-1]
         do = do.transpose(1, 2).reshape(B * H, T, V)
         dR = torch.linalg.solve_triangular(P.mT, torch.bmm(Q.mT, do), upper=True, unitriangular=True)
-        dA = torch.bmm(torch.cat([-dR, do], 1), new.mT)
-        dA.view(-1, T, T).tril_(-1)
-        d_bk, dq = torch.bmm(dA, k_early).view(-1, 2, T, K).mul_(late.unsqueeze(1)).unbind(1)
+        dA = torch.bmm(torch.cat([-dR, do], 1), new.mT).reshape(-1, T, T).tril(-1).reshape(B * H, 2 * T, T)
+        d_bk, dq = torch.bmm(dA, k_early).reshape(-1, 2, T, K).mul(late.unsqueeze(1)).unbind(1)
         dk = torch.bmm(dA.mT, x).mul_(early)
         dG = (k * beta * d_bk).addcmul_(q, dq).addcmul_(k, dk, value=-1)
         dg = dG.flip(1).cumsum(1).flip(1).mul_(open_gate)
@@ -752,7 +751,7 @@ class ShortFunction(torch.autograd.Function):
         dq = (dq + diagonal * k).mul_(ctx.scale)
         dk.addcmul_(diagonal, q).addcmul_(d_bk, beta)
         out = (dq, dk, dR.mul_(beta), dg, d_beta)
-        dq, dk, dv, dg, d_beta = (t.view(B, H, T, -1).transpose(1, 2) for t in out)
+        dq, dk, dv, dg, d_beta = (t.reshape(B, H, T, -1).transpose(1, 2) for t in out)
         return dq, dk, dv, dg, d_beta.squeeze(-1), None
 
 
@@ -787,9 +786,9 @@ def kda(
     inputs), or None unless output_final_state. Raises ValueError naming the argument whose shape or dtype
     does not fit.
 
-    Except in "recurrent", gates are clamped at -16 (-80 in float64): what should be forgotten completely
-    leaves 1e-7 of it, and gates below have no gradient. Errors are 3e-6 of the result at most, but up to 5e-4
-    for 4,096 equal keys at beta = 2 without decay, where nothing forgets a rounding.
+    Except in "recurrent", gates are clamped at -16 (-80 in float64; see ShortFunction): what should be
+    forgotten completely leaves 1e-7 of it, and gates below have no gradient. Errors are 3e-6 of the result at
+    most, but up to 5e-4 for 4,096 equal keys at beta = 2 without decay, where nothing forgets a rounding.
     """
     if q.ndim != 4:
         raise ValueError(f"q must be (B, T, H, K), got shape {tuple(q.shape)}")
@@ -819,7 +818,8 @@ def kda(
     scale, wide = K**-0.5 if scale is None else scale, widest(q, k, v, g, beta)
     backend = resolve(backend, wide, q, v)
     short = T <= SHORT and initial_state is None and not output_final_state and wide == torch.float32
-    if backend == "chunk" and short and q.numel() and V and q.device.type == "cpu":
+    short = short and q.device.type == "cpu" and not torch.compiler.is_compiling()
+    if backend == "chunk" and short and q.numel() and V:
         with torch.autocast("cpu", enabled=False):
             o = ShortFunction.apply(q, k, v, g, beta, scale).to(v.dtype)
     elif backend != "recurrent" and q.numel() and V:
