@@ -349,7 +349,7 @@ def leave_one_out(task, n, puzzle_format, block_size, rng):
     """At most n training rows (idx, targets) from the demonstrations alone, augmented as in training."""
     document = arc.encode(task.kind, task.train)
     augment = {"arc": "arc", "maze": "dihedral"}.get(task.kind, "none")
-    rows = [puzzle_row(document, puzzle_format, augment, rng) for _ in range(n)]
+    rows = [puzzle_row(document, puzzle_format, augment, rng, block_size) for _ in range(n)]
     return [row for row in rows if len(row[0]) <= block_size]
 
 
