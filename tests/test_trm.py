@@ -421,8 +421,8 @@ def test_vectors_and_gradients_stay_bounded_at_the_published_depth(dtype):
 @pytest.mark.parametrize("pattern, tolerance", (("a", 0.01), ("kkka", 0.2)))
 def test_flops_are_those_that_pytorch_counts(pattern, tolerance, monkeypatch):
     """
-    With causal attention in full, and the products of KDA in the open, but for its solves. The formula has the
-    chunks of a GPU, of 64 tokens; on a CPU they have 32.
+    With causal attention in full, and the products of KDA in the open, but for its solves. The formula has
+    the chunks of a GPU, of 64 tokens; on a CPU they have 32.
     """
     monkeypatch.setattr(kda, "kda_op", lambda *a: kda.chunk_op(*a[:-1]))
     model = trm(n_embd=96, n_ff=256, layer_pattern=pattern, n_recursion=3, n_grad=2).train()
