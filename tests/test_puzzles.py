@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from smol import programs, puzzles
+from smol import arc, programs, puzzles
 from smol.puzzles import check_arithmetic, check_maze, check_sudoku, maze, solve_sudoku, sudoku
 
 
@@ -287,3 +287,13 @@ def test_a_seed_gives_what_it_has_always_given():
         for part in programs.trace(rng)[1]:
             found.update(part.encode() if isinstance(part, str) else np.asarray(part, np.uint16).tobytes())
     assert found.hexdigest()[:16] == "d4ee9c9a61324b66"
+
+
+def test_one_turn_explains_all_pairs_of_a_task():
+    rng, seen = np.random.default_rng(1), set()
+    for _ in range(60):
+        task = puzzles.turned(rng, 3)
+        right = [k for k in range(3) if all((arc.turn(k, x) == y).all() for x, y in task.train + task.test)]
+        seen.update(right)
+        assert len(task.train) == 2 and len(right) == 1
+    assert seen == {0, 1, 2}

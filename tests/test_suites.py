@@ -19,6 +19,7 @@ PAIR = {"input": [[1, 2], [3, 4]], "output": [[4]]}
         ("sudoku9_medium", "61059df8bfb826a0"),
         ("sudoku9_hard", "78e234fbcd335f71"),
         ("maze", "f783d69d64002974"),
+        ("turn", "09d5a6400ca2b8b5"),
         ("transforms", "933355794e86ea7e"),
         ("logic", "7935dd592c950f3b"),
     ],
@@ -44,7 +45,7 @@ def test_names(tmp_path, monkeypatch):
     assert suites.names("sudoku,maze,sudoku4") == [*sudokus, "maze"]  # groups, and each once
     asked = ["arc1", "lm_eval:sciq,arc_easy", "logic", "language"]
     assert suites.names("arc1,lm_eval:sciq,arc_easy,logic,language") == asked
-    rest = [*sudokus, "maze", "transforms", "logic", "language"]
+    rest = [*sudokus, "maze", "turn", "transforms", "logic", "language"]
     for version, there in ((None, []), ("0.1.25", ["rearc"])):
         monkeypatch.setattr(rearc, "installed", lambda: version)
         assert suites.default() == ["arc1", "arc2", *there, *rest]
