@@ -19,10 +19,11 @@ REARC := reasoning-gym==0.1.25# generators of ARC tasks; alone, for it pins an o
 
 demo: .venv/installed
 	$(PYTHON) prepare.py demo
-	$(PYTHON) train.py config/route_a_demo.py
-	$(PYTHON) train.py config/route_b_demo.py
+	@set -ex; export OMP_NUM_THREADS=1; \
+	$(PYTHON) train.py config/route_a_demo.py & route_a=$$!; \
+	$(PYTHON) train.py config/route_b_demo.py; wait $$route_a
 	$(PYTHON) sample.py $(OUT)/route_b/ckpt.pt --task=sudoku4-0000
-	$(PYTHON) eval_arc.py $(OUT)/route_a/ckpt.pt $(OUT)/route_b/ckpt.pt --suites=sudoku4,maze,transforms,arc1 --limit=100 --out_dir=$(OUT)
+	$(PYTHON) eval_arc.py $(OUT)/route_a/ckpt.pt $(OUT)/route_b/ckpt.pt --suites=sudoku4,turn,maze,rearc,arc1_train --limit=100 --out_dir=$(OUT)
 	@echo "Look at $(OUT)/grids.png; the figures are in $(OUT)/eval.json"
 
 test: .venv/installed
