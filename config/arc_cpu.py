@@ -3,7 +3,7 @@
 #   OMP_NUM_THREADS=1 python train.py config/arc_cpu.py --max_hours=1     again, until its last step
 #   python eval_arc.py out/arc_cpu/ckpt.pt --suites=rearc,arc1_train,arc1
 # 49 million tokens, each document seen through a new symmetry at every draw. With less time, as many steps as
-# fit into it: --max_iters=3600 --decay_iters=1200 is an hour of a thread that does 4,200 tokens a second.
+# fit into it: --max_iters=2816 --decay_iters=730 took an hour and a quarter (LOG.md, "RE-ARC alone").
 out_dir = "out/arc_cpu"
 data = "arc_cpu"
 model = "dense"
