@@ -404,12 +404,8 @@ class Model(nn.Module, PyTorchModelHubMixin, library_name="smol-llm", license="m
         given = arc.canvas_cells(idx, positions) & (idx != tok.BLANK)
         x = F.embedding(idx - tok.EOT, words) + given.unsqueeze(-1) * words[tok.BLANK - tok.EOT]
         attn_mask = (idx != tok.PAD)[:, None, None, :]  # all but padding; never None, which is causal
-        return x * self.config.n_embd**0.5, (
-            self.rope(positions),
-            attn_mask,
-            None,
-            self.lines(idx, positions),
-        )
+        layout = self.rope(positions), attn_mask, None, self.lines(idx, positions)
+        return x * self.config.n_embd**0.5, layout
 
     def lines(self, idx, positions):
         """{first way of a KDA layer: how its heads read the grids}."""
@@ -519,9 +515,8 @@ class Model(nn.Module, PyTorchModelHubMixin, library_name="smol-llm", license="m
     def canvases(self, tasks, n_rollouts=1):
         """
         The test inputs of tasks as puzzles, about BATCH_TOKENS positions at a time with all rollouts, short
-        ones first.
-        Yields (list of (task number, test number, canvas shape, canvas start), idx (B, T)). Those longer
-        than block_size are left out.
+        ones first. Yields (list of (task number, test number, canvas shape, canvas start), idx (B, T)). Those
+        longer than block_size are left out.
         """
         puzzles = []
         for i, task in enumerate(tasks):

@@ -1,4 +1,4 @@
-# Route A on the demo stage: small enough for one CPU core and six minutes.
+# Route A on the demo stage: small enough for one CPU core and minutes.
 out_dir = "out/demo/route_a"
 model = "dense"
 n_layer = 4

@@ -89,9 +89,8 @@ def make_unit(job, number, rows, iterator):
         try:
             document = table.to_document(job["source"], row)
         except table.OddRow as e:
-            refused = (
-                odd if source.is_read or source.rows else dropped
-            )  # what is generated is simply left out
+            # what is generated and does not fit is left out, and no sign of damaged data
+            refused = odd if source.is_read or source.rows else dropped
             refused.add(e.rule, f"[{origin}] {e}".encode(errors="backslashreplace").decode()[:EXAMPLE_CHARS])
             size += len(repr(row))
         else:
