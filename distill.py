@@ -142,7 +142,10 @@ def own_batches(net, guide, batches, step, stats):
     for batch in batches:
         number = batch.key[0]
         if taught[batch.mode] and draw_rng(seed, f"policy {step}", number).random() < on_policy:
-            here = prompts_of(batch.idx) if batch.mode == "text" else tasks_of(batch, net.puzzle_format)
+            if batch.mode == "text":
+                here = prompts_of(batch.idx)
+            else:
+                here = teachers.tasks_of(batch.idx, batch.targets, net.puzzle_format)
             rngs = [draw_rng(seed, f"answers {step}", f"{number} {row}") for row in range(len(here))]
             (texts if batch.mode == "text" else tasks).extend(zip([number] * len(here), here, rngs))
     if texts:
@@ -175,10 +178,6 @@ def prompts_of(idx):
         answers = (piece == tok.ASSISTANT).nonzero()
         prompts.append(piece[: int(answers[-1]) + 1] if len(answers) else piece)
     return prompts
-
-
-def tasks_of(batch, puzzle_format):
-    return teachers.tasks_of(batch.idx, batch.targets, puzzle_format)
 
 
 def write_answers(net, tasks):
@@ -290,7 +289,7 @@ def on_text(net, guide, batch, stats):
 
 def left_to_right(net, guide, batch, stats):
     """The loss of a Route A student on a batch of answered puzzles, the mean over its rows."""
-    tasks = tasks_of(batch, net.puzzle_format)
+    tasks = teachers.tasks_of(batch.idx, batch.targets, net.puzzle_format)
     answers = [task.test[0][1] for task in tasks]
     with timed("scoring", stats, net.wte.weight.device):
         frames = guide.frames(tasks, answers)
