@@ -20,7 +20,7 @@ REARC := reasoning-gym==0.1.25# generators of ARC tasks; alone, for it pins an o
 demo: .venv/installed
 	$(PYTHON) prepare.py demo
 	@set -ex; export OMP_NUM_THREADS=1; \
-	$(PYTHON) train.py config/route_a_demo.py & route_a=$$!; \
+	$(PYTHON) train.py config/route_a_demo.py & route_a=$$!; trap "kill $$route_a 2>/dev/null || true" EXIT; \
 	$(PYTHON) train.py config/route_b_demo.py; wait $$route_a
 	$(PYTHON) sample.py $(OUT)/route_b/ckpt.pt --task=sudoku4-0000
 	$(PYTHON) eval_arc.py $(OUT)/route_a/ckpt.pt $(OUT)/route_b/ckpt.pt --suites=sudoku4,turn,maze,rearc,arc1_train --limit=100 --out_dir=$(OUT)

@@ -16,14 +16,13 @@ mixture = {
     "langref": 0.025,
     "docstrings": 0.025,
     "arithmetic": 0.025,
-    "sudoku4": 0.25,
-    "maze": 0.3,
-    "turned": 0.25,
-    "transforms": 0.02,
-    "rearc": 0.08,
+    "sudoku4": 0.15,
+    "maze": 0.2,
+    "turned": 0.5,
+    "rearc": 0.05,
 }
 optimizer = "adamw"  # what its learning rate was found with
 learning_rate = 2e-3
-max_iters = 1100
+max_iters = 1400
 decay_iters = 450
-eval_interval = 1100
+eval_interval = 1400

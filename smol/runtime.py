@@ -108,21 +108,24 @@ def pick_dtype(dtype, device):
     return dtype
 
 
-def cpu_has_bfloat16():
-    """Whether the processor has instructions for it (x86: AVX512-BF16, AMX); without, it is emulated."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+def cpu_prefers_bfloat16():
+    """
+    Whether the processor multiplies matrices of it faster than those of float32: with AMX, not with
+    AVX512-BF16 alone (LOG.md).
+    """
+    return torch.cpu._is_amx_tile_supported()
 
 
 def start(device, dtype):
     """
     Choose device and dtype of a training, set PyTorch up for them, and meet the other processes, if there
     are any. device, dtype: as the settings have them -> (device of this process, dtype); 'auto' on a CPU that
-    has bfloat16 is that. ValueError in one line.
+    prefers bfloat16 is that. ValueError in one line.
     """
     device = pick_device(device)
     if device == "cuda":
         device = f"cuda:{local_rank}"
-    if (device, dtype) == ("cpu", "auto") and cpu_has_bfloat16():
+    if (device, dtype) == ("cpu", "auto") and cpu_prefers_bfloat16():
         dtype = "bfloat16"
     dtype = pick_dtype(dtype, device)
     if device.startswith("cuda"):

@@ -218,7 +218,7 @@ def mazes(rng, index):
 
 
 def maze(rng, index):
-    return puzzles.maze(rng, 7, 7)
+    return puzzles.maze(rng, 5, 5)
 
 
 def turned(rng, index):

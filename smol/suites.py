@@ -4,7 +4,7 @@ What is asked: every suite of tasks, always the same ones in the same order, and
 arc1, arc2         ARC-AGI-1's evaluation set (400 tasks), ARC-AGI-2's public evaluation set (120)
 arc1_train         ARC-AGI-1's training set (400): for models that were not trained on it; known() says so
 sudoku             sudoku4; sudoku9, sudoku9_medium, sudoku9_hard (30, 42 and 54 blanks); sudoku_extreme
-maze               7x7 mazes; maze_hard (30x30)
+maze               5x5 mazes; maze_hard (30x30)
 turn               3x3 grids as they are or after a quarter turn: two demonstrations tell which
 transforms         grid programs of one step
 rearc              RE-ARC: pairs that are not trained on, one task for each family that fits 1,024 tokens
@@ -57,7 +57,7 @@ GENERATED = {
     "sudoku9": (9009, 50, lambda rng: puzzles.sudoku(rng, 9, 30, "test")),
     "sudoku9_medium": (90042, 50, lambda rng: puzzles.sudoku(rng, 9, 42, "test")),
     "sudoku9_hard": (90054, 50, lambda rng: puzzles.sudoku(rng, 9, 54, "test")),
-    "maze": (7007, 50, lambda rng: puzzles.maze(rng, 7, 7)),
+    "maze": (7007, 50, lambda rng: puzzles.maze(rng, 5, 5)),
     "turn": (6116, 50, lambda rng: puzzles.turned(rng, 2)),
     "transforms": (1234, 50, programs.transform),
     "logic": (7117, 50, logic),
