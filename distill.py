@@ -443,7 +443,7 @@ def main(argv):
             raise ValueError("name a student and a teacher: --init_from=PATH --teacher=PATH")
         here, precision = runtime.start(device, dtype)
     # ---- the student, from a checkpoint or going on
-    start, start_path, resumed = checkpoint.begin(config, here, overwrite, distilled=True)
+    start, start_path, resumed = checkpoint.begin(config, overwrite, distilled=True)
     if resumed and checkpoint.nothing_left(start, config):
         return
     state, model = start["train"], start["model"]

@@ -49,11 +49,7 @@ def check_settings(config):
         raise ValueError(f"min_lr={config['min_lr']} must be at most learning_rate={config['learning_rate']}")
     if config["mixture"] and not any(config["mixture"].values()):
         raise ValueError(f"mixture must give a share above 0 to some source, got {config['mixture']}")
-    batches = config["gradient_accumulation_steps"]
-    if batches % runtime.world_size:
-        raise ValueError(
-            f"gradient_accumulation_steps={batches} cannot be shared evenly by {runtime.world_size} processes"
-        )
+    batches_per_step(config)
     if config["push_to"]:
         repo_name(config["push_to"])
     asked = suites.names(config["eval_suites"]) if config["eval_suites"] else []
@@ -63,6 +59,25 @@ def check_settings(config):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"{package} is not installed: pip install {package.replace('_', '-')}")
     runtime.pick_device(config["eval_device"])
+
+
+def batches_per_step(config):
+    """
+    How many batches an optimizer step has, over all processes: gradient_accumulation_steps, or those that
+    make batch_tokens. ValueError where the processes cannot share them evenly.
+    """
+    batches, tokens, n = config["gradient_accumulation_steps"], config.get("batch_tokens"), runtime.world_size
+    if tokens:
+        rows, length = config["batch_size"], config["block_size"]
+        batches = tokens // (rows * length)
+        if tokens % (rows * length * n):
+            raise ValueError(
+                f"batch_tokens={tokens} is not a multiple of batch_size * block_size * processes = "
+                f"{rows} * {length} * {n} = {rows * length * n}"
+            )
+    elif batches % n:
+        raise ValueError(f"gradient_accumulation_steps={batches} cannot be shared evenly by {n} processes")
+    return batches
 
 
 def make_loader(config, net, seen):
@@ -78,7 +93,7 @@ def make_loader(config, net, seen):
         seed=config["seed"],
         batch_size=config["batch_size"],
         block_size=config["block_size"] or net.config.block_size,
-        batches_per_step=config["gradient_accumulation_steps"],
+        batches_per_step=batches_per_step(config),
         puzzle_format=net.puzzle_format,
         rank=runtime.rank,
         world_size=runtime.world_size,
@@ -451,8 +466,8 @@ class Evaluation:
                 (figures,) = (r for r in json.load(f).values() if r["checkpoint"] == self.link)
             solved = {k: f"{r['solved']}/{r['total']}" for k, r in figures["suites"].items() if "solved" in r}
             runtime.print0(f"step {self.step}: solved " + ", ".join(f"{k} {n}" for k, n in solved.items()))
-            figures["checkpoint"] = checkpoint.path_of(self.config)
-            runtime.append_log({"iter": self.step, **figures}, os.path.join(self.out_dir, "evals.jsonl"))
+            line = {"iter": self.step, "suites": figures["suites"]}
+            runtime.append_log(line, os.path.join(self.out_dir, "evals.jsonl"))
             rates = {k: r["solved"] / r["total"] for k, r in figures["suites"].items() if "solved" in r}
             # a tracker takes no step before its last, and the evaluation is of an earlier one
             entry = {"solved": rates, "solved_iter": self.step}

@@ -145,6 +145,20 @@ def test_bits_per_byte_are_of_the_bytes_that_the_targets_stand_for(finished, dat
 
 
 @dense
+def test_a_step_can_be_given_in_tokens(finished, data, tmp_path):
+    """The same steps as of so many batches, however the batches are cut; the settings stay what they were."""
+    asked = ["--batch_tokens=512", "--gradient_accumulation_steps=7", "--max_iters=3", "--decay_iters=0"]
+    done = succeed(data, tmp_path, *asked, processes=2)
+    assert "512 tokens per step" in done.stdout
+    for step in (1, 2, 3):
+        assert losses(tmp_path)[step] == pytest.approx(losses(finished)[step], rel=1e-3)
+    saved = checkpoint.load(tmp_path / "ckpt.pt")["config"]
+    assert (saved["batch_tokens"], saved["gradient_accumulation_steps"]) == (512, 7)
+    line = fail(data, tmp_path, "--batch_tokens=768", processes=2)
+    assert "batch_tokens=768 is not a multiple of batch_size * block_size * processes = 2 * 128 * 2" in line
+
+
+@dense
 def test_eval_only_validates_and_changes_nothing(finished, data):
     before = {path: path.stat().st_mtime_ns for path in finished.iterdir()}
     done = succeed(data, finished, "--eval_only=True")
@@ -573,8 +587,12 @@ def test_mistakes_are_one_line_and_cost_nothing(data, tmp_path):
 
 
 def test_every_config_file_is_understood():
-    for path in sorted((ROOT / "config").glob("route_*.py")):
+    for path in sorted((ROOT / "config").glob("*.py")):
+        if path.stem.startswith("distill_"):
+            continue
         config, _ = configurator.read(vars(train), [str(path)])
         loop.check_settings(config)
         assert config["out_dir"] != train.out_dir, path
+        if path.stem == "arc_speedrun":
+            assert loop.batches_per_step(config) == 16
         assert not config["overwrite"], f"{path}: the same command after a reboot would begin anew"
