@@ -54,7 +54,6 @@ keep_every = 0  # keep the checkpoints of steps that are multiples of this as ck
 eval_suites = ""  # suites of eval_arc.py, such as 'sudoku4,arc1', in a process beside the training
 eval_limit = 20  # tasks of each of these suites
 eval_device = "cpu"  # where that process runs
-eval_minutes = 10.0  # how long a finished run waits for the last of these evaluations
 log_interval = 10  # steps between lines in log.jsonl
 max_hours = 0.0  # stop and save after this many hours, a session's limit; 0 for never
 push_to = ""  # USER/NAME on the hub: each checkpoint is published there
@@ -118,7 +117,7 @@ RANGES = {
     "carry_turns sanity_steps sanity_tokens",
     "[0, inf)": "mixture learning_rate weight_decay warmup_iters decay_iters min_lr sync_check_interval "
     "sanity_run_tokens keep_every sample_interval batch_tokens",
-    "[0, inf]": "max_hours grad_clip eval_minutes",
+    "[0, inf]": "max_hours grad_clip",
     "[0, 1)": "beta1 beta2 ema",
     "[0, 1]": "halt_exploration",
     "[0, 1e18)": "seed",
@@ -144,8 +143,6 @@ def main(argv):
 
     # ---- from scratch, from another run's weights, or going on
     start, start_path, resumed = checkpoint.begin(config, anew=overwrite or sanity)
-    if resumed and not eval_only and checkpoint.nothing_left(start, config):
-        return
 
     # ---- model, data, optimizer
     torch.manual_seed(seed)
@@ -168,10 +165,10 @@ def main(argv):
     carries = {}  # Route B: (number of the batch, source, length) -> answers and latents of unsolved puzzles
     changed = []
     if resumed:
-        carries, changed = checkpoint.restore(start, run, config, scaler, here)
+        carries, changed = checkpoint.restore(start, run, config, scaler)
     start = None  # free its memory
     if eval_only:
-        runtime.print0(loop.validate(run, net, average, loader, autocast, here, config)[1])
+        loop.validate(run, net, average, loader, autocast, here, config)
         runtime.end_processes()
         return
 
@@ -306,10 +303,7 @@ def main(argv):
         if due and loop.worth_saving(loss, finite, scaler):
             loop.check_weights(net, average, step, config)
             if not stopping:
-                entry, line = loop.validate(run, net, average, loader, autocast, here, config)
-                if run["val_losses"]:
-                    log.write(entry)
-                    runtime.print0(line)
+                loop.validate(run, net, average, loader, autocast, here, config, log)
             train = {**run, "data": pinned, "loader": ahead.state}
             saved = checkpoint.save_run(train, config, net, model, average, optimizers, scaler, carries, here)
             due = False

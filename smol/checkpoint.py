@@ -213,19 +213,6 @@ def begin(config, anew, distilled=False):
         return starting_point(init_from, path, anew, distilled)
 
 
-def nothing_left(start, config):
-    """Whether a run that would go on is already at its last step: then it is published, and that is all."""
-    step = start["train"]["iter"]
-    if step < config["max_iters"]:
-        return False
-    runtime.print0(
-        f"{path_of(config)} is of step {step}, the last of {config['max_iters']}: nothing left to do"
-    )
-    Publication(config).end(step)
-    runtime.end_processes()
-    return True
-
-
 def starting_point(init_from, path, overwrite, distilled=False):
     """
     Where a run whose checkpoint is `path` begins -> (checkpoint, its path, whether the run goes on from it);
@@ -299,23 +286,16 @@ def own_carries(everyones):
     return {key: carry for key, carry in carries.items() if key[0] % runtime.world_size == runtime.rank}
 
 
-def restore(start, run, config, scaler, device):
+def restore(start, run, config, scaler):
     """
-    What a run that goes on needs besides weights, optimizers and data: its counters (into `run`), the scale,
-    the random states -> (carries of this process, lines that say what is not as it was).
+    What a run that goes on needs besides weights, optimizers and data: its counters (into `run`), the scale
+    -> (carries of this process, lines that say which settings have changed).
     """
     state, was = start["train"], start["config"]
     run.update({k: state[k] for k in run})
     if state["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
     changed = [f"{k}={v!r} (was {was.get(k)!r})" for k, v in config.items() if was.get(k) != v]
-    if len(state["rng"]) == runtime.world_size:
-        torch.set_rng_state(state["rng"][runtime.rank]["cpu"])
-        cuda = state["rng"][runtime.rank]["cuda"]
-        if device.startswith("cuda") and cuda is not None:
-            torch.cuda.set_rng_state(cuda)
-    else:
-        changed.append(f"{runtime.world_size} processes (were {len(state['rng'])}): equal but for rounding")
     shape = ("batch_size", "block_size", "gradient_accumulation_steps", "batch_tokens", "carry_turns")
     same = all(was.get(k) == config.get(k) for k in shape)
     return own_carries(state["carries"]) if same else {}, changed
@@ -328,17 +308,8 @@ def save_run(train, config, net, model, average, optimizers, scaler, carries, de
     disk; if not, a line has said so.
     """
     saved, path, step = True, path_of(config), train["iter"]
-    cuda = torch.cuda.get_rng_state() if device.startswith("cuda") else None
-    rng = runtime.gather({"cpu": torch.get_rng_state(), "cuda": cuda})
     carries = gather_carries(carries, device)
     if runtime.master:
-        rest = {
-            "optimizer_name": config["optimizer"],
-            "optimizers": [o.state_dict() for o in optimizers],
-            "scaler": scaler.state_dict(),
-            "rng": rng,
-            "carries": carries,
-        }
         whole = {
             "format": CHECKPOINT_FORMAT,
             "model": model,
@@ -347,7 +318,13 @@ def save_run(train, config, net, model, average, optimizers, scaler, carries, de
             "ema": average,
             "tokenizer": tok.fingerprint(),
             "config": config,
-            "train": {**train, **rest},
+            "train": {
+                **train,
+                "optimizer_name": config["optimizer"],
+                "optimizers": [o.state_dict() for o in optimizers],
+                "scaler": scaler.state_dict(),
+                "carries": carries,
+            },
         }
         try:
             save(whole, path, previous(path))

@@ -27,6 +27,7 @@ from smol.loader import Loader
 from smol.muon import muon_and_adamw
 from smol.snapshots import repo_name
 
+PATIENCE = 600.0  # seconds that a finished run waits for its last evaluation
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of the checkout
 
 # where a run is: what a checkpoint has beside the weights, and the path of those that it began with
@@ -238,11 +239,11 @@ def averaged_weights(net, average):
 
 
 @torch.no_grad()
-def validate(run, net, average, loader, autocast, device, config):
+def validate(run, net, average, loader, autocast, device, config, log=None):
     """
     run["val_losses"] = {source: mean loss}, run["val_loss"] = mean over the sources of text, or None; each
-    process takes its share of the batches. Ends the run where a loss is not finite. Returns the entry for
-    log.jsonl, with val_bpb = {source of text: bits per byte}, and a line to print.
+    process takes its share of the batches. Prints a line, and writes an entry to `log` if there is one, with
+    val_bpb = {source of text: bits per byte}. Ends the run where a loss is not finite.
     """
     net.eval()
     sums = {name: [0.0, 0.0, 0.0] for _, name, _ in loader.val}  # of losses, of rows, of bytes of text
@@ -265,8 +266,9 @@ def validate(run, net, average, loader, autocast, device, config):
     if not all(map(math.isfinite, losses.values())):
         diverged(f"the validation loss of step {run['iter']} is not finite ({losses})", config)
     shown = (f"{k} {v:.3f}" + (f" ({bpb[k]:.3f} bits a byte)" if k in bpb else "") for k, v in losses.items())
-    entry = {"iter": run["iter"], "val_loss": run["val_loss"], "val_losses": losses, "val_bpb": bpb}
-    return entry, f"step {run['iter']}: validation {', '.join(shown)}"
+    if log and losses:
+        log.write({"iter": run["iter"], "val_loss": run["val_loss"], "val_losses": losses, "val_bpb": bpb})
+    runtime.print0(f"step {run['iter']}: validation {', '.join(shown) or 'of nothing'}")
 
 
 def show_samples(n, net, average, loader):
@@ -409,7 +411,7 @@ def end(run, log, ahead, evaluation, publication, saved, stopping, interrupted, 
     ahead.close()
     if saved and not interrupted:
         publication.end(step)
-    evaluation.end(0 if stopping else config["eval_minutes"])
+    evaluation.end(0 if stopping else PATIENCE)
     log.close()
     if not saved:
         runtime.stop(f"the last steps, up to {step}, were not saved; {path} is untouched")
@@ -479,11 +481,11 @@ class Evaluation:
         os.remove(self.link)
         self.process = None
 
-    def end(self, minutes):
+    def end(self, seconds):
         """The run is over: wait this long for the last evaluation."""
         if self.process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(60 * minutes)
+                self.process.wait(seconds)
             self.process.kill()  # does nothing to one that has ended
             self.process.wait()
         self.collect()
