@@ -348,6 +348,8 @@ class HubMixin(PyTorchModelHubMixin):
 
     @classmethod
     def _from_pretrained(cls, *, model_id, strict=True, **options):
+        if "config" not in options:  # the hub's own goes on without
+            raise ValueError(f"{model_id} has no config.json, or there is no such repository or revision")
         try:
             return super()._from_pretrained(model_id=model_id, strict=strict, **options)
         except RuntimeError as e:

@@ -366,7 +366,8 @@ def download(name, *files):
                 f"{file.name} of {name} is not what its hash says: run it again to fetch it anew"
             )
     if not (folder / files[0]).is_file():
-        raise ValueError(f"{name} has no {files[0]} on the hub")
+        hint = f": it was pushed without push_full; --init_from={name} takes its weights"
+        raise ValueError(f"{name} has no {files[0]} on the hub{hint if files[0] == 'ckpt.pt' else ''}")
     return folder
 
 
@@ -441,7 +442,7 @@ def push(folder, repo, full):
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     create(repo)
-    path = os.path.join(folder, "ckpt.push")
+    what, path = "all of it" if full else "weights alone", os.path.join(folder, "ckpt.push")
     second_name(os.path.join(folder, "ckpt.pt"), path)  # the next save takes nothing from under the reader
     try:
         at = load(path)
@@ -461,10 +462,11 @@ def push(folder, repo, full):
         with plainly(f"pushing step {step} to {repo}"):
             if not full and HfApi().file_exists(repo, "ckpt.pt"):
                 operations.append(CommitOperationDelete("ckpt.pt"))
+                what += " (ckpt.pt was of another step; the commits before have it)"
             commit = HfApi().create_commit(repo, operations, commit_message=f"step {step}").oid
     finally:
         os.remove(path)
-    return f"step {step} is at {repo}, {'all of it' if full else 'weights alone'}, commit {commit[:12]}"
+    return f"step {step} is at {repo}, {what}, commit {commit[:12]}"
 
 
 class Publication:

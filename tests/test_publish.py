@@ -70,7 +70,7 @@ def test_a_published_run_goes_on_elsewhere_as_if_it_had_never_stopped(hub, data,
 
     whole = hub.repos["ada/run"].branches["main"]  # later weights never stand beside an earlier ckpt.pt
     code, out, err = train(hub, data, far, push[0], "--max_iters=7")
-    assert code == 0 and "step 7 is at ada/run, weights alone" in out, err
+    assert code == 0 and "step 7 is at ada/run, weights alone (ckpt.pt was of another step" in out, err
     assert "ckpt.pt" not in hub.files("ada/run") and "ckpt.pt" in hub.files("ada/run", whole)
     told = json.loads(hub.files("ada/run")["config.json"])
     assert told["train"]["iter"] == 7 and "batch_tokens" in told["settings"]
@@ -97,7 +97,7 @@ def test_published_weights_are_loaded_evaluated_and_trained_on_by_name(hub, data
     hub.put("ada/light", {"model.safetensors": b"of another day" * 100})
 
     code, out, err = run(hub, "", code=PULL.format("ada/light", str(tmp_path / "far")))
-    assert code == 1 and "ada/light has no ckpt.pt on the hub" in err.splitlines()[-1]
+    assert code == 1 and "ada/light has no ckpt.pt on the hub: it was pushed without push_full" in err
     code, out, err = run(hub, "eval_arc.py", "ada/light", f"--out_dir={tmp_path}", "--suites=sudoku4")
     assert code == 1 and "not a checkpoint, or it is damaged" in err.splitlines()[-1]
     asked = ["--suites=sudoku4", "--limit=1", f"--out_dir={tmp_path}", "--device=cpu"]
@@ -146,6 +146,9 @@ def test_a_file_without_some_of_the_weights_is_refused_in_one_line(tmp_path):
         with pytest.raises(ValueError, match=r"does not fit this model: Missing .*norm_f.weight") as e:
             load(tmp_path)
         assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
+    (tmp_path / "config.json").unlink()  # as where the hub has no such repository
+    with pytest.raises(ValueError, match="no config.json, or there is no such repository or revision"):
+        type(model).from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", tiny.BUILD)
