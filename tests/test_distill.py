@@ -346,6 +346,33 @@ def test_on_policy_batches_are_what_the_student_writes(name, short_texts, monkey
         assert stats["own"] == 3
 
 
+def test_a_step_learns_from_what_the_student_writes(short_texts, monkeypatch):
+    """Of texts and of puzzles, as it would from the same as data."""
+    net, guide = tiny.make("dense").train(), teachers.Ours(tiny.make("dense", 128))
+    with torch.no_grad():
+        guide.model.wte.weight.mul_(0.5)
+    puzzle = batch_of(suites.load("sudoku4")[:3], net.puzzle_format)
+    batches = [text_batch(), replace(puzzle, key=(1, 48))]
+
+    def loss(batches, share):
+        monkeypatch.setattr(distill, "on_policy", share)
+        scaler, context = torch.amp.GradScaler("cpu", enabled=False), contextlib.nullcontext()
+        args = guide, batches, ["prose", "sudoku4"], 5, {}, scaler, context, "cpu"
+        return distill.forward_backward(distill.Loss(net), net, *args)[0]["loss"]
+
+    data, own = loss(batches, 0.0), loss(batches, 1.0)
+    written = distill.own_batches(net, guide, batches, 5, defaultdict(int))
+    assert loss(written, 0.0) == pytest.approx(own, rel=1e-5) and abs(own - data) > 0.01
+    for half in ([batches[0], written[1]], [written[0], batches[1]]):
+        assert abs(loss(half, 0.0) - own) > 1e-3
+
+    monkeypatch.setattr(distill, "on_policy", 1.0)
+    monkeypatch.setattr(distill, "sample_temperature", 0)  # then nothing is drawn
+    greedy, again = (distill.own_batches(net, guide, batches, step, defaultdict(int)) for step in (5, 6))
+    assert all(torch.equal(one.idx, two.idx) for one, two in zip(greedy, again))
+    assert not any(torch.equal(one.targets, two.targets) for one, two in zip(greedy, written))
+
+
 def test_texts_are_drawn_from_the_models_distribution():
     model = tiny.make("dense")
     prompts = [torch.tensor([tok.EOT, 5]), torch.tensor([tok.EOT, 7, 9])]
