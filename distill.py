@@ -14,8 +14,8 @@ own writing takes the place of the data's (generalised knowledge distillation, a
                                              (text="teacher"; with "data" text is learned as in train.py)
     Route A   puzzles   reads the answer     yes: it writes an answer under the grammar of grids, and the
                         (Route A, hf:)       teacher gives its distribution at every position of that answer
-    Route A   puzzles   does not (Route B,   in part: what the teacher says does not depend on the student's
-                        votes)               answer, so it counts up to the first difference only
+    Route A   puzzles   does not (Route B)   in part: what the teacher says does not depend on the student's
+                                             answer, so it counts up to the first difference only
     Route B   puzzles   any                  no: no cell of a canvas is sampled from those before. This is
                                              offline distillation with soft targets
 
@@ -56,8 +56,6 @@ eval_batches = 8  # validation batches per source, at most
 eval_suites = ""  # suites of eval_arc.py for a process beside this one, after each checkpoint; '' for none
 eval_limit = 20  # tasks of each of these suites
 eval_device = "cpu"
-eval_minutes = 10.0  # how long a finished run waits for the last of these
-check_tasks = 32  # held-out puzzles that the teacher solves at the start and the student at each validation
 log_interval = 10  # steps between lines in log.jsonl
 max_hours = 0.0  # stop and save after this many hours; 0 for never
 push_to = ""  # USER/NAME on the hub, where each checkpoint is published
@@ -65,8 +63,6 @@ push_full = False  # with all that resuming needs
 tracker = ""  # 'trackio' or 'wandb' get the same figures as log.jsonl, if installed
 # ---- teacher
 teacher = ""  # path of a checkpoint or of a Hugging Face model, or hf:NAME
-teacher_n_sup: int | None = None  # Route B: supervision steps; None: its own
-teacher_n_views = 1  # it votes over so many views of each puzzle
 # ---- loss
 objective = "forward_kl"  # 'reverse_kl' and 'jsd' hardly see what the student is wrongly sure of (LOG.md)
 beta = 0.5  # of jsd: near 0 it is like forward_kl, near 1 like reverse_kl
@@ -107,11 +103,11 @@ seed = 1337
 # -----------------------------------------------------------------------------
 RANGES = {
     "[1, inf)": "eval_interval eval_batches eval_limit log_interval batch_size block_size max_iters "
-    "max_skipped gradient_accumulation_steps teacher_n_sup teacher_n_views prompt_tokens new_tokens",
-    "[0, inf)": "check_tasks sample_temperature mixture learning_rate weight_decay warmup_iters decay_iters "
+    "max_skipped gradient_accumulation_steps prompt_tokens new_tokens",
+    "[0, inf)": "sample_temperature mixture learning_rate weight_decay warmup_iters decay_iters "
     "min_lr sync_check_interval",
     "(0, inf)": "temperature",
-    "[0, inf]": "max_hours grad_clip eval_minutes",
+    "[0, inf]": "max_hours grad_clip",
     "[0, 1)": "beta1 beta2 ema",
     "(0, 1)": "beta",
     "[0, 1]": "on_policy",
@@ -417,17 +413,6 @@ def check_teacher(guide, loader):
         )
 
 
-def held_out_tasks(loader, n):
-    """n of the stage's held-out puzzles, as many of each source as there are."""
-    sources = [
-        [arc.decode(shards.document(i)) for i in range(min(shards.n_documents, n))]
-        for kind, name, shards in loader.val
-        if kind == "puzzle" and name in loader.names
-    ]
-    mixed = [source[i] for i in range(n) for source in sources if i < len(source)]
-    return [arc.Task("", kind, pairs[:-1], pairs[-1:]) for kind, pairs in mixed[:n]]
-
-
 # -----------------------------------------------------------------------------
 # the run
 
@@ -443,9 +428,7 @@ def main(argv):
             raise ValueError("name a student and a teacher: --init_from=PATH --teacher=PATH")
         here, precision = runtime.start(device, dtype)
     # ---- the student, from a checkpoint or going on
-    start, start_path, resumed = checkpoint.begin(config, here, overwrite, distilled=True)
-    if resumed and checkpoint.nothing_left(start, config):
-        return
+    start, start_path, resumed = checkpoint.begin(config, overwrite, distilled=True)
     state, model = start["train"], start["model"]
     torch.manual_seed(seed)
     with runtime.errors_agree():
@@ -457,7 +440,7 @@ def main(argv):
         optimizers = loop.make_optimizers(net, optimizer, weight_decay, learning_rate, (beta1, beta2))
 
         # ---- teacher and data
-        guide = teachers.load(teacher, here, precision, teacher_n_sup, teacher_n_views)
+        guide = teachers.load(teacher, here, precision)
         seen = [*state.get("data", {}).get("sources", []), *guide.sources]  # through the teacher too
         loader, pinned = loop.make_loader(config, net, seen)
         pinned["teacher"] = guide.about
@@ -472,7 +455,7 @@ def main(argv):
     autocast, scaler = loop.mixed_precision(here, precision)
     run, carries = {**loop.NEW_RUN, "began_with": start_path}, {}
     if resumed:
-        carries, _ = checkpoint.restore(start, run, config, scaler, here)
+        carries, _ = checkpoint.restore(start, run, config, scaler)
     start = state = None  # free its memory
 
     # ---- ready
@@ -490,26 +473,11 @@ def main(argv):
     interrupted = runtime.catch_signals()
     evaluation, publication = loop.Evaluation(config, log), checkpoint.Publication(config)
     ahead = Ahead(loader, pin=here.startswith("cuda"))
-    tasks = held_out_tasks(loader, check_tasks)
     since_log, saved, due, stopping = defaultdict(float), True, False, False
     net.train()
 
-    def validate():
-        """Returns the share of held-out puzzles that the student solves."""
-        entry, line = loop.validate(run, net, average, loader, autocast, here, config)
-        with loop.averaged_weights(net, average), autocast:
-            share = teachers.solved(teachers.Ours(net), tasks)
-        log.write({**entry, "student_solved": share})
-        runtime.print0(line + (f"; {share:.1%} of {len(tasks)} puzzles solved" if tasks else ""))
-        return share
-
-    share = None if resumed else validate()
-    if not resumed and tasks:
-        with autocast:
-            its_share = teachers.solved(guide, tasks)
-        log.write({"iter": 0, "teacher_solved": its_share})
-        weaker = ": it is weaker than its student" if its_share < share else ""
-        runtime.print0(f"the teacher solves {its_share:.1%}{weaker}")
+    if not resumed:
+        loop.validate(run, net, average, loader, autocast, here, config, log)
 
     # ---- go
     while run["iter"] < max_iters and not stopping:
@@ -581,7 +549,7 @@ def main(argv):
         if due and loop.worth_saving(loss, finite, scaler):
             loop.check_weights(net, average, step, config)
             if not stopping:
-                validate()
+                loop.validate(run, net, average, loader, autocast, here, config, log)
             train = {**run, "data": pinned, "loader": ahead.state}
             saved = checkpoint.save_run(train, config, net, model, average, optimizers, scaler, carries, here)
             due = False

@@ -306,6 +306,7 @@ def describe(name, path, model, ckpt, device, dtype):
         "model": ckpt["model"],
         "params": model.num_params(),
         "checkpoint": name,
+        "folder": os.path.dirname(path),  # where the logs of its run are
         "sha256": snapshots.sha256_file(path),
         "iter": train.get("iter"),
         "val_loss": train.get("val_loss"),
@@ -347,6 +348,7 @@ def read_results(path):
         with open(path, encoding="utf-8") as f:
             results = json.load(f)
         report.table(results)
+        report.history(results)
         return results
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} is damaged or of another version: move it away") from None

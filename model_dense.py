@@ -343,7 +343,27 @@ def init_linears(block):
         nn.init.zeros_(block.mixer.f_proj[1].weight)
 
 
-class Model(nn.Module, PyTorchModelHubMixin, library_name="smol-llm", license="mit"):
+class HubMixin(PyTorchModelHubMixin):
+    """Model.from_pretrained refuses a file that does not have all weights, where the hub's own does not."""
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id, strict=True, **options):
+        if "config" not in options:  # the hub's own goes on without
+            raise ValueError(f"{model_id} has no config.json, or there is no such repository or revision")
+        try:
+            return super()._from_pretrained(model_id=model_id, strict=strict, **options)
+        except RuntimeError as e:
+            if "state_dict" not in str(e):
+                raise
+            raise ValueError(f"{model_id} does not fit this model: {one_line(e)}") from None
+
+
+def one_line(error):
+    """What PyTorch says of weights that do not fit, without its first line, which only says that."""
+    return " ".join(" ".join(str(error).splitlines()[1:]).split())[:300]
+
+
+class Model(nn.Module, HubMixin, library_name="smol-llm", license="mit"):
     Config = Config
     puzzle_format = "autoregressive"
 

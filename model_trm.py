@@ -31,11 +31,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 
 import model_dense
 from kda import SHORT, KimiDeltaAttention
-from model_dense import Attention, RMSNorm, SwiGLU, linear_cross_entropy, row_shares, run_blocks
+from model_dense import Attention, HubMixin, RMSNorm, SwiGLU, linear_cross_entropy, row_shares, run_blocks
 from smol import arc, engine
 from smol import tokenizer as tok
 from smol.loader import draw_rng
@@ -268,7 +267,7 @@ def init_weights(model):
             nn.init.normal_(last.weight, std=(2 / c.n_layer / last.in_features) ** 0.5)
 
 
-class Model(nn.Module, PyTorchModelHubMixin, library_name="smol-llm", license="mit"):
+class Model(nn.Module, HubMixin, library_name="smol-llm", license="mit"):
     Config = Config
     puzzle_format = "canvas"
 

@@ -10,9 +10,10 @@ The one training loop: both routes, every stage, one process or many.
     python train.py config/route_a_stage1.py --push_to=USER/NAME             publishes each checkpoint
 
 A step is: batches from the loader, forward and backward on each, one optimizer step.
-gradient_accumulation_steps counts the batches of a step over all processes, so the same config sees the same
-data in the same order and takes the same steps on 1, 2 or 4 processes. A step draws no random numbers but
-those that follow from the seed and the data, so a resumed run is the same run, bit for bit.
+gradient_accumulation_steps counts the batches of a step over all processes, and batch_tokens its tokens, so
+the same config sees the same data in the same order and takes the same steps on 1, 2 or 4 processes. A step
+draws no random numbers but those that follow from the seed and the data, so a resumed run is the same run,
+bit for bit.
 
 Writes into out_dir: ckpt.pt, ckpt_prev.pt (the one before it), log.jsonl (one JSON object per logged step),
 loss.png (drawn from it), config.json, and, with eval_suites, evals.jsonl. While steps are skipped because
@@ -53,11 +54,12 @@ keep_every = 0  # keep the checkpoints of steps that are multiples of this as ck
 eval_suites = ""  # suites of eval_arc.py, such as 'sudoku4,arc1', in a process beside the training
 eval_limit = 20  # tasks of each of these suites
 eval_device = "cpu"  # where that process runs
-eval_minutes = 10.0  # how long a finished run waits for the last of these evaluations
 log_interval = 10  # steps between lines in log.jsonl
 max_hours = 0.0  # stop and save after this many hours, a session's limit; 0 for never
 push_to = ""  # USER/NAME on the hub: each checkpoint is published there
-push_full = False  # publish all that --init_from=resume needs, three times as much as the weights alone
+# publish all that --init_from=resume needs, three times as much as the weights alone. Without, what was
+# published of that before is taken away, for it would be of another step than the weights
+push_full = False
 tracker = ""  # 'trackio' or 'wandb' get the same figures as log.jsonl
 # ---- data
 data_dir = "data"
@@ -67,6 +69,7 @@ mixture = {}  # {source: share of the batches}; empty: the stage's own
 batch_size = 8  # rows of text per batch; puzzles come in batches of as many tokens
 block_size = 1024  # longest row
 gradient_accumulation_steps = 8  # batches per optimizer step, over all processes
+batch_tokens = 0  # tokens per optimizer step, over all processes; 0: what gradient_accumulation_steps makes
 # ---- model (None: the default of the model file's Config)
 model = "dense"  # 'dense' is Route A, 'trm' is Route B
 n_layer: int | None = None
@@ -113,8 +116,8 @@ RANGES = {
     "max_skipped gradient_accumulation_steps n_layer n_head n_embd n_ff n_latent n_recursion n_grad n_sup "
     "carry_turns sanity_steps sanity_tokens",
     "[0, inf)": "mixture learning_rate weight_decay warmup_iters decay_iters min_lr sync_check_interval "
-    "sanity_run_tokens keep_every sample_interval",
-    "[0, inf]": "max_hours grad_clip eval_minutes",
+    "sanity_run_tokens keep_every sample_interval batch_tokens",
+    "[0, inf]": "max_hours grad_clip",
     "[0, 1)": "beta1 beta2 ema",
     "[0, 1]": "halt_exploration",
     "[0, 1e18)": "seed",
@@ -134,13 +137,12 @@ def main(argv):
     globals().update(config)
     with runtime.errors_agree():
         loop.check_settings(config)
+        batches_per_step = loop.batches_per_step(config)
         here, precision = runtime.start(device, dtype)
     on_gpu, world_size = here.startswith("cuda"), runtime.world_size
 
     # ---- from scratch, from another run's weights, or going on
-    start, start_path, resumed = checkpoint.begin(config, here, anew=overwrite or sanity)
-    if resumed and not eval_only and checkpoint.nothing_left(start, config):
-        return
+    start, start_path, resumed = checkpoint.begin(config, anew=overwrite or sanity)
 
     # ---- model, data, optimizer
     torch.manual_seed(seed)
@@ -163,10 +165,10 @@ def main(argv):
     carries = {}  # Route B: (number of the batch, source, length) -> answers and latents of unsolved puzzles
     changed = []
     if resumed:
-        carries, changed = checkpoint.restore(start, run, config, scaler, here)
+        carries, changed = checkpoint.restore(start, run, config, scaler)
     start = None  # free its memory
     if eval_only:
-        runtime.print0(loop.validate(run, net, average, loader, autocast, here, config)[1])
+        loop.validate(run, net, average, loader, autocast, here, config)
         runtime.end_processes()
         return
 
@@ -194,7 +196,7 @@ def main(argv):
     runtime.print0(configurator.show(config, defaults))
     runtime.print0(
         f"{net.num_params() / 1e6:.2f}M parameters, {precision} on {world_size} x {card}, {optimizer}, "
-        f"{gradient_accumulation_steps * batch_size * block_size:,} tokens per step, "
+        f"{batches_per_step * batch_size * block_size:,} tokens per step, "
         f"sources {', '.join(loader.names)}"
     )
     begin = f"from the weights of {start_path}" if start_path else "from scratch"
@@ -221,7 +223,7 @@ def main(argv):
         sums, tokens, flops, new_carries = dict.fromkeys(loader.names, 0.0), 0, 0.0, {}  # sums of losses
         for i, batch in enumerate(batches):
             number, *rest = batch.key
-            key = (run["iter"] % carry_turns * gradient_accumulation_steps + number, *rest)
+            key = (run["iter"] % carry_turns * batches_per_step + number, *rest)
             carry = carries.get(key)
             last = i == len(batches) - 1  # gradients of the processes are averaged once, after the last batch
             idx = batch.idx.to(here, non_blocking=True)  # (B, L)
@@ -301,10 +303,7 @@ def main(argv):
         if due and loop.worth_saving(loss, finite, scaler):
             loop.check_weights(net, average, step, config)
             if not stopping:
-                entry, line = loop.validate(run, net, average, loader, autocast, here, config)
-                if run["val_losses"]:
-                    log.write(entry)
-                    runtime.print0(line)
+                loop.validate(run, net, average, loader, autocast, here, config, log)
             train = {**run, "data": pinned, "loader": ahead.state}
             saved = checkpoint.save_run(train, config, net, model, average, optimizers, scaler, carries, here)
             due = False

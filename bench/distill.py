@@ -84,7 +84,7 @@ def run(way, student, teacher, settings, limit, out):
     command = [sys.executable, os.path.join(ROOT, script), f"--out_dir={out}", f"--init_from={student}"]
     command += ["--log_interval=1", "--max_iters=1000000", "--eval_interval=1000000", "--decay_iters=0"]
     if script == "distill.py":
-        command += [f"--teacher={teacher}", "--check_tasks=0"]
+        command += [f"--teacher={teacher}"]
     else:
         model = checkpoint.load(student)["model_config"]
         command += [f"--{k}={v}" for k, v in model.items() if v is not None and k not in NOT_SETTINGS]

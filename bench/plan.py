@@ -18,7 +18,7 @@ import torch
 import configurator
 import train
 from bench.train import read_with_train
-from smol import checkpoint, loader, runtime
+from smol import checkpoint, loader, loop, runtime
 from smol import tokenizer as tok
 
 card = "T4"  # a name in runtime.CARDS
@@ -66,7 +66,8 @@ def plan(o, c, what):
     """Print the plan of a run; o: the settings above, c: those of train.py."""
     net = checkpoint.make_model(c.model, vars(c)).train()
     params = net.num_params()
-    per_step = c.batch_size * c.gradient_accumulation_steps * c.block_size
+    batches = loop.batches_per_step(vars(c))
+    per_step = c.batch_size * batches * c.block_size
     tokens = per_step * c.max_iters
     text, puzzle = (net.flops_per_token(c.block_size, mode, training=True) for mode in ("text", "puzzle"))
     flops = tokens * ((1 - o.puzzles) * text + o.puzzles * puzzle)
@@ -98,7 +99,7 @@ def plan(o, c, what):
         f"{activations / 1e9:.1f} GB for activations ({per_token / 1e3:.0f} kB a token), of {memory} GB"
     )
     if c.model == "trm":  # y and z in float16, for every batch of puzzles of a step and every length
-        batches = math.ceil(o.puzzles * c.gradient_accumulation_steps) * c.carry_turns
+        batches = math.ceil(o.puzzles * batches) * c.carry_turns
         lengths = sum(length <= c.block_size for length in loader.BUCKETS)
         carried = 4 * net.config.n_embd * c.batch_size * c.block_size * lengths * batches
         print(f"  memory of the host: about {carried / 1e9:.1f} GB at most for the carries of puzzles")

@@ -28,7 +28,7 @@ import torch
 
 import configurator
 import train
-from smol import checkpoint, muon, runtime
+from smol import checkpoint, loop, muon, runtime
 from smol import tokenizer as tok
 
 # ---- beside a plain GPT
@@ -216,7 +216,7 @@ def fastest(c, config, device):
     """
     Rows as above for a config's model, with batch sizes, number formats, recomputation and compiled blocks.
     """
-    total = config.batch_size * config.gradient_accumulation_steps
+    total = config.batch_size * loop.batches_per_step(vars(config))
     half = "float16" if runtime.pick_dtype("auto", device) == "float16" else "bfloat16"
     settings = {k: v for k, v in vars(config).items() if k != "recompute"}
     how = {"model": config.model, "settings": settings, "T": config.block_size, "device": device}

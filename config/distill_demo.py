@@ -11,4 +11,4 @@ max_iters = 100
 decay_iters = 50
 eval_interval = 50
 eval_batches = 4
-check_tasks = 31
+eval_suites = "sudoku4"

@@ -15,8 +15,8 @@ A checkpoint is a dict of tensors and plain values, which torch.load(weights_onl
 
 A repository on the hub holds one run, as the hub's own tools expect it: model.safetensors has the weights
 that evaluation uses, config.json the model's Config, for Model.from_pretrained("USER/NAME"), README.md is the
-model card; with push_full there is ckpt.pt, from which the run goes on. Each published step is one commit.
-Tokens are the hub client's business (`hf auth login`, or HF_TOKEN).
+model card; with push_full there is ckpt.pt, from which the run goes on. Each published step is one commit,
+whose files are all of that step. Tokens are the hub client's business (`hf auth login`, or HF_TOKEN).
 
 A checkpoint is named by its file, a folder that holds one, or USER/NAME or USER/NAME@REVISION on the hub.
 
@@ -27,7 +27,6 @@ import contextlib
 import importlib
 import json
 import os
-import platform
 import re
 import shutil
 import zipfile
@@ -38,6 +37,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+from model_dense import one_line
 from smol import runtime
 from smol import tokenizer as tok
 from smol.snapshots import NAME, plainly, repo_name, sha256_file
@@ -65,9 +65,9 @@ def make_model(name, settings):
 
 def save(checkpoint, path, before=None):
     """
-    Write beside, flush to disk, rename: whatever happens on the way, `path` (or `before`, see `newest`) is a
-    whole checkpoint. before: a name under which the one that `path` holds now is kept. OSError when it cannot
-    be written, for example to a full disk; nothing is left behind then.
+    Write beside, flush to disk, rename: whatever happens on the way, `path` is a whole checkpoint. before: a
+    name under which the one that `path` holds now is kept. OSError when it cannot be written, for example to
+    a full disk; nothing is left behind then.
     """
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     beside = f"{path}.tmp"
@@ -77,7 +77,7 @@ def save(checkpoint, path, before=None):
             f.flush()
             os.fsync(f.fileno())
         if before and os.path.exists(path):
-            os.replace(path, before)
+            second_name(path, before)
         os.replace(beside, path)
     except RuntimeError as e:  # how torch.save reports that a write failed
         cause = e.__context__
@@ -90,11 +90,6 @@ def save(checkpoint, path, before=None):
 def previous(path):
     """out/ckpt.pt -> out/ckpt_prev.pt, the checkpoint that was there before the last save."""
     return "_prev".join(os.path.splitext(path))
-
-
-def newest(path):
-    """`path`, or the one before it where a save was killed between its two renames."""
-    return previous(path) if os.path.exists(previous(path)) and not os.path.exists(path) else path
 
 
 def second_name(path, other):
@@ -113,14 +108,14 @@ def local_file(name):
         published = os.path.join(name, WEIGHTS)
         return published if os.path.isfile(published) else os.path.join(name, "ckpt.pt")
     if re.fullmatch(rf"{NAME}/{NAME}(@.+)?", name) and not name.endswith((".pt", ".safetensors")):
-        return str(download(name, WEIGHTS, "config.json") / WEIGHTS)
+        return str(download(name, WEIGHTS, "config.json", "log.jsonl", "evals.jsonl") / WEIGHTS)
     return name
 
 
 def load(name, map_location="cpu"):
     """
     -> the checkpoint dict. FileNotFoundError or ValueError, in one line, for a missing file, a file that is
-    damaged or no checkpoint, one of another format, or one trained with another tokenizer.
+    damaged or no checkpoint, and for what `fault_of` finds. It names the checkpoint before, if there is one.
     """
     path = local_file(name)
     if not os.path.isfile(path):
@@ -133,19 +128,28 @@ def load(name, map_location="cpu"):
                 if f.testzip() is not None:
                     raise ValueError("checksum")
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        wrong = fault_of(checkpoint)
     except Exception as e:  # noqa: BLE001 (bytes that are no checkpoint fail in any way they like)
-        raise ValueError(f"{path} is not a checkpoint, or it is damaged ({type(e).__name__})") from None
+        wrong = f"is not a checkpoint, or it is damaged ({type(e).__name__})"
+    if wrong:
+        older = previous(path)
+        hint = f"; the one before it is {older}" if os.path.exists(older) else ""
+        raise ValueError(f"{path} {wrong}{hint}")
+    return checkpoint
+
+
+def fault_of(checkpoint):
+    """What is wrong with what a file held, as the end of a sentence, or None."""
     needed = {"format", "model", "model_config", "weights", "ema", "tokenizer", "train"}
     if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
-        raise ValueError(f"{path} is not a checkpoint that train.py wrote")
+        return "is not a checkpoint that train.py wrote"
     if checkpoint["format"] != CHECKPOINT_FORMAT:
-        found = checkpoint["format"]
-        raise ValueError(
-            f"{path} has checkpoint format {found!r}, and this version reads {CHECKPOINT_FORMAT}"
-        )
+        return f"has checkpoint format {checkpoint['format']!r}, and this version reads {CHECKPOINT_FORMAT}"
     if checkpoint["tokenizer"] != tok.fingerprint():
-        raise ValueError(f"{path} was trained with another tokenizer: its token ids mean something else here")
-    return checkpoint
+        return "was trained with another tokenizer: its token ids mean something else here"
+    if name := not_finite(checkpoint["weights"]) or not_finite(checkpoint["ema"]):
+        return f"has weights that are not finite ({name})"
+    return None
 
 
 def read_published(path, map_location):
@@ -170,36 +174,12 @@ def not_finite(weights):
     return None if all(finite) else list(weights)[finite.index(False)]
 
 
-def load_finite(path):
-    """
-    `load`, for whoever trains on: ValueError also where a weight or an average is not finite. It names the
-    checkpoint before, if there is one.
-    """
-    try:
-        checkpoint = load(path)
-        wrong = not_finite(checkpoint["weights"]) or not_finite(checkpoint["ema"])
-        if wrong:
-            raise ValueError(f"{path} has weights that are not finite ({wrong})")
-    except ValueError as e:
-        older = previous(path)
-        hint = (
-            f"; the one before it is {older}: rename it to go on from there" if os.path.exists(older) else ""
-        )
-        raise ValueError(f"{e}{hint}") from None
-    return checkpoint
-
-
 def load_weights(model, weights, path):
-    """Copy a state dict in. ValueError naming the first differences if the shapes are another model's."""
-    here = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    there = {k: tuple(v.shape) for k, v in weights.items()}
-    wrong = [k for k in {**here, **there} if here.get(k) != there.get(k)]
-    if wrong:
-        shown = ", ".join(
-            f"{k} is {there.get(k, 'missing')} there and {here.get(k, 'missing')} here" for k in wrong[:3]
-        )
-        raise ValueError(f"{path} does not fit this model: {len(wrong)} tensors differ, the first: {shown}")
-    model.load_state_dict(weights)
+    """Copy a state dict in. ValueError in one line where it is another model's."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as e:
+        raise ValueError(f"{path} does not fit this model: {one_line(e)}") from None
 
 
 def load_model(path, device="cpu"):
@@ -219,54 +199,34 @@ def path_of(config):
     return os.path.join(config["out_dir"], "ckpt.pt")
 
 
-def begin(config, device, anew, distilled=False):
+def begin(config, anew, distilled=False):
     """
     Where a run begins, the same in all processes: as `starting_point`, after out_dir, where it is empty and
     the run resumes, got what push_to holds. anew: what is in out_dir may be replaced. distilled: whether
     distill.py asks, which goes on with its own runs only.
     """
-    init_from, out_dir, push_to = config["init_from"], config["out_dir"], config["push_to"]
+    init_from, push_to, path = config["init_from"], config["push_to"], path_of(config)
     with runtime.errors_agree():
-        empty = not os.path.exists(newest(path_of(config)))
-        if init_from == "resume" and push_to and empty and runtime.local_rank == 0:
-            pull(push_to, out_dir)
+        if init_from == "resume" and push_to and runtime.local_rank == 0 and not os.path.exists(path):
+            pull(push_to, config["out_dir"])
     with runtime.errors_agree():
-        start, path, resumed = starting_point(init_from, out_dir, anew)
-        if resumed and ("teacher" in start["train"]["data"]) != distilled:
-            other = "train.py" if distilled else "distill.py"
-            raise ValueError(f"{path} was written by {other}: use that, or another --out_dir")
-        step = start["train"]["iter"] if resumed else -1
-    with runtime.errors_agree():
-        if runtime.sums([step], device)[0] != step * runtime.world_size:
-            raise ValueError(f"{out_dir} does not hold the same checkpoint on every machine: copy it to all")
-    return start, path, resumed
+        return starting_point(init_from, path, anew, distilled)
 
 
-def nothing_left(start, config):
-    """Whether a run that would go on is already at its last step: then it is published, and that is all."""
-    step = start["train"]["iter"]
-    if step < config["max_iters"]:
-        return False
-    runtime.print0(
-        f"{path_of(config)} is of step {step}, the last of {config['max_iters']}: nothing left to do"
-    )
-    Publication(config).end(step)
-    runtime.end_processes()
-    return True
-
-
-def starting_point(init_from, out_dir, overwrite):
+def starting_point(init_from, path, overwrite, distilled=False):
     """
-    Where a run begins -> (checkpoint, its path, whether the run goes on from it); (None, None, False) from
-    scratch. The run that is in out_dir goes on with 'resume', with 'auto', and with the checkpoint that it
-    has begun with: the same command, again. overwrite: what is in out_dir may be replaced. FileNotFoundError
-    or ValueError in one line, also where out_dir holds another run.
+    Where a run whose checkpoint is `path` begins -> (checkpoint, its path, whether the run goes on from it);
+    (None, None, False) from scratch. It goes on with 'resume', with 'auto', and with the checkpoint that it
+    has begun with: the same command, again. FileNotFoundError or ValueError in one line, also where `path`
+    is another run's.
     """
-    path = newest(os.path.join(out_dir, "ckpt.pt"))
     held = os.path.exists(path) and not overwrite
     if init_from == "resume" or (held and init_from != "scratch"):
-        checkpoint = load_finite(path)
+        checkpoint = load(path)
         train = checkpoint["train"]
+        if ("teacher" in train["data"]) != distilled:
+            other = "train.py" if distilled else "distill.py"
+            raise ValueError(f"{path} was written by {other}: use that, or another --out_dir")
         if init_from in ("resume", "auto", train.get("began_with")):
             return checkpoint, path, True
     if held:
@@ -276,7 +236,7 @@ def starting_point(init_from, out_dir, overwrite):
         )
     if init_from in ("auto", "scratch"):
         return None, None, False
-    return load_finite(init_from), init_from, False
+    return load(init_from), init_from, False
 
 
 def check_same_data(before, now):
@@ -302,10 +262,7 @@ def load_optimizers(optimizers, name, train):
             f"the checkpoint has the state of optimizer {train.get('optimizer_name')!r}, not {name!r}"
         )
     for optimizer, state in zip(optimizers, train["optimizers"]):
-        own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        optimizer.load_state_dict(state)
-        for group, settings in zip(optimizer.param_groups, own):
-            group.update(settings)
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state["state"]})
 
 
 def gather_carries(carries, device):
@@ -329,24 +286,17 @@ def own_carries(everyones):
     return {key: carry for key, carry in carries.items() if key[0] % runtime.world_size == runtime.rank}
 
 
-def restore(start, run, config, scaler, device):
+def restore(start, run, config, scaler):
     """
-    What a run that goes on needs besides weights, optimizers and data: its counters (into `run`), the scale,
-    the random states -> (carries of this process, lines that say what is not as it was).
+    What a run that goes on needs besides weights, optimizers and data: its counters (into `run`), the scale
+    -> (carries of this process, lines that say which settings have changed).
     """
     state, was = start["train"], start["config"]
     run.update({k: state[k] for k in run})
     if state["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
     changed = [f"{k}={v!r} (was {was.get(k)!r})" for k, v in config.items() if was.get(k) != v]
-    if len(state["rng"]) == runtime.world_size:
-        torch.set_rng_state(state["rng"][runtime.rank]["cpu"])
-        cuda = state["rng"][runtime.rank]["cuda"]
-        if device.startswith("cuda") and cuda is not None:
-            torch.cuda.set_rng_state(cuda)
-    else:
-        changed.append(f"{runtime.world_size} processes (were {len(state['rng'])}): equal but for rounding")
-    shape = ("batch_size", "block_size", "gradient_accumulation_steps", "carry_turns")
+    shape = ("batch_size", "block_size", "gradient_accumulation_steps", "batch_tokens", "carry_turns")
     same = all(was.get(k) == config.get(k) for k in shape)
     return own_carries(state["carries"]) if same else {}, changed
 
@@ -358,17 +308,8 @@ def save_run(train, config, net, model, average, optimizers, scaler, carries, de
     disk; if not, a line has said so.
     """
     saved, path, step = True, path_of(config), train["iter"]
-    cuda = torch.cuda.get_rng_state() if device.startswith("cuda") else None
-    rng = runtime.gather({"cpu": torch.get_rng_state(), "cuda": cuda})
     carries = gather_carries(carries, device)
     if runtime.master:
-        rest = {
-            "optimizer_name": config["optimizer"],
-            "optimizers": [o.state_dict() for o in optimizers],
-            "scaler": scaler.state_dict(),
-            "rng": rng,
-            "carries": carries,
-        }
         whole = {
             "format": CHECKPOINT_FORMAT,
             "model": model,
@@ -377,8 +318,13 @@ def save_run(train, config, net, model, average, optimizers, scaler, carries, de
             "ema": average,
             "tokenizer": tok.fingerprint(),
             "config": config,
-            "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
-            "train": {**train, **rest},
+            "train": {
+                **train,
+                "optimizer_name": config["optimizer"],
+                "optimizers": [o.state_dict() for o in optimizers],
+                "scaler": scaler.state_dict(),
+                "carries": carries,
+            },
         }
         try:
             save(whole, path, previous(path))
@@ -420,7 +366,8 @@ def download(name, *files):
                 f"{file.name} of {name} is not what its hash says: run it again to fetch it anew"
             )
     if not (folder / files[0]).is_file():
-        raise ValueError(f"{name} has no {files[0]} on the hub")
+        hint = f": it was pushed without push_full; --init_from={name} takes its weights"
+        raise ValueError(f"{name} has no {files[0]} on the hub{hint if files[0] == 'ckpt.pt' else ''}")
     return folder
 
 
@@ -489,13 +436,13 @@ def create(repo):
 def push(folder, repo, full):
     """
     Publish the run in a folder, in one commit; of what is there already, nothing is sent. full: with ckpt.pt,
-    all that a run needs to go on, three times the weights; without, one that is there stays. Returns a line
-    to show; ValueError or OSError in one line.
+    all that a run needs to go on, three times the weights; without, one that is there, of an earlier step, is
+    taken away, and stays in its own commit. Returns a line to show; ValueError or OSError in one line.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     create(repo)
-    path = os.path.join(folder, "ckpt.push")
+    what, path = "all of it" if full else "weights alone", os.path.join(folder, "ckpt.push")
     second_name(os.path.join(folder, "ckpt.pt"), path)  # the next save takes nothing from under the reader
     try:
         at = load(path)
@@ -503,9 +450,7 @@ def push(folder, repo, full):
         files = {name: Path(folder, name) for name in BESIDES}
         files = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
         train = {k: v for k, v in at["train"].items() if k in FIGURES}
-        settings = {
-            k: v for k, v in at["config"].items() if not k.endswith("_dir")
-        }  # those are this machine's
+        settings = {k: v for k, v in at["config"].items() if not k.endswith("_dir")}  # this machine's
         about = {"model": at["model"], "tokenizer": at["tokenizer"], "train": train, "settings": settings}
         files["config.json"] = json.dumps({**at["model_config"], **about}, indent=2).encode()
         files["README.md"] = card(repo, at, runtime.read_log(os.path.join(folder, "evals.jsonl"))).encode()
@@ -515,10 +460,13 @@ def push(folder, repo, full):
             files["ckpt.pt"] = path
         operations = [CommitOperationAdd(name, content) for name, content in files.items()]
         with plainly(f"pushing step {step} to {repo}"):
+            if not full and HfApi().file_exists(repo, "ckpt.pt"):
+                operations.append(CommitOperationDelete("ckpt.pt"))
+                what += " (ckpt.pt was of another step; the commits before have it)"
             commit = HfApi().create_commit(repo, operations, commit_message=f"step {step}").oid
     finally:
         os.remove(path)
-    return f"step {step} is at {repo}, {'all of it' if full else 'weights alone'}, commit {commit[:12]}"
+    return f"step {step} is at {repo}, {what}, commit {commit[:12]}"
 
 
 class Publication:

@@ -27,6 +27,7 @@ from smol.loader import Loader
 from smol.muon import muon_and_adamw
 from smol.snapshots import repo_name
 
+PATIENCE = 600.0  # seconds that a finished run waits for its last evaluation
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of the checkout
 
 # where a run is: what a checkpoint has beside the weights, and the path of those that it began with
@@ -49,11 +50,7 @@ def check_settings(config):
         raise ValueError(f"min_lr={config['min_lr']} must be at most learning_rate={config['learning_rate']}")
     if config["mixture"] and not any(config["mixture"].values()):
         raise ValueError(f"mixture must give a share above 0 to some source, got {config['mixture']}")
-    batches = config["gradient_accumulation_steps"]
-    if batches % runtime.world_size:
-        raise ValueError(
-            f"gradient_accumulation_steps={batches} cannot be shared evenly by {runtime.world_size} processes"
-        )
+    batches_per_step(config)
     if config["push_to"]:
         repo_name(config["push_to"])
     asked = suites.names(config["eval_suites"]) if config["eval_suites"] else []
@@ -63,6 +60,25 @@ def check_settings(config):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"{package} is not installed: pip install {package.replace('_', '-')}")
     runtime.pick_device(config["eval_device"])
+
+
+def batches_per_step(config):
+    """
+    How many batches an optimizer step has, over all processes: gradient_accumulation_steps, or those that
+    make batch_tokens. ValueError where the processes cannot share them evenly.
+    """
+    batches, tokens, n = config["gradient_accumulation_steps"], config.get("batch_tokens"), runtime.world_size
+    if tokens:
+        rows, length = config["batch_size"], config["block_size"]
+        batches = tokens // (rows * length)
+        if tokens % (rows * length * n):
+            raise ValueError(
+                f"batch_tokens={tokens} is not a multiple of batch_size * block_size * processes = "
+                f"{rows} * {length} * {n} = {rows * length * n}"
+            )
+    elif batches % n:
+        raise ValueError(f"gradient_accumulation_steps={batches} cannot be shared evenly by {n} processes")
+    return batches
 
 
 def make_loader(config, net, seen):
@@ -78,7 +94,7 @@ def make_loader(config, net, seen):
         seed=config["seed"],
         batch_size=config["batch_size"],
         block_size=config["block_size"] or net.config.block_size,
-        batches_per_step=config["gradient_accumulation_steps"],
+        batches_per_step=batches_per_step(config),
         puzzle_format=net.puzzle_format,
         rank=runtime.rank,
         world_size=runtime.world_size,
@@ -223,11 +239,11 @@ def averaged_weights(net, average):
 
 
 @torch.no_grad()
-def validate(run, net, average, loader, autocast, device, config):
+def validate(run, net, average, loader, autocast, device, config, log=None):
     """
     run["val_losses"] = {source: mean loss}, run["val_loss"] = mean over the sources of text, or None; each
-    process takes its share of the batches. Ends the run where a loss is not finite. Returns the entry for
-    log.jsonl, with val_bpb = {source of text: bits per byte}, and a line to print.
+    process takes its share of the batches. Prints a line, and writes an entry to `log` if there is one, with
+    val_bpb = {source of text: bits per byte}. Ends the run where a loss is not finite.
     """
     net.eval()
     sums = {name: [0.0, 0.0, 0.0] for _, name, _ in loader.val}  # of losses, of rows, of bytes of text
@@ -250,8 +266,9 @@ def validate(run, net, average, loader, autocast, device, config):
     if not all(map(math.isfinite, losses.values())):
         diverged(f"the validation loss of step {run['iter']} is not finite ({losses})", config)
     shown = (f"{k} {v:.3f}" + (f" ({bpb[k]:.3f} bits a byte)" if k in bpb else "") for k, v in losses.items())
-    entry = {"iter": run["iter"], "val_loss": run["val_loss"], "val_losses": losses, "val_bpb": bpb}
-    return entry, f"step {run['iter']}: validation {', '.join(shown)}"
+    if log and losses:
+        log.write({"iter": run["iter"], "val_loss": run["val_loss"], "val_losses": losses, "val_bpb": bpb})
+    runtime.print0(f"step {run['iter']}: validation {', '.join(shown) or 'of nothing'}")
 
 
 def show_samples(n, net, average, loader):
@@ -394,7 +411,7 @@ def end(run, log, ahead, evaluation, publication, saved, stopping, interrupted, 
     ahead.close()
     if saved and not interrupted:
         publication.end(step)
-    evaluation.end(0 if stopping else config["eval_minutes"])
+    evaluation.end(0 if stopping else PATIENCE)
     log.close()
     if not saved:
         runtime.stop(f"the last steps, up to {step}, were not saved; {path} is untouched")
@@ -451,8 +468,8 @@ class Evaluation:
                 (figures,) = (r for r in json.load(f).values() if r["checkpoint"] == self.link)
             solved = {k: f"{r['solved']}/{r['total']}" for k, r in figures["suites"].items() if "solved" in r}
             runtime.print0(f"step {self.step}: solved " + ", ".join(f"{k} {n}" for k, n in solved.items()))
-            figures["checkpoint"] = checkpoint.path_of(self.config)
-            runtime.append_log({"iter": self.step, **figures}, os.path.join(self.out_dir, "evals.jsonl"))
+            line = {"iter": self.step, "suites": figures["suites"]}
+            runtime.append_log(line, os.path.join(self.out_dir, "evals.jsonl"))
             rates = {k: r["solved"] / r["total"] for k, r in figures["suites"].items() if "solved" in r}
             # a tracker takes no step before its last, and the evaluation is of an earlier one
             entry = {"solved": rates, "solved_iter": self.step}
@@ -464,11 +481,11 @@ class Evaluation:
         os.remove(self.link)
         self.process = None
 
-    def end(self, minutes):
+    def end(self, seconds):
         """The run is over: wait this long for the last evaluation."""
         if self.process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(60 * minutes)
+                self.process.wait(seconds)
             self.process.kill()  # does nothing to one that has ended
             self.process.wait()
         self.collect()

@@ -153,7 +153,7 @@ def write(results, records, folder):
     """folder/report.html; returns its path. Whatever is in the data, it cannot end its script element."""
     models = [{"name": name, **r, "data": dict(r["data"])} for name, r in results.items()]
     for model in models:  # known by its run: where that lies on this machine is nobody else's business
-        del model["checkpoint"], model["data"]["data_dir"]
+        del model["checkpoint"], model["folder"], model["data"]["data_dir"]
     data = {
         "models": models,
         "tasks": tasks_with_answers(records),
@@ -187,11 +187,12 @@ def history(results):
     """
     Of each run, [{name, model: its first one here, points, losses}]. points: [{iter, suites: {suite: {solved,
     total, interval}}}] of its checkpoints where several were asked, else as in its evals.jsonl. losses: the
-    held-out loss {source: [[iter, loss]]} of its log.jsonl.
+    held-out loss {source: [[iter, loss]]} of its log.jsonl. Both files lie beside a checkpoint, and are
+    published with it.
     """
     runs, out = {}, []
     for name, r in results.items():
-        runs.setdefault(os.path.dirname(r["checkpoint"]), []).append(name)
+        runs.setdefault(r["folder"], []).append(name)
     for folder, names in runs.items():
         entries = [results[name] for name in names]
         if len(names) == 1:

@@ -433,7 +433,7 @@ def draw_losses(out_dir):
         axes.plot(*smooth(points("losses", source)), label=source, alpha=0.7, **style)
         if found := points("val_losses", source):
             axes.plot(*zip(*found), ls=":", marker="o", ms=4, **style)
-    axes.set(xlabel="step", ylabel="loss in nats", title=out_dir)
+    axes.set(xlabel="step", ylabel="loss in nats", title=os.path.basename(os.path.abspath(out_dir)))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, ncols=2, title="lines: training, smoothed; dots: validation", title_fontsize=8)
     save_picture(figure, os.path.join(out_dir, "loss.png"))

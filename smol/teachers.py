@@ -12,7 +12,6 @@ Every model can be read in this form, so a student of either route learns from a
     left to right (Route A, a text model)   the (h, w) cells of an answer, the end of each row at column w and
                                             of the answer at (h, 0), each given the answer before it
     canvas (Route B)                        all cells of the canvas, OVER is <|void|>; the answer is not read
-    votes (either route)                    shares of the answers to several views; the answer is not read
 
 A teacher is an object with `about` (a dict that identifies it), `sources` (names of those it has learned
 from), `cannot` (why it cannot teach "text" or "puzzle", if so), `context` (the longest text it reads),
@@ -21,9 +20,7 @@ where a task is too long. A task is an arc.Task of one test pair, whose output n
 distill.py.
 """
 
-import hashlib
 import os
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -31,13 +28,12 @@ import torch.nn.functional as F
 
 from model_dense import document_starts
 from model_trm import ANSWER_IDS
-from smol import arc, checkpoint, engine, solve
+from smol import arc, checkpoint, engine
 from smol import tokenizer as tok
 from smol.snapshots import sha256_file
 
 OUTCOMES = 11  # ten colours and OVER
 OVER = 10
-VOTE_FLOOR = 0.01  # share of the votes that is spread over all outcomes: no colour is impossible
 
 # -----------------------------------------------------------------------------
 # tasks, answers and frames
@@ -135,36 +131,18 @@ def until_first_difference(log_p, answer):
     return log_p.masked_fill(after[:, None], torch.nan)
 
 
-def solved(teacher, tasks):
-    """
-    The share of tasks where the likeliest outcome is right everywhere: for Route A, where its greedy answer
-    is.
-    """
-    right = 0
-    for task, frame in zip(tasks, teacher.frames(tasks, [task.test[0][1] for task in tasks])):
-        answer = task.test[0][1]
-        if frame is not None and not resize(frame, *answer.shape).isnan().any():
-            known = ~frame.isnan().any(-1)
-            right += bool((frame.argmax(-1) == outcomes_of(answer, *known.shape))[known].all())
-    return right / max(1, len(tasks))
-
-
 # -----------------------------------------------------------------------------
 # a model of ours
 
 
 class Ours:
-    """
-    A model of either route. n_sup: Route B's supervision steps (None: its own). n_views > 1: votes
-    (solve.py).
-    """
+    """A model of either route."""
 
     n_ids, cannot = tok.END + 1, {}
 
-    def __init__(self, model, about=None, sources=(), n_sup=None, n_views=1):
-        self.model, self.sources, self.n_sup, self.n_views = model, sources, n_sup, n_views
-        self.about = {**(about or {}), "n_sup": n_sup, "n_views": n_views}
-        self.reads_answers = model.puzzle_format == "autoregressive" and n_views == 1
+    def __init__(self, model, about=None, sources=()):
+        self.model, self.about, self.sources = model, about, sources
+        self.reads_answers = model.puzzle_format == "autoregressive"
         self.context = model.config.block_size
 
     @torch.no_grad()
@@ -178,14 +156,7 @@ class Ours:
 
     @torch.no_grad()
     def frames(self, tasks, answers):
-        training = self.model.training
-        self.model.eval()
-        if self.n_views > 1:
-            frames = self.of_votes(tasks)
-        else:
-            frames = self.of_answers(tasks, answers) if self.reads_answers else self.of_canvases(tasks)
-        self.model.train(training)
-        return frames
+        return self.of_answers(tasks, answers) if self.reads_answers else self.of_canvases(tasks)
 
     def of_answers(self, tasks, answers):
         frames, rows = [None] * len(tasks), []
@@ -204,29 +175,11 @@ class Ours:
     def of_canvases(self, tasks):
         frames = [None] * len(tasks)
         for where, idx in self.model.canvases(tasks):
-            *_, (_, y, _) = self.model.answer_steps(idx, self.n_sup)
+            *_, (_, y, _) = self.model.answer_steps(idx)
             log_p = F.linear(y, self.model.wte.weight[ANSWER_IDS]).float().log_softmax(-1).cpu()
             for row, (i, _, (h, w), start) in zip(log_p, where):
                 frames[i] = row[start : start + h * (w + 1)].view(h, w + 1, OUTCOMES)[:, :w]
         return frames
-
-    def of_votes(self, tasks):
-        # the views follow from a task's id, so the id has to follow from the task
-        named = [replace(t, id=hashlib.sha256(prompt(t).numpy().tobytes()).hexdigest()) for t in tasks]
-        settings = solve.Settings(augment=self.n_views, n_sup=self.n_sup)
-        frames = []
-        for task, (given,) in zip(tasks, solve.solve(self.model, solve.without_answers(named), settings)):
-            voted = [c for c in given.candidates if c.votes] if given else []
-            shape = arc.canvas_shape(task.train, task.test[0][0])
-            frames.append(frame_of_votes(voted, shape) if voted else None)
-        return frames
-
-
-def frame_of_votes(candidates, shape):
-    """Shares of the votes as a frame, a row and a column larger than all of the candidates and `shape`."""
-    rows, columns = np.max([shape, *(c.grid.shape for c in candidates)], axis=0) + 1
-    votes = sum(c.votes * F.one_hot(outcomes_of(c.grid, rows, columns), OUTCOMES) for c in candidates)
-    return ((1 - VOTE_FLOOR) * votes / sum(c.votes for c in candidates) + VOTE_FLOOR / OUTCOMES).log()
 
 
 # -----------------------------------------------------------------------------
@@ -242,23 +195,17 @@ PIECES = {
     tok.INPUT: "Input:\n",
     tok.OUTPUT: "Output:\n",
     tok.ROW: "\n",
-    **{tok.CELL0 + c: f" {c}" for c in range(10)},
 }
-
+BEFORE_A_CELL = (" ", "")  # " 7" is one token of GPT-2's; Qwen's has every digit alone, without the space
 NEW_LINE = 198  # GPT-2's id
-
-
-def render(ids):
-    """A document of ours, without its EOT, as plain text."""
-    return "".join(PIECES[int(i)] for i in ids)
 
 
 class HuggingFace:
     """
     A causal language model in a folder or on the hub, through `transformers`, which reads a puzzle as text.
-    It can teach text if its vocabulary is GPT-2's, and puzzles if its tokenizer maps cells exactly: a cell
-    and the end of a row are one token each, and the tokens of a text are those of its pieces. ValueError if
-    it can teach neither.
+    It can teach text if its vocabulary is GPT-2's, and puzzles if its tokenizer maps cells exactly, with a
+    space before each or without: a cell and the end of a row are one token each, and the tokens of a text are
+    those of its pieces. ValueError if it can teach neither.
     """
 
     reads_answers, sources, n_ids = True, (), tok.N_GPT2
@@ -278,14 +225,9 @@ class HuggingFace:
         self.model = model.to(device).eval().requires_grad_(False)
         self.context = getattr(model.config, "max_position_embeddings", None) or 10**9
         self.about = {"path": name, "model": model.config.model_type, "params": model.num_parameters()}
-        self.ids = {token: self.encode(text) for token, text in PIECES.items()}
-        single = [self.ids[token] for token in (*range(tok.CELL0, tok.CELL0 + 10), tok.ROW)]
-        self.outcomes = [*(ids[0] for ids in single), self.tokenizer.eos_token_id]  # 12
-        x, y = np.arange(10, dtype=np.uint8).reshape(2, 5), np.full((3, 1), 9, np.uint8)
-        probes = [arc.encode(kind, [(x, y), (y, x)])[:-1] for kind in arc.KINDS]
-        exact = all(self.encode(render(ids)) == self.tokens(ids) for ids in probes)
+        self.begin = self.tokenizer.encode("")  # what a text begins with, such as Gemma's <bos>
         self.cannot = {}  # what it cannot teach, and why
-        if not exact or None in self.outcomes or any(len(ids) != 1 for ids in single):
+        if self.tokenizer.eos_token_id is None or not any(map(self.maps_cells, BEFORE_A_CELL)):
             self.cannot["puzzle"] = "its tokenizer does not write every cell as one token"
         text = tok.load().decode(range(tok.EOT))  # of all words, one after the other
         ids = tok.load().encode_ordinary(text)
@@ -299,6 +241,18 @@ class HuggingFace:
         if len(self.cannot) == 2:
             raise ValueError(f"teacher {name}: {self.cannot['text']}, and {self.cannot['puzzle']}")
 
+    def maps_cells(self, before):
+        """Whether the tokenizer maps cells exactly, with this before each; then `tokens` writes them so."""
+        self.pieces = PIECES | {tok.CELL0 + c: f"{before}{c}" for c in range(10)}
+        self.ids = {token: self.encode(text) for token, text in self.pieces.items()}
+        single = [self.ids[token] for token in (*range(tok.CELL0, tok.CELL0 + 10), tok.ROW)]
+        if any(len(ids) != 1 for ids in single):
+            return False
+        self.outcomes = [*(ids[0] for ids in single), self.tokenizer.eos_token_id]  # 12
+        x, y = np.arange(10, dtype=np.uint8).reshape(2, 5), np.full((3, 1), 9, np.uint8)
+        probes = [arc.encode(kind, [(x, y), (y, x)])[:-1] for kind in arc.KINDS]
+        return all(self.encode(self.render(ids)) == self.tokens(ids) for ids in probes)
+
     @torch.no_grad()
     def read(self, idx):
         """Texts idx (B, T), right-padded -> (B, T, D) for `logits`; a reserved id is read as a new line."""
@@ -311,6 +265,10 @@ class HuggingFace:
     def encode(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False)
 
+    def render(self, ids):
+        """A document of ours, without its EOT, as plain text."""
+        return "".join(self.pieces[int(i)] for i in ids)
+
     def tokens(self, ids):
         """ids of ours, without EOT -> list of the teacher's."""
         return [i for token in map(int, ids) for i in self.ids[token]]
@@ -319,7 +277,7 @@ class HuggingFace:
     def frames(self, tasks, answers):
         frames, rows = [None] * len(tasks), []
         for i, (task, answer) in enumerate(zip(tasks, answers)):
-            ids = self.tokens(document(task, answer)[:-1])
+            ids = self.begin + self.tokens(document(task, answer)[:-1])
             if len(ids) <= self.context:
                 rows.append((i, torch.tensor(ids), answer.shape))
         for batch in engine.batches_by_length(rows, lambda row: len(row[1])):
@@ -334,18 +292,14 @@ class HuggingFace:
         return frames
 
 
-def load(path, device, dtype="float32", n_sup=None, n_views=1):
+def load(path, device, dtype="float32"):
     """
     The teacher at path: a checkpoint of ours, or a folder or hub name ("hf:NAME") of Hugging Face's, whose
     weights are loaded in dtype. FileNotFoundError or ValueError, in one line.
     """
     if path.startswith("hf:") or os.path.isfile(os.path.join(path, "config.json")):
-        if n_sup is not None or n_views != 1:
-            raise ValueError(f"teacher {path} is a text model: it takes no teacher_n_sup or teacher_n_views")
         return HuggingFace(path.removeprefix("hf:"), device, dtype)
     model, saved = checkpoint.load_model(path, device)
-    if wrong := checkpoint.not_finite(model.state_dict()):
-        raise ValueError(f"teacher {path} has weights that are not finite ({wrong})")
     about = {"path": path, "sha256": sha256_file(checkpoint.local_file(path)), "model": saved["model"]}
     sources = saved["train"].get("data", {}).get("sources", [])
-    return Ours(model.requires_grad_(False), about, sources, n_sup, n_views)
+    return Ours(model.requires_grad_(False), about, sources)

@@ -114,13 +114,13 @@ def test_carries_go_to_the_processes_whose_batches_they_are(monkeypatch):
     [
         ("half written", (1, 0)),
         ("flush", (1, 0)),
-        ("rename 1", (1, 0)),
-        ("rename 2", (0, 1)),
+        ("second name", (1, 0)),
+        ("rename", (1, 1)),
         ("end", (2, 1)),
     ],
 )
 def test_a_killed_save_leaves_a_whole_checkpoint(moment, there, tmp_path, monkeypatch):
-    path, replace, renames = str(tmp_path / "ckpt.pt"), os.replace, [0]
+    path = str(tmp_path / "ckpt.pt")
 
     def die(*args):
         raise KeyboardInterrupt
@@ -129,23 +129,20 @@ def test_a_killed_save_leaves_a_whole_checkpoint(moment, there, tmp_path, monkey
         f.write(b"half of it")
         die()
 
-    def rename(a, b):
-        renames[0] += 1
-        if moment == f"rename {renames[0]}":
-            die()
-        replace(a, b)
-
     ckpt.save(make(train={"iter": 1}), path)
     with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
         patch.setattr(os, "remove", lambda path: None)  # who is killed does not clean up
-        patch.setattr(os, "replace", rename)
         if moment == "half written":
             patch.setattr(torch, "save", half)
         if moment == "flush":
             patch.setattr(os, "fsync", die)
+        if moment == "second name":
+            patch.setattr(os, "link", die)
+        if moment == "rename":
+            patch.setattr(os, "replace", die)
         ckpt.save(make(train={"iter": 2}), path, ckpt.previous(path))
     found = [ckpt.load(p)["train"]["iter"] if os.path.exists(p) else 0 for p in (path, ckpt.previous(path))]
-    assert tuple(found) == there and ckpt.load(ckpt.newest(path))["train"]["iter"] == max(there)
+    assert tuple(found) == there
     ckpt.save(make(), path)
     assert not list(tmp_path.glob("*.tmp"))  # what was half written is gone
 
@@ -176,18 +173,18 @@ def test_a_save_that_fails_leaves_what_was_there(at, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["ckpt.pt"] and path.read_bytes() == before
 
 
-def test_what_is_not_finite_is_not_gone_on_from_and_the_one_before_is_named(tmp_path):
+def test_what_is_not_finite_is_not_read_and_the_one_before_is_named(tmp_path):
     path, older = tmp_path / "ckpt.pt", tmp_path / "ckpt_prev.pt"
     good, bad = make(), make()
     bad["weights"]["norm_f.weight"][3] = math.inf
     for broken in (bad, {**good, "ema": bad["weights"]}):
         ckpt.save(broken, path)
-        refused(path, r"not finite \(norm_f.weight\)$", call=ckpt.load_finite)
+        refused(path, r"not finite \(norm_f.weight\)$")
     ckpt.save(good, older)
-    refused(path, "not finite.*the one before it is .*ckpt_prev.pt", call=ckpt.load_finite)
+    refused(path, "not finite.*the one before it is .*ckpt_prev.pt")
     path.write_text("half of it")
-    refused(path, "damaged.*the one before it is .*ckpt_prev.pt", call=ckpt.load_finite)
-    assert ckpt.load_finite(older)["train"]["iter"] == 7
+    refused(path, "damaged.*the one before it is .*ckpt_prev.pt")
+    assert ckpt.load(older)["train"]["iter"] == 7
 
 
 def test_a_second_name_outlives_the_first(tmp_path, monkeypatch):
@@ -210,38 +207,25 @@ def test_the_same_command_begins_goes_on_and_never_replaces_another_run(tmp_path
     path, other = "run/ckpt.pt", "other.pt"
     ckpt.save(make(), other)
 
+    def run(began_with):
+        return make(train={"iter": 9, "began_with": began_with, "optimizers": [], "data": {}})
+
     def begin(init_from, overwrite=False):
-        found, where, resumed = ckpt.starting_point(init_from, "run", overwrite)
+        found, where, resumed = ckpt.starting_point(init_from, path, overwrite)
         return found and found["train"]["iter"], where, resumed
 
     for init_from in ("auto", "scratch"):
         assert begin(init_from) == (None, None, False)
     assert begin(other) == (7, other, False)
     refused(path, "does not exist", call=lambda _: begin("resume"))
-    ckpt.save(make(train={"iter": 9, "began_with": other, "optimizers": []}), path)
+    ckpt.save(run(other), path)
     assert begin("auto") == begin("resume") == begin(other) == (9, path, True)
     refused(path, "exists", "--init_from=resume", "--overwrite=True", call=lambda _: begin("scratch"))
     assert begin("scratch", True) == begin("auto", True) == (None, None, False)
     assert begin(other, True) == (7, other, False)
-    os.rename(path, "run/ckpt_prev.pt")  # a save was killed between its two renames
-    assert begin("auto") == (9, "run/ckpt_prev.pt", True)
     for began_with in (None, "elsewhere.pt"):
-        ckpt.save(make(train={"iter": 9, "began_with": began_with, "optimizers": []}), path)
+        ckpt.save(run(began_with), path)
         refused(path, "exists", "--init_from=resume", call=lambda _: begin(other))
-
-
-def test_machines_that_do_not_hold_the_same_checkpoint_do_not_begin(tmp_path, monkeypatch, capsys):
-    config = {"init_from": "auto", "out_dir": str(tmp_path), "push_to": ""}
-    monkeypatch.setattr(runtime, "exit_now", lambda message: pytest.fail(message))
-    monkeypatch.setattr(runtime, "world_size", 2)
-    for step in (None, 9):
-        if step:
-            ckpt.save(make(train={"iter": step, "data": {}, "optimizers": []}), tmp_path / "ckpt.pt")
-        monkeypatch.setattr(runtime, "sums", lambda values, device: [2 * values[0]])
-        assert ckpt.begin(config, "cpu", False)[2] == bool(step)
-        monkeypatch.setattr(runtime, "sums", lambda values, device: [values[0] + 7])  # another has step 7
-        with pytest.raises(pytest.fail.Exception, match="same checkpoint on every machine"):
-            ckpt.begin(config, "cpu", False)
 
 
 def test_other_data_are_refused():
@@ -303,13 +287,11 @@ def test_what_is_not_a_checkpoint_or_damaged_is_refused(tmp_path):
 def test_weights_of_another_model(tmp_path):
     path = tmp_path / "ckpt.pt"
     torch.save(make(model_config={**SMALL, "n_ff": 16}), path)
-    refused(path, "does not fit", r"is \(16, 12\) there and \(32, 12\) here", call=ckpt.load_model)
+    refused(path, "does not fit", r"\[16, 12\]\) from checkpoint.*\[32, 12\]", call=ckpt.load_model)
     torch.save(make(model="trm"), path)
     net = ckpt.make_model("dense", SMALL)
-    before = {k: v.clone() for k, v in net.state_dict().items()}
     weights = ckpt.load(path)["weights"]
-    refused(path, "does not fit", "missing here", call=lambda p: ckpt.load_weights(net, weights, p))
-    assert equal(dict(net.state_dict()), before)
+    refused(path, "does not fit", "Unexpected", call=lambda p: ckpt.load_weights(net, weights, p))
 
 
 def test_models_that_do_not_exist():

@@ -1,10 +1,10 @@
 """distill.py and teachers.py: by hand, with stand-ins for teachers, and as a user runs them."""
 
 import contextlib
-import hashlib
 import importlib.util
 import json
 import math
+import shutil
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +19,8 @@ import torch.nn.functional as F
 import configurator
 import distill
 from model_trm import ANSWER_IDS
-from smol import arc, checkpoint, engine, loader, puzzles, runtime, solve, suites, teachers
+from smol import arc, checkpoint, engine, loader, puzzles, runtime, suites, teachers
 from smol import tokenizer as tok
-from smol.solve import Candidate
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
@@ -119,24 +118,6 @@ def test_route_b_says_of_any_answer_what_its_forward_says():
     assert teachers.Ours(tiny.make("trm", 16)).frames(tasks, answers) == [None] * 3  # too long
 
 
-def test_votes_are_the_shares_of_what_the_views_answer():
-    model, (task,) = tiny.make("trm"), suites.load("sudoku4")[:1]
-    (frame,) = teachers.Ours(model, n_views=8).frames([task], [None])
-    candidates = []
-    name = hashlib.sha256(teachers.prompt(task).numpy().tobytes()).hexdigest()
-    for view in solve.views(replace(task, id=name), 8, solve.Settings().seed):
-        grid, _ = model.answer([solve.apply_view(view, task)])[0][0][0]
-        candidates.append(Candidate(arc.invert(view.symmetry, grid), votes=1))
-    assert torch.allclose(frame, teachers.frame_of_votes(candidates, (4, 4)), atol=1e-5)
-    three = [Candidate(tiny.grid("12/34"), votes=3), Candidate(tiny.grid("15"), votes=1)]
-    shares = teachers.frame_of_votes(three, (2, 2)).exp()
-    floor = teachers.VOTE_FLOOR / 11
-    for (r, c), outcome, share in [((0, 0), 1, 1), ((0, 1), 2, 0.75), ((1, 0), teachers.OVER, 0.25)]:
-        wanted = (1 - teachers.VOTE_FLOOR) * share + floor
-        assert shares[r, c, outcome].item() == pytest.approx(wanted, abs=1e-6)
-    assert torch.allclose(shares.sum(-1), torch.ones(3, 3))
-
-
 def test_a_teacher_that_has_not_read_an_answer_counts_up_to_the_first_difference():
     log_p = torch.full((7, 11), -9.0)  # the teacher would write 12/34
     log_p[range(7), [1, 2, teachers.OVER, 3, 4, teachers.OVER, teachers.OVER]] = 0.0
@@ -158,6 +139,30 @@ def test_a_row_is_read_back_as_its_task(puzzle_format):
 
 
 @pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A tiny Qwen whose tokenizer has every digit alone and no space before it, as the real one."""
+    transformers = pytest.importorskip("transformers")
+    import tokenizers
+
+    folder = tmp_path_factory.mktemp("digits")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    words = {token: i for i, token in enumerate([*alphabet, "In", "put", "Input", "<|end|>"])}
+    merges = [("I", "n"), ("p", "u"), ("pu", "t"), ("In", "put")]
+    words["pu"] = len(words)
+    own = tokenizers.Tokenizer(tokenizers.models.BPE(words, merges))
+    alone = tokenizers.pre_tokenizers.Digits(individual_digits=True)
+    by_byte = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    own.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([alone, by_byte])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=own, eos_token="<|end|>").save_pretrained(folder)
+    shape = dict(num_hidden_layers=2, hidden_size=16, intermediate_size=24, num_attention_heads=2)
+    config = transformers.Qwen2Config(
+        vocab_size=len(words), **shape, num_key_value_heads=1, initializer_range=0.5
+    )
+    transformers.Qwen2ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def gpt2(tmp_path_factory):
     """A tiny GPT-2 with random weights and the real vocabulary."""
     transformers = pytest.importorskip("transformers")
@@ -171,23 +176,49 @@ def gpt2(tmp_path_factory):
     return folder
 
 
-def test_a_text_model_says_of_an_answer_what_it_says_of_the_text(gpt2, tmp_path):
-    teacher = teachers.load(str(gpt2), "cpu")
+@pytest.mark.parametrize("name, before", [("gpt2", " "), ("digits", "")])
+def test_a_text_model_says_of_an_answer_what_it_says_of_the_text(name, before, request):
+    folder = request.getfixturevalue(name)
+    teacher = teachers.load(str(folder), "cpu")
+    assert list(teacher.cannot) == (["text"] if name == "digits" else [])
     tasks, answers = some_tasks()
     tasks, answers = tasks[1:], answers[1:]
     for task, answer, frame in zip(tasks, answers, teacher.frames(tasks, answers)):
-        text = teachers.render(teachers.document(task, answer)[:-1])
-        ends = "".join("".join(f" {c}" for c in row) + "\n" for row in answer)
+        text = teacher.render(teachers.document(task, answer)[:-1])
+        ends = "".join("".join(f"{before}{c}" for c in row) + "\n" for row in answer)
         assert text.endswith("Output:\n" + ends)
         ids = teacher.tokenizer(text, return_tensors="pt")["input_ids"]
         theirs = teacher.model(ids).logits[0]
         h, w = answer.shape
-        cells = [teacher.tokenizer.encode(f" {c}")[0] for c in range(10)]
+        cells = [teacher.tokenizer.encode(f"{before}{c}")[0] for c in range(10)]
         (row,) = teacher.tokenizer.encode("\n")
+        end = teacher.tokenizer.eos_token_id
         for r, c in [*np.ndindex(h, w + 1), (h, 0)]:
-            before = len(theirs) - 1 - h * (w + 1) + r * (w + 1) + c
-            expected = theirs[before, [*cells, tok.EOT if c == 0 else row]].log_softmax(-1)
+            at = len(theirs) - 1 - h * (w + 1) + r * (w + 1) + c
+            expected = theirs[at, [*cells, end if c == 0 else row]].log_softmax(-1)
             assert torch.allclose(frame[r, c], expected, atol=1e-4)
+
+
+def test_a_text_model_begins_a_text_as_its_tokenizer_does(digits, tmp_path):
+    """Gemma, for one, reads nothing sensible without its <bos>."""
+    import tokenizers
+
+    shutil.copytree(digits, tmp_path, dirs_exist_ok=True)
+    own = tokenizers.Tokenizer.from_file(str(digits / "tokenizer.json"))
+    bos = ("<|end|>", own.token_to_id("<|end|>"))
+    own.post_processor = tokenizers.processors.TemplateProcessing("<|end|> $A", None, [bos])
+    own.save(str(tmp_path / "tokenizer.json"))
+    tasks, answers = some_tasks()
+    without, teacher = (teachers.load(str(folder), "cpu") for folder in (digits, tmp_path))
+    (frame,) = teacher.frames(tasks[2:], answers[2:])
+    assert not torch.allclose(frame[0, 0], without.frames(tasks[2:], answers[2:])[0][0, 0], atol=1e-4)
+    asked = teacher.render(teachers.document(tasks[2], answers[2])[:-3])
+    theirs = teacher.model(torch.tensor([[bos[1], *teacher.encode(asked)]])).logits[0, -1]
+    cells = [*(teacher.encode(str(c))[0] for c in range(10)), bos[1]]
+    assert torch.allclose(frame[0, 0], theirs[cells].log_softmax(-1), atol=1e-4)
+
+
+def test_a_text_model_that_can_teach_nothing_is_refused(gpt2, tmp_path):
     merges = (gpt2 / "merges.txt").read_text().replace("Ġ 7\n", "")  # a 7 is two tokens now
     for file in gpt2.iterdir():
         if file.name != "tokenizer.json":
@@ -195,8 +226,6 @@ def test_a_text_model_says_of_an_answer_what_it_says_of_the_text(gpt2, tmp_path)
     (tmp_path / "merges.txt").write_text(merges)
     with pytest.raises(ValueError, match="not GPT-2's, and .* every cell as one token"):
         teachers.load(str(tmp_path), "cpu")
-    with pytest.raises(ValueError, match="text model"):
-        teachers.load(str(gpt2), "cpu", n_views=4)
 
 
 def test_a_text_model_says_of_a_text_what_its_forward_says(gpt2):
@@ -315,6 +344,33 @@ def test_on_policy_batches_are_what_the_student_writes(name, short_texts, monkey
             assert np.array_equal(mine.test[0][1], drawn[0][0])
             assert np.array_equal(mine.test[0][0], task.test[0][0]) and len(mine.train) == len(task.train)
         assert stats["own"] == 3
+
+
+def test_a_step_learns_from_what_the_student_writes(short_texts, monkeypatch):
+    """Of texts and of puzzles, as it would from the same as data."""
+    net, guide = tiny.make("dense").train(), teachers.Ours(tiny.make("dense", 128))
+    with torch.no_grad():
+        guide.model.wte.weight.mul_(0.5)
+    puzzle = batch_of(suites.load("sudoku4")[:3], net.puzzle_format)
+    batches = [text_batch(), replace(puzzle, key=(1, 48))]
+
+    def loss(batches, share):
+        monkeypatch.setattr(distill, "on_policy", share)
+        scaler, context = torch.amp.GradScaler("cpu", enabled=False), contextlib.nullcontext()
+        args = guide, batches, ["prose", "sudoku4"], 5, {}, scaler, context, "cpu"
+        return distill.forward_backward(distill.Loss(net), net, *args)[0]["loss"]
+
+    data, own = loss(batches, 0.0), loss(batches, 1.0)
+    written = distill.own_batches(net, guide, batches, 5, defaultdict(int))
+    assert loss(written, 0.0) == pytest.approx(own, rel=1e-5) and abs(own - data) > 0.01
+    for half in ([batches[0], written[1]], [written[0], batches[1]]):
+        assert abs(loss(half, 0.0) - own) > 1e-3
+
+    monkeypatch.setattr(distill, "on_policy", 1.0)
+    monkeypatch.setattr(distill, "sample_temperature", 0)  # then nothing is drawn
+    greedy, again = (distill.own_batches(net, guide, batches, step, defaultdict(int)) for step in (5, 6))
+    assert all(torch.equal(one.idx, two.idx) for one, two in zip(greedy, again))
+    assert not any(torch.equal(one.targets, two.targets) for one, two in zip(greedy, written))
 
 
 def test_texts_are_drawn_from_the_models_distribution():
@@ -463,7 +519,10 @@ def test_the_student_comes_nearer_to_its_teacher(student, teacher, models):
 
 
 def test_the_student_comes_nearer_to_its_teacher_on_text(short_texts):
-    """Of 300 words; 30 steps on what it writes bring the divergence on other texts to 0.53."""
+    """
+    Of 300 words; the teacher has other weights and is half as sure. 30 steps on what the student writes bring
+    the divergence on other texts to 0.28; from a teacher as sure as itself, of other words, to 0.53.
+    """
     torch.manual_seed(0)
     net, guide = tiny.make("dense").train(), teachers.Ours(tiny.make("dense"))
     guide.n_ids = 300
@@ -471,6 +530,7 @@ def test_the_student_comes_nearer_to_its_teacher_on_text(short_texts):
     with torch.no_grad():
         for p in guide.model.parameters():
             p.add_(0.2 * torch.randn_like(p))
+        guide.model.norm_f.weight.mul_(0.5)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-2)
 
     def texts(number):
@@ -485,13 +545,13 @@ def test_the_student_comes_nearer_to_its_teacher_on_text(short_texts):
         loss(*distill.own_batches(net, guide, [texts(step)], step, defaultdict(float))).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert loss(texts(1000)).item() < 0.6 * before
+    assert loss(texts(1000)).item() < before / 2
 
 
 # as a user runs it
 
 RUN = """--batch_size=2 --gradient_accumulation_steps=2 --log_interval=1 --eval_batches=1 --warmup_iters=2
-    --decay_iters=2 --learning_rate=3e-3 --check_tasks=4 --block_size=128 --max_iters=3 --eval_interval=3
+    --decay_iters=2 --learning_rate=3e-3 --block_size=128 --max_iters=3 --eval_interval=3
     --mixture={'stdlib':1,'sudoku4':3}"""
 
 

@@ -244,6 +244,18 @@ def test_lm_eval_gives_what_is_known(local_benchmarks):
     assert found["bits_per_byte"]["value"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_lm_eval_keeps_the_end_of_each_context_that_is_too_long(local_benchmarks):
+    """Of a prompt four tokens are read, and two where two are written. The third answer is a wrong one."""
+    model = Table(block_size=4)
+    for country, city in (("France", "Paris"), ("Italy", "Rome"), ("Peru", "Quito")):
+        prompt = tok.load().encode_ordinary(f"The capital of {country} is")
+        first, *rest = tok.load().encode_ordinary(f" {city}.")
+        model.next |= {tuple(prompt[-4:]): first, tuple(prompt[-2:]): first, (*prompt[-2:], first): rest[0]}
+    figures = language.evaluate_benchmarks(model, "lm_eval:capitals,writing")["results"]
+    assert figures["capitals"]["acc"]["value"] == pytest.approx(2 / 3, abs=1e-5)
+    assert figures["writing"]["exact_match"]["value"] == pytest.approx(2 / 3, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     "prompt, asked, read, written",
     [(21, 8, 21, 8), (21, 60, 21, 43), (81, 16, 48, 16), (81, 2048, 32, 32)],

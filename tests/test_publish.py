@@ -65,8 +65,15 @@ def test_a_published_run_goes_on_elsewhere_as_if_it_had_never_stopped(hub, data,
     assert losses(far) == losses(trained)  # its log was there as well
     before = len(hub.log)
     code, out, err = train(hub, data, far, *push)  # the same command again sends nothing
-    assert code == 0 and "nothing left to do" in out and "step 6 is at ada/run" in out, err
+    assert code == 0 and "going on after step 6" in out and "step 6 is at ada/run" in out, err
     assert not [x for x in hub.log[before:] if x[0] == "PUT"]
+
+    whole = hub.repos["ada/run"].branches["main"]  # later weights never stand beside an earlier ckpt.pt
+    code, out, err = train(hub, data, far, push[0], "--max_iters=7")
+    assert code == 0 and "step 7 is at ada/run, weights alone (ckpt.pt was of another step" in out, err
+    assert "ckpt.pt" not in hub.files("ada/run") and "ckpt.pt" in hub.files("ada/run", whole)
+    told = json.loads(hub.files("ada/run")["config.json"])
+    assert told["train"]["iter"] == 7 and "batch_tokens" in told["settings"]
 
 
 def test_published_weights_are_loaded_evaluated_and_trained_on_by_name(hub, data, trained, tmp_path):
@@ -74,7 +81,8 @@ def test_published_weights_are_loaded_evaluated_and_trained_on_by_name(hub, data
     theirs = whole["ema"] = {k: w + 0.01 for k, w in whole["weights"].items()}  # what evaluation uses
     shutil.copytree(trained, tmp_path / "run")
     checkpoint.save(whole, tmp_path / "run" / "ckpt.pt")
-    solved = {"iter": 3, "suites": {"sudoku4": {"solved": 2, "total": 5}, "language": {"seconds": 1.0}}}
+    suites = {"sudoku4": {"solved": 2, "total": 5, "interval": [0.1, 0.8]}, "language": {"seconds": 1.0}}
+    solved = {"iter": 3, "suites": suites}
     (tmp_path / "run" / "evals.jsonl").write_text(json.dumps(solved) + "\n")
     code, out, err = run(hub, "", code=PUSH.format(str(tmp_path / "run"), "ada/light", False))
     assert code == 0 and "step 6 is at ada/light, weights alone" in out, err
@@ -89,7 +97,7 @@ def test_published_weights_are_loaded_evaluated_and_trained_on_by_name(hub, data
     hub.put("ada/light", {"model.safetensors": b"of another day" * 100})
 
     code, out, err = run(hub, "", code=PULL.format("ada/light", str(tmp_path / "far")))
-    assert code == 1 and "ada/light has no ckpt.pt on the hub" in err.splitlines()[-1]
+    assert code == 1 and "ada/light has no ckpt.pt on the hub: it was pushed without push_full" in err
     code, out, err = run(hub, "eval_arc.py", "ada/light", f"--out_dir={tmp_path}", "--suites=sudoku4")
     assert code == 1 and "not a checkpoint, or it is damaged" in err.splitlines()[-1]
     asked = ["--suites=sudoku4", "--limit=1", f"--out_dir={tmp_path}", "--device=cpu"]
@@ -98,6 +106,9 @@ def test_published_weights_are_loaded_evaluated_and_trained_on_by_name(hub, data
     (name, about), *_ = json.loads((tmp_path / "eval.json").read_text()).items()
     assert (name, about["iter"], about["data"]["stage"]) == ("ada/light@v0.1", 6, "demo")
     assert about["sha256"] == hashlib.sha256(files["model.safetensors"]).hexdigest()
+    page = (tmp_path / "report.html").read_text()  # with the run's curves, and nothing of this machine
+    assert '"losses":{"' in page and '"points":[{"iter":3,"suites":{"sudoku4"' in page
+    assert str(hub.home) not in page
     code, out, err = run(hub, "sample.py", "ada/light@v0.1", "--max_new_tokens=1", "--device=cpu")
     assert code == 0, err
 
@@ -114,7 +125,7 @@ os.chdir({str(tmp_path / "empty")!r})
 sys.path.insert(0, {str(scripts.ROOT)!r})
 import torch
 from {checkpoint.MODEL_FILES[told["model"]]} import Model
-model = Model.from_pretrained("ada/light", revision="v0.1", strict=True)
+model = Model.from_pretrained("ada/light", revision="v0.1")
 torch.save(model.state_dict(), "weights.pt")
 model.push_to_hub("ada/again")
 """
@@ -124,6 +135,20 @@ model.push_to_hub("ada/again")
     assert loaded.keys() == theirs.keys() and all(torch.equal(loaded[k], theirs[k]) for k in theirs)
     again = safetensors.torch.load(hub.files("ada/again")["model.safetensors"])
     assert again.keys() == theirs.keys() and all(torch.equal(again[k], theirs[k]) for k in theirs)
+
+
+def test_a_file_without_some_of_the_weights_is_refused_in_one_line(tmp_path):
+    model = tiny.dense()
+    model.save_pretrained(tmp_path)
+    weights = {k: v for k, v in model.state_dict().items() if k != "norm_f.weight"}
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
+    for load in (type(model).from_pretrained, checkpoint.load_model):
+        with pytest.raises(ValueError, match=r"does not fit this model: Missing .*norm_f.weight") as e:
+            load(tmp_path)
+        assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
+    (tmp_path / "config.json").unlink()  # as where the hub has no such repository
+    with pytest.raises(ValueError, match="no config.json, or there is no such repository or revision"):
+        type(model).from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", tiny.BUILD)

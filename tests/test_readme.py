@@ -31,7 +31,7 @@ RUN = {
     r"^python sample\.py .*--task=sudoku4": [],
     r"^python eval_arc\.py .*--suites=sudoku4,maze": ["--limit=1"],
     r"^python distill\.py config/distill_demo\.py": [
-        *("--max_iters=1", "--eval_interval=1", "--eval_batches=1", "--check_tasks=1")
+        *("--max_iters=1", "--eval_interval=1", "--eval_batches=1", "--eval_limit=1")
     ],
 }
 

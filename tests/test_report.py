@@ -50,7 +50,8 @@ def found(tmp_path_factory):
     for name, model in (("a", "dense"), ("b", "trm")):
         about = {"params": 7, "iter": 3, "val_loss": float("nan"), "model": model}
         about["data"] = {"data_dir": str(folder), "stage": "demo", "tag": None}
-        results[name] = {**about, "checkpoint": str(folder / name / "ckpt.pt"), "suites": {}}
+        where = {"checkpoint": str(folder / name / "ckpt.pt"), "folder": str(folder / name)}
+        results[name] = {**about, **where, "suites": {}}
         for key, some in records.items():
             if key[0] == name:
                 figures = eval_arc.figures(some, 2 if key[1] == "arc1" else 1)
