@@ -51,8 +51,7 @@ data_dir = "data"
 seed = 1  # of everything that is generated
 force = False  # build the stage although it is there
 num_proc = 0  # worker processes; 0: one for each core
-engine = "local"  # "ray": on a Ray cluster that shares the data folder
-ray_address = ""  # of that cluster; empty: a local one of num_proc workers
+engine = "local"  # "ray": on the Ray cluster that RAY_ADDRESS names, or else a local one
 dry_run = False  # print what would be built or deleted, and stop
 # ---- which documents
 sources = ""  # names, with commas between: only these sources of the stage
@@ -75,7 +74,6 @@ RANGES = {
     ("local", "ray"): "engine",
 }
 USAGE = "COMMAND [STAGE[:TAG] | SOURCE | USER/NAME:TAG]"
-UNITS_IN_USE = "work/keys.json"  # {stage: {source: key of the units that its last build used, or was using}}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -105,14 +103,10 @@ def build(c, stage):
         print(f"stage {stage!r} is already there: {data / 'stages' / stage} (--force=True builds it anew)")
         return
     print(f"building stage {stage!r} in {data}: {reason}")
-    used = snapshots.read_json(data / UNITS_IN_USE)
-    used[stage] = {**used.get(stage, {}), **keys}
-    snapshots.write(data / UNITS_IN_USE, snapshots.to_json(used))
+    snapshots.write(data / "metadata" / stage / "units.json", snapshots.to_json(keys))  # for clean
     if "arc" in keys:
         write_arc_tasks(data)
     pipeline.build_stage(c, data, stage, parts, evaluations, {"inputs": inputs, "notes": notes})
-    used[stage] = keys
-    snapshots.write(data / UNITS_IN_USE, snapshots.to_json(used))
     show_stage(data, stage)
 
 
@@ -151,8 +145,10 @@ def write_arc_tasks(data):
         return [{"input": i.tolist(), "output": o.tolist()} for i, o in pairs]
 
     for name in arc.SETS:
-        tasks = {t.id: {"train": official(t.train), "test": official(t.test)} for t in arc.load(name)}
-        snapshots.write(data / "arc" / f"{name}.json", json.dumps(tasks) + "\n")
+        path = data / "arc" / f"{name}.json"
+        if not path.exists():
+            tasks = {t.id: {"train": official(t.train), "test": official(t.test)} for t in arc.load(name)}
+            snapshots.write(path, json.dumps(tasks) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -250,12 +246,12 @@ def verify(c, name):
 
 
 def clean(c):
-    """Delete shards that no manifest lists and units that no stage's last build used, or was using."""
+    """Delete shards that no manifest lists and units that no stage's last build used, finished or not."""
     data, total = Path(c.data_dir), 0
-    builds = snapshots.read_json(data / UNITS_IN_USE).values()
+    builds = [snapshots.read_json(path) for path in data.glob("metadata/*/units.json")]
     used = {data / "work" / name / key for keys in builds for name, key in keys.items()}
-    units = [path for path in sorted(data.glob("work/*/*")) if re.fullmatch("[0-9a-f]{16}", path.name)]
-    for path in [*snapshots.unlisted_files(data), *(path for path in units if path not in used)]:
+    units = {path.parent for path in data.glob("work/*/*/*.npz")}
+    for path in [*snapshots.unlisted_files(data), *sorted(units - used)]:
         size = sum(p.stat().st_size for p in ([path] if path.is_file() else path.iterdir()))
         total += size
         print(f"{path}: {size:,} bytes")
