@@ -105,7 +105,8 @@ def build(c, stage):
     print(f"building stage {stage!r} in {data}: {reason}")
     snapshots.write(data / "metadata" / stage / "units.json", snapshots.to_json(keys))  # for clean
     if "arc" in keys:
-        write_arc_tasks(data)
+        for name in arc.SETS:  # as they are published; the `_eval` sets are for evaluation alone
+            snapshots.write(data / "arc" / f"{name}.json", json.dumps(arc.tasks_in(name)) + "\n")
     pipeline.build_stage(c, data, stage, parts, evaluations, {"inputs": inputs, "notes": notes})
     show_stage(data, stage)
 
@@ -136,19 +137,6 @@ def show_plan(c, stage, parts, notes):
         print(f"{part.name:18}{part.source.group:7}{part.share:7.1%}{part.target:>15,.0f}   {where}")
     for note in notes:
         print(f"note: {note}")
-
-
-def write_arc_tasks(data):
-    """data/arc/SET.json in the official layout. The evaluation sets are for evaluation alone."""
-
-    def official(pairs):
-        return [{"input": i.tolist(), "output": o.tolist()} for i, o in pairs]
-
-    for name in arc.SETS:
-        path = data / "arc" / f"{name}.json"
-        if not path.exists():
-            tasks = {t.id: {"train": official(t.train), "test": official(t.test)} for t in arc.load(name)}
-            snapshots.write(path, json.dumps(tasks) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------

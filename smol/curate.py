@@ -417,7 +417,7 @@ def arc_tables(tasks):
 
 
 def written_out(grids, n):
-    """-> sorted hashes of n lines of a grid, each a word; pieces of fewer than three colours are too common."""
+    """-> sorted hashes of n lines of a grid, each a word; of fewer than three colours they are too common."""
     texts = [(grid + 48).tobytes().decode() for grid in grids]
     widths = [grid.shape[1] for grid in grids]
     words = [" ".join(text[i : i + w] for i in range(0, len(text), w)) for text, w in zip(texts, widths)]
