@@ -32,7 +32,6 @@ smol/curate.py (what is kept), smol/pipeline.py (how it becomes a stage), smol/s
 import concurrent.futures.process
 import contextlib
 import difflib
-import fcntl
 import itertools
 import json
 import re
@@ -45,6 +44,7 @@ from types import SimpleNamespace
 import configurator
 from smol import arc, pipeline, snapshots, tokenizer, units
 from smol import sources as table
+from smol.files import lock
 
 # ---- where and how
 data_dir = "data"
@@ -103,6 +103,8 @@ def build(c, stage):
         print(f"stage {stage!r} is already there: {data / 'stages' / stage} (--force=True builds it anew)")
         return
     print(f"building stage {stage!r} in {data}: {reason}")
+    for left in [*data.glob("processed/*/*.tmp"), *data.glob("work/*/*/*.tmp")]:  # of a killed build
+        left.unlink()
     snapshots.write(data / "metadata" / stage / "units.json", snapshots.to_json(keys))  # for clean
     if "arc" in keys:
         for name in arc.SETS:  # as they are published; the `_eval` sets are for evaluation alone
@@ -180,7 +182,7 @@ def show_stage(data, stage):
     for group, share in mixture["groups"].items():
         print(f"{group:7}{share:6.1%} {'#' * round(60 * share)}")
     folder = data / "metadata" / stage
-    print(f"dropped, by rule (examples: {folder / 'dropped.md'})")
+    print(f"dropped, by rule (examples: {folder / 'filters.json'})")
     for source, report in snapshots.read_json(folder / "filters.json").items():
         text = f"  {source:16}{units.Dropped(report['dropped'])}"
         print(textwrap.fill(text, 100, subsequent_indent=" " * 18))
@@ -251,20 +253,6 @@ def clean(c):
 # ---------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def only_one(data):
-    """Two builds in one folder would write the same files. The lock dies with the process that has it."""
-    data.mkdir(parents=True, exist_ok=True)
-    with open(data / ".lock", "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another prepare.py is at work in {data}/; wait for it") from None
-        for left in [*data.glob("processed/*/*.tmp"), *data.glob("work/*/*/*.tmp")]:  # of a killed build
-            left.unlink(missing_ok=True)
-        yield
-
-
 ALONE = {"status": status, "clean": clean}
 WITH_ARGUMENT = {
     "show": show,
@@ -292,7 +280,7 @@ def main(argv):
                 f"{command} needs {'one' if command in WITH_ARGUMENT else 'no'} argument (--help)"
             )
         alone = command in READ_ONLY or c.dry_run
-        with contextlib.nullcontext() if alone else only_one(Path(c.data_dir)):
+        with contextlib.nullcontext() if alone else lock(c.data_dir, "prepare.py"):
             if command in table.STAGES:
                 build(c, command)
             else:

@@ -327,8 +327,7 @@ def find_duplicates(current, earlier):
 
     def seen_before(arrays):
         keys = np.concatenate([np.zeros(0, np.uint64), *arrays])
-        _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-        return (first[inverse] < np.arange(len(keys)))[len(keys) - len(current) :]
+        return curate.occurred_before(keys)[len(keys) - len(current) :]
 
     verdict = np.zeros(len(current), np.uint8)
     banded = [d for d in (*earlier, current) if d.has_bands]
@@ -370,7 +369,6 @@ def build_stage(c, data, stage, parts, evaluations, provenance):
         "groups": {g: round(share, 9) for g, share in groups.items()},
     }
     provenance = {**provenance, "sources": about}
-    write(data / "metadata" / stage / "dropped.md", dropped_page(stage, filters))
     write_stage(data, stage, entries, mixture, {"filters": filters, "provenance": provenance})
 
 
@@ -456,15 +454,3 @@ def write_part(c, data, part, documents, verdict, val, records):
             entries.append(write_shard(data, about, split, left))
     entries.sort(key=lambda e: e["split"])  # training shards first; within a split they stay in order
     return entries, {"read": sum(r["read"] for r in records), "dropped": dropped.rules, **counts}
-
-
-def dropped_page(stage, filters):
-    """What each rule dropped, with a few of the documents, for a person to judge the rules by."""
-    lines = [f"# What was left out of {stage}, and a few examples of it"]
-    for name, report in filters.items():
-        read, train, val = report["read"], report["train"], report["val"]
-        lines.append(f"\n## {name}: {read:,} documents read, {train:,} for training, {val:,} for validation")
-        for rule, found in sorted(report["dropped"].items(), key=lambda item: -item[1]["count"]):
-            lines.append(f"\n### {rule}: {found['count']:,}\n")
-            lines += ["".join(f"    {line}\n" for line in text.split("\n")) for text in found["examples"]]
-    return "\n".join(lines) + "\n"

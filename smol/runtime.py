@@ -8,7 +8,6 @@ uses all of it.
 
 import contextlib
 import ctypes
-import fcntl
 import json
 import os
 import re
@@ -23,6 +22,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from smol import files
 from smol.files import save_picture, write_whole
 
 # -----------------------------------------------------------------------------
@@ -321,19 +321,8 @@ def difference(tensors):
 
 
 def lock(out_dir):
-    """
-    Make the folder, and hold it until this process ends: two runs in one would write the same files.
-    ValueError where another run has it, OSError where it cannot be written to.
-    """
-    os.makedirs(out_dir, exist_ok=True)
-    f = open(os.path.join(out_dir, ".lock"), "w")  # noqa: SIM115 (open as long as the lock is held)
-    try:
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"another run is at work in {out_dir}/: wait, or use another --out_dir") from None
-    except OSError:  # a file system without locks: there a person has to take care
-        pass
-    locks.append(f)
+    """files.lock for the rest of this process."""
+    locks.append(files.lock(out_dir, "run"))
 
 
 def catch_signals():
