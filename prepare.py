@@ -222,12 +222,11 @@ def show(c, name):
 # freezing, checking, cleaning
 
 
-def freeze(c, name):
-    stage, named = snapshots.split_name(name)
-    if not (named or c.tag) or (named and c.tag not in ("", named)):
-        raise ValueError(f"name one tag: python prepare.py freeze {stage} --tag=v0.1")
-    folder = snapshots.freeze(Path(c.data_dir), stage, named or c.tag)
-    print(f"stage {stage!r} is frozen as {stage}:{named or c.tag} in {folder}")
+def freeze(c, stage):
+    if not c.tag:
+        raise ValueError(f"name a tag: python prepare.py freeze {stage} --tag=v0.1")
+    folder = snapshots.freeze(Path(c.data_dir), stage, c.tag)
+    print(f"stage {stage!r} is frozen as {stage}:{c.tag} in {folder}")
 
 
 def verify(c, name):

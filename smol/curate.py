@@ -10,8 +10,8 @@ tokenising does.)
   measure(), RULES   the published quality rules, thresholds in one table
   signatures()       MinHash (rensa, in Rust) of 5-word shingles as band keys
   TextEvaluations    n-grams of evaluation texts, and ARC's test outputs written as digits
-  EvaluationOutputs  ARC's test outputs as grids, under the 8 symmetries and any recolouring
-  EvaluationTasks    its evaluation tasks, by id or demonstration, in tasks that come from elsewhere
+  given_away()       ARC's test outputs as grids, under the 8 symmetries and any recolouring
+  is_evaluation_task its evaluation tasks, by id or demonstration, in tasks that come from elsewhere
   HeldOut            the generated puzzles that are evaluated on
 
 Read next: prepare.py, which runs documents through this.
@@ -221,8 +221,13 @@ def find(keys, known, quick):
 
 def occurred_before(keys):
     """-> (len(keys),) bool: does an equal key stand at a smaller index?"""
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    return first[inverse] < np.arange(len(keys))
+    ordered = np.sort(keys)
+    several = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])  # few, so the rest is quick
+    again = np.zeros(len(keys), bool)
+    at = find(keys, several, bitmap(several))
+    again[at] = True
+    again[at[np.unique(keys[at], return_index=True)[1]]] = False
+    return again
 
 
 # -----------------------------------------------------------------------------
@@ -433,14 +438,16 @@ def trivial(grid):
 
 
 class Likenesses:
-    """Named grids, or several grids as one, to be recognised in any of the 8 symmetries and recolourings."""
+    """
+    (name, grids), ...: grids, or several of them as one, to be recognised in any of the 8 symmetries and
+    recolourings.
+    """
 
-    def __init__(self):
+    def __init__(self, named):
         self.names, self.outlines = {}, set()
-
-    def add(self, name, *grids):
-        self.names.setdefault(arc.canonical_hash(*grids), name)
-        self.outlines.add(tuple(map(outline, grids)))
+        for name, grids in named:
+            self.names.setdefault(arc.canonical_hash(*grids), name)
+            self.outlines.add(tuple(map(outline, grids)))
 
     def find(self, *grids):
         """-> the name, or None."""
@@ -448,27 +455,41 @@ class Likenesses:
             return self.names.get(arc.canonical_hash(*grids))
 
 
-class EvaluationOutputs:
-    """
-    The test outputs of the evaluation sets. A trivial one gives nothing away alone: there the test input has
-    to come before it, turned and recoloured like it.
-    """
+@functools.cache
+def evaluation_tasks():
+    return [task for name in EVALUATION_SETS for task in arc.load(name)]
 
-    def __init__(self):
-        self.known = Likenesses()
-        for task in (task for name in EVALUATION_SETS for task in arc.load(name)):
-            for pair in task.test:
-                self.known.add(task.id, *(pair if trivial(pair[1]) else pair[1:]))
 
-    def matches(self, grids):
-        """grids: of one document, each output after its input. -> ids of the evaluation tasks given away."""
-        found = []
-        for before, grid in zip([None, *grids], grids):
-            if not trivial(grid):
-                found.append(self.known.find(grid))
-            elif before is not None:
-                found.append(self.known.find(before, grid))
-        return [task_id for task_id in found if task_id]
+@functools.cache
+def evaluation_outputs():
+    """Of their tests. A trivial one gives nothing away alone: there the test input has to come before it."""
+    tests = [(task.id, pair) for task in evaluation_tasks() for pair in task.test]
+    return Likenesses((name, pair if trivial(pair[1]) else pair[1:]) for name, pair in tests)
+
+
+def given_away(grids):
+    """grids: of one document, each output after its input -> ids of the tasks whose answers they are."""
+    known, found = evaluation_outputs(), []
+    for before, grid in zip([None, *grids], grids):
+        if not trivial(grid):
+            found.append(known.find(grid))
+        elif before is not None:
+            found.append(known.find(before, grid))
+    return [task_id for task_id in found if task_id]
+
+
+@functools.cache
+def evaluation_demonstrations():
+    pairs = [(task.id, pair) for task in evaluation_tasks() for pair in task.train]
+    return Likenesses((name, pair) for name, pair in pairs if not all(map(trivial, pair)))
+
+
+def is_evaluation_task(task):
+    """By its id, or by a demonstration of one."""
+    if any(task.id == other.id for other in evaluation_tasks()):
+        return True
+    known = evaluation_demonstrations()
+    return any(known.find(*pair) for pair in task.train + task.test)
 
 
 class HeldOut:
@@ -482,9 +503,7 @@ class HeldOut:
         self.hashes = {arc.task_hash(task) for task in tasks}
         # whoever has learned the 288 filled 4x4 grids solves any sudoku of them, so no answer may be shared
         self.answers = {t.test[0][1].tobytes() for t in tasks if is_sudoku4(t)}
-        self.known = Likenesses()
-        for task in tasks:
-            self.known.add(task.id, *task.test[0])
+        self.known = Likenesses((task.id, task.test[0]) for task in tasks)
 
     def has(self, task, augment):
         """Is it one of them, turned or not, or can the loader's augmentation make one of it?"""
@@ -501,37 +520,12 @@ def is_sudoku4(task):
 
 
 @functools.cache
-def evaluation_outputs():
-    return EvaluationOutputs()
-
-
-class EvaluationTasks:
-    """The evaluation sets, recognised by id or by a demonstration, in any symmetry and recolouring."""
-
-    def __init__(self):
-        tasks = [task for name in EVALUATION_SETS for task in arc.load(name)]
-        self.ids, self.known = {task.id for task in tasks}, Likenesses()
-        for task in tasks:
-            for pair in task.train:
-                if not all(map(trivial, pair)):
-                    self.known.add(task.id, *pair)
-
-    def has(self, task):
-        return task.id in self.ids or any(self.known.find(*pair) for pair in task.train + task.test)
-
-
-@functools.cache
-def evaluation_tasks():
-    return EvaluationTasks()
+def held_out(with_rearc):
+    """HeldOut, made once: its puzzles are generated anew. with_rearc: RE-ARC's too, which take seconds."""
+    return HeldOut([*suites.ON_GRIDS, *(["rearc"] if with_rearc and rearc.installed() else [])])
 
 
 @functools.cache
 def held_out_questions():
     """Of the puzzles in words that are evaluated on."""
     return {question for task in suites.load("logic") for question, _ in task.test}
-
-
-@functools.cache
-def held_out(with_rearc):
-    """HeldOut, made once: its puzzles are generated anew. with_rearc: RE-ARC's too, which take seconds."""
-    return HeldOut([*suites.ON_GRIDS, *(["rearc"] if with_rearc and rearc.installed() else [])])

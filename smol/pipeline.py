@@ -186,7 +186,7 @@ def gather_evaluations(c, data, parts, notes):
         else:
             tables[0, name] = np.unique(np.array(list(map(units.puzzle_key, documents)), np.uint64))
     tables |= curate.text_tables(texts)
-    tables |= curate.arc_tables([task for name in curate.EVALUATION_SETS for task in arc.load(name)])
+    tables |= curate.arc_tables(curate.evaluation_tasks())
     packed = io.BytesIO()
     np.savez(packed, **{f"{n}:{name}": hashes for (n, name), hashes in sorted(tables.items())})
     write(path, packed.getvalue())
@@ -445,7 +445,7 @@ def write_part(c, data, part, documents, verdict, val, records):
     if source.suite and source.kind == "puzzle":
         for task in suites.load(source.suite):
             pairs = task.train + task.test
-            if curate.evaluation_outputs().matches([grid for pair in pairs for grid in pair]):
+            if curate.given_away([grid for pair in pairs for grid in pair]):
                 dropped.add("evaluation_output_in_held_out", task.id)
             else:
                 put("val", arc.encode(task.kind, pairs))

@@ -19,7 +19,7 @@ A task in words is an arc.Task with texts in place of grids: test = [("Question:
 language.jsonl, written for this repository, has the items of `language`, small and easy. A question's four
 choices are natural ends of one sentence, about equally long. A function is given by signature and docstring;
 its tests are calls with their values; `solution` passes them and `mistake`, a plausible body, does not.
-The generated tasks are kept out of training: curate.HeldOut.
+The generated tasks are kept out of training: curate.held_out().
 
 Read next: puzzles.py, which makes most of these; eval_arc.py, which asks.
 """

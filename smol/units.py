@@ -202,7 +202,7 @@ def answer_fits(task):
 def judge_puzzles(source, documents, dropped, evaluations):
     """As judge_texts, for puzzles and texts about puzzles."""
     tokens, keys = [], []
-    outputs, tested_on = curate.evaluation_outputs(), evaluations[1]
+    tested_on = evaluations[1]
     for origin, task, grids, pieces in documents:
         name = f"[{origin}] {task.id}"
         same = puzzle_key(task)
@@ -210,13 +210,13 @@ def judge_puzzles(source, documents, dropped, evaluations):
             dropped.add("larger_than_30", name)
         elif source.repo and not answer_fits(task):
             dropped.add("wrong_answer", name)
-        elif source.tasks and curate.evaluation_tasks().has(task):
+        elif source.tasks and curate.is_evaluation_task(task):
             dropped.add("evaluation_task", name)
         elif curate.held_out(source.suite == "rearc" or source.tasks).has(task, source.augment):
             dropped.add("held_out", name)
         elif same in tested_on:
             dropped.add(f"is_in_{tested_on[same]}", name)
-        elif found := outputs.matches(grids):
+        elif found := curate.given_away(grids):
             dropped.add("evaluation_output", f"{name}: {found[0]}")
         else:
             ids = tokenise(pieces)

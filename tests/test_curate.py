@@ -384,9 +384,9 @@ def test_arc_outputs_in_text_are_found_however_they_are_written(evaluations):
 
 
 def test_an_evaluation_output_is_recognised_in_disguise_unless_it_is_trivial():
-    rng, outputs = np.random.default_rng(3), curate.evaluation_outputs()
-    tasks = [task for name in curate.EVALUATION_SETS for task in arc.load(name)]
-    tests = [(task.id, *pair) for task in tasks for pair in task.test]
+    rng, tests = np.random.default_rng(3), []
+    for task in curate.evaluation_tasks():
+        tests += [(task.id, *pair) for pair in task.test]
     trivial = 0
     for name, question, output in tests:
         plain = output.size <= 9 or len(np.unique(output)) == 1
@@ -394,15 +394,15 @@ def test_an_evaluation_output_is_recognised_in_disguise_unless_it_is_trivial():
         shape = arc.random_augment(rng, "arc")
         turned = arc.augment(shape, output)
         # what equals a trivial one by chance gives nothing away, but the whole pair is the evaluation's task
-        assert bool(outputs.matches([turned])) == (not plain)
-        found = outputs.matches([arc.augment(shape, question), turned])
+        assert bool(curate.given_away([turned])) == (not plain)
+        found = curate.given_away([arc.augment(shape, question), turned])
         assert found and (found == [name] or not plain)  # a few outputs are those of several tasks
         if plain and len(np.unique(output)) > 2:  # input and output have to be turned alike, in this order
-            assert not outputs.matches([question, np.rot90(output)])
-            assert not outputs.matches([output, question])
+            assert not curate.given_away([question, np.rot90(output)])
+            assert not curate.given_away([output, question])
     assert trivial == 27
     mine = np.array([[1, 2, 3], [0, 0, 0], [0, 0, 1]], np.uint8)
-    assert outputs.matches([mine, mine, np.zeros((9, 9), np.uint8), np.ones((1, 1), np.uint8)]) == []
+    assert curate.given_away([mine, mine, np.zeros((9, 9), np.uint8), np.ones((1, 1), np.uint8)]) == []
 
 
 def changed_grids(task, change):

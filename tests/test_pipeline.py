@@ -186,10 +186,9 @@ def test_what_must_go_is_gone_and_counted(built):
         tokenizer.load().decode(ids.tolist()) for name, _, ids in documents(built) if name == "fineweb_edu"
     ]
     assert len(texts) > 50 and not [text for text in texts if "417" in text and "crates" in text.lower()]
-    found = curate.evaluation_outputs()
     for source in ("programs", "arc", "maze_hard", "mazes"):
         for _, _, ids in documents(built, source, "train"):
-            assert not found.matches([grid for pair in arc.decode(ids)[1] for grid in pair])
+            assert not curate.given_away([grid for pair in arc.decode(ids)[1] for grid in pair])
 
 
 def test_images_of_an_arc_task_are_on_one_side_of_the_split(tmp_path, monkeypatch):
@@ -225,7 +224,7 @@ def test_tasks_from_elsewhere_are_kept_but_those_of_the_evaluation_sets(tmp_path
         write_rows(tmp_path / f"arc_gen/{i:08x}.json", [json.dumps(official(pairs))])
     write_rows(tmp_path / f"arc_gen/{task.id}.json", [json.dumps(official(own[0]))])  # its id
     write_rows(tmp_path / "arc_gen/99.json", [json.dumps(official([*own[1], demos[0]]))])  # a demonstration
-    answer = (own[2][0][0], np.rot90(task.test[0][1]))  # a test output: EvaluationOutputs finds it
+    answer = (own[2][0][0], np.rot90(task.test[0][1]))  # a test output
     write_rows(tmp_path / "arc_gen/98.json", [json.dumps(official([*own[2], answer]))])
     write_rows(tmp_path / "arc_gen/97.json", ['{"train": 3}'])
     data = tmp_path / "data"
@@ -336,7 +335,7 @@ def test_clean_deletes_what_nothing_uses_and_a_frozen_stage_stays(part, source_d
     assert snapshots.read_manifest(copy, "stage1")[0] != frozen[0]
     assert snapshots.read_manifest(copy, "stage1", "v1") == frozen
     with pytest.raises(SystemExit, match="taken by another state"):
-        prepare.main(["freeze", "stage1:v1", f"--data_dir={copy}"])
+        prepare.main(["freeze", "stage1", "--tag=v1", f"--data_dir={copy}"])
     for _ in range(2):  # the same state again: nothing to do
         prepare.main(["freeze", "stage1", "--tag=v2", f"--data_dir={copy}"])
     old = hashes(copy, "work/arithmetic").keys()
@@ -446,7 +445,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         (["verify"], "verify needs one argument"),
         (["verify", "demo"], "stage 'demo' is not prepared .* run: python prepare.py demo"),
         (["verify", "../demo"], "not the name of a stage"),
-        (["freeze", "demo"], "name one tag"),
+        (["freeze", "demo"], "name a tag"),
         (["show", "graph"], "unknown source 'graph': the closest is 'graphs'"),
     ],
 )

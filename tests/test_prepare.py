@@ -7,20 +7,15 @@ import shutil
 
 import numpy as np
 import pytest
+import test_pipeline
 from test_hub import small_stage
 
 import prepare
 from smol import arc, snapshots, sources, suites, tokenizer
 
 
-def documents(data, split, *of):
-    """(source, tokens) of every document, read with nothing but the layout that data/README.md describes."""
-    for line in (data / "stages/demo/manifest.jsonl").read_text().splitlines():
-        e = json.loads(line)
-        if e["split"] == split and (not of or e["source"] in of):
-            tokens = np.fromfile(data / e["path"], "<u2")
-            for a, b in itertools.pairwise(np.fromfile((data / e["path"]).with_suffix(".idx"), "<i8")):
-                yield e["source"], tokens[a:b]
+def documents(data, split, source=None):
+    return [(name, tokens) for name, _, tokens in test_pipeline.documents(data, source, split, "demo")]
 
 
 def test_the_demo_has_its_sources_and_splits(data):

@@ -6,13 +6,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from tiny import grid
 
 from smol import arc, programs, puzzles
 from smol.puzzles import check_maze, check_sudoku, maze, solve_sudoku, sudoku
-
-
-def grid(text):
-    return np.array([[int(c) for c in row] for row in text.split("/")], np.uint8)
 
 
 def images(g):

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from test_pipeline import documents
 
 import prepare
 from smol import arc, curate, rearc, snapshots, sources, suites, units
@@ -157,7 +158,9 @@ def test_the_suite_is_what_it_has_always_been():
     tasks = suites.load("rearc")
     assert (len(tasks), digest(tasks)) == (361, "1ad272ff9db44fca")
     trained = {*arc.tasks_in("arc1_train")}
-    assert {task.id for task in tasks} <= trained and not trained & curate.evaluation_tasks().ids
+    assert {task.id for task in tasks} <= trained and not trained & {
+        task.id for task in curate.evaluation_tasks()
+    }
     held = curate.HeldOut(["rearc"])  # so the source "arc" need not be searched for these
     assert not any(held.has(task, "arc") for task in sources.arc_tasks())
     assert all(len(arc.encode("arc", task.train + task.test)) <= 1024 for task in tasks)
@@ -196,16 +199,13 @@ def test_a_stage_of_it_is_rebuilt_byte_for_byte_and_keeps_held_out_pairs_out(tmp
         prepare.main(["arc_cpu", f"--data_dir={data}", "--limit_mb=0.1", "--val_every=4", "--num_proc=1"])
         manifests.append((data / "stages/arc_cpu/manifest.jsonl").read_bytes())
     assert manifests[0] == manifests[1]
-    entries, _ = snapshots.read_manifest(data, "arc_cpu")
-    assert {e["source"] for e in entries} == {"rearc"}
-    documents = {"train": [], "val": []}
-    for e in entries:
-        tokens = np.fromfile(data / e["path"], "<u2")
-        ends = np.fromfile((data / e["path"]).with_suffix(".idx"), "<i8")
-        documents[e["split"]] += [arc.decode(tokens[a:b])[1] for a, b in zip(ends, ends[1:])]
+    found = {"train": [], "val": []}
+    for source, split, tokens in documents(data, stage="arc_cpu"):
+        found[split].append(arc.decode(tokens)[1])
+        assert source == "rearc"
     held = {arc.canonical_hash(*task.test[0]) for task in suites.load("rearc")}
-    assert {arc.canonical_hash(*pairs[-1]) for pairs in documents["val"]} <= held
-    trained = {arc.canonical_hash(*pair) for pairs in documents["train"] for pair in pairs}
+    assert {arc.canonical_hash(*pairs[-1]) for pairs in found["val"]} <= held
+    trained = {arc.canonical_hash(*pair) for pairs in found["train"] for pair in pairs}
     assert trained and not trained & held
     # a family is on the side of the split that its original is on
     away = {i for i in few if units.hash64(i.encode()) % 4 == 0}
