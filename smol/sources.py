@@ -132,10 +132,6 @@ def gsm8k(row):
     return f"Question: {text_of(row, 'question').strip()}\nSolution: {answer.strip()}"
 
 
-def question_then_answer(row):
-    return f"{text_of(row, 'question')} {text_of(row, 'answer')}"
-
-
 def square_puzzle(kind, characters):
     """Question and answer are square grids as strings; `characters` are those of colours 0, 1, 2, ..."""
 
@@ -383,7 +379,7 @@ SOURCES = {
 
 # What models are tested on and must not be trained on: texts, looked for in all other texts, and puzzles.
 EVALUATIONS = {
-    "gsm8k_test": replace(SOURCES["gsm8k"], document=question_then_answer, split="test"),
+    "gsm8k_test": replace(SOURCES["gsm8k"], split="test"),
     "sudoku_extreme_test": replace(SOURCES["sudoku_extreme"], files="test.csv"),
     "maze_hard_test": replace(SOURCES["maze_hard"], files="test.csv"),
 }
@@ -478,8 +474,7 @@ def instantiate(document):
     if isinstance(document, list):
         return None, [], document
     if isinstance(document, arc.Task):
-        pairs = document.train + document.test
-        return document, [grid for pair in pairs for grid in pair], [arc.encode(document.kind, pairs)[:-1]]
+        document = document, [arc.encode(document.kind, document.train + document.test)[:-1]], []
     task, parts, more = document
     return task, [grid for pair in task.train + task.test for grid in pair] + more, parts
 
@@ -518,40 +513,28 @@ class Rows:
         while self.part < len(self.parts):
             name, open_part = self.parts[self.part]
             of_lines = reader_of(Path(name)) == "text"
-            with in_one_line(name, self.row):
+            try:
                 self.data = open_part()
                 if self.inside:
                     self.data.load_state_dict(self.inside)
-                rows = iter(self.data[self.row :] if isinstance(self.data, list) else self.data)
-            while True:
-                with in_one_line(name, self.row):
-                    row = next(rows, None)
-                if row is None:
-                    break
-                self.row += 1
-                if of_lines:
-                    row = row["text"]
-                    if not row.strip():
-                        continue
-                    with contextlib.suppress(ValueError):
-                        row = json.loads(row)
-                yield f"{name}:{self.row}", row
+                for row in self.data[self.row :] if isinstance(self.data, list) else self.data:
+                    self.row += 1
+                    if of_lines:
+                        row = row["text"]
+                        if not row.strip():
+                            continue
+                        with contextlib.suppress(ValueError):
+                            row = json.loads(row)
+                    yield f"{name}:{self.row}", row
+            except Exception as e:  # noqa: BLE001 (client, file system and readers raise their own)
+                reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:300]
+                problem = f"cannot read {name} after row {self.row:,}: {reason}"
+                raise ValueError(f"{problem}; mend it, or run the same command again to go on") from None
             self.part, self.row, self.data, self.inside = self.part + 1, 0, None, None
 
     def state(self):
         inside = self.data.state_dict() if hasattr(self.data, "state_dict") else self.inside
         return self.part, self.row, inside
-
-
-@contextlib.contextmanager
-def in_one_line(name, row):
-    """Whatever goes wrong while a file is read is a ValueError."""
-    try:
-        yield
-    except Exception as e:  # noqa: BLE001 (client, file system and readers raise their own)
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:300]
-        problem = f"cannot read {name} after row {row:,}: {reason}"
-        raise ValueError(f"{problem}; mend it, or run the same command again to go on") from None
 
 
 class LocalRows:
