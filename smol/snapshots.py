@@ -377,8 +377,8 @@ def repo_name(repo):
     return repo
 
 
-def push(data, name, repo, private):
-    """Upload the frozen stage `name` (STAGE:TAG) as a dataset under that tag. ValueError if it fails."""
+def push(data, name, repo):
+    """Upload the frozen stage `name` (STAGE:TAG) as a private dataset under that tag, or ValueError."""
     from huggingface_hub import HfApi, hf_hub_download
 
     stage, tag = split_name(name)
@@ -392,7 +392,7 @@ def push(data, name, repo, private):
     ours |= {p.relative_to(data).as_posix(): p for e in entries for p, _ in shard_files(data, e)}
     api = HfApi()
     with plainly(f"cannot push to {repo}"), tempfile.TemporaryDirectory() as staged:
-        api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
+        api.create_repo(repo, repo_type="dataset", private=True, exist_ok=True)
         if tag in [ref.name for ref in api.list_repo_refs(repo, repo_type="dataset").tags]:
             for file in ("manifest.jsonl", "mixture.json"):
                 where = {"repo_type": "dataset", "revision": tag, "local_dir": staged}
