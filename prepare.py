@@ -32,7 +32,6 @@ smol/curate.py (what is kept), smol/pipeline.py (how it becomes a stage), smol/s
 import concurrent.futures.process
 import contextlib
 import difflib
-import fcntl
 import itertools
 import json
 import re
@@ -45,14 +44,14 @@ from types import SimpleNamespace
 import configurator
 from smol import arc, pipeline, snapshots, tokenizer, units
 from smol import sources as table
+from smol.files import lock
 
 # ---- where and how
 data_dir = "data"
 seed = 1  # of everything that is generated
 force = False  # build the stage although it is there
 num_proc = 0  # worker processes; 0: one for each core
-engine = "local"  # "ray": on a Ray cluster that shares the data folder
-ray_address = ""  # of that cluster; empty: a local one of num_proc workers
+engine = "local"  # "ray": on the Ray cluster that RAY_ADDRESS names, or else a local one
 dry_run = False  # print what would be built or deleted, and stop
 # ---- which documents
 sources = ""  # names, with commas between: only these sources of the stage
@@ -60,22 +59,17 @@ source_dir = ""  # read DIR/SOURCE/* in place of the hub
 limit_mb: float | None = None  # megabytes of text that a stage should have; None: as smol/sources.py has it
 val_every: int | None = None  # one document in so many is for validation; None: 400, of a demo 50
 eval_demos = False  # also the demonstrations of ARC's evaluation tasks, never their tests (transductive)
-# ---- large stages
-unit_mb = 8.0  # text read for a unit of work, which is what a kill can lose
-shard_mb = 128.0  # largest shard
 # ---- freeze, push
 tag = ""  # of the frozen stage
-repo = ""  # USER/NAME on the hub
-private = True  # make the repository private if it is new
+repo = ""  # USER/NAME on the hub; private, if it is new
 
 RANGES = {
     "[0, inf)": "seed num_proc",
-    "(0, inf)": "limit_mb unit_mb shard_mb",
+    "(0, inf)": "limit_mb",
     "[2, inf)": "val_every",
     ("local", "ray"): "engine",
 }
 USAGE = "COMMAND [STAGE[:TAG] | SOURCE | USER/NAME:TAG]"
-UNITS_IN_USE = "work/keys.json"  # {stage: {source: key of the units that its last build used, or was using}}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -92,7 +86,7 @@ def build(c, stage):
     for note in notes:
         print(f"note: {note}")
     keys = {part.name: pipeline.unit_folder(data, part, evaluations).name for part in parts}
-    names = "seed", "sources", "limit_mb", "val_every", "shard_mb"
+    names = "seed", "sources", "limit_mb", "val_every"
     inputs = {
         "settings": {name: getattr(c, name) for name in names},
         "units": keys,
@@ -105,14 +99,13 @@ def build(c, stage):
         print(f"stage {stage!r} is already there: {data / 'stages' / stage} (--force=True builds it anew)")
         return
     print(f"building stage {stage!r} in {data}: {reason}")
-    used = snapshots.read_json(data / UNITS_IN_USE)
-    used[stage] = {**used.get(stage, {}), **keys}
-    snapshots.write(data / UNITS_IN_USE, snapshots.to_json(used))
+    for left in [*data.glob("processed/*/*.tmp"), *data.glob("work/*/*/*.tmp")]:  # of a killed build
+        left.unlink()
+    snapshots.write(data / "metadata" / stage / "units.json", snapshots.to_json(keys))  # for clean
     if "arc" in keys:
-        write_arc_tasks(data)
+        for name in arc.SETS:  # as they are published; the `_eval` sets are for evaluation alone
+            snapshots.write(data / "arc" / f"{name}.json", json.dumps(arc.tasks_in(name)) + "\n")
     pipeline.build_stage(c, data, stage, parts, evaluations, {"inputs": inputs, "notes": notes})
-    used[stage] = keys
-    snapshots.write(data / UNITS_IN_USE, snapshots.to_json(used))
     show_stage(data, stage)
 
 
@@ -142,17 +135,6 @@ def show_plan(c, stage, parts, notes):
         print(f"{part.name:18}{part.source.group:7}{part.share:7.1%}{part.target:>15,.0f}   {where}")
     for note in notes:
         print(f"note: {note}")
-
-
-def write_arc_tasks(data):
-    """data/arc/SET.json in the official layout. The evaluation sets are for evaluation alone."""
-
-    def official(pairs):
-        return [{"input": i.tolist(), "output": o.tolist()} for i, o in pairs]
-
-    for name in arc.SETS:
-        tasks = {t.id: {"train": official(t.train), "test": official(t.test)} for t in arc.load(name)}
-        snapshots.write(data / "arc" / f"{name}.json", json.dumps(tasks) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -196,7 +178,7 @@ def show_stage(data, stage):
     for group, share in mixture["groups"].items():
         print(f"{group:7}{share:6.1%} {'#' * round(60 * share)}")
     folder = data / "metadata" / stage
-    print(f"dropped, by rule (examples: {folder / 'dropped.md'})")
+    print(f"dropped, by rule (examples: {folder / 'filters.json'})")
     for source, report in snapshots.read_json(folder / "filters.json").items():
         text = f"  {source:16}{units.Dropped(report['dropped'])}"
         print(textwrap.fill(text, 100, subsequent_indent=" " * 18))
@@ -236,12 +218,11 @@ def show(c, name):
 # freezing, checking, cleaning
 
 
-def freeze(c, name):
-    stage, named = snapshots.split_name(name)
-    if not (named or c.tag) or (named and c.tag not in ("", named)):
-        raise ValueError(f"name one tag: python prepare.py freeze {stage} --tag=v0.1")
-    folder = snapshots.freeze(Path(c.data_dir), stage, named or c.tag)
-    print(f"stage {stage!r} is frozen as {stage}:{named or c.tag} in {folder}")
+def freeze(c, stage):
+    if not c.tag:
+        raise ValueError(f"name a tag: python prepare.py freeze {stage} --tag=v0.1")
+    folder = snapshots.freeze(Path(c.data_dir), stage, c.tag)
+    print(f"stage {stage!r} is frozen as {stage}:{c.tag} in {folder}")
 
 
 def verify(c, name):
@@ -250,12 +231,12 @@ def verify(c, name):
 
 
 def clean(c):
-    """Delete shards that no manifest lists and units that no stage's last build used, or was using."""
+    """Delete shards that no manifest lists and units that no stage's last build used, finished or not."""
     data, total = Path(c.data_dir), 0
-    builds = snapshots.read_json(data / UNITS_IN_USE).values()
+    builds = [snapshots.read_json(path) for path in data.glob("metadata/*/units.json")]
     used = {data / "work" / name / key for keys in builds for name, key in keys.items()}
-    units = [path for path in sorted(data.glob("work/*/*")) if re.fullmatch("[0-9a-f]{16}", path.name)]
-    for path in [*snapshots.unlisted_files(data), *(path for path in units if path not in used)]:
+    units = {path.parent for path in data.glob("work/*/*/*.npz")}
+    for path in [*snapshots.unlisted_files(data), *sorted(units - used)]:
         size = sum(p.stat().st_size for p in ([path] if path.is_file() else path.iterdir()))
         total += size
         print(f"{path}: {size:,} bytes")
@@ -267,26 +248,12 @@ def clean(c):
 # ---------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def only_one(data):
-    """Two builds in one folder would write the same files. The lock dies with the process that has it."""
-    data.mkdir(parents=True, exist_ok=True)
-    with open(data / ".lock", "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another prepare.py is at work in {data}/; wait for it") from None
-        for left in [*data.glob("processed/*/*.tmp"), *data.glob("work/*/*/*.tmp")]:  # of a killed build
-            left.unlink(missing_ok=True)
-        yield
-
-
 ALONE = {"status": status, "clean": clean}
 WITH_ARGUMENT = {
     "show": show,
     "freeze": freeze,
     "verify": verify,
-    "push": lambda c, name: snapshots.push(Path(c.data_dir), name, c.repo, c.private),
+    "push": lambda c, name: snapshots.push(Path(c.data_dir), name, c.repo),
     "pull": lambda c, name: snapshots.pull(Path(c.data_dir), name),
 }
 READ_ONLY = ("status", "show", "verify", "push")
@@ -308,7 +275,7 @@ def main(argv):
                 f"{command} needs {'one' if command in WITH_ARGUMENT else 'no'} argument (--help)"
             )
         alone = command in READ_ONLY or c.dry_run
-        with contextlib.nullcontext() if alone else only_one(Path(c.data_dir)):
+        with contextlib.nullcontext() if alone else lock(c.data_dir, "prepare.py"):
             if command in table.STAGES:
                 build(c, command)
             else:

@@ -28,11 +28,11 @@ batches = (1, 8)  # rows decoded together; the later ones at the last context bu
 steps = 7  # the median counts
 model = {}  # settings of the model, such as {'n_layer': 4}; empty: the 100M one
 nanogpt = ""  # path of a checkout of nanoGPT
-nanogpt_limit = 4096  # longest context that it is given on a CPU
 json_file = ""  # write the rows here as well
 
-RANGES = {"[1, inf)": "steps nanogpt_limit"}
-LAYOUT = "{:>8} {:>5} {:10} {:>11} {:>11} {:>25}"
+RANGES = {"[1, inf)": "steps"}
+NANOGPT_LIMIT = 4096  # longest context that it is given on a CPU
+LAYOUT = "{:>8,} {:>5} {:10} {:>11.1f} {:>11.1f} {:>25.2f}"
 
 
 def filled_cache(net, context, rows):
@@ -67,21 +67,12 @@ def measure(c, device):
                     times[name].append(1000 * (clock(device) - start))
             ms = {name: statistics.median(of[2:]) for name, of in times.items()}
             del caches
-            if c.nanogpt and batch == 1 and (device != "cpu" or context <= c.nanogpt_limit):
-                ms["nanoGPT"], megabytes["nanoGPT"] = (
-                    nanogpt_step(c, nets["Route A"].config, context, device),
-                    0.0,
-                )
+            if c.nanogpt and batch == 1 and (device != "cpu" or context <= NANOGPT_LIMIT):
+                megabytes["nanoGPT"] = 0.0
+                ms["nanoGPT"] = nanogpt_step(c, nets["Route A"].config, context, device)
             for name in ms:
-                ratio = ms["attention"] / ms[name]
-                yield dict(
-                    context=context,
-                    batch=batch,
-                    name=name,
-                    ms=ms[name],
-                    cache_mb=megabytes[name],
-                    ratio=ratio,
-                )
+                figures = {"ms": ms[name], "cache_mb": megabytes[name], "ratio": ms["attention"] / ms[name]}
+                yield {"context": context, "batch": batch, "name": name, **figures}
 
 
 def nanogpt_step(c, config, context, device):
@@ -103,21 +94,14 @@ def main(argv):
     c, device = SimpleNamespace(**config), "cuda" if torch.cuda.is_available() else "cpu"
     threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
     print(f"{runtime.device_name(device)}{threads}, torch {torch.__version__}")
-    print(LAYOUT.format("context", "rows", "", "ms per step", "MB of cache", "times as fast as attention"))
+    print(
+        f"{'context':>8} {'rows':>5} {'':10} {'ms a step':>11} {'MB of cache':>11} times as fast as attention"
+    )
     rows = []
     try:
         for row in measure(c, device):
             rows.append(row)
-            print(
-                LAYOUT.format(
-                    f"{row['context']:,}",
-                    row["batch"],
-                    row["name"],
-                    f"{row['ms']:.1f}",
-                    f"{row['cache_mb']:.1f}",
-                    f"{row['ratio']:.2f}",
-                )
-            )
+            print(LAYOUT.format(*row.values()))
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     if c.json_file:

@@ -5,11 +5,11 @@ Everything that only a GPU can tell, in ten minutes and in order of worth.
     python -m bench.gpu kda train           these
     python -m bench.gpu --quick=True        tiny shapes: does the command go through here?
 
-After each part the figures so far are in out_dir/gpu.json and out_dir/gpu.md, so a run that is killed leaves
-what it has. A part that fails says so and the next one begins. The parts: kda (right on this card?), speed
-(beside attention and flash-linear-attention), train (the step of both routes; the largest batch), decode,
-eval (tasks per second) and learn (two minutes of training, and the same steps on the CPU). Before this:
-bench/kda.py, bench/train.py, bench/decode.py.
+After each part the figures so far are in out_dir/gpu.json, so a run that is killed leaves what it has. A part
+that fails says so and the next one begins. The parts: kda (right on this card?), speed (beside attention and
+flash-linear-attention), train (the step of both routes; the largest batch), decode, eval (tasks per second)
+and learn (two minutes of training, and the same steps on the CPU). Before this: bench/kda.py, bench/train.py,
+bench/decode.py.
 """
 
 import contextlib
@@ -22,7 +22,6 @@ import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 
 import configurator
@@ -42,8 +41,7 @@ PARTS = ("kda", "speed", "train", "decode", "eval", "learn")
 RANGES = {"(0, inf)": "seconds"}
 ROOT = Path(__file__).parent.parent
 TINY = {"n_layer": 4, "n_head": 2, "n_embd": 32, "n_ff": 48}
-# name -> function of a random tensor (B, T, H, K): gates that training, puzzles or a hostile caller could
-# bring
+# name: gates of a random tensor (B, T, H, K), as training, puzzles or a hostile caller could bring them
 GATES = {
     "mild": lambda x: -x.exp() / 20,
     "strong": lambda x: -16 * torch.nn.functional.softplus(x),
@@ -55,30 +53,21 @@ GATES = {
 
 def part_kda(c, device):
     """Largest error of outputs and gradients against the recurrence in float64, over the largest value."""
-    rows = []
+    rows, T = [], 70 if c.quick else 200
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for name, gate in GATES.items():
             generator = torch.Generator().manual_seed(0)
-            q, k, v, x = torch.randn(4, 2, 200, 3, 32, generator=generator).unbind(0)
-            beta, state = (
-                torch.rand(2, 200, 3, generator=generator),
-                torch.randn(2, 3, 32, 32, generator=generator),
-            )
+            q, k, v, x = torch.randn(4, 2, T, 3, 32, generator=generator).unbind(0)
+            beta = torch.rand(2, T, 3, generator=generator)
+            state = torch.randn(2, 3, 32, 32, generator=generator)
             q, k = (torch.nn.functional.normalize(t, dim=-1) for t in (q, k))
             inputs = [t.to(dtype) for t in (q, k, v)] + [gate(x), beta.to(dtype), state]
             exact = outputs_and_gradients([t.double() for t in inputs], "recurrent")
             found = outputs_and_gradients([t.to(device) for t in inputs], "auto")
-            errors = [
-                ((a.cpu().double() - b).abs().max() / b.abs().max()).item() for a, b in zip(found, exact)
-            ]
-            row = {"dtype": str(dtype)[6:], "gates": name, "output": errors[0], "state": errors[1]}
-            rows.append(
-                {
-                    **row,
-                    "gradients": max(errors[2:]),
-                    "backend": kda.choose_backend(torch.device(device), dtype)[0],
-                }
-            )
+            far = [((a.cpu().double() - b).abs().max() / b.abs().max()).item() for a, b in zip(found, exact)]
+            row = {"dtype": str(dtype)[6:], "gates": name, "output": far[0], "state": far[1]}
+            backend = kda.choose_backend(torch.device(device), dtype)[0]
+            rows.append({**row, "gradients": max(far[2:]), "backend": backend})
     return rows
 
 
@@ -98,48 +87,33 @@ def part_speed(c, device):
 
 
 def part_train(c, device):
-    """The training step of both routes beside the plain GPT, and the largest batch that fits."""
+    """The training step of both routes beside the plain GPT, and with the largest batch that fits."""
     settings = TINY if c.quick else {}
     contenders = {
-        "plain GPT": ("dense", bench_train.same_size_gpt(settings)),
-        "Route A": ("dense", settings),
-        "Route B": ("trm", settings),
+        "plain GPT": {"model": "dense", "settings": bench_train.same_size_gpt(settings)},
+        "Route A": {"model": "dense", "settings": settings},
+        "Route B": {"model": "trm", "settings": settings},
     }
     halves = ["float32"] if device == "cpu" else ["bfloat16", "float16"]
+    size = {"T": 64, "rows": 2} if c.quick else {"T": 1024, "rows": 8}
+    how = {**size, "device": device, "optimizer": "muon", "steps": 3, "compile": False}
     rows = []
+
+    def measured(what, spec):
+        found = bench_train.apart(spec)
+        shown = {k: spec[k] for k in ("T", "rows", "dtype", "compile")}
+        rows.append({"what": what, **shown, **(found or {"failed": "memory"})})
+        return found
+
     for dtype in halves:
         for compiled in (False, True) if device == "cuda" else (False,):
-            for what, (model, own) in contenders.items():
-                spec = {
-                    "model": model,
-                    "settings": own,
-                    "T": 64 if c.quick else 1024,
-                    "rows": 2 if c.quick else 8,
-                }
-                spec |= {
-                    "dtype": dtype,
-                    "compile": compiled,
-                    "device": device,
-                    "optimizer": "muon",
-                    "steps": 3,
-                }
-                found = bench_train.apart(spec)
-                rows.append(
-                    {"what": what, "compiled": compiled, **shown(spec), **(found or {"failed": "memory"})}
-                )
-    for what, (model, own) in contenders.items():
-        spec = {"model": model, "settings": own, "T": 64 if c.quick else 1024, "rows": 8}
-        spec |= {"dtype": halves[0], "compile": False, "device": device, "optimizer": "muon", "steps": 1}
-        found = best = None
-        while spec["rows"] <= (16 if c.quick else 1024) and (found := bench_train.apart(spec)):
-            best = {"what": f"{what}, most rows", **shown(spec), **found}
+            for what, contender in contenders.items():
+                measured(what, {**how, **contender, "dtype": dtype, "compile": compiled})
+    for what, contender in contenders.items():
+        spec = {**how, **contender, "dtype": halves[0], "steps": 1}
+        while spec["rows"] <= (4 if c.quick else 1024) and measured(f"{what}, twice the rows", spec):
             spec = {**spec, "rows": 2 * spec["rows"]}
-        rows += [best] if best else []
     return rows
-
-
-def shown(spec):
-    return {k: spec[k] for k in ("T", "rows", "dtype")}
 
 
 def part_decode(c, device):
@@ -150,11 +124,10 @@ def part_decode(c, device):
 
 
 def part_eval(c, device):
-    """
-    ARC tasks of the training set per second, by untrained models of full size: an upper bound of the time.
-    """
+    """Training tasks of ARC-AGI-1 a second, by untrained models of full size: an upper bound of the time."""
     tasks = solve.without_answers(arc.load("arc1_train"))
-    tasks = [task for task in tasks if sum(x.size + y.size for x, y in task.train) < (60 if c.quick else 700)]
+    most = 60 if c.quick else 700  # cells of demonstrations
+    tasks = [task for task in tasks if sum(x.size + y.size for x, y in task.train) < most]
     tasks = tasks[: 2 if c.quick else 64]
     rows = []
     for name in checkpoint.MODEL_FILES:
@@ -184,49 +157,20 @@ def part_learn(c, device):
     if device != "cpu":
         runs["cpu"] = "--max_iters=20"
     for where, until in runs.items():
-        command = [sys.executable, "train.py", "config/route_a_demo.py", *tiny, f"--data_dir={c.data_dir}"]
-        command += [
-            f"--out_dir={folder / where}",
+        own = [*tiny, f"--data_dir={c.data_dir}", f"--out_dir={folder / where}", f"--device={where}", until]
+        command = [
+            sys.executable,
+            "train.py",
+            "config/route_a_demo.py",
             "--overwrite=True",
             "--log_interval=5",
-            f"--device={where}",
         ]
-        subprocess.run([*command, until], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*command, *own], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         for entry in runtime.read_log(folder / where / "log.jsonl"):
             if "loss" in entry and entry["iter"] in (5, 10, 15, 20, 50, 100, 150, 200, 250):
                 figures = {k: entry.get(k) for k in ("iter", "loss", "tokens_per_second", "mfu")}
                 rows.append({"device": where, **figures})
     return rows
-
-
-def as_markdown(report):
-    """The report as tables, a part each."""
-    out = [f"# {report['card']}, PyTorch {report['torch']}, Triton {report['triton']}"]
-    for part, found in report["parts"].items():
-        out.append(f"\n## {part}, {found['seconds']:.0f} s\n")
-        if "failed" in found:
-            out.append(f"failed: {found['failed']}")
-            continue
-        rows = [flat(row) for row in found["rows"]]
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        out += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-        out += ["| " + " | ".join(as_cell(row.get(key, "")) for key in columns) + " |" for row in rows]
-    return "\n".join(out) + "\n"
-
-
-def flat(row):
-    """{'a': {'b': 1}} -> {'a b': 1}, at any depth."""
-    found = {}
-    for key, value in row.items():
-        if isinstance(value, dict):
-            found |= {f"{key} {k}": v for k, v in flat(value).items()}
-        else:
-            found[key] = value
-    return found
-
-
-def as_cell(value):
-    return f"{value:.3g}" if isinstance(value, float | np.floating) else str(value)
 
 
 def main(argv):
@@ -247,11 +191,11 @@ def main(argv):
             traceback.print_exc()
             found = {"failed": f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"}
         report["parts"][part] = {"seconds": time.perf_counter() - start, **found}
+        for row in found.get("rows", ()):
+            print(json.dumps(row, default=str))
         write_whole(json.dumps(report, indent=2, default=str).encode(), f"{c.out_dir}/gpu.json")
-        write_whole(as_markdown(report).encode(), f"{c.out_dir}/gpu.md")
         with contextlib.suppress(RuntimeError):
             torch.cuda.empty_cache()
-    print(as_markdown(report))
 
 
 if __name__ == "__main__":

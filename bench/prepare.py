@@ -27,10 +27,9 @@ from smol import sources, tokenizer
 
 megabytes = 24.0  # of text
 num_proc = 2
-stage_gb = 30.0  # what the hours are projected for
-stage_cores = 4
 
-RANGES = {"(0, inf)": "megabytes stage_gb", "[1, inf)": "num_proc stage_cores"}
+RANGES = {"(0, inf)": "megabytes", "[1, inf)": "num_proc"}
+STAGE_GB, STAGE_CORES = 30, 4  # what the hours are projected for
 
 
 def write_text(folder, size):
@@ -99,8 +98,8 @@ def main(argv):
     for name, seconds in (("nanoGPT's way: datasets.map, tiktoken, memmap", theirs), ("prepare.py", ours)):
         speed = c.megabytes / seconds
         print(f"{name:48}{speed:7.2f} MB/s {speed / c.num_proc:7.2f} MB/s a core {theirs / seconds:6.2f}")
-    hours = c.stage_gb * 1e3 / (c.megabytes / ours / c.num_proc * c.stage_cores) / 3600
-    print(f"{c.stage_gb:.0f} GB on {c.stage_cores} such cores: {hours:.1f} hours, if the network keeps up")
+    hours = STAGE_GB * 1e3 / (c.megabytes / ours / c.num_proc * STAGE_CORES) / 3600
+    print(f"{STAGE_GB} GB on {STAGE_CORES} such cores: {hours:.1f} hours, if the network keeps up")
 
 
 if __name__ == "__main__":

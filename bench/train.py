@@ -158,12 +158,11 @@ def apart(spec):
 
 
 def same_size_gpt(settings):
-    """
-    The settings of a plain GPT (full attention only) with as many parameters as Route A of these settings.
-    """
-    route_a = checkpoint.make_model("dense", settings)
-    plain = {**vars(route_a.config), "layer_pattern": "a"}
-    missing = route_a.num_params() - checkpoint.make_model("dense", plain).num_params()
+    """The settings of a plain GPT, full attention alone, with as many parameters as Route A of these."""
+    with torch.device("meta"):
+        route_a = checkpoint.make_model("dense", settings)
+        plain = {**vars(route_a.config), "layer_pattern": "a"}
+        missing = route_a.num_params() - checkpoint.make_model("dense", plain).num_params()
     plain["n_ff"] += 8 * round(missing / (8 * 3 * plain["n_embd"] * plain["n_layer"]))
     return plain
 
@@ -187,28 +186,17 @@ def beside_a_plain_gpt(c, device):
     table = []
     for T in c.lengths:
         best = {}
-        # every contender twice, in turns and back again: a machine that slows down does so for all. The
-        # better one counts
+        # every contender twice, in turns and back again: a machine that slows down does so for all
         for what in (*contenders, *reversed(contenders)):
             found = apart({**how, **contenders[what], "T": T, "rows": max(1, c.tokens // T)})
             if found and (what not in best or found["ms"] < best[what]["ms"]):
                 best[what] = found
         for what, found in best.items():
-            ratio = (
-                found["tokens_per_second"] / best["plain GPT"]["tokens_per_second"]
-                if "plain GPT" in best
-                else None
-            )
-            row = {
-                "what": what,
-                "T": T,
-                "rows": max(1, c.tokens // T),
-                "dtype": how["dtype"],
-                **found,
-                "ratio": ratio,
-            }
-            table.append(row)
-            print_row(row)
+            about = {"what": what, "T": T, "rows": max(1, c.tokens // T), "dtype": how["dtype"]}
+            plain = best.get("plain GPT")
+            ratio = plain and found["tokens_per_second"] / plain["tokens_per_second"]
+            table.append({**about, **found, "ratio": ratio})
+            print_row(table[-1])
     return table
 
 
@@ -231,9 +219,7 @@ def fastest(c, config, device):
             if found is None:  # out of memory
                 break
             what = " ".join(["compiled"] * compiled + ["recomputed"] * recompute)
-            table.append(
-                {"what": what, "spec": spec, "T": config.block_size, "rows": rows, "dtype": dtype, **found}
-            )
+            table.append({"what": what, **spec, **found})
             print_row(table[-1])
             if found["tokens_per_second"] < 1.02 * best:
                 break  # twice the rows gain nothing any more
@@ -244,7 +230,7 @@ def fastest(c, config, device):
     print(
         f"fastest on one device, with the same global batch:\n--batch_size={best['rows']} "
         f"--gradient_accumulation_steps={max(1, round(total / best['rows']))} --dtype={best['dtype']} "
-        f"--compile={best['spec']['compile']} --recompute={best['spec']['recompute']}"
+        f"--compile={best['compile']} --recompute={best['recompute']}"
     )
     return table
 

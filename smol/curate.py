@@ -8,10 +8,10 @@ tokenising does.)
 
   normalise()        one kind of newline and space, composed Unicode, no control characters
   measure(), RULES   the published quality rules, thresholds in one table
-  signatures()       MinHash (rensa, in Rust) of 5-word shingles as band keys; overlap() checks a pair exactly
+  signatures()       MinHash (rensa, in Rust) of 5-word shingles as band keys
   TextEvaluations    n-grams of evaluation texts, and ARC's test outputs written as digits
-  EvaluationOutputs  ARC's test outputs as grids, under the 8 symmetries and any recolouring
-  EvaluationTasks    its evaluation tasks, by id or demonstration, in tasks that come from elsewhere
+  given_away()       ARC's test outputs as grids, under the 8 symmetries and any recolouring
+  is_evaluation_task its evaluation tasks, by id or demonstration, in tasks that come from elsewhere
   HeldOut            the generated puzzles that are evaluated on
 
 Read next: prepare.py, which runs documents through this.
@@ -26,13 +26,12 @@ from dataclasses import dataclass
 import numpy as np
 import rensa
 
-from smol import arc, suites
+from smol import arc, rearc, suites
 
 SHINGLE = 5  # words, as in OpenWebText2 and FineWeb
 # 14 bands of 8 (FineWeb's choice): with 80% of their shingles in common, two documents share a band with a
-# chance of 92%, with 60% of 21%
+# chance of 92%, with 60% of 21%, with 40% of 1%
 BANDS, BAND_ROWS = 14, 8
-NEAR_DUPLICATE = 0.7  # share of shingles in common, computed exactly for pairs that share a band
 MINHASH_SEED = 1
 TEXT_NGRAM = 13  # words in common with an evaluation text, as in GPT-3's appendix C
 CELLS_NGRAM, ROWS_NGRAM = 24, 3  # of a test output written cell by cell ("0, 0, 3") or row by row ("003")
@@ -363,7 +362,7 @@ def shingles(words):
 
 
 def signatures(words):
-    """-> (BANDS, D) uint64: documents with an equal key in any band may be near-duplicates, see overlap()."""
+    """-> (BANDS, D) uint64: documents with an equal key in any band are near-duplicates."""
     hashes, offsets = shingles(words)
     D = len(offsets) - 1
     if not D:
@@ -373,16 +372,6 @@ def signatures(words):
     )
     rows = np.array(matrix.to_rows(), np.uint64).reshape(D, BANDS, BAND_ROWS)
     return np.ascontiguousarray(combine(mix(rows)).T)
-
-
-def shingle_set(text):
-    return np.unique(shingles(read_words([text]))[0])
-
-
-def overlap(a, b):
-    """Jaccard similarity of two shingle sets."""
-    common = len(np.intersect1d(a, b, assume_unique=True))
-    return common / max(len(a) + len(b) - common, 1)
 
 
 # -----------------------------------------------------------------------------
@@ -419,33 +408,23 @@ def text_tables(texts):
 
 
 def arc_tables(tasks):
-    """
-    tasks: the ARC tasks whose test outputs must not be written out in any text -> what TextEvaluations takes.
-    Pieces of fewer than three colours are too common to tell.
-    """
-    cells, rows = set(), set()
-    for grid in (g for task in tasks for _, output in task.test for g in images(output)):
-        flat = grid.reshape(-1)
-        cells |= {flat[i : i + CELLS_NGRAM].tobytes() for i in range(len(flat) - CELLS_NGRAM + 1)}
-        if grid.shape[1] >= 5:
-            last = len(grid) - ROWS_NGRAM
-            rows |= {(grid.shape[1], grid[i : i + ROWS_NGRAM].tobytes()) for i in range(last + 1)}
-    digits = read_words(["0 1 2 3 4 5 6 7 8 9"]).hash
-    cells = np.frombuffer(b"".join(c for c in cells if len(set(c)) >= 3), np.uint8).reshape(-1, CELLS_NGRAM)
-    written = [
-        " ".join("".join(map(str, piece[i : i + width])) for i in range(0, len(piece), width))
-        for width, piece in rows
-        if len(set(piece)) >= 3
-    ]
+    """tasks: ARC's, whose test outputs must not be written out in any text -> what TextEvaluations takes."""
+    grids = [arc.turn(k, output) for task in tasks for _, output in task.test for k in range(8)]
     return {
-        (CELLS_NGRAM, "arc_cells"): np.unique(combine(digits[cells])),
-        (ROWS_NGRAM, "arc_rows"): np.unique(ngrams(read_words(written), ROWS_NGRAM)[0]),
+        (CELLS_NGRAM, "arc_cells"): written_out([grid.reshape(-1, 1) for grid in grids], CELLS_NGRAM),
+        (ROWS_NGRAM, "arc_rows"): written_out([grid for grid in grids if grid.shape[1] >= 5], ROWS_NGRAM),
     }
 
 
-def images(grid):
-    """The 8 symmetries of a grid."""
-    return [np.rot90(g, k) for g in (grid, grid.T) for k in range(4)]
+def written_out(grids, n):
+    """-> sorted hashes of n lines of a grid, each a word; of fewer than three colours they are too common."""
+    texts = [(grid + 48).tobytes().decode() for grid in grids]
+    widths = [grid.shape[1] for grid in grids]
+    words = [" ".join(text[i : i + w] for i in range(0, len(text), w)) for text, w in zip(texts, widths)]
+    hashes, at = ngrams(read_words(words), n)
+    colours = np.concatenate([np.bitwise_or.reduce(1 << grid.astype(int), 1) for grid in grids])
+    colours = functools.reduce(np.bitwise_or, (colours[at + i] for i in range(n)))  # a bit for each
+    return np.unique(hashes[(colours[:, None] >> np.arange(10) & 1).sum(1) >= 3])
 
 
 def outline(grid):
@@ -459,14 +438,16 @@ def trivial(grid):
 
 
 class Likenesses:
-    """Named grids, or several grids as one, to be recognised in any of the 8 symmetries and recolourings."""
+    """
+    (name, grids), ...: grids, or several of them as one, to be recognised in any of the 8 symmetries and
+    recolourings.
+    """
 
-    def __init__(self):
+    def __init__(self, named):
         self.names, self.outlines = {}, set()
-
-    def add(self, name, *grids):
-        self.names.setdefault(arc.canonical_hash(*grids), name)
-        self.outlines.add(tuple(map(outline, grids)))
+        for name, grids in named:
+            self.names.setdefault(arc.canonical_hash(*grids), name)
+            self.outlines.add(tuple(map(outline, grids)))
 
     def find(self, *grids):
         """-> the name, or None."""
@@ -474,27 +455,41 @@ class Likenesses:
             return self.names.get(arc.canonical_hash(*grids))
 
 
-class EvaluationOutputs:
-    """
-    The test outputs of the evaluation sets. A trivial one gives nothing away alone: there the test input has
-    to come before it, turned and recoloured like it.
-    """
+@functools.cache
+def evaluation_tasks():
+    return [task for name in EVALUATION_SETS for task in arc.load(name)]
 
-    def __init__(self):
-        self.known = Likenesses()
-        for task in (task for name in EVALUATION_SETS for task in arc.load(name)):
-            for pair in task.test:
-                self.known.add(task.id, *(pair if trivial(pair[1]) else pair[1:]))
 
-    def matches(self, grids):
-        """grids: of one document, each output after its input. -> ids of the evaluation tasks given away."""
-        found = []
-        for before, grid in zip([None, *grids], grids):
-            if not trivial(grid):
-                found.append(self.known.find(grid))
-            elif before is not None:
-                found.append(self.known.find(before, grid))
-        return [task_id for task_id in found if task_id]
+@functools.cache
+def evaluation_outputs():
+    """Of their tests. A trivial one gives nothing away alone: there the test input has to come before it."""
+    tests = [(task.id, pair) for task in evaluation_tasks() for pair in task.test]
+    return Likenesses((name, pair if trivial(pair[1]) else pair[1:]) for name, pair in tests)
+
+
+def given_away(grids):
+    """grids: of one document, each output after its input -> ids of the tasks whose answers they are."""
+    known, found = evaluation_outputs(), []
+    for before, grid in zip([None, *grids], grids):
+        if not trivial(grid):
+            found.append(known.find(grid))
+        elif before is not None:
+            found.append(known.find(before, grid))
+    return [task_id for task_id in found if task_id]
+
+
+@functools.cache
+def evaluation_demonstrations():
+    pairs = [(task.id, pair) for task in evaluation_tasks() for pair in task.train]
+    return Likenesses((name, pair) for name, pair in pairs if not all(map(trivial, pair)))
+
+
+def is_evaluation_task(task):
+    """By its id, or by a demonstration of one."""
+    if any(task.id == other.id for other in evaluation_tasks()):
+        return True
+    known = evaluation_demonstrations()
+    return any(known.find(*pair) for pair in task.train + task.test)
 
 
 class HeldOut:
@@ -504,18 +499,11 @@ class HeldOut:
     """
 
     def __init__(self, names):
-        self.questions = {question for task in suites.load("logic") for question, _ in task.test}
         tasks = [task for name in names for task in suites.load(name)]
         self.hashes = {arc.task_hash(task) for task in tasks}
         # whoever has learned the 288 filled 4x4 grids solves any sudoku of them, so no answer may be shared
         self.answers = {t.test[0][1].tobytes() for t in tasks if is_sudoku4(t)}
-        self.known = Likenesses()
-        for task in tasks:
-            self.known.add(task.id, *task.test[0])
-
-    def asks(self, text):
-        """Does the text begin with the question of one of them that is in words?"""
-        return text.split("\nSolution:")[0] in self.questions
+        self.known = Likenesses((task.id, task.test[0]) for task in tasks)
 
     def has(self, task, augment):
         """Is it one of them, turned or not, or can the loader's augmentation make one of it?"""
@@ -532,31 +520,12 @@ def is_sudoku4(task):
 
 
 @functools.cache
-def evaluation_outputs():
-    return EvaluationOutputs()
-
-
-class EvaluationTasks:
-    """The evaluation sets, recognised by id or by a demonstration, in any symmetry and recolouring."""
-
-    def __init__(self):
-        tasks = [task for name in EVALUATION_SETS for task in arc.load(name)]
-        self.ids, self.known = {task.id for task in tasks}, Likenesses()
-        for task in tasks:
-            for pair in task.train:
-                if not all(map(trivial, pair)):
-                    self.known.add(task.id, *pair)
-
-    def has(self, task):
-        return task.id in self.ids or any(self.known.find(*pair) for pair in task.train + task.test)
-
-
-@functools.cache
-def evaluation_tasks():
-    return EvaluationTasks()
-
-
-@functools.cache
-def held_out(with_rearc=False):
+def held_out(with_rearc):
     """HeldOut, made once: its puzzles are generated anew. with_rearc: RE-ARC's too, which take seconds."""
-    return HeldOut([*suites.ON_GRIDS, *(["rearc"] if with_rearc and suites.found("rearc") else [])])
+    return HeldOut([*suites.ON_GRIDS, *(["rearc"] if with_rearc and rearc.installed() else [])])
+
+
+@functools.cache
+def held_out_questions():
+    """Of the puzzles in words that are evaluated on."""
+    return {question for task in suites.load("logic") for question, _ in task.test}

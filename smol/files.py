@@ -1,10 +1,12 @@
 """
-Writing a file so that whoever looks, and whoever comes after a crash, sees the old one or the whole new one.
+Writing a file so that whoever looks, and whoever comes after a crash, sees the old one or the whole new one;
+and a folder for one process at a time.
 
 Used by everything that writes reports, pictures, settings and stages. Read next: checkpoint.py, which does
 the same for what is too large to hold twice.
 """
 
+import fcntl
 import io
 import os
 
@@ -29,6 +31,24 @@ def write_whole(data, path):
     finally:
         if os.path.exists(beside):  # a full disk: leave room for whoever tries to save something
             os.remove(beside)
+
+
+def lock(folder, who):
+    """
+    Make the folder, and hold it until the file that is returned is closed or this process ends: two at work
+    in one would write the same files. ValueError where another is, OSError where it cannot be written to.
+    """
+    os.makedirs(folder, exist_ok=True)
+    f = open(os.path.join(folder, ".lock"), "w")  # noqa: SIM115 (open as long as the lock is held)
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"another {who} is at work in {folder}/: wait for it, or use another folder"
+        ) from None
+    except OSError:  # a file system without locks: there a person has to take care
+        pass
+    return f
 
 
 def save_picture(figure, path, dpi=130):

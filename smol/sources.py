@@ -17,7 +17,7 @@ number of processes, so the order of documents never depends on the machine. A l
 same columns. What is evaluated on and kept out is in DIR/gsm8k_test, sudoku_extreme_test and maze_hard_test.
 Tasks in ARC's JSON, of any origin, are read from DIR/arc_json.
 A row that is no document (null where text is expected, a sudoku of 82 characters, an unknown role) is an
-OddRow: dropped and counted by reason. A missing column, or a file that cannot be read, stops the build.
+OddRow: dropped and counted by reason. Many of those, or a file that cannot be read, stop the build.
 
 Read next: curate.py, what is kept of these; prepare.py, how it becomes shards.
 """
@@ -76,11 +76,15 @@ class Source:
 
 
 class OddRow(ValueError):
-    """A row that is no document, and the rule under which it is counted."""
+    """A row that is no document, and the rule under which it is counted: one of ODD_RULES if it was read."""
 
     def __init__(self, rule, problem):
         super().__init__(problem)
         self.rule = rule
+
+
+ODD_RULES = ("not_text", "not_a_row", "no_column", "unknown_role", "few_pairs", "not_as_expected")
+ROLES = {"system": tok.USER, "user": tok.USER, "assistant": tok.ASSISTANT}
 
 
 def text_of(row, name):
@@ -105,24 +109,12 @@ def column(name):
 
 
 def turns(*messages):
-    """
-    (role, text), ... -> a document with dialogue tokens. The text of system messages is put before the user's
-    next turn; where an answer or the end follows instead, it is a turn of the user's.
-    """
-    out, system = [], ""
-    for role, text in [*messages, ("end", "")]:
-        if role not in ("system", "user", "assistant", "end"):
-            raise OddRow("unknown_role", f"the role is {role!r}, not system, user or assistant")
-        if role == "system":
-            system = f"{system}{text.strip()}\n\n".lstrip()
-            continue
-        if role == "user":
-            out += [tok.USER, system + text.strip(), tok.END]
-        elif system:
-            out += [tok.USER, system.strip(), tok.END]
-        if role == "assistant":
-            out += [tok.ASSISTANT, text.strip(), tok.END]
-        system = ""
+    """(role, text), ... -> a document with dialogue tokens. A system message is a turn of the user's."""
+    out = []
+    for role, text in messages:
+        if role not in ROLES:
+            raise OddRow("unknown_role", f"the role is {role!r}, not {', '.join(ROLES)}")
+        out += [ROLES[role], text.strip(), tok.END]
     return out
 
 
@@ -138,10 +130,6 @@ def gsm8k(row):
     # <<48/2=24>> are notes to a calculator, not text
     answer = re.sub("<<.*?>>", "", text_of(row, "answer")).replace("#### ", "Answer: ")
     return f"Question: {text_of(row, 'question').strip()}\nSolution: {answer.strip()}"
-
-
-def question_then_answer(row):
-    return f"{text_of(row, 'question')} {text_of(row, 'answer')}"
 
 
 def square_puzzle(kind, characters):
@@ -209,24 +197,7 @@ def language_reference():
 
 def sudoku(size, fewest, most):
     """Sudokus with so many blanks."""
-    return lambda rng, index: puzzles.sudoku(rng, size, int(rng.integers(fewest, most + 1)), "train")
-
-
-def mazes(rng, index):
-    """Of all sizes; maze() has that of the suite."""
-    return puzzles.maze(rng, *rng.integers(5, 16, size=2).tolist())
-
-
-def maze(rng, index):
-    return puzzles.maze(rng, 5, 5)
-
-
-def turned(rng, index):
-    return puzzles.turned(rng, 2)
-
-
-def transform(rng, index):
-    return programs.transform(rng)
+    return lambda rng, _: puzzles.sudoku(rng, size, int(rng.integers(fewest, most + 1)), "train")
 
 
 @functools.cache
@@ -317,6 +288,8 @@ def new_pairs(difficulty, tokens):
 # card could be read; elsewhere the entry says what was seen instead.
 
 OURS = "generated here"
+MAZE = {"kind": "puzzle", "augment": "dihedral", "suite": "maze"}
+PROGRAM = {"kind": "puzzle", "augment": "arc", "suite": "transforms"}
 REARC = {"kind": "puzzle", "augment": "arc", "suite": "rearc", "package": rearc.INSTALL}
 TASKS = {"kind": "puzzle", "augment": "arc", "tasks": True}
 REARC_LICENCE = "MIT (RE-ARC), Apache-2.0 (reasoning-gym)"
@@ -346,7 +319,7 @@ SOURCES = {
         "code", "that of each file", column("content"), "code", "codeparrot/codeparrot-clean"
     ),
     "gsm8k": Source("math", "MIT", gsm8k, "dialogue", "openai/gsm8k", "main"),
-    "arithmetic": Source("math", OURS, lambda rng, index: puzzles.arithmetic(rng)[0]),
+    "arithmetic": Source("math", OURS, lambda rng, _: puzzles.arithmetic(rng)[0]),
     # files of the split train_1M seen; columns as public training code reads them
     "openmath_instruct": Source(
         "math",
@@ -357,10 +330,8 @@ SOURCES = {
         split="train_1M",
     ),
     "open_web_math": Source("math", "ODC-By-1.0", column("text"), "math", "open-web-math/open-web-math"),
-    "programs": Source(
-        "synth", OURS, lambda rng, index: programs.task(rng), kind="puzzle", augment="arc", suite="transforms"
-    ),
-    "traces": Source("synth", OURS, lambda rng, index: programs.trace(rng)),
+    "programs": Source("synth", OURS, lambda rng, _: programs.task(rng), **PROGRAM),
+    "traces": Source("synth", OURS, lambda rng, _: programs.trace(rng)),
     # strings of cells, as HRM's build_sudoku_dataset.py and build_maze_dataset.py read them
     "sudoku_extreme": Source(
         "synth", "none given", sudoku_extreme, repo="sapientinc/sudoku-extreme", augment="sudoku", **HRM
@@ -371,12 +342,14 @@ SOURCES = {
     "maze_hard": Source(
         "synth", "none given", maze_hard, repo="sapientinc/maze-30x30-hard-1k", augment="dihedral", **HRM
     ),
-    "mazes": Source("synth", OURS, mazes, kind="puzzle", augment="dihedral", suite="maze"),
-    "maze": Source("synth", OURS, maze, kind="puzzle", augment="dihedral", suite="maze"),
-    "turned": Source("synth", OURS, turned, kind="puzzle", suite="turn"),
-    "transforms": Source("synth", OURS, transform, kind="puzzle", augment="arc", suite="transforms"),
-    "graphs": Source("synth", OURS, lambda rng, index: puzzles.shortest_path(rng)[0]),
-    "logic": Source("synth", OURS, lambda rng, index: puzzles.logic_puzzle(rng)[0]),
+    "mazes": Source(
+        "synth", OURS, lambda rng, _: puzzles.maze(rng, *rng.integers(5, 16, 2).tolist()), **MAZE
+    ),
+    "maze": Source("synth", OURS, lambda rng, _: puzzles.maze(rng, 5, 5), **MAZE),  # as the suite asks
+    "turned": Source("synth", OURS, lambda rng, _: puzzles.turned(rng, 2), kind="puzzle", suite="turn"),
+    "transforms": Source("synth", OURS, lambda rng, _: programs.transform(rng), **PROGRAM),  # of one function
+    "graphs": Source("synth", OURS, lambda rng, _: puzzles.shortest_path(rng)[0]),
+    "logic": Source("synth", OURS, lambda rng, _: puzzles.logic_puzzle(rng)[0]),
     # comes with Python
     "stdlib": Source("code", "PSF-2.0", module, "code", rows=stdlib),
     "langref": Source("web", "PSF-2.0", column("text"), "dialogue", rows=language_reference),
@@ -406,7 +379,7 @@ SOURCES = {
 
 # What models are tested on and must not be trained on: texts, looked for in all other texts, and puzzles.
 EVALUATIONS = {
-    "gsm8k_test": replace(SOURCES["gsm8k"], document=question_then_answer, split="test"),
+    "gsm8k_test": replace(SOURCES["gsm8k"], split="test"),
     "sudoku_extreme_test": replace(SOURCES["sudoku_extreme"], files="test.csv"),
     "maze_hard_test": replace(SOURCES["maze_hard"], files="test.csv"),
 }
@@ -501,8 +474,7 @@ def instantiate(document):
     if isinstance(document, list):
         return None, [], document
     if isinstance(document, arc.Task):
-        pairs = document.train + document.test
-        return document, [grid for pair in pairs for grid in pair], [arc.encode(document.kind, pairs)[:-1]]
+        document = document, [arc.encode(document.kind, document.train + document.test)[:-1]], []
     task, parts, more = document
     return task, [grid for pair in task.train + task.test for grid in pair] + more, parts
 
@@ -529,7 +501,7 @@ def reader_of(path):
 class Rows:
     """
     (origin, row) of datasets that are read one after the other. parts: list of (name, function that opens an
-    iterable dataset, or gives None). Lines of .jsonl files are parsed here; one that is no JSON stays a str.
+    iterable dataset or a list). Lines of .jsonl files are parsed here; one that is no JSON stays a str.
     state: what state() gave, to go on from there; None for the beginning.
     """
 
@@ -541,57 +513,28 @@ class Rows:
         while self.part < len(self.parts):
             name, open_part = self.parts[self.part]
             of_lines = reader_of(Path(name)) == "text"
-            with in_one_line(name, self.row):
+            try:
                 self.data = open_part()
-                if self.data and self.inside:
+                if self.inside:
                     self.data.load_state_dict(self.inside)
-                rows = iter(self.data or ())
-            while True:
-                with in_one_line(name, self.row):
-                    row = next(rows, None)
-                if row is None:
-                    break
-                self.row += 1
-                if of_lines:
-                    row = row["text"]
-                    if not row.strip():
-                        continue
-                    with contextlib.suppress(ValueError):
-                        row = json.loads(row)
-                yield f"{name}:{self.row}", row
+                for row in self.data[self.row :] if isinstance(self.data, list) else self.data:
+                    self.row += 1
+                    if of_lines:
+                        row = row["text"]
+                        if not row.strip():
+                            continue
+                        with contextlib.suppress(ValueError):
+                            row = json.loads(row)
+                    yield f"{name}:{self.row}", row
+            except Exception as e:  # noqa: BLE001 (client, file system and readers raise their own)
+                reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:300]
+                problem = f"cannot read {name} after row {self.row:,}: {reason}"
+                raise ValueError(f"{problem}; mend it, or run the same command again to go on") from None
             self.part, self.row, self.data, self.inside = self.part + 1, 0, None, None
 
     def state(self):
-        return self.part, self.row, self.data.state_dict() if self.data else self.inside
-
-
-@contextlib.contextmanager
-def in_one_line(name, row):
-    """Whatever goes wrong while a file is read is a ValueError."""
-    try:
-        yield
-    except Exception as e:  # noqa: BLE001 (client, file system and readers raise their own)
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:300]
-        problem = f"cannot read {name} after row {row:,}: {reason}"
-        raise ValueError(f"{problem}; mend it, or run the same command again to go on") from None
-
-
-class InMemory:
-    """Rows that are there, with the state of a dataset of `datasets`."""
-
-    def __init__(self, rows):
-        self.rows, self.at = rows, 0
-
-    def __iter__(self):
-        while self.at < len(self.rows):
-            self.at += 1
-            yield self.rows[self.at - 1]
-
-    def state_dict(self):
-        return self.at
-
-    def load_state_dict(self, state):
-        self.at = state
+        inside = self.data.state_dict() if hasattr(self.data, "state_dict") else self.inside
+        return self.part, self.row, inside
 
 
 class LocalRows:
@@ -633,18 +576,17 @@ def open_rows(name, where, seed, lane, state, lanes=LANES):
         if source.files:
             how["data_files"] = {source.split: source.files}
         data = datasets.load_dataset(source.repo, source.config, revision=where["revision"], **how)
-        if lane < data.num_shards:
-            return data.shard(num_shards=min(lanes, data.num_shards), index=lane)
+        n = min(lanes, data.num_shards)
+        return data.shard(num_shards=n, index=lane) if lane < n else []
 
     def open_file(path):
         reader = reader_of(path)
         if source.tasks and reader == "json":
-            return InMemory(list(json_tasks(str(path))))
-        options = (
-            {"encoding": "utf-8-sig", "encoding_errors": "backslashreplace"} if reader == "text" else how
-        )
-        options = {"split": source.split, "streaming": True, **options}
-        return datasets.load_dataset(reader, data_files={source.split: str(path)}, **options)
+            return list(json_tasks(str(path)))
+        as_lines = {"split": source.split, "streaming": True, "encoding": "utf-8-sig"}
+        as_lines["encoding_errors"] = "backslashreplace"
+        files = {source.split: str(path)}
+        return datasets.load_dataset(reader, data_files=files, **(as_lines if reader == "text" else how))
 
     if "files" in where:
         paths = [Path(p) for p in where["files"][lane::lanes]]

@@ -19,7 +19,7 @@ A task in words is an arc.Task with texts in place of grids: test = [("Question:
 language.jsonl, written for this repository, has the items of `language`, small and easy. A question's four
 choices are natural ends of one sentence, about equally long. A function is given by signature and docstring;
 its tests are calls with their values; `solution` passes them and `mistake`, a plausible body, does not.
-The generated tasks are kept out of training: curate.HeldOut.
+The generated tasks are kept out of training: curate.held_out().
 
 Read next: puzzles.py, which makes most of these; eval_arc.py, which asks.
 """
@@ -76,16 +76,17 @@ def is_tasks(name):
     return name != "language" and not name.startswith("lm_eval:")
 
 
-def found(name):
-    """Is the suite there? Those of FILES may not be, and RE-ARC's generators neither."""
-    if name == "rearc":
-        return rearc.installed() is not None
-    return name not in FILES or (RAW / name / "test.csv").is_file()
+def lacking(name):
+    """What a suite needs and is not there, or ""."""
+    if name == "rearc" and not rearc.installed():
+        return f"RE-ARC's generators: {rearc.INSTALL}"
+    path = RAW / name / "test.csv"
+    return f"{path}, which is not there" if name in FILES and not path.is_file() else ""
 
 
 def default():
     """All suites that are there but arc1_train: what is asked unless somebody says what to ask."""
-    return [name for name in (*SUITES, "language") if found(name) and name != "arc1_train"]
+    return [name for name in (*SUITES, "language") if not lacking(name) and name != "arc1_train"]
 
 
 def known(suite, trained_on):
@@ -116,11 +117,9 @@ def names(text):
             closest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0)[0]
             raise ValueError(f"unknown suite {name!r}: did you mean {closest!r}? There are {ALL}")
         elif name in GROUPS:
-            out += filter(found, GROUPS[name])
-        elif not found(name) and name == "rearc":
-            raise ValueError(f"suite {name!r} needs RE-ARC's generators: {rearc.INSTALL}")
-        elif not found(name):
-            raise ValueError(f"suite {name!r} needs {RAW / name / 'test.csv'}, which is not there")
+            out += [member for member in GROUPS[name] if not lacking(member)]
+        elif needs := lacking(name):
+            raise ValueError(f"suite {name!r} needs {needs}")
         else:
             out.append(name)
     if not out:
@@ -136,11 +135,8 @@ def load(name):
     if name in FILES:
         return tuple(read_csv(RAW / name / "test.csv", name))
     if name == "rearc":
-        made = (
-            rearc.task(np.random.default_rng([4040, i]), f, 4, (0, 0.3), 1024)
-            for i, f in enumerate(rearc.families())
-        )
-        return tuple(task for task in made if task)
+        drawn = ((np.random.default_rng([4040, i]), family) for i, family in enumerate(rearc.families()))
+        return tuple(filter(None, (rearc.task(rng, family, 4, (0, 0.3), 1024) for rng, family in drawn)))
     seed, n, make = GENERATED[name]
     rng, tasks, seen = np.random.default_rng(seed), [], set()
     while len(tasks) < n:

@@ -1,10 +1,10 @@
 """
 Units of work: a few megabytes of one source, read, judged (curate.py), tokenised; and who makes them.
 
-A unit lies in data/work/SOURCE/KEY/ as NUMBER-LANE.tokens, .ends (offsets of documents), .keys (for
-duplicates and for the split), .bands (of MinHash, for text), and last .json, the record: what was read and
-dropped, where to read on, the hashes of the files. Without its record a unit is not there, so a kill costs
-one per worker. One that has been damaged is made anew.
+A unit is a file, data/work/SOURCE/KEY/NUMBER-LANE.npz, with the arrays tokens, ends (offsets of documents),
+keys (for duplicates and for the split), band0, band1, ... (of MinHash, for text) and the record: what was
+read and dropped, and where to read on. It is written whole or not at all, so a kill costs one per worker; it
+has checksums, so one that was damaged is made anew.
 
 Before this: sources.py, curate.py. Read next: pipeline.py, which makes a stage of units.
 """
@@ -13,6 +13,7 @@ import concurrent.futures
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -23,7 +24,7 @@ import numpy as np
 
 from smol import arc, curate, puzzles, tokenizer
 from smol import sources as table
-from smol.snapshots import sha256, sha256_file, write
+from smol.snapshots import write
 
 BYTES_PER_TOKEN = 4  # of English, about: how megabytes of a stage become tokens, for puzzles as for text
 MAX_CHARS = 4_000_000  # of a document: 20 for each of the 200,000 words that the widest rule allows
@@ -44,32 +45,29 @@ class Dropped:
         entry["count"] += count
         entry["examples"] += examples[: EXAMPLES - len(entry["examples"])]
 
-    def count(self):
-        return sum(found["count"] for found in self.rules.values())
-
     def __str__(self):
         rules = sorted(self.rules.items(), key=lambda item: -item[1]["count"])
         return ", ".join(f"{rule} {found['count']:,}" for rule, found in rules) or "nothing"
 
 
-def unit_path(folder, lane, number, suffix):
-    return Path(folder) / f"{number:06d}-{lane}.{suffix}"
+def unit_path(folder, number, lane):
+    return Path(folder) / f"{number:06d}-{lane}.npz"
 
 
-def read_unit(folder, lane, number):
-    """-> the record of a unit, None if it is not there or damaged. Reads all its files."""
+def read_record(path):
+    """-> the record of a unit, None if it is not there or damaged: reading an array checks its sum."""
     try:
-        record = json.loads(unit_path(folder, lane, number, "json").read_bytes())
-        digest = record.pop("sha256")
-        files = {s: sha256_file(unit_path(folder, lane, number, s)) for s in record["files"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        with np.load(path) as unit:
+            arrays = {name: unit[name] for name in unit.files}
+        return json.loads(str(arrays["record"]))
+    except Exception:  # noqa: BLE001 (damage may look like anything to numpy and zipfile)
         return None
-    return record if files == record["files"] and digest == sha256(json.dumps(record).encode()) else None
 
 
 def make_units(job):
     """Make the units first to last of one lane of one source, or up to its end. -> their records."""
-    state = read_unit(job["folder"], job["lane"], job["first"] - 1)["state"] if job["first"] else None
+    before = unit_path(job["folder"], job["first"] - 1, job["lane"])
+    state = read_record(before)["state"] if job["first"] else None
     rows = table.open_rows(job["source"], job["where"], job["seed"], job["lane"], state)
     iterator, records = iter(rows), []
     for number in range(job["first"], job["last"] + 1):
@@ -82,16 +80,13 @@ def make_units(job):
 def make_unit(job, number, rows, iterator):
     """Read, judge, tokenise and write one unit. -> its record."""
     source = table.SOURCES[job["source"]]
-    documents, size, read, end = [], 0, 0, True
-    dropped, odd = Dropped(), Dropped()
+    documents, size, read, end, dropped = [], 0, 0, True, Dropped()
     for origin, row in iterator:
         read += 1
         try:
             document = table.to_document(job["source"], row)
         except table.OddRow as e:
-            # what is generated and does not fit is left out, and no sign of damaged data
-            refused = odd if source.is_read or source.rows else dropped
-            refused.add(e.rule, f"[{origin}] {e}".encode(errors="backslashreplace").decode()[:EXAMPLE_CHARS])
+            dropped.add(e.rule, f"[{origin}] {e}".encode(errors="backslashreplace").decode()[:EXAMPLE_CHARS])
             size += len(repr(row))
         else:
             task, grids, pieces = table.instantiate(document)
@@ -105,37 +100,21 @@ def make_unit(job, number, rows, iterator):
             end = False
             break
     state = rows.state()
-    dropped = Dropped(dropped.rules, odd.rules)
     puzzling = source.kind == "puzzle" or any(task for _, task, _, _ in documents)
     judge = judge_puzzles if puzzling else judge_texts
     kept, keys, bands = judge(source, documents, dropped, read_evaluations(job["evaluations"]))
-    tokens = np.concatenate([np.zeros(0, np.uint16), *kept])
-    ends = np.concatenate([[0], np.cumsum([len(t) for t in kept])])
-    files = {
-        "tokens": tokens.astype("<u2").tobytes(),
-        "ends": ends.astype("<i8").tobytes(),
-        "keys": np.array(keys, "<u8").reshape(-1, 2).T.tobytes(),
-    }
-    if bands is not None:
-        files["bands"] = bands.astype("<u8").tobytes()
-    Path(job["folder"]).mkdir(parents=True, exist_ok=True)
-    for suffix, content in files.items():
-        unit_path(job["folder"], job["lane"], number, suffix).write_bytes(content)
-    record = {
-        "source": job["source"],
-        "lane": job["lane"],
-        "number": number,
-        "read": read,
-        "documents": len(kept),
-        "tokens": len(tokens),
-        "end": end,
-        "state": state,
-        "dropped": dropped.rules,
-        "odd": odd.rules,
-        "files": {suffix: sha256(content) for suffix, content in files.items()},
-    }
-    sealed = {**record, "sha256": sha256(json.dumps(record).encode())}
-    write(unit_path(job["folder"], job["lane"], number, "json"), json.dumps(sealed))  # last: now it is there
+    record = {"lane": job["lane"], "number": number, "end": end, "state": state, "read": read}
+    record |= {"documents": len(kept), "tokens": sum(map(len, kept)), "dropped": dropped.rules}
+    content = io.BytesIO()
+    np.savez(
+        content,
+        record=json.dumps(record),
+        tokens=np.concatenate([np.zeros(0, np.uint16), *kept]),
+        ends=np.cumsum([0, *map(len, kept)]),
+        keys=np.array(keys, np.uint64).reshape(-1, 2).T,
+        **{f"band{b}": band for b, band in enumerate(bands)},
+    )
+    write(unit_path(job["folder"], number, job["lane"]), content.getvalue())
     return record
 
 
@@ -179,13 +158,13 @@ def puzzle_key(task):
 
 
 def judge_texts(source, documents, dropped, evaluations):
-    """-> of those that pass: token arrays, (key for duplicates, key for the split), bands or None"""
+    """-> of those that pass: token arrays, (key for duplicates, key for the split), bands or nothing"""
     layout = source.profile in ("code", "dialogue")
     kept, texts = [], []
     for origin, _, _, pieces in documents:
         pieces = [curate.normalise(p, layout) if isinstance(p, str) else p for p in pieces]
         if any(p is None for p in pieces):
-            dropped.add("not_text", f"[{origin}]")
+            dropped.add("undecodable", f"[{origin}]")
         elif not any(isinstance(p, str) and p for p in pieces):
             dropped.add("empty", f"[{origin}]")
         else:
@@ -195,11 +174,11 @@ def judge_texts(source, documents, dropped, evaluations):
     verdicts = curate.judge(words, texts, source.profile)
     for i, name in evaluations[0].quoted(words).items():
         verdicts[i] = verdicts[i] or f"quotes_{name}"
-    if source.profile == "none":  # generated, as the suites of puzzles in words are
-        for i, text in enumerate(texts):
-            verdicts[i] = verdicts[i] or ("held_out" if curate.held_out().asks(text) else None)
+    generated = source.profile == "none"  # as the suites of puzzles in words are
     tokens, keys, good = [], [], []
     for i, (origin, pieces) in enumerate(kept):
+        if generated and texts[i].split("\nSolution:")[0] in curate.held_out_questions():
+            verdicts[i] = verdicts[i] or "held_out"
         if verdicts[i]:
             dropped.add(verdicts[i], f"[{origin}] {texts[i][:EXAMPLE_CHARS]}")
             continue
@@ -210,7 +189,7 @@ def judge_texts(source, documents, dropped, evaluations):
         tokens.append(ids)
         good.append(i)
     # what is generated from templates is alike by design
-    return tokens, keys, None if source.profile == "none" else curate.signatures(words)[:, good]
+    return tokens, keys, () if generated else curate.signatures(words)[:, good]
 
 
 def answer_fits(task):
@@ -223,7 +202,7 @@ def answer_fits(task):
 def judge_puzzles(source, documents, dropped, evaluations):
     """As judge_texts, for puzzles and texts about puzzles."""
     tokens, keys = [], []
-    outputs, tested_on = curate.evaluation_outputs(), evaluations[1]
+    tested_on = evaluations[1]
     for origin, task, grids, pieces in documents:
         name = f"[{origin}] {task.id}"
         same = puzzle_key(task)
@@ -231,13 +210,13 @@ def judge_puzzles(source, documents, dropped, evaluations):
             dropped.add("larger_than_30", name)
         elif source.repo and not answer_fits(task):
             dropped.add("wrong_answer", name)
-        elif source.tasks and curate.evaluation_tasks().has(task):
+        elif source.tasks and curate.is_evaluation_task(task):
             dropped.add("evaluation_task", name)
         elif curate.held_out(source.suite == "rearc" or source.tasks).has(task, source.augment):
             dropped.add("held_out", name)
         elif same in tested_on:
             dropped.add(f"is_in_{tested_on[same]}", name)
-        elif found := outputs.matches(grids):
+        elif found := curate.given_away(grids):
             dropped.add("evaluation_output", f"{name}: {found[0]}")
         else:
             ids = tokenise(pieces)
@@ -246,7 +225,7 @@ def judge_puzzles(source, documents, dropped, evaluations):
             key = hash64(ids.tobytes()) if source.group == "arc" or source.kind == "text" else same
             keys.append((key, hash64(task.id.encode()) if source.group == "arc" else key))
             tokens.append(ids)
-    return tokens, keys, None
+    return tokens, keys, ()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -254,11 +233,11 @@ def judge_puzzles(source, documents, dropped, evaluations):
 
 
 @contextlib.contextmanager
-def workers(c):
+def workers(engine, num_proc):
     """-> submit(job): a Future of make_units(job), on this machine's cores or on a Ray cluster."""
-    num_proc = c.num_proc or os.cpu_count() or 1
-    if c.engine == "ray":
-        yield from ray_workers(num_proc, c.ray_address)
+    num_proc = num_proc or os.cpu_count() or 1
+    if engine == "ray":
+        yield from ray_workers(num_proc)
     elif num_proc == 1:
 
         def submit(job):
@@ -291,19 +270,18 @@ def end_with_parent():
     threading.Thread(target=wait, daemon=True).start()
 
 
-def ray_workers(num_proc, address):
+def ray_workers(num_proc):
     """
-    The cluster at `address`, or a local one. Every node needs this repository at the same place, and the data
-    folder on a file system that they share, because units are written where they are made.
+    The cluster that RAY_ADDRESS names, or a local one. Every node needs this repository at the same place,
+    and the data folder on a file system that they share, because units are written where they are made.
     """
     try:
         import ray
     except ImportError:
         raise ValueError("--engine=ray needs Ray: pip install ray") from None
     paths = [str(Path(__file__).resolve().parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    options = {"runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}, "log_to_driver": False}
-    options |= {"address": address} if address else {"num_cpus": num_proc, "include_dashboard": False}
-    ray.init(**options)
+    local = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": num_proc, "include_dashboard": False}
+    ray.init(runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}, log_to_driver=False, **local)
     try:
         remote = ray.remote(num_cpus=1)(make_units)
         yield lambda job: remote.remote(job).future()

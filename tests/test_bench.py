@@ -2,8 +2,10 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 from bench import compare, decode, gpu, plan
 from bench import kda as bench_kda
@@ -91,36 +93,27 @@ def test_a_gpu_day_goes_through_and_a_part_that_fails_leaves_the_others(small_kd
     for row in parts["kda"]["rows"]:
         limit = 1e-4 if row["dtype"] == "float32" else 2e-2
         assert max(row["output"], row["state"], row["gradients"]) < limit, row
-    assert "no such kernel" in (tmp_path / "gpu.md").read_text()
 
 
 def test_the_plain_gpt_is_as_large_as_route_a():
     for settings in (bench_train.SMALL, {}):
-        plain = checkpoint.make_model("dense", bench_train.same_size_gpt(settings))
-        route_a = checkpoint.make_model("dense", settings)
+        with torch.device("meta"):
+            plain = checkpoint.make_model("dense", bench_train.same_size_gpt(settings))
+            route_a = checkpoint.make_model("dense", settings)
         assert plain.config.layer_pattern == "a"
         assert plain.num_params() == pytest.approx(route_a.num_params(), rel=0.003)
 
 
 def test_a_training_step_is_timed_in_a_process_of_its_own(nanogpt, monkeypatch):
-    spec = {
-        "model": "trm",
-        "settings": TINY,
-        "rows": 2,
-        "T": 16,
-        "steps": 1,
-        "dtype": "float32",
-        "device": "cpu",
-    }
-    spec |= {"optimizer": "muon", "recompute": True, "compile": False}
+    spec = {"model": "trm", "settings": TINY, "rows": 2, "T": 16, "steps": 1, "optimizer": "muon"}
+    spec |= {"dtype": "float32", "device": "cpu", "recompute": True, "compile": False}
     figures = bench_train.apart(spec)
     assert figures["tokens_per_second"] == pytest.approx(2 * 16 / (figures["ms"] / 1000))
     assert figures["params"] > 800_000 and figures["memory_gb"] > 0.1
-    assert (
-        bench_train.apart({**spec, "model": "dense", "T": 10_000_000, "rows": 1000}) is None
-    )  # out of memory
     monkeypatch.setattr(bench_train, "limit_memory", lambda: None)
     assert bench_train.one_step({**spec, "model": "nanogpt", "path": nanogpt})["tokens_per_second"] > 0
+    monkeypatch.setattr(bench_train, "ProcessPoolExecutor", lambda n, mp_context: ThreadPoolExecutor(n))
+    assert bench_train.apart({**spec, "model": "dense", "T": 10**7, "rows": 10**6}) is None  # out of memory
 
 
 def test_both_routes_stand_beside_a_plain_gpt_and_a_config_gets_its_fastest_way(

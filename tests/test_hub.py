@@ -295,7 +295,7 @@ def test_streaming_survives_kills_cut_connections_and_a_moving_branch(hub, tmp_p
 
     hub.faults = [Fault("GET", "parquet|/lfs/|gz", "cut", 2), Fault("GET", "parquet|/lfs/|gz", 503)]
     process = stream(tmp_path / "two")
-    while len(list(tmp_path.glob("two/work/*/*/*.json"))) < 4 and process.poll() is None:
+    while len(list(tmp_path.glob("two/work/*/*/*.npz"))) < 4 and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -10,7 +10,7 @@ import torch
 from smol import arc, puzzles, snapshots, suites
 from smol import loader as loader_file
 from smol import tokenizer as tok
-from smol.loader import BUCKETS, IGNORE, Ahead, Loader, Shards, draw_rng, puzzle_row
+from smol.loader import BUCKETS, IGNORE, Ahead, Loader, draw_rng, puzzle_row
 
 torch.set_num_threads(1)
 FORMATS = pytest.mark.parametrize("puzzle_format", ("autoregressive", "canvas"))
@@ -182,16 +182,6 @@ def test_epochs_may_end_inside_a_batch(data):
     large = make(data, batch_size=7, batches_per_step=3, **settings)
     rows = [b.idx[0] for _ in range(63) for b in small.next_step()]
     assert torch.equal(torch.stack(rows), torch.cat([b.idx for _ in range(3) for b in large.next_step()]))
-
-
-def test_slices_across_shards(data):
-    """Every stretch of three shards read as one, also those that begin and end at their borders."""
-    entries = [e for e in snapshots.read_manifest(data, "demo")[0] if e["kind"] == "text"]
-    shards = Shards(data, entries)
-    whole = np.concatenate([np.fromfile(data / e["path"], "<u2") for e in entries]).astype(np.int64)
-    borders = {int(b) + d for b in shards.first_token for d in (-1, 0, 1)} & set(range(len(whole) + 1))
-    for start, stop in itertools.combinations(sorted(borders), 2):
-        assert (shards.slice(start, stop) == whole[start:stop]).all()
 
 
 # ---- puzzle rows

@@ -7,57 +7,42 @@ import shutil
 
 import numpy as np
 import pytest
+import test_pipeline
 from test_hub import small_stage
 
 import prepare
 from smol import arc, snapshots, sources, suites, tokenizer
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """A small demo, for which no network is needed."""
-    data = tmp_path_factory.mktemp("demo")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-        prepare.main(["demo", f"--data_dir={data}", "--limit_mb=1", "--val_every=3", "--num_proc=1"])
-    return data
+def documents(data, split, source=None):
+    return [(name, tokens) for name, _, tokens in test_pipeline.documents(data, source, split, "demo")]
 
 
-def documents(data, split, *of):
-    """(source, tokens) of every document, read with nothing but the layout that data/README.md describes."""
-    for line in (data / "stages/demo/manifest.jsonl").read_text().splitlines():
-        e = json.loads(line)
-        if e["split"] == split and (not of or e["source"] in of):
-            tokens = np.fromfile(data / e["path"], "<u2")
-            for a, b in itertools.pairwise(np.fromfile((data / e["path"]).with_suffix(".idx"), "<i8")):
-                yield e["source"], tokens[a:b]
-
-
-def test_the_demo_has_its_sources_and_splits(demo):
-    entries, mixture = snapshots.read_manifest(demo, "demo")
+def test_the_demo_has_its_sources_and_splits(data):
+    entries, mixture = snapshots.read_manifest(data, "demo")
     _, groups, weights = sources.STAGES["demo"]
     assert mixture["groups"] == groups and list(mixture["weights"]) == list(weights)
     assert {e["source"] for e in entries if e["split"] == "train"} == set(weights)
     assert {e["source"]: e["augment"] for e in entries if e["split"] == "train"}["maze"] == "dihedral"
     assert {e["augment"] for e in entries if e["split"] == "val"} == {"none"}
-    train = [tokens.tobytes() for _, tokens in documents(demo, "train")]
-    val = {tokens.tobytes() for _, tokens in documents(demo, "val")}
+    train = [tokens.tobytes() for _, tokens in documents(data, "train")]
+    val = {tokens.tobytes() for _, tokens in documents(data, "val")}
     assert len(set(train)) == len(train) and not val & set(train)
     decode = tokenizer.load().decode
-    modules = {decode(ids[:-1].tolist()) for _, ids in documents(demo, "train", "stdlib")}
+    modules = {decode(ids[:-1].tolist()) for _, ids in documents(data, "train", "stdlib")}
     assert modules and all("import" in text or "def " in text or "=" in text for text in modules)
 
 
-def test_a_module_and_its_docstrings_are_on_the_same_side(demo):
+def test_a_module_and_its_docstrings_are_on_the_same_side(data):
     decode = tokenizer.load().decode
     sides = {}
     for split in ("train", "val"):
-        for _, ids in documents(demo, split, "docstrings"):
+        for _, ids in documents(data, split, "docstrings"):
             sides[decode(ids.tolist()).split("\n")[0].removeprefix("# ")] = split
     names = {sources.module({"name": name})[:300].rstrip(): name for name in sides}
     both = 0
     for split in ("train", "val"):
-        for _, ids in documents(demo, split, "stdlib"):
+        for _, ids in documents(data, split, "stdlib"):
             head = decode(ids.tolist())[:250]
             for text in [text for text in names if text.startswith(head)]:
                 assert sides[names[text]] == split
@@ -80,7 +65,7 @@ def alike(a, b):
     return False
 
 
-def test_no_evaluation_output_is_in_any_shard_under_any_symmetry(demo):
+def test_no_evaluation_output_is_in_any_shard_under_any_symmetry(data):
     outputs = {}
     for task in (*arc.load("arc1_eval"), *arc.load("arc2_eval")):
         for _, output in task.test:
@@ -95,7 +80,7 @@ def test_no_evaluation_output_is_in_any_shard_under_any_symmetry(demo):
         assert is_one(rng.permutation(10)[np.rot90(output.T, int(rng.integers(4)))].astype(np.uint8))
     seen = 0
     for split in ("train", "val"):
-        for source, tokens in documents(demo, split):
+        for source, tokens in documents(data, split):
             if sources.SOURCES[source].kind == "puzzle":
                 for grid in itertools.chain.from_iterable(arc.decode(tokens)[1]):
                     seen += 1
@@ -103,29 +88,28 @@ def test_no_evaluation_output_is_in_any_shard_under_any_symmetry(demo):
     assert seen > 2000
 
 
-def test_nothing_that_is_evaluated_on_is_trained_on(demo):
+def test_nothing_that_is_evaluated_on_is_trained_on(data):
     def questions(name):
         return {pair[0].tobytes() for t in arc.load(name) for pair in t.test if pair[0].size > 30}
 
     asked = questions("arc1_eval") | questions("arc2_eval")
-    trained = [arc.decode(tokens)[1][-1][0].tobytes() for _, tokens in documents(demo, "train", "arc")]
+    trained = [arc.decode(tokens)[1][-1][0].tobytes() for _, tokens in documents(data, "train", "arc")]
     assert trained and not asked & set(trained)
     assert asked & questions("arc2_train"), "ARC-AGI-2's training set holds tasks of ARC-AGI-1's evaluation"
-    answers = {arc.decode(tokens)[1][0][1].tobytes() for _, tokens in documents(demo, "train", "sudoku4")}
+    answers = {arc.decode(tokens)[1][0][1].tobytes() for _, tokens in documents(data, "train", "sudoku4")}
     assert len(answers) > 50 and not answers & {t.test[0][1].tobytes() for t in suites.load("sudoku4")}
     for suite in ("sudoku4", "sudoku9", "maze", "transforms"):
         held = {arc.task_hash(task) for task in suites.load(suite)}
         for split, wanted in (("train", set()), ("val", held)):
-            found = [arc.decode(tokens) for _, tokens in documents(demo, split, suite)]
+            found = [arc.decode(tokens) for _, tokens in documents(data, split, suite)]
             found = {arc.task_hash(arc.Task("", kind, pairs[:-1], pairs[-1:])) for kind, pairs in found}
             assert found & held == found & wanted and (found <= held or split == "train")
 
 
-def test_arc_tasks_are_laid_out_officially(demo):
-    for name in arc.SETS:
-        written = json.loads((demo / f"arc/{name}.json").read_text())
-        task = arc.load(name)[0]
-        assert written[task.id]["test"][0]["output"] == task.test[0][1].tolist()
+def test_arc_tasks_are_laid_out_officially(data):
+    for name, n in zip(arc.SETS, (400, 400, 1000, 120)):
+        tasks = arc.read_tasks(str(data / f"arc/{name}.json"))
+        assert len(tasks) == n and all(y is not None for task in tasks for _, y in task.test)
 
 
 @pytest.mark.parametrize("name, ending, shows", [("maze", "png", ""), ("graphs", "txt", "Question:")])
@@ -202,7 +186,7 @@ MANIFEST, MIXTURE = "stages/stage1/manifest.jsonl", "stages/stage1/mixture.json"
         (lambda data: believable(data, path="processed/../../x/x.bin"), "not processed/SOURCE/NAME.bin"),
         (lambda data: believable(data, path=str(shard(data))), "not processed/SOURCE/NAME.bin"),
         (lambda data: believable(data, tokenizer="0" * 64), "manifest.jsonl .* another tokenizer"),
-        (lambda data: believable(data, group="prose"), "manifest.jsonl .* group is 'prose'"),
+        (lambda data: believable(data, tokens="many"), "manifest.jsonl .* tokens is 'many'"),
         (lambda data: rewrite(data / MANIFEST, lambda b: b"hello\n"), "manifest.jsonl is damaged in line 1"),
         (lambda data: (data / MIXTURE).unlink(), "mixture.json is missing"),
     ],

@@ -5,14 +5,10 @@ import sys
 
 import numpy as np
 import pytest
+from tiny import grid
 
 from smol import arc, programs
 from smol import tokenizer as tok
-
-
-def grid(text):
-    return np.array([[int(c) for c in row] for row in text.split("/")], np.uint8)
-
 
 G = "120/003/100"
 DOTS = "1000/0000/0020/0000"

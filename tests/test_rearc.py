@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from test_pipeline import documents
 
 import prepare
 from smol import arc, curate, rearc, snapshots, sources, suites, units
@@ -157,29 +158,27 @@ def test_the_suite_is_what_it_has_always_been():
     tasks = suites.load("rearc")
     assert (len(tasks), digest(tasks)) == (361, "1ad272ff9db44fca")
     trained = {*arc.tasks_in("arc1_train")}
-    assert {task.id for task in tasks} <= trained and not trained & curate.evaluation_tasks().ids
+    assert {task.id for task in tasks} <= trained and not trained & {
+        task.id for task in curate.evaluation_tasks()
+    }
     held = curate.HeldOut(["rearc"])  # so the source "arc" need not be searched for these
     assert not any(held.has(task, "arc") for task in sources.arc_tasks())
     assert all(len(arc.encode("arc", task.train + task.test)) <= 1024 for task in tasks)
 
 
+def some_tasks():
+    families = enumerate(list(rearc.families())[::25])
+    tasks = [rearc.task(np.random.default_rng(i), family, 3, (0, 0.2), 600) for i, family in families]
+    return digest([task for task in tasks if task])
+
+
 @needs_package
 def test_pairs_depend_on_no_other_thing_than_their_seed():
     """Neither on the random numbers of others, nor on the process, nor on how it hashes strings."""
-    code = (
-        "import sys, numpy as np; sys.path.insert(0, '.'); from tests.test_rearc import digest, rearc;"
-        "tasks = [rearc.task(np.random.default_rng(i), f, 3, (0, 0.2), 600)"
-        " for i, f in enumerate(list(rearc.families())[::25])]; print(digest([t for t in tasks if t]))"
-    )
-    state = random.getstate()
-    found = set()
-    for seed in ("1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": seed}
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-        found.add(done.stdout)
-    assert len(found) == 1 and len(found.pop().strip()) == 16
-    rearc.task(np.random.default_rng(0), next(iter(rearc.families())), 3, (0, 0.2), 600)
-    assert random.getstate() == state
+    code = "import sys; sys.path[:0] = ['.', 'tests']; from test_rearc import some_tasks; print(some_tasks())"
+    environment, state = {**os.environ, "PYTHONHASHSEED": "1"}, random.getstate()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == some_tasks() and random.getstate() == state
 
 
 @needs_package
@@ -200,16 +199,13 @@ def test_a_stage_of_it_is_rebuilt_byte_for_byte_and_keeps_held_out_pairs_out(tmp
         prepare.main(["arc_cpu", f"--data_dir={data}", "--limit_mb=0.1", "--val_every=4", "--num_proc=1"])
         manifests.append((data / "stages/arc_cpu/manifest.jsonl").read_bytes())
     assert manifests[0] == manifests[1]
-    entries, _ = snapshots.read_manifest(data, "arc_cpu")
-    assert {e["source"] for e in entries} == {"rearc"}
-    documents = {"train": [], "val": []}
-    for e in entries:
-        tokens = np.fromfile(data / e["path"], "<u2")
-        ends = np.fromfile((data / e["path"]).with_suffix(".idx"), "<i8")
-        documents[e["split"]] += [arc.decode(tokens[a:b])[1] for a, b in zip(ends, ends[1:])]
+    found = {"train": [], "val": []}
+    for source, split, tokens in documents(data, stage="arc_cpu"):
+        found[split].append(arc.decode(tokens)[1])
+        assert source == "rearc"
     held = {arc.canonical_hash(*task.test[0]) for task in suites.load("rearc")}
-    assert {arc.canonical_hash(*pairs[-1]) for pairs in documents["val"]} <= held
-    trained = {arc.canonical_hash(*pair) for pairs in documents["train"] for pair in pairs}
+    assert {arc.canonical_hash(*pairs[-1]) for pairs in found["val"]} <= held
+    trained = {arc.canonical_hash(*pair) for pairs in found["train"] for pair in pairs}
     assert trained and not trained & held
     # a family is on the side of the split that its original is on
     away = {i for i in few if units.hash64(i.encode()) % 4 == 0}
