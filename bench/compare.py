@@ -45,7 +45,9 @@ data_dir = "data"  # where `python prepare.py demo` put that text
 seconds = 240.0  # of training, for each
 points = 8  # checkpoints on the way that are evaluated
 seeds = 1
-n_sup = (4, 16)  # Route B: supervision steps when answering
+n_sup = (4, 16)  # Route B and TRM: supervision steps when answering
+n_rollouts = 8  # of as many steps as the most of these, after the last point; 1 for none
+noise = (0.3, 1.0)  # sizes of theirs
 # ---- rivals
 trm = ""  # path of a checkout of github.com/SamsungSAILMontreal/TinyRecursiveModels; sudokus only
 trm_mixer = True  # its MLP across the cells in place of attention
@@ -57,7 +59,10 @@ rival_rows = 10  # of a batch
 # ---- where
 out_dir = "out/compare"
 
-RANGES = {"[1, inf)": "n_train n_test points seeds rival_rows", "(0, inf)": "seconds rival_learning_rate"}
+RANGES = {
+    "[1, inf)": "n_train n_test points seeds rival_rows n_rollouts",
+    "(0, inf)": "seconds rival_learning_rate",
+}
 ROOT = Path(__file__).parent.parent
 BETAS, EMA = (0.9, 0.95), 0.999
 N_BATCHES = 500  # of text that nanoGPT goes over again and again
@@ -144,6 +149,22 @@ def solved(net, tasks, n_sup=None):
     return sum(bool(a[0]) and np.array_equal(a[0][0][0], t.test[0][1]) for a, t in zip(answers, tasks))
 
 
+def sizes_of(c):
+    return c.noise if c.n_rollouts > 1 else ()
+
+
+def with_rollouts(c, net, tasks, size):
+    """(tasks whose surest answer is right, tasks that some answer of some rollout solves)."""
+    how = {"n_sup": max(c.n_sup), "n_rollouts": c.n_rollouts, "noise": size, "trace": True}
+    surest = some = 0
+    for task, (steps,) in zip(tasks, net.answer(solve.without_answers(tasks), **how)):
+        grids = [steps_of[0] for steps_of in steps]
+        best = max(range(len(steps)), key=lambda i: steps[i][1])
+        right = [grid is not None and np.array_equal(grid, task.test[0][1]) for grid in grids]
+        surest, some = surest + right[best], some + any(right)
+    return surest, some
+
+
 def curve_of(c, paths, tasks):
     """[{seconds, tokens, loss or solved}] of a run's checkpoints."""
     curve = []
@@ -154,6 +175,8 @@ def curve_of(c, paths, tasks):
             steps = c.n_sup if net.puzzle_format == "canvas" else (None,)
             point["solved"] = {str(n or ""): solved(net, tasks, n) for n in steps}
         curve.append(point)
+    if tasks and net.puzzle_format == "canvas":
+        curve[-1]["rollouts"] = {size: with_rollouts(c, net, tasks, size) for size in sizes_of(c)}
     return curve, net.num_params()
 
 
@@ -172,7 +195,7 @@ def moving_average(average, value, n):
 
 
 def train_rival(c, net, loss_of, batches, evaluate):
-    """Train for c.seconds of this thread; evaluate(averaged net) at every point. Returns the curve."""
+    """Train for c.seconds of this thread; evaluate(averaged net, last) at every point. Returns the curve."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=c.rival_learning_rate, betas=BETAS, weight_decay=0.1)
     average = torch.optim.swa_utils.AveragedModel(net, avg_fn=moving_average)
     spent, tokens, steps, curve = 0.0, 0, 0, []
@@ -190,9 +213,9 @@ def train_rival(c, net, loss_of, batches, evaluate):
         spent += time.process_time() - start
         tokens, steps = tokens + batch[0].numel(), steps + 1
         if spent >= c.seconds * (len(curve) + 1) / c.points:
-            curve.append(
-                {"iter": steps, "seconds": spent, "tokens": tokens, **evaluate(average.module.eval())}
-            )
+            last = len(curve) + 1 == c.points
+            results = evaluate(average.module.eval(), last)
+            curve.append({"iter": steps, "seconds": spent, "tokens": tokens, **results})
     return curve
 
 
@@ -230,17 +253,31 @@ def rival_trm(c, seed, tasks):
         carry, loss, *_ = net(return_keys=[], carry=carry, batch=data)
         return loss / len(batch[0])
 
-    @torch.no_grad()
-    def evaluate(net):
-        inputs, labels = as_batch(tasks)
-        data = named(inputs, labels)
-        state, found = net.initial_carry(data), {}
-        for step in range(1, max(c.n_sup) + 1):
-            state.halted = torch.full_like(state.halted, step == 1)
+    def answer_steps(net, n_steps, n_rollouts=1, size=0.0):
+        """Yields whether each rollout of each task is right (N, n_rollouts), and its halting logit."""
+        inputs, labels = (t.repeat_interleave(n_rollouts, 0) for t in as_batch(tasks))
+        data, noisy = named(inputs, labels), (torch.arange(len(inputs)) % n_rollouts > 0)[:, None, None]
+        state, rng = net.initial_carry(data), torch.Generator().manual_seed(seed)
+        state.current_data, state.inner_carry = (
+            data,
+            net.model.inner.reset_carry(state.halted, state.inner_carry),
+        )
+        for _ in range(n_steps):
+            z, state.halted = state.inner_carry.z_L, torch.zeros_like(state.halted)
+            state.inner_carry.z_L = z + size * noisy * torch.randn(z.shape, generator=rng)
             state, outputs = net.model(carry=state, batch=data)
-            if step in c.n_sup:
-                found[str(step)] = int((outputs["logits"].argmax(-1) == labels).all(1).sum())
-        return {"solved": found}
+            right = (outputs["logits"].argmax(-1) == labels).all(1)
+            yield right.view(-1, n_rollouts), outputs["q_halt_logits"].view(-1, n_rollouts)
+
+    @torch.no_grad()
+    def evaluate(net, last):
+        right = [step.sum().item() for step, _ in answer_steps(net, max(c.n_sup))]
+        results = {"solved": {str(n): right[n - 1] for n in c.n_sup}, "rollouts": {}}
+        for size in sizes_of(c) if last else ():
+            right, q = (torch.cat(t, 1) for t in zip(*answer_steps(net, max(c.n_sup), c.n_rollouts, size)))
+            surest = right.gather(1, q.argmax(1, keepdim=True)).sum().item()
+            results["rollouts"][size] = surest, right.any(1).sum().item()
+        return results
 
     return train_rival(c, net, loss_of, batches, evaluate), sum(p.numel() for p in net.parameters())
 
@@ -265,7 +302,7 @@ def rival_nanogpt(c, seed):
     batches = [(b.idx, b.targets) for _ in range(N_BATCHES) for b in source.next_step()]
 
     @torch.no_grad()
-    def evaluate(net):
+    def evaluate(net, last):
         losses = {}
         for name, _, idx, targets in source.val_batches("text", 8):
             losses.setdefault(name, []).append(loss_of(net, (idx, targets)).item())
@@ -290,6 +327,8 @@ def show(rows):
             result = "; ".join(
                 f"{n + ' steps: ' if n else ''}{' '.join(map(str, of))}" for n, of in curves.items()
             )
+            for size, (surest, some) in last.get("rollouts", {}).items():
+                result += f"; rollouts with noise {size}: {surest}, some right: {some}"
         else:
             result = " ".join(f"{p['val_loss']:.3f}" for p in row["curve"])
         what = f"{row['name']}, seed {row['seed']}: {row['params'] / 1e6:.2f}M parameters"

@@ -3,14 +3,16 @@
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from bench import compare, decode, gpu, plan
 from bench import kda as bench_kda
 from bench import train as bench_train
-from smol import checkpoint
+from smol import checkpoint, puzzles
 
 CONFIG = """
 model = "dense"
@@ -184,7 +186,22 @@ def test_contenders_train_through_train_py(tmp_path):
     seconds = [p["seconds"] for p in row["curve"]]
     assert len(seconds) == 2 and seconds == sorted(seconds) and row["curve"][-1]["tokens"] > 0
     assert list(row["curve"][-1]["solved"]) == ["1", "2"]
+    rollouts = row["curve"][-1]["rollouts"]
+    assert list(rollouts) == ["0.3", "1.0"] and all(0 <= a <= b <= 3 for a, b in rollouts.values())
     assert (tmp_path / "compare.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_surest_answer_of_all_rollouts_counts():
+    tasks = [puzzles.sudoku(np.random.default_rng(i), 4, 4, "test") for i in range(3)]
+    right, wrong = ([t.test[0][1] for t in tasks[i:] + tasks[:i]] for i in (0, 1))
+    traces = [
+        [[(right[0], 0.2), (None, 0.0), (right[0], 0.9), (wrong[0], 0.8)]],
+        [[(right[1], 0.2), (None, 0.0), (right[1], 0.7), (wrong[1], 0.8)]],
+        [[(wrong[2], 0.2), (None, 0.0), (wrong[2], 0.7), (wrong[2], 0.8)]],
+    ]
+    net = SimpleNamespace(answer=lambda tasks, **how: traces)
+    c = SimpleNamespace(n_sup=(1, 2), n_rollouts=2)
+    assert compare.with_rollouts(c, net, tasks, 0.5) == (1, 2)
 
 
 def test_nanogpt_learns_the_text_of_the_demo(nanogpt, data, tmp_path, monkeypatch):
