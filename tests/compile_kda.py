@@ -26,15 +26,10 @@ import kda  # noqa: E402
 TENSOR_CORE = re.compile(r"\bmma\.sync|\bwgmma\.mma_async|\btcgen05\.mma\b")
 
 
-def compile_kernel(name, capability, dot, size, overrides):
+def compile_kernel(name, capability, dot, size, back, overrides):
     kernel = getattr(kda, name)
     step, warps = kda.LAUNCH[name]
-    constants = {
-        "DOT": dot,
-        "STEP": min(step, size),
-        "KPAD": size,
-        "BACK": True,
-    } | overrides
+    constants = {"DOT": dot, "STEP": min(step, size), "KPAD": size, "BACK": back} | overrides
     options = {"num_warps": constants.pop("num_warps", warps), "num_stages": constants.pop("num_stages", 1)}
     constants = {arg: constants[arg] for arg in kernel.arg_names if arg in constants}
     signature = {
@@ -61,6 +56,7 @@ def compile_kernel(name, capability, dot, size, overrides):
     dots = re.findall(r"= tt\.dot .*", code.asm["ttgir"])
     return {
         "kernel": name,
+        "backwards": back,
         "capability": capability,
         "dot": dot,
         "size": size,
@@ -84,10 +80,9 @@ def main():
     args = parser.parse_args()
     for size in args.sizes.split(","):
         for name in args.kernels.split(","):
-            print(
-                json.dumps(compile_kernel(name, args.capability, args.dot, int(size), args.options)),
-                flush=True,
-            )
+            for back in (False, True) if name == "states_kernel" else (None,):
+                found = compile_kernel(name, args.capability, args.dot, int(size), back, args.options)
+                print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -29,10 +29,9 @@ def check(capability, sizes):
     """
     args = f"--capability={capability}", f"--sizes={sizes}"
     results = [json.loads(line) for line in python(os.path.join(TESTS, "compile_kda.py"), *args).splitlines()]
-    assert len(results) == 3 * len(sizes.split(","))
+    assert len(results) == 4 * len(sizes.split(","))  # states_kernel in both directions
     for r in results:
-        # ten registers of states_kernel at 128 channels are spilled on 10.0: not mended, see LOG.md
-        assert r["shared"] <= SHARED[capability] and r["stack"] <= (40 if capability == 100 else 16), r
+        assert r["shared"] <= SHARED[capability] and r["stack"] <= 8, r  # two registers
         assert r["slow_dots"] == 0 and r["mma"] > 0, r
 
 
