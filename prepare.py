@@ -235,8 +235,8 @@ def clean(c):
     data, total = Path(c.data_dir), 0
     builds = [snapshots.read_json(path) for path in data.glob("metadata/*/units.json")]
     used = {data / "work" / name / key for keys in builds for name, key in keys.items()}
-    units = {path.parent for path in data.glob("work/*/*/*.npz")}
-    for path in [*snapshots.unlisted_files(data), *sorted(units - used)]:
+    folders = {path.parent for path in data.glob("work/*/*/*.npz")}
+    for path in [*snapshots.unlisted_files(data), *sorted(folders - used)]:
         size = sum(p.stat().st_size for p in ([path] if path.is_file() else path.iterdir()))
         total += size
         print(f"{path}: {size:,} bytes")

@@ -389,6 +389,7 @@ def cut_log(path, last_step):
 
 def draw_losses(out_dir):
     """out_dir/loss.png: the training loss of all batches and of each source, and its validation loss."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     points = {}  # {(source, kind of loss): [(step, loss), ...]}
@@ -402,7 +403,8 @@ def draw_losses(out_dir):
                 points.setdefault((source, kind), []).append((entry["iter"], loss))
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    colours = {source: f"C{n}" for n, source in enumerate(dict.fromkeys(source for source, _ in points))}
+    names = dict.fromkeys(source for source, _ in points)
+    colours = {source: colormaps["tab20"](n % 20) for n, source in enumerate(names)}
     for (source, kind), found in points.items():
         steps, losses = zip(*found)
         if kind == "val":

@@ -280,8 +280,10 @@ def ray_workers(num_proc):
     except ImportError:
         raise ValueError("--engine=ray needs Ray: pip install ray") from None
     paths = [str(Path(__file__).resolve().parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    local = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": num_proc, "include_dashboard": False}
-    ray.init(runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}, log_to_driver=False, **local)
+    options = {"runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}, "log_to_driver": False}
+    if not os.environ.get("RAY_ADDRESS"):
+        options |= {"num_cpus": num_proc, "include_dashboard": False}
+    ray.init(**options)
     try:
         remote = ray.remote(num_cpus=1)(make_units)
         yield lambda job: remote.remote(job).future()

@@ -175,7 +175,8 @@ def test_decode_rows(nanogpt, tmp_path):
     assert size[300, 1, "Route A"] - size[30, 1, "Route A"] == pytest.approx(2 * 270 * 16 * 4 / 1e6)
 
 
-SETTINGS = "--n_layer=4 --n_head=2 --n_embd=16 --n_ff=24 --block_size=256 --batch_size=1 --eval_batches=1"
+SETTINGS = "--n_layer=4 --n_head=2 --n_embd=16 --n_ff=24 --block_size=96 --batch_size=1 --eval_batches=1 "
+SETTINGS += "--gradient_accumulation_steps=1 --compile=False"
 
 
 def test_contenders_train_through_train_py(tmp_path):
@@ -206,7 +207,7 @@ def test_the_surest_answer_of_all_rollouts_counts():
 
 def test_nanogpt_learns_the_text_of_the_demo(nanogpt, data, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "N_BATCHES", 5)
-    sizes = ["--seconds=0.5", "--points=2", "--nanogpt_settings={'n_layer': 1, 'n_head': 2, 'n_embd': 16}"]
+    sizes = ["--seconds=0.5", "--points=1", "--nanogpt_settings={'n_layer': 1, 'n_head': 2, 'n_embd': 16}"]
     compare.main([f"--nanogpt={nanogpt}", f"--data_dir={data}", *sizes, f"--out_dir={tmp_path / 'out'}"])
     (row,) = json.load(open(tmp_path / "out/compare.json"))["rows"]
     assert row["name"] == "nanoGPT" and row["curve"][-1]["val_loss"] < 20

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TINY = (
     "--n_layer=4 --n_head=2 --n_embd=16 --n_ff=24 --block_size=256 --batch_size=2 --max_iters=2 "
-    "--eval_interval=2 --eval_batches=1 --log_interval=1 --warmup_iters=1 --mixture={'stdlib':1,'sudoku4':1}"
+    "--eval_interval=2 --eval_batches=1 --log_interval=1 --warmup_iters=1 --mixture={'stdlib':1,'sudoku4':1} "
+    "--gradient_accumulation_steps=2"
 ).split()
 # pattern -> what is added, so that the command takes a second or two; a later value of a setting wins
 RUN = {
