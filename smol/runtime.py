@@ -410,7 +410,7 @@ def draw_losses(out_dir):
             n = 1 + len(losses) // 20  # each point is the mean of the last twentieth of all
             means = [sum(losses[max(0, i - n) : i]) / min(n, i) for i in range(1, len(losses) + 1)]
             axes.plot(steps, means, color=colours[source], lw=1, label=source)
-    axes.set(xlabel="step", ylabel="loss in nats", title=out_dir)
+    axes.set(xlabel="step", ylabel="loss in nats", title=os.path.basename(os.path.abspath(out_dir)))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, ncols=2, title="lines: training, smoothed; dots: validation", title_fontsize=8)
     save_picture(figure, os.path.join(out_dir, "loss.png"))
