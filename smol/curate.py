@@ -519,10 +519,15 @@ def is_sudoku4(task):
     return task.kind == "sudoku" and task.test[0][1].shape == (4, 4)
 
 
-@functools.cache
+HELD_OUT = {}  # of this process: to generate the suites takes seconds, so workers are given it by the build
+
+
 def held_out(with_rearc):
-    """HeldOut, made once: its puzzles are generated anew. with_rearc: RE-ARC's too, which take seconds."""
-    return HeldOut([*suites.ON_GRIDS, *(["rearc"] if with_rearc and rearc.installed() else [])])
+    """-> HeldOut, of RE-ARC's suite too or without it."""
+    if with_rearc not in HELD_OUT:
+        names = [*suites.ON_GRIDS, *(["rearc"] if with_rearc and rearc.installed() else [])]
+        HELD_OUT[with_rearc] = HeldOut(names)
+    return HELD_OUT[with_rearc]
 
 
 @functools.cache

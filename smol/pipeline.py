@@ -349,7 +349,7 @@ def build_stage(c, data, stage, parts, evaluations, provenance):
         part.folder = unit_folder(data, part, evaluations)
         load_units(part)
     chosen = {}
-    with units.workers(c.engine, c.num_proc) as submit:
+    with units.workers(c.engine, c.num_proc, [part.source for part in parts]) as submit:
         make(c, parts, {part.name: 1.02 * part.target for part in parts}, evaluations, submit)
         for part in parts:
             more = functools.partial(make, c, parts, evaluations=evaluations, submit=submit)

@@ -13,9 +13,10 @@ program is a list of steps (name, parameters), and as text it reads as Python:
 A family is a sequence of slots, each filled by one of several functions. make() draws a family, a program and
 inputs on which every step does something, so that no single function of the language explains the
 demonstrations in another way. trace() writes a task as text: demonstrations, test input, program, often the
-grid after every step, answer. What make() returns was checked by running the text of its program.
+grid after every step, answer. What make() returns was checked by running the text of its program. A program
+that a model wrote is run by run(), which reads it: no other function than these can be in it.
 
-The process that runs generated programs imports this file: no torch in here. Read next: sources.py.
+Read next: sources.py.
 """
 
 import difflib
@@ -29,6 +30,7 @@ from smol import arc
 from smol import tokenizer as tok
 
 INTERMEDIATE = 0.5  # share of the traces that show the grid after every step
+MOST_CHARACTERS = 1000  # of a program; a step takes at most 10 ms, so this bounds the time as well
 
 # -----------------------------------------------------------------------------
 # functions that take more than a line; an object is a set of coloured cells that touch by their sides
@@ -463,8 +465,16 @@ def apply(steps, grid):
 
 
 def run(text, grid):
-    """As apply, of a program as text. ValueError if it is none."""
-    return apply(parse(text), grid)
+    """As apply, of a program as text. ValueError if it is none, is too long, or makes grids that are none."""
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"a program of more than {MOST_CHARACTERS} characters")
+    grids = []
+    for name, params in parse(text):
+        grid = step(grid, name, params)
+        if not (grid.ndim == 2 and 1 <= min(grid.shape) <= max(grid.shape) <= arc.MAX_SIDE):
+            raise ValueError(f"{name} makes a grid whose sides are not 1 to {arc.MAX_SIDE}")
+        grids.append(grid)
+    return grids
 
 
 def same(a, b):

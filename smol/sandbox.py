@@ -15,12 +15,11 @@ What confines the process, each on its own:
     without the filter, but who knows the interpreter's insides gets around it.
   - Expected values never enter the process, so code cannot pass a test by printing that it passed.
 
-Grid programs (`run_programs`) are read and not executed: only functions of their language run.
-
 This does not protect against faults of the kernel or, without the filter, of the interpreter. It was made for
 what small models write by accident; for code of people who mean harm, use a virtual machine.
 
-Read next: language.py and solve.py, which run candidates through this.
+Grid programs (programs.py) need none of this: they are read and not executed. Read next: language.py, which
+runs candidates through this.
 """
 
 import ast
@@ -43,7 +42,6 @@ from dataclasses import dataclass
 SECONDS = 2  # of CPU, for a function with its tests
 MEMORY = 256 << 20  # bytes beyond what the interpreter itself takes
 OUTPUT = 64 << 10  # bytes of results
-PROGRAM_CHARACTERS = 1000  # at most 10 ms a step on a 30x30 grid, so this bounds the time as well
 MODULES = (  # what functions may import
     "math re collections itertools functools string heapq bisect operator statistics fractions decimal "
     "random typing dataclasses enum copy abc textwrap"
@@ -162,32 +160,6 @@ def start(job):
     elif process.returncode or written == READY:
         problem = f"it ended before it was done (code {process.returncode})"
     return written.removeprefix(READY), problem
-
-
-def run_programs(jobs):
-    """
-    jobs: list of (text of a grid program, [np.uint8 grid, ...]). Returns a list of Result: the value is the
-    list of np.uint8 grids that the program makes of them. Every grid on the way has sides of 1 to 30.
-    """
-    from smol import programs  # here: the confined process runs this file too, where nothing is installed
-
-    def run(text, grids):
-        if len(text) > PROGRAM_CHARACTERS:
-            raise ValueError(f"a program of more than {PROGRAM_CHARACTERS} characters")
-        steps = programs.parse(text)
-        for name, params in steps:
-            grids = [programs.step(grid, name, params) for grid in grids]
-            if not all(grid.ndim == 2 and 1 <= min(grid.shape) <= max(grid.shape) <= 30 for grid in grids):
-                raise ValueError(f"{name} makes a grid whose sides are not 1 to 30")
-        return grids
-
-    results = []
-    for text, grids in jobs:
-        try:
-            results.append(Result(True, run(text, grids)))
-        except Exception as e:  # noqa: BLE001 (a program fails in any way)
-            results.append(Result(False, reason=shorten(f"{type(e).__name__}: {e}")))
-    return results
 
 
 # -----------------------------------------------------------------------------

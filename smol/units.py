@@ -192,6 +192,10 @@ def judge_texts(source, documents, dropped, evaluations):
     return tokens, keys, () if generated else curate.signatures(words)[:, good]
 
 
+def held_out_from(source):
+    return curate.held_out(source.suite == "rearc" or source.tasks)
+
+
 def answer_fits(task):
     """Is the answer right? For puzzles from elsewhere; a maze may have other ways as short."""
     if task.kind == "sudoku":
@@ -212,7 +216,7 @@ def judge_puzzles(source, documents, dropped, evaluations):
             dropped.add("wrong_answer", name)
         elif source.tasks and curate.is_evaluation_task(task):
             dropped.add("evaluation_task", name)
-        elif curate.held_out(source.suite == "rearc" or source.tasks).has(task, source.augment):
+        elif held_out_from(source).has(task, source.augment):
             dropped.add("held_out", name)
         elif same in tested_on:
             dropped.add(f"is_in_{tested_on[same]}", name)
@@ -233,7 +237,7 @@ def judge_puzzles(source, documents, dropped, evaluations):
 
 
 @contextlib.contextmanager
-def workers(engine, num_proc):
+def workers(engine, num_proc, sources):
     """-> submit(job): a Future of make_units(job), on this machine's cores or on a Ray cluster."""
     num_proc = num_proc or os.cpu_count() or 1
     if engine == "ray":
@@ -247,9 +251,13 @@ def workers(engine, num_proc):
 
         yield submit
     else:
+        for source in sources:
+            if source.kind == "puzzle":
+                held_out_from(source)
         # spawned, because a forked worker would hold the lock of the data folder beyond our death
         spawn = multiprocessing.get_context("spawn")
-        pool = concurrent.futures.ProcessPoolExecutor(num_proc, mp_context=spawn, initializer=end_with_parent)
+        begin = {"initializer": begin_worker, "initargs": (curate.HELD_OUT,)}
+        pool = concurrent.futures.ProcessPoolExecutor(num_proc, mp_context=spawn, **begin)
         try:
             yield lambda job: pool.submit(make_units, job)
         except BaseException:
@@ -260,8 +268,9 @@ def workers(engine, num_proc):
         pool.shutdown()
 
 
-def end_with_parent():
-    """In a worker: end when the build was killed, instead of waiting for work for ever."""
+def begin_worker(held_out):
+    """In a worker: take what the build has generated, and end when it was killed instead of waiting on."""
+    curate.HELD_OUT.update(held_out)
 
     def wait():
         multiprocessing.parent_process().join()

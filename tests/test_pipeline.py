@@ -256,7 +256,7 @@ def test_the_validation_split_is_stable_when_a_source_grows(built, source_dir, t
 # ---- the same bytes, however it was made
 
 
-PART = "--sources=fineweb_edu,wikipedia,codeparrot,arithmetic"
+PART = "--sources=fineweb_edu,wikipedia,codeparrot,arithmetic,maze_hard"
 
 
 @pytest.fixture(scope="module")
@@ -315,12 +315,12 @@ def test_what_changed_is_made_anew_and_nothing_else(part, source_dir, tmp_path, 
     build(data, source_dir, PART)
     assert "already there" in capsys.readouterr().out and hashes(data) == before
     megabytes, groups, weights = sources.STAGES["stage1"]
-    groups = {**groups, "web": 0.48, "code": 0.22}
+    groups = {**groups, "code": 0.18, "math": 0.12}
     monkeypatch.setitem(sources.STAGES, "stage1", (megabytes, groups, weights))
     build(data, source_dir, PART)
     assert "targets changed since it was built" in capsys.readouterr().out and made() == units_before
     entries, mixture = snapshots.read_manifest(data, "stage1")
-    assert mixture["groups"]["code"] == pytest.approx(0.22 / 0.8)
+    assert mixture["groups"]["code"] == pytest.approx(0.18 / 0.9)
     assert {p for p in hashes(data, "processed") if p.endswith(".bin")} == {e["path"] for e in entries}
     monkeypatch.setattr(pipeline, "code", lambda: "an edited rule")
     build(data, source_dir, PART)

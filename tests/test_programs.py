@@ -1,8 +1,5 @@
 """Grid programs: each function by hand, tasks of every family by running their text as Python, traces."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from tiny import grid
@@ -173,6 +170,14 @@ def test_traces_hold_the_program_and_what_it_does():
     assert len(shown) > 1
 
 
-def test_programs_run_without_torch():
-    code = "import sys, smol.programs; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=programs.__file__.rsplit("/", 2)[0], check=True)
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        (programs.program_text([("scale", {"k": 3})] * 4), "sides are not 1 to 30"),
+        (programs.program_text([("crop", {})] * 100), "more than 1000 characters"),
+        ("(" * 900, "not a program"),
+    ],
+)
+def test_what_a_model_wrote_is_bounded(text, says):
+    with pytest.raises(ValueError, match=says):
+        programs.run(text, grid("120/003/100"))

@@ -192,7 +192,7 @@ def test_a_stage_of_it_is_rebuilt_byte_for_byte_and_keeps_held_out_pairs_out(tmp
     few = dict(list(rearc.families().items())[:12])
     monkeypatch.setattr(rearc, "families", lambda: few)
     suites.load.cache_clear()
-    curate.held_out.cache_clear()
+    curate.HELD_OUT.clear()
     manifests = []
     for folder in ("a", "b"):
         data = tmp_path / folder
@@ -212,7 +212,7 @@ def test_a_stage_of_it_is_rebuilt_byte_for_byte_and_keeps_held_out_pairs_out(tmp
     dropped = snapshots.read_json(data / "metadata/arc_cpu/filters.json")["rearc"]["dropped"]
     assert away and dropped["held_out_task"]["count"] > 0
     suites.load.cache_clear()
-    curate.held_out.cache_clear()
+    curate.HELD_OUT.clear()
 
 
 @needs_package

@@ -4,10 +4,9 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
-from smol import programs, sandbox
+from smol import sandbox
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FILTERED = sys.platform == "linux" and os.uname().machine == "x86_64"
@@ -137,32 +136,3 @@ def test_a_sandbox_that_does_not_start_is_no_wrong_answer_and_nothing_is_left_be
     with pytest.raises(OSError, match="sandbox does not start: .*No such file"):
         sandbox.call("x = 1", ["x"])
     assert list(tmp_path.iterdir()) == []
-
-
-# grid programs
-
-
-def test_programs_give_what_the_language_gives():
-    rng, jobs = np.random.default_rng(1), []
-    for family in list(programs.FAMILIES)[::6]:
-        task, steps = programs.make(rng, family)
-        jobs.append((programs.program_text(steps), [x for x, _ in task.train + task.test]))
-    for (text, grids), result in zip(jobs, sandbox.run_programs(jobs), strict=True):
-        assert result.ok
-        assert all(np.array_equal(a, programs.run(text, x)[-1]) for a, x in zip(result.value, grids))
-
-
-def test_one_bad_program_costs_the_others_nothing():
-    grid = np.arange(9, dtype=np.uint8).reshape(3, 3)
-    good = programs.program_text([("transpose", {"anti": 0})]), [grid]
-    bad = {
-        "ValueError": "import os\nos.system('true')\n",
-        "does not take": programs.program_text([("scale", {"k": 10**9})]),
-        "not 1 to 30": programs.program_text([("scale", {"k": 3})] * 20),
-        "1000 characters": programs.program_text([("transpose", {"anti": 0})] * 100),
-        "": "(" * 900,
-    }
-    results = sandbox.run_programs([good, *((text, [grid]) for text in bad.values()), good])
-    assert [r.ok for r in results] == [True] + [False] * len(bad) + [True]
-    assert all(reason in r.reason and r.reason for reason, r in zip(bad, results[1:]))
-    assert np.array_equal(results[-1].value[0], grid.T)

@@ -153,6 +153,11 @@ def test_arc_json_of_every_shape_is_read(tmp_path):
         **{"made": [6, 6, 3], "examples": [6], "line": [3], "listed": [6]},
     }
     assert sorted(rules) == ["few_pairs", "not_as_expected", "not_as_expected"]
+    where = {"files": [str(folder / "made.json")]}
+    reader = sources.open_rows("arc_json", where, 1, 0, None)
+    first = list(itertools.islice(iter(reader), 2))
+    rest = list(sources.open_rows("arc_json", where, 1, 0, reader.state()))
+    assert first + rest == list(sources.open_rows("arc_json", where, 1, 0, None)) and len(rest) == 1
 
 
 def test_a_row_of_barc_is_a_task_whatever_it_is_read_from(tmp_path):
