@@ -450,7 +450,8 @@ def push(folder, repo, full):
         files = {name: Path(folder, name) for name in BESIDES}
         files = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
         train = {k: v for k, v in at["train"].items() if k in FIGURES}
-        settings = {k: v for k, v in at["config"].items() if not k.endswith("_dir")}  # this machine's
+        of_this_machine = [k for k, v in at["config"].items() if k.endswith("_dir") or os.path.isabs(str(v))]
+        settings = {k: v for k, v in at["config"].items() if k not in of_this_machine}
         about = {"model": at["model"], "tokenizer": at["tokenizer"], "train": train, "settings": settings}
         files["config.json"] = json.dumps({**at["model_config"], **about}, indent=2).encode()
         files["README.md"] = card(repo, at, runtime.read_log(os.path.join(folder, "evals.jsonl"))).encode()
@@ -462,7 +463,7 @@ def push(folder, repo, full):
         with plainly(f"pushing step {step} to {repo}"):
             if not full and HfApi().file_exists(repo, "ckpt.pt"):
                 operations.append(CommitOperationDelete("ckpt.pt"))
-                what += " (ckpt.pt was of another step; the commits before have it)"
+                what += " without the ckpt.pt of the commits before"
             commit = HfApi().create_commit(repo, operations, commit_message=f"step {step}").oid
     finally:
         os.remove(path)

