@@ -752,7 +752,8 @@ class ShortFunction(torch.autograd.Function):
         dk.addcmul_(diagonal, q).addcmul_(d_bk, beta)
         out = (dq, dk, dR.mul_(beta), dg, d_beta)
         dq, dk, dv, dg, d_beta = (t.reshape(B, H, T, -1).transpose(1, 2) for t in out)
-        return dq, dk, dv, dg, d_beta.squeeze(-1), None
+        # dg lies as g does: softplus_backward has other strides than the compiler expects where it does not
+        return dq, dk, dv, dg.contiguous(), d_beta.squeeze(-1), None
 
 
 def kda(
@@ -818,8 +819,7 @@ def kda(
     scale, wide = K**-0.5 if scale is None else scale, widest(q, k, v, g, beta)
     backend = resolve(backend, wide, q, v)
     short = T <= SHORT and initial_state is None and not output_final_state and wide == torch.float32
-    short = short and q.device.type == "cpu" and not torch.compiler.is_compiling()
-    if backend == "chunk" and short and q.numel() and V:
+    if backend == "chunk" and short and q.device.type == "cpu" and q.numel() and V:
         with torch.autocast("cpu", enabled=False):
             o = ShortFunction.apply(q, k, v, g, beta, scale).to(v.dtype)
     elif backend != "recurrent" and q.numel() and V:

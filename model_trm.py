@@ -525,9 +525,7 @@ class Model(nn.Module, HubMixin, library_name="smol-llm", license="mit"):
                 start = len(ids) - shape[0] * (shape[1] + 1)
                 if len(ids) <= self.config.block_size:
                     puzzles.append(((i, j, shape, start), torch.from_numpy(ids.astype(np.int64))))
-        for part in engine.batches_by_length(
-            puzzles, lambda puzzle: len(puzzle[1]) * n_rollouts, BATCH_TOKENS
-        ):
+        for part in engine.batches_by_length(puzzles, lambda p: len(p[1]) * n_rollouts, BATCH_TOKENS):
             where, documents = zip(*part)
             yield where, engine.pad_documents(documents, self.wte.weight.device)
 
@@ -563,14 +561,11 @@ def rollout_rngs(idx, n_rollouts, seed):
     For each rollout of each row of idx (B, T): its random numbers, None for the first one, and the row's
     length. They depend on seed and puzzle, not on what else is asked.
     """
-    if n_rollouts == 1:
-        return []
-    rows = [[i for i in ids if i != tok.PAD] for ids in idx.tolist()]
-    return [
-        (draw_rng(seed, f"rollout {k}", row) if k else None, len(row))
-        for row in rows
-        for k in range(n_rollouts)
-    ]
+    rngs = []
+    for ids in idx.tolist():
+        row = [i for i in ids if i != tok.PAD]
+        rngs += [(draw_rng(seed, f"rollout {k}", row) if k else None, len(row)) for k in range(n_rollouts)]
+    return rngs
 
 
 def normal_like(z, rngs):
@@ -585,9 +580,8 @@ def normal_like(z, rngs):
 def surest_rollout(steps, n_rollouts):
     """Of a trace, the steps of the rollout that had the highest halting probability."""
     n = len(steps) // n_rollouts
-    return max(
-        (steps[i * n : (i + 1) * n] for i in range(n_rollouts)), key=lambda some: max(p for _, p in some)
-    )
+    rollouts = [steps[i : i + n] for i in range(0, len(steps), n)]
+    return max(rollouts, key=lambda some: max(p for _, p in some))
 
 
 def ranked(steps):
