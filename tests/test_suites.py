@@ -18,7 +18,7 @@ PAIR = {"input": [[1, 2], [3, 4]], "output": [[4]]}
         ("sudoku9", "6ab955520d1cbc4c"),
         ("sudoku9_medium", "61059df8bfb826a0"),
         ("sudoku9_hard", "78e234fbcd335f71"),
-        ("maze", "f783d69d64002974"),
+        ("maze", "3f23efb71546be65"),
         ("turn", "09d5a6400ca2b8b5"),
         ("transforms", "933355794e86ea7e"),
         ("logic", "7935dd592c950f3b"),
