@@ -200,8 +200,16 @@ def start_processes(device_type):
         object_group = dist.new_group(backend="gloo")
 
 
-def exit_now(code=1):
-    """Exit at once, without waiting for threads or a process group that others have left."""
+def exit_now(message=None, code=1):
+    """
+    Exit at once, without waiting for threads or a process group that others have left. torchrun shows at its
+    very end what is in the file it names, so our line is written there as well.
+    """
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if message and report:
+        about = {"message": f"error: {message}", "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError), open(report, "w") as f:
+            json.dump({"message": about}, f)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -223,7 +231,7 @@ def stop(message, everyone=True):
     """
     if master or not everyone:
         print(f"error: {message}", file=sys.stderr)
-    exit_now()
+    exit_now(message)
 
 
 def print0(text):
@@ -236,7 +244,7 @@ def crashed(kind, error, trace):
     """The excepthook: an exception is shown in full, except where it says that another process has left."""
     if kind is KeyboardInterrupt:  # before the first step: from then on `catch_signals` sees to it
         print("\ninterrupted before the first step: nothing was changed", file=sys.stderr)
-        exit_now(code=130)
+        exit_now("interrupted", code=130)
     if out_of_memory(error):
         line = "out of memory: lower batch_size and raise gradient_accumulation_steps, or set recompute=True"
         stop(f"{line} (process {rank})", everyone=False)
@@ -244,7 +252,7 @@ def crashed(kind, error, trace):
         print(f"process {rank}: lost another process, which has said why", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
-    exit_now()
+    exit_now(f"{kind.__name__}: {error}")
 
 
 def all_agree(problem):

@@ -232,7 +232,7 @@ def test_the_same_command_begins_goes_on_and_never_replaces_another_run(tmp_path
 
 def test_machines_that_do_not_hold_the_same_checkpoint_do_not_begin(tmp_path, monkeypatch, capsys):
     config = {"init_from": "auto", "out_dir": str(tmp_path), "push_to": ""}
-    monkeypatch.setattr(runtime, "stop", lambda message: pytest.fail(message))
+    monkeypatch.setattr(runtime, "exit_now", lambda message: pytest.fail(message))
     monkeypatch.setattr(runtime, "world_size", 2)
     for step in (None, 9):
         if step:
