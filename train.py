@@ -323,7 +323,7 @@ def main(argv):
             logged, run["val_losses"], checkpoint.path_of(config), net, scaler.is_enabled(), card
         )
         if not show_checks(checks):
-            runtime.exit_now()
+            runtime.exit_now("stage 0 failed")
     runtime.end_processes()
 
 

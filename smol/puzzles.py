@@ -305,7 +305,7 @@ def words(question, solution, answer):
 # -----------------------------------------------------------------------------
 # arithmetic. In a template {a} is a number, {A} and {B} are people; [a * b] is a step, which will read "3 * 4
 # = 12", and s1, s2 are the results of the steps before. Every number of the question goes into one step and
-# no other number does, so check_arithmetic() can hold the solution against the question.
+# no other number does, so the solution can be held against the question.
 
 # largest number and question, then solution; numbers are drawn until each step is a whole number above 1
 TEMPLATE_LINES = """

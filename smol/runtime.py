@@ -203,8 +203,16 @@ def start_processes(device_type):
         object_group = dist.new_group(backend="gloo")
 
 
-def exit_now(code=1):
-    """Exit at once, without waiting for threads or a process group that others have left."""
+def exit_now(message=None, code=1):
+    """
+    Exit at once, without waiting for threads or a process group that others have left. torchrun shows at its
+    very end what is in the file it names, so our line is written there as well.
+    """
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if message and report:
+        about = {"message": f"error: {message}", "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError), open(report, "w") as f:
+            json.dump({"message": about}, f)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -226,7 +234,7 @@ def stop(message, everyone=True):
     """
     if master or not everyone:
         print(f"error: {message}", file=sys.stderr)
-    exit_now()
+    exit_now(message)
 
 
 def print0(text):
@@ -239,7 +247,7 @@ def crashed(kind, error, trace):
     """The excepthook: an exception is shown in full, except where it says that another process has left."""
     if kind is KeyboardInterrupt:  # before the first step: from then on `catch_signals` sees to it
         print("\ninterrupted before the first step: nothing was changed", file=sys.stderr)
-        exit_now(code=130)
+        exit_now("interrupted", code=130)
     if out_of_memory(error):
         line = "out of memory: lower batch_size and raise gradient_accumulation_steps, or set recompute=True"
         stop(f"{line} (process {rank})", everyone=False)
@@ -247,7 +255,7 @@ def crashed(kind, error, trace):
         print(f"process {rank}: lost another process, which has said why", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
-    exit_now()
+    exit_now(f"{kind.__name__}: {error}")
 
 
 def all_agree(problem):
@@ -392,28 +400,29 @@ def draw_losses(out_dir):
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    points = {}  # {(source, kind of loss): [(step, loss), ...]}
-    for entry in read_log(os.path.join(out_dir, "log.jsonl")):
-        whole = {} if entry.get("loss") is None else {"all batches": entry["loss"]}
-        for kind, losses in (
-            ("train", {**whole, **entry.get("losses", {})}),
-            ("val", entry.get("val_losses", {})),
-        ):
-            for source, loss in losses.items():
-                points.setdefault((source, kind), []).append((entry["iter"], loss))
+    def smooth(points):
+        """Each the mean of the last twentieth of all: (steps, losses)."""
+        steps, losses = [i for i, _ in points], [x for _, x in points]
+        n = 1 + len(points) // 20
+        parts = (losses[max(0, i - n) : i] for i in range(1, len(points) + 1))
+        return steps, [sum(part) / len(part) for part in parts]
+
+    def points(key, source):
+        return [(e["iter"], e[key][source]) for e in entries if source in e.get(key, {})]
+
+    entries = read_log(os.path.join(out_dir, "log.jsonl"))
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    names = dict.fromkeys(source for source, _ in points)
-    colours = {source: colormaps["tab20"](n % 20) for n, source in enumerate(names)}
-    for (source, kind), found in points.items():
-        steps, losses = zip(*found)
-        if kind == "val":
-            axes.plot(steps, losses, ":o", color=colours[source], ms=4, lw=1)
-        else:
-            n = 1 + len(losses) // 20  # each point is the mean of the last twentieth of all
-            means = [sum(losses[max(0, i - n) : i]) / min(n, i) for i in range(1, len(losses) + 1)]
-            axes.plot(steps, means, color=colours[source], lw=1, label=source)
-    axes.set(xlabel="step", ylabel="loss in nats", title=os.path.basename(os.path.abspath(out_dir)))
+    total = [(e["iter"], e["loss"]) for e in entries if e.get("loss") is not None]
+    axes.plot(*smooth(total), color="0.2", lw=1.5, label="all batches")
+    for n, source in enumerate(
+        sorted({k for e in entries for k in (e.get("losses") or e.get("val_losses", ()))})
+    ):
+        style = {"color": colormaps["tab20"](n % 20), "lw": 1}
+        axes.plot(*smooth(points("losses", source)), label=source, alpha=0.7, **style)
+        if found := points("val_losses", source):
+            axes.plot(*zip(*found), ls=":", marker="o", ms=4, **style)
+    axes.set(xlabel="step", ylabel="loss in nats", title=out_dir)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, ncols=2, title="lines: training, smoothed; dots: validation", title_fontsize=8)
     save_picture(figure, os.path.join(out_dir, "loss.png"))
