@@ -210,13 +210,11 @@ def main(argv):
     ahead = Ahead(loader, pin=on_gpu)
     since_log = {"seconds": 0.0, "tokens": 0, "flops": 0.0, "waited": 0.0, "steps": 0}
     logged, saved, due, stopping = [], True, False, False
-    # a thread that is alone has its own seconds: what else the machine does is not in them
-    clock = time.thread_time if here == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     net.train()
 
     # ---- go
     while run["iter"] < max_iters:
-        started = clock()
+        started = time.perf_counter()
         lr = loop.learning_rate_at(run["iter"], config)
         loop.set_learning_rate(optimizers, lr)
 
@@ -256,7 +254,7 @@ def main(argv):
                 loop.update_average(average, net, ema, run["iter"])
 
         # what it was like
-        seconds = clock() - started
+        seconds = time.perf_counter() - started
         loop.count_step(run, seconds, tokens, finite)
         step, by_source = run["iter"], ", ".join(f"{k} {v:.2f}" for k, v in losses.items())
         new = {"seconds": seconds, "tokens": tokens, "flops": flops, "waited": waited, "steps": 1}

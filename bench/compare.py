@@ -8,8 +8,8 @@ text.
 
 A contender is a name and what train.py is called with; it trains through train.py itself, with as many steps
 as fit into the seconds. Learning rates are the caller's: give every contender its best. Rivals train on the
-same batches in a loop of their own, with the same schedule. Everything is kept in out_dir, so that a run that
-was killed goes on. Before this: train.py, model_trm.py.
+same batches in a loop of their own, with the same schedule. Let nothing else run: seconds are wall-clock.
+Everything is kept in out_dir, so that a run that was killed goes on. Before this: train.py, model_trm.py.
 """
 
 import glob
@@ -195,13 +195,13 @@ def moving_average(average, value, n):
 
 
 def train_rival(c, net, loss_of, batches, evaluate):
-    """Train for c.seconds of this thread; evaluate(averaged net, last) at every point. Returns the curve."""
+    """Train for c.seconds; evaluate(averaged net, last) at every point. Returns the curve."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=c.rival_learning_rate, betas=BETAS, weight_decay=0.1)
     average = torch.optim.swa_utils.AveragedModel(net, avg_fn=moving_average)
     spent, tokens, steps, curve = 0.0, 0, 0, []
     while spent < c.seconds:
         batch = batches[steps % len(batches)]
-        start = time.process_time()
+        start = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = c.rival_learning_rate * max(0.0, rate_at(spent / c.seconds))
         net.train()
@@ -210,7 +210,7 @@ def train_rival(c, net, loss_of, batches, evaluate):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         average.update_parameters(net)
-        spent += time.process_time() - start
+        spent += time.perf_counter() - start
         tokens, steps = tokens + batch[0].numel(), steps + 1
         if spent >= c.seconds * (len(curve) + 1) / c.points:
             last = len(curve) + 1 == c.points
