@@ -101,7 +101,9 @@ decay_iters = 2000  # of 'wsd'; 0 stays up to the end: for a stage that another 
 min_lr = 0.0
 # ---- system
 device = "auto"  # 'cpu', 'cuda', 'mps', or auto: the GPU where there is one
-dtype = "auto"  # 'float32', 'bfloat16', 'float16'; auto: float32 on CPU, bfloat16 from capability 8.0 on
+# 'float32', 'bfloat16', 'float16'; auto: bfloat16 from capability 8.0 on and on CPUs with AMX, float16 on
+# older GPUs, float32 on other CPUs
+dtype = "auto"
 compile: bool | str = "auto"  # torch.compile the blocks; auto: on a GPU. False where that fails
 sync_check_interval = 100  # steps between comparisons of all processes' weights; 0 for none
 seed = 1337

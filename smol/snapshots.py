@@ -181,10 +181,8 @@ def read_manifest(data_dir, stage, tag=None, verify=True):
     problem, run = f"stage {stage!r} is not prepared", f"run: python prepare.py {stage} --data_dir={data}"
     repair = f"build it anew: python prepare.py {stage} --data_dir={data} --force=True"
     if tag is not None:
-        problem, run = (
-            f"the tag {tag!r} of {problem}",
-            f"freeze it: python prepare.py freeze {stage} --tag={tag}",
-        )
+        problem = f"the tag {tag!r} of {problem}"
+        run = f"freeze it: python prepare.py freeze {stage} --tag={tag}"
         repair = f"a frozen stage never changes: pull {stage}:{tag} again, or delete {folder}"
     if not (folder / "manifest.jsonl").is_file():
         raise FileNotFoundError(f"{problem} in {data}/; {run}")

@@ -12,6 +12,7 @@ import torch
 from bench import compare, decode, gpu, plan
 from bench import kda as bench_kda
 from bench import train as bench_train
+from model_trm import ranked
 from smol import checkpoint, puzzles
 
 CONFIG = """
@@ -193,16 +194,17 @@ def test_contenders_train_through_train_py(tmp_path):
 
 
 def test_the_surest_answer_of_all_rollouts_counts():
-    tasks = [puzzles.sudoku(np.random.default_rng(i), 4, 4, "test") for i in range(3)]
+    tasks = [puzzles.sudoku(np.random.default_rng(i), 4, 4, "test") for i in range(4)]
     right, wrong = ([t.test[0][1] for t in tasks[i:] + tasks[:i]] for i in (0, 1))
     traces = [
         [[(right[0], 0.2), (None, 0.0), (right[0], 0.9), (wrong[0], 0.8)]],
         [[(right[1], 0.2), (None, 0.0), (right[1], 0.7), (wrong[1], 0.8)]],
         [[(wrong[2], 0.2), (None, 0.0), (wrong[2], 0.7), (wrong[2], 0.8)]],
+        [[(wrong[3], 0.2), (None, 0.0), (right[3], 0.9), (wrong[3], 0.8)]],
     ]
-    net = SimpleNamespace(answer=lambda tasks, **how: traces)
+    net = SimpleNamespace(answer=lambda tasks, **how: [[ranked(steps) for steps in task] for task in traces])
     c = SimpleNamespace(n_sup=(1, 2), n_rollouts=2)
-    assert compare.with_rollouts(c, net, tasks, 0.5) == (1, 2)
+    assert compare.with_rollouts(c, net, tasks, 0.5) == (2, 3)
 
 
 def test_nanogpt_learns_the_text_of_the_demo(nanogpt, data, tmp_path, monkeypatch):
