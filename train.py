@@ -204,6 +204,7 @@ def main(argv):
     begin = f"from the weights of {start_path}" if start_path else "from scratch"
     if resumed:
         begin = f"going on after step {run['iter']} of {start_path}"
+        begin += ", its last: raise max_iters to train further" if run["iter"] >= max_iters else ""
     runtime.print0(begin + "".join(f"\n  changed: {c}" for c in changed))
     for name in loader.not_validated(eval_batches):
         runtime.print0(f"not validated: {name} has no held-out rows of at most {block_size} tokens")

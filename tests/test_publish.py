@@ -65,7 +65,12 @@ def test_a_published_run_goes_on_elsewhere_as_if_it_had_never_stopped(hub, data,
     assert losses(far) == losses(trained)  # its log was there as well
     before = len(hub.log)
     code, out, err = train(hub, data, far, *push)  # the same command again sends nothing
-    assert code == 0 and "going on after step 6" in out and "step 6 is at ada/run" in out, err
+    assert (
+        code == 0
+        and "going on after step 6" in out
+        and "its last: raise max_iters" in out
+        and "step 6 is at ada/run" in out
+    ), err
     assert not [x for x in hub.log[before:] if x[0] == "PUT"]
 
     whole = hub.repos["ada/run"].branches["main"]  # later weights never stand beside an earlier ckpt.pt
