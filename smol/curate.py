@@ -36,7 +36,6 @@ MINHASH_SEED = 1
 TEXT_NGRAM = 13  # words in common with an evaluation text, as in GPT-3's appendix C
 CELLS_NGRAM, ROWS_NGRAM = 24, 3  # of a test output written cell by cell ("0, 0, 3") or row by row ("003")
 LANGUAGE_CHARS = 1000  # of a document that the language is judged by
-EVALUATION_SETS = ("arc1_eval", "arc2_eval")
 
 # -----------------------------------------------------------------------------
 # the rules: name, measure, {profile: (lowest, highest)}, bounds inclusive. A document must pass all rules of
@@ -456,14 +455,9 @@ class Likenesses:
 
 
 @functools.cache
-def evaluation_tasks():
-    return [task for name in EVALUATION_SETS for task in arc.load(name)]
-
-
-@functools.cache
 def evaluation_outputs():
-    """Of their tests. A trivial one gives nothing away alone: there the test input has to come before it."""
-    tests = [(task.id, pair) for task in evaluation_tasks() for pair in task.test]
+    """Of ARC's. A trivial one gives nothing away alone: there the test input has to come before it."""
+    tests = [(task.id, pair) for task in arc.evaluation_tasks() for pair in task.test]
     return Likenesses((name, pair if trivial(pair[1]) else pair[1:]) for name, pair in tests)
 
 
@@ -479,17 +473,16 @@ def given_away(grids):
 
 
 @functools.cache
-def evaluation_demonstrations():
-    pairs = [(task.id, pair) for task in evaluation_tasks() for pair in task.train]
-    return Likenesses((name, pair) for name, pair in pairs if not all(map(trivial, pair)))
+def evaluation_ids_and_demonstrations():
+    tasks = arc.evaluation_tasks()
+    pairs = [(task.id, pair) for task in tasks for pair in task.train if not all(map(trivial, pair))]
+    return {task.id for task in tasks}, Likenesses(pairs)
 
 
 def is_evaluation_task(task):
     """By its id, or by a demonstration of one."""
-    if any(task.id == other.id for other in evaluation_tasks()):
-        return True
-    known = evaluation_demonstrations()
-    return any(known.find(*pair) for pair in task.train + task.test)
+    ids, demonstrations = evaluation_ids_and_demonstrations()
+    return task.id in ids or any(demonstrations.find(*pair) for pair in task.train + task.test)
 
 
 class HeldOut:

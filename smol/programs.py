@@ -1,6 +1,6 @@
 """
-Grid programs: a language of functions from a grid to a grid, families of tasks written in it, and traces of
-programs at work.
+Grid programs: a language of functions from a grid to a grid, tasks written in it, and traces of programs at
+work.
 
 A grid is np.uint8 (h, w), of colours 0..9; 0 is the background. The functions take any grid of 3x3 or more. A
 program is a list of steps (name, parameters), and as text it reads as Python:
@@ -10,22 +10,22 @@ program is a list of steps (name, parameters), and as text it reads as Python:
         grid = replace(grid, a=3, b=5)
         return grid
 
-A family is a sequence of slots, each filled by one of several functions. make() draws a family, a program and
-inputs on which every step does something, so that no single function of the language explains the
-demonstrations in another way. trace() writes a task as text: demonstrations, test input, program, often the
-grid after every step, answer. What make() returns was checked by running the text of its program. A program
-that a model wrote is run by run(), which reads it: no other function than these can be in it.
+make() draws a program and inputs on which every step does something, so that no single function of the
+language explains the demonstrations in another way. trace() writes a task as text: demonstrations, test
+input, program, often the grid after every step, answer. What make() returns was checked by running the text
+of its program. A program that a model wrote is run by run(), which reads it: no other function than these
+can be in it.
 
 Read next: sources.py.
 """
 
-import difflib
 import functools
 import itertools
 import re
 
 import numpy as np
 
+import configurator
 from smol import arc
 from smol import tokenizer as tok
 
@@ -79,29 +79,28 @@ def mirror(grid, side):
 
 def half(grid, side):
     """The half at this side: 0 bottom, 1 right, 2 top, 3 left; without the middle line if there is one."""
-    lines = grid if side % 2 == 0 else grid.T
-    n = len(lines) // 2
-    out = lines[-n:] if side < 2 else lines[:n]
-    return out if side % 2 == 0 else out.T
+    if side % 2:
+        return half(grid.T, side - 1).T
+    n = len(grid) // 2
+    return grid[-n:] if side == 0 else grid[:n]
 
 
 def fold(grid, axis):
     """The second half is folded over the first, its coloured cells on top."""
-    over = np.flip(grid, axis)
-    kept = np.where(over > 0, over, grid)
-    n = (grid.shape[axis] + 1) // 2
-    return kept[:n] if axis == 0 else kept[:, :n]
+    if axis == 1:
+        return fold(grid.T, 0).T
+    over = np.flip(grid, 0)
+    return np.where(over > 0, over, grid)[: (len(grid) + 1) // 2]
 
 
 def halves(grid, op, axis):
     """Two halves with a line between them. A cell takes the line's colour where op of its two cells is
     coloured: 0 both, 1 at least one, 2 exactly one, 3 none."""
-    lines = grid if axis == 0 else grid.T
-    n = (len(lines) - 1) // 2
-    first, second = lines[:n] > 0, lines[-n:] > 0
-    on = (first & second, first | second, first ^ second, ~(first | second))[op]
-    out = on * lines[n, 0]
-    return out if axis == 0 else out.T
+    if axis == 1:
+        return halves(grid.T, op, 0).T
+    n = (len(grid) - 1) // 2
+    first, second = grid[:n] > 0, grid[-n:] > 0
+    return (first & second, first | second, first ^ second, ~(first | second))[op] * grid[n, 0]
 
 
 def gravity(grid, side):
@@ -135,16 +134,13 @@ def outline(grid, a):
 
 def hollow(grid):
     """A coloured cell whose four neighbours are coloured too becomes background."""
-    full = np.pad(grid > 0, 1)
-    inside = full[:-2, 1:-1] & full[2:, 1:-1] & full[1:-1, :-2] & full[1:-1, 2:]
-    return np.where(inside, 0, grid)
+    return np.where(arc.neighbours(grid).all(0), 0, grid)
 
 
 def grow(grid):
     """Background cells take the colour of a neighbour by side: the one above, else left, right, below."""
-    edge = np.pad(grid, 1)
     out = grid
-    for near in (edge[:-2, 1:-1], edge[1:-1, :-2], edge[1:-1, 2:], edge[2:, 1:-1]):
+    for near in arc.neighbours(grid):
         out = np.where(out == 0, near, out)
     return out
 
@@ -175,12 +171,14 @@ def diagonals(grid, up):
 def connect(grid, axis):
     """Background cells between two neighbouring coloured cells of one colour in a column (0) or row (1) take
     that colour."""
-    out = grid.copy() if axis else grid.T.copy()
+    if axis == 0:
+        return connect(grid.T, 1).T
+    out = grid.copy()
     for line in out:
         for i, j in itertools.pairwise(np.flatnonzero(line).tolist()):
             if line[i] == line[j]:
                 line[i:j] = line[i]
-    return out if axis else out.T
+    return out
 
 
 def colour_counts(grid):
@@ -220,9 +218,7 @@ def one_object(grid, smallest):
 
 def without_specks(grid):
     """Objects of a single cell disappear."""
-    full = np.pad(grid > 0, 1)
-    near = full[:-2, 1:-1] | full[2:, 1:-1] | full[1:-1, :-2] | full[1:-1, 2:]
-    return np.where(near, grid, 0)
+    return np.where(arc.neighbours(grid).any(0), grid, 0)
 
 
 def recolour_largest(grid, a):
@@ -338,7 +334,7 @@ def objects(rng, params):
 
 
 # -----------------------------------------------------------------------------
-# the language and its families, as tables
+# the language as a table
 
 
 def settings_of(**ranges):
@@ -391,38 +387,7 @@ LANGUAGE = {
     "count_objects": (A, count_objects, objects),
     "count_bars": (settings_of(axis=AXES), count_bars, few_cells),
 }
-TURN = ("flip", "rotate", "transpose")
-MOVE = ("roll", "gravity")
-COLOUR = ("swap", "replace", "paint", "negative")
-LARGER = ("scale", "tile", "mirror")
-PICK = ("one_object", "without_specks")
-
-# family: (slots, what makes an input; None: the first function's own). One function of each slot is drawn.
-FAMILIES = {
-    **{name: (((name,),), None) for name in LANGUAGE},
-    "turn_then_move": ((TURN, MOVE), scattered),
-    "turn_then_colour": ((TURN, COLOUR), scattered),
-    "move_then_colour": ((MOVE, COLOUR), scattered),
-    "sort_then_turn": ((("sort_lines",), TURN), scattered),
-    "crop_then_turn": ((("crop",), TURN), rectangles),
-    "crop_then_enlarge": ((("crop",), LARGER), few_cells),
-    "pick_then_crop": ((PICK, ("crop",)), objects),
-    "pick_then_box": ((PICK, ("box", "outline")), objects),
-    "box_then_hollow": ((("box",), ("hollow", "recolour_largest")), objects),
-    "keep_then_crop": ((("keep",), ("crop",)), scattered),
-    "colour_then_frame": ((COLOUR, ("frame", "border")), scattered_medium),
-    "half_then_mirror": ((("half",), ("mirror", "tile")), scattered_medium),
-    "fold_then_enlarge": ((("fold",), ("scale", "tile")), scattered_medium),
-    "combine_then_turn": ((("halves",), TURN), two_halves),
-    "grow_then_hollow": ((("grow",), ("negative", "border", "hollow")), few_cells),
-    "lines_then_colour": ((("rays", "diagonals", "connect"), COLOUR), few_cells),
-    "turn_move_colour": ((TURN, MOVE, COLOUR), scattered),
-    "pick_crop_enlarge": ((PICK, ("crop",), LARGER), objects),
-    "crop_turn_colour": ((("crop",), TURN, COLOUR), few_cells),
-    "crop_enlarge_frame": ((("crop",), LARGER, ("frame", "border")), few_cells),
-    "half_colour_mirror": ((("half", "fold"), COLOUR, ("mirror", "tile")), scattered_medium),
-    "pick_crop_turn_colour": ((PICK, ("crop",), TURN, ("paint", "negative")), objects),
-}
+EVERY_STEP = [(name, params, named(params)) for name, entry in LANGUAGE.items() for params in entry[0]]
 
 # -----------------------------------------------------------------------------
 # programs
@@ -447,8 +412,7 @@ def parse(text):
             raise ValueError(f"{line.strip()!r} does not turn grid into grid")
         name, params = call[1], {k: int(v) for k, v in re.findall(r"(\w+)=(-?\d+)", call[2])}
         if name not in LANGUAGE:
-            closest = difflib.get_close_matches(name, LANGUAGE, 1, 0)[0]
-            raise ValueError(f"no function {name!r}: the closest is {closest!r}")
+            raise ValueError(configurator.unknown("function", name, LANGUAGE))
         if params not in LANGUAGE[name][0]:
             raise ValueError(f"{name} does not take {params}")
         steps.append((name, params))
@@ -460,21 +424,21 @@ def step(grid, name, params):
 
 
 def apply(steps, grid):
-    """-> list of np.uint8 (h, w): the grid after every step, the last one is the result."""
-    return [grid := step(grid, name, params) for name, params in steps]
-
-
-def run(text, grid):
-    """As apply, of a program as text. ValueError if it is none, is too long, or makes grids that are none."""
-    if len(text) > MOST_CHARACTERS:
-        raise ValueError(f"a program of more than {MOST_CHARACTERS} characters")
+    """-> list of np.uint8 (h, w), the grid after every step. ValueError for one that is no grid of ARC's."""
     grids = []
-    for name, params in parse(text):
+    for name, params in steps:
         grid = step(grid, name, params)
-        if not (grid.ndim == 2 and 1 <= min(grid.shape) <= max(grid.shape) <= arc.MAX_SIDE):
+        if not 1 <= min(grid.shape) <= max(grid.shape) <= arc.MAX_SIDE:
             raise ValueError(f"{name} makes a grid whose sides are not 1 to {arc.MAX_SIDE}")
         grids.append(grid)
     return grids
+
+
+def run(text, grid):
+    """As apply, of a program as text. ValueError if it is none or too long as well."""
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"a program of more than {MOST_CHARACTERS} characters")
+    return apply(parse(text), grid)
 
 
 def same(a, b):
@@ -491,33 +455,32 @@ def explained_otherwise(task):
     """Does a single function explain every demonstration and give another answer to the test?"""
     (x, y), (test_input, answer) = task.train[0], task.test[0]
     colours = {*x.flat, *y.flat}
-    for name, (settings, _, _) in LANGUAGE.items():
-        for params in settings:
-            if not colours.issuperset(named(params)):
-                continue
-            if not same(step(x, name, params), y):  # most functions end here
-                continue
-            explains = all(same(step(i, name, params), o) for i, o in task.train)
-            if explains and not same(step(test_input, name, params), answer):
-                return True
+    for name, params, named_colours in EVERY_STEP:
+        if not colours.issuperset(named_colours) or not same(step(x, name, params), y):  # most end here
+            continue
+        explains = all(same(step(i, name, params), o) for i, o in task.train)
+        if explains and not same(step(test_input, name, params), answer):
+            return True
     return False
 
 
-def make(rng, family=None):
+def make(rng, names=None):
     """
-    -> (Task of kind 'arc' with 2..4 demonstrations and one test, list of steps) of the family, or of a random
-    one. Its id is the program: 'crop;roll:dy=1:dx=-2'. Every step changes every grid, and no output is blank.
+    -> (Task of kind 'arc' with 2..4 demonstrations and one test, list of steps) of these functions, or of one
+    or two at random. Its id is the program: 'crop;roll:dy=1:dx=-2'. Every step changes every grid, and no
+    output is blank.
     """
-    family = family or list(FAMILIES)[rng.integers(len(FAMILIES))]
-    slots, make_input = FAMILIES[family]
+    language = list(LANGUAGE)
     while True:
-        names = [slot[rng.integers(len(slot))] for slot in slots]
-        steps = [(name, LANGUAGE[name][0][rng.integers(len(LANGUAGE[name][0]))]) for name in names]
-        draw = make_input or LANGUAGE[names[0]][2]
+        functions = names or [language[i] for i in rng.integers(len(language), size=rng.integers(1, 3))]
+        steps = [(name, LANGUAGE[name][0][rng.integers(len(LANGUAGE[name][0]))]) for name in functions]
         n, pairs = int(rng.integers(3, 6)), []
         for _ in range(40):  # a program that does nothing with most inputs gives way to another
-            x = np.ascontiguousarray(draw(rng, steps[0][1]), np.uint8)
-            stages = [x, *apply(steps, x)]
+            x = np.ascontiguousarray(LANGUAGE[functions[0]][2](rng, steps[0][1]), np.uint8)
+            try:
+                stages = [x, *apply(steps, x)]
+            except ValueError:  # too large, or too small for the next function
+                continue
             idle = any(same(a, b) for a, b in itertools.combinations(stages, 2))
             if not idle and stages[-1].any():
                 pairs.append((x, stages[-1]))
@@ -532,13 +495,13 @@ def make(rng, family=None):
 
 
 def task(rng):
-    """A task of a random family."""
+    """A task of one or two random functions."""
     return make(rng)[0]
 
 
 def transform(rng):
     """A task of one random function."""
-    return make(rng, list(LANGUAGE)[rng.integers(len(LANGUAGE))])[0]
+    return make(rng, [list(LANGUAGE)[rng.integers(len(LANGUAGE))]])[0]
 
 
 def trace(rng):

@@ -8,7 +8,7 @@ A generator takes a np.random.Generator, and nothing else decides what comes out
 way: it looks at rows, columns and boxes and does not solve, or walks through a maze in layers. (Those of
 puzzles in words, which read the finished text and try every possibility, are in tests/test_puzzles.py.)
 
-Never trained on: the grids in SUDOKU4_HELD_OUT, and what suites.py asks. Read next: sources.py.
+Never trained on: the grids of sudoku4_grids("test"), and what suites.py asks. Read next: sources.py.
 """
 
 import functools
@@ -21,7 +21,7 @@ from collections import Counter
 
 import numpy as np
 
-from smol.arc import Task, turn
+from smol.arc import Task, neighbours, turn
 
 # -----------------------------------------------------------------------------
 # sudoku: 0 is a blank
@@ -93,30 +93,23 @@ def all_sudoku4():
     return grids
 
 
-def hold_out_sudoku4():
+@functools.cache
+def sudoku4_grids(split):
+    """The filled 4x4 grids of 'train', np.uint8 (232, 4, 4), or of 'test', (56, 4, 4), held out."""
+    if split not in ("train", "test"):
+        raise ValueError(f"unknown split {split!r}: it is 'train' or 'test'")
     # A training grid turned or mirrored on the fly must not become a held-out one, so whole orbits under the
     # eight symmetries of the square are held out. They have 4 or 8 grids: the most that fits into a fifth of
     # 288 is 56. A hash orders them, not a random generator, so that no version of numpy can move the border.
-    orbits = []
-    for grid in all_sudoku4():
-        images = [np.rot90(g, k).tobytes() for g in (grid, grid.T) for k in range(4)]
-        orbits.append(hashlib.sha256(min(images)).digest())
-    held = []
+    images = [[turn(k, grid).tobytes() for k in range(8)] for grid in all_sudoku4()]
+    orbits = [hashlib.sha256(min(of_grid)).digest() for of_grid in images]
+    held, n_held = set(), 0
     for orbit, n in sorted(Counter(orbits).items()):
-        if len(held) + n <= 288 // 5:
-            held += [i for i in range(288) if orbits[i] == orbit]
-    return tuple(sorted(held))
-
-
-SUDOKU4_HELD_OUT = hold_out_sudoku4()  # indices into all_sudoku4()
-
-
-def sudoku4_grids(split):
-    """The filled 4x4 grids of 'train', np.uint8 (232, 4, 4), or of 'test', (56, 4, 4)."""
-    if split not in ("train", "test"):
-        raise ValueError(f"unknown split {split!r}: it is 'train' or 'test'")
-    held = np.isin(np.arange(288), SUDOKU4_HELD_OUT)
-    return all_sudoku4()[held if split == "test" else ~held]
+        if n_held + n <= 288 // 5:
+            held.add(orbit)
+            n_held += n
+    is_held = np.array([orbit in held for orbit in orbits])
+    return all_sudoku4()[is_held if split == "test" else ~is_held]
 
 
 def sudoku(rng, size, blanks, split="train"):
@@ -269,18 +262,14 @@ def check_maze(maze, answer, only=True):
     if not np.array_equal(np.where(marked, 0, answer), maze):
         return False
 
-    def spread(layer):
-        around = np.pad(layer, 1)
-        return around[:-2, 1:-1] + around[2:, 1:-1] + around[1:-1, :-2] + around[1:-1, 2:]
-
     ways, unseen = start.astype(np.uint8), (maze != 1) & ~start  # shortest paths to the cells of a layer
     along, steps = start, 0  # cells that as many steps over marked cells lead to
     while not ways[goal][0]:
         if not ways.any():
             return False
-        ways = np.minimum(spread(ways), 2) * unseen  # 2: more than one
+        ways = np.minimum(neighbours(ways).sum(0), 2) * unseen  # 2: more than one
         unseen &= ways == 0
-        along = spread(along) & (marked | goal)
+        along = neighbours(along).any(0) & (marked | goal)
         steps += 1
     return bool(along[goal][0] and marked.sum() == steps - 1 and not (only and ways[goal][0] > 1))
 

@@ -26,7 +26,6 @@ Read next: puzzles.py, which makes most of these; eval_arc.py, which asks.
 
 import ast
 import csv
-import difflib
 import functools
 import itertools
 import json
@@ -36,10 +35,11 @@ from pathlib import Path
 
 import numpy as np
 
+import configurator
 from smol import arc, programs, puzzles, rearc, sources
 
 ARC_SUITES = {"arc1": "arc1_eval", "arc2": "arc2_eval", "arc1_train": "arc1_train"}
-FILES = {"sudoku_extreme": sources.sudoku_extreme, "maze_hard": sources.maze_hard}
+FILES = ("sudoku_extreme", "maze_hard")
 FROM_FILE = 1000  # tasks taken from a file, the first ones
 IN_WORDS = ("logic",)
 RAW = Path("data/raw")
@@ -68,7 +68,7 @@ GROUPS = {
     "maze": ("maze", "maze_hard"),
 }
 SUITES = (*ARC_SUITES, "rearc", *GROUPS["sudoku"], *GROUPS["maze"], "turn", "transforms", "logic")
-ALL = ", ".join((*SUITES, "sudoku", "language", "lm_eval:NAME"))
+ALL = (*SUITES, "sudoku", "language", "lm_eval:NAME")
 
 
 def is_tasks(name):
@@ -114,8 +114,7 @@ def names(text):
         elif out and out[-1].startswith("lm_eval:") and name not in known:
             out[-1] += f",{name}"
         elif name not in known:
-            closest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0)[0]
-            raise ValueError(f"unknown suite {name!r}: did you mean {closest!r}? There are {ALL}")
+            raise ValueError(configurator.unknown("suite", name, ALL))
         elif name in GROUPS:
             out += [member for member in GROUPS[name] if not lacking(member)]
         elif needs := lacking(name):
@@ -123,7 +122,7 @@ def names(text):
         else:
             out.append(name)
     if not out:
-        raise ValueError(f"--suites names no suite: there are {ALL}")
+        raise ValueError(f"--suites names no suite: there are {', '.join(ALL)}")
     return list(dict.fromkeys(out))
 
 
@@ -154,10 +153,7 @@ def read_csv(path, name):
     """The first FROM_FILE puzzles of a file, as sources.py reads its rows."""
     with open(path, newline="", encoding="utf-8-sig") as f:
         for i, row in enumerate(itertools.islice(csv.DictReader(f), FROM_FILE)):
-            try:
-                task = FILES[name](row)
-            except (ValueError, KeyError) as e:
-                raise ValueError(f"{path}, row {i + 1}: no puzzle of {name} ({e})") from None
+            task = sources.to_document(name, row)
             task.id = f"{name}-{i:04d}"
             yield task
 

@@ -385,7 +385,7 @@ def test_arc_outputs_in_text_are_found_however_they_are_written(evaluations):
 
 def test_an_evaluation_output_is_recognised_in_disguise_unless_it_is_trivial():
     rng, tests = np.random.default_rng(3), []
-    for task in curate.evaluation_tasks():
+    for task in arc.evaluation_tasks():
         tests += [(task.id, *pair) for pair in task.test]
     trivial = 0
     for name, question, output in tests:

@@ -408,7 +408,7 @@ def test_two_processes_give_what_one_gives(checkpoints, tmp_path):
     [
         ([], "name a checkpoint"),
         (["{good}", "{folder}/notes.txt"], "not a checkpoint"),
-        (["{good}", "--suites=sudoku4,sudku4"], "did you mean 'sudoku4'"),
+        (["{good}", "--suites=sudoku4,sudku4"], "the closest is 'sudoku4'"),
         (["{good}", "--tasks={folder}/nowhere"], "there is no"),
         (["{good}", "--suites=sudoku4", "--n_rollouts=2"], "about Route B"),
         (["{good}", "--suites=sudoku4"], "eval.json is damaged or of another version"),

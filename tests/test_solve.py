@@ -195,7 +195,7 @@ def test_a_puzzle_in_words_is_answered_behind_answer():
 
 @pytest.mark.usefixtures("stand_ins")
 def test_only_programs_that_pass_every_demonstration_answer():
-    task, steps = programs.make(np.random.default_rng(4), "turn_then_colour")
+    task, steps = programs.make(np.random.default_rng(4), ["rotate", "swap"])
     right = programs.program_text(steps)
     wrong = [
         "def solve(grid):\n    grid = crop(grid)\n    return grid\n",
