@@ -10,10 +10,10 @@ From sources to what training reads: clean documents, token shards, a stage, fro
     python prepare.py sudoku_extreme             a thousand hard sudokus
     python prepare.py arc_cpu                    RE-ARC alone, for hours on a CPU, in some minutes
     python prepare.py status                     what is there, and what was dropped by which rule
-    python prepare.py show programs              the first documents of a source, in out/show/
+    python prepare.py show programs              the first documents of a source
     python prepare.py freeze stage1 --tag=v0.1   an immutable copy; training pins it with --data_tag=v0.1
     python prepare.py verify stage1:v0.1         check every byte that it lists
-    python prepare.py clean                      delete what no stage lists and no build used
+    python prepare.py clean                      delete the shards that no stage lists any more
     python prepare.py push stage1:v0.1 --repo=USER/NAME    upload it as a dataset under that tag
     python prepare.py pull USER/NAME:v0.1        download it, check every hash, put it in place
 
@@ -31,11 +31,8 @@ smol/curate.py (what is kept), smol/pipeline.py (how it becomes a stage), smol/s
 
 import concurrent.futures.process
 import contextlib
-import difflib
 import itertools
 import json
-import re
-import shutil
 import sys
 import textwrap
 from pathlib import Path
@@ -86,22 +83,18 @@ def build(c, stage):
     for note in notes:
         print(f"note: {note}")
     keys = {part.name: pipeline.unit_folder(data, part, evaluations).name for part in parts}
-    names = "seed", "sources", "limit_mb", "val_every"
     inputs = {
-        "settings": {name: getattr(c, name) for name in names},
+        "settings": {name: getattr(c, name) for name in ("seed", "sources", "limit_mb", "val_every")},
         "units": keys,
         # a list: of two documents that are alike, the one of the source that stands first is kept
         "targets": [[part.name, part.source.group, part.target] for part in parts],
-        "licences": {part.name: part.source.licence for part in parts},
     }
-    reason = why_build(c, data, stage, inputs)
-    if reason is None:
+    if not c.force and is_built(data, stage, inputs):
         print(f"stage {stage!r} is already there: {data / 'stages' / stage} (--force=True builds it anew)")
         return
-    print(f"building stage {stage!r} in {data}: {reason}")
+    print(f"building stage {stage!r} in {data}")
     for left in [*data.glob("processed/*/*.tmp"), *data.glob("work/*/*/*.tmp")]:  # of a killed build
         left.unlink()
-    snapshots.write(data / "metadata" / stage / "units.json", snapshots.to_json(keys))  # for clean
     if "arc" in keys:
         for name in arc.SETS:  # as they are published; the `_eval` sets are for evaluation alone
             snapshots.write(data / "arc" / f"{name}.json", json.dumps(arc.tasks_in(name)) + "\n")
@@ -109,30 +102,20 @@ def build(c, stage):
     show_stage(data, stage)
 
 
-def why_build(c, data, stage, inputs):
-    """None if the stage is there, whole, and made of these inputs; else the reason to build it."""
-    if c.force:
-        return "as asked by --force=True"
+def is_built(data, stage, inputs):
+    """Is the stage there, whole, and made of these inputs?"""
     try:
         snapshots.read_manifest(data, stage, verify=False)
-    except FileNotFoundError:
-        return "it is not there yet"
-    except ValueError as e:
-        return str(e)
-    before = snapshots.read_json(data / "metadata" / stage / "provenance.json").get("inputs", {})
-    changed = [name for name, value in inputs.items() if before.get(name) != value]
-    return f"{', '.join(changed)} changed since it was built" if changed else None
+    except (FileNotFoundError, ValueError):
+        return False
+    return snapshots.read_json(data / "metadata" / stage / "provenance.json").get("inputs") == inputs
 
 
 def show_plan(c, stage, parts, notes):
     print(f"stage {stage!r}, into {c.data_dir}/\n{'source':18}{'group':7}{'share':>7}{'tokens':>15}   from")
     for part in parts:
-        where = "made here"
-        if "files" in part.where:
-            where = f"{len(part.where['files'])} files in {c.source_dir}"
-        elif part.where:
-            where = f"{part.source.repo}, commit {part.where['revision'][:12]}"
-        print(f"{part.name:18}{part.source.group:7}{part.share:7.1%}{part.target:>15,.0f}   {where}")
+        source = f"{part.name:18}{part.source.group:7}{part.share:7.1%}{part.target:>15,.0f}"
+        print(f"{source}   {snapshots.origin(part.about)}")
     for note in notes:
         print(f"note: {note}")
 
@@ -151,13 +134,9 @@ def status(c):
     for stage in stages:
         show_stage(data, stage)
     for folder in tags:
-        name = f"{folder.parent.name}:{folder.name}"
-        try:
-            snapshot = snapshots.check_snapshot(folder, folder.parent.name, folder.name)
-            about = f"{snapshot['created']}, {snapshot['shards']} shards, {snapshot['tokens']:,} tokens"
-            print(f"\nfrozen {name}, {about}")
-        except ValueError as e:
-            print(f"\nfrozen {name} is damaged: {e}")
+        snapshot = snapshots.check_snapshot(folder, folder.parent.name, folder.name)
+        about = f"{snapshot['created']}, {snapshot['shards']} shards, {snapshot['tokens']:,} tokens"
+        print(f"\nfrozen {folder.parent.name}:{folder.name}, {about}")
 
 
 def show_stage(data, stage):
@@ -185,33 +164,25 @@ def show_stage(data, stage):
 
 
 def show(c, name):
-    """out/show/NAME.png or .txt: the first documents of a source, to be judged by a person."""
+    """Print the first documents of a source, to be judged by a person."""
     if name not in table.SOURCES:
-        closest = difflib.get_close_matches(name, table.SOURCES, n=1, cutoff=0)[0]
-        raise ValueError(f"unknown source {name!r}: the closest is {closest!r}")
+        raise ValueError(configurator.unknown("source", name, table.SOURCES))
     where, about = pipeline.find_rows(c, Path(c.data_dir), name)
     if where is None:
         raise ValueError(f"{name}: {about}")
-    pictures, texts = [], []
-    for _, row in itertools.islice(table.open_rows(name, where, c.seed, 0, None), 24):
+    for origin, row in itertools.islice(table.open_rows(name, where, c.seed, 0, None), 8):
         try:
             task, _, pieces = table.instantiate(table.to_document(name, row))
         except table.OddRow as e:
-            print(f"left out: {e}")
+            print(f"\n[{origin}] left out: {e}")
             continue
+        print(f"\n[{origin}]", task.id if task else "")
         if table.SOURCES[name].kind == "puzzle":
-            grids = [grid for pair in task.train[:2] + task.test for grid in pair]
-            panels = [(side, g, None) for g, side in zip(grids, ("input", "output") * 3)]
-            pictures.append((task.id, task.kind, panels))
+            for x, y in task.train + task.test:
+                print(arc.ansi_row([("input", x, None), ("output", y, None)]))
         else:
-            ids = units.tokenise(pieces)[:-1].tolist()
-            texts.append(re.sub(r"(<\|(row|input|output)\|>)", r"\1\n", tokenizer.load().decode(ids)))
-    path = Path("out/show") / f"{name}.{'png' if pictures else 'txt'}"
-    if pictures:
-        arc.picture(pictures, path, f"{name}: the first {len(pictures)}")
-    else:
-        snapshots.write(path, "\n----\n".join(texts) + "\n")
-    print(path)
+            text = tokenizer.load().decode(units.tokenise(pieces)[:-1].tolist())
+            print(text.replace("<|row|>", "<|row|>\n"))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -231,25 +202,22 @@ def verify(c, name):
 
 
 def clean(c):
-    """Delete shards that no manifest lists and units that no stage's last build used, finished or not."""
-    data, total = Path(c.data_dir), 0
-    builds = [snapshots.read_json(path) for path in data.glob("metadata/*/units.json")]
-    used = {data / "work" / name / key for keys in builds for name, key in keys.items()}
-    folders = {path.parent for path in data.glob("work/*/*/*.npz")}
-    for path in [*snapshots.unlisted_files(data), *sorted(folders - used)]:
-        size = sum(p.stat().st_size for p in ([path] if path.is_file() else path.iterdir()))
-        total += size
-        print(f"{path}: {size:,} bytes")
+    """Delete the shards that no manifest lists."""
+    total = 0
+    for path in snapshots.unlisted_files(Path(c.data_dir)):
+        total += path.stat().st_size
+        print(f"{path}: {path.stat().st_size:,} bytes")
         if not c.dry_run:
-            path.unlink() if path.is_file() else shutil.rmtree(path)
-    print(f"{total:,} bytes that nothing uses {'would be' if c.dry_run else 'were'} deleted")
+            path.unlink()
+    print(f"{total:,} bytes that no stage lists {'would be' if c.dry_run else 'were'} deleted")
 
 
 # ---------------------------------------------------------------------------------------------------------
 
 
-ALONE = {"status": status, "clean": clean}
-WITH_ARGUMENT = {
+COMMANDS = {
+    "status": status,
+    "clean": clean,
     "show": show,
     "freeze": freeze,
     "verify": verify,
@@ -262,30 +230,23 @@ READ_ONLY = ("status", "show", "verify", "push")
 def main(argv):
     config, words = configurator.read(globals(), argv, USAGE)
     c = SimpleNamespace(**config)
-    commands = (*table.STAGES, *ALONE, *WITH_ARGUMENT)
-    command, *arguments = words or [""]
+    command, *arguments = words or ["status"]
     try:
-        if command not in commands:
-            if not command:
-                raise ValueError(f"say what to do: {', '.join(commands)} (--help)")
-            closest = difflib.get_close_matches(command, commands, n=1, cutoff=0)[0]
-            raise ValueError(f"unknown command {command!r}: the closest is {closest!r} (--help lists them)")
-        if len(arguments) != (command in WITH_ARGUMENT):
-            raise ValueError(
-                f"{command} needs {'one' if command in WITH_ARGUMENT else 'no'} argument (--help)"
-            )
+        if command not in (known := (*table.STAGES, *COMMANDS)):
+            raise ValueError(configurator.unknown("command", command, known) + " (--help)")
+        needed = int(command not in (*table.STAGES, "status", "clean"))
+        if len(arguments) != needed:
+            raise ValueError(f"{command} needs {'one argument' if needed else 'no argument'} (--help)")
         alone = command in READ_ONLY or c.dry_run
         with contextlib.nullcontext() if alone else lock(c.data_dir, "prepare.py"):
             if command in table.STAGES:
                 build(c, command)
             else:
-                {**ALONE, **WITH_ARGUMENT}[command](c, *arguments)
+                COMMANDS[command](c, *arguments)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     except concurrent.futures.process.BrokenProcessPool:
-        sys.exit(
-            "error: a worker was killed (out of memory?); run it again to go on, with a smaller --num_proc"
-        )
+        sys.exit("error: a worker was killed (out of memory?); go on with a smaller --num_proc")
     except KeyboardInterrupt:
         sys.exit("interrupted; nothing half-written is listed anywhere, run it again to complete it")
 

@@ -56,7 +56,7 @@ class Part:
 
     name: str
     where: dict  # what sources.open_rows takes
-    about: dict  # for provenance: the revision, or the hashes of the files
+    about: dict  # for provenance: the licence, and the revision, the hashes of the files, or the seed
     share: float = 0.0  # of the training tokens
     target: float = 0.0  # training tokens
     unit_bytes: int = 0  # of text read for a unit
@@ -106,24 +106,25 @@ def plan(c, data, stage):
 
 def find_rows(c, data, name):
     """-> (where, about) of a source or an evaluation, as in Part; (None, what is lacking)."""
-    source = table.SOURCES.get(name) or table.EVALUATIONS[name]
+    source = table.find(name)
+    about = {"licence": source.licence}
+    if source.package and not rearc.installed():
+        return None, f"not installed ({source.package})"
     if source.rows:
-        return {}, {"python": sys.version.split()[0]}
-    if source.package:
-        about = {"seed": c.seed, "reasoning-gym": rearc.installed()}
-        return ({}, about) if rearc.installed() else (None, f"not installed ({source.package})")
+        return {}, {**about, "python": sys.version.split()[0]}
     if not source.is_read:
-        return {}, {"seed": c.seed}
+        made_by = {"reasoning-gym": rearc.installed()} if source.package else {}
+        return {}, {**about, "seed": c.seed, **made_by}
     if not (c.source_dir or source.repo):
         return None, f"only from --source_dir=DIR, in DIR/{name}"
     if not c.source_dir:
         where = {"revision": revision(data, source.repo)}
-        return where, where
+        return where, {**about, "repo": source.repo, **where}
     files = table.local_files(c.source_dir, name)
     if not files:
         return None, f"no folder {Path(c.source_dir) / name}"
     hashes = {p.relative_to(c.source_dir).as_posix(): sha256_file(p) for p in files}
-    return {"files": [str(p) for p in files]}, {"files": hashes}
+    return {"files": [str(p) for p in files]}, {**about, "files": hashes}
 
 
 def revision(data, repo):
@@ -136,10 +137,8 @@ def revision(data, repo):
         try:
             known[repo] = huggingface_hub.HfApi().dataset_info(repo, revision="main").sha
         except Exception as e:  # noqa: BLE001 (whatever it is, the hub did not answer)
-            reason = str(e).strip().split("\n")[0]
-            raise ValueError(
-                f"cannot look up the dataset {repo} on the hub: {reason}; without a network, use --source_dir"
-            ) from None
+            problem = f"cannot look up the dataset {repo} on the hub: {str(e).strip().splitlines()[0]}"
+            raise ValueError(f"{problem}; without a network, use --source_dir") from None
         write(path, to_json(known))
     return known[repo]
 
@@ -182,31 +181,18 @@ def gather_evaluations(c, data, parts, notes):
         read_evaluations(path)
         return path
     for name, where in wheres.items():
-        documents = evaluation_rows(name, where)
+        rows = table.open_rows(name, where, 0, 0, None, lanes=1)
+        documents = [table.to_document(name, row) for _, row in tqdm(rows, f"reading {name}", leave=False)]
         if table.EVALUATIONS[name].kind == "text":
             texts[name] = documents
         else:
             tables[0, name] = np.unique(np.array(list(map(units.puzzle_key, documents)), np.uint64))
     tables |= curate.text_tables(texts)
-    tables |= curate.arc_tables(curate.evaluation_tasks())
+    tables |= curate.arc_tables(arc.evaluation_tasks())
     packed = io.BytesIO()
     np.savez(packed, **{f"{n}:{name}": hashes for (n, name), hashes in sorted(tables.items())})
     write(path, packed.getvalue())
     return path
-
-
-def evaluation_rows(name, where):
-    """-> the texts or tasks of an evaluation. Says how many of its rows are none."""
-    found, odd = [], []
-    rows = table.open_rows(name, where, 0, 0, None, lanes=1)
-    for _, row in tqdm(rows, desc=f"reading {name}", unit=" rows", leave=False, mininterval=1):
-        try:
-            found.append(table.to_document(name, row))
-        except table.OddRow as e:
-            odd.append(str(e))
-    if odd:
-        print(f"note: {len(odd):,} rows of {name} are no documents and so not kept out: {odd[0]}")
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -354,14 +340,10 @@ def build_stage(c, data, stage, parts, evaluations, provenance):
         for part in parts:
             more = functools.partial(make, c, parts, evaluations=evaluations, submit=submit)
             chosen[part.name] = choose(c, stage, part, [found[0] for found in chosen.values()], more)
-    entries, filters, about = [], {}, {}
+    entries, filters = [], {}
     for part in parts:
         shards, filters[part.name] = write_part(data, part, *chosen[part.name])
         entries += shards
-        about[part.name] = {"licence": part.source.licence, "repo": part.source.repo or None, **part.about}
-        for split in ("train", "val"):
-            of = [e for e in shards if e["split"] == split]
-            about[part.name][split] = {k: sum(e[k] for e in of) for k in ("documents", "tokens", "bytes")}
     groups = {g: sum(part.share for part in parts if part.source.group == g) for g in GROUPS}
     mixture = {
         "stage": stage,
@@ -370,15 +352,15 @@ def build_stage(c, data, stage, parts, evaluations, provenance):
         "weights": {part.name: part.share for part in parts},
         "groups": {g: round(share, 9) for g, share in groups.items()},
     }
-    provenance = {**provenance, "sources": about}
+    provenance = {**provenance, "sources": {part.name: part.about for part in parts}}
     write_stage(data, stage, entries, mixture, {"filters": filters, "provenance": provenance})
 
 
 def choose(c, stage, part, earlier, make_more):
     """
     -> (Documents of as few units from the front as have the part's tokens, or of all; their verdicts of
-    find_duplicates; bool mask of those for validation; the records of the units). Makes more units when
-    duplicates took too many. ValueError if the source is far short of its tokens.
+    find_duplicates; indices of those for training, and for validation; the records of the units). Makes more
+    units when duplicates took too many. ValueError if the source is far short of its tokens.
     """
     every = c.val_every or VAL_EVERY.get(stage, 400)
     while True:
@@ -387,7 +369,7 @@ def choose(c, stage, part, earlier, make_more):
         verdict = find_duplicates(documents, earlier)
         # by hash, stable when sources grow; a puzzle source with a held-out suite is validated on that
         val = documents.split_keys % np.uint64(every) == 0
-        if part.source.suite and part.source.kind == "puzzle":
+        if part.source.suite:
             if part.source.group == "arc":  # RE-ARC's family of an ARC task that another source validates on
                 verdict[val & (verdict == 0)] = 3
             val[:] = False
@@ -397,7 +379,9 @@ def choose(c, stage, part, earlier, make_more):
             break
         have = sum(record["tokens"] for record in records)
         make_more({part.name: have * min(part.target / max(so_far[-1], 1) * 1.02, 2) + 1})
-    records = records[: enough[0]] if len(enough) else records
+    if len(enough):
+        records = records[: enough[0]]
+        documents = Documents(part, records)
     check_odd_rows(part.name, records)
     # a task that comes back turned and recoloured is never the same twice
     least = 1 if part.source.tasks else max(FAR_SHORT * part.target, 1)
@@ -412,11 +396,25 @@ def choose(c, stage, part, earlier, make_more):
     if so_far[-1] < part.target:
         share = so_far[-1] / part.target
         print(f"note: {part.name} has {share:.0%} of its tokens: training repeats it more often")
-    documents = Documents(part, records)
-    return documents, verdict[: len(documents)], val[: len(documents)], records
+    n = len(documents)
+    used = (verdict[:n] == 0) & (so_far[:n] < part.target)
+    return documents, verdict[:n], np.flatnonzero(used & ~val[:n]), np.flatnonzero(used & val[:n]), records
 
 
-def write_part(data, part, documents, verdict, val, records):
+def in_shards(documents):
+    """-> lists of the token arrays, each list as large as a shard becomes."""
+    batch, size = [], 0
+    for ids in documents:
+        batch.append(ids)
+        size += ids.nbytes
+        if size >= MOST_SHARD:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def write_part(data, part, documents, verdict, train, val, records):
     """Write the shards of one source. -> (lines of the manifest, its part of filters.json)"""
     source = part.source
     about = {"source": part.name, "group": source.group, "kind": source.kind, "augment": source.augment}
@@ -427,32 +425,15 @@ def write_part(data, part, documents, verdict, val, records):
         if first:
             texts = [tokenizer.load().decode(ids)[: units.EXAMPLE_CHARS] for ids in first]
             dropped.add(rule, *texts, count=len(found))
-    entries, trained = [], 0
-    waiting, counts, sizes = {"train": [], "val": []}, {"train": 0, "val": 0}, {"train": 0, "val": 0}
-
-    def put(split, ids):
-        waiting[split].append(ids)
-        counts[split] += 1
-        sizes[split] += len(ids)
-        if 2 * sizes[split] >= MOST_SHARD:
-            entries.append(write_shard(data, about, split, waiting[split]))
-            waiting[split], sizes[split] = [], 0
-
-    for i in np.flatnonzero(verdict == 0):
-        if trained >= part.target:
-            break
-        ids = documents.tokens_of(i)
-        put("val" if val[i] else "train", ids)
-        trained += 0 if val[i] else len(ids)
-    if source.suite and source.kind == "puzzle":
-        for task in suites.load(source.suite):
-            pairs = task.train + task.test
-            if curate.given_away([grid for pair in pairs for grid in pair]):
-                dropped.add("evaluation_output_in_held_out", task.id)
-            else:
-                put("val", arc.encode(task.kind, pairs))
-    for split, left in waiting.items():
-        if left:
-            entries.append(write_shard(data, about, split, left))
-    entries.sort(key=lambda e: e["split"])  # training shards first; within a split they stay in order
-    return entries, {"read": sum(r["read"] for r in records), "dropped": dropped.rules, **counts}
+    held_out = []
+    for task in suites.load(source.suite) if source.suite else ():
+        pairs = task.train + task.test
+        if curate.given_away([grid for pair in pairs for grid in pair]):
+            dropped.add("evaluation_output_in_held_out", task.id)
+        else:
+            held_out.append(arc.encode(task.kind, pairs))
+    entries, ids = [], {"train": map(documents.tokens_of, train)}
+    ids["val"] = held_out or map(documents.tokens_of, val)
+    for split in ids:
+        entries += [write_shard(data, about, split, batch) for batch in in_shards(ids[split])]
+    return entries, {"read": sum(r["read"] for r in records), "dropped": dropped.rules}

@@ -21,15 +21,16 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+import configurator
 from smol import tokenizer
 from smol.files import write_whole
 
+STAGES = ("stage1", "stage2", "stage3", "demo", "arc_cpu", "arc", "sudoku_extreme")  # that prepare.py builds
 GROUPS = ("web", "code", "math", "synth", "arc")
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"  # of a stage, a tag, a source, a shard: never a path
 SHARD = rf"processed/{NAME}/{NAME}\.bin"
@@ -115,11 +116,10 @@ def write_shard(data, about, split, documents):
 
 def write_stage(data, stage, entries, mixture, metadata):
     """
-    Put a stage in place of the one of that name, and delete the shards that no stage lists any more.
+    Put a stage in place of the one of that name, whose shards stay until prepare.py clean.
     mixture: dict without "manifest_sha256"; metadata: {name: value} for data/metadata/STAGE/name.json.
     """
     folder = data / "stages" / stage
-    before = listed_shards([folder / "manifest.jsonl"])
     manifest = "".join(json.dumps(entry) + "\n" for entry in entries)
     # From here on the old stage is gone, and the new one is there with the last of these renames.
     (folder / "manifest.jsonl").unlink(missing_ok=True)
@@ -127,30 +127,20 @@ def write_stage(data, stage, entries, mixture, metadata):
         write(data / "metadata" / stage / f"{name}.json", to_json(value))
     write(folder / "mixture.json", to_json({**mixture, "manifest_sha256": sha256(manifest.encode())}))
     write(folder / "manifest.jsonl", manifest)
-    for path in before - listed_shards(manifests(data)):
-        (data / path).unlink(missing_ok=True)
-        (data / path).with_suffix(".idx").unlink(missing_ok=True)
-
-
-def manifests(data):
-    """The manifests of all stages, frozen ones, and those that are being pulled."""
-    places = ("stages/*/manifest.jsonl", "stages/*/*/manifest.jsonl", "work/pull/*/manifest.jsonl")
-    return sorted(path for place in places for path in data.glob(place))
-
-
-def listed_shards(paths):
-    """The shards in some manifests. Reads loosely: a damaged manifest must not get its shards deleted."""
-    texts = [path.read_text(errors="replace") for path in paths if path.exists()]
-    return {shard for text in texts for shard in re.findall(rf'"path": "({SHARD})"', text)}
 
 
 def unlisted_files(data):
-    """The files of shards that no manifest lists. ValueError if a manifest is damaged: it may list any."""
+    """
+    The files of shards that no manifest lists, nor one that is being pulled. ValueError if the manifest of a
+    stage is damaged: it may list any.
+    """
     for snapshot in {path.parent for name in FROZEN_FILES for path in data.glob(f"stages/*/*/{name}")}:
         check_snapshot(snapshot, snapshot.parent.name, snapshot.name)
     for manifest in data.glob("stages/*/manifest.jsonl"):
         read_list(manifest.parent, manifest.parent.name)
-    listed = listed_shards(manifests(data))
+    places = ("stages/*/manifest.jsonl", "stages/*/*/manifest.jsonl", "work/pull/*/manifest.jsonl")
+    manifests = [path.read_text() for place in places for path in data.glob(place)]
+    listed = set(re.findall(SHARD, "".join(manifests)))
     files = sorted([*data.glob("processed/*/*.bin"), *data.glob("processed/*/*.idx")])
     return [p for p in files if p.with_suffix(".bin").relative_to(data).as_posix() not in listed]
 
@@ -172,8 +162,8 @@ def read_manifest(data_dir, stage, tag=None, verify=True):
     -> (list of dict, one per shard; mixture dict) of a stage, or of the one frozen under `tag`, after checks.
 
     verify=False checks the manifest, and that every shard is there with its size. verify=True also reads
-    every shard: see check_shard. FileNotFoundError if the stage is not there, ValueError if anything is
-    wrong, naming the file and what to do.
+    every shard: see check_shard. FileNotFoundError if the stage is not there or its name is unknown,
+    ValueError if anything is wrong, naming the file and what to do.
     """
     data = Path(data_dir)
     split_name(stage if tag is None else f"{stage}:{tag}")  # names and not paths
@@ -184,6 +174,9 @@ def read_manifest(data_dir, stage, tag=None, verify=True):
         problem = f"the tag {tag!r} of {problem}"
         run = f"freeze it: python prepare.py freeze {stage} --tag={tag}"
         repair = f"a frozen stage never changes: pull {stage}:{tag} again, or delete {folder}"
+    known = {*STAGES, *(path.name for path in data.glob("stages/*/"))}
+    if stage not in known:
+        raise FileNotFoundError(configurator.unknown("stage", stage, sorted(known)))
     if not (folder / "manifest.jsonl").is_file():
         raise FileNotFoundError(f"{problem} in {data}/; {run}")
     try:
@@ -274,15 +267,15 @@ def check_shards(data, entries, verify):
     total = sum(entry["bytes"] for entry in entries)
     if verify:
         for entry in tqdm(entries, "verifying", unit=" shards", leave=False, disable=total < 2e8):
-            (tokens, _), (offsets, _) = shard_files(data, entry)
-            check_shard(tokens, offsets, entry)
+            check_shard(data, entry)
 
 
-def check_shard(tokens_path, offsets_path, entry):
+def check_shard(data, entry):
     """
     ValueError unless both files have their SHA-256, the offsets rise from 0 to the number of tokens, each
     document ends in an end-of-text, and there is no id that the tokenizer does not have.
     """
+    (tokens_path, _), (offsets_path, _) = shard_files(data, entry)
     tokens, offsets = tokens_path.read_bytes(), offsets_path.read_bytes()
     for path, content, key in ((tokens_path, tokens, "sha256"), (offsets_path, offsets, "idx_sha256")):
         if sha256(content) != entry[key]:
@@ -309,9 +302,7 @@ def freeze(data, stage, tag):
     if folder.exists():
         check_snapshot(folder, stage, tag)
         if any((folder / name).read_bytes() != content for name, content in files.items()):
-            raise ValueError(
-                f"the tag {tag!r} of {stage!r} is taken by another state of it: choose another tag"
-            )
+            raise ValueError(f"the tag {tag!r} of {stage!r} is taken by another state: choose another")
         return folder
     snapshot = {
         "stage": stage,
@@ -377,7 +368,7 @@ def repo_name(repo):
 
 def push(data, name, repo):
     """Upload the frozen stage `name` (STAGE:TAG) as a private dataset under that tag, or ValueError."""
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 
     stage, tag = split_name(name)
     if tag is None:
@@ -386,29 +377,26 @@ def push(data, name, repo):
     entries, mixture = read_manifest(data, stage, tag)
     folder = data / "stages" / stage / tag
     snapshot = check_snapshot(folder, stage, tag)
-    ours = {file: folder / file for file in FROZEN_FILES}
-    ours |= {p.relative_to(data).as_posix(): p for e in entries for p, _ in shard_files(data, e)}
-    api = HfApi()
-    with plainly(f"cannot push to {repo}"), tempfile.TemporaryDirectory() as staged:
+    files = {"README.md": card(repo, snapshot, entries, mixture).encode()}
+    files |= {file: folder / file for file in FROZEN_FILES}
+    files |= {p.relative_to(data).as_posix(): p for e in entries for p, _ in shard_files(data, e)}
+    api, where = HfApi(), {"repo_id": repo, "repo_type": "dataset"}
+    with plainly(f"cannot push to {repo}"):
         api.create_repo(repo, repo_type="dataset", private=True, exist_ok=True)
-        if tag in [ref.name for ref in api.list_repo_refs(repo, repo_type="dataset").tags]:
-            for file in ("manifest.jsonl", "mixture.json"):
-                where = {"repo_type": "dataset", "revision": tag, "local_dir": staged}
-                there = Path(hf_hub_download(repo, file, **where))
-                if there.read_bytes() != ours[file].read_bytes():
-                    raise ValueError(
-                        f"{repo} has a tag {tag!r} of another state: a tag never moves, take another"
-                    )
+        if tag in [ref.name for ref in api.list_repo_refs(**where).tags]:
+            there = Path(hf_hub_download(filename="snapshot.json", revision=tag, **where))
+            if there.read_bytes() != files["snapshot.json"].read_bytes():
+                raise ValueError(
+                    f"{repo} has a tag {tag!r} of another state: choose another, tags never move"
+                )
             print(f"{name} is already at {repo}, tag {tag}")
             return
-        for path, file in ours.items():  # one folder as the repository will be, of links
-            (Path(staged) / path).parent.mkdir(parents=True, exist_ok=True)
-            (Path(staged) / path).symlink_to(file.resolve())
-        write(Path(staged) / "README.md", card(repo, stage, tag, snapshot, mixture))
         # One commit, in which what belongs to earlier tags goes; at those tags it stays. Run again after an
         # interruption, it sends what the hub does not have yet.
-        where = {"repo_id": repo, "repo_type": "dataset"}
-        commit = api.upload_folder(folder_path=staged, delete_patterns="*", commit_message=name, **where)
+        gone = {*api.list_repo_files(**where)} - {*files, ".gitattributes"}
+        changes = [CommitOperationAdd(path, file) for path, file in files.items()]
+        changes += [CommitOperationDelete(path) for path in sorted(gone)]
+        commit = api.create_commit(operations=changes, commit_message=name, **where)
         api.create_tag(tag=tag, revision=commit.oid, tag_message=f"smol-llm {name}", **where)
     print(f"{name} is at {repo}, tag {tag}: python prepare.py pull {repo}:{tag}")
 
@@ -436,9 +424,8 @@ def pull(data, name):
         entries, _ = read_list(waiting, stage)
         frozen = data / "stages" / stage / tag
         files = {file: (waiting / file).read_bytes() for file in FROZEN_FILES}
-        for file in FROZEN_FILES:
-            if frozen.exists() and (frozen / file).read_bytes() != files[file]:
-                raise ValueError(f"{frozen} is another state than {name}, and a tag never moves")
+        if frozen.exists() and any((frozen / file).read_bytes() != files[file] for file in FROZEN_FILES):
+            raise ValueError(f"{frozen} is another state than {name}, and a tag never moves")
         missing = []
         for entry in entries:
             if f"-{entry['sha256'][:12]}.bin" not in entry["path"]:  # it could overwrite another stage's
@@ -464,23 +451,24 @@ def pull(data, name):
 
 def origin(about):
     """Of a source, by what provenance.json says of it: exactly which data, in a phrase."""
-    if repo := about.get("repo"):
-        files = f"{len(about.get('files', ()))} files, SHA-256 in `snapshot.json`"
-        return f"{repo}, commit {about['revision'][:12]}" if "revision" in about else f"{repo}, {files}"
+    if "revision" in about:
+        return f"{about['repo']}, commit {about['revision'][:12]}"
+    if "files" in about:
+        return f"{len(about['files'])} files"
     if "python" in about:
         return f"Python {about['python']}"
     made = "smol-llm" if about.get("licence") == "generated here" else "an installed package"
     return f"{made}, seed {about.get('seed')}"
 
 
-def card(repo, stage, tag, snapshot, mixture):
+def card(repo, snapshot, entries, mixture):
     """The dataset card: what is in it, how it is used, under which licences."""
-    sources = snapshot.get("provenance", {}).get("sources", {})
+    stage, tag, sources = snapshot["stage"], snapshot["tag"], snapshot["provenance"].get("sources", {})
     rows = ""
     for name, share in mixture["weights"].items():
         about = sources.get(name, {})
-        licence, tokens = about.get("licence", ""), about.get("train", {}).get("tokens", 0)
-        rows += f"| {name} | {share:.1%} | {tokens:,} | {origin(about)} | {licence} |\n"
+        tokens = sum(e["tokens"] for e in entries if (e["source"], e["split"]) == (name, "train"))
+        rows += f"| {name} | {share:.1%} | {tokens:,} | {origin(about)} | {about.get('licence', '')} |\n"
     return f"""---
 license: other
 license_name: mixed
@@ -499,7 +487,8 @@ encoding with reserved ids for grids, uint16, in shards with document offsets.
 | source | share | training tokens | from | licence |
 |---|---|---|---|---|
 {rows}
-Documents were normalised, filtered and deduplicated: `snapshot.json` has the counts by rule. Test outputs of
-ARC-AGI's evaluation sets are in none of them, under any symmetry. The licence of a document is its source's:
-what its terms ask for, such as naming where it is from or sharing alike, goes for this copy as well.
+Documents were normalised, filtered and deduplicated: `snapshot.json` has the counts by rule, and the SHA-256
+of the files that they are from. Test outputs of ARC-AGI's evaluation sets are in none of them, under any
+symmetry. The licence of a document is its source's: what its terms ask for, such as naming where it is from
+or sharing alike, goes for this copy as well.
 """

@@ -203,18 +203,16 @@ def sudoku(size, fewest, most):
 @functools.cache
 def arc_tasks():
     """The training tasks of both ARCs that neither evaluates on, one per test pair."""
-    evaluation = {task.id for name in ("arc1_eval", "arc2_eval") for task in arc.load(name)}
     tasks = {task.id: task for name in ("arc1_train", "arc2_train") for task in arc.load(name)}
-    tasks = [tasks[i] for i in sorted(tasks.keys() - evaluation)]
+    tasks = [tasks[i] for i in sorted(tasks.keys() - {task.id for task in arc.evaluation_tasks()})]
     return [arc.Task(task.id, "arc", task.train, [pair]) for task in tasks for pair in task.test]
 
 
 @functools.cache
 def arc_eval_demos():
     """The evaluation tasks of both ARCs without their tests: the last demonstration is the question."""
-    tasks = {task.id: task for name in ("arc1_eval", "arc2_eval") for task in arc.load(name)}
-    tasks = [tasks[i] for i in sorted(tasks) if len(tasks[i].train) > 1]
-    return [arc.Task(task.id, "arc", task.train[:-1], task.train[-1:]) for task in tasks]
+    tasks = {task.id: task for task in arc.evaluation_tasks() if len(task.train) > 1}
+    return [arc.Task(i, "arc", tasks[i].train[:-1], tasks[i].train[-1:]) for i in sorted(tasks)]
 
 
 def augmented(tasks_of):
@@ -449,11 +447,14 @@ STAGES = {
 }
 
 
+def find(name):
+    """-> the entry of a source or an evaluation."""
+    return SOURCES.get(name) or EVALUATIONS[name]
+
+
 def to_document(name, row):
-    """
-    A row of a source or an evaluation -> document. OddRow if the row is no document.
-    """
-    source = SOURCES.get(name) or EVALUATIONS[name]
+    """A row of a source or an evaluation -> document. OddRow if the row is no document."""
+    source = find(name)
     if not source.is_read and not source.rows:
         return source.document(*row)
     if not isinstance(row, dict):
@@ -563,7 +564,7 @@ def open_rows(name, where, seed, lane, state, lanes=LANES):
     An iterable of (origin, row) of a lane with state(), which open_rows takes to go on from there. name: of a
     source or an evaluation. where: {"files": [path, ...]}, {"revision": commit}, or {} if it is generated.
     """
-    source = SOURCES.get(name) or EVALUATIONS[name]
+    source = find(name)
     if not source.is_read:
         return LocalRows(name, seed, lane, state)
     import datasets  # half a second that generated sources do without

@@ -1,10 +1,10 @@
 """
 A small hub on localhost for the real huggingface_hub and datasets clients, which find it through HF_ENDPOINT.
 
-It knows datasets and models: who am I, create, info, refs, tree, paths-info, preupload, LFS batch and upload,
-commit, tag, resolve with redirects and ranges. Blobs and commits are in memory; a commit is a dict of paths.
-`faults` is a list of Fault, each of which hits the next `times` requests that match. It does not know Xet, so
-the clients need HF_HUB_DISABLE_XET=1 (see env()).
+It knows datasets and models: create, info, refs, tree, preupload, LFS batch and upload, commit, tag, resolve
+with redirects and ranges, which is what those clients ask for today. Blobs and commits are in memory; a
+commit is a dict of paths. `faults` is a list of Fault, each of which hits the next `times` requests that
+match. It does not know Xet, so the clients need HF_HUB_DISABLE_XET=1 (see env()).
 """
 
 import base64
@@ -28,6 +28,9 @@ class Fault:
     pattern: str  # searched for in the path
     kind: object  # an HTTP status, or "cut": the connection ends in the middle of the body
     times: int = 1
+
+    def hits(self, method, path):
+        return self.method == method and re.search(self.pattern, path)
 
 
 @dataclass
@@ -67,9 +70,7 @@ class LocalHub:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        self.store = self.url.replace(
-            "127.0.0.1", "localhost"
-        )  # another host than the hub's, as for the real one
+        self.store = self.url.replace("127.0.0.1", "localhost")  # another host than the hub's, as in truth
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def close(self):
@@ -115,12 +116,10 @@ class LocalHub:
     def handle(self, http):
         url = urlsplit(http.path)
         path, query = unquote(url.path), parse_qs(url.query, keep_blank_values=True)
-        body = self.read_body(http)
+        body = http.rfile.read(int(http.headers.get("Content-Length") or 0))
         with self.lock:
             self.log.append((http.command, path))
-            hits = [
-                f for f in self.faults if f.times and f.method == http.command and re.search(f.pattern, path)
-            ]
+            hits = [f for f in self.faults if f.times and f.hits(http.command, path)]
             if hits:
                 hits[0].times -= 1
         try:
@@ -132,11 +131,8 @@ class LocalHub:
             content, headers = {"error": text}, {"X-Error-Code": code} if code else {"Retry-After": "0"}
         raw = content if isinstance(content, bytes) else json.dumps(content).encode()
         http.send_response(status)
-        for name, value in {
-            "Content-Length": str(len(raw)),
-            "Content-Type": "application/json",
-            **headers,
-        }.items():
+        headers = {"Content-Length": str(len(raw)), "Content-Type": "application/json", **headers}
+        for name, value in headers.items():
             http.send_header(name, value)
         http.end_headers()
         if http.command == "HEAD":
@@ -146,17 +142,6 @@ class LocalHub:
             http.close_connection = True
         else:
             http.wfile.write(raw)
-
-    @staticmethod
-    def read_body(http):
-        if "chunked" not in http.headers.get("Transfer-Encoding", ""):
-            return http.rfile.read(int(http.headers.get("Content-Length") or 0))
-        parts = []
-        while size := int(http.rfile.readline().split(b";")[0], 16):
-            parts.append(http.rfile.read(size))
-            http.rfile.readline()
-        http.rfile.readline()
-        return b"".join(parts)
 
     def repo(self, http, name, write=False):
         """The repository, for those who may see it."""
@@ -172,11 +157,9 @@ class LocalHub:
         known = http.headers.get("Authorization") == f"Bearer {TOKEN}"
         if path == "/api/validate-yaml":  # of cards
             return 200, {"errors": [], "warnings": []}, {}
-        if path in ("/api/whoami-v2", "/api/repos/create") and not known:
-            raise Refusal(401, "Invalid username or password.", "")
-        if path == "/api/whoami-v2":
-            return 200, {"type": "user", "name": "ada", "orgs": []}, {}
         if path == "/api/repos/create":
+            if not known:
+                raise Refusal(401, "Invalid username or password.", "")
             asked = json.loads(body)
             name = f"{asked.get('organization') or 'ada'}/{asked['name']}"
             if name in self.repos:
@@ -225,18 +208,11 @@ class LocalHub:
             return 200, {"_id": name, "id": name, "sha": commit, "siblings": siblings, **about}, {}
         if what == "tree":
             return self.tree(http, files, rest, query)
-        if what == "paths-info":
-            form = json.loads(body) if body[:1] == b"{" else parse_qs(body.decode())
-            paths = form["paths"] if isinstance(form["paths"], list) else [form["paths"]]
-            out = [self.entry_of(path, files[path]) for path in paths if path in files]
-            folders = [p for p in paths if any(f.startswith(p.rstrip("/") + "/") for f in files)]
-            return 200, out + [self.folder_of(path) for path in folders], {}
         if what == "preupload":
             out = []
-            for file in json.loads(body)["files"]:
-                large = file["path"].endswith((".bin", ".idx", ".pt", ".safetensors"))
-                mode = "lfs" if large else "regular"
-                out.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False})
+            for path in [file["path"] for file in json.loads(body)["files"]]:
+                mode = "lfs" if path.endswith((".bin", ".idx", ".pt", ".safetensors")) else "regular"
+                out.append({"path": path, "uploadMode": mode, "shouldIgnore": False})
             return 200, {"files": out}, {}
         if what == "commit":
             files = dict(files)
@@ -251,11 +227,8 @@ class LocalHub:
                 elif item["key"] == "deletedFile":
                     del files[value["path"]]
             commit = entry.add(files)
-            return (
-                200,
-                {"success": True, "commitOid": commit, "commitUrl": f"{self.url}/{name}/commit/{commit}"},
-                {},
-            )
+            url = f"{self.url}/{name}/commit/{commit}"
+            return 200, {"success": True, "commitOid": commit, "commitUrl": url}, {}
         raise Refusal(404, f"no API {what}", "")
 
     def entry_of(self, path, digest):
@@ -265,9 +238,6 @@ class LocalHub:
         if digest in self.lfs:
             found["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 130}
         return found
-
-    def folder_of(self, path):
-        return {"type": "directory", "path": path, "oid": "0" * 40, "size": 0}
 
     def tree(self, http, files, folder, query):
         below = f"{folder.rstrip('/')}/" if folder else ""
@@ -281,7 +251,7 @@ class LocalHub:
             folders |= {below + "/".join(parts[:i]) for i in range(1, depth)}
             if recursive or len(parts) == 1:
                 entries.append(self.entry_of(path, files[path]))
-        entries += map(self.folder_of, sorted(folders))
+        entries += [{"type": "directory", "path": p, "oid": "0" * 40, "size": 0} for p in sorted(folders)]
         start = int(query.get("cursor", ["0"])[0])
         headers = {}
         if start + PAGE < len(entries):
@@ -302,12 +272,8 @@ class LocalHub:
         if digest not in self.lfs:
             return self.content(http, digest, headers)
         # as the hub: on to the store, which knows no repositories
-        headers |= {
-            "X-Linked-Etag": f'"{digest}"',
-            "X-Linked-Size": str(about["size"]),
-            "ETag": f'"{digest}"',
-        }
-        return 302, b"", {**headers, "Location": f"{self.store}/lfs/{digest}"}
+        headers |= {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(about["size"])}
+        return 302, b"", {**headers, "ETag": f'"{digest}"', "Location": f"{self.store}/lfs/{digest}"}
 
     def content(self, http, digest, headers):
         content = self.blobs[digest]
@@ -316,7 +282,5 @@ class LocalHub:
         if not wanted:
             return 200, content, headers
         start, end = int(wanted[1]), min(int(wanted[2] or len(content)), len(content) - 1)
-        if start >= len(content):
-            return 416, b"", {"Content-Range": f"bytes */{len(content)}"}
         headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
         return 206, content[start : end + 1], headers

@@ -23,14 +23,10 @@ def test_the_demo_has_its_sources_and_splits(data):
     _, groups, weights = sources.STAGES["demo"]
     assert mixture["groups"] == groups and list(mixture["weights"]) == list(weights)
     assert {e["source"] for e in entries if e["split"] == "train"} == set(weights)
-    assert {e["source"]: e["augment"] for e in entries if e["split"] == "train"}["maze"] == "dihedral"
-    assert {e["augment"] for e in entries if e["split"] == "val"} == {"none"}
+    assert {e["augment"] for e in entries if e["source"] == "maze"} == {"dihedral", "none"}
     train = [tokens.tobytes() for _, tokens in documents(data, "train")]
     val = {tokens.tobytes() for _, tokens in documents(data, "val")}
     assert len(set(train)) == len(train) and not val & set(train)
-    decode = tokenizer.load().decode
-    modules = {decode(ids[:-1].tolist()) for _, ids in documents(data, "train", "stdlib")}
-    assert modules and all("import" in text or "def " in text or "=" in text for text in modules)
 
 
 def test_a_module_and_its_docstrings_are_on_the_same_side(data):
@@ -112,12 +108,11 @@ def test_arc_tasks_are_laid_out_officially(data):
         assert len(tasks) == n and all(y is not None for task in tasks for _, y in task.test)
 
 
-@pytest.mark.parametrize("name, ending, shows", [("maze", "png", ""), ("graphs", "txt", "Question:")])
-def test_show_draws_the_first_documents_of_a_source(tmp_path, monkeypatch, name, ending, shows):
-    monkeypatch.chdir(tmp_path)
-    prepare.main(["show", name])
-    content = (tmp_path / f"out/show/{name}.{ending}").read_bytes()
-    assert len(content) > 3000 and shows.encode() in content
+@pytest.mark.parametrize("name, shows", [("maze", "[8] maze5x5"), ("traces", "def solve")])
+def test_show_prints_the_first_documents_of_a_source(tmp_path, capsys, name, shows):
+    prepare.main(["show", name, f"--data_dir={tmp_path}"])
+    out = capsys.readouterr().out
+    assert shows in out and out.count("\n[") == 8
 
 
 # ---- damage
@@ -131,6 +126,10 @@ def stage(tmp_path):
 
 def shard(data):
     return next(data.glob("processed/maze/train-*.bin"))
+
+
+def offsets(data):
+    return shard(data).with_suffix(".idx")
 
 
 def rewrite(path, change):
@@ -155,11 +154,10 @@ def other_tokens(data, i, token):
 
 
 def falling_offsets(data):
-    path = shard(data).with_suffix(".idx")
-    offsets = np.fromfile(path, "<i8")
-    offsets[1] = offsets[2]
-    offsets.tofile(path)
-    believable(data, idx_sha256=snapshots.sha256_file(path))
+    falling = np.fromfile(offsets(data), "<i8")
+    falling[1] = falling[2]
+    falling.tofile(offsets(data))
+    believable(data, idx_sha256=snapshots.sha256_file(offsets(data)))
 
 
 MANIFEST, MIXTURE = "stages/stage1/manifest.jsonl", "stages/stage1/mixture.json"
@@ -170,19 +168,13 @@ MANIFEST, MIXTURE = "stages/stage1/manifest.jsonl", "stages/stage1/mixture.json"
     [
         (lambda data: os.truncate(shard(data), 100), "train-.* has 100 bytes where the manifest says"),
         (lambda data: rewrite(shard(data), lambda b: b"??" + b[2:]), "train-.*bin was changed: its SHA-256"),
-        (
-            lambda data: rewrite(shard(data).with_suffix(".idx"), lambda b: b[:8] + b"?" + b[9:]),
-            "idx was changed",
-        ),
+        (lambda data: rewrite(offsets(data), lambda b: b[:8] + b"?" + b[9:]), "idx was changed"),
         (lambda data: shard(data).unlink(), "train-.*bin is missing"),
-        (lambda data: shard(data).with_suffix(".idx").unlink(), "train-.*idx is missing"),
+        (lambda data: offsets(data).unlink(), "train-.*idx is missing"),
         (falling_offsets, "idx does not rise from 0"),
         (lambda data: other_tokens(data, 5, tokenizer.END + 1), "train-.* has token ids beyond 50280"),
         (lambda data: other_tokens(data, 30, 5), "train-.* has documents that do not end in"),
-        (
-            lambda data: rewrite(data / MANIFEST, lambda b: b.replace(b'"val"', b'"train"', 1)),
-            "was changed after",
-        ),
+        (lambda data: rewrite(data / MANIFEST, lambda b: b.replace(b"val", b"train")), "was changed after"),
         (lambda data: believable(data, path="processed/../../x/x.bin"), "not processed/SOURCE/NAME.bin"),
         (lambda data: believable(data, path=str(shard(data))), "not processed/SOURCE/NAME.bin"),
         (lambda data: believable(data, tokenizer="0" * 64), "manifest.jsonl .* another tokenizer"),
@@ -202,17 +194,9 @@ def test_damage_is_named_and_says_what_to_do(stage, damage, says):
 @pytest.mark.parametrize(
     "file, change, says",
     [
-        (
-            "manifest.jsonl",
-            lambda b: b.replace(b'"val"', b'"train"', 1),
-            "manifest.jsonl is missing or was changed",
-        ),
+        ("manifest.jsonl", lambda b: b.replace(b"val", b"train"), "manifest.jsonl is missing or was changed"),
         ("mixture.json", lambda b: b.replace(b"0.", b"0.0", 1), "mixture.json is missing or was changed"),
-        (
-            "snapshot.json",
-            lambda b: b.replace(b'"v0.1"', b'"v0.2"'),
-            "snapshot.json is missing, damaged or of another",
-        ),
+        ("snapshot.json", lambda b: b.replace(b"v0.1", b"v0.2"), "snapshot.json is missing, damaged or of"),
         ("snapshot.json", None, "snapshot.json is missing"),
     ],
 )

@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from smol import arc, rearc, sources, tokenizer
-from smol.snapshots import GROUPS
+from smol.snapshots import GROUPS, STAGES
 
 
 def test_stages_have_their_shares():
+    assert tuple(sources.STAGES) == STAGES
     for _, groups, weights in sources.STAGES.values():
         assert sum(groups.values()) == pytest.approx(1)
         assert {sources.SOURCES[name].group for name in weights} == set(groups)
