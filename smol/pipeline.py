@@ -269,10 +269,8 @@ def check_odd_rows(name, records):
     count = sum(found["count"] for found in odd.rules.values())
     if count >= ODD_ROWS and count > ODD_SHARE * read:
         example = next(iter(odd.rules.values()))["examples"][0]
-        raise ValueError(
-            f"{count:,} of the first {read:,} rows of {name} are no documents, {ODD_SHARE:.0%} may be: {odd},"
-            f" as {example}; mend them or take them out"
-        )
+        problem = f"{count:,} of the first {read:,} rows of {name} are no documents, {ODD_SHARE:.0%} may be"
+        raise ValueError(f"{problem}: {odd}, as {example}; mend them or take them out")
 
 
 class Documents:

@@ -386,9 +386,7 @@ def push(data, name, repo):
         if tag in [ref.name for ref in api.list_repo_refs(**where).tags]:
             there = Path(hf_hub_download(filename="snapshot.json", revision=tag, **where))
             if there.read_bytes() != files["snapshot.json"].read_bytes():
-                raise ValueError(
-                    f"{repo} has a tag {tag!r} of another state: choose another, tags never move"
-                )
+                raise ValueError(f"{repo} has a tag {tag!r} of another state, and a tag never moves")
             print(f"{name} is already at {repo}, tag {tag}")
             return
         # One commit, in which what belongs to earlier tags goes; at those tags it stays. Run again after an

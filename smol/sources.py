@@ -122,7 +122,8 @@ def chat(row):
     return turns(*((m["role"], text_of(m, "content")) for m in row["messages"]))
 
 
-def question_and_answer(question, answer):
+def exchange(question, answer):
+    """Columns of a question and its answer -> what makes a dialogue of them."""
     return lambda row: turns(("user", text_of(row, question)), ("assistant", text_of(row, answer)))
 
 
@@ -285,33 +286,25 @@ def new_pairs(difficulty, tokens):
 # the table. Columns, splits and licences are those of the datasets' cards on the hub, as far as a copy of the
 # card could be read; elsewhere the entry says what was seen instead.
 
-OURS = "generated here"
+OURS, TEXT = "generated here", column("text")
 MAZE = {"kind": "puzzle", "augment": "dihedral", "suite": "maze"}
 PROGRAM = {"kind": "puzzle", "augment": "arc", "suite": "transforms"}
 REARC = {"kind": "puzzle", "augment": "arc", "suite": "rearc", "package": rearc.INSTALL}
 TASKS = {"kind": "puzzle", "augment": "arc", "tasks": True}
+OPENMATH, SC2 = exchange("problem", "generated_solution"), "bigcode/self-oss-instruct-sc2-exec-filter-50k"
+BARC = "barc0/200k_HEAVY_gpt4o-description-gpt4omini-code_generated_problems"
 REARC_LICENCE = "MIT (RE-ARC), Apache-2.0 (reasoning-gym)"
 HRM = {"files": "train.csv", "columns": ("source", "question", "answer", "rating"), "kind": "puzzle"}
 
 SOURCES = {
     # messages = [{role, content}]
     "smol_smoltalk": Source("web", "Apache-2.0", chat, "dialogue", "HuggingFaceTB/smol-smoltalk"),
-    "fineweb_edu": Source(
-        "web", "ODC-By-1.0", column("text"), "prose", "HuggingFaceFW/fineweb-edu", "sample-10BT"
-    ),
+    "fineweb_edu": Source("web", "ODC-By-1.0", TEXT, "prose", "HuggingFaceFW/fineweb-edu", "sample-10BT"),
     # licence of its card; columns not on it: public training scripts read `text`
-    "openwebtext2": Source("web", "Apache-2.0", column("text"), "prose", "Geralt-Targaryen/openwebtext2"),
-    "wikipedia": Source(
-        "web", "CC-BY-SA-3.0, GFDL", column("text"), "prose", "wikimedia/wikipedia", "20231101.en"
-    ),
+    "openwebtext2": Source("web", "Apache-2.0", TEXT, "prose", "Geralt-Targaryen/openwebtext2"),
+    "wikipedia": Source("web", "CC-BY-SA-3.0, GFDL", TEXT, "prose", "wikimedia/wikipedia", "20231101.en"),
     # columns as public training code reads them. Python only, checked by execution
-    "oss_instruct": Source(
-        "code",
-        "ODC-By-1.0",
-        question_and_answer("instruction", "response"),
-        "dialogue",
-        "bigcode/self-oss-instruct-sc2-exec-filter-50k",
-    ),
+    "oss_instruct": Source("code", "ODC-By-1.0", exchange("instruction", "response"), "dialogue", SC2),
     # columns of the cards of its halves, codeparrot-clean-train and -valid
     "codeparrot": Source(
         "code", "that of each file", column("content"), "code", "codeparrot/codeparrot-clean"
@@ -320,14 +313,9 @@ SOURCES = {
     "arithmetic": Source("math", OURS, lambda rng, _: puzzles.arithmetic(rng)[0]),
     # files of the split train_1M seen; columns as public training code reads them
     "openmath_instruct": Source(
-        "math",
-        "CC-BY-4.0",
-        question_and_answer("problem", "generated_solution"),
-        "dialogue",
-        "nvidia/OpenMathInstruct-2",
-        split="train_1M",
+        "math", "CC-BY-4.0", OPENMATH, "dialogue", "nvidia/OpenMathInstruct-2", split="train_1M"
     ),
-    "open_web_math": Source("math", "ODC-By-1.0", column("text"), "math", "open-web-math/open-web-math"),
+    "open_web_math": Source("math", "ODC-By-1.0", TEXT, "math", "open-web-math/open-web-math"),
     "programs": Source("synth", OURS, lambda rng, _: programs.task(rng), **PROGRAM),
     "traces": Source("synth", OURS, lambda rng, _: programs.trace(rng)),
     # strings of cells, as HRM's build_sudoku_dataset.py and build_maze_dataset.py read them
@@ -350,7 +338,7 @@ SOURCES = {
     "logic": Source("synth", OURS, lambda rng, _: puzzles.logic_puzzle(rng)[0]),
     # comes with Python
     "stdlib": Source("code", "PSF-2.0", module, "code", rows=stdlib),
-    "langref": Source("web", "PSF-2.0", column("text"), "dialogue", rows=language_reference),
+    "langref": Source("web", "PSF-2.0", TEXT, "dialogue", rows=language_reference),
     "docstrings": Source("web", "PSF-2.0", docstrings, "dialogue", rows=stdlib),
     "arc": Source("arc", "Apache-2.0", augmented(arc_tasks), kind="puzzle", augment="arc"),
     # difficulty and length grow with the stages: what fits block_size there
@@ -358,13 +346,7 @@ SOURCES = {
     "rearc_medium": Source("arc", REARC_LICENCE, new_pairs((0, 0.6), 2048), **REARC),
     "rearc_hard": Source("arc", REARC_LICENCE, new_pairs((0, 1), 4096), **REARC),
     # examples = [[input, output], ...], numbers as floats, as public training code reads data_100k.jsonl
-    "barc_heavy": Source(
-        "arc",
-        "MIT",
-        arc_json,
-        repo="barc0/200k_HEAVY_gpt4o-description-gpt4omini-code_generated_problems",
-        **TASKS,
-    ),
+    "barc_heavy": Source("arc", "MIT", arc_json, repo=BARC, **TASKS),
     # each from --source_dir: ID.json of ARC-GEN-100K (Kaggle, arcgen100k/the-arc-gen-100k-dataset), a list of
     # pairs; corpus/ of github.com/victorvikram/ConceptARC; data/MiniARC/ of github.com/KSB21ST/MINI-ARC
     "arc_gen": Source("arc", "Apache-2.0", arc_json, **TASKS),

@@ -187,7 +187,9 @@ def test_tags_do_not_move(hub, data, tmp_path):
     snapshots.freeze(tmp_path / "other", "stage1", "v0.2")
     push(tmp_path / "other", "stage1:v0.2")
     pull(tmp_path / "far", "ada/stage1:v0.2")
-    snapshots.read_manifest(tmp_path / "far", "stage1", "v0.2")
+    entries, _ = snapshots.read_manifest(tmp_path / "far", "stage1", "v0.2")
+    there = {path for path in hub.files("ada/stage1", "v0.2") if path.endswith(".bin")}
+    assert there == {entry["path"] for entry in entries}  # what is of v0.1 alone is there alone
     pull(tmp_path / "again")
     same(data, tmp_path / "far")
     same(data, tmp_path / "again")

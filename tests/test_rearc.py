@@ -106,15 +106,11 @@ def test_pairs_that_change_nothing_or_come_twice_are_left_out(family):
 
 
 def test_chance_is_that_of_python_and_counted():
-    ours, theirs = rearc.Draws(7), random.Random(7)
-    for chance in (ours, theirs):
-        chance.values = [
-            chance.random(),
-            chance.choice("abc"),
-            chance.sample(range(99), 5),
-            chance.uniform(0, 2),
-        ]
-    assert ours.values == theirs.values and ours.left < rearc.MOST_DRAWS
+    def draw(chance):
+        return [chance.random(), chance.choice("abc"), chance.sample(range(99), 5), chance.uniform(0, 2)]
+
+    ours = rearc.Draws(7)
+    assert draw(ours) == draw(random.Random(7)) and ours.left < rearc.MOST_DRAWS
     ours.left = 3
     with pytest.raises(ValueError, match="too many random numbers"):
         ours.sample(range(99), 5)
@@ -157,10 +153,8 @@ def test_the_suite_is_what_it_has_always_been():
     """Another digest means that figures of before and after cannot be compared."""
     tasks = suites.load("rearc")
     assert (len(tasks), digest(tasks)) == (361, "1ad272ff9db44fca")
-    trained = {*arc.tasks_in("arc1_train")}
-    assert {task.id for task in tasks} <= trained and not trained & {
-        task.id for task in arc.evaluation_tasks()
-    }
+    trained, evaluation = {*arc.tasks_in("arc1_train")}, {task.id for task in arc.evaluation_tasks()}
+    assert {task.id for task in tasks} <= trained and not trained & evaluation
     held = curate.HeldOut(["rearc"])  # so the source "arc" need not be searched for these
     assert not any(held.has(task, "arc") for task in sources.arc_tasks())
     assert all(len(arc.encode("arc", task.train + task.test)) <= 1024 for task in tasks)
