@@ -31,7 +31,7 @@ def table(results):
     for name, r in results.items():
         loss = "" if r["val_loss"] is None else f", validation loss {r['val_loss']:.3f}"
         lines.append(f"{name}: {r['params']:,} parameters, step {r['iter']}{loss}")
-    rows = [["", "", "score", "pass@2", "solved", "", "95%", "pass@1", "oracle", "too long", "seconds"]]
+    rows = [["", "", "score", "solved", "", "95%", "pass@1", "oracle", "too long", "seconds"]]
     for suite in dict.fromkeys(suite for r in results.values() for suite in r["suites"]):
         for name, r in results.items():
             if suite in r["suites"] and suites.is_tasks(suite):
@@ -49,11 +49,11 @@ def table(results):
 
 def row(s):
     """Figures of a suite of tasks as cells of the table. Only ARC suites have a score and two attempts."""
-    ranked = [f"{s['score']:.1%}", s["pass_2"]] if s["attempts"] > 1 else ["", ""]
+    score = f"{s['score']:.1%}" if s["attempts"] > 1 else ""
     solved = [f"{s['solved']}/{s['total']}", f"{s['solved'] / max(1, s['total']):.1%}"]
     ends = "{:.1%} to {:.1%}".format(*s["interval"])
     more = [s["pass_1"], s["oracle"], s["too_long"], f"{s['seconds']:.1f}"]
-    return [str(cell) for cell in (*ranked, *solved, ends, *more)]
+    return [str(cell) for cell in (score, *solved, ends, *more)]
 
 
 def remarks_on(s):
@@ -108,23 +108,21 @@ def grid_of(rows):
 
 def choose(tasks):
     """
-    Some of a suite's tasks, each {model: record}, as many as fit into PANELS: small ones before large ones,
-    those that some model has solved first, and as large a share of them as among all.
+    Some of a suite's tasks, each {model: record}, as many as fit into PANELS: solved ones (by some model)
+    first, and as large a share of them as among all. Large ones only where there are no others.
     """
 
     def large(task):
         test = next(iter(task.values()))["test"][0]
         return max(len(test["input"]), len(test["input"][0]), len(test["expected"] or "")) > LEGIBLE
 
-    fit = sorted((t for t in tasks if not all(r["too_long"] for r in t.values())), key=large)
+    fit = [task for task in tasks if not all(r["too_long"] for r in task.values())]
+    fit = [task for task in fit if not large(task)] or fit
     if not fit:
         return []
-    shown = max(1, PANELS // len(panels_of(fit[0])))
-    solved = [t for t in fit if any(r["solved"] for r in t.values())]
-    unsolved = [t for t in fit if not any(r["solved"] for r in t.values())]
-    n_solved = round(shown * len(solved) / len(fit))
-    n_solved = min(max(n_solved, bool(solved)), shown - bool(unsolved)) if shown > 1 else bool(solved)
-    return (solved[:n_solved] + unsolved + solved[n_solved:])[:shown]
+    fit.sort(key=lambda task: not any(r["solved"] for r in task.values()))
+    shown = min(len(fit), max(1, PANELS // len(panels_of(fit[0]))))
+    return [fit[i] for i in np.linspace(0, len(fit) - 1, shown).astype(int)]
 
 
 def panels_of(task):
@@ -153,7 +151,9 @@ def write(results, records, folder):
     """folder/report.html; returns its path. Whatever is in the data, it cannot end its script element."""
     models = [{"name": name, **r, "data": dict(r["data"])} for name, r in results.items()]
     for model in models:  # known by its run: where that lies on this machine is nobody else's business
-        del model["checkpoint"], model["folder"], model["data"]["data_dir"]
+        for key in ("checkpoint", "folder"):
+            model.pop(key, None)
+        model["data"].pop("data_dir", None)
     data = {
         "models": models,
         "tasks": tasks_with_answers(records),
@@ -192,7 +192,7 @@ def history(results):
     """
     runs, out = {}, []
     for name, r in results.items():
-        runs.setdefault(r["folder"], []).append(name)
+        runs.setdefault(r.get("folder") or os.path.dirname(r["checkpoint"]), []).append(name)
     for folder, names in runs.items():
         entries = [results[name] for name in names]
         if len(names) == 1:

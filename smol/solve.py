@@ -36,6 +36,7 @@ from smol.loader import bucket_length, draw_rng, pad_rows, puzzle_row
 
 RESCORED = 4  # Route A: so many leading candidates are scored again
 RESCORING_VIEWS = 8  # in at most so many views
+TEMPERATURE = 0.8  # of all samples but the first, which is greedy
 PROGRAM_TOKENS = 160  # longest program; one of four steps takes about 60
 ANSWER_TOKENS = 200  # longest solution of a puzzle in words; they take 165 at most
 TUNED_ROWS = 4  # rows per step of test-time training
@@ -47,7 +48,6 @@ class Settings:
 
     augment: int = 1  # views of each task; the first is the task as it is
     samples: int = 1  # answers per view (Route A, and puzzles in words); the first is greedy
-    temperature: float = 0.8  # of the other samples, and of programs
     programs: int = 0  # programs written for each ARC task
     n_sup: int | None = None  # Route B: supervision steps; None: as it was trained
     halt: float | None = None  # Route B: a puzzle stops once its halting probability is above this
@@ -209,8 +209,7 @@ def solve_grids(model, tasks, settings):
         how = {k: getattr(settings, k) for k in ("n_sup", "halt", "n_rollouts", "noise", "seed")}
         answers = model.answer(view_tasks, trace=True, **how)
     else:
-        how = {"samples": settings.samples, "temperature": settings.temperature, "seed": settings.seed}
-        answers = model.answer(view_tasks, **how)
+        answers = model.answer(view_tasks, settings.samples, TEMPERATURE, settings.seed)
 
     votes = [[None] * len(task.test) for task in tasks]  # None: too long, in every view
     steps = [[[] for _ in task.test] for task in tasks]
@@ -251,7 +250,7 @@ def votes_of_samples(samples):
 # answers that are written as text
 
 
-def write(model, prompts, n, max_tokens, temperature=1.0, seed=0):
+def write(model, prompts, n, max_tokens, seed=0):
     """
     Continue each of `prompts`, lists of ids, n times. Returns for each prompt n texts as lists of ids, which
     end before the first that is no text. The first is greedy, the others are drawn with random numbers that
@@ -263,7 +262,7 @@ def write(model, prompts, n, max_tokens, temperature=1.0, seed=0):
     again = [row for row in rows for _ in range(n - 1)]
     try:
         texts = engine.continue_texts(model, rows, torch.zeros(len(rows), max_tokens), 0, tok.END + 1)
-        texts += engine.continue_texts(model, again, uniform, temperature, tok.END + 1)
+        texts += engine.continue_texts(model, again, uniform, TEMPERATURE, tok.END + 1)
     except ValueError:
         return [[[]] * n for _ in prompts]
     texts = [list(itertools.takewhile(lambda i: i < tok.EOT, ids.tolist())) for ids in texts]
@@ -279,8 +278,8 @@ def solve_in_words(model, tasks, settings):
     fit = [i for i, prompt in enumerate(prompts) if len(prompt) + ANSWER_TOKENS <= model.config.block_size]
     if not fit:
         return out
-    how = settings.samples, ANSWER_TOKENS, settings.temperature, settings.seed
-    for i, texts in zip(fit, write(model, [prompts[i] for i in fit], *how)):
+    written = write(model, [prompts[i] for i in fit], settings.samples, ANSWER_TOKENS, settings.seed)
+    for i, texts in zip(fit, written):
         answers = [re.search(r"^Answer: *(.+?) *$", tok.load().decode(ids), re.MULTILINE) for ids in texts]
         out[i] = [Given(vote([(answer[1], 1, 0.0, None) for answer in answers if answer]))]
     return out
@@ -298,9 +297,7 @@ def solve_by_programs(model, task, settings):
     out = [[] for _ in task.test]
     if len(prompt) + PROGRAM_TOKENS > model.config.block_size:
         return out
-    (written,) = write(
-        model, [prompt], settings.programs, PROGRAM_TOKENS, settings.temperature, settings.seed
-    )
+    (written,) = write(model, [prompt], settings.programs, PROGRAM_TOKENS, settings.seed)
     for text in sorted({tok.load().decode(ids) for ids in written}):
         with contextlib.suppress(ValueError):  # it is no program, or makes a grid that is none
             if all(np.array_equal(programs.run(text, x)[-1], y) for x, y in task.train):
