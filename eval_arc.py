@@ -434,7 +434,7 @@ def run(c, words):
             found = measure(name, model, about, suite, about["suites"].get(suite, {}), c.limit)
         else:
             found = figures(records, attempts_of(suite))
-            found.update(how_asked(about, how, model, suite))
+            found.update(how_asked(about, how, suite))
             print(f"{name} {suite}: {found['solved']} of {found['total']} solved", flush=True)
         about["suites"][suite] = found
         save_json(results, os.path.join(folder, "eval.json"))
@@ -448,13 +448,10 @@ def settings_for(suite, model, settings):
     return dataclasses.replace(settings, samples=2) if alone and attempts_of(suite) == 2 else settings
 
 
-def how_asked(about, settings, model, suite):
+def how_asked(about, settings, suite):
     protocol = [smol.suites.known(suite, about["data"]["sources"]), "ttt" * (settings.ttt_steps > 0)]
-    return {
-        "protocol": " + ".join(filter(None, protocol)) or "inductive",
-        "settings": dataclasses.asdict(settings),
-        "n_sup": (settings.n_sup or model.config.n_sup) if about["model"] == "trm" else None,
-    }
+    protocol = " + ".join(filter(None, protocol)) or "inductive"
+    return {"protocol": protocol, "settings": dataclasses.asdict(settings)}
 
 
 def finish(results, asked, folder):

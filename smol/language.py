@@ -271,22 +271,18 @@ def evaluate_benchmarks(model, suite, limit=None):
 # for people
 
 
-def table(figures):
-    """The figures of one of these suites as lines of text."""
+def rows(figures):
+    """The figures of one of these suites: [(what, value or None, interval or None, a remark)]."""
     if "error" in figures:
-        return f"none: {figures['error']}"
-    rows, lines = [], []
+        return [("not measured", None, None, figures["error"])]
+    out = []
     for source, f in figures.get("bits_per_byte", {}).items():
-        rows.append((f"bits per byte, {source}", f["bits_per_byte"], f["interval"], f"{f['bytes']:,} bytes"))
+        out.append((f"bits per byte, {source}", f["bits_per_byte"], f["interval"], f"{f['bytes']:,} bytes"))
     if "questions" in figures:
         q, c = figures["questions"], figures["code"]
-        more = f"{q['right']:g} of {q['total']}; chance {q['chance']}"
-        rows.append(("questions", q["accuracy"], q["interval"], more))
-        rows.append(("code", c["accuracy"], c["interval"], f"{c['solved']} of {c['total']}"))
+        remark = f"{q['right']:g} of {q['total']}; chance {q['chance']}"
+        out.append(("questions", q["accuracy"], q["interval"], remark))
+        out.append(("code", c["accuracy"], c["interval"], f"{c['solved']} of {c['total']}"))
     for task, metrics in figures.get("results", {}).items():
-        rows += [(f"{task}, {metric}", f["value"], f["interval"], "") for metric, f in metrics.items()]
-    for name, value, ends, more in rows:
-        ends = "{:.3f} to {:.3f}".format(*ends) if ends else ""
-        value = "-" if value is None else f"{value:.3f}"
-        lines.append(f"  {name:32} {value:>8}   {ends:16}   {more}".rstrip())
-    return "\n".join(lines)
+        out += [(f"{task}, {metric}", f["value"], f["interval"], "") for metric, f in metrics.items()]
+    return out

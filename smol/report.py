@@ -38,7 +38,11 @@ def table(results):
                 rows.append([suite, name, *row(r["suites"][suite])])
                 remarks += [f"{suite}: {name} {remark}" for remark in remarks_on(r["suites"][suite])]
             elif suite in r["suites"]:
-                remarks.append(f"\n{suite}, {name}\n{language.table(r['suites'][suite])}")
+                remarks += ["", f"{suite}, {name}"]
+                for what, value, ends, remark in language.rows(r["suites"][suite]):
+                    value = "-" if value is None else f"{value:.3f}"
+                    ends = "{:.3f} to {:.3f}".format(*ends) if ends else ""
+                    remarks.append(f"  {what:32} {value:>8}   {ends:16}   {remark}".rstrip())
     widths = [max(map(len, column)) for column in zip(*rows)]
     for cells in rows if len(rows) > 1 else []:
         left = [text.ljust(width) for text, width in zip(cells[:2], widths)]
@@ -58,12 +62,12 @@ def row(s):
 
 def remarks_on(s):
     """
-    How a suite was asked where that is not the default, what of it could be guessed, and whom the model beats
-    by more than chance.
+    How a suite was asked, or known, where that is not the default, what of it could be guessed, and whom the
+    model beats by more than chance.
     """
-    asked = [f"--{k}={v}" for k, v in s["settings"].items() if v != getattr(solve.Settings, k)]
-    if asked:
-        yield f"was asked with {' '.join(asked)} ({s['protocol']})"
+    asked = [f"--{k}={v}" for k, v in s["settings"].items() if v != getattr(solve.Settings, k, None)]
+    if asked or s["protocol"] != "inductive":
+        yield f"was asked with {' '.join(asked) or 'the defaults'} ({s['protocol']})"
     if s["attempts"] > 1 and s["solved"]:
         solved, total = s["guessable"]
         yield (
@@ -149,11 +153,12 @@ def panels_of(task):
 
 def write(results, records, folder):
     """folder/report.html; returns its path. Whatever is in the data, it cannot end its script element."""
-    models = [{"name": name, **r, "data": dict(r["data"])} for name, r in results.items()]
-    for model in models:  # known by its run: where that lies on this machine is nobody else's business
-        for key in ("checkpoint", "folder"):
-            model.pop(key, None)
-        model["data"].pop("data_dir", None)
+    models = []
+    for name, r in results.items():  # where a run lies on this machine is nobody else's business
+        shown = {key: r.get(key) for key in ("model", "params", "iter", "val_loss", "card", "sha256")}
+        figures = {suite: {**s, **for_people(suite, s)} for suite, s in r["suites"].items()}
+        data = {"stage": r["data"]["stage"], "tag": r["data"]["tag"]}
+        models.append({"name": name, **shown, "data": data, "suites": figures})
     data = {
         "models": models,
         "tasks": tasks_with_answers(records),
@@ -167,6 +172,10 @@ def write(results, records, folder):
     path = os.path.join(folder, "report.html")
     write_whole((before + text + "</script>" + after).encode(), path)
     return path
+
+
+def for_people(suite, s):
+    return {"remarks": [*remarks_on(s)]} if suites.is_tasks(suite) else {"rows": language.rows(s)}
 
 
 def tasks_with_answers(records):

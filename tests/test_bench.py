@@ -242,7 +242,7 @@ class TinyRecursiveReasoningModel_ACTV1(torch.nn.Module):
 
     def initial_carry(self, batch):
         n, cells = batch["inputs"].shape
-        assert cells == self.config["seq_len"] and batch["labels"].min() > 0 and batch["labels"].max() <= 10
+        assert cells == self.config["seq_len"] and batch["inputs"].min() == 1 and batch["labels"].max() <= 10
         z, data = torch.full((n, cells, 1), 9.0), {k: torch.zeros_like(v) for k, v in batch.items()}
         carry = SimpleNamespace(inner_carry=SimpleNamespace(z_H=z, z_L=z), current_data=data)
         carry.steps, carry.halted = torch.zeros(n), torch.ones(n, dtype=torch.bool)

@@ -55,7 +55,7 @@ def found(tmp_path_factory):
         for key, some in records.items():
             if key[0] == name:
                 figures = eval_arc.figures(some, 2 if key[1] == "arc1" else 1)
-                asked = {"settings": vars(solve.Settings(augment=4)), "protocol": "inductive", "n_sup": None}
+                asked = {"settings": vars(solve.Settings(augment=4)), "protocol": "inductive"}
                 results[name]["suites"][key[1]] = {**figures, **asked}
         (folder / name).mkdir()
         suites = {"arc1": {"solved": 1, "total": 9, "interval": [0, 1]}, "language": {}}
