@@ -153,32 +153,18 @@ def vote(answers):
     return sorted(candidates, key=rank)
 
 
-def rescore(model, tasks, seen, found):
+def rescore(model, task, test_input, some_views, candidates):
     """
-    Route A: the score of the leading candidates becomes the mean log-probability of their cells over
-    several views, and they are sorted again. seen: the views of each task; found: for each task and test
-    input a list of candidates or None, which is changed.
+    Route A: the score of the leading candidates for a test input becomes the mean log-probability of their
+    cells over several views. Returns the candidates, sorted again.
     """
-    several, asked = [], []
-    for task, some_views, given in zip(tasks, seen, found):
-        for (x, y), candidates in zip(task.test, given):
-            if candidates and len(candidates) > 1:
-                several.append(candidates)
-                question = arc.Task(task.id, task.kind, task.train, [(x, y)])
-                for view in some_views[:RESCORING_VIEWS]:
-                    seen_task = apply_view(view, question)
-                    asked += [
-                        (c, seen_task, arc.augment(view.symmetry, c.grid)) for c in candidates[:RESCORED]
-                    ]
-    scores = defaultdict(list)
-    log_probs = model.answer_logits([task for _, task, _ in asked], [[grid] for _, _, grid in asked])
-    for (candidate, _, _), (log_p,) in zip(asked, log_probs):
-        if log_p is not None and np.isfinite(log_p).all():
-            scores[id(candidate)].append(float(log_p.mean()))
-    for candidates in several:
-        for c in candidates[:RESCORED]:
-            c.score = float(np.mean(scores[id(c)])) if scores[id(c)] else c.score
-        candidates[:RESCORED] = sorted(candidates[:RESCORED], key=rank)
+    for c in candidates[:RESCORED]:
+        question = replace(task, test=[(test_input, c.grid)])
+        seen = [apply_view(view, question) for view in some_views[:RESCORING_VIEWS]]
+        log_probs = model.answer_logits(seen, [[t.test[0][1]] for t in seen])
+        means = [x.mean() for (x,) in log_probs if x is not None and np.isfinite(x).all()]
+        c.score = float(np.mean(means)) if means else c.score
+    return sorted(candidates[:RESCORED], key=rank) + candidates[RESCORED:]
 
 
 # -----------------------------------------------------------------------------
@@ -231,8 +217,11 @@ def solve_grids(model, tasks, settings):
                 given[j] = given[j] + passed if given[j] is not None else passed or None
 
     found = [[None if some is None else vote(some) for some in given] for given in votes]
-    if not canvas and settings.augment * settings.samples > 1:
-        rescore(model, tasks, seen, found)
+    if not canvas:
+        for task, some_views, given in zip(tasks, seen, found):
+            for j, candidates in enumerate(given):
+                if candidates and len(candidates) > 1:
+                    given[j] = rescore(model, task, task.test[j][0], some_views, candidates)
     return [[Given(c, s) if c is not None else None for c, s in zip(*both)] for both in zip(found, steps)]
 
 
