@@ -161,7 +161,7 @@ def write(results, records, folder):
         models.append({"name": name, **shown, "data": data, "suites": figures})
     data = {
         "models": models,
-        "tasks": tasks_with_answers(records),
+        "records": [record for some in records.values() for record in some],
         "history": history(results),
         "palette": arc.PALETTE,
     }
@@ -176,20 +176,6 @@ def write(results, records, folder):
 
 def for_people(suite, s):
     return {"remarks": [*remarks_on(s)]} if suites.is_tasks(suite) else {"rows": language.rows(s)}
-
-
-def tasks_with_answers(records):
-    """[{suite, id, kind, demonstrations, test: [{input, expected}], answers: {model: rest of its record}}]"""
-    tasks = {}
-    for (name, suite), some in records.items():
-        for r in some:
-            asked = [{"input": t["input"], "expected": t["expected"]} for t in r["test"]]
-            about = {"suite": suite, "id": r["id"], "kind": r["kind"], "demonstrations": r["demonstrations"]}
-            task = tasks.setdefault((suite, r["id"]), {**about, "test": asked, "answers": {}})
-            shared = ("input", "expected", "right")
-            given = [{k: v for k, v in t.items() if k not in shared} for t in r["test"]]
-            task["answers"][name] = {"solved": r["solved"], "too_long": r["too_long"], "test": given}
-    return list(tasks.values())
 
 
 def history(results):
