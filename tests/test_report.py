@@ -156,6 +156,22 @@ def test_the_table_says_how_models_were_asked_and_which_is_better(found):
     assert f"arc1: {apart}" in report.table(results).splitlines()
 
 
+def test_the_picture_shows_solved_tasks_first_and_as_large_a_share_as_there_is():
+    def task(solved, side=3, too_long=False):
+        rows = ["0" * side] * side
+        test = [{"input": rows, "expected": rows, "attempts": []}]
+        return {"a": {"id": "x", "solved": solved, "too_long": too_long, "demonstrations": [], "test": test}}
+
+    for n in (0, 1, 10, 19, 20):
+        shown = [t["a"]["solved"] for t in report.choose([task(i >= 20 - n) for i in range(20)])]
+        assert len(shown) == report.PANELS // 3 and shown == sorted(shown, reverse=True)
+        assert abs(sum(shown) - len(shown) * n / 20) <= 1
+        assert any(shown) == (n > 0) and all(shown) == (n == 20)
+    large, small = task(True, 20), task(False)
+    assert report.choose([large, small]) == [small] and report.choose([large]) == [large]
+    assert report.choose([task(False, too_long=True)]) == []
+
+
 # in a block of its own: the page has names of its own at the top
 DRIVE = """
 const said = {}, $ = query => document.querySelector(query);
