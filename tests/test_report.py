@@ -181,6 +181,8 @@ const press = key => {
 };
 said.keys = ["j", "ArrowRight", "k", "ArrowLeft", "ArrowLeft"].map(key => { press(key); return count(); });
 said.title = $("#task h3").textContent;
+said.rows = [...document.querySelectorAll("#results td:first-child")].map(cell => cell.textContent);
+said.figures = [...document.querySelectorAll("#results b")].map(figure => figure.textContent);
 const slider = $("input.steps"), label = () => slider.parentNode.lastChild.textContent;
 said.steps = [label()];
 press(","); said.steps.push(label());
@@ -217,6 +219,8 @@ def test_in_a_browser(written, tmp_path):
         f"step 2 of 3 · halt 0.40 · {ANSWERS[0].size} wrong",
         "step 1 of 3 · halt 0.10",
     ]
+    assert said["rows"] == ["arc1", "logic", "bits per byte, stdlib", "questions", "code", "sciq, acc"]
+    assert said["figures"] == ["33.3%", "66.7%", "0%", "1.25", "0", "0", "0.5"]
     assert said["outcomes"] == "22114"
     assert said["text"] == [NASTY, "a and b"]  # as text, and nothing in it ran
     colour = arc.PALETTE[int(TASKS[0].train[0][0][0, 0])]
