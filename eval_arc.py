@@ -7,7 +7,6 @@ The evaluation: how many unseen tasks does a checkpoint solve, exactly, and what
     python eval_arc.py USER/NAME@v0.1                           one that is published on the hub
     python eval_arc.py CKPT --suites=sudoku4,arc1 --limit=20    the first 20 tasks of two suites
     python eval_arc.py CKPT --augment=16 --ttt_steps=32         16 views vote, a copy is tuned to each task
-    python eval_arc.py CKPT --augment=11 --n_sup=2 --halt=0.9   Route B: many views, few steps
     python eval_arc.py CKPT --n_sup=16 --n_rollouts=8           Route B: eight tries, and its head chooses
     python eval_arc.py CKPT --tasks=my_tasks                    ARC-style JSON, Kaggle's challenges too
     torchrun --nproc_per_node=2 eval_arc.py CKPT                the same answers from two GPUs
@@ -20,11 +19,11 @@ again. Figures of other models and suites that out_dir holds stay there. What is
 
     report.html        all of it, to look at
     grids.png          a few tasks of each suite with their answers
-    submission_MODEL_SUITE.json     of ARC suites, as the ARC Prize takes it; submission.json where it is one
+    submission.json    of an ARC suite, as the ARC Prize takes it; of several, submission_MODEL_SUITE.json
     eval.json          {model: {params, iter, checkpoint, data, ..., suites: {suite: figures}}}, figures:
         total, solved, interval       tasks; 95% interval of solved / total
         score                         mean share of a task's test outputs solved: what ARC Prize ranks by
-        pass_1, pass_2, oracle        tasks solved with one attempt, two, any number
+        pass_1, oracle                tasks solved with one attempt, with any number
         guessable                     [solved, tasks] of those with small answers: see `guessable`
         too_long, unknown             tasks that do not fit into block_size; tasks without known outputs
         protocol                      inductive, ttt, and what was trained on: see suites.known
@@ -36,7 +35,6 @@ Read next: smol/solve.py (how a model comes to its attempts), smol/language.py (
 
 import contextlib
 import dataclasses
-import functools
 import glob
 import hashlib
 import json
@@ -66,15 +64,13 @@ limit: int | None = None  # only the first tasks of each suite
 # ---- how it is asked; more of anything takes longer
 augment = 1  # views of each task that vote; 1 is the task as it is
 samples = 1  # Route A: answers to each view
-temperature = 0.8  # of answers that are drawn
 programs = 0  # Route A: programs written for each ARC task
 n_sup: int | None = None  # Route B: supervision steps; None means as it was trained
 halt: float | None = None  # Route B: stop once the halting probability is above this; None means never
 n_rollouts = 1  # Route B: answers to each view, all but the first with noise; its halting head chooses
 noise = NOISE  # of the others, on z, which has size 1
 ttt_steps = 0  # test-time training: steps on each task
-ttt_rank = 8  # its rank; 0 tunes all weights
-ttt_lr = 1e-3  # its learning rate
+ttt_lr = 5e-4  # its learning rate
 seed = 1337  # of views, draws and test-time training
 # ---- where
 out_dir = ""  # where the results go; "" means beside the checkpoint
@@ -83,12 +79,13 @@ dtype = "auto"  # float32, bfloat16, float16; as train.py chooses
 
 RANGES = {
     "[1, inf)": "limit augment samples n_sup n_rollouts",
-    "[0, inf)": "temperature programs noise ttt_steps ttt_rank seed",
+    "[0, inf)": "programs noise ttt_steps seed",
     "(0, inf)": "ttt_lr",
     "[0, 1]": "halt",
 }
 ARC_RULES = (*smol.suites.ARC_SUITES, "tasks")  # scored as ARC's rules say: two attempts
 ROWS_TOGETHER = 64  # views handed to a model at a time: what is lost when a run is killed
+PARTIAL = "answers.partial.jsonl"  # of the suite that is being asked
 
 # -----------------------------------------------------------------------------
 # one task
@@ -153,18 +150,13 @@ def figures(records, attempts):
     solved = sum(r["solved"] for r in judged)
     small = [r["solved"] for r in judged if guessable(r)]
     scores = [np.mean([t["solved"] for t in r["test"]]) for r in judged]
-
-    def passed(n):
-        return sum(all(any(t["right"][:n]) for t in r["test"]) for r in judged)
-
     return {
         "total": len(judged),
         "solved": solved,
         "interval": smol.suites.interval(solved, len(judged)),
         "score": round(float(np.mean(scores)), 6) if judged else 0.0,
         "attempts": attempts,
-        "pass_1": passed(1),
-        "pass_2": passed(2),
+        "pass_1": sum(all(any(t["right"][:1]) for t in r["test"]) for r in judged),
         "oracle": sum(all(t["oracle"] for t in r["test"]) for r in judged),
         "guessable": [sum(small), len(small)],
         "too_long": sum(r["too_long"] for r in records),
@@ -174,18 +166,16 @@ def figures(records, attempts):
 
 
 def against(records, others):
-    """{only_this, only_other, p} of two models' records, on the tasks that both were asked."""
+    """
+    {only_this, only_other, p} of two models' records, on the tasks that both were asked. p: McNemar's exact
+    test, the probability of a split as uneven as this if such tasks fell to either by chance.
+    """
     others = {r["id"]: r["solved"] for r in others if r["solved"] is not None}
     pairs = [(r["solved"], others[r["id"]]) for r in records if r["solved"] is not None and r["id"] in others]
     this = sum(a and not b for a, b in pairs)
     other = sum(b and not a for a, b in pairs)
-    return {"only_this": this, "only_other": other, "p": float(f"{mcnemar(this, other):.3g}")}
-
-
-def mcnemar(this, other):
-    """Exact, two-sided: the probability of a split as uneven as this if tasks fell to either by chance."""
-    n = this + other
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(this, other) + 1)) / 2**n)
+    tail = sum(math.comb(this + other, i) for i in range(min(this, other) + 1)) / 2 ** (this + other)
+    return {"only_this": this, "only_other": other, "p": float(f"{min(1.0, 2 * tail):.3g}")}
 
 
 # -----------------------------------------------------------------------------
@@ -210,35 +200,35 @@ def evaluate(tasks, answer, attempts=1, rows_per_task=1, before=None, keep=None,
     """
     Records of the tasks, in their order. answer(tasks without test outputs) gives for each task and test
     input a solve.Given or None: solve.solve with a model. before: {task id: record} of what need not be
-    asked again; keep(records) is called with new ones as they come. Under torchrun every process asks its
-    part, and rank 0 alone returns all records, the others [].
+    asked again; keep(records) is called on rank 0 with new ones as they come. Under torchrun every process
+    asks its part, and rank 0 alone returns all records, the others [].
     """
-    before, mine = before or {}, []
+    found = dict(before or {})
+    todo, n = chunks([task for task in tasks if task.id not in found], rows_per_task), runtime.world_size
     bar = {"desc": desc, "dynamic_ncols": True, "leave": False, "disable": not runtime.master}
-    for number, chunk in enumerate(tqdm(chunks(tasks, rows_per_task), **bar)):
-        if number % runtime.world_size != runtime.rank:
-            continue
-        asked = [task for task in chunk if task.id not in before]
-        started = time.perf_counter()
-        given = answer(solve.without_answers(asked)) if asked else []
-        new = [judge(task, some, attempts) for task, some in zip(asked, given)]
-        for record in new:
-            record["seconds"] = round((time.perf_counter() - started) / len(asked), 4)
-        if keep and new:
+    for i in tqdm(range(0, len(todo), n), **bar):
+        records = []
+        for chunk in todo[i : i + n][runtime.rank : runtime.rank + 1]:
+            started = time.perf_counter()
+            given = answer(solve.without_answers(chunk))
+            seconds = round((time.perf_counter() - started) / len(chunk), 4)
+            records = [
+                {**judge(task, some, attempts), "seconds": seconds} for task, some in zip(chunk, given)
+            ]
+        new = [record for part in runtime.gather(records) for record in part]
+        if keep and runtime.master:
             keep(new)
-        mine += new + [before[task.id] for task in chunk if task.id in before]
-    found = {record["id"]: record for part in runtime.gather(mine) for record in part}
-    return [found[task.id] for task in tasks if found]
+        found.update((record["id"], record) for record in new)
+    return [found[task.id] for task in tasks] if runtime.master else []
 
 
 def ask(name, model, about, suite, tasks, settings, folder):
     """Records of a suite, on rank 0. Answers are kept in the folder as they come: a run may be killed."""
-    key = hashed([about["sha256"], suite, dataclasses.asdict(settings), about["device"], about["dtype"]])
-    partial = os.path.join(folder, f"answers.partial-{key}-")
-    paths = [os.path.join(folder, "answers.jsonl"), *glob.glob(glob.escape(partial) + "*")]
-    earlier = {r["key"]: r for path in paths for r in runtime.read_log(path)}
+    path, partial = (os.path.join(folder, file) for file in ("answers.jsonl", PARTIAL))
+    earlier = {r["key"]: r for r in runtime.read_log(path) + runtime.read_log(partial)}
     # what the answer to a task depends on: a record without answers is the task as JSON
-    keys = {t.id: hashed([key, judge(t, [None] * len(t.test), 1)]) for t in tasks}
+    asked = [about["sha256"], suite, dataclasses.asdict(settings), about["device"], about["dtype"]]
+    keys = {t.id: hashed([*asked, judge(t, [None] * len(t.test), 1)]) for t in tasks}
     before = {i: {**earlier[k], "model": name} for i, k in keys.items() if k in earlier}
     if before and runtime.master:
         print(f"{name} {suite}: {len(before)} of {len(tasks)} have been answered before")
@@ -246,19 +236,19 @@ def ask(name, model, about, suite, tasks, settings, folder):
     def keep(records):
         for record in records:
             record.update(model=name, suite=suite, key=keys[record["id"]])
-            if problem := runtime.append_log(record, f"{partial}{runtime.rank}.jsonl"):
+            if problem := runtime.append_log(record, partial):
                 raise OSError(problem)
 
-    half = getattr(torch, about["dtype"])
-    with torch.autocast(about["device"], half) if half != torch.float32 else contextlib.nullcontext():
-        answer = functools.partial(solve.solve, model, settings=settings)
-        rows = settings.augment * settings.samples * settings.n_rollouts * (4 if settings.ttt_steps else 1)
-        records = evaluate(tasks, answer, attempts_of(suite), rows, before, keep, f"{name} {suite}")
+    def answer(tasks):
+        half = getattr(torch, about["dtype"])
+        with torch.autocast(about["device"], half, enabled=half != torch.float32):
+            return solve.solve(model, tasks, settings)
+
+    rows = settings.augment * settings.samples * settings.n_rollouts * (4 if settings.ttt_steps else 1)
+    records = evaluate(tasks, answer, attempts_of(suite), rows, before, keep, f"{name} {suite}")
     if runtime.master:
-        kept = [r for r in runtime.read_log(paths[0]) if (r["model"], r["suite"]) != (name, suite)]
-        save_lines(kept + records, paths[0])
-        for path in glob.glob(glob.escape(partial) + "*"):
-            os.remove(path)
+        kept = [r for r in runtime.read_log(path) if (r["model"], r["suite"]) != (name, suite)]
+        save_lines(kept + records, path)
     return records
 
 
@@ -286,26 +276,30 @@ def measure(name, model, about, suite, before, limit):
     if before.get("key") == key:
         print(f"{name} {suite}: has been measured before")
         return before
-    if suite == "language":
-        return {**language.evaluate(model, data["data_dir"], texts, limit), "key": key}
     try:
-        return {**language.evaluate_benchmarks(model, suite, limit), "key": key}
-    except OSError as e:  # no network: no reason to lose what is there
+        if suite == "language":
+            found = language.evaluate(model, data["data_dir"], texts, limit)
+        else:
+            found = language.evaluate_benchmarks(model, suite, limit)
+    except OSError as e:  # no network, no sandbox: no reason to lose what is there
         return {"error": str(e)}
+    return {**found, "key": key}
 
 
 # -----------------------------------------------------------------------------
 # eval.json
 
 
-def describe(name, path, model, ckpt, device, dtype):
+def describe(name, device, dtype):
     """What eval.json says of a checkpoint besides its suites: how it was named, which file that is."""
+    path = checkpoint.local_file(name)
+    model, ckpt = checkpoint.load_model(path)
     train, config = ckpt.get("train") or {}, ckpt.get("config") or {}
     data = train.get("data") or {}
     return {
         "model": ckpt["model"],
         "params": model.num_params(),
-        "checkpoint": name,
+        "checkpoint": path if os.path.exists(name) else name,
         "folder": os.path.dirname(path),  # where the logs of its run are
         "sha256": snapshots.sha256_file(path),
         "iter": train.get("iter"),
@@ -327,17 +321,18 @@ def name_of(about, results):
     The checkpoint's folder, with the file's name if it is not ckpt.pt, and with more folders before it where
     the name is another's; on the hub USER/NAME[@REVISION].
     """
-    path, names = os.path.realpath(about["checkpoint"]), [about["checkpoint"]]
-    if os.path.exists(path):
-        parts = path.removesuffix(".pt").split(os.sep)
-        parts = parts[:-1] if parts[-1] in ("ckpt", checkpoint.WEIGHTS) else parts
-        first = len(parts) - 1 - (not path.endswith(("ckpt.pt", checkpoint.WEIGHTS)))
-        names = ["/".join(parts[i:]) for i in range(first, 0, -1)]
-    for name in names:
+    if not os.path.exists(about["checkpoint"]):
+        return about["checkpoint"]
+    path = os.path.realpath(about["checkpoint"])
+    folder, file = os.path.split(path)
+    own = [] if file in ("ckpt.pt", checkpoint.WEIGHTS) else [file.removesuffix(".pt")]
+    parts = folder.split(os.sep)
+    for i in reversed(range(len(parts))):
+        name = "/".join(parts[i:] + own)
         other = results.get(name, about)
         if other["sha256"] == about["sha256"] or os.path.realpath(other["checkpoint"]) == path:
-            return name
-    return names[-1]
+            break
+    return name
 
 
 def read_results(path):
@@ -386,27 +381,17 @@ def tasks_asked(c):
     return {**asked, "tasks": arc.read_tasks(c.tasks, c.solutions)} if c.tasks else asked
 
 
-def checkpoints(words):
-    """Names of checkpoints, with patterns such as 'out/run/ckpt_*.pt' and folders replaced by files."""
-    found = []
-    for word in words:
-        files = sorted(glob.glob(word), key=lambda file: (len(file), file))  # ckpt_500 before ckpt_1000
-        found += map(checkpoint.local_file, files) if files else [word]
-    return list(dict.fromkeys(found))
-
-
 def look_at(names, device, dtype, results):
     """{name of the model: its file}. results gets what they are and keeps the suites that still hold."""
     models = {}
-    for word in names:
-        path = checkpoint.local_file(word)
-        about = describe(word, path, *checkpoint.load_model(path), device, dtype)
+    for checkpoint_name in names:
+        about = describe(checkpoint_name, device, dtype)
         name = name_of(about, results)
         before = results.get(name, about)
         same = before["sha256"] == about["sha256"]
         if not same and runtime.master:
             print(f"{name} has been trained on since: what there was of it is replaced")
-        models[name] = path
+        models[name] = checkpoint.local_file(checkpoint_name)
         results[name] = {**about, "suites": before.get("suites", {}) if same else {}}
     return models
 
@@ -414,11 +399,15 @@ def look_at(names, device, dtype, results):
 def run(c, words):
     if not words:
         raise ValueError("name a checkpoint: python eval_arc.py out/ckpt.pt")
-    names = checkpoints(words)
-    folders = {os.path.dirname(n) if os.path.exists(n) else os.path.join("out", "hub", n) for n in names}
-    if len(folders) > 1 and not c.out_dir:
+    # a pattern such as 'out/run/ckpt_*.pt', in the order of the steps: ckpt_500 before ckpt_1000
+    found = [sorted(glob.glob(word), key=lambda file: (len(file), file)) or [word] for word in words]
+    names = [name for some in found for name in some]
+    beside = [
+        os.path.dirname(checkpoint.local_file(n)) if os.path.exists(n) else f"out/hub/{n}" for n in names
+    ]
+    if len(set(beside)) > 1 and not c.out_dir:
         raise ValueError("with checkpoints of several runs, say with --out_dir=FOLDER where the results go")
-    folder = c.out_dir or min(folders) or "."
+    folder = c.out_dir or beside[0] or "."
     asked = tasks_asked(c)
     settings = solve.Settings(**{f.name: getattr(c, f.name) for f in dataclasses.fields(solve.Settings)})
     on = runtime.pick_device(c.device)
@@ -445,7 +434,7 @@ def run(c, words):
             found = measure(name, model, about, suite, about["suites"].get(suite, {}), c.limit)
         else:
             found = figures(records, attempts_of(suite))
-            found.update(available=len(tasks), **how_asked(about, how, model, suite))
+            found.update(how_asked(about, how, suite))
             print(f"{name} {suite}: {found['solved']} of {found['total']} solved", flush=True)
         about["suites"][suite] = found
         save_json(results, os.path.join(folder, "eval.json"))
@@ -459,13 +448,10 @@ def settings_for(suite, model, settings):
     return dataclasses.replace(settings, samples=2) if alone and attempts_of(suite) == 2 else settings
 
 
-def how_asked(about, settings, model, suite):
+def how_asked(about, settings, suite):
     protocol = [smol.suites.known(suite, about["data"]["sources"]), "ttt" * (settings.ttt_steps > 0)]
-    return {
-        "protocol": " + ".join(filter(None, protocol)) or "inductive",
-        "settings": dataclasses.asdict(settings),
-        "n_sup": (settings.n_sup or model.config.n_sup) if about["model"] == "trm" else None,
-    }
+    protocol = " + ".join(filter(None, protocol)) or "inductive"
+    return {"protocol": protocol, "settings": dataclasses.asdict(settings)}
 
 
 def finish(results, asked, folder):
@@ -475,21 +461,19 @@ def finish(results, asked, folder):
         if r["suite"] in results.get(r["model"], {"suites": ()})["suites"]:
             records.setdefault((r["model"], r["suite"]), []).append(r)
     save_lines([r for some in records.values() for r in some], os.path.join(folder, "answers.jsonl"))
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(os.path.join(folder, PARTIAL))
     for (name, suite), own in records.items():
         others = [other for other in results if other != name and (other, suite) in records]
         pairs = {other: against(own, records[other, suite]) for other in others}
         results[name]["suites"][suite]["against"] = pairs
-    for r in results.values():
-        r["seconds"] = round(sum(s.get("seconds", 0.0) for s in r["suites"].values()), 3)
-        r["gpu_hours"] = round(r["seconds"] / 3600, 6) if r["device"] == "cuda" else None
     save_json(results, os.path.join(folder, "eval.json"))
 
     for_prize = [key for key in asked if key[1] in ARC_RULES]
     for name, suite in for_prize:
-        found = submission(records[name, suite])
-        save_json(found, os.path.join(folder, f"submission_{name}_{suite}.json".replace(os.sep, "-")))
-        if len(for_prize) == 1:
-            save_json(found, os.path.join(folder, "submission.json"))
+        file = f"submission_{name}_{suite}.json".replace(os.sep, "-")
+        file = file if len(for_prize) > 1 else "submission.json"
+        save_json(submission(records[name, suite]), os.path.join(folder, file))
 
     report.draw_grids(results, records, os.path.join(folder, "grids.png"))
     page = report.write(results, records, folder)

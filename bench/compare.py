@@ -13,6 +13,7 @@ Everything is kept in out_dir, so that a run that was killed goes on. Before thi
 """
 
 import glob
+import itertools
 import json
 import os
 import re
@@ -32,7 +33,7 @@ import configurator
 from bench.train import load_nanogpt
 from smol import arc, checkpoint, loader, puzzles, runtime, snapshots, solve
 from smol import tokenizer as tok
-from smol.files import save_picture
+from smol.files import save_picture, write_whole
 
 # ---- what on
 # sudoku4-MIN-MAX or sudoku9-MIN-MAX (blanks; the test has MAX), maze-SIDE, turn-2 to turn-8; '' for text
@@ -142,39 +143,27 @@ def train_contender(c, arguments, seed, out):
     return sorted(glob.glob(f"{out}/ckpt_[0-9]*.pt"), key=lambda p: int(re.findall(r"\d+", p)[-1]))
 
 
-def solved(net, tasks, n_sup=None):
-    """How many tasks the model answers exactly, the first answer alone."""
-    how = {"n_sup": n_sup} if n_sup else {}
-    answers = net.answer(solve.without_answers(tasks), **how)
-    return sum(bool(a[0]) and np.array_equal(a[0][0][0], t.test[0][1]) for a, t in zip(answers, tasks))
-
-
-def sizes_of(c):
-    return c.noise if c.n_rollouts > 1 else ()
-
-
-def with_rollouts(c, net, tasks, size):
-    """(tasks whose surest answer is right, tasks that some answer of some rollout solves)."""
-    how = {"n_sup": max(c.n_sup), "n_rollouts": c.n_rollouts, "noise": size}
-    surest = some = 0
-    for task, (answers,) in zip(tasks, net.answer(solve.without_answers(tasks), **how)):  # the surest first
-        right = [np.array_equal(grid, task.test[0][1]) for grid, _ in answers]
-        surest, some = surest + any(right[:1]), some + any(right)
-    return surest, some
+def solved(net, tasks, **how):
+    """(tasks whose first answer, the surest, is right; tasks that some answer of any rollout solves)."""
+    first = some = 0
+    for task, (answers,) in zip(tasks, net.answer(solve.without_answers(tasks), **how)):
+        right = [np.array_equal(grid, task.test[0][1]) for grid, _ in answers or []]
+        first, some = first + any(right[:1]), some + any(right)
+    return first, some
 
 
 def curve_of(c, paths, tasks):
-    """[{seconds, tokens, loss or solved}] of a run's checkpoints."""
+    """[{seconds, tokens, loss or solved}] of a run's checkpoints, and the parameters of its model."""
     curve = []
     for path in paths:
         net, saved = checkpoint.load_model(path)
-        point = {k: saved["train"][k] for k in ("iter", "seconds", "tokens", "val_loss")}
+        curve.append({k: saved["train"][k] for k in ("iter", "seconds", "tokens", "val_loss")})
         if tasks:
-            steps = c.n_sup if net.puzzle_format == "canvas" else (None,)
-            point["solved"] = {str(n or ""): solved(net, tasks, n) for n in steps}
-        curve.append(point)
-    if tasks and net.puzzle_format == "canvas":
-        curve[-1]["rollouts"] = {size: with_rollouts(c, net, tasks, size) for size in sizes_of(c)}
+            steps = [{"n_sup": n} for n in c.n_sup] if net.puzzle_format == "canvas" else [{}]
+            curve[-1]["solved"] = {str(how.get("n_sup", "")): solved(net, tasks, **how)[0] for how in steps}
+    if tasks and net.puzzle_format == "canvas" and c.n_rollouts > 1:
+        how = {"n_sup": max(c.n_sup), "n_rollouts": c.n_rollouts}
+        curve[-1]["rollouts"] = {size: solved(net, tasks, noise=size, **how) for size in c.noise}
     return curve, net.num_params()
 
 
@@ -193,7 +182,10 @@ def moving_average(average, value, n):
 
 
 def train_rival(c, net, loss_of, batches, evaluate):
-    """Train for c.seconds; evaluate(averaged net, last) at every point. Returns the curve."""
+    """
+    Train for c.seconds; evaluate(averaged net, whether it is the last time) at every point. Returns the curve
+    and the parameters.
+    """
     optimizer = torch.optim.AdamW(net.parameters(), lr=c.rival_learning_rate, betas=BETAS, weight_decay=0.1)
     average = torch.optim.swa_utils.AveragedModel(net, avg_fn=moving_average)
     spent, tokens, steps, curve = 0.0, 0, 0, []
@@ -209,16 +201,49 @@ def train_rival(c, net, loss_of, batches, evaluate):
         optimizer.zero_grad(set_to_none=True)
         average.update_parameters(net)
         spent += time.perf_counter() - start
-        tokens, steps = tokens + batch[0].numel(), steps + 1
+        tokens, steps = tokens + batch["inputs"].numel(), steps + 1
         if spent >= c.seconds * (len(curve) + 1) / c.points:
             last = len(curve) + 1 == c.points
             results = evaluate(average.module.eval(), last)
             curve.append({"iter": steps, "seconds": spent, "tokens": tokens, **results})
-    return curve
+    return curve, sum(p.numel() for p in net.parameters())
+
+
+def trm_batch(tasks):
+    """Sudokus as published TRM reads them: a row of cells, as tokens 1 to 10, and nothing for the task."""
+    grids = np.stack([[grid.ravel() for grid in task.test[0]] for task in tasks])  # (N, 2, cells)
+    inputs, labels = torch.from_numpy(grids.astype(np.int64) + 1).unbind(1)
+    identifiers = torch.zeros(len(tasks), dtype=torch.long)
+    return {"inputs": inputs, "labels": labels, "puzzle_identifiers": identifiers}
+
+
+def trm_steps(model, tasks, n_steps, n_rollouts=1, size=0.0, seed=0):
+    """
+    Published TRM at work: yields after each step whether each rollout of each task is right (N, n_rollouts),
+    and its halting logit. All rollouts but the first have noise of this size on z before each step.
+    """
+    data = trm_batch([task for task in tasks for _ in range(n_rollouts)])
+    noisy = (torch.arange(len(tasks) * n_rollouts) % n_rollouts > 0)[:, None, None]
+    state, rng = model.initial_carry(data), torch.Generator().manual_seed(seed)
+    state.current_data = data
+    state.inner_carry = model.inner.reset_carry(state.halted, state.inner_carry)
+    for _ in range(n_steps):
+        z, state.halted = state.inner_carry.z_L, torch.zeros_like(state.halted)
+        state.inner_carry.z_L = z + size * noisy * torch.randn(z.shape, generator=rng)
+        state, outputs = model(carry=state, batch=data)
+        right = (outputs["logits"].argmax(-1) == data["labels"]).all(1)
+        yield right.view(-1, n_rollouts), outputs["q_halt_logits"].view(-1, n_rollouts)
+
+
+def trm_rollouts(c, model, tasks, size, seed):
+    """As `solved` of Route B: the surest step of all rollouts, and whether any is right."""
+    steps = trm_steps(model, tasks, max(c.n_sup), c.n_rollouts, size, seed)
+    right, q = (torch.cat(some, 1) for some in zip(*steps))
+    return right.gather(1, q.argmax(1, keepdim=True)).sum().item(), right.any(1).sum().item()
 
 
 def rival_trm(c, seed, tasks):
-    """Published TRM on sudokus: cells as tokens 1 to 10, no embedding of the task."""
+    """Published TRM on sudokus."""
     sys.path.insert(0, c.trm)
     from models.losses import ACTLossHead
     from models.recursive_reasoning.trm import TinyRecursiveReasoningModel_ACTV1
@@ -231,51 +256,25 @@ def rival_trm(c, seed, tasks):
     config |= {"halt_exploration_prob": 0.1, "forward_dtype": "float32", **c.trm_settings}
     net = ACTLossHead(TinyRecursiveReasoningModel_ACTV1(config), "stablemax_cross_entropy")
 
-    def as_batch(some):
-        grids = [np.stack([t.test[0][i].ravel() for t in some]).astype(np.int64) + 1 for i in (0, 1)]
-        return torch.from_numpy(grids[0]), torch.from_numpy(grids[1])
-
-    def named(inputs, labels):
-        identifiers = torch.zeros(len(inputs), dtype=torch.long)
-        return {"inputs": inputs, "labels": labels, "puzzle_identifiers": identifiers}
-
-    made = [draw(c.puzzle, rng) for _ in tqdm(range(c.n_train), desc="puzzles", leave=False)]
-    batches = [as_batch(made[i : i + c.rival_rows]) for i in range(0, len(made) - c.rival_rows, c.rival_rows)]
-    carry = None
+    made, n = [draw(c.puzzle, rng) for _ in tqdm(range(c.n_train), desc="puzzles", leave=False)], c.rival_rows
+    batches = [trm_batch(made[i : i + n]) for i in range(0, len(made) - n + 1, n)]
+    carry = net.initial_carry(batches[0])
 
     def loss_of(net, batch):
         nonlocal carry
-        data = named(*batch)
-        if carry is None:
-            carry = net.initial_carry(data)
-        carry, loss, *_ = net(return_keys=[], carry=carry, batch=data)
-        return loss / len(batch[0])
-
-    def answer_steps(net, n_steps, n_rollouts=1, size=0.0):
-        """Yields whether each rollout of each task is right (N, n_rollouts), and its halting logit."""
-        inputs, labels = (t.repeat_interleave(n_rollouts, 0) for t in as_batch(tasks))
-        data, noisy = named(inputs, labels), (torch.arange(len(inputs)) % n_rollouts > 0)[:, None, None]
-        state, rng = net.initial_carry(data), torch.Generator().manual_seed(seed)
-        state.current_data = data
-        state.inner_carry = net.model.inner.reset_carry(state.halted, state.inner_carry)
-        for _ in range(n_steps):
-            z, state.halted = state.inner_carry.z_L, torch.zeros_like(state.halted)
-            state.inner_carry.z_L = z + size * noisy * torch.randn(z.shape, generator=rng)
-            state, outputs = net.model(carry=state, batch=data)
-            right = (outputs["logits"].argmax(-1) == labels).all(1)
-            yield right.view(-1, n_rollouts), outputs["q_halt_logits"].view(-1, n_rollouts)
+        carry, loss, *_ = net(return_keys=[], carry=carry, batch=batch)
+        return loss / n
 
     @torch.no_grad()
     def evaluate(net, last):
-        right = [step.sum().item() for step, _ in answer_steps(net, max(c.n_sup))]
-        results = {"solved": {str(n): right[n - 1] for n in c.n_sup}, "rollouts": {}}
-        for size in sizes_of(c) if last else ():
-            right, q = (torch.cat(t, 1) for t in zip(*answer_steps(net, max(c.n_sup), c.n_rollouts, size)))
-            surest = right.gather(1, q.argmax(1, keepdim=True)).sum().item()
-            results["rollouts"][size] = surest, right.any(1).sum().item()
-        return results
+        right = [step.sum().item() for step, _ in trm_steps(net.model, tasks, max(c.n_sup))]
+        sizes = c.noise if last and c.n_rollouts > 1 else ()
+        return {
+            "solved": {str(n): right[n - 1] for n in c.n_sup},
+            "rollouts": {size: trm_rollouts(c, net.model, tasks, size, seed) for size in sizes},
+        }
 
-    return train_rival(c, net, loss_of, batches, evaluate), sum(p.numel() for p in net.parameters())
+    return train_rival(c, net, loss_of, batches, evaluate)
 
 
 def rival_nanogpt(c, seed):
@@ -295,61 +294,50 @@ def rival_nanogpt(c, seed):
         batches_per_step=1,
         puzzle_format="autoregressive",
     )
-    batches = [(b.idx, b.targets) for _ in range(N_BATCHES) for b in source.next_step()]
+    batches = [{"inputs": b.idx, "labels": b.targets} for _ in range(N_BATCHES) for b in source.next_step()]
 
     @torch.no_grad()
     def evaluate(net, last):
         losses = {}
         for name, _, idx, targets in source.val_batches("text", 8):
-            losses.setdefault(name, []).append(loss_of(net, (idx, targets)).item())
+            loss = loss_of(net, {"inputs": idx, "labels": targets})
+            losses.setdefault(name, []).append(loss.item())
         return {"val_loss": float(np.mean([np.mean(of) for of in losses.values()]))}
 
     def loss_of(net, batch):
-        logits = net(*batch)[0]
-        return F.cross_entropy(logits.flatten(0, 1), batch[1].flatten(), ignore_index=tok.IGNORE)
+        logits = net(batch["inputs"], batch["labels"])[0]
+        return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=tok.IGNORE)
 
-    return train_rival(c, net, loss_of, batches, evaluate), sum(p.numel() for p in net.parameters())
+    return train_rival(c, net, loss_of, batches, evaluate)
 
 
 # ----------------------------------------------------------------------------------------------------
 # all of it
 
 
-def show(rows):
-    for row in rows:
-        last = row["curve"][-1]
-        if "solved" in last:
-            curves = {n: [p["solved"][n] for p in row["curve"]] for n in last["solved"]}
-            result = "; ".join(
-                f"{n + ' steps: ' if n else ''}{' '.join(map(str, of))}" for n, of in curves.items()
-            )
-            for size, (surest, some) in last.get("rollouts", {}).items():
-                result += f"; rollouts with noise {size}: {surest}, some right: {some}"
-        else:
-            result = " ".join(f"{p['val_loss']:.3f}" for p in row["curve"])
-        what = f"{row['name']}, seed {row['seed']}: {row['params'] / 1e6:.2f}M parameters"
-        spent = f"{last['iter']:,} steps, {last['tokens']:,} tokens in {last['seconds']:.0f} s"
-        print(f"{what}, {spent}\n    {result}")
+def show(row):
+    last = row["curve"][-1]
+    what = f"{row['name']}, seed {row['seed']}: {row['params'] / 1e6:.2f}M parameters"
+    print(f"{what}, {last['iter']:,} steps, {last['tokens']:,} tokens in {last['seconds']:.0f} s")
+    if "solved" not in last:
+        print("    loss", *(f"{p['val_loss']:.3f}" for p in row["curve"]))
+    for n in last.get("solved", ()):
+        print("    solved", f"in {n} steps" if n else "", *(p["solved"][n] for p in row["curve"]))
+    for size, (surest, some) in last.get("rollouts", {}).items():
+        print(f"    rollouts with noise {size}: the surest is right in {surest}, some in {some}")
 
 
 def draw_curves(rows, path):
-    """Result against seconds of training, one line per contender and seed, one colour per contender."""
+    """Result against seconds of training, a line for each contender and seed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    names = list(dict.fromkeys(row["name"] for row in rows))
     for row in rows:
-        last = row["curve"][-1]
-        n = list(last["solved"])[-1] if "solved" in last else None
-        values = [p["solved"][n] if "solved" in p else p["val_loss"] for p in row["curve"]]
-        style = {"color": f"C{names.index(row['name'])}", "marker": "."}
-        label = row["name"] if row["seed"] == 1 else None
-        axes.plot([p["seconds"] for p in row["curve"]], values, label=label, **style)
-    axes.set(
-        xlabel="seconds of training, one thread",
-        ylabel="solved" if n is not None else "validation loss, nats",
-    )
+        values = [[*p["solved"].values()][-1] if "solved" in p else p["val_loss"] for p in row["curve"]]
+        label = f"{row['name']}, seed {row['seed']}"
+        axes.plot([p["seconds"] for p in row["curve"]], values, marker=".", label=label)
+    axes.set(xlabel="seconds of training, one thread", ylabel="solved, or validation loss in nats")
     axes.grid(alpha=0.3)
     axes.legend()
     save_picture(figure, path)
@@ -361,36 +349,29 @@ def main(argv):
     c, rows = SimpleNamespace(**config), []
     torch.set_num_threads(1)
     out = Path(c.out_dir)
+    runs = {}  # name: function of the seed and a path to write to, which returns the curve and the parameters
+    for text in contenders:
+        name, _, arguments = text.partition(": ")
+        runs[name] = lambda seed, path, how=arguments: curve_of(c, train_contender(c, how, seed, path), tasks)
+    if c.trm:
+        runs["TRM, mixer" if c.trm_mixer else "TRM, attention"] = lambda seed, _: rival_trm(c, seed, tasks)
+    if c.nanogpt:
+        runs["nanoGPT"] = lambda seed, _: rival_nanogpt(c, seed)
     try:
         tasks = make_puzzles(c, out / "data") if c.puzzle else []
-        for seed in range(1, c.seeds + 1):
-            todo = {}
-            for text in contenders:
-                name, _, arguments = text.partition(": ")
-                todo[name] = lambda name=name, arguments=arguments: curve_of(
-                    c,
-                    train_contender(c, arguments, seed, str(out / f"{name.replace(' ', '_')}-{seed}")),
-                    tasks,
-                )
-            if c.trm:
-                todo["TRM, mixer" if c.trm_mixer else "TRM, attention"] = lambda: rival_trm(c, seed, tasks)
-            if c.nanogpt:
-                todo["nanoGPT"] = lambda: rival_nanogpt(c, seed)
-            for name, run in todo.items():
-                done = out / f"{name.replace(' ', '_')}-{seed}.json"
-                if not done.exists():
-                    curve, params = run()
-                    row = {"name": name, "seed": seed, "params": params, "curve": curve}
-                    done.parent.mkdir(parents=True, exist_ok=True)
-                    done.write_text(json.dumps(row))
-                rows.append(json.loads(done.read_text()))
-                show(rows[-1:])
+        for seed, name in itertools.product(range(1, c.seeds + 1), runs):
+            path = str(out / f"{name.replace(' ', '_')}-{seed}")
+            if not os.path.exists(f"{path}.json"):
+                curve, params = runs[name](seed, path)
+                row = {"name": name, "seed": seed, "params": params, "curve": curve}
+                write_whole(json.dumps(row).encode(), f"{path}.json")
+            rows.append(json.loads(Path(f"{path}.json").read_text()))
+            show(rows[-1])
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     draw_curves(rows, str(out / "compare.png"))
-    (out / "compare.json").write_text(
-        json.dumps({"settings": config, "contenders": contenders, "rows": rows})
-    )
+    everything = {"settings": config, "contenders": contenders, "rows": rows}
+    write_whole(json.dumps(everything).encode(), str(out / "compare.json"))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ The suites that are no tasks: how well does a model read and write text and code
 Every figure has a 95% interval, as [low, high]. The items are in suites.py. Read next: sandbox.py.
 """
 
-import contextlib
 import difflib
 import functools
 import math
@@ -22,16 +21,14 @@ import time
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
-from smol import engine, loader, sandbox, snapshots, suites
+from smol import engine, loader, sandbox, snapshots, solve, suites
 from smol import tokenizer as tok
 
 BATCH_TOKENS = 2048  # in one pass through the model: its logits are 50,304 numbers for each
 SOURCE_TOKENS = 65536  # read of each source, in windows of block_size spread evenly over it
 CODE_TOKENS = 96  # that a function may have
-TOGETHER = 16  # texts that are continued at a time
 OUTSIDE_FUNCTION = re.compile(r"^\S", re.MULTILINE)  # the first line that is not indented
 
 
@@ -45,7 +42,7 @@ def ratio_interval(above, below):
 
 
 # -----------------------------------------------------------------------------
-# reading and writing
+# reading
 
 
 def log_probs(model, rows, desc="reading"):
@@ -55,57 +52,19 @@ def log_probs(model, rows, desc="reading"):
     What does not fit into block_size loses its beginning, of the context first.
     """
     device, block_size = next(model.parameters()).device, model.config.block_size
-    ids = [[*context, *continuation][-block_size - 1 :] for context, continuation in rows]
-    order = sorted(range(len(rows)), key=lambda i: -len(ids[i]))  # rows of similar length together
+    documents = [torch.tensor([*context, *continuation][-block_size - 1 :]) for context, continuation in rows]
     out = [None] * len(rows)
-    bar = tqdm(total=len(rows), desc=desc, dynamic_ncols=True, leave=False)
-    while order:
-        longest = len(ids[order[0]]) - 1
-        count = max(1, BATCH_TOKENS // longest)
-        part, order = order[:count], order[count:]
-        idx = torch.full((len(part), longest), tok.PAD, device=device)
-        for row, i in zip(idx, part):
-            row[: len(ids[i]) - 1] = torch.tensor(ids[i][:-1], device=device)
+    batches = list(engine.batches_by_length(range(len(rows)), lambda i: len(documents[i]), BATCH_TOKENS))
+    for part in tqdm(batches, desc, dynamic_ncols=True, leave=False):
         with torch.no_grad():
-            logits = model(idx)[0]  # (B, T, V)
+            logits = model(engine.pad_documents([documents[i][:-1] for i in part], device))[0]  # (B, T, V)
         for row, i in zip(logits, part):
-            n = min(len(rows[i][1]), len(ids[i]) - 1)
-            row = row[len(ids[i]) - 1 - n : len(ids[i]) - 1].float()  # (n, V)
-            targets = torch.tensor(ids[i][-n:], device=device)
-            chosen = F.log_softmax(row, -1).gather(1, targets[:, None])[:, 0]
+            end = len(documents[i]) - 1
+            n = min(len(rows[i][1]), end)
+            row, targets = row[end - n : end].float(), documents[i][-n:].to(device)  # (n, V), (n,)
+            chosen = row.log_softmax(-1).gather(1, targets[:, None])[:, 0]
             out[i] = chosen.cpu().numpy(), (row.argmax(-1) == targets).cpu().numpy()
-        bar.update(len(part))
-    bar.close()
     return out
-
-
-def write(model, prompts, lengths, stops, desc="writing"):
-    """
-    Continue texts greedily. prompts: list of lists of ids. Returns for each the text of at most lengths[i]
-    tokens, up to the first match of the pattern stops[i] (None: there is none) or a token that is no text.
-    """
-    device, out = next(model.parameters()).device, []
-    for start in tqdm(range(0, len(prompts), TOGETHER), desc, dynamic_ncols=True, leave=False):
-        part = slice(start, start + TOGETHER)
-        rows = [torch.tensor(ids, device=device) for ids in prompts[part]]
-        limits = list(zip(lengths[part], stops[part]))
-        written = [[] for _ in rows]
-        with contextlib.suppress(ValueError):  # logits that are not finite: nothing more is written
-            for drawn in engine.generate(model, rows, max(lengths[part]), temperature=0):
-                for ids, token in zip(written, drawn.tolist()):
-                    ids.append(token)
-                if all(len(ids) >= n or cut(ids, stop)[1] for ids, (n, stop) in zip(written, limits)):
-                    break
-        out += [cut(ids[:n], stop)[0] for ids, (n, stop) in zip(written, limits)]
-    return out
-
-
-def cut(ids, stop):
-    """(the text of ids up to the first match of `stop` or a token that is no text, whether there was one)."""
-    end = next((n for n, i in enumerate(ids) if i >= tok.EOT), len(ids))
-    text = tok.load().decode(ids[:end])
-    match = stop and stop.search(text)
-    return text[: match.start()] if match else text, bool(match) or end < len(ids)
 
 
 # -----------------------------------------------------------------------------
@@ -174,8 +133,8 @@ def write_code(model, items):
     """
     prompts = [[tok.EOT, *tok.load().encode_ordinary(stub)] for _, stub, *_ in items]
     n, answers = len(items), []
-    texts = write(model, prompts, [CODE_TOKENS] * n, [OUTSIDE_FUNCTION] * n, "code")
-    for (name, stub, tests, *_), text in zip(items, texts):
+    for (name, stub, tests, *_), (ids,) in zip(items, solve.write(model, prompts, 1, CODE_TOKENS)):
+        text = OUTSIDE_FUNCTION.split(tok.load().decode(ids))[0]
         result = sandbox.run_tests(stub + text, tests)
         outcome = {"solved": result.ok, "reason": result.reason}
         answers.append({"name": name, "stub": stub, "written": text, **outcome})
@@ -259,26 +218,20 @@ def behind_lm_eval(model):
             return totals
 
         def generate_until(self, requests, **kwargs):
-            prompts, lengths, stops = [], [], []
+            """At most half of block_size is written; a prompt too long for the rest loses its beginning."""
+            size, prompts, lengths, out = model.config.block_size, [], [], []
             for context, settings in (request.args for request in requests):
-                ids, until = [tok.EOT, *self.tok_encode(context)], settings.get("until") or []
-                prompt, length = fit(ids, settings.get("max_gen_toks", 256), model.config.block_size)
-                words = [until] if isinstance(until, str) else until
-                prompts.append(prompt)
-                lengths.append(length)
-                stops.append(re.compile("|".join(map(re.escape, words))) if words else None)
-            return write(model, prompts, lengths, stops)
+                lengths.append(min(settings.get("max_gen_toks", 256), size // 2))
+                prompts.append([tok.EOT, *self.tok_encode(context)][lengths[-1] - size :])
+            written = solve.write(model, prompts, 1, max(lengths))
+            for request, length, (ids,) in zip(requests, lengths, written):
+                text, until = tok.load().decode(ids[:length]), request.args[1].get("until") or []
+                for word in [until] if isinstance(until, str) else until:
+                    text = text.partition(word)[0]
+                out.append(text)
+            return out
 
     return Wrapped()
-
-
-def fit(ids, n, block_size):
-    """
-    (the end of a prompt, how many tokens follow it), together at most block_size. The prompt comes first:
-    more than half of block_size is written only as far as the prompt leaves room.
-    """
-    n = min(n, max(block_size - len(ids), block_size // 2))
-    return ids[n - block_size :], n
 
 
 def evaluate_benchmarks(model, suite, limit=None):
@@ -318,22 +271,18 @@ def evaluate_benchmarks(model, suite, limit=None):
 # for people
 
 
-def table(figures):
-    """The figures of one of these suites as lines of text."""
+def rows(figures):
+    """The figures of one of these suites: [(what, value or None, interval or None, a remark)]."""
     if "error" in figures:
-        return f"none: {figures['error']}"
-    rows, lines = [], []
+        return [("not measured", None, None, figures["error"])]
+    out = []
     for source, f in figures.get("bits_per_byte", {}).items():
-        rows.append((f"bits per byte, {source}", f["bits_per_byte"], f["interval"], f"{f['bytes']:,} bytes"))
+        out.append((f"bits per byte, {source}", f["bits_per_byte"], f["interval"], f"{f['bytes']:,} bytes"))
     if "questions" in figures:
         q, c = figures["questions"], figures["code"]
-        more = f"{q['right']:g} of {q['total']}; chance {q['chance']}"
-        rows.append(("questions", q["accuracy"], q["interval"], more))
-        rows.append(("code", c["accuracy"], c["interval"], f"{c['solved']} of {c['total']}"))
+        remark = f"{q['right']:g} of {q['total']}; chance {q['chance']}"
+        out.append(("questions", q["accuracy"], q["interval"], remark))
+        out.append(("code", c["accuracy"], c["interval"], f"{c['solved']} of {c['total']}"))
     for task, metrics in figures.get("results", {}).items():
-        rows += [(f"{task}, {metric}", f["value"], f["interval"], "") for metric, f in metrics.items()]
-    for name, value, ends, more in rows:
-        ends = "{:.3f} to {:.3f}".format(*ends) if ends else ""
-        value = "-" if value is None else f"{value:.3f}"
-        lines.append(f"  {name:32} {value:>8}   {ends:16}   {more}".rstrip())
-    return "\n".join(lines)
+        out += [(f"{task}, {metric}", f["value"], f["interval"], "") for metric, f in metrics.items()]
+    return out

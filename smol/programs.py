@@ -402,7 +402,7 @@ def program_text(steps):
 
 def parse(text):
     """The inverse of program_text. ValueError, saying what is wrong, for anything that is not a program."""
-    program = re.fullmatch(r"def solve\(grid\):\n((?:.+\n)*)    return grid\n?", text)
+    program = re.fullmatch(r"def solve\(grid\):\n((?:.+\n)+)    return grid\n?", text)
     if not program:
         raise ValueError("not a program: it must begin with def solve(grid) and end with return grid")
     steps = []

@@ -31,14 +31,18 @@ def table(results):
     for name, r in results.items():
         loss = "" if r["val_loss"] is None else f", validation loss {r['val_loss']:.3f}"
         lines.append(f"{name}: {r['params']:,} parameters, step {r['iter']}{loss}")
-    rows = [["", "", "score", "pass@2", "solved", "", "95%", "pass@1", "oracle", "too long", "seconds"]]
+    rows = [["", "", "score", "solved", "", "95%", "pass@1", "oracle", "too long", "seconds"]]
     for suite in dict.fromkeys(suite for r in results.values() for suite in r["suites"]):
         for name, r in results.items():
             if suite in r["suites"] and suites.is_tasks(suite):
                 rows.append([suite, name, *row(r["suites"][suite])])
                 remarks += [f"{suite}: {name} {remark}" for remark in remarks_on(r["suites"][suite])]
             elif suite in r["suites"]:
-                remarks.append(f"\n{suite}, {name}\n{language.table(r['suites'][suite])}")
+                remarks += ["", f"{suite}, {name}"]
+                for what, value, ends, remark in language.rows(r["suites"][suite]):
+                    value = "-" if value is None else f"{value:.3f}"
+                    ends = "{:.3f} to {:.3f}".format(*ends) if ends else ""
+                    remarks.append(f"  {what:32} {value:>8}   {ends:16}   {remark}".rstrip())
     widths = [max(map(len, column)) for column in zip(*rows)]
     for cells in rows if len(rows) > 1 else []:
         left = [text.ljust(width) for text, width in zip(cells[:2], widths)]
@@ -49,21 +53,21 @@ def table(results):
 
 def row(s):
     """Figures of a suite of tasks as cells of the table. Only ARC suites have a score and two attempts."""
-    ranked = [f"{s['score']:.1%}", s["pass_2"]] if s["attempts"] > 1 else ["", ""]
+    score = f"{s['score']:.1%}" if s["attempts"] > 1 else ""
     solved = [f"{s['solved']}/{s['total']}", f"{s['solved'] / max(1, s['total']):.1%}"]
     ends = "{:.1%} to {:.1%}".format(*s["interval"])
     more = [s["pass_1"], s["oracle"], s["too_long"], f"{s['seconds']:.1f}"]
-    return [str(cell) for cell in (*ranked, *solved, ends, *more)]
+    return [str(cell) for cell in (score, *solved, ends, *more)]
 
 
 def remarks_on(s):
     """
-    How a suite was asked where that is not the default, what of it could be guessed, and whom the model beats
-    by more than chance.
+    How a suite was asked, or known, where that is not the default, what of it could be guessed, and whom the
+    model beats by more than chance.
     """
-    asked = [f"--{k}={v}" for k, v in s["settings"].items() if v != getattr(solve.Settings, k)]
-    if asked:
-        yield f"was asked with {' '.join(asked)} ({s['protocol']})"
+    asked = [f"--{k}={v}" for k, v in s["settings"].items() if v != getattr(solve.Settings, k, None)]
+    if asked or s["protocol"] != "inductive":
+        yield f"was asked with {' '.join(asked) or 'the defaults'} ({s['protocol']})"
     if s["attempts"] > 1 and s["solved"]:
         solved, total = s["guessable"]
         yield (
@@ -108,23 +112,21 @@ def grid_of(rows):
 
 def choose(tasks):
     """
-    Some of a suite's tasks, each {model: record}, as many as fit into PANELS: small ones before large ones,
-    those that some model has solved first, and as large a share of them as among all.
+    Some of a suite's tasks, each {model: record}, as many as fit into PANELS: solved ones (by some model)
+    first, and as large a share of them as among all. Large ones only where there are no others.
     """
 
     def large(task):
         test = next(iter(task.values()))["test"][0]
         return max(len(test["input"]), len(test["input"][0]), len(test["expected"] or "")) > LEGIBLE
 
-    fit = sorted((t for t in tasks if not all(r["too_long"] for r in t.values())), key=large)
+    fit = [task for task in tasks if not all(r["too_long"] for r in task.values())]
+    fit = [task for task in fit if not large(task)] or fit
     if not fit:
         return []
-    shown = max(1, PANELS // len(panels_of(fit[0])))
-    solved = [t for t in fit if any(r["solved"] for r in t.values())]
-    unsolved = [t for t in fit if not any(r["solved"] for r in t.values())]
-    n_solved = round(shown * len(solved) / len(fit))
-    n_solved = min(max(n_solved, bool(solved)), shown - bool(unsolved)) if shown > 1 else bool(solved)
-    return (solved[:n_solved] + unsolved + solved[n_solved:])[:shown]
+    fit.sort(key=lambda task: not any(r["solved"] for r in task.values()))
+    shown = min(len(fit), max(1, PANELS // len(panels_of(fit[0]))))
+    return [fit[i] for i in np.linspace(0, len(fit) - 1, shown).astype(int)]
 
 
 def panels_of(task):
@@ -151,12 +153,15 @@ def panels_of(task):
 
 def write(results, records, folder):
     """folder/report.html; returns its path. Whatever is in the data, it cannot end its script element."""
-    models = [{"name": name, **r, "data": dict(r["data"])} for name, r in results.items()]
-    for model in models:  # known by its run: where that lies on this machine is nobody else's business
-        del model["checkpoint"], model["folder"], model["data"]["data_dir"]
+    models = []
+    for name, r in results.items():  # where a run lies on this machine is nobody else's business
+        shown = {key: r.get(key) for key in ("model", "params", "iter", "val_loss", "card", "sha256")}
+        figures = {suite: {**s, **for_people(suite, s)} for suite, s in r["suites"].items()}
+        data = {"stage": r["data"]["stage"], "tag": r["data"]["tag"]}
+        models.append({"name": name, **shown, "data": data, "suites": figures})
     data = {
         "models": models,
-        "tasks": tasks_with_answers(records),
+        "records": [record for some in records.values() for record in some],
         "history": history(results),
         "palette": arc.PALETTE,
     }
@@ -169,18 +174,8 @@ def write(results, records, folder):
     return path
 
 
-def tasks_with_answers(records):
-    """[{suite, id, kind, demonstrations, test: [{input, expected}], answers: {model: rest of its record}}]"""
-    tasks = {}
-    for (name, suite), some in records.items():
-        for r in some:
-            asked = [{"input": t["input"], "expected": t["expected"]} for t in r["test"]]
-            about = {"suite": suite, "id": r["id"], "kind": r["kind"], "demonstrations": r["demonstrations"]}
-            task = tasks.setdefault((suite, r["id"]), {**about, "test": asked, "answers": {}})
-            shared = ("input", "expected", "right")
-            given = [{k: v for k, v in t.items() if k not in shared} for t in r["test"]]
-            task["answers"][name] = {"solved": r["solved"], "too_long": r["too_long"], "test": given}
-    return list(tasks.values())
+def for_people(suite, s):
+    return {"remarks": [*remarks_on(s)]} if suites.is_tasks(suite) else {"rows": language.rows(s)}
 
 
 def history(results):
@@ -192,7 +187,7 @@ def history(results):
     """
     runs, out = {}, []
     for name, r in results.items():
-        runs.setdefault(r["folder"], []).append(name)
+        runs.setdefault(r.get("folder") or os.path.dirname(r["checkpoint"]), []).append(name)
     for folder, names in runs.items():
         entries = [results[name] for name in names]
         if len(names) == 1:

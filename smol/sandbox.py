@@ -78,10 +78,9 @@ def run_tests(code, tests):
     Returns a Result, ok if all pass; its reason names the first that does not.
     """
     result = call(code, [expression for expression, _ in tests])
-    if result.ok:
-        for (expression, expected), value in zip(tests, result.value):
-            if not same(value, expected):
-                return Result(False, reason=shorten(f"{expression} is {value!r}, not {expected!r}"))
+    for (expression, expected), value in zip(tests, result.value or ()):
+        if not same(value, expected):
+            return Result(False, reason=shorten(f"{expression} is {value!r}, not {expected!r}"))
     return result
 
 
@@ -113,7 +112,7 @@ def call(code, expressions):
             return Result(False, reason=shorten(str(answer["error"])))
         values = [ast.literal_eval(text) for text in answer["values"]]
     except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError, KeyError):
-        return Result(False, reason=problem or "the result is no plain value")
+        return Result(False, reason=problem or "it gave no plain value")
     if len(values) != len(expressions):
         return Result(False, reason="it gave another number of results")
     return Result(True, values)
@@ -136,11 +135,11 @@ def start(job):
         command = [sys.executable, "-s", "-S", "-B", os.path.abspath(__file__)]
         files = {"stdin": given, "stdout": output, "stderr": errors}
         process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, start_new_session=True, **files)
-        asleep = False
+        problem = ""
         try:
             process.wait(4 * job["seconds"] + 30)
         except subprocess.TimeoutExpired:
-            asleep = True
+            problem = "it did not end"
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)  # its group, whether or not its leader has ended
@@ -150,15 +149,11 @@ def start(job):
         written, said = output.read(), errors.read().decode(errors="replace").splitlines()
     if not written.startswith(READY):
         raise OSError(f"the sandbox does not start: {said[-1] if said else 'it ended at once'}")
-    problem = ""
-    if asleep:
-        problem = "it did not end"
-    elif len(written) >= OUTPUT:
+    if len(written) >= OUTPUT:
         problem = f"it gave more than {OUTPUT >> 10} KB of output"
-    elif process.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
-        problem = f"it took more than {job['seconds']} s"
-    elif process.returncode or written == READY:
-        problem = f"it ended before it was done (code {process.returncode})"
+    elif process.returncode and not problem:
+        too_long = process.returncode in (-signal.SIGXCPU, -signal.SIGKILL)
+        problem = f"it took more than {job['seconds']} s" if too_long else "it ended before it was done"
     return written.removeprefix(READY), problem
 
 
@@ -174,7 +169,7 @@ def inside():
     sys.modules["random"].seed(0)
     warnings.simplefilter("ignore")  # to show one, Python would open the source
     confine(job["seconds"])
-    write(READY)
+    os.write(1, READY)
     sys.stdout = sys.stderr = types.SimpleNamespace(write=len, flush=lambda: None)  # nobody reads it
     space = {"__name__": "candidate"}
     try:
@@ -184,13 +179,8 @@ def inside():
         answer = {"error": "it took too much memory"}
     except BaseException as e:  # SystemExit and KeyboardInterrupt as well
         answer = {"error": shorten(f"{type(e).__name__}: {e}".rstrip(": \n"))}
-    write(json.dumps(answer).encode())
+    os.write(1, json.dumps(answer).encode())  # of too much as far as the limit goes
     os._exit(0)  # at once: objects of the code may have something to do when they are deleted
-
-
-def write(data):
-    while data:
-        data = data[os.write(1, data) :]
 
 
 def confine(seconds):

@@ -12,8 +12,7 @@ Programs are another way: the model writes functions of the language of programs
 demonstration's input into its output are run on the test input. They have passed a test, so they come first.
 
 Test-time training tunes a copy of the model to a task's own demonstrations, each in turn as the question,
-before it answers, and then drops the copy (Akyürek et al., arXiv 2411.07279). By default only a low-rank
-difference to the blocks' matrices is learned (LoRA, arXiv 2106.09685).
+before it answers, and then drops the copy (Akyürek et al., arXiv 2411.07279).
 
 Nothing in here reads a test output: tasks come without (`without_answers`). Read next: eval_arc.py (what
 counts as right, and the command).
@@ -21,6 +20,7 @@ counts as right, and the command).
 
 import contextlib
 import copy
+import itertools
 import math
 import re
 from collections import defaultdict
@@ -28,8 +28,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-import torch.nn as nn
-from torch.nn.utils import parametrize
 
 from model_trm import NOISE, ranked, surest_rollout
 from smol import arc, engine, programs
@@ -38,8 +36,9 @@ from smol.loader import bucket_length, draw_rng, pad_rows, puzzle_row
 
 RESCORED = 4  # Route A: so many leading candidates are scored again
 RESCORING_VIEWS = 8  # in at most so many views
+TEMPERATURE = 0.8  # of all samples but the first, which is greedy
 PROGRAM_TOKENS = 160  # longest program; one of four steps takes about 60
-ANSWER_TOKENS = 400  # longest solution of a puzzle in words
+ANSWER_TOKENS = 200  # longest solution of a puzzle in words; they take 165 at most
 TUNED_ROWS = 4  # rows per step of test-time training
 
 
@@ -49,15 +48,13 @@ class Settings:
 
     augment: int = 1  # views of each task; the first is the task as it is
     samples: int = 1  # answers per view (Route A, and puzzles in words); the first is greedy
-    temperature: float = 0.8  # of the other samples, and of programs
     programs: int = 0  # programs written for each ARC task
     n_sup: int | None = None  # Route B: supervision steps; None: as it was trained
     halt: float | None = None  # Route B: a puzzle stops once its halting probability is above this
     n_rollouts: int = 1  # Route B: answers to a view, all but the first with noise; the head chooses
     noise: float = NOISE  # on z, which has size 1
     ttt_steps: int = 0  # steps of test-time training
-    ttt_rank: int = 8  # 0: all weights are tuned
-    ttt_lr: float = 1e-3
+    ttt_lr: float = 5e-4
     seed: int = 1337
 
 
@@ -156,32 +153,18 @@ def vote(answers):
     return sorted(candidates, key=rank)
 
 
-def rescore(model, tasks, seen, found):
+def rescore(model, task, test_input, some_views, candidates):
     """
-    Route A: the score of the leading candidates becomes the mean log-probability of their cells over
-    several views, and they are sorted again. seen: the views of each task; found: for each task and test
-    input a list of candidates or None, which is changed.
+    Route A: the score of the leading candidates for a test input becomes the mean log-probability of their
+    cells over several views. Returns the candidates, sorted again.
     """
-    several, asked = [], []
-    for task, some_views, given in zip(tasks, seen, found):
-        for (x, y), candidates in zip(task.test, given):
-            if candidates and len(candidates) > 1:
-                several.append(candidates)
-                question = arc.Task(task.id, task.kind, task.train, [(x, y)])
-                for view in some_views[:RESCORING_VIEWS]:
-                    seen_task = apply_view(view, question)
-                    asked += [
-                        (c, seen_task, arc.augment(view.symmetry, c.grid)) for c in candidates[:RESCORED]
-                    ]
-    scores = defaultdict(list)
-    log_probs = model.answer_logits([task for _, task, _ in asked], [[grid] for _, _, grid in asked])
-    for (candidate, _, _), (log_p,) in zip(asked, log_probs):
-        if log_p is not None and np.isfinite(log_p).all():
-            scores[id(candidate)].append(float(log_p.mean()))
-    for candidates in several:
-        for c in candidates[:RESCORED]:
-            c.score = float(np.mean(scores[id(c)])) if scores[id(c)] else c.score
-        candidates[:RESCORED] = sorted(candidates[:RESCORED], key=rank)
+    for c in candidates[:RESCORED]:
+        question = replace(task, test=[(test_input, c.grid)])
+        seen = [apply_view(view, question) for view in some_views[:RESCORING_VIEWS]]
+        log_probs = model.answer_logits(seen, [[t.test[0][1]] for t in seen])
+        means = [x.mean() for (x,) in log_probs if x is not None and np.isfinite(x).all()]
+        c.score = float(np.mean(means)) if means else c.score
+    return sorted(candidates[:RESCORED], key=rank) + candidates[RESCORED:]
 
 
 # -----------------------------------------------------------------------------
@@ -212,8 +195,7 @@ def solve_grids(model, tasks, settings):
         how = {k: getattr(settings, k) for k in ("n_sup", "halt", "n_rollouts", "noise", "seed")}
         answers = model.answer(view_tasks, trace=True, **how)
     else:
-        how = {"samples": settings.samples, "temperature": settings.temperature, "seed": settings.seed}
-        answers = model.answer(view_tasks, **how)
+        answers = model.answer(view_tasks, settings.samples, TEMPERATURE, settings.seed)
 
     votes = [[None] * len(task.test) for task in tasks]  # None: too long, in every view
     steps = [[[] for _ in task.test] for task in tasks]
@@ -235,8 +217,11 @@ def solve_grids(model, tasks, settings):
                 given[j] = given[j] + passed if given[j] is not None else passed or None
 
     found = [[None if some is None else vote(some) for some in given] for given in votes]
-    if not canvas and settings.augment * settings.samples > 1:
-        rescore(model, tasks, seen, found)
+    if not canvas:
+        for task, some_views, given in zip(tasks, seen, found):
+            for j, candidates in enumerate(given):
+                if candidates and len(candidates) > 1:
+                    given[j] = rescore(model, task, task.test[j][0], some_views, candidates)
     return [[Given(c, s) if c is not None else None for c, s in zip(*both)] for both in zip(found, steps)]
 
 
@@ -254,51 +239,35 @@ def votes_of_samples(samples):
 # answers that are written as text
 
 
-def write(model, prompts, n, max_tokens, stop, settings):
+def write(model, prompts, n, max_tokens, seed=0):
     """
-    Continue each of `prompts`, lists of ids, n times, by at most max_tokens (a number per prompt). Returns
-    for each prompt n lists of ids, without the one of `stop` that ended them. The first is greedy, the
-    others are drawn with random numbers that depend on the prompt alone.
+    Continue each of `prompts`, lists of ids, n times. Returns for each prompt n texts as lists of ids, which
+    end before the first that is no text. The first is greedy, the others are drawn with random numbers that
+    depend on seed and prompt alone. Where logits are not finite nothing has been written.
     """
-    device = model.wte.weight.device
-
-    def generate(rows, limits, temperature, generator=None):
-        texts, done = [[] for _ in limits], [False] * len(limits)
-        with contextlib.suppress(ValueError):  # logits that are not finite: what has been written counts
-            for drawn in engine.generate(model, rows, max(limits), temperature, stop=(), generator=generator):
-                for row, token in enumerate(drawn.tolist()):
-                    done[row] = done[row] or token in stop or len(texts[row]) == limits[row]
-                    if not done[row]:
-                        texts[row].append(token)
-                if all(done):
-                    break
-        return texts
-
-    prompts = [torch.as_tensor(prompt, device=device) for prompt in prompts]
-    if model.puzzle_format == "canvas":  # Route B reads rows of one length
-        greedy = [generate(p[None], [limit], 0.0)[0] for p, limit in zip(prompts, max_tokens)]
-    else:
-        greedy = generate(prompts, max_tokens, 0.0)
-    out = [[text] for text in greedy]
-    for prompt, limit, texts in zip(prompts, max_tokens, out):
-        if n > 1:
-            seed = int(draw_rng(settings.seed, "write", prompt.tolist()).integers(2**31))
-            generator = torch.Generator(device).manual_seed(seed)
-            rows = prompt.repeat(n - 1, 1)
-            texts += generate(rows, [limit] * (n - 1), settings.temperature, generator)
-    return out
+    uniform = [draw_rng(seed, "write", prompt).random((n - 1, max_tokens)) for prompt in prompts]
+    uniform = torch.from_numpy(np.concatenate(uniform))
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    again = [row for row in rows for _ in range(n - 1)]
+    try:
+        texts = engine.continue_texts(model, rows, torch.zeros(len(rows), max_tokens), 0, tok.END + 1)
+        texts += engine.continue_texts(model, again, uniform, TEMPERATURE, tok.END + 1)
+    except ValueError:
+        return [[[]] * n for _ in prompts]
+    texts = [list(itertools.takewhile(lambda i: i < tok.EOT, ids.tolist())) for ids in texts]
+    drawn = texts[len(rows) :]
+    return [[text, *drawn[i * (n - 1) : (i + 1) * (n - 1)]] for i, text in enumerate(texts[: len(rows)])]
 
 
 def solve_in_words(model, tasks, settings):
     """`solve` for puzzles in words: the answer is what follows 'Answer:' in the model's solution."""
-    encode, block_size = tok.load().encode_ordinary, model.config.block_size
+    encode = tok.load().encode_ordinary
     prompts = [[tok.EOT, *encode(f"{task.test[0][0]}\nSolution:")] for task in tasks]
-    fit = [i for i, prompt in enumerate(prompts) if len(prompt) < block_size]
     out = [[None] for _ in tasks]
+    fit = [i for i, prompt in enumerate(prompts) if len(prompt) + ANSWER_TOKENS <= model.config.block_size]
     if not fit:
         return out
-    max_tokens = [min(ANSWER_TOKENS, block_size - len(prompts[i])) for i in fit]
-    written = write(model, [prompts[i] for i in fit], settings.samples, max_tokens, (tok.EOT,), settings)
+    written = write(model, [prompts[i] for i in fit], settings.samples, ANSWER_TOKENS, settings.seed)
     for i, texts in zip(fit, written):
         answers = [re.search(r"^Answer: *(.+?) *$", tok.load().decode(ids), re.MULTILINE) for ids in texts]
         out[i] = [Given(vote([(answer[1], 1, 0.0, None) for answer in answers if answer]))]
@@ -317,10 +286,9 @@ def solve_by_programs(model, task, settings):
     out = [[] for _ in task.test]
     if len(prompt) + PROGRAM_TOKENS > model.config.block_size:
         return out
-    (written,) = write(model, [prompt], settings.programs, [PROGRAM_TOKENS], (tok.OUTPUT, tok.EOT), settings)
-    texts = sorted({tok.load().decode(ids) for ids in written if all(i < tok.EOT for i in ids)})
-    for text in texts:
-        with contextlib.suppress(Exception):  # a program fails in any way
+    (written,) = write(model, [prompt], settings.programs, PROGRAM_TOKENS, settings.seed)
+    for text in sorted({tok.load().decode(ids) for ids in written}):
+        with contextlib.suppress(ValueError):  # it is no program, or makes a grid that is none
             if all(np.array_equal(programs.run(text, x)[-1], y) for x, y in task.train):
                 grids = [programs.run(text, x)[-1] for x, _ in task.test]
                 for passed, grid in zip(out, grids):
@@ -332,64 +300,35 @@ def solve_by_programs(model, task, settings):
 # test-time training
 
 
-class LowRank(nn.Module):
-    """W -> W + B A. B starts at zero, so nothing has changed before the first step."""
-
-    def __init__(self, weight, rank, generator):
-        super().__init__()
-        rank = min(rank, *weight.shape)
-        a = torch.randn(rank, weight.shape[1], generator=generator) * weight.shape[1] ** -0.5
-        self.A = nn.Parameter(a.to(weight))
-        self.B = nn.Parameter(weight.new_zeros(weight.shape[0], rank))
-
-    def forward(self, weight):
-        return weight + self.B @ self.A
-
-
-def leave_one_out(task, n, puzzle_format, block_size, rng):
-    """At most n training rows (idx, targets) from the demonstrations alone, augmented as in training."""
-    document = arc.encode(task.kind, task.train)
-    augment = {"arc": "arc", "maze": "dihedral"}.get(task.kind, "none")
-    rows = [puzzle_row(document, puzzle_format, augment, rng, block_size) for _ in range(n)]
-    return [row for row in rows if len(row[0]) <= block_size]
-
-
 @torch.enable_grad()
 def tune(model, task, settings):
     """
-    A copy of the model, tuned to the task in float32 and in evaluation mode; the model itself where the
-    task has fewer than two demonstrations or they do not fit into its block_size.
+    A copy of the model, tuned in float32 to the task's demonstrations, augmented as in training and each in
+    turn as the test. The model itself where the task has fewer than two or they do not fit into its
+    block_size.
     """
     if len(task.train) < 2:
         return model
     rng, block_size = draw_rng(settings.seed, "ttt", task.id), model.config.block_size
-    rows = leave_one_out(task, settings.ttt_steps * TUNED_ROWS, model.puzzle_format, block_size, rng)
+    augment = {"arc": "arc", "maze": "dihedral"}.get(task.kind, "none")
+    document, n = arc.encode(task.kind, task.train), settings.ttt_steps * TUNED_ROWS
+    rows = [puzzle_row(document, model.puzzle_format, augment, rng, block_size) for _ in range(n)]
+    rows = [row for row in rows if len(row[0]) <= block_size]
     if not rows:
         return model
-    tuned, device = copy.deepcopy(model).train(), model.wte.weight.device
-    layers = []
-    if settings.ttt_rank:
-        generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-        tuned.requires_grad_(False)
-        layers = [m for block in tuned.blocks for m in block.modules() if type(m) is nn.Linear]
-        for layer in layers:
-            low_rank = LowRank(layer.weight, settings.ttt_rank, generator)
-            parametrize.register_parametrization(layer, "weight", low_rank)
-    parameters = [p for p in tuned.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.ttt_lr, weight_decay=0.0)
     # one length for all steps, because Route B's carry keeps its shape
     length = min(bucket_length(max(len(idx) for idx, _ in rows)), block_size)
+    tuned, device = copy.deepcopy(model).train(), model.wte.weight.device
+    optimizer = torch.optim.AdamW(tuned.parameters(), lr=settings.ttt_lr, weight_decay=0.0)
+    rows = itertools.cycle(rows)
     carry = None
     with torch.autocast(device.type, enabled=False):
         for step in range(settings.ttt_steps):
             optimizer.param_groups[0]["lr"] = settings.ttt_lr * (1 - step / settings.ttt_steps)
-            batch = [rows[(step * TUNED_ROWS + i) % len(rows)] for i in range(TUNED_ROWS)]
-            idx, targets = pad_rows(batch, length)
+            idx, targets = pad_rows(list(itertools.islice(rows, TUNED_ROWS)), length)
             _, loss, carry = tuned(idx.to(device), targets.to(device), mode="puzzle", carry=carry)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    for layer in layers:  # W + B A becomes the weight, so answering costs what it did
-        parametrize.remove_parametrizations(layer, "weight")
     return tuned.eval()

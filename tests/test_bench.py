@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -203,8 +204,84 @@ def test_the_surest_answer_of_all_rollouts_counts():
         [[(wrong[3], 0.2), (None, 0.0), (right[3], 0.9), (wrong[3], 0.8)]],
     ]
     net = SimpleNamespace(answer=lambda tasks, **how: [[ranked(steps) for steps in task] for task in traces])
-    c = SimpleNamespace(n_sup=(1, 2), n_rollouts=2)
-    assert compare.with_rollouts(c, net, tasks, 0.5) == (2, 3)
+    assert compare.solved(net, tasks, n_rollouts=2) == (2, 3)
+
+
+LOSSES = """
+import torch
+
+class ACTLossHead(torch.nn.Module):
+    def __init__(self, model, loss_type):
+        super().__init__()
+        self.model = model
+
+    def initial_carry(self, batch):
+        return self.model.initial_carry(batch)
+
+    def forward(self, return_keys, carry, batch):
+        carry, outputs = self.model(carry, batch)
+        logits, labels = outputs["logits"].flatten(0, 1), carry.current_data["labels"].flatten()
+        loss = torch.nn.functional.cross_entropy(logits, labels) * len(batch["inputs"])
+        return carry, loss, {}, {}, carry.halted.all()
+"""
+TRM = """
+import torch
+from types import SimpleNamespace
+
+class TinyRecursiveReasoningModel_ACTV1(torch.nn.Module):
+    # right from its second step on; with much noise wrong, of which its halting head may think most
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.sure = config, torch.nn.Parameter(torch.ones(()))
+        self.inner = SimpleNamespace(reset_carry=self.reset_carry)
+
+    def reset_carry(self, halted, carry):
+        z = torch.where(halted[:, None, None], 0.0, carry.z_L)
+        return SimpleNamespace(z_H=z, z_L=z)
+
+    def initial_carry(self, batch):
+        n, cells = batch["inputs"].shape
+        assert cells == self.config["seq_len"] and batch["inputs"].min() == 1 and batch["labels"].max() <= 10
+        z, data = torch.full((n, cells, 1), 9.0), {k: torch.zeros_like(v) for k, v in batch.items()}
+        carry = SimpleNamespace(inner_carry=SimpleNamespace(z_H=z, z_L=z), current_data=data)
+        carry.steps, carry.halted = torch.zeros(n), torch.ones(n, dtype=torch.bool)
+        return carry
+
+    def forward(self, carry, batch):
+        halted, data = carry.halted, dict(carry.current_data)
+        for k, v in batch.items():
+            data[k] = torch.where(halted.view(-1, *[1] * (v.ndim - 1)), v, data[k])
+        inner = self.reset_carry(halted, carry.inner_carry)
+        steps = torch.where(halted, 0, carry.steps) + 1
+        size = inner.z_L.abs().sum((1, 2))
+        right = (steps > 1) & (size < 100)
+        cells = torch.where(right[:, None], data["labels"], data["inputs"])
+        logits = self.sure * torch.nn.functional.one_hot(cells, self.config["vocab_size"])
+        outputs = {"logits": logits, "q_halt_logits": size * (-1 if CAUTIOUS else 1) + steps}
+        carry = SimpleNamespace(inner_carry=inner, steps=steps, halted=steps >= 2, current_data=data)
+        return carry, outputs
+"""
+
+
+@pytest.mark.parametrize("cautious", [True, False])
+def test_published_trm_is_trained_and_asked_with_rollouts(cautious, tmp_path, monkeypatch):
+    """A checkout with its interface, whose answers are known."""
+    recursive = tmp_path / "trm/models/recursive_reasoning"
+    recursive.mkdir(parents=True)
+    (recursive.parent / "losses.py").write_text(LOSSES)
+    (recursive / "trm.py").write_text(TRM.replace("CAUTIOUS", str(cautious)))
+    monkeypatch.setattr("sys.path", list(sys.path))
+    sizes = ["--seconds=0.2", "--points=2", "--n_train=100", "--n_test=3", "--n_sup=(1, 2)", "--n_rollouts=4"]
+    where = [f"--trm={tmp_path / 'trm'}", f"--out_dir={tmp_path / 'out'}", "--noise=(0.0, 100.0)"]
+    compare.main([*where, *sizes, "--puzzle=sudoku4-4-6"])
+    for name in [name for name in sys.modules if name.split(".")[0] == "models"]:
+        del sys.modules[name]
+    (row,) = json.load(open(tmp_path / "out/compare.json"))["rows"]
+    first, last = row["curve"]
+    assert (row["name"], row["params"], first["solved"]) == ("TRM, mixer", 1, {"1": 0, "2": 3})
+    assert last["tokens"] == 10 * 16 * last["iter"] and "rollouts" in last and first["rollouts"] == {}
+    assert last["rollouts"] == {"0.0": [3, 3], "100.0": [3 * cautious, 3]}
 
 
 def test_nanogpt_learns_the_text_of_the_demo(nanogpt, data, tmp_path, monkeypatch):

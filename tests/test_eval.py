@@ -36,30 +36,24 @@ def records_of(tasks, pick):
 # figures
 
 
-def test_mcnemar_is_a_fair_coin_thrown_for_every_task_that_one_alone_solves():
-    assert eval_arc.mcnemar(0, 0) == 1 and eval_arc.mcnemar(0, 5) == pytest.approx(2 / 32)
-    for a, b in ((3, 3), (1, 6), (2, 9), (10, 4)):
+def test_two_models_are_compared_on_the_tasks_that_both_were_asked_by_a_fair_coin():
+    """McNemar's test: a coin is thrown for every task that one alone solves."""
+    for a, b in ((0, 0), (0, 5), (3, 3), (1, 6), (10, 4)):
         n = a + b
+        one = [{"id": i, "solved": i < a} for i in range(n)] + [{"id": -1, "solved": True}]
+        other = [{"id": i, "solved": i >= a} for i in range(n)] + [{"id": -2, "solved": True}]
         by_hand = sum(math.comb(n, k) for k in range(n + 1) if abs(k - n / 2) >= abs(a - n / 2)) / 2**n
-        assert eval_arc.mcnemar(a, b) == pytest.approx(min(1, by_hand))
+        p = pytest.approx(by_hand, rel=1e-2)
+        assert eval_arc.against(one, other) == {"only_this": a, "only_other": b, "p": p}
+    assert eval_arc.against([{"id": 1, "solved": True}], [{"id": 1, "solved": True}])["only_this"] == 0
 
 
-def test_two_models_are_compared_on_the_tasks_that_both_were_asked():
-    one = [{"id": i, "solved": s} for i, s in {"a": True, "b": True, "c": False, "d": True}.items()]
-    other = [{"id": i, "solved": s} for i, s in {"a": True, "b": False, "c": True, "e": True}.items()]
-    assert eval_arc.against(one, other) == {"only_this": 1, "only_other": 1, "p": 1.0}
-
-
-@pytest.mark.parametrize("at", range(4))
-def test_attempts_are_counted_one_by_one(at):
-    """The right answer comes at place `at` of four."""
+def test_attempts_are_counted_one_by_one_and_half_a_task_in_the_score_alone():
+    """The right answer comes at place `at` of four, or for one of two test inputs only."""
     wrong = [grid("9"), grid("8"), grid("7")]
-    f = eval_arc.figures(records_of(TASKS, lambda t, j, y: [*wrong[:at], y, *wrong[at:]]), 2)
-    found = f["pass_1"], f["pass_2"], f["solved"], f["oracle"]
-    assert found == (2 * (at < 1), 2 * (at < 2), 2 * (at < 2), 2)
-
-
-def test_half_a_task_counts_half_in_the_score_and_not_as_solved():
+    for at in range(4):
+        f = eval_arc.figures(records_of(TASKS, lambda t, j, y: [*wrong[:at], y, *wrong[at:]]), 2)
+        assert (f["pass_1"], f["solved"], f["oracle"]) == (2 * (at < 1), 2 * (at < 2), 2)
     f = eval_arc.figures(records_of(TASKS, lambda t, j, y: [y] if j == 0 else []), 2)
     assert (f["solved"], f["score"]) == (1, 0.75)
 
@@ -185,13 +179,12 @@ def test_both_routes_through_the_command_line(checkpoints, tmp_path, monkeypatch
     report = call(tmp_path, *checkpoints, "--suites=sudoku4,logic,arc1", "--limit=2")
     assert list(report) == ["a", "b"]
     for name, r in report.items():
-        for suite, n in (("sudoku4", 100), ("logic", 50), ("arc1", 400)):
+        for suite in ("sudoku4", "logic", "arc1"):
             s = r["suites"][suite]
-            assert (s["total"], s["available"], s["attempts"]) == (2, n, 2 if suite == "arc1" else 1)
-            assert s["solved"] <= s["pass_2"] <= s["oracle"] and s["too_long"] == (suite == "arc1")
+            assert (s["total"], s["attempts"]) == (2, 2 if suite == "arc1" else 1)
+            assert s["pass_1"] <= s["solved"] <= s["oracle"] and s["too_long"] == (suite == "arc1")
             assert list(s["against"]) == [other for other in report if other != name]
     assert (report["a"]["val_loss"], report["a"]["iter"], report["b"]["val_loss"]) == (9.25, 7, None)
-    assert [r["suites"]["sudoku4"]["n_sup"] for r in report.values()] == [None, 3]
 
     records = answers(tmp_path)
     assert len(records) == 12
@@ -275,9 +268,9 @@ def test_results_are_merged_by_model_and_suite(checkpoints, tmp_path):
     report, counts = evaluate(path, f"--tasks={tmp_path / 'own.json'}")
     assert counts == {("run", "sudoku4"): 3, ("run", "tasks"): 1}
     assert report["run"]["suites"]["sudoku4"] == first["run"]["suites"]["sudoku4"]
-    assert {k: s["n_sup"] for k, s in report["run"]["suites"].items()} == {"sudoku4": 2, "tasks": 3}
-    prize = (out / "submission_run_tasks.json").read_text()
-    assert prize == (out / "submission.json").read_text() and list(json.loads(prize)) == ["own"]
+    asked = {suite: s["settings"]["n_sup"] for suite, s in report["run"]["suites"].items()}
+    assert asked == {"sudoku4": 2, "tasks": None}
+    assert list(json.loads((out / "submission.json").read_text())) == ["own"]
 
     report, _ = evaluate(checkpoints[0], "--suites=sudoku4", "--limit=2")
     assert list(report["run"]["suites"]["sudoku4"]["against"]) == ["a"]
@@ -291,17 +284,20 @@ def test_results_are_merged_by_model_and_suite(checkpoints, tmp_path):
     assert set(report) == {"run", "a", "other/run"}  # whose name was taken
 
 
-def test_your_own_tasks_with_and_without_outputs(checkpoints, tmp_path):
-    tasks = tmp_path / "mine"
-    tasks.mkdir()
-    (tasks / "known.json").write_text(json.dumps({"train": [PAIR, PAIR], "test": [PAIR]}))
-    hidden = {"input": PAIR["input"]}
-    (tasks / "hidden.json").write_text(json.dumps({"train": [PAIR, PAIR], "test": [hidden, hidden]}))
-    (s,) = call(tmp_path, checkpoints[1], f"--tasks={tasks}")["b"]["suites"].values()
-    assert (s["total"], s["unknown"], s["attempts"]) == (1, 1, 2)
-    submission = json.loads((tmp_path / "submission.json").read_text())
-    assert {k: len(v) for k, v in submission.items()} == {"known": 1, "hidden": 2}
-    assert answers(tmp_path)["b", "tasks", "hidden"]["solved"] is None
+@pytest.mark.usefixtures("asked")
+def test_an_eval_json_of_before_and_a_suite_that_cannot_be_measured_lose_nothing(
+    checkpoints, tmp_path, monkeypatch
+):
+    def no_sandbox(*args):
+        raise OSError("the sandbox does not start")
+
+    monkeypatch.setattr(language, "evaluate", no_sandbox)
+    report = call(tmp_path, checkpoints[0], "--suites=sudoku4,language", "--limit=1")
+    assert report["a"]["suites"]["language"] == {"error": "the sandbox does not start"}
+    del report["a"]["folder"]  # earlier versions did not write it
+    (tmp_path / "eval.json").write_text(json.dumps(report))
+    report = call(tmp_path, checkpoints[1], "--suites=sudoku4", "--limit=1")
+    assert [r["suites"]["sudoku4"]["total"] for r in report.values()] == [1, 1]
 
 
 def read_submission(path, challenges):
@@ -350,7 +346,7 @@ def test_kaggles_hidden_tasks_become_a_submission_and_its_solutions_score_it(che
         known[task_id].append(second)
     (tmp_path / "elsewhere.json").write_text(json.dumps(known))
     s = call(tmp_path, path, mine, f"--solutions={tmp_path / 'elsewhere.json'}")["b"]["suites"]["tasks"]
-    assert (s["total"], s["solved"], s["unknown"]) == (4, 3, 0) and s["pass_1"] < s["pass_2"] == 3
+    assert (s["total"], s["solved"], s["unknown"]) == (4, 3, 0) and s["pass_1"] < 3
 
 
 def test_checkpoints_of_a_run_are_found_by_a_pattern_and_stand_side_by_side(tmp_path):
@@ -365,29 +361,23 @@ def test_checkpoints_of_a_run_are_found_by_a_pattern_and_stand_side_by_side(tmp_
     assert len(answers(run)) == 6
 
 
-@pytest.mark.parametrize(
-    "suite, sources, steps, protocol",
-    [
-        ("arc1", ["arc", "maze"], 0, "inductive"),
-        ("arc1", ["arc", "rearc"], 1, "ttt"),
+def test_figures_say_what_was_known_of_the_tasks():
+    for suite, sources, steps, protocol in (
+        ("arc1", ["arc", "rearc"], 0, "inductive"),
         ("arc1", ["arc_eval_demos"], 1, "transductive + ttt"),
         ("arc1_train", ["arc", "rearc"], 0, "trained on"),
         ("arc1_train", ["rearc_hard"], 1, "same rules + ttt"),
         ("arc1_train", ["maze"], 0, "inductive"),
-        ("rearc", ["arc"], 0, "same rules"),
-    ],
-)
-def test_figures_say_what_was_known_of_the_tasks(suite, sources, steps, protocol):
-    about, settings = {"model": "dense", "data": {"sources": sources}}, solve.Settings(ttt_steps=steps)
-    assert eval_arc.how_asked(about, settings, None, suite)["protocol"] == protocol
+    ):
+        settings = solve.Settings(ttt_steps=steps)
+        assert eval_arc.how_asked({"data": {"sources": sources}}, settings, suite)["protocol"] == protocol
 
 
-def test_a_model_whose_logits_overflow_answers_nothing_and_its_evaluation_ends(tmp_path, monkeypatch):
+def test_a_model_whose_logits_overflow_answers_nothing_and_its_evaluation_ends(tmp_path):
     path = save(tmp_path / "ckpt.pt", "dense", {"iter": 1}, block_size=600)
     broken = torch.load(path)
     broken["weights"]["norm_f.weight"].fill_(3e38)
     torch.save(broken, path)
-    monkeypatch.setattr(language, "write", lambda model, prompts, *_: [""] * len(prompts))
     args = ["--suites=sudoku4,language", "--limit=2", "--augment=2", "--ttt_steps=1"]
     (r,) = call(tmp_path, path, *args).values()
     assert (r["suites"]["sudoku4"]["total"], r["suites"]["sudoku4"]["oracle"]) == (2, 0)

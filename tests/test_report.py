@@ -46,6 +46,9 @@ def found(tmp_path_factory):
         "code": {**share, "solved": 0, "answers": [answer]},
     }
     lm_eval = {"results": {"sciq": {"acc": {"value": 0.5, "interval": [0.4, 0.6]}}}}
+    for (name, suite), some in records.items():
+        for r in some:
+            r.update(model=name, suite=suite)
     results = {}
     for name, model in (("a", "dense"), ("b", "trm")):
         about = {"params": 7, "iter": 3, "val_loss": float("nan"), "model": model}
@@ -55,7 +58,7 @@ def found(tmp_path_factory):
         for key, some in records.items():
             if key[0] == name:
                 figures = eval_arc.figures(some, 2 if key[1] == "arc1" else 1)
-                asked = {"settings": vars(solve.Settings(augment=4)), "protocol": "inductive", "n_sup": None}
+                asked = {"settings": vars(solve.Settings(augment=4)), "protocol": "inductive"}
                 results[name]["suites"][key[1]] = {**figures, **asked}
         (folder / name).mkdir()
         suites = {"arc1": {"solved": 1, "total": 9, "interval": [0, 1]}, "language": {}}
@@ -102,15 +105,16 @@ def test_the_page_has_everything_that_was_measured(written):
     data = json.loads(page.scripts[0], parse_constant=lambda name: pytest.fail(f"no browser reads {name}"))
     assert [m["name"] for m in data["models"]] == ["a", "b"] and data["models"][0]["val_loss"] is None
     assert data["models"][1]["suites"]["arc1"]["solved"] == 2
-    assert [t["id"] for t in data["tasks"]] == [t.id for t in TASKS] + ["logic-0"]
-    for task, shown in zip(TASKS, data["tasks"]):
-        assert shown["demonstrations"] == [[rows(x), rows(y)] for x, y in task.train]
-        assert shown["test"] == [{"input": rows(task.test[0][0]), "expected": rows(task.test[0][1])}]
-    first = {name: answer["test"][0] for name, answer in data["tasks"][0]["answers"].items()}
+    shown = {(r["model"], r["suite"], r["id"]): r for r in data["records"]}
+    assert len(shown) == 7 and ("a", "logic", "logic-0") in shown
+    for task in TASKS:
+        r = shown["b", "arc1", task.id]
+        assert r["demonstrations"] == [[rows(x), rows(y)] for x, y in task.train]
+        assert [r["test"][0]["input"], r["test"][0]["expected"]] == [rows(grid) for grid in task.test[0]]
+    first = {name: shown[name, "arc1", TASKS[0].id]["test"][0] for name in "ab"}
     assert first["a"]["solved"] and first["a"]["attempts"][1] == rows(ANSWERS[0])
     assert first["a"]["scores"] == [-0.25, -0.25]
     assert [halting for _, halting in first["b"]["steps"]] == [0.1, 0.4, 0.9]
-    assert data["tasks"][2]["answers"]["a"]["too_long"] and data["tasks"][3]["test"][0]["input"] == NASTY
     assert [(h["name"], [p["iter"] for p in h["points"]]) for h in data["history"]] == [
         ("a", [1, 2]),
         ("b", [1, 2]),
@@ -144,12 +148,28 @@ def test_the_table_says_how_models_were_asked_and_which_is_better(found):
     results["b"]["suites"]["arc1"]["against"] = {"a": {"only_this": 9, "only_other": 1, "p": 0.021}}
     lines = report.table(results).splitlines()
     row = next(line.split() for line in lines if line.split()[:2] == ["arc1", "b"])
-    assert row[2:5] == ["66.7%", "2", "2/3"]
+    assert row[2:4] == ["66.7%", "2/3"]
     assert "arc1: b is better than a: 9 tasks alone against 1 (p = 0.021)" in lines
     assert "arc1: b was asked with --augment=4 (inductive)" in lines
     results["a"]["suites"]["arc1"]["guessable"] = [1, 2]
     apart = "a solved 1 of 2 whose answers have at most 9 cells or one colour, 0 of 1 others"
     assert f"arc1: {apart}" in report.table(results).splitlines()
+
+
+def test_the_picture_shows_solved_tasks_first_and_as_large_a_share_as_there_is():
+    def task(solved, side=3, too_long=False):
+        rows = ["0" * side] * side
+        test = [{"input": rows, "expected": rows, "attempts": []}]
+        return {"a": {"id": "x", "solved": solved, "too_long": too_long, "demonstrations": [], "test": test}}
+
+    for n in (0, 1, 10, 19, 20):
+        shown = [t["a"]["solved"] for t in report.choose([task(i >= 20 - n) for i in range(20)])]
+        assert len(shown) == report.PANELS // 3 and shown == sorted(shown, reverse=True)
+        assert abs(sum(shown) - len(shown) * n / 20) <= 1
+        assert any(shown) == (n > 0) and all(shown) == (n == 20)
+    large, small = task(True, 20), task(False)
+    assert report.choose([large, small]) == [small] and report.choose([large]) == [large]
+    assert report.choose([task(False, too_long=True)]) == []
 
 
 # in a block of its own: the page has names of its own at the top
@@ -161,6 +181,8 @@ const press = key => {
 };
 said.keys = ["j", "ArrowRight", "k", "ArrowLeft", "ArrowLeft"].map(key => { press(key); return count(); });
 said.title = $("#task h3").textContent;
+said.rows = [...document.querySelectorAll("#results td:first-child")].map(cell => cell.textContent);
+said.figures = [...document.querySelectorAll("#results b")].map(figure => figure.textContent);
 const slider = $("input.steps"), label = () => slider.parentNode.lastChild.textContent;
 said.steps = [label()];
 press(","); said.steps.push(label());
@@ -197,6 +219,8 @@ def test_in_a_browser(written, tmp_path):
         f"step 2 of 3 · halt 0.40 · {ANSWERS[0].size} wrong",
         "step 1 of 3 · halt 0.10",
     ]
+    assert said["rows"] == ["arc1", "logic", "bits per byte, stdlib", "questions", "code", "sciq, acc"]
+    assert said["figures"] == ["33.3%", "66.7%", "0%", "1.25", "0", "0", "0.5"]
     assert said["outcomes"] == "22114"
     assert said["text"] == [NASTY, "a and b"]  # as text, and nothing in it ran
     colour = arc.PALETTE[int(TASKS[0].train[0][0][0, 0])]

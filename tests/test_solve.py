@@ -9,7 +9,7 @@ import torch
 from tiny import grid, make, stand_ins  # noqa: F401
 
 import eval_arc
-from smol import arc, engine, programs, puzzles, solve, suites
+from smol import arc, engine, loader, programs, puzzles, solve, suites
 from smol import tokenizer as tok
 from smol.solve import Settings
 
@@ -152,33 +152,29 @@ def test_no_test_output_reaches_the_model(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["dense", "trm"])
-def test_texts_are_greedy_first_and_end_at_their_limit_or_stop(name):
+def test_texts_are_greedy_first_then_drawn_and_do_not_depend_on_what_else_is_written(name):
     model, prompts = exact(name, 64), [[tok.EOT, 5, 6], [tok.EOT, 7, 8, 9, 10]]
-    texts = solve.write(model, prompts, 3, [6, 4], (), Settings())
-    for prompt, limit, some in zip(prompts, (6, 4), texts):
-        greedy = [int(ids[0]) for ids in engine.generate(model, torch.tensor([prompt]), limit, 0, stop=())]
-        assert some[0] == greedy and [len(ids) for ids in some] == [limit] * 3
-    first = texts[0][0]
-    stopped = solve.write(model, prompts[:1], 1, [6], (first[2],), Settings())
-    assert stopped == [[first[: first.index(first[2])]]]
-    assert solve.write(model, prompts[::-1], 3, [4, 6], (), Settings()) == texts[::-1]
+    texts = solve.write(model, prompts, 3, 6)
+    for prompt, (first, *others) in zip(prompts, texts):
+        assert first == [int(ids[0]) for ids in engine.generate(model, torch.tensor([prompt]), 6, 0, stop=())]
+        assert [len(ids) for ids in others] == [6, 6] and others[0] != others[1] != first
+    assert solve.write(model, prompts[:1], 3, 6) == texts[:1]
+    assert solve.write(model, prompts, 3, 6, seed=1)[0][1:] != texts[0][1:]
 
 
 class Writes:
     """In place of a model: one text where it is greedy, others where it draws."""
 
-    puzzle_format, wte = "autoregressive", make("dense").wte
+    puzzle_format = "autoregressive"
     config = make("dense", 4096).config
 
-    def __init__(self, greedy, drawn, end):
+    def __init__(self, greedy, drawn, end=tok.EOT):
         self.greedy, self.drawn, self.end, self.prompts = greedy, drawn, end, []
 
-    def generate(self, prompts, max_new_tokens, temperature, stop, generator):
+    def continue_texts(self, prompts, uniform, temperature, n_ids):
         self.prompts += [tok.load().decode(p.tolist()[1:]) for p in prompts if max(p[1:]) < tok.EOT]
         texts = [self.greedy] * len(prompts) if temperature == 0 else self.drawn
-        rows = [tok.load().encode_ordinary(t) + [self.end] for t in texts]
-        for i in range(max(map(len, rows))):
-            yield torch.tensor([row[i] if i < len(row) else tok.PAD for row in rows])
+        return [torch.tensor(tok.load().encode_ordinary(text) + [self.end]) for text in texts]
 
 
 @pytest.mark.usefixtures("stand_ins")
@@ -186,7 +182,7 @@ def test_a_puzzle_in_words_is_answered_behind_answer():
     task = suites.load("logic")[0]
     question, expected = task.test[0]
     right = f" Well. Leaves 1 of 2.\nAnswer: {expected} \n"
-    model = Writes(right, [right, " No.\nAnswer: Nobody", " It does not say."], tok.EOT)
+    model = Writes(right, [right, " No.\nAnswer: Nobody", " It does not say."])
     ((given,),) = solve.solve(model, [task], Settings(samples=4))
     assert set(model.prompts) == {f"{question}\nSolution:"}
     assert [(c.grid, c.votes) for c in given.candidates] == [(expected, 2), ("Nobody", 1)]
@@ -194,42 +190,45 @@ def test_a_puzzle_in_words_is_answered_behind_answer():
 
 
 @pytest.mark.usefixtures("stand_ins")
-def test_only_programs_that_pass_every_demonstration_answer():
+def test_only_programs_that_pass_every_demonstration_answer(monkeypatch):
     task, steps = programs.make(np.random.default_rng(4), ["rotate", "swap"])
     right = programs.program_text(steps)
     wrong = [
+        "",
+        "def solve(grid):\n    return grid\n",
         "def solve(grid):\n    grid = crop(grid)\n    return grid\n",
-        "import os\n",
         "def solve(grid):\n    return open('/etc/passwd')\n",
     ]
     model = Writes("nonsense", [*wrong, right], tok.OUTPUT)
-    (found,) = solve.solve_by_programs(model, task, Settings(programs=5))
+    (found,) = solve.solve_by_programs(model, task, Settings(programs=6))
     assert [(g.tolist(), text) for g, _, _, text in found] == [(task.test[0][1].tolist(), right)]
+    monkeypatch.setitem(programs.LANGUAGE, "crop", (({},), lambda grid: grid[99], ()))
+    with pytest.raises(IndexError):  # the language's own mistake is no program's
+        solve.solve_by_programs(model, task, Settings(programs=6))
 
 
 # test-time training
 
 
-@pytest.mark.parametrize("name, rank", [("trm", 4), ("dense", 0)])
-def test_a_tuned_copy_has_learned_the_task_and_the_model_is_untouched(name, rank):
+@pytest.mark.parametrize("name", ["trm", "dense"])
+def test_a_tuned_copy_has_learned_the_task_and_the_model_is_untouched(name):
     model, task = make(name, 512), turned()
     before = copy.deepcopy(model.state_dict())
-    rows = solve.leave_one_out(task, 8, model.puzzle_format, 512, np.random.default_rng(99))
-    idx, targets = solve.pad_rows(rows, max(len(r[0]) for r in rows))
+    rng, document = np.random.default_rng(99), arc.encode("arc", task.train)
+    rows = [loader.puzzle_row(document, model.puzzle_format, "arc", rng) for _ in range(8)]
+    idx, targets = loader.pad_rows(rows, max(len(r[0]) for r in rows))
 
     def loss(m):
         with torch.no_grad():
             return m(idx, targets, mode="puzzle")[1].item()
 
-    settings = Settings(ttt_steps=16, ttt_rank=rank, ttt_lr=4e-3)
-    tuned = [solve.tune(model, task, replace(settings, seed=seed)) for seed in (1, 2)]
-    assert np.mean([loss(model) - loss(m) for m in tuned]) > 0.05
+    settings = Settings(ttt_steps=16, ttt_lr=4e-3)
+    tuned = solve.tune(model, task, settings)
+    assert loss(model) - loss(tuned) > 0.05 and not tuned.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    weights = tuned[0].state_dict()
-    assert weights.keys() == before.keys() and not tuned[0].training
-    changed = {k for k, v in weights.items() if not torch.equal(v, before[k])}
-    for k in changed if rank else ():
-        assert k.startswith("blocks") and torch.linalg.matrix_rank(weights[k] - before[k], rtol=1e-3) <= rank
     other = arc.Task(task.id, task.kind, task.train, [(np.zeros((9, 9), np.uint8),) * 2])
-    again = solve.tune(model, other, replace(settings, seed=1)).state_dict()  # the question is not learned
-    assert changed and all(torch.equal(v, again[k]) for k, v in weights.items())
+    again = solve.tune(model, other, settings).state_dict()  # the question is not learned
+    assert all(torch.equal(v, again[k]) for k, v in tuned.state_dict().items())
+    assert solve.tune(model, replace(task, train=task.train[:1]), settings) is model
+    small = make(name, 8)
+    assert solve.tune(small, task, settings) is small  # nothing fits
