@@ -242,13 +242,18 @@ def starting_point(init_from, path, overwrite, distilled=False):
 def check_same_data(before, now):
     """
     What a checkpoint says of its data, and the same of the data that are there. ValueError where they are
-    other shards or another frozen version, in which the loader's position means nothing.
+    other shards or another frozen version, in which the loader's position means nothing, or where what is
+    learned from them is another teacher's.
     """
     if any(before[k] != now[k] for k in ("shards", "tag", "snapshot")):
         was, found = (f"{d['stage']}:{d['tag']} (shards {d['shards'][:12]})" for d in (before, now))
         raise ValueError(
             f"this run has learned from {was}, and now there is {found}: name the same data, data_tag and "
             "data_dir, or begin another run with its weights (--init_from=PATH, another --out_dir)"
+        )
+    if before.get("teacher") != now.get("teacher"):
+        raise ValueError(
+            "this run was distilled from another teacher: name that one, or use another --out_dir"
         )
 
 

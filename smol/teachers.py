@@ -224,7 +224,9 @@ class HuggingFace:
             raise ValueError(f"teacher {name} cannot be loaded ({type(e).__name__}): {why:.200}") from None
         self.model = model.to(device).eval().requires_grad_(False)
         self.context = getattr(model.config, "max_position_embeddings", None) or 10**9
-        self.about = {"path": name, "model": model.config.model_type, "params": model.num_parameters()}
+        self.about = {"model": model.config.model_type, "params": model.num_parameters()}
+        if not os.path.isdir(name):
+            self.about["name"] = name  # on the hub; a folder here means nothing elsewhere
         self.begin = self.tokenizer.encode("")  # what a text begins with, such as Gemma's <bos>
         self.cannot = {}  # what it cannot teach, and why
         if self.tokenizer.eos_token_id is None or not any(map(self.maps_cells, BEFORE_A_CELL)):
@@ -300,6 +302,6 @@ def load(path, device, dtype="float32"):
     if path.startswith("hf:") or os.path.isfile(os.path.join(path, "config.json")):
         return HuggingFace(path.removeprefix("hf:"), device, dtype)
     model, saved = checkpoint.load_model(path, device)
-    about = {"path": path, "sha256": sha256_file(checkpoint.local_file(path)), "model": saved["model"]}
+    about = {"model": saved["model"], "sha256": sha256_file(checkpoint.local_file(path))}
     sources = saved["train"].get("data", {}).get("sources", [])
     return Ours(model.requires_grad_(False), about, sources)
