@@ -6,8 +6,8 @@ Distillation: a student learns the distributions of a teacher, on what it writes
     python distill.py config/distill_text.py --teacher=hf:gpt2-medium   text, from a model with GPT-2's words
     python distill.py config/distill_demo.py                         once more: goes on from ckpt.pt
 
-A step is one of train.py's, on the same batches of the loader. In a share `on_policy` of them the student's
-own writing takes the place of the data's (generalised knowledge distillation, arXiv 2306.13649):
+The loop is train.py's, on the same batches. In a share `on_policy` of them the student's own writing takes
+the place of the data's (generalised knowledge distillation, arXiv 2306.13649):
 
     student   learns    teacher              on-policy?
     either    text      either route, hf:    yes: it continues prompts from the data, up to the end of a text
@@ -22,8 +22,9 @@ own writing takes the place of the data's (generalised knowledge distillation, a
 Draws and losses are over the same outcomes: the ids that both models know, in puzzles those that the grammar
 allows. The loss is the mean over the tokens of a row, then over the rows of a source in the whole step,
 however they are shared among batches and processes; a source weighs as much as it has batches. Writes what
-train.py writes. Random draws follow from the seed, the step, the batch and the row, so a resumed run is the
-same run. Before this: train.py, smol/teachers.py.
+train.py writes, and what share of the time goes to `sampling` and to `scoring`: the rest is learning. Random
+draws follow from the seed, the step, the batch and the row, so a resumed run is the same run. Before this:
+train.py, smol/teachers.py.
 """
 
 import contextlib

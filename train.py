@@ -102,8 +102,8 @@ decay_iters = 2000  # of 'wsd'; 0 stays up to the end: for a stage that another 
 min_lr = 0.0
 # ---- system
 device = "auto"  # 'cpu', 'cuda', 'mps', or auto: the GPU where there is one
-# 'float32', 'bfloat16', 'float16'; auto: bfloat16 from capability 8.0 on and on CPUs with AMX, float16 on
-# older GPUs, float32 on other CPUs
+# 'float32', 'bfloat16', 'float16'; auto: bfloat16 from capability 8.0 on and on CPUs that are fast in it
+# (AMX; AMD's from Zen 4 on), float16 on older GPUs, float32 on other CPUs
 dtype = "auto"
 compile: bool | str = "auto"  # torch.compile the blocks; auto: on a GPU. False where that fails
 sync_check_interval = 100  # steps between comparisons of all processes' weights; 0 for none
@@ -152,7 +152,7 @@ def train(config, defaults, teach=None):
     on_gpu, world_size = here.startswith("cuda"), runtime.world_size
 
     # ---- from scratch, from another run's weights, or going on
-    start, start_path, resumed = checkpoint.begin(config, anew=overwrite or sanity, distilled=bool(teach))
+    start, start_path, resumed = checkpoint.begin(config, anew=overwrite or sanity)
     name, shape, begin_with = model, config, start and start["weights"]
     if teach:  # the student is as its checkpoint has it
         name, shape = start["model"], start["model_config"]
@@ -189,7 +189,7 @@ def train(config, defaults, teach=None):
         return
 
     # ---- ready
-    if compile is True or (compile == "auto" and on_gpu):
+    if compile is True or (compile == "auto" and on_gpu and not lesson):  # decoding has ever new shapes
         for block in net.blocks:
             block.compile()
     checks = []
@@ -287,8 +287,12 @@ def train(config, defaults, teach=None):
 
         # what it was like
         seconds = time.perf_counter() - started
-        loop.count_step(run, seconds, figures["tokens"], finite)
-        step, by_source = run["iter"], ", ".join(f"{k} {v:.2f}" for k, v in losses.items())
+        step = run["iter"] = run["iter"] + 1
+        run["seconds"] += seconds
+        run["tokens"] += int(figures["tokens"])
+        run["skipped"] += not finite
+        run["skipped_in_a_row"] = 0 if finite else run["skipped_in_a_row"] + 1
+        by_source = ", ".join(f"{k} {v:.2f}" for k, v in losses.items())
         since_log.update({**figures, "seconds": seconds, "steps": 1})
         log.progress.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         log.progress.update()
@@ -323,7 +327,7 @@ def train(config, defaults, teach=None):
                 f"{waits}, {entry['eta_hours']:.2f} h to go"
             )
         if sync_check_interval and (step % sync_check_interval == 0 or step == max_iters):
-            loop.check_sync(net, average, loss, grad_norm, step, here, config)
+            loop.check_sync(net, average, loss, grad_norm, step, config)
 
         if sample_interval and step % sample_interval == 0 and runtime.master:
             loop.show_samples(step // sample_interval, net, average, loader)
@@ -344,12 +348,18 @@ def train(config, defaults, teach=None):
                 publication.start(step)
 
     # ---- the end
-    saved = saved and not due
-    loop.end(run, log, ahead, evaluation, publication, saved, stopping, interrupted, config)
+    ahead.close()
+    saved, path = saved and not due, checkpoint.path_of(config)
+    if saved and not interrupted:
+        publication.end(run["iter"])
+    evaluation.end(0 if stopping else 600)
+    log.close()
+    if not saved:
+        runtime.stop(f"the last steps, up to {run['iter']}, were not saved; {path} is untouched")
+    if stopping:
+        runtime.print0(f"stopped after step {run['iter']}, saved to {path}: go on with --init_from=resume")
     if sanity and not stopping and runtime.master:
-        checks += check_run(
-            logged, run["val_losses"], checkpoint.path_of(config), net, scaler.is_enabled(), card
-        )
+        checks += check_run(logged, run["val_losses"], path, net, scaler.is_enabled(), card)
         if not show_checks(checks):
             runtime.exit_now("stage 0 failed")
     runtime.end_processes()
