@@ -141,8 +141,8 @@ def main(argv):
 
 def train(config, defaults, teach=None):
     """
-    The run with these settings; those that are not among them are the defaults above. teach: how distill.py
-    has the model learn from a teacher, its `Lesson`.
+    The run with these settings; those that are not among them are the defaults above. teach: the
+    `Lesson` of distill.py, which makes the batches of a step and is called in the model's place.
     """
     globals().update(config)
     began = time.monotonic()

@@ -213,6 +213,8 @@ def test_a_step_learns_from_what_the_student_writes(short_texts, monkeypatch):
         monkeypatch.setattr(distill, "on_policy", share)
         return step_loss(lesson, batches, 5).item()
 
+    scored = distill.on_text(net, guide, *rows_of(batches[0]))
+    assert lesson(batches[0].idx, batches[0].targets, mode="text", carry=None)[1] == scored
     data, own = loss(batches, 0.0), loss(batches, 1.0)
     written = distill.own_batches(net, guide, batches, 5)
     assert loss(written, 0.0) == pytest.approx(own, rel=1e-5) and abs(own - data) > 0.01
@@ -463,12 +465,17 @@ distill.main(ARGUMENTS)
 """
 
 
-def test_the_loop_weighs_batches_as_it_is_told(data, models, tmp_path):
-    arguments = [f"--data_dir={data}", f"--out_dir={tmp_path}", f"--init_from={models['dense']}"]
-    arguments += [f"--teacher={models['trm_teacher']}", *RUN.split(), "--max_iters=1"]
+def test_the_loop_begins_with_averaged_weights_and_weighs_batches_as_it_is_told(data, models, tmp_path):
+    student = checkpoint.load(models["dense"])
+    student["ema"] = {k: v + 1 for k, v in student["weights"].items()}
+    checkpoint.save(student, str(tmp_path / "student.pt"))
+    arguments = [f"--data_dir={data}", f"--out_dir={tmp_path}", f"--init_from={tmp_path / 'student.pt'}"]
+    arguments += [f"--teacher={models['trm_teacher']}", *RUN.split(), "--max_iters=1", "--weight_decay=0"]
     done = scripts.run("", before=WEIGHTLESS.replace("ARGUMENTS", repr(arguments)))
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path) == losses(tmp_path, "grad_norm") == [0]
+    left = checkpoint.load(str(tmp_path / "ckpt.pt"))["weights"]
+    assert all(torch.equal(v, student["ema"][k]) for k, v in left.items())
 
 
 def test_a_text_model_teaches_text(gpt2, data, models, tmp_path):
