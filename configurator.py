@@ -70,12 +70,10 @@ def resolve(script_globals, argv, usage=""):
         elif argument.endswith(".py"):
             for name, value in read_config_file(argument):
                 config[name] = convert(name, value, types, f"in {argument}")
-        elif usage:
-            words.append(argument)
+        elif not usage:
+            raise ConfigError(f"cannot read {argument!r}: settings are --key=value, config files NAME.py")
         else:
-            raise ConfigError(
-                f"cannot read {argument!r}: write settings as --key=value, config files as NAME.py"
-            )
+            words.append(argument)
     for argument in overrides:
         name, _, text = argument.removeprefix("--").partition("=")
         config[name] = convert(name, parse(text, types.get(name, ())), types, "on the command line")
@@ -103,14 +101,9 @@ def is_plain(value):
 
 def types_of(script_globals, config):
     """{name of a setting: tuple of the types that it takes}."""
-    annotations = script_globals.get("__annotations__")
-    if annotations is None and "__name__" in script_globals:  # Python 3.14 makes them when they are asked for
-        annotations = inspect.get_annotations(sys.modules[script_globals["__name__"]])
-    types = {}
-    for name, value in config.items():
-        annotation = (annotations or {}).get(name)
-        types[name] = typing.get_args(annotation) or (annotation or type(value),)
-    return types
+    annotations = inspect.get_annotations(sys.modules[script_globals["__name__"]])
+    types = {name: annotations.get(name, type(value)) for name, value in config.items()}
+    return {name: typing.get_args(kind) or (kind,) for name, kind in types.items()}
 
 
 def parse(text, types):
@@ -160,11 +153,8 @@ def check_ranges(config, ranges):
             values = config[name].values() if isinstance(config[name], dict) else [config[name]]
             for value in values:
                 if value is not None and not in_range(value, allowed):
-                    wanted = (
-                        f"in {allowed}"
-                        if isinstance(allowed, str)
-                        else f"one of {', '.join(map(repr, allowed))}"
-                    )
+                    one_of = f"one of {', '.join(map(repr, allowed))}"
+                    wanted = f"in {allowed}" if isinstance(allowed, str) else one_of
                     raise ConfigError(f"{name} must be {wanted}, got {config[name]!r}")
 
 
@@ -212,12 +202,9 @@ def help_text(script_globals, usage=""):
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     names = "|".join(settings(script_globals))
     defined = [i for i, line in enumerate(lines) if re.match(rf"({names})\b\s*[:=]", line)]
-    first = last = defined[0]
+    first, last = defined[0], defined[-1]
     while lines[first - 1].startswith("#"):
         first -= 1
-    for i in defined:  # what comes after a blank line and a function is no setting
-        if not any(line.startswith(("def ", "class ")) for line in lines[last:i]):
-            last = i
     while last + 1 < len(lines) and lines[last + 1].strip():
         last += 1
     call = f"python {os.path.basename(path)} {usage} [config.py ...] --key=value ..."

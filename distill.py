@@ -6,8 +6,8 @@ Distillation: a student learns the distributions of a teacher, on what it writes
     python distill.py config/distill_text.py --teacher=hf:gpt2-medium   text, from a model with GPT-2's words
     python distill.py config/distill_demo.py                         once more: goes on from ckpt.pt
 
-A step is one of train.py's, on the same batches of the loader. In a share `on_policy` of them the student's
-own writing takes the place of the data's (generalised knowledge distillation, arXiv 2306.13649):
+The loop is train.py's, on the same batches. In a share `on_policy` of them the student's own writing takes
+the place of the data's (generalised knowledge distillation, arXiv 2306.13649):
 
     student   learns    teacher              on-policy?
     either    text      either route, hf:    yes: it continues prompts from the data, up to the end of a text
@@ -22,8 +22,9 @@ own writing takes the place of the data's (generalised knowledge distillation, a
 Draws and losses are over the same outcomes: the ids that both models know, in puzzles those that the grammar
 allows. The loss is the mean over the tokens of a row, then over the rows of a source in the whole step,
 however they are shared among batches and processes; a source weighs as much as it has batches. Writes what
-train.py writes. Random draws follow from the seed, the step, the batch and the row, so a resumed run is the
-same run. Before this: train.py, smol/teachers.py.
+train.py writes, and what share of the time goes to `sampling` and to `scoring`: the rest is learning. Random
+draws follow from the seed, the step, the batch and the row, so a resumed run is the same run. Before this:
+train.py, smol/teachers.py.
 """
 
 import contextlib
@@ -36,14 +37,14 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 import configurator
+import train
 from model_dense import LOGITS_AT_ONCE, document_starts, row_shares
 from model_trm import ANSWER_ROWS
-from smol import arc, checkpoint, engine, loop, runtime, teachers
+from smol import arc, engine, runtime, teachers
 from smol import tokenizer as tok
-from smol.loader import Ahead, draw_rng, pad_rows, puzzle_row
+from smol.loader import draw_rng, pad_rows, puzzle_row
 from smol.tokenizer import IGNORE
 
 # -----------------------------------------------------------------------------
@@ -127,41 +128,40 @@ ILLEGAL = -1e9  # logit of what the grammar forbids: an infinite one would make 
 
 
 @torch.no_grad()
-def own_batches(net, guide, batches, step, stats):
+def own_batches(net, guide, batches, step):
     """
     The batches of a step, those that are on-policy with what the student writes in place of the data's. All
     is written together: a step of decoding takes about as long for many rows as for few. Where logits are not
     finite the batches stay as they are, and their loss says so.
     """
     taught = {"text": text == "teacher", "puzzle": net.puzzle_format == "autoregressive"}
-    texts, tasks, rows = [], [], defaultdict(list)
+    texts, tasks, rows = (
+        [],
+        [],
+        defaultdict(list),
+    )  # (number of the batch, prompt or task, rng); {number: rows}
     for batch in batches:
         number = batch.key[0]
-        if taught[batch.mode] and draw_rng(seed, f"policy {step}", number).random() < on_policy:
-            if batch.mode == "text":
-                here = prompts_of(batch.idx)
-            else:
-                here = teachers.tasks_of(batch.idx, batch.targets, net.puzzle_format)
-            rngs = [draw_rng(seed, f"answers {step}", f"{number} {row}") for row in range(len(here))]
-            (texts if batch.mode == "text" else tasks).extend(zip([number] * len(here), here, rngs))
-    if texts:
-        uniform = torch.from_numpy(np.stack([rng.random(new_tokens) for *_, rng in texts]))
-        prompts = [prompt for _, prompt, _ in texts]
-        try:
-            written = engine.continue_texts(net, prompts, uniform, sample_temperature, guide.n_ids)
-        except ValueError:
-            return batches
-        for (number, prompt, _), new in zip(texts, written):
-            ids = torch.cat([prompt, new]).numpy()
-            targets = np.where(np.arange(len(ids)) < len(prompt), IGNORE, ids)
-            rows[number].append((ids[:-1], targets[1:]))
-    for (number, task, _), answer in zip(tasks, write_answers(net, tasks)):
-        if answer is None:
-            return batches
+        if not taught[batch.mode] or draw_rng(seed, f"policy {step}", number).random() >= on_policy:
+            continue
+        if batch.mode == "text":
+            asked, begun = texts, prompts_of(batch.idx)
+        else:
+            asked, begun = tasks, teachers.tasks_of(batch.idx, batch.targets, net.puzzle_format)
+        for row, it in enumerate(begun):
+            asked.append((number, it, draw_rng(seed, f"answers {step}", f"{number} {row}")))
+    try:
+        written = write_texts(net, guide, texts) if texts else []
+        answers = write_answers(net, tasks)
+    except ValueError:  # not finite
+        return batches
+    for (number, prompt, _), new in zip(texts, written):
+        ids = torch.cat([prompt, new]).numpy()
+        targets = np.where(np.arange(len(ids)) < len(prompt), IGNORE, ids)
+        rows[number].append((ids[:-1], targets[1:]))
+    for (number, task, _), answer in zip(tasks, answers):
         document = arc.encode(task.kind, [*task.train, (task.test[0][0], answer)])
         rows[number].append(puzzle_row(document, "autoregressive", "none"))
-        stats["own"] += 1
-        stats["right"] += np.array_equal(answer, task.test[0][1])
     torch.clear_autocast_cache()  # of weights that were cast without gradient
     own = {number: pad_rows(some, max(len(x) for x, _ in some)) for number, some in rows.items()}
     return [replace(b, **dict(zip(("idx", "targets"), own.get(b.key[0], ())))) for b in batches]
@@ -176,10 +176,17 @@ def prompts_of(idx):
     return prompts
 
 
+def write_texts(net, guide, texts):
+    """texts: list of (_, prompt, rng) -> what continues each, (n,) long. ValueError as below."""
+    uniform = torch.from_numpy(np.stack([rng.random(new_tokens) for *_, rng in texts]))
+    prompts = [prompt for _, prompt, _ in texts]
+    return engine.continue_texts(net, prompts, uniform, sample_temperature, guide.n_ids)
+
+
 def write_answers(net, tasks):
     """
-    tasks: list of (_, task, rng) -> an answer to each, drawn under the grammar of grids; None where logits
-    are not finite.
+    tasks: list of (_, task, rng) -> an answer to each, drawn under the grammar of grids. ValueError where
+    logits are not finite.
     """
     answers, items = [None] * len(tasks), []
     for i, (_, task, rng) in enumerate(tasks):
@@ -187,8 +194,10 @@ def write_answers(net, tasks):
     for part in engine.batches_by_length(items, lambda item: len(item[1]) + item[2][0] * (item[2][1] + 1)):
         where, prompts, limits, rngs = zip(*part)
         drawn = engine.decode_grids(net, prompts, limits, 1, sample_temperature, rngs)
-        for i, answer in zip(where, drawn):
-            answers[i] = answer and answer[0]
+        if None in drawn:
+            raise ValueError("the student's logits are not finite")
+        for i, (answer, _) in zip(where, drawn):
+            answers[i] = answer
     return answers
 
 
@@ -238,12 +247,12 @@ class LinearDivergence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, seen, share, guide, stats):
+    def forward(ctx, x, weight, seen, share, guide, seconds):
         N, n = len(x), max(1, LOGITS_AT_ONCE // len(weight))
         loss, d_x, d_weight = share.new_zeros(()), torch.zeros_like(x), torch.zeros_like(weight)
         weight = weight.detach().requires_grad_()
         for i in range(0, N, n):
-            with timed("scoring", stats, x.device):
+            with timed("scoring", seconds, x.device):
                 teacher = guide.logits(seen[i : i + n])
             with torch.enable_grad():
                 some = x[i : i + n].detach().requires_grad_()
@@ -265,29 +274,27 @@ class LinearDivergence(torch.autograd.Function):
         return d_x * d_loss.to(d_x.dtype), d_weight * d_loss, None, None, None, None
 
 
-def on_text(net, guide, batch, stats):
+def on_text(net, guide, idx, targets, seconds):
     """
     The loss on a batch of texts, the mean over its rows: of windows of the data at every token, of what the
     student has written up to the end of the text. A token that the teacher does not know counts as 0.
     """
-    here = net.wte.weight.device
-    idx, targets = batch.idx.to(here), batch.targets.to(here)
     keep = targets != IGNORE
-    with timed("scoring", stats, here):
+    with timed("scoring", seconds, idx.device):
         seen = guide.read(idx)[keep]
     share = row_shares(keep.nonzero()[:, 0], len(idx)) * (targets[keep] < guide.n_ids)
     x = net.hidden(idx, document_starts(idx))[keep]
-    loss = LinearDivergence.apply(x, net.wte.weight[: guide.n_ids], seen, share, guide, stats)
+    loss = LinearDivergence.apply(x, net.wte.weight[: guide.n_ids], seen, share, guide, seconds)
     if net.puzzle_format == "canvas":  # DDP waits for a gradient of every parameter
         loss = loss + 0.0 * sum(p.sum() for p in net.q_head.parameters())
     return loss
 
 
-def left_to_right(net, guide, batch, stats):
+def left_to_right(net, guide, idx, targets, seconds):
     """The loss of a Route A student on a batch of answered puzzles, the mean over its rows."""
-    tasks = teachers.tasks_of(batch.idx, batch.targets, net.puzzle_format)
+    tasks = teachers.tasks_of(idx, targets, net.puzzle_format)
     answers = [task.test[0][1] for task in tasks]
-    with timed("scoring", stats, net.wte.weight.device):
+    with timed("scoring", seconds, idx.device):
         frames = guide.frames(tasks, answers)
     documents = [teachers.document(task, answer) for task, answer in zip(tasks, answers)]
     student = engine.cell_logits(net, documents, [answer.shape for answer in answers])  # (N, 11)
@@ -297,19 +304,18 @@ def left_to_right(net, guide, batch, stats):
         parts.append(log_p if guide.reads_answers else teachers.until_first_difference(log_p, answer))
         legal.append(engine.legal_outcomes(answer.shape, limit_of(task)))
         rows += [row] * len(log_p)
-    illegal = ~torch.cat(legal)
-    teacher_log_p = torch.cat(parts).masked_fill(illegal, ILLEGAL).to(student.device)
-    student = student.masked_fill(illegal.to(student.device), ILLEGAL)
+    illegal = ~torch.cat(legal).to(student.device)
+    teacher_log_p = torch.cat(parts).to(student.device).masked_fill(illegal, ILLEGAL)
+    student = student.masked_fill(illegal, ILLEGAL)
     return mean_divergence(student, teacher_log_p, torch.tensor(rows, device=student.device), len(tasks))
 
 
-def on_canvas(net, guide, batch, carry, stats):
+def on_canvas(net, guide, idx, targets, carry, seconds):
     """The loss of a Route B student after one supervision step, mean over its rows, and its new carry."""
-    here = net.wte.weight.device
-    idx, targets = batch.idx.to(here), batch.targets.to(here)
+    here = idx.device
     new = torch.ones(len(idx), dtype=torch.bool, device=here) if carry is None else carry["halted"]
     tasks = teachers.tasks_of(idx[new], targets[new], net.puzzle_format)
-    with timed("scoring", stats, here):  # once a puzzle; then the carry keeps it
+    with timed("scoring", seconds, here):  # once a puzzle; then the carry keeps it
         frames = guide.frames(tasks, [task.test[0][1] for task in tasks])
     log_p = torch.full((*idx.shape, teachers.OUTCOMES), torch.nan, device=here)
     log_p[new] = teachers.on_canvases(frames, idx[new])
@@ -328,73 +334,69 @@ def on_canvas(net, guide, batch, carry, stats):
     return loss, {**carry, "halted": net.halts(q, carry)}
 
 
-class Loss(torch.nn.Module):
-    """The loss of a batch and the new carry, as a module for DistributedDataParallel."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, guide, batch, carry, stats):
-        here = self.net.wte.weight.device
-        if batch.mode == "text" and text == "teacher":
-            return on_text(self.net, guide, batch, stats), None
-        if batch.mode == "text":
-            return self.net(batch.idx.to(here), batch.targets.to(here), mode="text")[1], None
-        if self.net.puzzle_format == "canvas":
-            return on_canvas(self.net, guide, batch, carry, stats)
-        return left_to_right(self.net, guide, batch, stats), None
+# -----------------------------------------------------------------------------
+# in train.py's loop
 
 
 @contextlib.contextmanager
-def timed(what, stats, device):
+def timed(what, seconds, device):
     """Adds the seconds inside, after waiting for a GPU."""
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     wait()
     started = time.perf_counter()
     yield
     wait()
-    stats[what] += time.perf_counter() - started
+    seconds[what] += time.perf_counter() - started
 
 
 def weights_of(batches, sources, device):
     """
-    What the loss of each batch weighs in the step's: sources by their batches, and all rows of a source the
-    same, over all processes. sources: the names of all that there are.
+    What the loss of each batch weighs in the mean over the step's: all rows of a source the same, over all
+    processes, so a batch by its rows beside the mean of its source. sources: the names of all that there are.
     """
-    mine = [[b for b in batches if b.source == name] for name in sources]
-    counts = [len(some) for some in mine] + [sum(len(b.idx) for b in some) for some in mine]
-    counts = runtime.sums(counts, device)
-    n_batches, n_rows = (
-        dict(zip(sources, part)) for part in (counts[: len(sources)], counts[len(sources) :])
-    )
-    total = sum(n_batches.values())
-    return [n_batches[b.source] / total * len(b.idx) / n_rows[b.source] for b in batches]
+    mine = [[len(b.idx) for b in batches if b.source == name] for name in sources]
+    counts = runtime.sums([*map(len, mine), *map(sum, mine)], device)
+    n_batches, n_rows = (dict(zip(sources, counts[i:])) for i in (0, len(sources)))
+    return [len(b.idx) * n_batches[b.source] / n_rows[b.source] for b in batches]
 
 
-def forward_backward(parallel, net, guide, batches, sources, step, carries, scaler, autocast, here):
+class Lesson(torch.nn.Module):
     """
-    The gradient of a step, however its rows are batched. Returns figures of this process, to be summed over
-    processes, and the new carries.
+    A student and its teacher: what train.py's loop calls in place of a model. ValueError where the teacher
+    cannot teach what the loader has. data: what the checkpoint says of its data, which gets the teacher.
     """
-    weights = weights_of(batches, sources, here)
-    stats = dict.fromkeys(("loss", "tokens", "own", "right", "sampling", "scoring"), 0.0)
-    new_carries = {}
-    with autocast, timed("sampling", stats, here):
-        batches = own_batches(net, guide, batches, step, stats)
-    for batch, weight in zip(batches, weights):
-        alone = batch is batches[-1] or runtime.world_size == 1  # gradients are averaged in the last backward
-        with contextlib.nullcontext() if alone else parallel.no_sync():
-            with autocast:
-                carry = loop.to_device(carries.get(batch.key), here)
-                loss, carry = parallel(guide, batch, carry, stats)
-            loss = loss * weight
-            scaler.scale(loss * runtime.world_size).backward()
-        if carry is not None:
-            new_carries[batch.key] = loop.to_device(carry, "cpu")
-        stats["loss"] += loss.item()
-        stats["tokens"] += batch.tokens
-    return stats, new_carries
+
+    def __init__(self, net, loader, data, device, precision):
+        super().__init__()
+        self.net, self.sources, self.device = net, loader.names, device
+        self.guide = teachers.load(teacher, device, precision)
+        self.seconds = {"sampling": 0.0, "scoring": 0.0}  # of the last step
+        check_teacher(self.guide, loader)
+        data["teacher"] = self.guide.about
+        data["sources"] = sorted({*data["sources"], *self.guide.sources})  # through the teacher too
+        runtime.print0(f"teacher {teacher}: {self.guide.about}")
+        if net.puzzle_format == "canvas":
+            runtime.print0(
+                "Route B learns puzzles offline, from soft targets: there on_policy changes nothing"
+            )
+
+    def prepare(self, batches, step):
+        """-> the batches that the student learns from, and what the loss of each weighs in their mean."""
+        self.seconds = dict.fromkeys(self.seconds, 0.0)
+        weights = weights_of(batches, self.sources, self.device)
+        with timed("sampling", self.seconds, self.device):
+            return own_batches(self.net, self.guide, batches, step), weights
+
+    def forward(self, idx, targets, mode, carry):
+        """-> None, the loss, the new carry, as a model's forward."""
+        net, guide, seconds = self.net, self.guide, self.seconds
+        if mode == "text" and text == "data":
+            return net(idx, targets, mode="text")
+        if mode == "text":
+            return None, on_text(net, guide, idx, targets, seconds), None
+        if net.puzzle_format == "canvas":
+            return None, *on_canvas(net, guide, idx, targets, carry, seconds)
+        return None, left_to_right(net, guide, idx, targets, seconds), None
 
 
 def check_teacher(guide, loader):
@@ -402,10 +404,9 @@ def check_teacher(guide, loader):
     modes = {source.mode for source in loader.sources.values()} - ({"text"} if text == "data" else set())
     for mode in sorted(modes & set(guide.cannot)):
         raise ValueError(f"teacher {teacher} cannot teach {mode}: {guide.cannot[mode]}")
-    if "text" in modes and max(loader.block_size, prompt_tokens + new_tokens) > guide.context:
-        n = guide.context
+    if "text" in modes and loader.block_size > guide.context:
         raise ValueError(
-            f"teacher {teacher} reads {n} tokens: lower block_size, prompt_tokens and new_tokens"
+            f"teacher {teacher} reads {guide.context} tokens: lower block_size={loader.block_size}"
         )
     if "text" in modes and prompt_tokens + new_tokens > loader.block_size:
         raise ValueError(
@@ -413,154 +414,14 @@ def check_teacher(guide, loader):
         )
 
 
-# -----------------------------------------------------------------------------
-# the run
-
-
 def main(argv):
-    began = time.monotonic()
     defaults = configurator.settings(globals())
     config, _ = configurator.read(globals(), argv)
     globals().update(config)
     with runtime.errors_agree():
-        loop.check_settings(config)
         if init_from in ("", "auto", "scratch") or not teacher:
             raise ValueError("name a student and a teacher: --init_from=PATH --teacher=PATH")
-        here, precision = runtime.start(device, dtype)
-    # ---- the student, from a checkpoint or going on
-    start, start_path, resumed = checkpoint.begin(config, overwrite, distilled=True)
-    state, model = start["train"], start["model"]
-    torch.manual_seed(seed)
-    with runtime.errors_agree():
-        asked = {} if recompute is None else {"recompute": recompute}
-        net = checkpoint.make_model(model, start["model_config"] | asked)
-        weights = start["weights"] if resumed else start["ema"] or start["weights"]
-        checkpoint.load_weights(net, weights, start_path)
-        net.to(here)
-        optimizers = loop.make_optimizers(net, optimizer, weight_decay, learning_rate, (beta1, beta2))
-
-        # ---- teacher and data
-        guide = teachers.load(teacher, here, precision)
-        seen = [*state.get("data", {}).get("sources", []), *guide.sources]  # through the teacher too
-        loader, pinned = loop.make_loader(config, net, seen)
-        pinned["teacher"] = guide.about
-        check_teacher(guide, loader)
-        if resumed:
-            checkpoint.check_same_data(state["data"], pinned)
-            checkpoint.load_optimizers(optimizers, optimizer, state)
-            loader.load_state_dict(state["loader"])
-            if state["data"]["teacher"] != guide.about:
-                raise ValueError(f"{start_path} was distilled from another teacher: use another --out_dir")
-    average = loop.start_average(net, ema, start)
-    autocast, scaler = loop.mixed_precision(here, precision)
-    run, carries = {**loop.NEW_RUN, "began_with": start_path}, {}
-    if resumed:
-        carries, _ = checkpoint.restore(start, run, config, scaler)
-    start = state = None  # free its memory
-
-    # ---- ready
-    parallel = Loss(net)
-    if runtime.world_size > 1:
-        parallel = DistributedDataParallel(parallel, gradient_as_bucket_view=True)
-    with runtime.errors_agree():
-        log = loop.Log(config, run, resumed)
-    runtime.print0(configurator.show(config, defaults))
-    verb = f"going on after step {run['iter']} of" if resumed else "from the weights of"
-    processes = f"{runtime.world_size} x {runtime.device_name(here)}"
-    runtime.print0(f"{verb} {start_path}, {precision} on {processes}; teacher {guide.about}")
-    if net.puzzle_format == "canvas":
-        runtime.print0("Route B learns puzzles offline, from soft targets: there on_policy changes nothing")
-    interrupted = runtime.catch_signals()
-    evaluation, publication = loop.Evaluation(config, log), checkpoint.Publication(config)
-    ahead = Ahead(loader, pin=here.startswith("cuda"))
-    since_log, saved, due, stopping = defaultdict(float), True, False, False
-    net.train()
-
-    if not resumed:
-        loop.validate(run, net, average, loader, autocast, here, config, log)
-
-    # ---- go
-    while run["iter"] < max_iters and not stopping:
-        started = time.perf_counter()
-        lr = loop.learning_rate_at(run["iter"], config)
-        loop.set_learning_rate(optimizers, lr)
-
-        # forward and backward on every batch of the step
-        try:
-            batches = ahead.next_step()
-        except ValueError as e:  # no puzzle fits into block_size, in any process
-            runtime.stop(e)
-        step_state = run["iter"], carries, scaler, autocast, here
-        stats, new_carries = forward_backward(parallel, net, guide, batches, loader.names, *step_state)
-        grad_norm = loop.clip_gradients(net, optimizers, scaler, grad_clip)
-
-        # every process learns the same sums, so that all of them step or skip, stop and save together
-        out_of_time = max_hours and time.monotonic() - began > 3600 * max_hours
-        sums = runtime.sums([*stats.values(), bool(interrupted or out_of_time)], here)
-        stats, stopping = dict(zip(stats, sums)), sums[-1]
-        loss = stats["loss"]
-        finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        loop.optimizer_step(optimizers, scaler, finite)
-        if finite:
-            carries.update(new_carries)
-            if average:
-                loop.update_average(average, net, ema, run["iter"])
-
-        # what it was like
-        seconds = time.perf_counter() - started
-        loop.count_step(run, seconds, stats["tokens"], finite)
-        step = run["iter"]
-        for k, v in {**stats, "seconds": seconds}.items():
-            since_log[k] += v
-        log.progress.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-        log.progress.update()
-        if not finite:
-            log.skipped(run, lr, f"{loss:.3g}", grad_norm, config)
-        elif step % log_interval == 0 or step == max_iters:
-            own, process_seconds = since_log["own"], since_log["seconds"] * runtime.world_size
-            entry = {
-                "iter": step,
-                "loss": loss,
-                "lr": lr,
-                "grad_norm": grad_norm,
-                "tokens": run["tokens"],
-                "seconds": round(run["seconds"], 3),
-                "tokens_per_second": round(since_log["tokens"] / since_log["seconds"], 1),
-                "sampling": round(since_log["sampling"] / process_seconds, 4),
-                "scoring": round(since_log["scoring"] / process_seconds, 4),
-                "learning": round(1 - (since_log["sampling"] + since_log["scoring"]) / process_seconds, 4),
-                "own_right": round(since_log["right"] / own, 4) if own else None,
-                "memory_gb": round(runtime.peak_memory(here) / 1e9, 3),
-                "skipped": run["skipped"],
-            }
-            log.write(entry)
-            since_log.clear()
-            runtime.print0(
-                f"step {step}: loss {loss:.4f}, lr {lr:.2e}, gradient {grad_norm:.2f}, sampling "
-                f"{entry['sampling']:.0%} and scoring {entry['scoring']:.0%} of the time"
-            )
-        if sync_check_interval and (step % sync_check_interval == 0 or step == max_iters):
-            loop.check_sync(net, average, loss, grad_norm, step, here, config)
-
-        # validate, save, evaluate, publish
-        evaluation.collect()
-        publication.collect()
-        due = due or step % eval_interval == 0 or step == max_iters or bool(stopping)
-        if due and loop.worth_saving(loss, finite, scaler):
-            loop.check_weights(net, average, step, config)
-            if not stopping:
-                loop.validate(run, net, average, loader, autocast, here, config, log)
-            train = {**run, "data": pinned, "loader": ahead.state}
-            saved = checkpoint.save_run(train, config, net, model, average, optimizers, scaler, carries, here)
-            due = False
-            if saved and not stopping:
-                evaluation.start(step)
-                publication.start(step)
-
-    # ---- the end
-    saved = saved and not due
-    loop.end(run, log, ahead, evaluation, publication, saved, stopping, interrupted, config)
-    runtime.end_processes()
+    train.train(config, defaults, Lesson)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import contextlib
 import math
 import sys
 import time
+from collections import Counter
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -101,8 +102,8 @@ decay_iters = 2000  # of 'wsd'; 0 stays up to the end: for a stage that another 
 min_lr = 0.0
 # ---- system
 device = "auto"  # 'cpu', 'cuda', 'mps', or auto: the GPU where there is one
-# 'float32', 'bfloat16', 'float16'; auto: bfloat16 from capability 8.0 on and on CPUs with AMX, float16 on
-# older GPUs, float32 on other CPUs
+# 'float32', 'bfloat16', 'float16'; auto: bfloat16 from capability 8.0 on and on CPUs that are fast in it
+# (AMX; AMD's from Zen 4 on), float16 on older GPUs, float32 on other CPUs
 dtype = "auto"
 compile: bool | str = "auto"  # torch.compile the blocks; auto: on a GPU. False where that fails
 sync_check_interval = 100  # steps between comparisons of all processes' weights; 0 for none
@@ -133,31 +134,44 @@ RANGES = {
 
 
 def main(argv):
-    began = time.monotonic()
     defaults = configurator.settings(globals())
     config, _ = configurator.read(globals(), argv)
+    train(config, defaults)
+
+
+def train(config, defaults, teach=None):
+    """
+    The run with these settings; those that are not among them are the defaults above. teach: the
+    `Lesson` of distill.py, which makes the batches of a step and is called in the model's place.
+    """
     globals().update(config)
+    began = time.monotonic()
     with runtime.errors_agree():
         loop.check_settings(config)
-        batches_per_step = loop.batches_per_step(config)
         here, precision = runtime.start(device, dtype)
     on_gpu, world_size = here.startswith("cuda"), runtime.world_size
 
     # ---- from scratch, from another run's weights, or going on
     start, start_path, resumed = checkpoint.begin(config, anew=overwrite or sanity)
+    name, shape, begin_with = model, config, start and start["weights"]
+    if teach:  # the student is as its checkpoint has it
+        name, shape = start["model"], start["model_config"]
+        shape = shape if recompute is None else {**shape, "recompute": recompute}
+        begin_with = begin_with if resumed else start["ema"] or begin_with
 
     # ---- model, data, optimizer
     torch.manual_seed(seed)
     with runtime.errors_agree():
-        net = checkpoint.make_model(model, config)
+        net = checkpoint.make_model(name, shape)
         if start:
-            checkpoint.load_weights(net, start["weights"], start_path)
+            checkpoint.load_weights(net, begin_with, start_path)
         net.to(here)
         optimizers = loop.make_optimizers(net, optimizer, weight_decay, learning_rate, (beta1, beta2))
         if resumed or (start and init_optimizer):
             checkpoint.load_optimizers(optimizers, optimizer, start["train"])
         before = start["train"].get("data", {}) if start else {}
         loader, pinned = loop.make_loader(config, net, before.get("sources", []))
+        lesson = teach(net, loader, pinned, here, precision) if teach else None
         if resumed:
             checkpoint.check_same_data(before, pinned)
             loader.load_state_dict(start["train"]["loader"])
@@ -168,14 +182,14 @@ def main(argv):
     changed = []
     if resumed:
         carries, changed = checkpoint.restore(start, run, config, scaler)
-    start = None  # free its memory
+    start = begin_with = None  # free their memory
     if eval_only:
         loop.validate(run, net, average, loader, autocast, here, config)
         runtime.end_processes()
         return
 
     # ---- ready
-    if compile is True or (compile == "auto" and on_gpu):
+    if compile is True or (compile == "auto" and on_gpu and not lesson):  # decoding has ever new shapes
         for block in net.blocks:
             block.compile()
     checks = []
@@ -187,10 +201,9 @@ def main(argv):
             for batch in loader.val_batches(mode, 1):
                 checks.append(overfit_one_batch(net, mode, batch, autocast, scaler.is_enabled(), here))
                 break
-    parallel = net
+    parallel = lesson or net
     if world_size > 1:
-        ids = [here] if on_gpu else None
-        parallel = DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
+        parallel = DistributedDataParallel(parallel, gradient_as_bucket_view=True)
     with runtime.errors_agree():
         log = loop.Log(config, run, resumed)
     card = runtime.device_name(here)
@@ -198,57 +211,73 @@ def main(argv):
     runtime.print0(configurator.show(config, defaults))
     runtime.print0(
         f"{net.num_params() / 1e6:.2f}M parameters, {precision} on {world_size} x {card}, {optimizer}, "
-        f"{batches_per_step * batch_size * block_size:,} tokens per step, "
+        f"{loader.batches_per_step * batch_size * loader.block_size:,} tokens per step, "
         f"sources {', '.join(loader.names)}"
     )
+    if batch_tokens:
+        runtime.print0(
+            f"batch_tokens={batch_tokens} are {loader.batches_per_step} batches a step: "
+            f"gradient_accumulation_steps={gradient_accumulation_steps} is not used"
+        )
     begin = f"from the weights of {start_path}" if start_path else "from scratch"
     if resumed:
         begin = f"going on after step {run['iter']} of {start_path}"
         begin += ", its last: raise max_iters to train further" if run["iter"] >= max_iters else ""
     runtime.print0(begin + "".join(f"\n  changed: {c}" for c in changed))
-    for name in loader.not_validated(eval_batches):
-        runtime.print0(f"not validated: {name} has no held-out rows of at most {block_size} tokens")
+    for source in loader.not_validated(eval_batches):
+        runtime.print0(f"not validated: {source} has no held-out rows of at most {loader.block_size} tokens")
     interrupted = runtime.catch_signals()
     evaluation, publication = loop.Evaluation(config, log), checkpoint.Publication(config)
     ahead = Ahead(loader, pin=on_gpu)
-    since_log = {"seconds": 0.0, "tokens": 0, "flops": 0.0, "waited": 0.0, "steps": 0}
+    since_log = Counter()  # what the steps since the last line in the log sum up to
     logged, saved, due, stopping = [], True, False, False
     net.train()
+    if lesson and not resumed:
+        loop.validate(run, net, average, loader, autocast, here, config, log)
 
     # ---- go
-    while run["iter"] < max_iters:
+    while run["iter"] < max_iters and not stopping:
         started = time.perf_counter()
         lr = loop.learning_rate_at(run["iter"], config)
         loop.set_learning_rate(optimizers, lr)
 
         # forward and backward on every batch of the step
-        batches = ahead.next_step()
-        sums, tokens, flops, new_carries = dict.fromkeys(loader.names, 0.0), 0, 0.0, {}  # sums of losses
-        for i, batch in enumerate(batches):
+        try:
+            batches = ahead.next_step()
+        except ValueError as e:  # no puzzle fits into block_size, in any process
+            runtime.stop(e)
+        weights = [1.0] * len(batches)  # of their losses in the mean
+        if lesson:
+            with autocast:
+                batches, weights = lesson.prepare(batches, run["iter"])
+        sums = dict.fromkeys(loader.names, 0.0)  # of losses
+        figures, new_carries = {"tokens": 0, "flops": 0.0, "data_wait": ahead.waited}, {}
+        for i, (batch, weight) in enumerate(zip(batches, weights)):
             number, *rest = batch.key
-            key = (run["iter"] % carry_turns * batches_per_step + number, *rest)
-            carry = carries.get(key)
+            key = (run["iter"] % carry_turns * loader.batches_per_step + number, *rest)
+            carry = loop.to_device(carries.get(key), here)
             last = i == len(batches) - 1  # gradients of the processes are averaged once, after the last batch
             idx = batch.idx.to(here, non_blocking=True)  # (B, L)
             targets = batch.targets.to(here, non_blocking=True)
             with contextlib.nullcontext() if last or world_size == 1 else parallel.no_sync():
-                carry = loop.to_device(carry, here)
                 with autocast:  # not the backward: float32 products would overflow in float16 (LOG.md)
                     _, loss, carry = parallel(idx, targets, mode=batch.mode, carry=carry)
+                loss = loss * weight
                 scaler.scale(loss / len(batches)).backward()
             if carry is not None:
                 new_carries[key] = loop.to_device(carry, "cpu")
             sums[batch.source] += loss.detach()
-            tokens += batch.tokens
-            flops += batch.tokens * net.flops_per_token(idx.shape[1], batch.mode, training=True)
+            figures["tokens"] += batch.tokens
+            figures["flops"] += batch.tokens * net.flops_per_token(idx.shape[1], batch.mode, training=True)
         grad_norm = loop.clip_gradients(net, optimizers, scaler, grad_clip)
 
         # every process learns the same sums: all of them step or skip, stop, save and validate together
         out_of_time = max_hours and time.monotonic() - began > 3600 * max_hours
-        own = [tokens, flops, ahead.waited / world_size, bool(interrupted or out_of_time)]
-        own += [float(x) for x in sums.values()]
-        tokens, flops, waited, stopping, *everyones = runtime.sums(own, here)
-        loss, losses = loop.mean_losses(loader, run["iter"], everyones)
+        figures |= lesson.seconds if lesson else {}
+        own = [bool(interrupted or out_of_time), *figures.values(), *map(float, sums.values())]
+        stopping, *everyones = runtime.sums(own, here)
+        figures = dict(zip(figures, everyones))
+        loss, losses = loop.mean_losses(loader, run["iter"], everyones[len(figures) :])
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         loop.optimizer_step(optimizers, scaler, finite)
         if finite:
@@ -258,16 +287,20 @@ def main(argv):
 
         # what it was like
         seconds = time.perf_counter() - started
-        loop.count_step(run, seconds, tokens, finite)
-        step, by_source = run["iter"], ", ".join(f"{k} {v:.2f}" for k, v in losses.items())
-        new = {"seconds": seconds, "tokens": tokens, "flops": flops, "waited": waited, "steps": 1}
-        since_log = {k: v + new[k] for k, v in since_log.items()}
+        step = run["iter"] = run["iter"] + 1
+        run["seconds"] += seconds
+        run["tokens"] += int(figures["tokens"])
+        run["skipped"] += not finite
+        run["skipped_in_a_row"] = 0 if finite else run["skipped_in_a_row"] + 1
+        by_source = ", ".join(f"{k} {v:.2f}" for k, v in losses.items())
+        since_log.update({**figures, "seconds": seconds, "steps": 1})
         log.progress.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         log.progress.update()
         if not finite:
             log.skipped(run, lr, f"{loss:.3g} ({by_source})", grad_norm, config)
         elif step % log_interval == 0 or step == max_iters:
             rate = {k: v / since_log["seconds"] for k, v in since_log.items()}  # per second
+            shares = {k: rate[k] / world_size for k in ("data_wait", "sampling", "scoring") if k in rate}
             entry = {
                 "iter": step,
                 "loss": loss,
@@ -279,22 +312,22 @@ def main(argv):
                 "tokens_per_second": round(rate["tokens"], 1),
                 "mfu": round(rate["flops"] / world_size / peak, 4) if peak else None,
                 "memory_gb": round(runtime.peak_memory(here) / 1e9, 3),
-                "data_wait": round(rate["waited"], 4),
+                **{k: round(v, 4) for k, v in shares.items()},
                 "eta_hours": round((max_iters - step) / rate["steps"] / 3600, 3),
                 "skipped": run["skipped"],
             }
             log.write(entry)
             logged.append(entry)
-            since_log = dict.fromkeys(since_log, 0)
+            since_log.clear()
             mfu = f"MFU {entry['mfu']:.1%}, " if peak else ""
+            waits = ", ".join(f"{k.replace('_', ' ')} {v:.1%}" for k, v in shares.items())
             runtime.print0(
                 f"step {step}: loss {loss:.3f} ({by_source}), lr {lr:.2e}, gradient {grad_norm:.2f}, "
-                f"{entry['tokens_per_second']:,.0f} tokens/s, {mfu}"
-                f"{entry['memory_gb']:.2f} GB, data wait {entry['data_wait']:.1%}, "
-                f"{entry['eta_hours']:.2f} h to go"
+                f"{entry['tokens_per_second']:,.0f} tokens/s, {mfu}{entry['memory_gb']:.2f} GB, "
+                f"{waits}, {entry['eta_hours']:.2f} h to go"
             )
         if sync_check_interval and (step % sync_check_interval == 0 or step == max_iters):
-            loop.check_sync(net, average, loss, grad_norm, step, here, config)
+            loop.check_sync(net, average, loss, grad_norm, step, config)
 
         if sample_interval and step % sample_interval == 0 and runtime.master:
             loop.show_samples(step // sample_interval, net, average, loader)
@@ -307,22 +340,26 @@ def main(argv):
             loop.check_weights(net, average, step, config)
             if not stopping:
                 loop.validate(run, net, average, loader, autocast, here, config, log)
-            train = {**run, "data": pinned, "loader": ahead.state}
-            saved = checkpoint.save_run(train, config, net, model, average, optimizers, scaler, carries, here)
+            state = {**run, "data": pinned, "loader": ahead.state}
+            saved = checkpoint.save_run(state, config, net, name, average, optimizers, scaler, carries, here)
             due = False
             if saved and not stopping:
                 evaluation.start(step)
                 publication.start(step)
-        if stopping:
-            break
 
     # ---- the end
-    saved = saved and not due
-    loop.end(run, log, ahead, evaluation, publication, saved, stopping, interrupted, config)
+    ahead.close()
+    saved, path = saved and not due, checkpoint.path_of(config)
+    if saved and not interrupted:
+        publication.end(run["iter"])
+    evaluation.end(0 if stopping else 600)
+    log.close()
+    if not saved:
+        runtime.stop(f"the last steps, up to {run['iter']}, were not saved; {path} is untouched")
+    if stopping:
+        runtime.print0(f"stopped after step {run['iter']}, saved to {path}: go on with --init_from=resume")
     if sanity and not stopping and runtime.master:
-        checks += check_run(
-            logged, run["val_losses"], checkpoint.path_of(config), net, scaler.is_enabled(), card
-        )
+        checks += check_run(logged, run["val_losses"], path, net, scaler.is_enabled(), card)
         if not show_checks(checks):
             runtime.exit_now("stage 0 failed")
     runtime.end_processes()

@@ -1,13 +1,11 @@
 """
 Milliseconds and bytes of cache for one more token, by length of the context.
 
-    python -m bench.decode                        the 100M Route A beside full attention in every layer
-    python -m bench.decode --nanogpt=PATH         and beside nanoGPT, which reads the whole context again
+    python -m bench.decode        the 100M Route A beside full attention in every layer, in turns
 
-All are measured in turns. Before this: smol/engine.py.
+Before this: smol/engine.py.
 """
 
-import contextlib
 import json
 import statistics
 import sys
@@ -17,21 +15,18 @@ import torch
 import torch.nn.functional as F
 
 import configurator
-from bench.train import clock, load_nanogpt
+from bench.train import clock
 from model_dense import Config, Model
 from smol import engine, runtime
-from smol import tokenizer as tok
 from smol.files import write_whole
 
 contexts = (1024, 4096, 16384, 32768)
 batches = (1, 8)  # rows decoded together; the later ones at the last context but one
 steps = 7  # the median counts
 model = {}  # settings of the model, such as {'n_layer': 4}; empty: the 100M one
-nanogpt = ""  # path of a checkout of nanoGPT
 json_file = ""  # write the rows here as well
 
 RANGES = {"[1, inf)": "steps"}
-NANOGPT_LIMIT = 4096  # longest context that it is given on a CPU
 LAYOUT = "{:>8,} {:>5} {:10} {:>11.1f} {:>11.1f} {:>25.2f}"
 
 
@@ -66,27 +61,9 @@ def measure(c, device):
                     engine.sample(F.linear(x, net.wte.weight), 0)
                     times[name].append(1000 * (clock(device) - start))
             ms = {name: statistics.median(of[2:]) for name, of in times.items()}
-            del caches
-            if c.nanogpt and batch == 1 and (device != "cpu" or context <= NANOGPT_LIMIT):
-                megabytes["nanoGPT"] = 0.0
-                ms["nanoGPT"] = nanogpt_step(c, nets["Route A"].config, context, device)
             for name in ms:
                 figures = {"ms": ms[name], "cache_mb": megabytes[name], "ratio": ms["attention"] / ms[name]}
                 yield {"context": context, "batch": batch, "name": name, **figures}
-
-
-def nanogpt_step(c, config, context, device):
-    """Milliseconds of nanoGPT's own generate for one token."""
-    gpt = load_nanogpt(c.nanogpt)
-    shape = {k: getattr(config, k) for k in ("n_layer", "n_head", "n_embd")}
-    with contextlib.redirect_stdout(sys.stderr):  # it prints how large it is
-        shape = gpt.GPTConfig(
-            block_size=context + 1, vocab_size=tok.VOCAB_SIZE, dropout=0.0, bias=False, **shape
-        )
-        net = gpt.GPT(shape).to(device).eval()
-    start = clock(device)
-    net.generate(torch.full((1, context), 17, device=device), 1, top_k=1)
-    return 1000 * (clock(device) - start)
 
 
 def main(argv):

@@ -89,11 +89,7 @@ def part_speed(c, device):
 def part_train(c, device):
     """The training step of both routes beside the plain GPT, and with the largest batch that fits."""
     settings = TINY if c.quick else {}
-    contenders = {
-        "plain GPT": {"model": "dense", "settings": bench_train.same_size_gpt(settings)},
-        "Route A": {"model": "dense", "settings": settings},
-        "Route B": {"model": "trm", "settings": settings},
-    }
+    contenders = bench_train.both_routes(settings)
     halves = ["float32"] if device == "cpu" else ["bfloat16", "float16"]
     size = {"T": 64, "rows": 2} if c.quick else {"T": 1024, "rows": 8}
     how = {**size, "device": device, "optimizer": "muon", "steps": 3, "compile": False}

@@ -10,13 +10,11 @@ ends. On a CPU with one thread (OMP_NUM_THREADS=1) seconds are processor seconds
 less. Before this: train.py. Read next: bench/plan.py.
 """
 
-import contextlib
 import importlib.util
 import itertools
 import json
 import multiprocessing
 import os
-import resource
 import statistics
 import sys
 import time
@@ -28,8 +26,9 @@ import torch
 
 import configurator
 import train
-from smol import checkpoint, loop, muon, runtime
+from smol import checkpoint, loop, runtime
 from smol import tokenizer as tok
+from smol.files import write_whole
 
 # ---- beside a plain GPT
 size = "auto"  # 'full': the 100M models; 'small': 16M; auto: full on a GPU
@@ -94,21 +93,17 @@ def one_step(spec):
     device, rows, T = spec["device"], spec["rows"], spec["T"]
     torch.manual_seed(0)
     if device == "cpu":
-        limit_memory()
         runtime.keep_freed_memory()  # as train.py does
     net, blocks, flops = make_net(spec)
     net.to(device).train()
-    if spec["optimizer"] == "muon" and spec["model"] != "nanogpt":
-        optimizers = muon.muon_and_adamw(net, 0.1, 1e-4, (0.9, 0.95))
-    else:
+    if spec["model"] == "nanogpt":
         optimizers = [torch.optim.AdamW(net.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)]
+    else:
+        optimizers = loop.make_optimizers(net, spec["optimizer"], 0.1, 1e-4, (0.9, 0.95))
     if spec["compile"]:
         for block in blocks:
             block.compile()
-    autocast = contextlib.nullcontext()
-    if spec["dtype"] != "float32":
-        autocast = torch.autocast(device, dtype=getattr(torch, spec["dtype"]))
-    scaler = torch.amp.GradScaler(device, enabled=spec["dtype"] == "float16")
+    autocast, scaler = loop.mixed_precision(device, spec["dtype"])
     idx, targets = torch.randint(0, tok.N_GPT2, (2, rows, T), device=device).unbind(0)
     times = []
     for _ in range(spec["steps"] + 1):  # the first one warms up
@@ -116,13 +111,8 @@ def one_step(spec):
         with autocast:
             loss = net(idx, targets)[1]
         scaler.scale(loss).backward()
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        for optimizer in optimizers:
-            scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
-        scaler.update()
+        loop.clip_gradients(net, optimizers, scaler, 1.0)
+        loop.optimizer_step(optimizers, scaler, True)
         times.append(clock(device) - start)
     seconds = statistics.median(times[1:])
     peak = runtime.peak_flops(runtime.device_name(device))
@@ -133,15 +123,6 @@ def one_step(spec):
         "mfu": rows * T / seconds * flops / peak if peak else None,
         "params": sum(p.numel() for p in net.parameters()),
     }
-
-
-def limit_memory():
-    """Let this process take what memory there is and no more: a computer that swaps measures nothing."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    with open("/proc/self/statm") as f:
-        taken = int(f.read().split()[0]) * page
-    free = int(0.9 * os.sysconf("SC_AVPHYS_PAGES") * page)
-    resource.setrlimit(resource.RLIMIT_AS, (taken + free, resource.RLIM_INFINITY))
 
 
 def apart(spec):
@@ -167,17 +148,22 @@ def same_size_gpt(settings):
     return plain
 
 
+def both_routes(settings):
+    """{name: what of a spec says which model} of the two routes with these settings, and the plain GPT."""
+    return {
+        "plain GPT": {"model": "dense", "settings": same_size_gpt(settings)},
+        "Route A": {"model": "dense", "settings": settings},
+        "Route B": {"model": "trm", "settings": settings},
+    }
+
+
 def beside_a_plain_gpt(c, device):
     """
     Rows {what, T, rows, dtype, tokens_per_second, ms, memory_gb, mfu, params, ratio}; ratio: over the plain
     GPT's rate.
     """
     settings = SMALL if c.size == "small" or (c.size == "auto" and device == "cpu") else {}
-    contenders = {
-        "plain GPT": {"model": "dense", "settings": same_size_gpt(settings)},
-        "Route A": {"model": "dense", "settings": settings},
-        "Route B": {"model": "trm", "settings": settings},
-    }
+    contenders = both_routes(settings)
     if c.nanogpt:
         shape = vars(checkpoint.make_model("dense", settings).config)
         contenders["nanoGPT"] = {"model": "nanogpt", "path": c.nanogpt, "settings": shape}
@@ -267,7 +253,7 @@ def main(argv):
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     if c.json_file:
-        runtime.write_whole(json.dumps(table, indent=2, default=str).encode(), c.json_file)
+        write_whole(json.dumps(table, indent=2, default=str).encode(), c.json_file)
 
 
 if __name__ == "__main__":

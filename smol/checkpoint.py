@@ -112,7 +112,7 @@ def local_file(name):
     return name
 
 
-def load(name, map_location="cpu"):
+def load(name):
     """
     -> the checkpoint dict. FileNotFoundError or ValueError, in one line, for a missing file, a file that is
     damaged or no checkpoint, and for what `fault_of` finds. It names the checkpoint before, if there is one.
@@ -122,12 +122,12 @@ def load(name, map_location="cpu"):
         raise FileNotFoundError(f"checkpoint {path} does not exist: name a ckpt.pt, or USER/NAME on the hub")
     try:
         if path.endswith(".safetensors"):
-            checkpoint = read_published(path, map_location)
+            checkpoint = read_published(path)
         else:
             with zipfile.ZipFile(path) as f:  # torch.load reads tensors without looking at their checksums
                 if f.testzip() is not None:
                     raise ValueError("checksum")
-            checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         wrong = fault_of(checkpoint)
     except Exception as e:  # noqa: BLE001 (bytes that are no checkpoint fail in any way they like)
         wrong = f"is not a checkpoint, or it is damaged ({type(e).__name__})"
@@ -152,14 +152,14 @@ def fault_of(checkpoint):
     return None
 
 
-def read_published(path, map_location):
+def read_published(path):
     """The same of model.safetensors and config.json, from `push` or from a model's save_pretrained."""
     about = json.loads(Path(path).with_name("config.json").read_bytes())
     return {
         "format": CHECKPOINT_FORMAT,
         "model": about.get("model") or ("trm" if "n_latent" in about else "dense"),
         "model_config": about,
-        "weights": safetensors.torch.load_file(path, map_location),
+        "weights": safetensors.torch.load_file(path),
         "ema": None,
         "tokenizer": about.get("tokenizer", tok.fingerprint()),
         "train": about.get("train", {}),
@@ -199,21 +199,20 @@ def path_of(config):
     return os.path.join(config["out_dir"], "ckpt.pt")
 
 
-def begin(config, anew, distilled=False):
+def begin(config, anew):
     """
     Where a run begins, the same in all processes: as `starting_point`, after out_dir, where it is empty and
-    the run resumes, got what push_to holds. anew: what is in out_dir may be replaced. distilled: whether
-    distill.py asks, which goes on with its own runs only.
+    the run resumes, got what push_to holds. anew: what is in out_dir may be replaced.
     """
     init_from, push_to, path = config["init_from"], config["push_to"], path_of(config)
     with runtime.errors_agree():
         if init_from == "resume" and push_to and runtime.local_rank == 0 and not os.path.exists(path):
             pull(push_to, config["out_dir"])
     with runtime.errors_agree():
-        return starting_point(init_from, path, anew, distilled)
+        return starting_point(init_from, path, anew)
 
 
-def starting_point(init_from, path, overwrite, distilled=False):
+def starting_point(init_from, path, overwrite):
     """
     Where a run whose checkpoint is `path` begins -> (checkpoint, its path, whether the run goes on from it);
     (None, None, False) from scratch. It goes on with 'resume', with 'auto', and with the checkpoint that it
@@ -223,11 +222,7 @@ def starting_point(init_from, path, overwrite, distilled=False):
     held = os.path.exists(path) and not overwrite
     if init_from == "resume" or (held and init_from != "scratch"):
         checkpoint = load(path)
-        train = checkpoint["train"]
-        if ("teacher" in train["data"]) != distilled:
-            other = "train.py" if distilled else "distill.py"
-            raise ValueError(f"{path} was written by {other}: use that, or another --out_dir")
-        if init_from in ("resume", "auto", train.get("began_with")):
+        if init_from in ("resume", "auto", checkpoint["train"].get("began_with")):
             return checkpoint, path, True
     if held:
         raise ValueError(
@@ -242,13 +237,19 @@ def starting_point(init_from, path, overwrite, distilled=False):
 def check_same_data(before, now):
     """
     What a checkpoint says of its data, and the same of the data that are there. ValueError where they are
-    other shards or another frozen version, in which the loader's position means nothing.
+    other shards or another frozen version, in which the loader's position means nothing, or where what is
+    learned from them is another teacher's.
     """
     if any(before[k] != now[k] for k in ("shards", "tag", "snapshot")):
         was, found = (f"{d['stage']}:{d['tag']} (shards {d['shards'][:12]})" for d in (before, now))
         raise ValueError(
             f"this run has learned from {was}, and now there is {found}: name the same data, data_tag and "
             "data_dir, or begin another run with its weights (--init_from=PATH, another --out_dir)"
+        )
+    if before.get("teacher") != now.get("teacher"):
+        was, found = (d.get("teacher", "none") for d in (before, now))
+        raise ValueError(
+            f"this run has learned from teacher {was}, and now there is {found}: use another --out_dir"
         )
 
 
@@ -433,41 +434,47 @@ def create(repo):
         HfApi().create_repo(repo_name(repo), private=True, exist_ok=True)
 
 
+def on_this_machine(name, value):
+    """Whether a setting names a file or folder here, which is nobody else's business."""
+    path = str(value).removeprefix("hf:")
+    is_path = name in ("init_from", "teacher") and os.path.exists(path)
+    return name.endswith("_dir") or os.path.isabs(path) or is_path
+
+
 def push(folder, repo, full):
     """
     Publish the run in a folder, in one commit; of what is there already, nothing is sent. full: with ckpt.pt,
     all that a run needs to go on, three times the weights; without, one that is there, of an earlier step, is
     taken away, and stays in its own commit. Returns a line to show; ValueError or OSError in one line.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub import HfApi
 
     create(repo)
-    what, path = "all of it" if full else "weights alone", os.path.join(folder, "ckpt.push")
-    second_name(os.path.join(folder, "ckpt.pt"), path)  # the next save takes nothing from under the reader
+    folder, beside = Path(folder), Path(folder, "push")  # what goes to the hub
+    shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
+    beside.mkdir()
     try:
-        at = load(path)
-        step = at["train"]["iter"]
-        files = {name: Path(folder, name) for name in BESIDES}
-        files = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+        # under another name: the next save takes nothing from under the reader
+        second_name(folder / "ckpt.pt", beside / "ckpt.pt")
+        at = load(beside / "ckpt.pt")
+        for file in filter(Path.is_file, map(folder.joinpath, BESIDES)):
+            shutil.copyfile(file, beside / file.name)
         train = {k: v for k, v in at["train"].items() if k in FIGURES}
-        of_this_machine = [k for k, v in at["config"].items() if k.endswith("_dir") or os.path.isabs(str(v))]
-        settings = {k: v for k, v in at["config"].items() if k not in of_this_machine}
+        settings = {k: v for k, v in at["config"].items() if not on_this_machine(k, v)}
         about = {"model": at["model"], "tokenizer": at["tokenizer"], "train": train, "settings": settings}
-        files["config.json"] = json.dumps({**at["model_config"], **about}, indent=2).encode()
-        files["README.md"] = card(repo, at, runtime.read_log(os.path.join(folder, "evals.jsonl"))).encode()
-        files[WEIGHTS] = safetensors.torch.save(at["ema"] or at["weights"], {"format": "pt"})
+        (beside / "config.json").write_text(json.dumps({**at["model_config"], **about}, indent=2))
+        (beside / "README.md").write_text(card(repo, at, runtime.read_log(folder / "evals.jsonl")))
+        safetensors.torch.save_file(at["ema"] or at["weights"], beside / WEIGHTS, {"format": "pt"})
         at = None  # sending takes minutes, beside a training that needs the memory
-        if full:
-            files["ckpt.pt"] = path
-        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
-        with plainly(f"pushing step {step} to {repo}"):
-            if not full and HfApi().file_exists(repo, "ckpt.pt"):
-                operations.append(CommitOperationDelete("ckpt.pt"))
-                what += " without the ckpt.pt of the commits before"
-            commit = HfApi().create_commit(repo, operations, commit_message=f"step {step}").oid
+        if not full:
+            (beside / "ckpt.pt").unlink()
+        message = f"step {train['iter']}"
+        with plainly(f"pushing {message} to {repo}"):
+            how = {"delete_patterns": "ckpt.pt", "commit_message": message}
+            commit = HfApi().upload_folder(repo_id=repo, folder_path=beside, **how).oid
     finally:
-        os.remove(path)
-    return f"step {step} is at {repo}, {what}, commit {commit[:12]}"
+        shutil.rmtree(beside)
+    return f"{message} is at {repo}, {'all of it' if full else 'weights alone'}, commit {commit[:12]}"
 
 
 class Publication:

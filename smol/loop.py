@@ -1,5 +1,5 @@
 """
-What train.py and distill.py share of a training loop, beside the steps themselves.
+What stands around the steps of train.py's loop.
 
 Checks of the settings, the loader, the learning rate, optimizers, averaged weights, validation, the log, and
 the evaluation that runs in a process beside the training. `config` is everywhere the dict of the script's
@@ -16,18 +16,19 @@ import secrets
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from smol import arc, checkpoint, engine, runtime, suites
 from smol import tokenizer as tok
-from smol.files import write_whole
+from smol.files import lock, write_whole
 from smol.loader import Loader
 from smol.muon import muon_and_adamw
 from smol.snapshots import repo_name
 
-PATIENCE = 600.0  # seconds that a finished run waits for its last evaluation
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of the checkout
 
 # where a run is: what a checkpoint has beside the weights, and the path of those that it began with
@@ -45,7 +46,7 @@ NEW_RUN = {
 
 
 def check_settings(config):
-    """What can be wrong with settings that train.py and distill.py share, beyond their ranges. ValueError."""
+    """What can be wrong with the settings of train.py and distill.py beyond their ranges. ValueError."""
     if config["min_lr"] > config["learning_rate"]:
         raise ValueError(f"min_lr={config['min_lr']} must be at most learning_rate={config['learning_rate']}")
     if config["mixture"] and not any(config["mixture"].values()):
@@ -183,15 +184,6 @@ def mean_losses(loader, step, sums):
     return sum(sums) / len(sources), {k: x / n for k, x, n in zip(loader.names, sums, counts) if n}
 
 
-def count_step(run, seconds, tokens, finite):
-    """One more step in the counters of a run."""
-    run["iter"] += 1
-    run["seconds"] += seconds
-    run["tokens"] += int(tokens)
-    run["skipped"] += not finite
-    run["skipped_in_a_row"] = 0 if finite else run["skipped_in_a_row"] + 1
-
-
 def to_device(carry, device):
     """
     A carry (dict of tensors, or None) on another device. Between steps carries wait in the host's memory:
@@ -246,21 +238,20 @@ def validate(run, net, average, loader, autocast, device, config, log=None):
     val_bpb = {source of text: bits per byte}. Ends the run where a loss is not finite.
     """
     net.eval()
-    sums = {name: [0.0, 0.0, 0.0] for _, name, _ in loader.val}  # of losses, of rows, of bytes of text
-    bytes_of = torch.from_numpy(tok.byte_lengths())
+    names, bytes_of = [name for _, name, _ in loader.val], torch.from_numpy(tok.byte_lengths())
+    sums = np.zeros((len(names), 3))  # of losses, of rows, of bytes of text
     with averaged_weights(net, average):
         for mode in ("text", "puzzle"):
             for name, _, idx, targets in loader.val_batches(mode, config["eval_batches"]):
                 with autocast:
                     loss = net(idx.to(device), targets.to(device), mode=mode)[1]
-                sums[name][0] += loss.item() * len(idx)
-                sums[name][1] += len(idx)
-                sums[name][2] += bytes_of[targets].sum().item() if mode == "text" else 0
+                n_bytes = bytes_of[targets].sum().item() if mode == "text" else 0
+                sums[names.index(name)] += loss.item() * len(idx), len(idx), n_bytes
     net.train()
-    flat = iter(runtime.sums([x for part in sums.values() for x in part], device))
-    sums = {name: part for name, part in zip(sums, zip(flat, flat, flat)) if part[1]}
-    losses = {name: loss / rows for name, (loss, rows, _) in sums.items()}
-    bpb = {name: loss * loader.block_size / n / math.log(2) for name, (loss, _, n) in sums.items() if n}
+    sums = np.reshape(runtime.sums(sums.flatten().tolist(), device), sums.shape).tolist()
+    losses = {name: loss / rows for name, (loss, rows, _) in zip(names, sums) if rows}
+    nats = {name: loss * loader.block_size / n for name, (loss, _, n) in zip(names, sums) if n}  # a byte
+    bpb = {name: x / math.log(2) for name, x in nats.items()}
     run["val_losses"] = losses
     run["val_loss"] = sum(losses[name] for name in bpb) / len(bpb) if bpb else None
     if not all(map(math.isfinite, losses.values())):
@@ -292,13 +283,12 @@ def show_samples(n, net, average, loader):
                 prompt = torch.tensor([[tok.EOT, *document[:24].tolist()]], device=net.wte.weight.device)
                 generator = torch.Generator(prompt.device).manual_seed(n)
                 drawn = engine.generate(net, prompt, 48, temperature=0.8, top_k=200, generator=generator)
-                drawn = [ids.item() for ids in drawn]
-                begun, more = (tok.load().decode(ids) for ids in (prompt[0, 1:].tolist(), drawn))
+                begun = tok.load().decode(document[:24])
+                more = tok.load().decode([ids.item() for ids in drawn])
                 runtime.print0(f"{name}: {begun} | {more}")
                 continue
-            task_kind, pairs = arc.decode(document)
-            ((given,),) = net.answer([arc.Task("", task_kind, pairs[:-1], pairs[-1:])])
-            question, expected = pairs[-1]
+            task_kind, (*demos, (question, expected)) = arc.decode(document)
+            ((given,),) = net.answer([arc.Task("", task_kind, demos, [(question, expected)])])
             panels = [(name, question, None), ("expected", expected, None)]
             runtime.print0(arc.ansi_row([*panels, ("answer", given[0][0] if given else None, expected)]))
     net.train()
@@ -313,15 +303,15 @@ def check_weights(net, average, step, config):
         diverged(f"after step {step} there are weights that are not finite ({wrong})", config)
 
 
-def check_sync(net, average, loss, grad_norm, step, device, config):
+def check_sync(net, average, loss, grad_norm, step, config):
     """
     All processes must hold the same bits: a broken link or a bug otherwise trains two models and averages
     their gradients. Ends the run, with the name of the process that differs and in what.
     """
     if runtime.world_size == 1:
         return
-    both = torch.tensor([loss, grad_norm], dtype=torch.float64, device=device)
     averages = {f"the average of {k}": v for k, v in (average or {}).items()}
+    both = torch.tensor([loss, grad_norm], dtype=torch.float64)
     figures = {"the loss": both[:1], "the gradient norm": both[1:]}
     problem = runtime.difference({**dict(net.named_parameters()), **averages, **figures})
     if problem:
@@ -352,7 +342,7 @@ class Log:
         self.step = step = run["iter"] if resumed else -1  # of the last line
         run["id"] = run["id"] or secrets.token_hex(4)
         if runtime.master:
-            runtime.lock(config["out_dir"])
+            self.lock = lock(config["out_dir"], "run")
             for name in ("log.jsonl", "evals.jsonl"):
                 runtime.cut_log(os.path.join(config["out_dir"], name), step)
             settings = json.dumps(config, indent=2).encode()
@@ -405,20 +395,6 @@ class Log:
             self.tracker.finish()
 
 
-def end(run, log, ahead, evaluation, publication, saved, stopping, interrupted, config):
-    """End what works beside a run, and tell how the run ended."""
-    path, step = checkpoint.path_of(config), run["iter"]
-    ahead.close()
-    if saved and not interrupted:
-        publication.end(step)
-    evaluation.end(0 if stopping else PATIENCE)
-    log.close()
-    if not saved:
-        runtime.stop(f"the last steps, up to {step}, were not saved; {path} is untouched")
-    if stopping:
-        runtime.print0(f"stopped after step {step}, saved to {path}: go on with --init_from=resume")
-
-
 class Evaluation:
     """
     eval_arc.py on the run's checkpoints, in a process beside the training; one at a time, so a checkpoint may
@@ -462,27 +438,26 @@ class Evaluation:
         """Say and keep what it has found, if it has ended."""
         if self.process is None or self.process.poll() is None:
             return
-        if self.process.returncode == 0:
-            found = os.path.join(self.out_dir, "eval_step")
-            with open(os.path.join(found, "eval.json")) as f:
-                (figures,) = (r for r in json.load(f).values() if r["checkpoint"] == self.link)
-            solved = {k: f"{r['solved']}/{r['total']}" for k, r in figures["suites"].items() if "solved" in r}
-            runtime.print0(f"step {self.step}: solved " + ", ".join(f"{k} {n}" for k, n in solved.items()))
-            line = {"iter": self.step, "suites": figures["suites"]}
-            runtime.append_log(line, os.path.join(self.out_dir, "evals.jsonl"))
-            rates = {k: r["solved"] / r["total"] for k, r in figures["suites"].items() if "solved" in r}
-            # a tracker takes no step before its last, and the evaluation is of an earlier one
-            entry = {"solved": rates, "solved_iter": self.step}
-            self.log.track(entry, os.path.join(found, "grids.png"))
-        else:
-            with open(self.output, encoding="utf-8", errors="replace") as f:
-                why = (f.read().strip().splitlines() or ["nothing was written"])[-1]
-            runtime.print0(f"the evaluation of step {self.step} failed: {why}")
+        failed, self.process = self.process.returncode, None
         os.remove(self.link)
-        self.process = None
+        if failed:
+            said = Path(self.output).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            runtime.print0(f"the evaluation of step {self.step} failed: {said[-1] if said else failed}")
+            return
+        found = os.path.join(self.out_dir, "eval_step")
+        reports = json.loads(Path(found, "eval.json").read_text()).values()
+        (results,) = (r["suites"] for r in reports if r["checkpoint"] == self.link)
+        counted = {k: r for k, r in results.items() if "solved" in r}
+        solved = ", ".join(f"{k} {r['solved']}/{r['total']}" for k, r in counted.items())
+        runtime.print0(f"step {self.step}: solved {solved}")
+        line = {"iter": self.step, "suites": results}
+        runtime.append_log(line, os.path.join(self.out_dir, "evals.jsonl"))
+        # a tracker takes no step before its last, and the evaluation is of an earlier one
+        rates = {k: r["solved"] / r["total"] for k, r in counted.items()}
+        self.log.track({"solved": rates, "solved_iter": self.step}, os.path.join(found, "grids.png"))
 
     def end(self, seconds):
-        """The run is over: wait this long for the last evaluation."""
+        """The run is over: wait so many seconds for the last evaluation."""
         if self.process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(seconds)

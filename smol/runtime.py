@@ -15,14 +15,15 @@ import resource
 import signal
 import sys
 import time
+from copy import deepcopy
 from datetime import timedelta
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from smol import files
 from smol.files import save_picture, write_whole
 
 # -----------------------------------------------------------------------------
@@ -47,6 +48,9 @@ CARDS = {
     "H100": (989, 80, (9, 0)),
     "H200": (989, 141, (9, 0)),
 }
+
+
+CPUINFO = Path("/proc/cpuinfo")  # Linux
 
 
 def pick_device(device):
@@ -75,18 +79,13 @@ def mps_works():
     from kda import KimiDeltaAttention
 
     try:
-        rng, found = torch.Generator().manual_seed(0), []
-        state = {
-            k: torch.randn(v.shape, generator=rng)
-            for k, v in KimiDeltaAttention(32, 2, 16).state_dict().items()
-        }
-        x = torch.randn(2, 80, 32, generator=rng)
+        x, found = torch.randn(2, 80, 32), []
+        layer = KimiDeltaAttention(32, 2, 16)
         for device in ("cpu", "mps"):
-            layer = KimiDeltaAttention(32, 2, 16)
-            layer.load_state_dict(state)
-            y, _ = layer.to(device)(x.to(device))
+            copy = deepcopy(layer).to(device)
+            y, _ = copy(x.to(device))
             y.square().sum().backward()
-            found.append(torch.cat([y.flatten(), *(p.grad.flatten() for p in layer.parameters())]).cpu())
+            found.append(torch.cat([y.flatten(), *(p.grad.flatten() for p in copy.parameters())]).cpu())
         problem = None if torch.allclose(*found, rtol=1e-2, atol=1e-2) else "it computes something else"
     except (RuntimeError, AssertionError, TypeError) as e:  # how PyTorch says that it cannot
         problem = str(e).splitlines()[0]
@@ -108,12 +107,14 @@ def pick_dtype(dtype, device):
     return dtype
 
 
+@lru_cache
 def cpu_prefers_bfloat16():
     """
-    Whether the processor multiplies matrices of it faster than those of float32: with AMX, not with
-    AVX512-BF16 alone (LOG.md).
+    Whether the processor multiplies matrices of it faster than those of float32: with AMX, and with
+    AVX512-BF16 in AMD's processors. In Intel's without AMX it is half as fast (LOG.md).
     """
-    return torch.cpu._is_amx_tile_supported()
+    about = CPUINFO.read_text() if CPUINFO.exists() else ""
+    return torch.cpu._is_amx_tile_supported() or ("AuthenticAMD" in about and "avx512_bf16" in about)
 
 
 def start(device, dtype):
@@ -190,7 +191,6 @@ local_rank = int(os.environ.get("LOCAL_RANK", 0))
 world_size = int(os.environ.get("WORLD_SIZE", 1))
 master = rank == 0
 object_group = None  # the group over which Python objects go
-locks = []  # files that `lock` keeps open
 
 
 def start_processes(device_type):
@@ -268,7 +268,7 @@ def all_agree(problem):
         dist.all_gather_object(problems, problem, group=object_group)
     for r, message in enumerate(problems):
         if message is not None:
-            return message if len(set(problems)) == 1 or r == 0 else f"{message} (process {r})"
+            return message if r == 0 else f"{message} (process {r})"
     return None
 
 
@@ -308,32 +308,23 @@ def gather(value):
 def difference(tensors):
     """
     Compare {name: tensor}, of 4- or 8-byte elements, over all processes, by the sums of their bits. None if
-    they are the same, else a phrase, the same everywhere: which process differs from the others (of two: from
-    the first) in what.
+    they are the same, else a phrase, the same everywhere: which process differs from the first in what.
     """
-    if world_size == 1:
-        return None
     words = {4: torch.int32, 8: torch.int64}
     bits = [t.detach().reshape(-1).view(words[t.element_size()]) for t in tensors.values()]
-    mine = torch.stack([b.sum(dtype=torch.int64) for b in bits])
-    everyones = [torch.empty_like(mine) for _ in range(world_size)]
-    dist.all_gather(everyones, mine)
-    everyones = torch.stack(everyones).cpu()  # (processes, tensors)
-    typical = everyones.mode(0).values if world_size > 2 else everyones[0]
-    for r in range(world_size):
-        wrong = [name for name, same in zip(tensors, (everyones[r] == typical).tolist()) if not same]
+    mine = torch.stack([b.sum(dtype=torch.int64).cpu() for b in bits]).tolist()
+    everyones = [mine] * world_size
+    if world_size > 1:
+        dist.all_gather_object(everyones, mine, group=object_group)
+    for r, theirs in enumerate(everyones):
+        wrong = [name for name, a, b in zip(tensors, everyones[0], theirs) if a != b]
         if wrong:
-            return f"process {r} differs in {wrong[0]}" + (f" and {len(wrong) - 1} more" if wrong[1:] else "")
+            return f"process {r} differs from process 0 in {wrong[0]}, {len(wrong)} of {len(tensors)} in all"
     return None
 
 
 # -----------------------------------------------------------------------------
-# one run in a folder, and how it is ended
-
-
-def lock(out_dir):
-    """files.lock for the rest of this process."""
-    locks.append(files.lock(out_dir, "run"))
+# how a run is ended
 
 
 def catch_signals():
@@ -402,27 +393,24 @@ def draw_losses(out_dir):
 
     def smooth(points):
         """Each the mean of the last twentieth of all: (steps, losses)."""
-        steps, losses = [i for i, _ in points], [x for _, x in points]
         n = 1 + len(points) // 20
-        parts = (losses[max(0, i - n) : i] for i in range(1, len(points) + 1))
-        return steps, [sum(part) / len(part) for part in parts]
+        parts = [[x for _, x in points[max(0, i - n) : i]] for i in range(1, len(points) + 1)]
+        return [step for step, _ in points], [sum(part) / len(part) for part in parts]
 
     def points(key, source):
         return [(e["iter"], e[key][source]) for e in entries if source in e.get(key, {})]
 
     entries = read_log(os.path.join(out_dir, "log.jsonl"))
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.subplots()
+    axes = Figure(figsize=(9, 5), layout="constrained").subplots()
     total = [(e["iter"], e["loss"]) for e in entries if e.get("loss") is not None]
     axes.plot(*smooth(total), color="0.2", lw=1.5, label="all batches")
-    for n, source in enumerate(
-        sorted({k for e in entries for k in (e.get("losses") or e.get("val_losses", ()))})
-    ):
+    sources = {source for e in entries for source in {**e.get("losses", {}), **e.get("val_losses", {})}}
+    for n, source in enumerate(sorted(sources)):
         style = {"color": colormaps["tab20"](n % 20), "lw": 1}
         axes.plot(*smooth(points("losses", source)), label=source, alpha=0.7, **style)
-        if found := points("val_losses", source):
-            axes.plot(*zip(*found), ls=":", marker="o", ms=4, **style)
+        validated = points("val_losses", source)
+        axes.plot([i for i, _ in validated], [x for _, x in validated], ls=":", marker="o", ms=4, **style)
     axes.set(xlabel="step", ylabel="loss in nats", title=out_dir)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, ncols=2, title="lines: training, smoothed; dots: validation", title_fontsize=8)
-    save_picture(figure, os.path.join(out_dir, "loss.png"))
+    save_picture(axes.figure, os.path.join(out_dir, "loss.png"))

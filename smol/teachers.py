@@ -72,31 +72,17 @@ def canvas_of(ids):
     return start, (int((ids[start:] != tok.PAD).sum()) // (columns + 1), columns)
 
 
-def outcomes_of(answer, rows, columns):
-    """
-    The outcome (rows, columns), long, that an answer has at each position: its colour, or OVER outside it.
-    """
-    outcomes = np.full((rows, columns), OVER)
-    h, w = min(rows, answer.shape[0]), min(columns, answer.shape[1])
-    outcomes[:h, :w] = answer[:h, :w]
-    return torch.from_numpy(outcomes)
-
-
 def resize(frame, rows, columns):
     """A frame cut or padded with NaN to (rows, columns, 11)."""
-    out = torch.full((rows, columns, OUTCOMES), torch.nan)
-    r, c = min(rows, frame.shape[0]), min(columns, frame.shape[1])
-    out[:r, :c] = frame[:r, :c]
-    return out
+    more = columns - frame.shape[1], rows - frame.shape[0]
+    return F.pad(frame, (0, 0, 0, more[0], 0, more[1]), value=torch.nan)
 
 
 def to_frame(log_p, h, w):
     """
     log_p (h * (w + 1) + 1, 11), at the tokens of an (h, w) answer and its end -> frame (h + 1, w + 1, 11).
     """
-    frame = torch.full((h + 1, w + 1, OUTCOMES), torch.nan)
-    frame.view(-1, OUTCOMES)[: len(log_p)] = log_p
-    return frame
+    return F.pad(log_p, (0, 0, 0, w), value=torch.nan).view(h + 1, w + 1, OUTCOMES)
 
 
 def at_tokens(frame, answer):
@@ -124,11 +110,27 @@ def until_first_difference(log_p, answer):
     log_p (N, 11), at the tokens of an answer, of a teacher that has not read it. NaN after the first position
     where the teacher prefers another outcome: from there on it speaks of another answer.
     """
-    h, w = answer.shape
-    outcomes = outcomes_of(answer, h + 1, w + 1).flatten()[: len(log_p)]
+    outcomes = torch.from_numpy(np.pad(answer.astype(np.int64), (0, 1), constant_values=OVER))
+    outcomes = outcomes.flatten()[: len(log_p)]  # the colour at each token, or OVER
     differs = (log_p.argmax(-1) != outcomes) & ~log_p.isnan().any(-1)
     after = differs.cumsum(0) - differs.long() > 0
     return log_p.masked_fill(after[:, None], torch.nan)
+
+
+def frames_of_answers(documents, answers, context, log_probs):
+    """
+    The frames of answers, each the end of a document (ids), from a model that reads left to right; None where
+    the document is longer than context. log_probs(list of documents, their shapes) -> for each (N, 11).
+    """
+    frames, rows = [None] * len(documents), []
+    for i, (ids, answer) in enumerate(zip(documents, answers)):
+        if len(ids) <= context:
+            rows.append((i, ids, answer.shape))
+    for batch in engine.batches_by_length(rows, lambda row: len(row[1])):
+        where, some, shapes = zip(*batch)
+        for i, log_p, shape in zip(where, log_probs(some, shapes), shapes):
+            frames[i] = to_frame(log_p, *shape)
+    return frames
 
 
 # -----------------------------------------------------------------------------
@@ -156,21 +158,14 @@ class Ours:
 
     @torch.no_grad()
     def frames(self, tasks, answers):
-        return self.of_answers(tasks, answers) if self.reads_answers else self.of_canvases(tasks)
+        if not self.reads_answers:
+            return self.of_canvases(tasks)
+        documents = [document(task, answer) for task, answer in zip(tasks, answers)]
+        return frames_of_answers(documents, answers, self.context + 1, self.log_probs)  # the end is not read
 
-    def of_answers(self, tasks, answers):
-        frames, rows = [None] * len(tasks), []
-        for i, (task, answer) in enumerate(zip(tasks, answers)):
-            ids = document(task, answer)
-            if len(ids) - 1 <= self.model.config.block_size:
-                rows.append((i, ids, answer.shape))
-        for batch in engine.batches_by_length(rows, lambda row: len(row[1])):
-            shapes = [shape for *_, shape in batch]
-            logits = engine.cell_logits(self.model, [ids for _, ids, _ in batch], shapes)
-            log_p = logits.log_softmax(-1).cpu()
-            for (i, _, (h, w)), part in zip(batch, log_p.split([h * (w + 1) + 1 for h, w in shapes])):
-                frames[i] = to_frame(part, h, w)
-        return frames
+    def log_probs(self, documents, shapes):
+        log_p = engine.cell_logits(self.model, documents, shapes).log_softmax(-1).cpu()
+        return log_p.split([h * (w + 1) + 1 for h, w in shapes])
 
     def of_canvases(self, tasks):
         frames = [None] * len(tasks)
@@ -224,7 +219,9 @@ class HuggingFace:
             raise ValueError(f"teacher {name} cannot be loaded ({type(e).__name__}): {why:.200}") from None
         self.model = model.to(device).eval().requires_grad_(False)
         self.context = getattr(model.config, "max_position_embeddings", None) or 10**9
-        self.about = {"path": name, "model": model.config.model_type, "params": model.num_parameters()}
+        self.about = {"model": model.config.model_type, "params": model.num_parameters()}
+        if not os.path.isdir(name):
+            self.about["name"] = name  # on the hub; a folder here means nothing elsewhere
         self.begin = self.tokenizer.encode("")  # what a text begins with, such as Gemma's <bos>
         self.cannot = {}  # what it cannot teach, and why
         if self.tokenizer.eos_token_id is None or not any(map(self.maps_cells, BEFORE_A_CELL)):
@@ -275,21 +272,20 @@ class HuggingFace:
 
     @torch.no_grad()
     def frames(self, tasks, answers):
-        frames, rows = [None] * len(tasks), []
-        for i, (task, answer) in enumerate(zip(tasks, answers)):
-            ids = self.begin + self.tokens(document(task, answer)[:-1])
-            if len(ids) <= self.context:
-                rows.append((i, torch.tensor(ids), answer.shape))
-        for batch in engine.batches_by_length(rows, lambda row: len(row[1])):
-            idx = torch.nn.utils.rnn.pad_sequence([ids for _, ids, _ in batch], batch_first=True)
-            logits = self.model(idx.to(self.model.device)).logits
-            for row, (i, ids, (h, w)) in zip(logits, batch):
-                n = h * (w + 1) + 1
-                row = row[len(ids) - n : len(ids), self.outcomes].float().cpu()
-                ends_answer = (torch.arange(n) % (w + 1) == 0)[:, None]  # elsewhere OVER is the end of a row
-                over = torch.where(ends_answer, row[:, 11:], row[:, 10:11])
-                frames[i] = to_frame(torch.cat([row[:, :10], over], 1).log_softmax(-1), h, w)
-        return frames
+        documents = [document(task, answer)[:-1] for task, answer in zip(tasks, answers)]
+        documents = [torch.tensor(self.begin + self.tokens(ids)) for ids in documents]
+        return frames_of_answers(documents, answers, self.context, self.log_probs)
+
+    def log_probs(self, documents, shapes):
+        out = []
+        idx = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True).to(self.model.device)
+        for logits, ids, (h, w) in zip(self.model(idx).logits, documents, shapes):
+            n = h * (w + 1) + 1
+            logits = logits[len(ids) - n : len(ids), self.outcomes].float().cpu()
+            ends_answer = (torch.arange(n) % (w + 1) == 0)[:, None]  # elsewhere OVER is the end of a row
+            over = torch.where(ends_answer, logits[:, 11:], logits[:, 10:11])
+            out.append(torch.cat([logits[:, :10], over], 1).log_softmax(-1))
+        return out
 
 
 def load(path, device, dtype="float32"):
@@ -300,6 +296,6 @@ def load(path, device, dtype="float32"):
     if path.startswith("hf:") or os.path.isfile(os.path.join(path, "config.json")):
         return HuggingFace(path.removeprefix("hf:"), device, dtype)
     model, saved = checkpoint.load_model(path, device)
-    about = {"path": path, "sha256": sha256_file(checkpoint.local_file(path)), "model": saved["model"]}
+    about = {"model": saved["model"], "sha256": sha256_file(checkpoint.local_file(path))}
     sources = saved["train"].get("data", {}).get("sources", [])
     return Ours(model.requires_grad_(False), about, sources)

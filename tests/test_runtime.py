@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+from functools import lru_cache
 
 import pytest
 import scripts
@@ -48,12 +49,24 @@ def test_cards_are_known_by_the_names_that_drivers_report():
         assert runtime.peak_flops(unknown) is None
 
 
-@pytest.mark.parametrize("has_amx", (True, False))
-def test_a_cpu_trains_in_bfloat16_where_that_is_faster(has_amx, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+@pytest.mark.parametrize(
+    "amx, about, want",
+    [
+        (True, "GenuineIntel avx512_bf16", "bfloat16"),
+        (False, "GenuineIntel avx512_bf16", "float32"),
+        (False, "AuthenticAMD avx512_bf16", "bfloat16"),  # Zen 4
+        (False, "AuthenticAMD avx2", "float32"),
+        (False, None, "float32"),  # where there is no such file
+    ],
+)
+def test_a_cpu_trains_in_bfloat16_where_that_is_faster(amx, about, want, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(runtime, "CPUINFO", tmp_path / "cpuinfo")
+    if about:
+        (tmp_path / "cpuinfo").write_text(about)
+    monkeypatch.setattr(runtime, "cpu_prefers_bfloat16", lru_cache(runtime.cpu_prefers_bfloat16.__wrapped__))
     for effect in ("keep_freed_memory", "start_processes"):
         monkeypatch.setattr(runtime, effect, lambda *about: None)
-    want = "bfloat16" if has_amx else "float32"
     assert runtime.start("cpu", "auto") == ("cpu", want)
     assert runtime.start("cpu", "float32") == ("cpu", "float32")
     assert fast_dtype(torch.device("cpu")) == getattr(torch, want)  # of Muon
@@ -128,7 +141,7 @@ def test_three_processes_find_the_same_and_end_together():
     done = scripts.run("", before=DRIFT, processes=3)
     assert done.returncode == 1 and done.stderr == "error: no such thing (process 2)\n"
     found = dict(line.split("|") for line in done.stdout.splitlines())
-    want = [None, "process 0 differs in b and 1 more", "process 2 differs in b and 1 more"]
+    want = [None, *(f"process {r} differs from process 0 in b, 2 of 3 in all" for r in (1, 2))]
     want += [None, "broken (process 1)", "all", [3.0, 1.5]]
     for r, gathered in ("0", [0, 10, 20]), ("1", []), ("2", []):
         assert found[r] == repr([*want, gathered])
