@@ -33,7 +33,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import model_dense
-from kda import SHORT, KimiDeltaAttention
+from kda import KimiDeltaAttention
 from model_dense import Attention, HubMixin, RMSNorm, SwiGLU, linear_cross_entropy, row_shares, run_blocks
 from smol import arc, engine
 from smol import tokenizer as tok
@@ -45,6 +45,7 @@ ANSWER_IDS = [*range(tok.CELL0, tok.CELL0 + 10), tok.VOID]  # what a canvas cell
 ANSWER_ROWS = [i - tok.EOT for i in ANSWER_IDS]  # their rows in Model.puzzle_words
 BATCH_TOKENS = 8192  # positions per batch when answering: memory is the same for short and for long tasks
 WAYS = 8  # to read grids
+SHORT = 16  # tokens of lines that are sequences of their own on a CPU
 NOISE = 1.0  # of rollouts, where z has size 1
 
 
