@@ -26,7 +26,7 @@ import functools
 import math
 import os
 import sys
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -307,16 +307,8 @@ def pairs_grad(x, k, d, dA):
     return dx, dk
 
 
-class Form(NamedTuple):
-    """The steps of which there are also kernels."""
-
-    decays: callable
-    pairs: callable
-    states: callable
-    pairs_grad: callable
-
-
-TORCH = Form(decays, pairs, states, pairs_grad)
+# the steps of which there are also kernels
+TORCH = SimpleNamespace(decays=decays, pairs=pairs, states=states, pairs_grad=pairs_grad)
 
 # -----------------------------------------------------------------------------
 # 5. kernels
@@ -468,36 +460,32 @@ def launch(kernel, programs, columns, dot, *args, **constants):
     kernel[grid](*args, STEP=step, DOT=dot, num_warps=warps, num_stages=1, **constants)
 
 
-def decays_triton(g):
-    """What the kernels do not count themselves: g, start, end, total as in `decays`."""
-    G = g.cumsum(1)
-    return g, G.exp(), (g.flip(1).cumsum(1).flip(1) - g).exp_(), G[:, -1:].exp().mT
-
-
-def pairs_triton(dot, x, k, d):
-    (M, _, K), XQ = k.shape, x.new_empty(*x.shape[:3], x.shape[2])
-    launch(pairs_kernel, M, K, dot, x, k, d[0], XQ, K)
-    return XQ
-
-
-def states_triton(dot, X, read, write, total, rows, S, backwards=False):
-    heads, (K, V) = len(S) - len(X), S.shape[1:]
-    args = X, read, write, total, rows, S, len(X) // heads, K, V
-    launch(states_kernel, heads, V, dot, *args, KPAD=padded(K), BACK=backwards)
-
-
-def pairs_grad_triton(dot, x, k, d, dA):
-    (M, _, K), dx, dk = k.shape, torch.empty_like(x), torch.empty_like(k)
-    launch(pairs_grad_kernel, M, K, dot, x, k, d[0], dA, dx, dk, K)
-    return dx, dk
-
-
-def triton_form(dtype):
-    """The Form for inputs v of this dtype."""
+def form_of(backend, dtype):
+    """The steps in PyTorch, or by the kernels for inputs v of this dtype. Shapes are the same."""
+    if backend == "chunk":
+        return TORCH
     dot = "ieee" if dtype == torch.float32 else "tf32"
-    return Form(
-        decays_triton, *(functools.partial(f, dot) for f in (pairs_triton, states_triton, pairs_grad_triton))
-    )
+
+    def decays(g):  # the kernels count those of blocks themselves, from g
+        G = g.cumsum(1)
+        return g, G.exp(), (g.flip(1).cumsum(1).flip(1) - g).exp_(), G[:, -1:].exp().mT
+
+    def pairs(x, k, d):
+        (M, _, K), XQ = k.shape, x.new_empty(*x.shape[:3], x.shape[2])
+        launch(pairs_kernel, M, K, dot, x, k, d[0], XQ, K)
+        return XQ
+
+    def states(X, read, write, total, rows, S, backwards=False):
+        heads, (K, V) = len(S) - len(X), S.shape[1:]
+        args = X, read, write, total, rows, S, len(X) // heads, K, V
+        launch(states_kernel, heads, V, dot, *args, KPAD=padded(K), BACK=backwards)
+
+    def pairs_grad(x, k, d, dA):
+        (M, _, K), dx, dk = k.shape, torch.empty_like(x), torch.empty_like(k)
+        launch(pairs_grad_kernel, M, K, dot, x, k, d[0], dA, dx, dk, K)
+        return dx, dk
+
+    return SimpleNamespace(decays=decays, pairs=pairs, states=states, pairs_grad=pairs_grad)
 
 
 # -----------------------------------------------------------------------------
@@ -608,7 +596,7 @@ def chunk_op(q, k, v, g, beta, initial_state, scale, want_state, backend):
     """-> filled, what `empty_results` returns."""
     _, state, XQ, _ = empty_results(q, k, v, g, beta, initial_state, want_state, backend)
     heads, C, wide = len(state), XQ.shape[-1], XQ.dtype
-    form = triton_form(v.dtype) if backend == "triton" else TORCH
+    form = form_of(backend, v.dtype)
     state.zero_()
     if initial_state is not None:
         state.copy_(initial_state.flatten(0, 1))
@@ -622,7 +610,7 @@ def chunk_op(q, k, v, g, beta, initial_state, scale, want_state, backend):
 def chunk_backward_op(q, k, v, g, beta, initial_state, scale, backend, XQ, S, do, d_final):
     """-> gradients in q, k, v, g, beta and the initial state (empty if there was none)."""
     C, wide = XQ.shape[-1], XQ.dtype
-    form = triton_form(v.dtype) if backend == "triton" else TORCH
+    form = form_of(backend, v.dtype)
     inputs = q, k, v, g, beta.unsqueeze(-1)
     if len(S) and d_final is None:
         d_final = torch.zeros_like(S[XQ.shape[1] :])
@@ -839,8 +827,11 @@ class KimiDeltaAttention(nn.Module):
         self.o_norm = GatedRMSNorm(head_dim, norm_eps)
         self.o_proj = linear(inner, hidden_size)
 
-    def empty_cache(self, batch_size):
-        """Before the first token: the convolution's last inputs (B, CONV - 1, 3HK), a state (B, H, K, K)."""
+    def empty_cache(self, batch_size, length=None):
+        """
+        Before the first token: the convolution's last inputs (B, CONV - 1, 3HK), and a state (B, H, K, K),
+        whatever length they are for.
+        """
         H, K = self.num_heads, self.head_dim
         new = self.A_log.new_zeros
         return new(batch_size, CONV - 1, 3 * H * K), widened(new(batch_size, H, K, K))

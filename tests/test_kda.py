@@ -272,8 +272,7 @@ def test_backends_are_named_and_python_kda_py_checks(monkeypatch, capsys):
     with pytest.raises(ValueError, match="GPU"):
         kda_file.check()
     monkeypatch.setattr(kda_file, "BACKEND", "auto")
-    wrong = kda_file.TORCH._replace(states=lambda X, *rest, **_: kda_file.states(-X, *rest, **_))
-    monkeypatch.setattr(kda_file, "TORCH", wrong)
+    monkeypatch.setattr(kda_file.TORCH, "states", lambda X, *rest, **_: kda_file.states(-X, *rest, **_))
     with pytest.raises(SystemExit, match="KDA_BACKEND=chunk"):
         kda_file.check()
 
