@@ -26,7 +26,7 @@ import functools
 import math
 import os
 import sys
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -48,12 +48,9 @@ CHUNK = 64
 CPU_CHUNK = 32  # one merge of blocks less
 # Where gates are clamped: exp(-16) is 1e-7, one unit of float32, and exp(-80) is nothing to float64.
 FLOOR = {torch.float32: -16.0, torch.float64: -80.0}
-# Tokens per block at most. A block forgets at most exp(-16 * 8), and float32 has exp(64) and exp(-64).
-BLOCK = 8
-# Tokens of a sequence that needs neither chunks nor blocks.
-SHORT = 16
-# Numbers in one tensor on a CPU: 1 MB, so that what is worked on stays in its cache.
-AT_ONCE = 1 << 18
+BLOCK = 8  # tokens per block at most, in a chunk of several blocks
+SHORT = 12  # tokens of a chunk that is one block
+CONV = 4  # taps of the layer's short convolutions
 
 # -----------------------------------------------------------------------------
 # 1. the recurrence
@@ -108,20 +105,20 @@ def kda_step(q, k, v, g, beta, state, scale=None):
 
 def chunk_forward(q, k, v, g, beta, scale, state, form):
     """
-    q, k, g (M, C, K), g clamped; v (M, C, V); beta (M, C, 1); state (heads, K, V). Returns o (M, C, V),
-    the final state, and for the backward XQ (2, M, C, C) and the state (M, K, V) before each chunk.
-    state may be None if there is one chunk of each head, with nothing before it. Then no states are returned.
+    q, k, g (M, C, K), g clamped; v (M, C, V); beta (M, C, 1); state (heads, K, V), or None if there is one
+    chunk of each head, with nothing before it and nothing to come. Returns o (M, C, V), and for the backward
+    XQ (2, M, C, C) and the states S (M + heads, K, V), none of them where the state was None.
     """
     x, d, new = erase_and_read(q, k, beta, scale), form.decays(g), beta * v
     X, Q = XQ = form.pairs(x, k, d)
     if state is None:
-        return torch.bmm(Q, torch.bmm(X, new)), None, XQ, None
+        return torch.bmm(Q, torch.bmm(X, new)), XQ, v.new_empty(0, k.shape[-1], v.shape[-1])
     (_, start, end, total), heads = d, len(state)
     e_in, q_in = x * start
     S = state.new_zeros(len(X) + heads, *state.shape[1:])
     S[:heads] = state
     form.states(X, e_in, k * end, total, new, S)
-    return torch.bmm(Q, new).baddbmm_(q_in, S[:-heads]), S[-heads:], XQ, S[:-heads]
+    return torch.bmm(Q, new).baddbmm_(q_in, S[:-heads]), XQ, S
 
 
 def erase_and_read(q, k, beta, scale):
@@ -152,8 +149,10 @@ def states(X, read, write, total, rows, S, backwards=False):
 #
 # The one difficulty is exp(G_i - G_j) under a sum over channels. As a product of two factors, exp(G_i - ref)
 # and exp(ref - G_j), it is a matmul, but one of them overflows where a chunk forgets a lot. So a chunk is cut
-# into blocks of up to 8 tokens. With gates of at least -16 a block forgets at most exp(-128), and with ref
-# half-way through it, both factors are within exp(+-64).
+# into blocks of up to 8 tokens. With gates of at least -16 a block forgets at most exp(-112) from its first
+# token to its last, and with ref half-way, both factors are within exp(+-56): float32 has exp(88), and the
+# rest is room for what they are multiplied by. Only a chunk of up to 12 tokens is one block, because it pays:
+# of 12 tokens, gates are clamped at -128 / 11 then, which leaves 9e-6 of what should be forgotten.
 #
 # Tokens of different blocks meet where neighbouring blocks merge into one of twice the length. Token i in the
 # second and token j in the first decay from j to the border, and from the border to i. Both factors are <= 1,
@@ -173,14 +172,14 @@ def decays(g):
     late is the decay from the middle of the block. At others late is for each second block and early for each
     first. start, end: decay from the chunk's start to a token, and from a token to the chunk's end.
     """
-    M, C, K = g.shape
-    merges = max(0, math.ceil(math.log2(C / BLOCK)))  # fewer in short chunks
+    (M, C, K), merges = g.shape, merges_of(g.shape[1])
     G = g.view(M << merges, C >> merges, K).cumsum(1)
-    half = G[:, -1:] / 2
-    late = G.sub_(half).exp_()
-    early, half = late.reciprocal(), half.exp_()
+    middle = (G[:, :1] + G[:, -1:]) / 2
+    before, after = middle.exp(), (G[:, -1:] - middle).exp()
+    late = G.sub_(middle).exp_()
+    early = late.reciprocal()
     levels = [(late, early)]
-    start, end, total = late * half, early * half, half * half
+    start, end, total = late * before, early * after, before * after
     for _ in range(merges):
         # from the borders of blocks to those of pairs: second blocks start earlier, first ones end later
         (_, start2), (end1, _), (total1, total2) = halves(start), halves(end), halves(total)
@@ -189,6 +188,11 @@ def decays(g):
         end1.mul_(total2)
         start, end, total = (t.view(len(total1), -1, K) for t in (start, end, total1 * total2))
     return levels, start.view_as(g), end.view_as(g), total.mT
+
+
+def merges_of(C):
+    """How often neighbouring blocks of a chunk of C tokens merge until one is left."""
+    return 0 if C <= SHORT else math.ceil(math.log2(C / BLOCK))
 
 
 def halves(t):
@@ -249,17 +253,17 @@ def pairs(x, k, d):
 def chunk_backward(q, k, v, g, beta, scale, XQ, S, do, d_state, form):
     """
     Gradients of `chunk_forward` in q, k, v, g, beta and the initial state, from do (M, C, V) and d_state
-    (heads, K, V). S and d_state are None where the state was.
+    (heads, K, V), which is None where the state was.
     """
     x, d, new = erase_and_read(q, k, beta, scale), form.decays(g), beta * v
     (X, Q), (_, start, end, total) = XQ, d
     dR = torch.bmm(Q.mT, do)
-    if S is None:
+    if d_state is None:
         new, dR = torch.bmm(X, new), torch.bmm(X.mT, dR)
     else:
         x_in, k_out, heads = x * start, k * end, len(d_state)
+        dS, S = torch.empty_like(S), S[:-heads]
         new = torch.bmm(X, new.baddbmm_(x_in[0], S))
-        dS = S.new_empty(len(S) + heads, *S.shape[1:])
         torch.bmm(x_in[1].mT, do, out=dS[:-heads])
         dS[-heads:] = d_state
         form.states(X, k_out, x_in[0], total, dR, dS, backwards=True)
@@ -268,12 +272,12 @@ def chunk_backward(q, k, v, g, beta, scale, XQ, S, do, d_state, form):
     torch.bmm(dR, new.mT, out=dA[0])
     torch.bmm(do, new.mT, out=dA[1])
     dx, dk = form.pairs_grad(x, k, d, dA)
-    if S is not None:
+    if d_state is not None:
         for t, dt in zip((dR, do), dx):
             dt.addcmul_(torch.bmm(t, S.mT), start)
     dG = (x[0] * dx[0]).addcmul_(x[1], dx[1]).addcmul_(k, dk, value=-1)
     dg = dG.flip(1).cumsum(1).flip(1)
-    if S is not None:
+    if d_state is not None:
         # k_out has the gates after its token. Apart, because it may be large where dG is e^-50.
         dk_out = torch.bmm(new, dS.mT).mul_(end)
         dg += (total * (S * dS).sum(-1, keepdim=True)).mT
@@ -303,16 +307,8 @@ def pairs_grad(x, k, d, dA):
     return dx, dk
 
 
-class Form(NamedTuple):
-    """The steps of which there are also kernels."""
-
-    decays: callable
-    pairs: callable
-    states: callable
-    pairs_grad: callable
-
-
-TORCH = Form(decays, pairs, states, pairs_grad)
+# the steps of which there are also kernels
+TORCH = SimpleNamespace(decays=decays, pairs=pairs, states=states, pairs_grad=pairs_grad)
 
 # -----------------------------------------------------------------------------
 # 5. kernels
@@ -464,53 +460,49 @@ def launch(kernel, programs, columns, dot, *args, **constants):
     kernel[grid](*args, STEP=step, DOT=dot, num_warps=warps, num_stages=1, **constants)
 
 
-def decays_triton(g):
-    """What the kernels do not count themselves: g, start, end, total as in `decays`."""
-    G = g.cumsum(1)
-    return g, G.exp(), (g.flip(1).cumsum(1).flip(1) - g).exp_(), G[:, -1:].exp().mT
-
-
-def pairs_triton(dot, x, k, d):
-    (M, _, K), XQ = k.shape, x.new_empty(*x.shape[:3], x.shape[2])
-    launch(pairs_kernel, M, K, dot, x, k, d[0], XQ, K)
-    return XQ
-
-
-def states_triton(dot, X, read, write, total, rows, S, backwards=False):
-    heads, (K, V) = len(S) - len(X), S.shape[1:]
-    args = X, read, write, total, rows, S, len(X) // heads, K, V
-    launch(states_kernel, heads, V, dot, *args, KPAD=padded(K), BACK=backwards)
-
-
-def pairs_grad_triton(dot, x, k, d, dA):
-    (M, _, K), dx, dk = k.shape, torch.empty_like(x), torch.empty_like(k)
-    launch(pairs_grad_kernel, M, K, dot, x, k, d[0], dA, dx, dk, K)
-    return dx, dk
-
-
-def triton_form(dtype):
-    """The Form for inputs v of this dtype."""
+def form_of(backend, dtype):
+    """The steps in PyTorch, or by the kernels for inputs v of this dtype. Shapes are the same."""
+    if backend == "chunk":
+        return TORCH
     dot = "ieee" if dtype == torch.float32 else "tf32"
-    return Form(
-        decays_triton, *(functools.partial(f, dot) for f in (pairs_triton, states_triton, pairs_grad_triton))
-    )
+
+    def decays(g):  # the kernels count those of blocks themselves, from g
+        G = g.cumsum(1)
+        return g, G.exp(), (g.flip(1).cumsum(1).flip(1) - g).exp_(), G[:, -1:].exp().mT
+
+    def pairs(x, k, d):
+        (M, _, K), XQ = k.shape, x.new_empty(*x.shape[:3], x.shape[2])
+        launch(pairs_kernel, M, K, dot, x, k, d[0], XQ, K)
+        return XQ
+
+    def states(X, read, write, total, rows, S, backwards=False):
+        heads, (K, V) = len(S) - len(X), S.shape[1:]
+        args = X, read, write, total, rows, S, len(X) // heads, K, V
+        launch(states_kernel, heads, V, dot, *args, KPAD=padded(K), BACK=backwards)
+
+    def pairs_grad(x, k, d, dA):
+        (M, _, K), dx, dk = k.shape, torch.empty_like(x), torch.empty_like(k)
+        launch(pairs_grad_kernel, M, K, dot, x, k, d[0], dA, dx, dk, K)
+        return dx, dk
+
+    return SimpleNamespace(decays=decays, pairs=pairs, states=states, pairs_grad=pairs_grad)
 
 
 # -----------------------------------------------------------------------------
 # 6. the operator
 #
 # Registered with torch.library, so that torch.compile sees one operation with known shapes instead of tracing
-# into the loops. The backward is an operation of its own for the same reason.
+# into the loops, and another one for the backward.
 
 
-def choose_backend(device, dtype):
+def choose_backend(device, dtype, channels=0):
     """What backend="auto" means on this torch.device, computing in this dtype: (its name, why)."""
     if BACKEND != "auto":
         return BACKEND, "KDA_BACKEND says so"
     if device.type != "cuda":
         return "chunk", "it is the fastest there is without a GPU"
-    if triton is None or dtype == torch.float64:
-        return "chunk", "the kernels need Triton, and have no float64"
+    if triton is None or dtype == torch.float64 or channels > 128:
+        return "chunk", "the kernels need Triton, no float64 and at most 128 channels"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "chunk", "Triton has no tensor cores for this GPU, cuBLAS does"
     return "triton", "Triton knows this GPU"
@@ -518,14 +510,13 @@ def choose_backend(device, dtype):
 
 def resolve(backend, dtype, q, v):
     """The backend for these tensors, computing in this dtype. ValueError if there is none, or it cannot."""
-    wide = max(q.shape[-1], v.shape[-1]) > 128
+    channels = max(q.shape[-1], v.shape[-1])
     if backend == "auto":
-        backend, _ = choose_backend(q.device, dtype)
-        backend = "chunk" if backend == "triton" and wide else backend
+        backend, _ = choose_backend(q.device, dtype, channels)
     if backend not in ("recurrent", "chunk", "triton"):
         raise ValueError(f"backend or KDA_BACKEND is {backend!r}, not auto, recurrent, chunk or triton")
     on_gpu = triton is not None and (q.is_cuda or INTERPRETED)
-    if backend == "triton" and (not on_gpu or dtype == torch.float64 or wide):
+    if backend == "triton" and (not on_gpu or dtype == torch.float64 or channels > 128):
         raise ValueError(
             "backend 'triton' needs Triton, a GPU, no float64, at most 128 channels: use 'chunk'"
         )
@@ -556,30 +547,18 @@ def computing(v):
         setattr(settings, name, before)
 
 
-def chunk_length(T, most):
-    """Tokens per chunk: a multiple of 8 with little padding. At most 64: 100 tokens make two chunks of 56."""
-    chunks = -(-T // most)
-    return 8 * -(-T // (8 * chunks))
+def chunk_length(T, backend, device):
+    """Tokens per chunk: as many blocks of equal length as fit, with little padding."""
+    if backend == "triton":
+        return CHUNK
+    chunks = -(-T // (CPU_CHUNK if device.type == "cpu" else CHUNK))
+    blocks = 1 << merges_of(-(-T // chunks))
+    return blocks * -(-T // (chunks * blocks))
 
 
-def pieces(q, v, C):
-    """
-    What is worked through one after the other, as (rows, tokens, chunks): slices of the inputs' first two
-    dimensions, and of what is kept for the backward. All at once on a GPU, as much as its cache holds on a
-    CPU.
-    """
-    B, T, H, K = q.shape
-    at_once = AT_ONCE // (C * H * max(K, v.shape[-1])) if q.device.type == "cpu" else B * T
-    rows = min(B, max(1, at_once))
-    tokens = C * max(1, at_once // rows)
-    parts, done = [], 0
-    for b in range(0, B, rows):
-        for a in range(0, T, tokens):
-            here = slice(b, min(b + rows, B)), slice(a, min(a + tokens, T))
-            chunks = (here[0].stop - b) * -(-(here[1].stop - a) // C) * H
-            parts.append((*here, slice(done, done + chunks)))
-            done += chunks
-    return parts
+def floor_of(C, dtype):
+    """Where the gates of chunks of C tokens are clamped."""
+    return BLOCK / (C - 1) * FLOOR[dtype] if BLOCK < C <= SHORT else FLOOR[dtype]
 
 
 def to_chunks(t, C, dtype):
@@ -591,77 +570,61 @@ def to_chunks(t, C, dtype):
     return t.reshape(B, -1, C, H, D).permute(1, 0, 3, 2, 4).to(dtype).reshape(-1, C, D).contiguous()
 
 
-def from_chunks(x, out):
-    """The inverse: x (M, C, D) into out (B, T, H, D)."""
-    (B, T, H, D), C = out.shape, x.shape[1]
-    x = x.view(-1, B, H, C, D).permute(1, 0, 3, 2, 4)
-    if T % C:
-        out.copy_(x.reshape(B, -1, H, D)[:, :T])
-    else:
-        out.unflatten(1, (-1, C)).copy_(x)
+def from_chunks(x, like):
+    """The inverse: x (M, C, D) -> (B, T, H, D), shaped and typed as `like`."""
+    B, T, H, D = like.shape
+    x = x.view(-1, B, H, x.shape[1], D).permute(1, 0, 3, 2, 4)
+    return x.to(like.dtype).reshape(B, -1, H, D)[:, :T].contiguous()
 
 
 def empty_results(q, k, v, g, beta, initial_state, want_state, backend):
     """
-    -> o, the final state, and what is kept for the backward: XQ and the states S that chunks read. With one
-    chunk, nothing before it and nobody who asks for the final state, there are no states.
+    -> o, the final state (B * H, K, V), and what is kept for the backward: XQ and S. With one chunk, nothing
+    before it and nobody who asks for the final state, there are no states.
     """
     (B, T, H, K), V, wide = q.shape, v.shape[-1], widest(q, k, v, g, beta)
-    C = CHUNK if backend == "triton" else chunk_length(T, CPU_CHUNK if q.device.type == "cpu" else CHUNK)
+    C = chunk_length(T, backend, q.device)
     M, alone = B * H * -(-T // C), T <= C and initial_state is None and not want_state
-    XQ = q.new_empty(2, M, C, C, dtype=wide)
-    S = q.new_empty(0 if alone else M, K, V, dtype=wide)
-    return v.new_empty(v.shape), q.new_empty(0 if alone else B, H, K, V, dtype=wide), XQ, S
+    n_last, n_states = (0, 0) if alone else (B * H, M + B * H)
+    state, XQ, S = (
+        q.new_empty(shape, dtype=wide) for shape in ((n_last, K, V), (2, M, C, C), (n_states, K, V))
+    )
+    return v.new_empty(v.shape), state, XQ, S
 
 
-def chunk_op(q, k, v, g, beta, initial_state, scale, want_state, backend="chunk"):
-    """-> o, the final state (float32 or float64, anything unless `want_state`), XQ, S."""
-    form = triton_form(v.dtype) if backend == "triton" else TORCH
-    o, state, XQ, S = results = empty_results(q, k, v, g, beta, initial_state, want_state, backend)
+def chunk_op(q, k, v, g, beta, initial_state, scale, want_state, backend):
+    """-> filled, what `empty_results` returns."""
+    _, state, XQ, _ = empty_results(q, k, v, g, beta, initial_state, want_state, backend)
+    heads, C, wide = len(state), XQ.shape[-1], XQ.dtype
+    form = form_of(backend, v.dtype)
     state.zero_()
     if initial_state is not None:
-        state.copy_(initial_state)
-    C, wide, alone = XQ.shape[-1], XQ.dtype, not len(S)
-    inputs = q, k, v, g, beta.unsqueeze(-1)
+        state.copy_(initial_state.flatten(0, 1))
     with computing(v):
-        for rows, tokens, chunks in pieces(q, v, C):
-            q_, k_, v_, g_, beta_ = (to_chunks(t[rows, tokens], C, wide) for t in inputs)
-            before = None if alone else state[rows].flatten(0, 1)
-            o_, after, XQ[:, chunks], S_ = chunk_forward(
-                q_, k_, v_, g_.clamp(FLOOR[wide]), beta_, scale, before, form
-            )
-            from_chunks(o_, o[rows, tokens])
-            if not alone:
-                S[chunks], state[rows] = S_, after.view_as(state[rows])
-    return results
+        *qkv, g, beta = (to_chunks(t, C, wide) for t in (q, k, v, g, beta.unsqueeze(-1)))
+        g = g.clamp(floor_of(C, wide))
+        o, XQ, S = chunk_forward(*qkv, g, beta, scale, state if heads else None, form)
+    return from_chunks(o, v), S[len(S) - heads :].clone(), XQ, S
 
 
 def chunk_backward_op(q, k, v, g, beta, initial_state, scale, backend, XQ, S, do, d_final):
     """-> gradients in q, k, v, g, beta and the initial state (empty if there was none)."""
-    (B, _, H, K), V, C, wide, alone = q.shape, v.shape[-1], XQ.shape[-1], XQ.dtype, not len(S)
-    form = triton_form(v.dtype) if backend == "triton" else TORCH
-    inputs = q, k, v, g, beta.unsqueeze(-1), do
-    grads = [t.new_empty(t.shape) for t in inputs[:5]]
-    d_state = q.new_zeros(B, H, K, V, dtype=wide)
-    if d_final is not None:
-        d_state.copy_(d_final)
+    C, wide = XQ.shape[-1], XQ.dtype
+    form = form_of(backend, v.dtype)
+    inputs = q, k, v, g, beta.unsqueeze(-1)
+    if len(S) and d_final is None:
+        d_final = torch.zeros_like(S[XQ.shape[1] :])
     with computing(v):
-        for rows, tokens, chunks in reversed(pieces(q, v, C)):
-            q_, k_, v_, g_, beta_, do_ = (to_chunks(t[rows, tokens], C, wide) for t in inputs)
-            S_, after = (None, None) if alone else (S[chunks], d_state[rows].flatten(0, 1))
-            dq, dk, dv, dg, d_beta, before = chunk_backward(
-                q_, k_, v_, g_.clamp(FLOOR[wide]), beta_, scale, XQ[:, chunks], S_, do_, after, form
-            )
-            dg.masked_fill_(g_ < FLOOR[wide], 0)
-            for whole, part in zip(grads, (dq, dk, dv, dg, d_beta)):
-                from_chunks(part, whole[rows, tokens])
-            if not alone:
-                d_state[rows] = before.view_as(d_state[rows])
-    grads[4] = grads[4].squeeze(-1)
-    return *grads, q.new_empty(0) if initial_state is None else d_state.to(initial_state.dtype)
+        *qkv, g, beta, do = (to_chunks(t, C, wide) for t in (*inputs, do))
+        clamped = g.clamp(floor_of(C, wide))
+        *grads, d_state = chunk_backward(*qkv, clamped, beta, scale, XQ, S, do, d_final, form)
+        grads[3].masked_fill_(g < clamped, 0)
+    dq, dk, dv, dg, d_beta = (from_chunks(d, t) for d, t in zip(grads, inputs))
+    d_state = q.new_empty(0) if initial_state is None else d_state.view_as(initial_state).to(initial_state)
+    return dq, dk, dv, dg, d_beta.squeeze(-1), d_state
 
 
-# Operators are named after the module, so that a changed copy of this file can be imported beside it.
+# Named after the module, so that a changed copy of this file can be imported beside it.
 NAME = __name__.strip("_").replace(".", "_") + "_operators"
 ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state, float scale, "
 kda_op = torch.library.custom_op(
@@ -690,85 +653,30 @@ def _(q, k, v, g, beta, initial_state, *rest):
     return *(t.new_empty(t.shape) for t in (q, k, v, g, beta)), d_state
 
 
-def save_for_backward(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.want_state, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, *output[2:])
-    ctx.set_materialize_grads(False)
-
-
-def kda_gradients(ctx, do, d_final, *_):
-    *inputs, XQ, S = ctx.saved_tensors
-    do = torch.zeros_like(inputs[2]) if do is None else do
-    d_final = d_final if ctx.want_state else None
-    *grads, d_state = kda_backward_op(*inputs, ctx.scale, ctx.backend, XQ, S, do, d_final)
-    return *grads, None if inputs[5] is None else d_state, None, None, None
-
-
-kda_op.register_autograd(kda_gradients, setup_context=save_for_backward)
-
-
-class ShortFunction(torch.autograd.Function):
-    """
-    Sequences of at most SHORT tokens with nothing before them, in float32 on a CPU: one masked product of all
-    pairs and one triangular solve for each, without chunks and blocks. Half of the decay from the first to
-    the last token is on either side of a pair, and exp(88) is still a float32. So gates are clamped at -16
-    for up to 12 tokens, and at -11.7 for 16: of what should be forgotten, 8e-6 is left.
-    """
+class KDAFunction(torch.autograd.Function):
+    """As operators for the compiler. Without it as functions, which saves a third of a millisecond."""
 
     @staticmethod
-    def forward(ctx, q, k, v, g, beta, scale):
-        """Shapes as in `kda` -> o (B, T, H, V) in float32."""
-        B, T, H, _ = q.shape
-        inputs = q, k, v, g, beta.unsqueeze(-1)
-        q, k, v, g, beta = (t.float().transpose(1, 2).reshape(B * H, T, -1) for t in inputs)
-        floor = max(FLOOR[torch.float32], -176 / max(1, T - 1))
-        G = g.clamp(floor).cumsum(1)
-        late = (G - (G[:, :1] + G[:, -1:]) / 2).exp_()
-        early, q = late.reciprocal(), q * scale
-        x, k_early = torch.cat([k * beta * late, q * late], 1), k * early
-        P, Q = torch.bmm(x, k_early.mT).chunk(2, 1)  # (B * H, T, T); what is above the diagonal may be inf
-        Q = Q.tril(-1)
-        Q.diagonal(dim1=1, dim2=2).copy_((q * k).sum(-1))
-        new = torch.linalg.solve_triangular(P, beta * v, upper=False, unitriangular=True)
-        ctx.scale = scale
-        ctx.save_for_backward(q, k, v, g >= floor, beta, late, early, x, k_early, P, Q, new)
-        return torch.bmm(Q, new).reshape(B, H, T, -1).transpose(1, 2)
+    def forward(ctx, q, k, v, g, beta, initial_state, scale, want_state, backend):
+        """-> o and the final state (B * H, K, V), which is anything unless `want_state`."""
+        op = kda_op if torch.compiler.is_compiling() else chunk_op
+        o, state, XQ, S = op(q, k, v, g, beta, initial_state, scale, want_state, backend)
+        ctx.save_for_backward(q, k, v, g, beta, initial_state, XQ, S)
+        ctx.scale, ctx.want_state, ctx.backend = scale, want_state, backend
+        ctx.set_materialize_grads(False)
+        return o, state
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, do):
-        q, k, v, open_gate, beta, late, early, x, k_early, P, Q, new = ctx.saved_tensors
-        (B, T, H, V), K = do.shape, q.shape[-1]
-        do = do.transpose(1, 2).reshape(B * H, T, V)
-        dR = torch.linalg.solve_triangular(P.mT, torch.bmm(Q.mT, do), upper=True, unitriangular=True)
-        dA = torch.bmm(torch.cat([-dR, do], 1), new.mT).reshape(-1, T, T).tril(-1).reshape(B * H, 2 * T, T)
-        d_bk, dq = torch.bmm(dA, k_early).reshape(-1, 2, T, K).mul(late.unsqueeze(1)).unbind(1)
-        dk = torch.bmm(dA.mT, x).mul_(early)
-        dG = (k * beta * d_bk).addcmul_(q, dq).addcmul_(k, dk, value=-1)
-        dg = dG.flip(1).cumsum(1).flip(1).mul_(open_gate)
-        diagonal = (do * new).sum(-1, keepdim=True)
-        d_beta = (dR * v).sum(-1, keepdim=True) + (d_bk * k).sum(-1, keepdim=True)
-        dq = (dq + diagonal * k).mul_(ctx.scale)
-        dk.addcmul_(diagonal, q).addcmul_(d_bk, beta)
-        out = (dq, dk, dR.mul_(beta), dg, d_beta)
-        dq, dk, dv, dg, d_beta = (t.reshape(B, H, T, -1).transpose(1, 2) for t in out)
-        # dg lies as g does: softplus_backward has other strides than the compiler expects where it does not
-        return dq, dk, dv, dg.contiguous(), d_beta.squeeze(-1), None
+    def backward(ctx, do, d_final):
+        *inputs, XQ, S = ctx.saved_tensors
+        do = torch.zeros_like(inputs[2]) if do is None else do
+        op = kda_backward_op if torch.compiler.is_compiling() else chunk_backward_op
+        *grads, d_state = op(*inputs, ctx.scale, ctx.backend, XQ, S, do, d_final if ctx.want_state else None)
+        return *grads, None if inputs[5] is None else d_state, None, None, None
 
 
-def kda(
-    q,
-    k,
-    v,
-    g,
-    beta,
-    *,
-    scale=None,
-    initial_state=None,
-    output_final_state=False,
-    cu_seqlens=None,
-    backend="auto",
-):
+def kda(q, k, v, g, beta, *, scale=None, initial_state=None, output_final_state=False, backend="auto"):
     """
     Kimi Delta Attention with precomputed gates, differentiable in every tensor. Arguments as in FLA's
     chunk_kda.
@@ -778,54 +686,34 @@ def kda(
     g    (B, T, H, K)    log-decay, in [-inf, 0]
     beta (B, T, H)       how much of the old value is replaced, in [0, 1] (up to 2 is allowed: a reflection)
     scale                multiplies q, default K ** -0.5
-    initial_state        (N, H, K, V) or None for zero; N is B, or the number of packed sequences
-    cu_seqlens           (N + 1,) integers from 0 to T, B = 1: sequence n is made of tokens cu_seqlens[n] to
-                         cu_seqlens[n + 1] - 1. They are computed one after the other
+    initial_state        (B, H, K, V) or None for zero
     backend              "recurrent" (the definition), "chunk" (PyTorch), "triton", or "auto"
 
-    Returns o (B, T, H, V) in v's dtype, and the final state (N, H, K, V) in float32 (float64 for float64
+    Returns o (B, T, H, V) in v's dtype, and the final state (B, H, K, V) in float32 (float64 for float64
     inputs), or None unless output_final_state. Raises ValueError naming the argument whose shape or dtype
     does not fit.
 
-    Except in "recurrent", gates are clamped at -16 (-80 in float64; see ShortFunction): what should be
-    forgotten completely leaves 1e-7 of it, and gates below have no gradient. Errors are 3e-6 of the result at
-    most, but up to 5e-4 for 4,096 equal keys at beta = 2 without decay, where nothing forgets a rounding.
+    Except in "recurrent", gates are clamped at -16 (-80 in float64): what should be forgotten completely
+    leaves 1e-7 of it, in sequences of 10 to 12 tokens up to 9e-6, and gates below have no gradient. Errors
+    are 3e-6 of the result at most, but up to 5e-4 for 4,096 equal keys at beta = 2 without decay, where
+    nothing forgets a rounding.
     """
     if q.ndim != 4:
         raise ValueError(f"q must be (B, T, H, K), got shape {tuple(q.shape)}")
     B, T, H, K = q.shape
-    V, N = v.shape[-1] if v.ndim == 4 else 0, B if cu_seqlens is None else len(cu_seqlens) - 1
+    V = v.shape[-1] if v.ndim == 4 else 0
     shapes = {"q": (B, T, H, K), "k": (B, T, H, K), "v": (B, T, H, V), "g": (B, T, H, K), "beta": (B, T, H)}
-    shapes["initial_state"] = N, H, K, V
+    shapes["initial_state"] = B, H, K, V
     for t, (name, shape) in zip((q, k, v, g, beta, initial_state), shapes.items()):
         if t is not None and (tuple(t.shape) != shape or not t.is_floating_point()):
             raise ValueError(f"{name} is {t.dtype} {tuple(t.shape)}, expected floating point {shape}")
-    if cu_seqlens is not None:
-        bounds = cu_seqlens.tolist()
-        rising = N > 0 and bounds[0] == 0 and bounds[-1] == T and bounds == sorted(bounds)
-        if B != 1 or not rising or cu_seqlens.is_floating_point():
-            raise ValueError(
-                f"cu_seqlens must be integers rising from 0 to T = {T}, B = 1, got {bounds[:8]}, B = {B}"
-            )
-        parts = []
-        for n, (a, b) in enumerate(zip(bounds, bounds[1:])):
-            state = None if initial_state is None else initial_state[n : n + 1]
-            own = (t[:, a:b] for t in (q, k, v, g, beta))
-            parts.append(
-                kda(*own, scale=scale, initial_state=state, output_final_state=True, backend=backend)
-            )
-        o, state = (torch.cat(t, dim) for t, dim in zip(zip(*parts), (1, 0)))
-        return o, state if output_final_state else None
     scale, wide = K**-0.5 if scale is None else scale, widest(q, k, v, g, beta)
     backend = resolve(backend, wide, q, v)
-    short = T <= SHORT and initial_state is None and not output_final_state and wide == torch.float32
-    if backend == "chunk" and short and q.device.type == "cpu" and q.numel() and V:
-        with torch.autocast("cpu", enabled=False):
-            o = ShortFunction.apply(q, k, v, g, beta, scale).to(v.dtype)
-    elif backend != "recurrent" and q.numel() and V:
-        o, state, *_ = kda_op(q, k, v, g, beta, initial_state, scale, output_final_state, backend)
+    if backend != "recurrent" and q.numel() and V:
+        o, state = KDAFunction.apply(q, k, v, g, beta, initial_state, scale, output_final_state, backend)
+        state = state.view(B, H, K, V) if output_final_state else None
     else:
-        state = q.new_zeros(N, H, K, V) if initial_state is None else initial_state
+        state = q.new_zeros(B, H, K, V) if initial_state is None else initial_state
         with torch.autocast(q.device.type, enabled=False):
             o, state = recurrent_kda(*(t.to(wide) for t in (q, k, v, g, beta)), scale, state.to(wide))
         o = o.to(v.dtype)
@@ -880,33 +768,18 @@ def widened(t):
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
-class UnitLength(torch.autograd.Function):
-    """
-    x (..., K) divided by its length, computed in float32 at least, in x's dtype. Faster than autograd's way.
-    """
-
-    @staticmethod
-    def forward(ctx, x):
-        wide = widened(x)
-        one_over = torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)
-        y = (wide * one_over).to(x.dtype)
-        ctx.save_for_backward(y, one_over)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        y, one_over = ctx.saved_tensors
-        along = (y * dy).sum(-1, keepdim=True, dtype=one_over.dtype)
-        return torch.addcmul(widened(dy), y, along, value=-1).mul_(one_over).to(dy.dtype)
+def unit_length(x):
+    """x (..., K) divided by its length, computed in float32 at least, in x's dtype."""
+    wide = widened(x)
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
 class ShortConv(nn.Module):
-    """The taps of a convolution (D, 1, width), shaped as a Conv1d's, so that checkpoints of FLA load."""
+    """The taps of a convolution (D, 1, CONV), shaped as a Conv1d's, so that checkpoints of FLA load."""
 
-    def __init__(self, dim, width):
+    def __init__(self, dim):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim, 1, width).uniform_(-(width**-0.5), width**-0.5))
+        self.weight = nn.Parameter(torch.empty(dim, 1, CONV).uniform_(-(CONV**-0.5), CONV**-0.5))
 
 
 class GatedRMSNorm(nn.Module):
@@ -934,22 +807,15 @@ class KimiDeltaAttention(nn.Module):
     """
 
     def __init__(
-        self,
-        hidden_size,
-        num_heads,
-        head_dim,
-        conv_size=4,
-        norm_eps=1e-5,
-        lower_bound=None,
-        allow_neg_eigval=False,
+        self, hidden_size, num_heads, head_dim, norm_eps=1e-5, lower_bound=None, allow_neg_eigval=False
     ):
         super().__init__()
-        self.num_heads, self.head_dim, self.conv_size = num_heads, head_dim, conv_size
+        self.num_heads, self.head_dim = num_heads, head_dim
         self.lower_bound, self.allow_neg_eigval = lower_bound, allow_neg_eigval
         inner = num_heads * head_dim
         linear = functools.partial(nn.Linear, bias=False)
         self.q_proj, self.k_proj, self.v_proj = (linear(hidden_size, inner) for _ in "qkv")
-        self.q_conv1d, self.k_conv1d, self.v_conv1d = (ShortConv(inner, conv_size) for _ in "qkv")
+        self.q_conv1d, self.k_conv1d, self.v_conv1d = (ShortConv(inner) for _ in "qkv")
         self.f_proj = nn.Sequential(linear(hidden_size, head_dim), linear(head_dim, inner))
         self.b_proj = linear(hidden_size, num_heads)
         # Heads start with time scales from a few tokens to a few thousand: A is in [1, 16], and
@@ -961,11 +827,14 @@ class KimiDeltaAttention(nn.Module):
         self.o_norm = GatedRMSNorm(head_dim, norm_eps)
         self.o_proj = linear(inner, hidden_size)
 
-    def empty_cache(self, batch_size):
-        """Before the first token: the convolution's last inputs (B, W - 1, 3HK), and a state (B, H, K, K)."""
+    def empty_cache(self, batch_size, length=None):
+        """
+        Before the first token: the convolution's last inputs (B, CONV - 1, 3HK), and a state (B, H, K, K),
+        whatever length they are for.
+        """
         H, K = self.num_heads, self.head_dim
         new = self.A_log.new_zeros
-        return new(batch_size, self.conv_size - 1, 3 * H * K), widened(new(batch_size, H, K, K))
+        return new(batch_size, CONV - 1, 3 * H * K), widened(new(batch_size, H, K, K))
 
     def forward(self, x, cache=None, starts=None):
         """
@@ -998,7 +867,7 @@ class KimiDeltaAttention(nn.Module):
         """
         What looks at other tokens -> o (B, T, H, K) and the cache. starts (B, T), or (B, T, H) for each head.
         """
-        (B, T, H, K), W = f.shape, self.conv_size
+        (B, T, H, K), W = f.shape, CONV
         reach = None
         if starts is not None:
             starts = starts.view(B, T, -1)
@@ -1016,7 +885,7 @@ class KimiDeltaAttention(nn.Module):
         taps = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight]).squeeze(1)
         taps = taps.t().contiguous().to(qkv.dtype)  # (3HK, W) would be read with a stride
         qk, v = F.silu(ShortConvFunction.apply(qkv, taps, reach)).view(B, T, 3 * H, K).split([2 * H, H], 2)
-        q, k = UnitLength.apply(qk).chunk(2, 2)
+        q, k = unit_length(qk).chunk(2, 2)
         g, beta = self.gates(widened(f)), widened(beta).sigmoid()
         beta = 2 * beta if self.allow_neg_eigval else beta
         if starts is not None:

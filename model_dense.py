@@ -189,17 +189,6 @@ def run_blocks(blocks, x, layout, cache=None, length=0, recompute=False):
     return x
 
 
-def empty_cache(blocks, batch_size, length):
-    """For each block a tuple of tensors (B, ...): room for `length` keys and values, or the state of KDA."""
-    mixers = [block.mixer for block in blocks]
-    return [
-        mixer.empty_cache(batch_size, length)
-        if isinstance(mixer, Attention)
-        else mixer.empty_cache(batch_size)
-        for mixer in mixers
-    ]
-
-
 def document_starts(idx):
     """
     idx (B, T) -> bool (B, T), where a document begins: at <|endoftext|>, which is read as the first token
@@ -389,7 +378,8 @@ class Model(nn.Module, HubMixin, library_name="smol-llm", license="mit"):
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
     def empty_cache(self, batch_size, length):
-        return empty_cache(self.blocks, batch_size, length)
+        """For each block a tuple of tensors (B, ...): room for `length` keys and values, or KDA's state."""
+        return [block.mixer.empty_cache(batch_size, length) for block in self.blocks]
 
     def hidden(self, idx, starts=None, attn_mask=None, positions=None, cache=None, length=0):
         """

@@ -33,7 +33,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import model_dense
-from kda import SHORT, KimiDeltaAttention
+from kda import KimiDeltaAttention
 from model_dense import Attention, HubMixin, RMSNorm, SwiGLU, linear_cross_entropy, row_shares, run_blocks
 from smol import arc, engine
 from smol import tokenizer as tok
@@ -45,6 +45,7 @@ ANSWER_IDS = [*range(tok.CELL0, tok.CELL0 + 10), tok.VOID]  # what a canvas cell
 ANSWER_ROWS = [i - tok.EOT for i in ANSWER_IDS]  # their rows in Model.puzzle_words
 BATCH_TOKENS = 8192  # positions per batch when answering: memory is the same for short and for long tasks
 WAYS = 8  # to read grids
+SHORT = 16  # tokens of lines that are sequences of their own on a CPU
 NOISE = 1.0  # of rollouts, where z has size 1
 
 
@@ -133,16 +134,15 @@ def grid_lines(idx, positions):
 
 class Lines(NamedTuple):
     """
-    How the heads of a layer read: tokens (B, T) become sequences (N, S). take, slots: the token that comes to
-    each place, and the place of each token, as numbers of rows of K in (B, T, H, K) and in (N, S, H, K); the
-    same with 3H for queries, keys and values. starts (N, S, H) bool, or None: every sequence is a line.
+    How the heads of a layer read: tokens (B, T) become sequences (N, S). take: the token that comes to each
+    place, as numbers of rows of K in (B, T, H, K); take_qkv: in (B, T, 3H, K). slots: the place of each token
+    in (N, S, H, K). starts (N, S, H) bool, or None: every sequence is a line.
     """
 
     shape: tuple
     take: torch.Tensor
-    slots: torch.Tensor
     take_qkv: torch.Tensor
-    slots_qkv: torch.Tensor
+    slots: torch.Tensor
     starts: torch.Tensor
 
 
@@ -154,48 +154,18 @@ def lay_out(order, back, starts):
     B, T, H = order.shape
     row, at, head = (torch.arange(n, device=order.device) for n in (B, T, H))
     row, at, shape = row[:, None, None], at[:, None], (B, T)
-    place = row * T + at
-    within = at - torch.where(starts, at, 0).cummax(1).values
+    place = (row * T + at).expand(B, T, H)
     if order.device.type == "cpu":
+        within = at - torch.where(starts, at, 0).cummax(1).values
         n_lines, longest = int(starts.sum(1).max()), int(within.max()) + 1
         if longest <= SHORT and n_lines * longest <= 2 * T:
             place = (row * n_lines + starts.cumsum(1) - 1) * longest + within
             shape, starts = (B * n_lines, longest), None
     take = place.new_zeros(shape[0] * shape[1], H)  # a place without a token has the first: nobody reads it
-    take.scatter_(0, place.expand(B, T, H).flatten(0, 1), (row * T + order).flatten(0, 1))
-    slots = place.expand(B, T, H).gather(1, back).flatten(0, 1)
-
-    def rows(places, n):
-        return ((places[:, None] * n + torch.arange(n, device=head.device)[:, None]) * H + head).flatten()
-
-    return Lines(shape, rows(take, 1), rows(slots, 1), rows(take, 3), rows(slots, 3), starts)
-
-
-class IntoLines(torch.autograd.Function):
-    """x (B * T * H, K)[take]. Every row of x has one slot, so the backward adds nothing up."""
-
-    @staticmethod
-    def forward(ctx, x, take, slots):
-        ctx.save_for_backward(slots)
-        return x.index_select(0, take)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return dy.contiguous().index_select(0, *ctx.saved_tensors), None, None
-
-
-class OutOfLines(torch.autograd.Function):
-    """y (N * S * H, K)[slots]: undoes IntoLines."""
-
-    @staticmethod
-    def forward(ctx, y, slots):
-        ctx.save_for_backward(slots)
-        ctx.n = len(y)
-        return y.index_select(0, slots)
-
-    @staticmethod
-    def backward(ctx, dx):
-        return dx.new_zeros(ctx.n, dx.shape[1]).index_copy_(0, *ctx.saved_tensors, dx), None
+    take.scatter_(0, place.flatten(0, 1), (row * T + order).flatten(0, 1))
+    take_qkv = (take[:, None] * 3 + torch.arange(3, device=head.device)[:, None]) * H + head
+    slots = place.gather(1, back) * H + head
+    return Lines(shape, (take * H + head).flatten(), take_qkv.flatten(), slots.flatten(), starts)
 
 
 class GridKDA(KimiDeltaAttention):
@@ -212,11 +182,11 @@ class GridKDA(KimiDeltaAttention):
             return super().forward(x, cache, starts)
         way, (H, K) = lines[self.first_way], (self.num_heads, self.head_dim)
         qkv, f, beta, gate = self.project(x)
-        qkv = IntoLines.apply(qkv.reshape(-1, K), way.take_qkv, way.slots_qkv).view(*way.shape, 3 * H * K)
-        f = IntoLines.apply(f.reshape(-1, K), way.take, way.slots).view(*way.shape, H, K)
-        beta = IntoLines.apply(beta.reshape(-1, 1), way.take, way.slots).view(*way.shape, H)
+        qkv = qkv.reshape(-1, K).index_select(0, way.take_qkv).view(*way.shape, 3 * H * K)
+        f = f.reshape(-1, K).index_select(0, way.take).view(*way.shape, H, K)
+        beta = beta.flatten().index_select(0, way.take).view(*way.shape, H)
         o, _ = self.mix(qkv, f, beta, None, way.starts)
-        o = OutOfLines.apply(o.reshape(-1, K), way.slots).view(*x.shape[:2], H, K)
+        o = o.reshape(-1, K).index_select(0, way.slots).view(*x.shape[:2], H, K)
         return self.output(o.to(x.dtype), gate), None
 
 
@@ -345,9 +315,9 @@ class Model(nn.Module, HubMixin, library_name="smol-llm", license="mit"):
                 y = core(y + z)
         return y, z
 
-    def start(self, x):
-        """The first y and z, the same at every position."""
-        return self.y_init.to(x.dtype).expand_as(x), self.z_init.to(x.dtype).expand_as(x)
+    def start(self, idx):
+        """The first y and z (B, T, n_embd) for idx (B, T), the same at every position."""
+        return self.y_init.expand(*idx.shape, -1), self.z_init.expand(*idx.shape, -1)
 
     def rope(self, positions):
         c = self.config
@@ -357,7 +327,7 @@ class Model(nn.Module, HubMixin, library_name="smol-llm", license="mit"):
 
     def empty_cache(self, batch_size, length):
         """For both passes: what a token was in the second, later tokens look up in the second."""
-        return [t for _ in range(2) for t in model_dense.empty_cache(self.blocks, batch_size, length)]
+        return [block.mixer.empty_cache(batch_size, length) for _ in range(2) for block in self.blocks]
 
     def hidden(self, idx, starts=None, attn_mask=None, positions=None, cache=None, length=0):
         """As in Route A: idx (B, T) of text -> y (B, T, n_embd), which the head reads."""
@@ -367,7 +337,7 @@ class Model(nn.Module, HubMixin, library_name="smol-llm", license="mit"):
         half = len(self.blocks)
         first, second = (None, None) if cache is None else (cache[:half], cache[half:])
         x = self.wte(idx) * self.config.n_embd**0.5
-        y, z = self.start(x)
+        y, z = self.start(idx)
         z = run_blocks(self.blocks, x + y + z, layout, first, length, recompute)
         y = run_blocks(self.blocks, y + z, layout, second, length, recompute)
         if cache is not None:
@@ -442,27 +412,23 @@ class Model(nn.Module, HubMixin, library_name="smol-llm", license="mit"):
         by those of fresh. Returns y (B, T, n_embd) with gradient, and the new carry, all but `halted`.
         ValueError if the carry has another shape than idx.
         """
-        idx = fresh["idx"]
+        idx, (y, z) = fresh["idx"], self.start(fresh["idx"])
+        zeros = torch.zeros(len(idx), dtype=torch.long, device=idx.device)
+        fresh = {**fresh, "y": y, "z": z, "steps": zeros}
         if carry is None:
-            zeros = torch.zeros(len(idx), dtype=torch.long, device=idx.device)
-            carry = {**fresh, "steps": zeros, "begun": zeros, "halted": zeros == 0}
+            carry = {**fresh, "begun": zeros, "halted": zeros == 0}
         if carry["idx"].shape != idx.shape:
             held, asked = tuple(carry["idx"].shape), tuple(idx.shape)
             raise ValueError(f"the carry holds rows of shape {held}, not {asked}: keep one per shape")
         new = carry["halted"]
         rows = {k: torch.where(new.view(-1, *[1] * (v.ndim - 1)), v, carry[k]) for k, v in fresh.items()}
         x, layout = self.embed_canvas(rows["idx"], words)
-        y, z = self.start(x)
-        if "y" in carry:
-            y = torch.where(new[:, None, None], y, carry["y"].to(x.dtype))
-            z = torch.where(new[:, None, None], z, carry["z"].to(x.dtype))
-        y, z = self.deep_recursion(x, y, z, layout)
-        steps, begun = torch.where(new, 0, carry["steps"]) + 1, carry["begun"] + new
+        y, z = self.deep_recursion(x, rows["y"], rows["z"], layout)
         # y and z are kept in float16 under autocast, which has room for them: nothing is beyond sqrt(n_embd).
         # A run holds a carry for every micro-batch and every length: gigabytes.
         dtype = torch.float16 if torch.is_autocast_enabled(x.device.type) else x.dtype
-        kept = {"y": y.detach().to(dtype), "z": z.detach().to(dtype)}
-        return y, {**rows, **kept, "steps": steps, "begun": begun}
+        kept = {"y": y.detach().to(dtype), "z": z.detach().to(dtype), "steps": rows["steps"] + 1}
+        return y, {**rows, **kept, "begun": carry["begun"] + new}
 
     @torch.no_grad()
     def halts(self, q, carry):
@@ -495,7 +461,7 @@ class Model(nn.Module, HubMixin, library_name="smol-llm", license="mit"):
         words, rows = self.puzzle_words(), torch.arange(len(idx), device=idx.device)
         rows, rngs = rows.repeat_interleave(n_rollouts), rollout_rngs(idx, n_rollouts, seed)
         x, layout = self.embed_canvas(idx[rows], words)
-        y, z = self.start(x)
+        y, z = self.start(idx[rows])
         for _ in range(n_sup or self.config.n_sup):
             if n_rollouts > 1:
                 z = z + noise * normal_like(z, rngs)

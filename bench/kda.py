@@ -120,9 +120,7 @@ def make_gates(kind, B, T, H, K, device):
     u = torch.rand(B, T, H, K, device=device)
     if kind == "strong":
         return -16 * u
-    if (
-        kind == "trained layer"
-    ):  # -exp(A_log) softplus: heads from 1 to 16, some tokens forget nearly everything
+    if kind == "trained layer":  # -exp(A_log) softplus: heads from 1 to 16, some tokens forget nearly all
         return -torch.linspace(1, 16, H, device=device)[:, None] * F.softplus(2 * torch.randn_like(u) - 3)
     g = -0.1 * u
     if kind == "mild":

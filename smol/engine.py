@@ -55,14 +55,13 @@ def prefill(model, prompts, room=0):
     """
     if not min(map(len, prompts), default=0):
         raise ValueError("a prompt is empty: begin it with <|endoftext|>, as every document does")
-    device, T = model.wte.weight.device, max(map(len, prompts))
-    idx = torch.full((len(prompts), T), tok.PAD, device=device)
-    starts = torch.zeros_like(idx, dtype=torch.bool)
-    for b, prompt in enumerate(prompts):
-        idx[b, T - len(prompt) :] = torch.as_tensor(prompt)
-        starts[b, T - len(prompt)] = True
-    starts |= idx == tok.EOT
-    first = torch.where(starts, torch.arange(T, device=device), 0).amax(1)
+    device = model.wte.weight.device
+    lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=device)
+    idx = pad_documents([torch.as_tensor(prompt) for prompt in prompts], device, "left")
+    T = idx.shape[1]
+    t = torch.arange(T, device=device)
+    starts = (t == T - lengths) | (idx == tok.EOT)
+    first = torch.where(starts, t, 0).amax(1)
     one_document = not starts[:, 1:].any()
     # Activations take ten times the memory of the cache, so only so many rows are read at a time.
     parts = []
@@ -334,10 +333,10 @@ def answer_logits(model, tasks, answers):
     return out
 
 
-def pad_documents(documents, device):
-    """documents: list of (T_b,) long -> (B, T) long, padded on the right."""
-    padded = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True, padding_value=tok.PAD)
-    return padded.to(device)
+def pad_documents(documents, device, side="right"):
+    """documents: list of (T_b,) long -> (B, T) long, padded on one side."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    return pad(documents, batch_first=True, padding_value=tok.PAD, padding_side=side).to(device)
 
 
 def cell_logits(model, documents, shapes):

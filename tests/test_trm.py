@@ -10,7 +10,6 @@ from tiny import TASKS, puzzle_batch, text, trm
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import kda
 import model_trm
 from model_trm import ANSWER_IDS
 from smol import arc, puzzles
@@ -180,7 +179,7 @@ def test_short_lines_as_sequences_are_read_as_one_row_after_the_other(n_head, mo
     rows = [puzzle_row(arc.encode(t.kind, t.test), "canvas", "none") for t in tasks]
     idx, targets = pad_rows(rows, 128)
     model = trm(n_head=n_head).train()
-    for short in (kda.SHORT, 0):
+    for short in (model_trm.SHORT, 0):
         monkeypatch.setattr(model_trm, "SHORT", short)
         laid_out = model.lines(idx, arc.positions(idx)).values()
         assert all((lines.starts is None) == (short > 0) for lines in laid_out)
@@ -419,16 +418,15 @@ def test_vectors_and_gradients_stay_bounded_at_the_published_depth(dtype):
 
 
 @pytest.mark.parametrize("pattern, tolerance", (("a", 0.01), ("kkka", 0.2)))
-def test_flops_are_those_that_pytorch_counts(pattern, tolerance, monkeypatch):
+def test_flops_are_those_that_pytorch_counts(pattern, tolerance):
     """
-    With causal attention in full, and the products of KDA in the open, but for its solves. The formula has
-    the chunks of a GPU, of 64 tokens; on a CPU they have 32.
+    With causal attention in full, and KDA without its solves. The formula has the chunks of a GPU, of 64
+    tokens; on a CPU they have 32.
     """
-    monkeypatch.setattr(kda, "kda_op", lambda *a: kda.chunk_op(*a[:-1]))
     model = trm(n_embd=96, n_ff=256, layer_pattern=pattern, n_recursion=3, n_grad=2).train()
     puzzle = torch.randint(tok.CELL0, tok.CELL0 + 10, (2, 64))
     for mode, idx in (("text", text(2, 64)), ("puzzle", puzzle)):
-        for training in (False, True) if pattern == "a" else (False,):  # the open products have no gradient
+        for training in (False, True):
             with FlopCounterMode(display=False) as counted, torch.set_grad_enabled(training):
                 with sdpa_kernel(SDPBackend.MATH):
                     if training:
