@@ -9,7 +9,7 @@ tokenising does.)
   normalise()        one kind of newline and space, composed Unicode, no control characters
   measure(), RULES   the published quality rules, thresholds in one table
   signatures()       MinHash (rensa, in Rust) of 5-word shingles as band keys
-  TextEvaluations    n-grams of evaluation texts, and ARC's test outputs written as digits
+  quoted()           n-grams of evaluation texts, and ARC's test outputs written as digits
   given_away()       ARC's test outputs as grids, under the 8 symmetries and any recolouring
   is_evaluation_task its evaluation tasks, by id or demonstration, in tasks that come from elsewhere
   HeldOut            the generated puzzles that are evaluated on
@@ -202,15 +202,10 @@ def ngrams(words, n):
     return mix(hashes[at]), at
 
 
-def bitmap(known):
-    """(1 << 20,) bool of the highest bits of 64-bit keys: one look spares most keys the search in find()."""
-    quick = np.zeros(1 << 20, bool)
+def find(keys, known):
+    """-> indices of the 64-bit keys that are among the known, which are sorted."""
+    quick = np.zeros(1 << 20, bool)  # by the highest bits: one look spares most keys the search
     quick[known >> np.uint64(44)] = True
-    return quick
-
-
-def find(keys, known, quick):
-    """-> indices of the keys that are among the known, which are sorted; quick = bitmap(known)."""
     maybe = np.flatnonzero(quick[keys >> np.uint64(44)])
     if not len(known):
         return maybe
@@ -223,7 +218,7 @@ def occurred_before(keys):
     ordered = np.sort(keys)
     several = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])  # few, so the rest is quick
     again = np.zeros(len(keys), bool)
-    at = find(keys, several, bitmap(several))
+    at = find(keys, several)
     again[at] = True
     again[at[np.unique(keys[at], return_index=True)[1]]] = False
     return again
@@ -377,37 +372,28 @@ def signatures(words):
 # decontamination
 
 
-class TextEvaluations:
+def quoted(words, tables):
     """
-    Recognises documents that quote an evaluation text: 13 words in a row, or a piece of one of ARC's test
-    outputs in any of its 8 orientations, written cell by cell or row by row, however punctuated.
-    tables: {(n, name): sorted hashes}, as text_tables() and arc_tables() make them.
+    -> {document: name of the evaluation it quotes}: 13 words in a row, or a piece of one of ARC's outputs
+    in any of 8 orientations, written cell by cell or row by row, however punctuated. tables: {(n, name):
+    sorted hashes}, as text_tables() and arc_tables() make them.
     """
-
-    def __init__(self, tables):
-        self.tables = {key: (hashes, bitmap(hashes)) for key, hashes in tables.items()}
-
-    def quoted(self, words):
-        """-> {document: name of the evaluation it quotes}."""
-        found = {}
-        of_n = {n: ngrams(words, n) for n, _ in self.tables}
-        for (n, name), (known, quick) in self.tables.items():
-            hashes, at = of_n[n]
-            for i in words.document[at[find(hashes, known, quick)]]:
-                found.setdefault(int(i), name)
-        return found
+    found, of_n = {}, {n: ngrams(words, n) for n, _ in tables}
+    for (n, name), known in tables.items():
+        hashes, at = of_n[n]
+        for i in words.document[at[find(hashes, known)]]:
+            found.setdefault(int(i), name)
+    return found
 
 
 def text_tables(texts):
-    """texts: {name of the evaluation: [text, ...]} -> what TextEvaluations takes."""
-    return {
-        (TEXT_NGRAM, name): np.unique(ngrams(read_words(documents), TEXT_NGRAM)[0])
-        for name, documents in sorted(texts.items())
-    }
+    """texts: {name of the evaluation: [text, ...]} -> what quoted() takes."""
+    hashes = {name: ngrams(read_words(documents), TEXT_NGRAM)[0] for name, documents in texts.items()}
+    return {(TEXT_NGRAM, name): np.unique(hashes[name]) for name in sorted(texts)}
 
 
 def arc_tables(tasks):
-    """tasks: ARC's, whose test outputs must not be written out in any text -> what TextEvaluations takes."""
+    """tasks: ARC's, whose test outputs must not be written out in any text -> what quoted() takes."""
     grids = [arc.turn(k, output) for task in tasks for _, output in task.test for k in range(8)]
     return {
         (CELLS_NGRAM, "arc_cells"): written_out([grid.reshape(-1, 1) for grid in grids], CELLS_NGRAM),

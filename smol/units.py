@@ -124,11 +124,11 @@ def make_unit(job, number, rows, iterator):
 
 @functools.lru_cache(maxsize=2)
 def read_evaluations(path):
-    """-> (curate.TextEvaluations, {puzzle_key: name of the set it is from})"""
+    """-> (what curate.quoted takes, {puzzle_key: name of the set it is from})"""
     with np.load(path) as arrays:
         tables = {(int(k.split(":")[0]), k.split(":")[1]): arrays[k] for k in arrays.files}
     puzzle_keys = {key: name for (n, name), keys in tables.items() if n == 0 for key in keys.tolist()}
-    return curate.TextEvaluations({key: hashes for key, hashes in tables.items() if key[0]}), puzzle_keys
+    return {key: hashes for key, hashes in tables.items() if key[0]}, puzzle_keys
 
 
 def tokenise(pieces):
@@ -172,7 +172,7 @@ def judge_texts(source, documents, dropped, evaluations):
             texts.append("\n".join(p for p in pieces if isinstance(p, str)))
     words = curate.read_words(texts)
     verdicts = curate.judge(words, texts, source.profile)
-    for i, name in evaluations[0].quoted(words).items():
+    for i, name in curate.quoted(words, evaluations[0]).items():
         verdicts[i] = verdicts[i] or f"quotes_{name}"
     generated = source.profile == "none"  # as the suites of puzzles in words are
     tokens, keys, good = [], [], []

@@ -347,8 +347,7 @@ def test_near_duplicates_share_a_band_and_others_do_not():
 @pytest.fixture(scope="module")
 def evaluations():
     exam = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May."
-    tables = {**curate.text_tables({"exam": [exam]}), **curate.arc_tables(arc.load("arc1_eval")[:60])}
-    return curate.TextEvaluations(tables)
+    return {**curate.text_tables({"exam": [exam]}), **curate.arc_tables(arc.load("arc1_eval")[:60])}
 
 
 @pytest.mark.parametrize(
@@ -360,7 +359,7 @@ def evaluations():
     ],
 )
 def test_text_that_quotes_an_evaluation_is_found(evaluations, text, quoted):
-    found = evaluations.quoted(curate.read_words(["nothing to see", text, "nor here"]))
+    found = curate.quoted(curate.read_words(["nothing to see", text, "nor here"]), evaluations)
     assert found == ({1: "exam"} if quoted else {})
 
 
@@ -376,11 +375,11 @@ def test_arc_outputs_in_text_are_found_however_they_are_written(evaluations):
         "\n".join("|" + "|".join(map(str, row)) + "|" for row in turned.tolist()),
     ]
     texts = [f"import json\ntask = {way}\nprint(task)\n" for way in ways]
-    assert set(evaluations.quoted(curate.read_words(texts))) == set(range(len(ways)))
+    assert set(curate.quoted(curate.read_words(texts), evaluations)) == set(range(len(ways)))
     rng = np.random.default_rng(0)
     others = [str(rng.integers(0, 10, size=grid.shape).tolist()) for _ in range(50)]
     others.append(str(np.zeros((9, 9), int).tolist()))
-    assert evaluations.quoted(curate.read_words(others)) == {}
+    assert curate.quoted(curate.read_words(others), evaluations) == {}
 
 
 def test_an_evaluation_output_is_recognised_in_disguise_unless_it_is_trivial():

@@ -92,13 +92,14 @@ def test_every_function_has_a_solution_that_passes_and_a_mistake_that_fails():
 
 def test_documents_that_quote_an_item_are_recognised():
     texts = suites.language_texts()
-    known = curate.TextEvaluations(curate.text_tables(texts))
+    known = curate.text_tables(texts)
     words = re.compile("[A-Za-z0-9]+")
     long = [t for some in texts.values() for t in some if len(words.findall(t)) >= curate.TEXT_NGRAM]
     assert len(long) > 80 and all(t in long for t in texts["language_functions"])
     documents = [f"Somebody wrote this once: {t.upper()}, and then they went home." for t in long]
-    assert len(known.quoted(curate.read_words(documents))) == len(long)
-    assert not known.quoted(curate.read_words(["A function that a dentist wrote returns the sum of two."]))
+    assert len(curate.quoted(curate.read_words(documents), known)) == len(long)
+    other = "A function that a dentist wrote returns the sum of two."
+    assert not curate.quoted(curate.read_words([other]), known)
 
 
 # models of which it is known what they must get

@@ -452,8 +452,7 @@ def test_a_question_that_is_evaluated_on_is_not_kept():
     ((question, answer),) = suites.load("logic")[0].test
     texts = [f"{question}\nSolution: so.\nAnswer: {answer}", f"{question} Really?\nSolution: so."]
     documents, dropped = [("", None, [], [text]) for text in texts], units.Dropped()
-    nothing = curate.TextEvaluations({}), {}
-    kept, _, _ = units.judge_texts(sources.SOURCES["logic"], documents, dropped, nothing)
+    kept, _, _ = units.judge_texts(sources.SOURCES["logic"], documents, dropped, ({}, {}))
     assert len(kept) == 1 and dropped.rules["held_out"]["count"] == 1
 
 
