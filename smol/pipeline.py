@@ -181,8 +181,14 @@ def gather_evaluations(c, data, parts, notes):
         read_evaluations(path)
         return path
     for name, where in wheres.items():
-        rows = table.open_rows(name, where, 0, 0, None, lanes=1)
-        documents = [table.to_document(name, row) for _, row in tqdm(rows, f"reading {name}", leave=False)]
+        documents, odd = [], []
+        for _, row in tqdm(table.open_rows(name, where, 0, 0, None, lanes=1), f"reading {name}", leave=False):
+            try:
+                documents.append(table.to_document(name, row))
+            except table.OddRow as e:
+                odd.append(str(e))
+        if odd:
+            print(f"note: {len(odd):,} rows of {name} are no documents and so not kept out: {odd[0]}")
         if table.EVALUATIONS[name].kind == "text":
             texts[name] = documents
         else:

@@ -73,7 +73,8 @@ def write_sources(folder):
     answers = [f"Now <<{i}+1={i + 1}>> it is.\n#### {i}" for i in range(30)]
     school = [{"question": english(1, (i, 1)), "answer": answer} for i, answer in enumerate(answers)]
     write_rows(folder / "gsm8k/g.jsonl", school)
-    write_rows(folder / "gsm8k_test/g.jsonl", [{"question": EXAM + ".", "answer": "#### 278"}])
+    questions = [{"question": EXAM + ".", "answer": "#### 278"}, {"question": None, "answer": None}]
+    write_rows(folder / "gsm8k_test/g.jsonl", questions)
     draw, head = np.random.default_rng(1), "source,question,answer,rating"
     grids = [puzzles.sudoku(draw, 9, 30).test[0] for _ in range(20)]
     rows = [[cells(question, ".123456789"), cells(answer, ".123456789")] for question, answer in grids]
