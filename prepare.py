@@ -134,9 +134,13 @@ def status(c):
     for stage in stages:
         show_stage(data, stage)
     for folder in tags:
-        snapshot = snapshots.check_snapshot(folder, folder.parent.name, folder.name)
-        about = f"{snapshot['created']}, {snapshot['shards']} shards, {snapshot['tokens']:,} tokens"
-        print(f"\nfrozen {folder.parent.name}:{folder.name}, {about}")
+        name = f"{folder.parent.name}:{folder.name}"
+        try:
+            snapshot = snapshots.check_snapshot(folder, folder.parent.name, folder.name)
+            about = f"{snapshot['created']}, {snapshot['shards']} shards, {snapshot['tokens']:,} tokens"
+            print(f"\nfrozen {name}, {about}")
+        except ValueError as e:
+            print(f"\nfrozen {name} is damaged: {e}")
 
 
 def show_stage(data, stage):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -200,7 +201,7 @@ def test_damage_is_named_and_says_what_to_do(stage, damage, says):
         ("snapshot.json", None, "snapshot.json is missing"),
     ],
 )
-def test_an_edited_frozen_stage_is_named_and_nothing_is_cleaned(stage, file, change, says):
+def test_an_edited_frozen_stage_is_named_and_nothing_is_cleaned(stage, file, change, says, capsys):
     path = stage / "stages/stage1/v0.1" / file
     shutil.copytree(stage / "processed/maze", stage / "processed/unlisted")
     if change is None:
@@ -211,4 +212,7 @@ def test_an_edited_frozen_stage_is_named_and_nothing_is_cleaned(stage, file, cha
         prepare.main(["verify", "stage1:v0.1", f"--data_dir={stage}"])
     with pytest.raises(SystemExit, match=says):
         prepare.main(["clean", f"--data_dir={stage}"])
+    prepare.main(["status", f"--data_dir={stage}"])
+    if change:  # without snapshot.json there is no frozen stage to show
+        assert re.search(f"frozen stage1:v0.1 is damaged: .*{says}", capsys.readouterr().out)
     assert list((stage / "processed/unlisted").iterdir())
