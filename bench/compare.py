@@ -61,7 +61,8 @@ rival_rows = 10  # of a batch
 out_dir = "out/compare"
 
 RANGES = {
-    "[1, inf)": "n_train n_test points seeds rival_rows n_rollouts",
+    "[100, inf)": "n_train",  # 50 of them are for validation
+    "[1, inf)": "n_test points seeds rival_rows n_rollouts",
     "(0, inf)": "seconds rival_learning_rate",
 }
 ROOT = Path(__file__).parent.parent

@@ -61,7 +61,7 @@ class Settings:
 @dataclass
 class Candidate:
     grid: object  # np.uint8 (h, w), or text
-    votes: int = 0
+    votes: int = 1
     score: float = 0.0
     program: str | None = None
 
@@ -137,19 +137,18 @@ def rank(candidate):
 
 def vote(answers):
     """
-    answers: (grid or text, votes, score, program or None) in any order -> different Candidates, best first.
-    The score is the mean of those answers that came with a vote; without any, of all.
+    answers: Candidates of all views, in any order -> different ones, best first. The score is the mean of
+    those answers that came with a vote; without any, of all.
     """
     groups = defaultdict(list)
-    for answer in answers:
-        grid = answer[0]
-        groups[grid if isinstance(grid, str) else (grid.shape, grid.tobytes())].append(answer)
+    for a in answers:
+        groups[a.grid if isinstance(a.grid, str) else (a.grid.shape, a.grid.tobytes())].append(a)
     candidates = []
     for same in groups.values():
-        votes = sum(v for _, v, _, _ in same)
-        scores = [s for _, v, s, p in same if p is None and (v or not votes)] or [0.0]
-        program = next((p for *_, p in same if p), None)
-        candidates.append(Candidate(same[0][0], votes, float(np.mean(scores)), program))
+        votes = sum(a.votes for a in same)
+        scores = [a.score for a in same if not a.program and (a.votes or not votes)] or [0.0]
+        program = next((a.program for a in same if a.program), None)
+        candidates.append(Candidate(same[0].grid, votes, float(np.mean(scores)), program))
     return sorted(candidates, key=rank)
 
 
@@ -227,12 +226,12 @@ def solve_grids(model, tasks, settings):
 
 def votes_of_steps(steps):
     """Route B: the answer of the most confident step has the vote of its view, the others have none."""
-    return [(grid, int(n == 0), p, None) for n, (grid, p) in enumerate(ranked(steps))]
+    return [Candidate(grid, int(n == 0), p) for n, (grid, p) in enumerate(ranked(steps))]
 
 
 def votes_of_samples(samples):
     """Route A: every sample is a vote. Its score is the mean log-probability of its tokens."""
-    return [(grid, 1, log_p / (grid.shape[0] * (grid.shape[1] + 1) + 1), None) for grid, log_p in samples]
+    return [Candidate(g, score=log_p / (g.shape[0] * (g.shape[1] + 1) + 1)) for g, log_p in samples]
 
 
 # -----------------------------------------------------------------------------
@@ -270,14 +269,14 @@ def solve_in_words(model, tasks, settings):
     written = write(model, [prompts[i] for i in fit], settings.samples, ANSWER_TOKENS, settings.seed)
     for i, texts in zip(fit, written):
         answers = [re.search(r"^Answer: *(.+?) *$", tok.load().decode(ids), re.MULTILINE) for ids in texts]
-        out[i] = [Given(vote([(answer[1], 1, 0.0, None) for answer in answers if answer]))]
+        out[i] = [Given(vote([Candidate(answer[1]) for answer in answers if answer]))]
     return out
 
 
 def solve_by_programs(model, task, settings):
     """
     The model writes programs, and those that solve every demonstration are run on the test inputs.
-    Returns for each test input a list of (grid, 1, 0.0, program text).
+    Returns for each test input a list of Candidates.
     """
     prompt = [tok.EOT, tok.PROGRAM]
     for x, y in task.train:
@@ -292,7 +291,7 @@ def solve_by_programs(model, task, settings):
             if all(np.array_equal(programs.run(text, x)[-1], y) for x, y in task.train):
                 grids = [programs.run(text, x)[-1] for x, _ in task.test]
                 for passed, grid in zip(out, grids):
-                    passed.append((grid, 1, 0.0, text))
+                    passed.append(Candidate(grid, program=text))
     return out
 
 

@@ -11,7 +11,7 @@ from tiny import grid, make, stand_ins  # noqa: F401
 import eval_arc
 from smol import arc, engine, loader, programs, puzzles, solve, suites
 from smol import tokenizer as tok
-from smol.solve import Settings
+from smol.solve import Candidate, Settings
 
 torch.set_num_threads(1)
 
@@ -93,8 +93,8 @@ def test_the_answer_of_most_views_comes_first():
 
 def test_programs_come_before_votes_and_votes_before_scores():
     a, b, c = grid("1"), grid("22"), grid("3/3")
-    answers = [(a, 1, -0.1, None), (b, 1, -5.0, None), (b, 1, -7.0, None), (c, 1, 0.0, "text")]
-    ranked = solve.vote([*answers, (a, 0, 9.0, None)])
+    answers = [Candidate(a, 1, -0.1), Candidate(b, 1, -5.0), Candidate(b, 1, -7.0), Candidate(c, program="x")]
+    ranked = solve.vote([*answers, Candidate(a, 0, 9.0)])
     assert [x.grid.tolist() for x in ranked] == [c.tolist(), b.tolist(), a.tolist()]
     assert [(x.votes, x.score) for x in ranked] == [(1, 0.0), (2, -6.0), (1, -0.1)]
 
@@ -201,7 +201,7 @@ def test_only_programs_that_pass_every_demonstration_answer(monkeypatch):
     ]
     model = Writes("nonsense", [*wrong, right], tok.OUTPUT)
     (found,) = solve.solve_by_programs(model, task, Settings(programs=6))
-    assert [(g.tolist(), text) for g, _, _, text in found] == [(task.test[0][1].tolist(), right)]
+    assert [(c.grid.tolist(), c.program) for c in found] == [(task.test[0][1].tolist(), right)]
     monkeypatch.setitem(programs.LANGUAGE, "crop", (({},), lambda grid: grid[99], ()))
     with pytest.raises(IndexError):  # the language's own mistake is no program's
         solve.solve_by_programs(model, task, Settings(programs=6))
