@@ -46,6 +46,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton on a CPU, in t
 # other.
 CHUNK = 64
 CPU_CHUNK = 32  # one merge of blocks less
+CPU_AT_ONCE = 1 << 19  # B * T * H * K that a CPU works on at once, to use what its caches hold again
 # Where gates are clamped: exp(-16) is 1e-7, one unit of float32, and exp(-80) is nothing to float64.
 FLOOR = {torch.float32: -16.0, torch.float64: -80.0}
 BLOCK = 8  # tokens per block at most, in a chunk of several blocks
@@ -676,7 +677,19 @@ class KDAFunction(torch.autograd.Function):
         return *grads, None if inputs[5] is None else d_state, None, None, None
 
 
-def kda(q, k, v, g, beta, *, scale=None, initial_state=None, output_final_state=False, backend="auto"):
+def kda(
+    q,
+    k,
+    v,
+    g,
+    beta,
+    *,
+    scale=None,
+    initial_state=None,
+    output_final_state=False,
+    cu_seqlens=None,
+    backend="auto",
+):
     """
     Kimi Delta Attention with precomputed gates, differentiable in every tensor. Arguments as in FLA's
     chunk_kda.
@@ -686,10 +699,12 @@ def kda(q, k, v, g, beta, *, scale=None, initial_state=None, output_final_state=
     g    (B, T, H, K)    log-decay, in [-inf, 0]
     beta (B, T, H)       how much of the old value is replaced, in [0, 1] (up to 2 is allowed: a reflection)
     scale                multiplies q, default K ** -0.5
-    initial_state        (B, H, K, V) or None for zero
+    initial_state        (N, H, K, V) or None for zero; N is B, or the number of packed sequences
+    cu_seqlens           (N + 1,) integers from 0 to T, B = 1: sequence n is made of tokens cu_seqlens[n] to
+                         cu_seqlens[n + 1] - 1. They are computed one after the other
     backend              "recurrent" (the definition), "chunk" (PyTorch), "triton", or "auto"
 
-    Returns o (B, T, H, V) in v's dtype, and the final state (B, H, K, V) in float32 (float64 for float64
+    Returns o (B, T, H, V) in v's dtype, and the final state (N, H, K, V) in float32 (float64 for float64
     inputs), or None unless output_final_state. Raises ValueError naming the argument whose shape or dtype
     does not fit.
 
@@ -701,21 +716,41 @@ def kda(q, k, v, g, beta, *, scale=None, initial_state=None, output_final_state=
     if q.ndim != 4:
         raise ValueError(f"q must be (B, T, H, K), got shape {tuple(q.shape)}")
     B, T, H, K = q.shape
-    V = v.shape[-1] if v.ndim == 4 else 0
+    V, N = v.shape[-1] if v.ndim == 4 else 0, B if cu_seqlens is None else len(cu_seqlens) - 1
     shapes = {"q": (B, T, H, K), "k": (B, T, H, K), "v": (B, T, H, V), "g": (B, T, H, K), "beta": (B, T, H)}
-    shapes["initial_state"] = B, H, K, V
+    shapes["initial_state"] = N, H, K, V
     for t, (name, shape) in zip((q, k, v, g, beta, initial_state), shapes.items()):
         if t is not None and (tuple(t.shape) != shape or not t.is_floating_point()):
             raise ValueError(f"{name} is {t.dtype} {tuple(t.shape)}, expected floating point {shape}")
-    scale, wide = K**-0.5 if scale is None else scale, widest(q, k, v, g, beta)
+    inputs, how = (q, k, v, g, beta), {"scale": scale, "output_final_state": True, "backend": backend}
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        rising = N > 0 and bounds[0] == 0 and bounds[-1] == T and bounds == sorted(bounds)
+        if B != 1 or not rising or cu_seqlens.is_floating_point():
+            raise ValueError(
+                f"cu_seqlens must be integers rising from 0 to T = {T}, B = 1, got {bounds[:8]}, B = {B}"
+            )
+        states = [None] * N if initial_state is None else initial_state.split(1)
+        own = zip(*(t.tensor_split(bounds[1:-1], 1) for t in inputs), states)
+        parts = [kda(*some, initial_state=state, **how) for *some, state in own]
+        o, state = (torch.cat(t, dim) for t, dim in zip(zip(*parts), (1, 0)))
+        return o, state if output_final_state else None
+    scale, wide = K**-0.5 if scale is None else scale, widest(*inputs)
     backend = resolve(backend, wide, q, v)
+    at_once = max(CHUNK, CPU_AT_ONCE // max(1, B * H * K) // CHUNK * CHUNK)
+    if backend == "chunk" and q.device.type == "cpu" and T > 2 * at_once:
+        parts, state = [], initial_state
+        for some in zip(*(t.split(at_once, 1) for t in inputs)):
+            o, state = kda(*some, initial_state=state, **how)
+            parts.append(o)
+        return torch.cat(parts, 1), state if output_final_state else None
     if backend != "recurrent" and q.numel() and V:
-        o, state = KDAFunction.apply(q, k, v, g, beta, initial_state, scale, output_final_state, backend)
+        o, state = KDAFunction.apply(*inputs, initial_state, scale, output_final_state, backend)
         state = state.view(B, H, K, V) if output_final_state else None
     else:
         state = q.new_zeros(B, H, K, V) if initial_state is None else initial_state
         with torch.autocast(q.device.type, enabled=False):
-            o, state = recurrent_kda(*(t.to(wide) for t in (q, k, v, g, beta)), scale, state.to(wide))
+            o, state = recurrent_kda(*(t.to(wide) for t in inputs), scale, state.to(wide))
         o = o.to(v.dtype)
     return o, state if output_final_state else None
 

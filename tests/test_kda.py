@@ -255,6 +255,38 @@ def test_split_anywhere_and_pass_the_state_on(gate):
         check(both, {"o": o, "state": final}, 1e-5, f"cut at {cut}")
 
 
+def test_packed_sequences_are_the_sequences_alone():
+    lengths = (5, 130, 1, 0, 64)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    *row, _ = (t[:1] for t in make("uneven", sum(lengths)))
+    inputs = [*row, torch.cat([make("mild", 1, seed=i)[5][:1] for i in range(len(lengths))])]
+
+    def alone(*inputs):
+        parts, states = [t.split(lengths, 1) for t in inputs[:5]], inputs[5].split(1)
+        out = [reference(*(p[n] for p in parts), states[n]) for n in range(5) if n != 3]
+        states = [s for _, s in out]
+        return torch.cat([o for o, _ in out], 1), torch.cat([*states[:3], inputs[5][3:4], states[3]])
+
+    def packed(*inputs):
+        return kda(*inputs[:5], initial_state=inputs[5], output_final_state=True, cu_seqlens=cu_seqlens)
+
+    for got, want, tolerance in zip(run(packed, inputs), run(alone, inputs, torch.float64), (1e-5, 1e-4)):
+        check(got, want, tolerance, "packed")
+    for bad in ([0, 3, 5], [1, 200], [0, 4, 3, 200], [0], [0.0, 200.0]):
+        with pytest.raises(ValueError, match="cu_seqlens"):
+            kda(*row, cu_seqlens=torch.tensor(bad))
+
+
+def test_long_rows_are_worked_through_in_pieces(monkeypatch):
+    monkeypatch.setattr(kda_file, "CPU_AT_ONCE", 1)
+    calls, apply = [], kda_file.KDAFunction.apply
+    monkeypatch.setattr(kda_file.KDAFunction, "apply", lambda *args: calls.append(1) or apply(*args))
+    inputs = make("uneven", 3 * kda_file.CHUNK + 5)
+    for got, want, tolerance in zip(run(by_kda, inputs), run(reference, inputs, torch.float64), (1e-5, 1e-4)):
+        check(got, want, tolerance, "pieces")
+    assert len(calls) == 4
+
+
 @pytest.mark.parametrize("at, name", list(enumerate(NAMES)))
 def test_a_wrong_argument_is_named(at, name):
     good = [t.float() for t in make("mild", 6)]
