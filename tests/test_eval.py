@@ -401,18 +401,16 @@ def test_two_processes_give_what_one_gives(checkpoints, tmp_path):
         (["{good}", "--suites=sudoku4,sudku4"], "the closest is 'sudoku4'"),
         (["{good}", "--tasks={folder}/nowhere"], "there is no"),
         (["{good}", "--suites=sudoku4", "--n_rollouts=2"], "about Route B"),
-        (["{good}", "--suites=sudoku4"], "eval.json is damaged or of another version"),
+        (["{good}", "--suites=sudoku4", "--out_dir={folder}/old"], "eval.json is damaged or of another"),
     ],
 )
 def test_bad_input_is_one_line_and_overwrites_nothing(args, words, checkpoints, tmp_path):
     (tmp_path / "notes.txt").write_text("text, no checkpoint\n" * 20)
-    (tmp_path / "eval.json").write_text('{"route_b": {"suites": {"sudoku4": {"solved": 1}}}}')
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    args = [a.format(good=checkpoints[0], folder=tmp_path) for a in args]
-    if words != "eval.json is damaged or of another version":
-        (tmp_path / "eval.json").unlink()
-        del before["eval.json"]
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/eval.json").write_text('{"route_b": {"suites": {"sudoku4": {"solved": 1}}}}')
+    before = {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")}
+    args = [a.format(good=checkpoints[0], folder=tmp_path) for a in [f"--out_dir={tmp_path}", *args]]
     with pytest.raises(SystemExit, match=words) as stopped:
-        eval_arc.main([*args, f"--out_dir={tmp_path}"])
+        eval_arc.main(args)
     assert stopped.value.code.startswith("error: ") and "\n" not in stopped.value.code
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")} == before
