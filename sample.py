@@ -8,7 +8,7 @@ One checkpoint at work: text from a prompt, or a task solved before your eyes.
 
 A task is printed as coloured grids: its demonstrations, then for each test input what is expected beside what
 the model answers, with wrong cells marked ><. Route B's answer is shown after every supervision step, with
-the probability that its halting head gives it; the step with the highest is its answer.
+the probability that its halting head gives it.
 
 Read next: eval_arc.py, which does this for whole suites and counts.
 """
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import configurator
-from model_trm import ANSWER_IDS, ranked
+from model_trm import ANSWER_IDS, NOISE, ranked, surest_rollout
 from smol import arc, checkpoint, engine, files, runtime, solve, suites
 from smol import tokenizer as tok
 
@@ -37,13 +37,17 @@ top_k: int | None = 200  # draw from the k likeliest tokens
 top_p: float | None = None  # draw from the fewest likeliest tokens that have a probability of p together
 num_samples = 1  # texts
 n_sup: int | None = None  # Route B on a task: supervision steps; None: as it was trained
+halt: float | None = None  # Route B on a task: stop when the halting head gives the answer more than this
+n_rollouts = 1  # Route B on a task: answers, all but the first with noise; the halting head chooses
+noise = NOISE  # of the others, on z, which has size 1
 seed = 1337
 device = "auto"  # cpu, cuda, cuda:1; auto: the GPU where there is one
 
 RANGES = {
-    "[1, inf)": "max_new_tokens top_k num_samples n_sup",
-    "[0, inf)": "temperature seed",
+    "[1, inf)": "max_new_tokens top_k num_samples n_sup n_rollouts",
+    "[0, inf)": "temperature noise seed",
     "(0, 1]": "top_p",
+    "[0, 1]": "halt",
 }
 
 # -----------------------------------------------------------------------------
@@ -104,31 +108,38 @@ def verdict(grid, expected):
     return f"wrong in {n_wrong} of {expected.size} cells" if n_wrong else "correct"
 
 
-def show_task(model, task, n_sup=None):
+def how(c):
+    """What Route B's answer takes of the settings."""
+    return {k: getattr(c, k) for k in ("n_sup", "halt", "n_rollouts", "noise", "seed")}
+
+
+def show_task(model, task, c):
     """Print the task and the model's answers. ValueError, before anything is printed, if it does not fit."""
-    canvas, size = model.puzzle_format == "canvas", model.config.block_size
+    canvas = model.puzzle_format == "canvas"
     room = [arc.prompt_and_room(task.kind, task.train, x, model.puzzle_format) for x, _ in task.test]
     needed = max(map(sum, room))
-    if needed > size:
+    if needed > model.config.block_size:
         raise ValueError(
             f"task {task.id} takes {needed:,} tokens with room for the answer, and this checkpoint reads at "
-            f"most {size:,} (its block_size)"
+            f"most {model.config.block_size:,} (its block_size)"
         )
     print(f"{task.id}   {needed:,} tokens\n")
     for i, (x, y) in enumerate(task.train, 1):
         print(arc.ansi_row([(f"demo {i}", x, None), ("output", y, None)]), flush=True)
-    (answers,) = model.answer(
-        solve.without_answers([task]), **({"n_sup": n_sup, "trace": True} if canvas else {})
-    )
+    (answers,) = model.answer(solve.without_answers([task]), **({**how(c), "trace": True} if canvas else {}))
     for j, ((x, y), given) in enumerate(zip(task.test, answers), 1):
         panels = [(f"test {j}" if task.train else "puzzle", x, None), ("expected", y, None)]
         if canvas:
-            panels += [(f"step {n}, halt {p:.2f}", grid, y) for n, (grid, p) in enumerate(given, 1)]
-            given = ranked(given)  # the answer is that with the highest halting probability
+            shown = surest_rollout(given, c.n_rollouts)
+            panels += [(f"step {n}, halt {p:.2f}", grid, y) for n, (grid, p) in enumerate(shown, 1)]
+            several = f" in each of {c.n_rollouts} rollouts" if c.n_rollouts > 1 else ""
+            last = f", the answer with the highest halting probability of {len(shown)} steps{several}"
+            given = ranked(given)
         else:
             panels += [(f"answer, p {np.exp(log_p):.2g}", grid, y) for grid, log_p in given]
+            last = ""
         print(arc.ansi_row(panels))
-        print(f"test {j} of {len(task.test)}: {verdict(given[0][0] if given else None, y)}\n")
+        print(f"test {j} of {len(task.test)}{last}: {verdict(given[0][0] if given else None, y)}\n")
 
 
 # -----------------------------------------------------------------------------
@@ -140,19 +151,23 @@ DARK, PANEL, INK, GOOD, BAD = (13, 17, 23), (41, 53, 72), (230, 237, 243), (94, 
 
 
 @torch.no_grad()
-def canvas_steps(model, task, n_sup=None):
+def canvas_steps(model, task, n_sup=None, halt=None, n_rollouts=1, noise=NOISE, seed=0):
     """
-    After each supervision step on the first test input: the probabilities (H, W, 11) of ten colours and of
-    "outside the answer" in each cell, and the halting probability. ValueError if logits are not finite.
+    After each supervision step of the surest rollout on the first test input: the probabilities (H, W, 11)
+    of ten colours and of "outside the answer" in each cell, and the halting probability. ValueError if logits
+    are not finite.
     """
-    one, steps = arc.Task(task.id, task.kind, task.train, task.test[:1]), []
+    one = arc.Task(task.id, task.kind, task.train, task.test[:1])
+    rollouts = [[] for _ in range(n_rollouts)]
     for [(_, _, (H, W), start)], idx in model.canvases(solve.without_answers([one])):
-        for _, y, p in model.answer_steps(idx, n_sup):
-            logits = F.linear(y[0, start : start + H * (W + 1)], model.wte.weight[ANSWER_IDS]).float()
+        for _, y, p in model.answer_steps(idx, n_sup, halt, n_rollouts, noise, seed):
+            logits = F.linear(y[:, start : start + H * (W + 1)], model.wte.weight[ANSWER_IDS]).float()
             if not (logits.isfinite().all() and p.isfinite().all()):
                 raise ValueError("the model's logits are not finite: there is nothing to draw")
-            steps.append((logits.softmax(-1).view(H, W + 1, 11)[:, :W].cpu().numpy(), p.item()))
-    return steps
+            cells = logits.softmax(-1).view(n_rollouts, H, W + 1, 11)[:, :, :W].cpu().numpy()
+            for steps, step in zip(rollouts, zip(cells, p.tolist())):
+                steps.append(step)
+    return surest_rollout(sum(rollouts, []), n_rollouts)
 
 
 def draw(task, cells, words, wrong=None):
@@ -206,16 +221,18 @@ def save_gif(task, steps, path):
             frames.append(draw(task, before * (1 - t) + cells * t, words))
             milliseconds.append(55 if t < 1 else 300)
         before = cells
-    wrong = np.ones((H, W), dtype=bool)  # where the answer does not fit on the canvas
     if expected.shape[0] <= H and expected.shape[1] <= W:
         wrong = cells.argmax(-1) != certain(expected).argmax(-1)
+    else:
+        wrong = np.ones((H, W), dtype=bool)
     words = f"{wrong.sum()} of {wrong.size} cells wrong" if wrong.any() else "solved"
     frames.append(draw(task, cells, words, wrong))
     sheet = np.concatenate([np.asarray(frame) for frame in frames[:: max(1, len(frames) // 4)]])
     colours = Image.fromarray(sheet).quantize(255)  # for all frames: each with its own would flicker
-    first, *others = (frame.quantize(palette=colours, dither=0) for frame in frames)
+    frames = [frame.quantize(palette=colours, dither=0) for frame in frames]
     buffer = io.BytesIO()
-    first.save(buffer, "gif", save_all=True, append_images=others, duration=[*milliseconds, 2800], loop=0)
+    options = dict(append_images=frames[1:], duration=[*milliseconds, 2800], loop=0)
+    frames[0].save(buffer, "gif", save_all=True, **options)
     files.write_whole(buffer.getvalue(), path)
 
 
@@ -231,14 +248,14 @@ def main(argv):
         raise ValueError("--prompt is for text, --task for puzzles: give one of them")
     task = find_task(c.task) if c.task else None
     model, _ = checkpoint.load_model(words[0], runtime.pick_device(c.device))
-    if (c.n_sup or c.gif) and not (task and model.puzzle_format == "canvas"):
-        raise ValueError("--n_sup and --gif are about Route B on a --task")
+    if (c.n_sup or c.halt or c.gif or c.n_rollouts > 1) and not (task and model.puzzle_format == "canvas"):
+        raise ValueError("--n_sup, --halt, --n_rollouts and --gif are about Route B on a --task")
     if task is None:
         stream_text(model, c)
         return
-    show_task(model, task, c.n_sup)
+    show_task(model, task, c)
     if c.gif:
-        save_gif(task, canvas_steps(model, task, c.n_sup), c.gif)
+        save_gif(task, canvas_steps(model, task, **how(c)), c.gif)
         print(f"moving picture: {c.gif}")
 
 

@@ -8,6 +8,7 @@ import tiny
 import torch
 
 import sample
+from model_trm import surest_rollout
 from smol import arc, checkpoint, engine, suites
 from smol import tokenizer as tok
 
@@ -72,6 +73,7 @@ def test_a_puzzle_is_shown_and_judged(name, n_sup, checkpoints, capsys):
         (["{dense}", "--task=0057622"], "00576224"),
         (["{dense}", "--task=sudoku4-9999"], "sudoku4-0099"),
         (["{dense}", "--task=sudoku4-0001", "--n_sup=3"], "Route B"),
+        (["{dense}", "--task=sudoku4-0001", "--n_rollouts=3"], "Route B"),
         (["{trm}", "--task=0934a4d8"], "at most 300"),
     ],
 )
@@ -94,8 +96,8 @@ def test_a_film_of_the_answer(checkpoints, tmp_path):
 def test_what_is_filmed_is_what_is_answered(checkpoints):
     model, _ = checkpoint.load_model(checkpoints["trm"])
     task = arc.Task("t", "arc", suites.load("maze")[0].test, suites.load("maze")[1].test)
-    steps = sample.canvas_steps(model, task)
-    trace = model.answer([task], trace=True)[0][0]
+    steps = sample.canvas_steps(model, task, n_rollouts=3)
+    trace = surest_rollout(model.answer([task], trace=True, n_rollouts=3)[0][0], 3)
     assert len(steps) == len(trace) == 3
     for (cells, halt), (grid, probability) in zip(steps, trace):
         assert np.allclose(cells.sum(-1), 1, atol=1e-5) and abs(halt - probability) < 1e-5
