@@ -38,7 +38,7 @@ from smol.files import save_picture, write_whole
 # ---- what on
 # sudoku4-MIN-MAX or sudoku9-MIN-MAX (blanks; the test has MAX), maze-SIDE, turn-2 to turn-8; '' for text
 puzzle = ""
-n_train = 20000  # different puzzles to train on
+n_train = 10000  # different puzzles to train on
 n_test = 100
 text = {"stdlib": 1, "langref": 1, "docstrings": 1, "arithmetic": 1}  # sources of text, with their shares
 data_dir = "data"  # where `python prepare.py demo` put that text
@@ -68,6 +68,7 @@ RANGES = {
 ROOT = Path(__file__).parent.parent
 BETAS, EMA = (0.9, 0.95), 0.999
 N_BATCHES = 500  # of text that nanoGPT goes over again and again
+N_BATCHES_TRM = 12_000  # of puzzles, likewise: more than twenty minutes take
 WARMUP, DECAY = 0.05, 0.4  # shares of the run in which the learning rate goes up, and down to zero
 
 
@@ -123,7 +124,8 @@ def train_contender(c, arguments, seed, out):
     data = ["--data=demo", f"--mixture={c.text}", f"--data_dir={c.data_dir}"]
     if c.puzzle:
         data = ["--data=compare", "--mixture={'compare': 1}", f"--data_dir={Path(c.out_dir) / 'data'}"]
-    command = [sys.executable, "train.py", *shlex.split(arguments), *data, f"--seed={seed}", "--device=cpu"]
+    how = ["--device=cpu", f"--seed={seed}", "--dtype=float32"]  # as the rivals are trained
+    command = [sys.executable, "train.py", *how, *shlex.split(arguments), *data]
 
     def run(folder, steps, *more):
         schedule = [f"--warmup_iters={int(WARMUP * steps)}", f"--decay_iters={int(DECAY * steps)}"]
@@ -210,11 +212,11 @@ def train_rival(c, net, loss_of, batches, evaluate):
     return curve, sum(p.numel() for p in net.parameters())
 
 
-def trm_batch(tasks):
+def trm_batch(pairs):
     """Sudokus as published TRM reads them: a row of cells, as tokens 1 to 10, and nothing for the task."""
-    grids = np.stack([[grid.ravel() for grid in task.test[0]] for task in tasks])  # (N, 2, cells)
+    grids = np.stack([[grid.ravel() for grid in pair] for pair in pairs])  # (N, 2, cells)
     inputs, labels = torch.from_numpy(grids.astype(np.int64) + 1).unbind(1)
-    identifiers = torch.zeros(len(tasks), dtype=torch.long)
+    identifiers = torch.zeros(len(pairs), dtype=torch.long)
     return {"inputs": inputs, "labels": labels, "puzzle_identifiers": identifiers}
 
 
@@ -223,7 +225,7 @@ def trm_steps(model, tasks, n_steps, n_rollouts=1, size=0.0, seed=0):
     Published TRM at work: yields after each step whether each rollout of each task is right (N, n_rollouts),
     and its halting logit. All rollouts but the first have noise of this size on z before each step.
     """
-    data = trm_batch([task for task in tasks for _ in range(n_rollouts)])
+    data = trm_batch([task.test[0] for task in tasks for _ in range(n_rollouts)])
     noisy = (torch.arange(len(tasks) * n_rollouts) % n_rollouts > 0)[:, None, None]
     state, rng = model.initial_carry(data), torch.Generator().manual_seed(seed)
     state.current_data = data
@@ -257,8 +259,15 @@ def rival_trm(c, seed, tasks):
     config |= {"halt_exploration_prob": 0.1, "forward_dtype": "float32", **c.trm_settings}
     net = ACTLossHead(TinyRecursiveReasoningModel_ACTV1(config), "stablemax_cross_entropy")
 
-    made, n = [draw(c.puzzle, rng) for _ in tqdm(range(c.n_train), desc="puzzles", leave=False)], c.rival_rows
-    batches = [trm_batch(made[i : i + n]) for i in range(0, len(made) - n + 1, n)]
+    # the contenders' puzzles, seen through the same random symmetries
+    folder, n = Path(c.out_dir) / "data", c.rival_rows
+    manifest, _ = snapshots.read_manifest(folder, "compare")
+    shards = loader.Shards(folder, [e for e in manifest if e["split"] == "train"])
+    batches = []
+    for _ in range(N_BATCHES_TRM):
+        documents = map(shards.document, rng.integers(shards.n_documents, size=n))
+        pairs = [arc.decode(document)[1][0] for document in documents]
+        batches.append(trm_batch([puzzles.shuffle_sudoku(rng, *p) if cells == 81 else p for p in pairs]))
     carry = net.initial_carry(batches[0])
 
     def loss_of(net, batch):
@@ -359,6 +368,10 @@ def main(argv):
     if c.nanogpt:
         runs["nanoGPT"] = lambda seed, _: rival_nanogpt(c, seed)
     try:
+        if not runs:
+            raise ValueError("nobody to compare: name a contender ('A: config/route_a_demo.py') or a rival")
+        if c.trm and "sudoku" not in c.puzzle or c.nanogpt and c.puzzle:
+            raise ValueError("--trm is for sudokus (--puzzle=sudoku9-10-40) and --nanogpt for text")
         tasks = make_puzzles(c, out / "data") if c.puzzle else []
         for seed, name in itertools.product(range(1, c.seeds + 1), runs):
             path = str(out / f"{name.replace(' ', '_')}-{seed}")

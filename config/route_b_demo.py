@@ -22,6 +22,7 @@ mixture = {
     "turned": 0.5,
     "rearc": 0.05,
 }
+dtype = "float32"  # at width 64 half precision makes a CPU slower
 optimizer = "adamw"  # what its learning rate was found with
 learning_rate = 2e-3
 max_iters = 2200

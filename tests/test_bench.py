@@ -258,6 +258,7 @@ def test_published_trm_is_trained_and_asked_with_rollouts(cautious, tmp_path, mo
     (recursive.parent / "losses.py").write_text(LOSSES)
     (recursive / "trm.py").write_text(TRM.replace("CAUTIOUS", str(cautious)))
     monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.setattr(compare, "N_BATCHES_TRM", 5)
     sizes = ["--seconds=0.2", "--points=2", "--n_train=100", "--n_test=3", "--n_sup=(1, 2)", "--n_rollouts=4"]
     where = [f"--trm={tmp_path / 'trm'}", f"--out_dir={tmp_path / 'out'}", "--noise=(0.0, 100.0)"]
     compare.main([*where, *sizes, "--puzzle=sudoku4-4-6"])
@@ -268,6 +269,20 @@ def test_published_trm_is_trained_and_asked_with_rollouts(cautious, tmp_path, mo
     assert (row["name"], row["params"], first["solved"]) == ("TRM, mixer", 1, {"1": 0, "2": 3})
     assert last["tokens"] == 10 * 16 * last["iter"] and "rollouts" in last and first["rollouts"] == {}
     assert last["rollouts"] == {"0.0": [3, 3], "100.0": [3 * cautious, 3]}
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--puzzle=turn-8"], "nobody to compare"),
+        (["--trm=there", "--puzzle=maze-5"], "--trm is for sudokus"),
+        (["--nanogpt=there", "--puzzle=sudoku4-4-6"], "--nanogpt for text"),
+        (["A: config/route_a_demo.py", "--puzzle=chess"], "--puzzle=chess: there are"),
+    ],
+)
+def test_a_comparison_that_cannot_be_is_one_line(argv, says, tmp_path):
+    with pytest.raises(SystemExit, match=f"^error: .*{says}"):
+        compare.main([*argv, f"--out_dir={tmp_path}"])
 
 
 def test_nanogpt_learns_the_text_of_the_demo(nanogpt, data, tmp_path, monkeypatch):
