@@ -70,7 +70,7 @@ halt: float | None = None  # Route B: stop once the halting probability is above
 n_rollouts = 1  # Route B: answers to each view, all but the first with noise; its halting head chooses
 noise = NOISE  # of the others, on z, which has size 1
 ttt_steps = 0  # test-time training: steps on each task
-ttt_lr = 5e-4  # its learning rate
+ttt_lr = 1e-3  # its learning rate
 seed = 1337  # of views, draws and test-time training
 # ---- where
 out_dir = ""  # where the results go; "" means beside the checkpoint

@@ -54,7 +54,7 @@ class Settings:
     n_rollouts: int = 1  # Route B: answers to a view, all but the first with noise; the head chooses
     noise: float = NOISE  # on z, which has size 1
     ttt_steps: int = 0  # steps of test-time training
-    ttt_lr: float = 5e-4
+    ttt_lr: float = 1e-3
     seed: int = 1337
 
 
