@@ -135,11 +135,8 @@ def own_batches(net, guide, batches, step):
     finite the batches stay as they are, and their loss says so.
     """
     taught = {"text": text == "teacher", "puzzle": net.puzzle_format == "autoregressive"}
-    texts, tasks, rows = (
-        [],
-        [],
-        defaultdict(list),
-    )  # (number of the batch, prompt or task, rng); {number: rows}
+    texts, tasks = [], []  # (number of the batch, prompt or task, rng)
+    rows = defaultdict(list)  # {number of the batch: rows}
     for batch in batches:
         number = batch.key[0]
         if not taught[batch.mode] or draw_rng(seed, f"policy {step}", number).random() >= on_policy:
@@ -360,7 +357,7 @@ def weights_of(batches, sources, device):
     return [len(b.idx) * n_batches[b.source] / n_rows[b.source] for b in batches]
 
 
-class Lesson(torch.nn.Module):
+class Distillation(torch.nn.Module):
     """
     A student and its teacher: what train.py's loop calls in place of a model. ValueError where the teacher
     cannot teach what the loader has. data: what the checkpoint says of its data, which gets the teacher.
@@ -421,7 +418,7 @@ def main(argv):
     with runtime.errors_agree():
         if init_from in ("", "auto", "scratch") or not teacher:
             raise ValueError("name a student and a teacher: --init_from=PATH --teacher=PATH")
-    train.train(config, defaults, Lesson)
+    train.train(config, defaults, Distillation)
 
 
 if __name__ == "__main__":

@@ -139,10 +139,10 @@ def main(argv):
     train(config, defaults)
 
 
-def train(config, defaults, teach=None):
+def train(config, defaults, make_distillation=None):
     """
-    The run with these settings; those that are not among them are the defaults above. teach: the
-    `Lesson` of distill.py, which makes the batches of a step and is called in the model's place.
+    The run with these settings; those that are not among them are the defaults above. make_distillation: the
+    `Distillation` of distill.py, which makes the batches of a step and is called in the model's place.
     """
     globals().update(config)
     began = time.monotonic()
@@ -154,7 +154,7 @@ def train(config, defaults, teach=None):
     # ---- from scratch, from another run's weights, or going on
     start, start_path, resumed = checkpoint.begin(config, anew=overwrite or sanity)
     name, shape, begin_with = model, config, start and start["weights"]
-    if teach:  # the student is as its checkpoint has it
+    if make_distillation:  # the student is as its checkpoint has it
         name, shape = start["model"], start["model_config"]
         shape = shape if recompute is None else {**shape, "recompute": recompute}
         begin_with = begin_with if resumed else start["ema"] or begin_with
@@ -171,7 +171,9 @@ def train(config, defaults, teach=None):
             checkpoint.load_optimizers(optimizers, optimizer, start["train"])
         before = start["train"].get("data", {}) if start else {}
         loader, pinned = loop.make_loader(config, net, before.get("sources", []))
-        lesson = teach(net, loader, pinned, here, precision) if teach else None
+        distillation = None
+        if make_distillation:
+            distillation = make_distillation(net, loader, pinned, here, precision)
         if resumed:
             checkpoint.check_same_data(before, pinned)
             loader.load_state_dict(start["train"]["loader"])
@@ -189,7 +191,7 @@ def train(config, defaults, teach=None):
         return
 
     # ---- ready
-    if compile is True or (compile == "auto" and on_gpu and not lesson):  # decoding has ever new shapes
+    if compile is True or (compile == "auto" and on_gpu and not distillation):  # decoding has ever new shapes
         for block in net.blocks:
             block.compile()
     checks = []
@@ -201,7 +203,7 @@ def train(config, defaults, teach=None):
             for batch in loader.val_batches(mode, 1):
                 checks.append(overfit_one_batch(net, mode, batch, autocast, scaler.is_enabled(), here))
                 break
-    parallel = lesson or net
+    parallel = distillation or net
     if world_size > 1:
         parallel = DistributedDataParallel(parallel, gradient_as_bucket_view=True)
     with runtime.errors_agree():
@@ -232,7 +234,7 @@ def train(config, defaults, teach=None):
     since_log = Counter()  # what the steps since the last line in the log sum up to
     logged, saved, due, stopping = [], True, False, False
     net.train()
-    if lesson and not resumed:
+    if distillation and not resumed:
         loop.validate(run, net, average, loader, autocast, here, config, log)
 
     # ---- go
@@ -247,9 +249,9 @@ def train(config, defaults, teach=None):
         except ValueError as e:  # no puzzle fits into block_size, in any process
             runtime.stop(e)
         weights = [1.0] * len(batches)  # of their losses in the mean
-        if lesson:
+        if distillation:
             with autocast:
-                batches, weights = lesson.prepare(batches, run["iter"])
+                batches, weights = distillation.prepare(batches, run["iter"])
         sums = dict.fromkeys(loader.names, 0.0)  # of losses
         figures, new_carries = {"tokens": 0, "flops": 0.0, "data_wait": ahead.waited}, {}
         for i, (batch, weight) in enumerate(zip(batches, weights)):
@@ -273,7 +275,7 @@ def train(config, defaults, teach=None):
 
         # every process learns the same sums: all of them step or skip, stop, save and validate together
         out_of_time = max_hours and time.monotonic() - began > 3600 * max_hours
-        figures |= lesson.seconds if lesson else {}
+        figures |= distillation.seconds if distillation else {}
         own = [bool(interrupted or out_of_time), *figures.values(), *map(float, sums.values())]
         stopping, *everyones = runtime.sums(own, here)
         figures = dict(zip(figures, everyones))

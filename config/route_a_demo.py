@@ -20,8 +20,8 @@ mixture = {
     "rearc": 0.2,
 }
 learning_rate = 2e-3
-max_iters = 1000
+max_iters = 900
 warmup_iters = 20
-decay_iters = 400
-eval_interval = 1000
+decay_iters = 360
+eval_interval = 900
 eval_batches = 8

@@ -97,17 +97,17 @@ def rows_of(batch):
     return batch.idx, batch.targets, defaultdict(float)
 
 
-def lesson_of(net, guide, monkeypatch):
-    """A Lesson with a teacher that is there already, on sources 'prose' and 'sudoku4'."""
+def distillation_of(net, guide, monkeypatch):
+    """A Distillation with a teacher that is there already, on sources 'prose' and 'sudoku4'."""
     monkeypatch.setattr(teachers, "load", lambda *about: guide)
     stage = SimpleNamespace(names=["prose", "sudoku4"], sources={}, block_size=256)
-    return distill.Lesson(net, stage, {"sources": []}, "cpu", "float32")
+    return distill.Distillation(net, stage, {"sources": []}, "cpu", "float32")
 
 
-def step_loss(lesson, batches, step=0):
+def step_loss(distillation, batches, step=0):
     """As in train.py's loop."""
-    batches, weights = lesson.prepare(batches, step)
-    losses = (lesson(b.idx, b.targets, mode=b.mode, carry=None)[1] for b in batches)
+    batches, weights = distillation.prepare(batches, step)
+    losses = (distillation(b.idx, b.targets, mode=b.mode, carry=None)[1] for b in batches)
     return sum(loss * weight for loss, weight in zip(losses, weights))
 
 
@@ -207,14 +207,14 @@ def test_a_step_learns_from_what_the_student_writes(short_texts, monkeypatch):
     puzzle = batch_of(suites.load("sudoku4")[:3], net.puzzle_format)
     batches = [text_batch(), replace(puzzle, key=(1, 48))]
 
-    lesson = lesson_of(net, guide, monkeypatch)
+    distillation = distillation_of(net, guide, monkeypatch)
 
     def loss(batches, share):
         monkeypatch.setattr(distill, "on_policy", share)
-        return step_loss(lesson, batches, 5).item()
+        return step_loss(distillation, batches, 5).item()
 
     scored = distill.on_text(net, guide, *rows_of(batches[0]))
-    assert lesson(batches[0].idx, batches[0].targets, mode="text", carry=None)[1] == scored
+    assert distillation(batches[0].idx, batches[0].targets, mode="text", carry=None)[1] == scored
     data, own = loss(batches, 0.0), loss(batches, 1.0)
     written = distill.own_batches(net, guide, batches, 5)
     assert loss(written, 0.0) == pytest.approx(own, rel=1e-5) and abs(own - data) > 0.01
@@ -330,18 +330,18 @@ def test_the_gradient_of_a_step_does_not_depend_on_how_its_rows_are_batched(name
             out += [replace(texts, idx=texts.idx[a:b], targets=texts.targets[a:b])]
         return [replace(batch, key=(i, batch.source, 48)) for i, batch in enumerate(out)]
 
-    lesson = lesson_of(net, guide, monkeypatch)
+    distillation = distillation_of(net, guide, monkeypatch)
 
     def gradient(parts):
         """parts: the batches of each process."""
         said, loss, n = [], 0.0, sum(map(len, parts))
         monkeypatch.setattr(runtime, "sums", lambda values, device: said.append(values) or values)
         for part in parts:
-            distill.weights_of(part, lesson.sources, "cpu")
+            distill.weights_of(part, distillation.sources, "cpu")
         everywhere = np.sum(said, axis=0).tolist()
         monkeypatch.setattr(runtime, "sums", lambda values, device: everywhere)
         for part in parts:
-            mine = step_loss(lesson, part) / n
+            mine = step_loss(distillation, part) / n
             mine.backward()
             loss += mine.detach()
         grads = [loss, *(p.grad.clone() for p in net.parameters())]
@@ -371,12 +371,12 @@ def nearer(net, loss_of, batches, held_out):
 @pytest.mark.parametrize("student", ["trm", "dense"])
 def test_the_student_comes_nearer_to_its_teacher_on_puzzles(student, models, monkeypatch):
     net, guide = tiny.make(student).train(), teachers.load(models["trm_teacher"], "cpu")
-    lesson, rng = lesson_of(net, guide, monkeypatch), np.random.default_rng(0)
+    distillation, rng = distillation_of(net, guide, monkeypatch), np.random.default_rng(0)
     batches = [
         batch_of([puzzles.sudoku(rng, 4, 6, "train") for _ in range(8)], net.puzzle_format) for _ in range(31)
     ]
     assert nearer(
-        net, lambda b: lesson(b.idx, b.targets, mode="puzzle", carry=None)[1], batches[1:], batches[0]
+        net, lambda b: distillation(b.idx, b.targets, mode="puzzle", carry=None)[1], batches[1:], batches[0]
     )
 
 
