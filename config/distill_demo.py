@@ -1,4 +1,4 @@
-# After `make demo`, on a CPU: its Route B, which solves sudokus, teaches its Route A, which does not.
+# After `make demo`, on a CPU: its Route B, which solves more sudokus, teaches its Route A.
 out_dir = "out/demo/distill"
 init_from = "out/demo/route_a/ckpt.pt"
 teacher = "out/demo/route_b/ckpt.pt"
