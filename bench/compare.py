@@ -347,7 +347,10 @@ def draw_curves(rows, path):
         values = [[*p["solved"].values()][-1] if "solved" in p else p["val_loss"] for p in row["curve"]]
         label = f"{row['name']}, seed {row['seed']}"
         axes.plot([p["seconds"] for p in row["curve"]], values, marker=".", label=label)
-    axes.set(xlabel="seconds of training, one thread", ylabel="solved, or validation loss in nats")
+    axes.set(
+        xlabel="seconds of training, one thread",
+        ylabel="solved" if "solved" in rows[0]["curve"][-1] else "validation loss, nats",
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     save_picture(figure, path)
