@@ -578,14 +578,19 @@ def from_chunks(x, like):
     return x.to(like.dtype).reshape(B, -1, H, D)[:, :T].contiguous()
 
 
+def stands_alone(T, C, initial_state, want_state):
+    """Is there one chunk, with nothing before it, and nobody who asks for the final state?"""
+    return T <= C and initial_state is None and not want_state
+
+
 def empty_results(q, k, v, g, beta, initial_state, want_state, backend):
     """
-    -> o, the final state (B * H, K, V), and what is kept for the backward: XQ and S. With one chunk, nothing
-    before it and nobody who asks for the final state, there are no states.
+    -> o, the final state (B * H, K, V), and what is kept for the backward: XQ and S. There are no states for
+    a chunk that stands alone.
     """
     (B, T, H, K), V, wide = q.shape, v.shape[-1], widest(q, k, v, g, beta)
     C = chunk_length(T, backend, q.device)
-    M, alone = B * H * -(-T // C), T <= C and initial_state is None and not want_state
+    M, alone = B * H * -(-T // C), stands_alone(T, C, initial_state, want_state)
     n_last, n_states = (0, 0) if alone else (B * H, M + B * H)
     state, XQ, S = (
         q.new_empty(shape, dtype=wide) for shape in ((n_last, K, V), (2, M, C, C), (n_states, K, V))
@@ -595,16 +600,17 @@ def empty_results(q, k, v, g, beta, initial_state, want_state, backend):
 
 def chunk_op(q, k, v, g, beta, initial_state, scale, want_state, backend):
     """-> filled, what `empty_results` returns."""
-    _, state, XQ, _ = empty_results(q, k, v, g, beta, initial_state, want_state, backend)
-    heads, C, wide = len(state), XQ.shape[-1], XQ.dtype
-    form = form_of(backend, v.dtype)
-    state.zero_()
-    if initial_state is not None:
-        state.copy_(initial_state.flatten(0, 1))
+    (B, T, H, K), V, wide = q.shape, v.shape[-1], widest(q, k, v, g, beta)
+    C, state, heads = chunk_length(T, backend, q.device), None, 0
+    if not stands_alone(T, C, initial_state, want_state):
+        heads = B * H
+        state = q.new_zeros(heads, K, V, dtype=wide)
+        if initial_state is not None:
+            state.copy_(initial_state.flatten(0, 1))
     with computing(v):
         *qkv, g, beta = (to_chunks(t, C, wide) for t in (q, k, v, g, beta.unsqueeze(-1)))
         g = g.clamp(floor_of(C, wide))
-        o, XQ, S = chunk_forward(*qkv, g, beta, scale, state if heads else None, form)
+        o, XQ, S = chunk_forward(*qkv, g, beta, scale, state, form_of(backend, v.dtype))
     return from_chunks(o, v), S[len(S) - heads :].clone(), XQ, S
 
 

@@ -8,7 +8,7 @@ text.
 
 A contender is a name and what train.py is called with; it trains through train.py itself, with as many steps
 as fit into the seconds. Learning rates are the caller's: give every contender its best. Rivals train on the
-same batches in a loop of their own, with the same schedule. Let nothing else run: seconds are wall-clock.
+same puzzles or text in a loop of their own, with the same schedule. Let nothing else run: seconds are wall-clock.
 Everything is kept in out_dir, so that a run that was killed goes on. Before this: train.py, model_trm.py.
 """
 
@@ -263,10 +263,10 @@ def rival_trm(c, seed, tasks):
     folder, n = Path(c.out_dir) / "data", c.rival_rows
     manifest, _ = snapshots.read_manifest(folder, "compare")
     shards = loader.Shards(folder, [e for e in manifest if e["split"] == "train"])
+    made = [arc.decode(shards.document(i))[1][0] for i in range(shards.n_documents)]
     batches = []
     for _ in range(N_BATCHES_TRM):
-        documents = map(shards.document, rng.integers(shards.n_documents, size=n))
-        pairs = [arc.decode(document)[1][0] for document in documents]
+        pairs = [made[i] for i in rng.integers(len(made), size=n)]
         batches.append(trm_batch([puzzles.shuffle_sudoku(rng, *p) if cells == 81 else p for p in pairs]))
     carry = net.initial_carry(batches[0])
 
