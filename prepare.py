@@ -127,20 +127,23 @@ def show_plan(c, stage, parts, notes):
 def status(c):
     """Print every stage that is there, and every frozen one."""
     data = Path(c.data_dir)
-    stages = sorted(path.parent.name for path in data.glob("stages/*/manifest.jsonl"))
-    tags = sorted(path.parent for path in data.glob("stages/*/*/snapshot.json"))
+    stages = [path.parent.name for path in sorted(data.glob("stages/*/manifest.jsonl"))]
+    tags = [path.parent for path in sorted(data.glob("stages/*/*/snapshot.json"))]
     if not stages and not tags:
         print(f"no stage is prepared in {data}/; run: python prepare.py demo")
-    for stage in stages:
-        show_stage(data, stage)
-    for folder in tags:
-        name = f"{folder.parent.name}:{folder.name}"
+    for name in [*stages, *(f"{folder.parent.name}:{folder.name}" for folder in tags)]:
         try:
-            snapshot = snapshots.check_snapshot(folder, folder.parent.name, folder.name)
-            about = f"{snapshot['created']}, {snapshot['shards']} shards, {snapshot['tokens']:,} tokens"
-            print(f"\nfrozen {name}, {about}")
-        except ValueError as e:
-            print(f"\nfrozen {name} is damaged: {e}")
+            if ":" in name:
+                print(f"\nfrozen {summary(data, name, verify=False)}")
+            else:
+                show_stage(data, name)
+        except (ValueError, FileNotFoundError) as e:
+            print(f"\n{name} is damaged: {e}")
+
+
+def summary(data, name, verify):
+    entries, _ = snapshots.read_manifest(data, *snapshots.split_name(name), verify)
+    return f"{name}: {len(entries)} shards, {sum(e['tokens'] for e in entries):,} tokens"
 
 
 def show_stage(data, stage):
@@ -201,8 +204,7 @@ def freeze(c, stage):
 
 
 def verify(c, name):
-    entries, _ = snapshots.read_manifest(c.data_dir, *snapshots.split_name(name))
-    print(f"stage {name!r} is intact: {len(entries)} shards, {sum(e['tokens'] for e in entries):,} tokens")
+    print(f"intact: {summary(c.data_dir, name, verify=True)}")
 
 
 def clean(c):

@@ -376,8 +376,7 @@ def push(data, name, repo):
     repo_name(repo)
     entries, mixture = read_manifest(data, stage, tag)
     folder = data / "stages" / stage / tag
-    snapshot = check_snapshot(folder, stage, tag)
-    files = {"README.md": card(repo, snapshot, entries, mixture).encode()}
+    files = {"README.md": card(repo, read_json(folder / "snapshot.json"), entries, mixture).encode()}
     files |= {file: folder / file for file in FROZEN_FILES}
     files |= {p.relative_to(data).as_posix(): p for e in entries for p, _ in shard_files(data, e)}
     api, where = HfApi(), {"repo_id": repo, "repo_type": "dataset"}
@@ -462,7 +461,7 @@ def origin(about):
 def card(repo, snapshot, entries, mixture):
     """The dataset card: what is in it, how it is used, under which licences."""
     stage, tag, sources = snapshot["stage"], snapshot["tag"], snapshot["provenance"].get("sources", {})
-    rows = ""
+    rows, total, documents = "", *(sum(e[key] for e in entries) for key in ("tokens", "documents"))
     for name, share in mixture["weights"].items():
         about = sources.get(name, {})
         tokens = sum(e["tokens"] for e in entries if (e["source"], e["split"]) == (name, "train"))
@@ -476,7 +475,7 @@ viewer: false
 ---
 # smol-llm {stage}:{tag}
 
-{snapshot["tokens"]:,} tokens in {snapshot["documents"]:,} documents, ready for training: GPT-2's byte-pair
+{total:,} tokens in {documents:,} documents, ready for training: GPT-2's byte-pair
 encoding with reserved ids for grids, uint16, in shards with document offsets.
 
     python prepare.py pull {repo}:{tag}

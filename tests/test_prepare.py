@@ -214,5 +214,14 @@ def test_an_edited_frozen_stage_is_named_and_nothing_is_cleaned(stage, file, cha
         prepare.main(["clean", f"--data_dir={stage}"])
     prepare.main(["status", f"--data_dir={stage}"])
     if change:  # without snapshot.json there is no frozen stage to show
-        assert re.search(f"frozen stage1:v0.1 is damaged: .*{says}", capsys.readouterr().out)
+        assert re.search(f"stage1:v0.1 is damaged: .*{says}", capsys.readouterr().out)
     assert list((stage / "processed/unlisted").iterdir())
+
+
+def test_status_counts_for_itself_and_goes_on_after_what_is_damaged(stage, capsys):
+    rewrite(stage / "stages/stage1/v0.1/snapshot.json", lambda b: b.replace(b'"tokens"', b'"tokenz"'))
+    prepare.main(["status", f"--data_dir={stage}"])
+    assert "frozen stage1:v0.1: 4 shards, 2,790 tokens" in capsys.readouterr().out
+    shard(stage).unlink()
+    prepare.main(["status", f"--data_dir={stage}"])
+    assert re.search(r"stage1 is damaged: .*\n\nstage1:v0.1 is damaged: ", capsys.readouterr().out)
