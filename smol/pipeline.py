@@ -19,6 +19,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import re
 import sys
 import zipfile
@@ -29,9 +30,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from smol import arc, curate, rearc, suites, tokenizer, units
+from smol import arc, curate, rearc, snapshots, suites, tokenizer, units
 from smol import sources as table
-from smol.snapshots import GROUPS, read_json, sha256, sha256_file, to_json, write, write_shard, write_stage
 from smol.units import BYTES_PER_TOKEN, Dropped, read_evaluations, unit_path
 
 # An edit of these files makes the units anew; of sources.py, the shares of the stages do not count.
@@ -72,6 +72,8 @@ def plan(c, data, stage):
     """-> (list of Part in the order of the stage, notes about what is left out)."""
     megabytes, groups, weights = table.STAGES[stage]
     if c.eval_demos:
+        if "arc" not in groups:
+            raise ValueError(f"--eval_demos=True: {stage} has no ARC tasks")
         weights = {**weights, "arc_eval_demos": 1}
     asked = [s for s in c.sources.replace(" ", "").split(",") if s]
     if unknown := [name for name in asked if name not in weights]:
@@ -123,7 +125,7 @@ def find_rows(c, data, name):
     files = table.local_files(c.source_dir, name)
     if not files:
         return None, f"no folder {Path(c.source_dir) / name}"
-    hashes = {p.relative_to(c.source_dir).as_posix(): sha256_file(p) for p in files}
+    hashes = {p.relative_to(c.source_dir).as_posix(): snapshots.sha256_file(p) for p in files}
     return {"files": [str(p) for p in files]}, {**about, "files": hashes}
 
 
@@ -132,14 +134,14 @@ def revision(data, repo):
     import huggingface_hub
 
     path = data / "metadata" / "revisions.json"
-    known = read_json(path)
+    known = snapshots.read_json(path)
     if repo not in known:
         try:
             known[repo] = huggingface_hub.HfApi().dataset_info(repo, revision="main").sha
         except Exception as e:  # noqa: BLE001 (whatever it is, the hub did not answer)
-            problem = f"cannot look up the dataset {repo} on the hub: {str(e).strip().splitlines()[0]}"
+            problem = f"cannot look up the dataset {repo} on the hub: {snapshots.first_line(e)}"
             raise ValueError(f"{problem}; without a network, use --source_dir") from None
-        write(path, to_json(known))
+        snapshots.write(path, snapshots.to_json(known))
     return known[repo]
 
 
@@ -148,11 +150,11 @@ def code():
     """Hash of the text of all that decides what is in a unit."""
     texts = [Path(__file__).with_name(f"{name}.py").read_text() for name in CODE]
     texts = [re.sub(r"(?ms)^(WEIGHTS|STAGES) = {$.*?^}$", "", text) for text in texts]
-    return sha256("".join(texts).encode())
+    return snapshots.sha256("".join(texts).encode())
 
 
 def key_of(*values):
-    return sha256(json.dumps(values, sort_keys=True).encode())[:16]
+    return snapshots.sha256(json.dumps(values, sort_keys=True).encode())[:16]
 
 
 def unit_folder(data, part, evaluations):
@@ -197,7 +199,7 @@ def gather_evaluations(c, data, parts, notes):
     tables |= curate.arc_tables(arc.evaluation_tasks())
     packed = io.BytesIO()
     np.savez(packed, **{f"{n}:{name}": hashes for (n, name), hashes in sorted(tables.items())})
-    write(path, packed.getvalue())
+    snapshots.write(path, packed.getvalue())
     return path
 
 
@@ -348,7 +350,7 @@ def build_stage(c, data, stage, parts, evaluations, provenance):
     for part in parts:
         shards, filters[part.name] = write_part(data, part, *chosen[part.name])
         entries += shards
-    groups = {g: sum(part.share for part in parts if part.source.group == g) for g in GROUPS}
+    groups = {g: sum(part.share for part in parts if part.source.group == g) for g in snapshots.GROUPS}
     mixture = {
         "stage": stage,
         "seed": c.seed,
@@ -357,7 +359,7 @@ def build_stage(c, data, stage, parts, evaluations, provenance):
         "groups": {g: round(share, 9) for g, share in groups.items()},
     }
     provenance = {**provenance, "sources": {part.name: part.about for part in parts}}
-    write_stage(data, stage, entries, mixture, {"filters": filters, "provenance": provenance})
+    snapshots.write_stage(data, stage, entries, mixture, {"filters": filters, "provenance": provenance})
 
 
 def choose(c, stage, part, earlier, make_more):
@@ -412,10 +414,10 @@ def in_shards(documents):
         batch.append(ids)
         size += ids.nbytes
         if size >= MOST_SHARD:
-            yield batch
+            yield snapshots.write_shard(data, about, split, batch)
             batch, size = [], 0
     if batch:
-        yield batch
+        yield snapshots.write_shard(data, about, split, batch)
 
 
 def write_part(data, part, documents, verdict, train, val, records):

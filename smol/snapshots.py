@@ -334,6 +334,11 @@ def install_frozen(data, stage, tag, files):
 # to the hub and back
 
 
+def first_line(error):
+    """What an exception says, or is called if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 @contextlib.contextmanager
 def plainly(doing):
     """Whatever the hub's client raises, as one line: what was being done, why not, what to do."""
@@ -356,8 +361,7 @@ def plainly(doing):
         network = type(e).__module__.split(".")[0] in ("httpx", "httpx2", "requests", "urllib3")
         if not network and not isinstance(e, (errors.LocalEntryNotFoundError, RuntimeError)):
             raise
-        reason = str(e.__cause__ or e).strip().split("\n")[0][:300]
-        raise ValueError(f"{doing}: {reason or type(e).__name__}; run it again to go on") from None
+        raise ValueError(f"{doing}: {first_line(e.__cause__ or e)}; run it again to go on") from None
 
 
 def repo_name(repo):

@@ -41,6 +41,7 @@ import numpy as np
 
 from smol import arc, programs, puzzles, rearc
 from smol import tokenizer as tok
+from smol.snapshots import first_line
 
 LANES = 8
 # of `datasets`; a .jsonl file is read as lines, so that one that is damaged costs a row and not the build
@@ -510,8 +511,7 @@ class Rows:
                             row = json.loads(row)
                     yield f"{name}:{self.row}", row
             except Exception as e:  # noqa: BLE001 (client, file system and readers raise their own)
-                reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:300]
-                problem = f"cannot read {name} after row {self.row:,}: {reason}"
+                problem = f"cannot read {name} after row {self.row:,}: {first_line(e)}"
                 raise ValueError(f"{problem}; mend it, or run the same command again to go on") from None
             self.part, self.row, self.data, self.inside = self.part + 1, 0, None, None
 

@@ -398,6 +398,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         (["stage1", "--sources=finewebedu"], "'finewebedu' is not a source of stage1"),
         (["stage1", "--source_dir=/nonexistent"], "is not a folder"),
         (["stage1", "--limit_mb=0"], "limit_mb must be in"),
+        (["sudoku_extreme", "--eval_demos=True"], "sudoku_extreme has no ARC tasks"),
         (["stage1", "--engine=spark"], "engine must be one of"),
         (["stage1", "--source_dir={empty}"], "no source of web, code is left"),
         (["verfy", "demo"], "unknown command 'verfy': the closest is 'verify'"),
