@@ -378,7 +378,7 @@ def quoted(words, tables):
     in any of 8 orientations, written cell by cell or row by row, however punctuated. tables: {(n, name):
     sorted hashes}, as text_tables() and arc_tables() make them.
     """
-    found, of_n = {}, {n: ngrams(words, n) for n, _ in tables}
+    found, of_n = {}, {n: ngrams(words, n) for n in {n for n, _ in tables}}
     for (n, name), known in tables.items():
         hashes, at = of_n[n]
         for i in words.document[at[find(hashes, known)]]:
@@ -388,8 +388,11 @@ def quoted(words, tables):
 
 def text_tables(texts):
     """texts: {name of the evaluation: [text, ...]} -> what quoted() takes."""
-    hashes = {name: ngrams(read_words(documents), TEXT_NGRAM)[0] for name, documents in texts.items()}
-    return {(TEXT_NGRAM, name): np.unique(hashes[name]) for name in sorted(texts)}
+    out = {}
+    for name, documents in texts.items():
+        words = read_words([normalise(text) or text for text in documents])  # as those that may quote them
+        out[TEXT_NGRAM, name] = np.unique(ngrams(words, TEXT_NGRAM)[0])
+    return out
 
 
 def arc_tables(tasks):

@@ -346,7 +346,7 @@ def test_near_duplicates_share_a_band_and_others_do_not():
 
 @pytest.fixture(scope="module")
 def evaluations():
-    exam = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May."
+    exam = "Natalia sold clips to 48 of her fri\u00adends in April, and then she sold half as many in May."
     return {**curate.text_tables({"exam": [exam]}), **curate.arc_tables(arc.load("arc1_eval")[:60])}
 
 
