@@ -27,7 +27,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import math
 import os
 import re
 import reprlib
@@ -134,11 +133,10 @@ def gsm8k(row):
     return f"Question: {text_of(row, 'question').strip()}\nSolution: {answer.strip()}"
 
 
-def square_puzzle(kind, characters):
+def square_puzzle(kind, side, characters):
     """Question and answer are square grids as strings; `characters` are those of colours 0, 1, 2, ..."""
 
     def grid(text):
-        side = max(math.isqrt(len(text)), 1)
         return np.array([characters.index(c) for c in text], np.uint8).reshape(side, side)
 
     def document(row):
@@ -148,8 +146,8 @@ def square_puzzle(kind, characters):
     return document
 
 
-sudoku_extreme = square_puzzle("sudoku", ".123456789")
-maze_hard = square_puzzle("maze", " #SGo")  # wall, start, goal; in the answer o on the way
+sudoku_extreme = square_puzzle("sudoku", 9, ".123456789")
+maze_hard = square_puzzle("maze", 30, " #SGo")  # wall, start, goal; in the answer o on the way
 
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])

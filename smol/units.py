@@ -210,9 +210,7 @@ def judge_puzzles(source, documents, dropped, evaluations):
     for origin, task, grids, pieces in documents:
         name = f"[{origin}] {task.id}"
         same = puzzle_key(task)
-        if any(max(grid.shape) > arc.MAX_SIDE for grid in grids):
-            dropped.add("larger_than_30", name)
-        elif source.repo and not answer_fits(task):
+        if source.repo and not answer_fits(task):
             dropped.add("wrong_answer", name)
         elif source.tasks and curate.is_evaluation_task(task):
             dropped.add("evaluation_task", name)

@@ -47,6 +47,7 @@ SUDOKU = "".join(str((3 * r + r // 3 + c) % 9 + 1) for r in range(9) for c in ra
         ("smol_smoltalk", {"messages": [{"role": "tool", "content": "42"}]}, "unknown_role"),
         ("smol_smoltalk", {"messages": [{"role": "user", "content": ["Q", tokenizer.END]}]}, "not_text"),
         ("sudoku_extreme", {"question": SUDOKU + "1", "answer": SUDOKU + "1"}, "not_as_expected"),
+        ("sudoku_extreme", {"question": SUDOKU[:16], "answer": SUDOKU[:16]}, "not_as_expected"),
         ("maze_hard_test", {"question": "", "answer": ""}, "not_as_expected"),
     ],
 )
