@@ -61,7 +61,7 @@ class Part:
     target: float = 0.0  # training tokens
     unit_bytes: int = 0  # of text read for a unit
     folder: Path | None = None  # of the units
-    records: dict = field(default_factory=dict)  # {(number, lane): record} of the units that are there
+    lanes: list = field(default_factory=lambda: [[] for _ in range(table.LANES)])  # records of units
 
     @property
     def source(self):
@@ -173,10 +173,11 @@ def gather_evaluations(c, data, parts, notes):
     wheres, abouts = {}, {}
     for name, entry in table.EVALUATIONS.items():
         if any(p.source.repo == entry.repo or entry.kind == "text" and p.source.repo for p in parts):
-            wheres[name], abouts[name] = find_rows(c, data, name)
-            if wheres[name] is None:
-                notes.append(f"nothing of {name} is kept out: no folder {Path(c.source_dir) / name}")
-                del wheres[name]
+            where, abouts[name] = find_rows(c, data, name)
+            if where is None:
+                notes.append(f"nothing of {name} is kept out: {abouts[name]}")
+            else:
+                wheres[name] = where
     texts, tables = suites.language_texts(), {}
     path = data / "work" / f"evaluations-{key_of(abouts, texts, code())}.npz"
     with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile):  # a zip has checksums
@@ -214,41 +215,35 @@ def make(c, parts, wanted, evaluations, submit):
     with tqdm(desc="making units", unit=" units", mininterval=0.5) as bar:
         while jobs := [(part, job) for part in parts for job in jobs_of(part, wanted[part.name])]:
             pending = {submit({**job, **common}): part for part, job in jobs}
-            bar.total = sum(len(part.records) for part in parts)
+            bar.total = sum(len(lane) for part in parts for lane in part.lanes)
             bar.total += sum(job["last"] - job["first"] + 1 for _, job in jobs)
             while pending:
                 done, _ = concurrent.futures.wait(pending, 2, concurrent.futures.FIRST_COMPLETED)
                 for future in done:
-                    part = pending.pop(future)
-                    part.records |= {(record["number"], record["lane"]): record for record in future.result()}
+                    part, made = pending.pop(future), future.result()
+                    part.lanes[made[0]["lane"]] += made
                 bar.n = sum(1 for part in parts for _ in part.folder.glob("*.npz"))
                 bar.refresh()
 
 
 def load_units(part):
     """Find the units that are there and whole: of each lane, up to the first that is not."""
-    for lane in range(table.LANES):
-        for number in itertools.count():
-            record = units.read_record(unit_path(part.folder, number, lane))
-            if record is None:
-                break
-            part.records[number, lane] = record
+    for lane, records in enumerate(part.lanes):
+        while record := units.read_record(unit_path(part.folder, len(records), lane)):
+            records.append(record)
 
 
-def order(part):
-    """(number, lane) of the units of a part, without end but for the lanes that have ended."""
-    ended = {lane: number for (number, lane), record in part.records.items() if record["end"]}
-    for number in itertools.count():
-        lanes = [lane for lane in range(table.LANES) if number <= ended.get(lane, number)]
-        if not lanes:
-            return
-        yield from ((number, lane) for lane in lanes)
+def next_of(part):
+    """-> {lane: number of the unit that it lacks next}, of the lanes that have not ended."""
+    return {lane: len(rs) for lane, rs in enumerate(part.lanes) if not (rs and rs[-1]["end"])}
 
 
 def front(part):
     """-> (records of the units in order, up to the first that is missing; whether there can be no more)"""
-    there = [part.records[key] for key in itertools.takewhile(part.records.__contains__, order(part))]
-    return there, sum(record["end"] for record in there) == table.LANES
+    place = operator.itemgetter("number", "lane")
+    missing = min(((number, lane) for lane, number in next_of(part).items()), default=None)
+    there = sorted(itertools.chain(*part.lanes), key=place)
+    return [record for record in there if not missing or place(record) < missing], not missing
 
 
 def jobs_of(part, tokens):
@@ -262,12 +257,13 @@ def jobs_of(part, tokens):
     per_unit = sum(full) / len(full) if full else part.unit_bytes / BYTES_PER_TOKEN
     # at most as many again as there are: the first units of a source say how much of it is kept
     n = min(math.ceil((tokens - have) * 1.03 / max(per_unit, 1)), max(2 * table.LANES, 2 * len(there)))
-    lanes = {}
-    for number, lane in itertools.islice((key for key in order(part) if key not in part.records), n):
-        lanes.setdefault(lane, []).append(number)
+    first, end = next_of(part), next_of(part)
+    for _ in range(n):
+        end[min(end, key=end.get)] += 1
     about = {"source": part.name, "where": part.where, "unit_bytes": part.unit_bytes}
     about["folder"] = str(part.folder.resolve())
-    return [{**about, "lane": lane, "first": ns[0], "last": ns[-1]} for lane, ns in lanes.items()]
+    lanes = [lane for lane in first if end[lane] > first[lane]]
+    return [{**about, "lane": lane, "first": first[lane], "last": end[lane] - 1} for lane in lanes]
 
 
 def check_odd_rows(name, records):
@@ -407,8 +403,8 @@ def choose(c, stage, part, earlier, make_more):
     return documents, verdict[:n], np.flatnonzero(used & ~val[:n]), np.flatnonzero(used & val[:n]), records
 
 
-def in_shards(documents):
-    """-> lists of the token arrays, each list as large as a shard becomes."""
+def write_split(data, about, split, documents):
+    """Write arrays of tokens as shards of MOST_SHARD. -> their lines of the manifest, one after the other"""
     batch, size = [], 0
     for ids in documents:
         batch.append(ids)
@@ -438,8 +434,6 @@ def write_part(data, part, documents, verdict, train, val, records):
             dropped.add("evaluation_output_in_held_out", task.id)
         else:
             held_out.append(arc.encode(task.kind, pairs))
-    entries, ids = [], {"train": map(documents.tokens_of, train)}
-    ids["val"] = held_out or map(documents.tokens_of, val)
-    for split in ids:
-        entries += [write_shard(data, about, split, batch) for batch in in_shards(ids[split])]
+    entries = [*write_split(data, about, "train", map(documents.tokens_of, train))]
+    entries += write_split(data, about, "val", held_out or map(documents.tokens_of, val))
     return entries, {"read": sum(r["read"] for r in records), "dropped": dropped.rules}
