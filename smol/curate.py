@@ -51,11 +51,6 @@ ELLIPSIS = re.compile(r"\.{3,}|\u2026")
 END_OF_SENTENCE = (".", "?", "!", '"', "'", "\u201d", "\u2026")
 
 
-def text_rule(name, measure, low, high):
-    """For prose and math alike."""
-    return name, measure, {"prose": (low, high), "math": (low, high)}
-
-
 def duplicate_rule(n):
     limits = {"prose": (0, (20 - n) / 100), "math": (0, (30 - n) / 100)}
     return f"gopher_duplicate_{n}gram", f"duplicate_{n}gram", limits
@@ -67,10 +62,10 @@ RULES = (
     ("gopher_mean_word_length", "mean_word_length", {"prose": (3, 10), "math": (2, 12)}),
     ("gopher_symbols_per_word", "symbols_per_word", {"prose": (0, 0.1), "math": (0, 0.2)}),
     ("gopher_bullet_lines", "bullet_lines", {"prose": (0, 0.9)}),
-    text_rule("gopher_ellipsis_lines", "ellipsis_lines", 0, 0.3),
+    ("gopher_ellipsis_lines", "ellipsis_lines", {"prose": (0, 0.3), "math": (0, 0.3)}),
     ("gopher_words_without_letters", "alphabetic_words", {"prose": (0.8, 1), "math": (0.5, 1)}),
-    text_rule("gopher_stop_words", "stop_words", 2, INF),
-    text_rule("gopher_duplicate_lines", "duplicate_lines", 0, 0.3),
+    ("gopher_stop_words", "stop_words", {"prose": (2, INF), "math": (2, INF)}),
+    ("gopher_duplicate_lines", "duplicate_lines", {"prose": (0, 0.3), "math": (0, 0.3)}),
     *(duplicate_rule(n) for n in range(5, 11)),
     ("fineweb_lines_without_punctuation", "punctuated_lines", {"prose": (0.12, 1)}),
     ("fineweb_short_lines", "short_lines", {"prose": (0, 0.67)}),
@@ -185,11 +180,6 @@ def read_words(texts):
     return Words(buffer, start_of, hash_spans(lower, start, end), start, end, document, first)
 
 
-def combine(hashes):
-    """(..., n) hashes of words -> (...,) hashes of the n-grams."""
-    return mix((hashes * COMBINE[: hashes.shape[-1]]).sum(-1, dtype=np.uint64))
-
-
 def ngrams(words, n):
     """-> (hash of the n words from here on, position of the first), of every n-gram within one document."""
     count = len(words.hash) - n + 1
@@ -207,8 +197,6 @@ def find(keys, known):
     quick = np.zeros(1 << 20, bool)  # by the highest bits: one look spares most keys the search
     quick[known >> np.uint64(44)] = True
     maybe = np.flatnonzero(quick[keys >> np.uint64(44)])
-    if not len(known):
-        return maybe
     nearest = known[np.minimum(np.searchsorted(known, keys[maybe]), len(known) - 1)]
     return maybe[nearest == keys[maybe]]
 
@@ -229,8 +217,7 @@ def occurred_before(keys):
 
 
 def measure(words, texts, profile):
-    """-> {measure: (D,) float array} for the measures that the profile has limits for."""
-    wanted = {what for _, what, limits in RULES if profile in limits}
+    """-> {measure: (D,) float array} of all that the profile has limits for."""
     characters = np.concatenate([[0], np.cumsum((words.buffer & 0xC0) != 0x80)])  # how many before each byte
     lengths = characters[words.end] - characters[words.start]
     n_words = np.diff(words.first).astype(float)
@@ -240,11 +227,11 @@ def measure(words, texts, profile):
         lines = [measure_lines(text) for text in texts]
         out |= {what: np.array([measured[what] for measured in lines], float) for what in lines[0]}
         out["symbols_per_word"] = out["symbols"] / some
-    if "stop_words" in wanted:
+    if profile in ("prose", "math"):
         out |= measure_words(words) | measure_repetition(words, texts, lengths)
-    if "english" in wanted:
+    if profile == "prose":
         out["english"] = np.array([english(text) for text in texts])
-    return {what: out[what] for what in wanted}
+    return out
 
 
 def measure_lines(text):
@@ -272,16 +259,9 @@ def measure_words(words):
     tokens = np.diff(first)
     letters = np.concatenate([[0], np.cumsum(only("L", LETTER, words.buffer))])
     alphabetic = np.bincount(np.repeat(np.arange(D), tokens), letters[end] > letters[start], D)
-    stop_words = [np.bincount(words.document, words.hash == h, D) > 0 for h in stop_word_hashes()]
-    return {
-        "alphabetic_words": alphabetic / np.maximum(tokens, 1),
-        "stop_words": np.sum(stop_words, 0).astype(float),
-    }
-
-
-@functools.cache
-def stop_word_hashes():
-    return read_words(["the be to of and that have with"]).hash
+    hashes = read_words(["the be to of and that have with"]).hash
+    stop_words = sum((np.bincount(words.document, words.hash == h, D) > 0).astype(float) for h in hashes)
+    return {"alphabetic_words": alphabetic / np.maximum(tokens, 1), "stop_words": stop_words}
 
 
 def measure_repetition(words, texts, lengths):
@@ -358,14 +338,11 @@ def shingles(words):
 def signatures(words):
     """-> (BANDS, D) uint64: documents with an equal key in any band are near-duplicates."""
     hashes, offsets = shingles(words)
-    D = len(offsets) - 1
-    if not D:
-        return np.zeros((BANDS, 0), np.uint64)
     matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(
         hashes, offsets.astype(np.uint64), BANDS * BAND_ROWS, MINHASH_SEED
     )
-    rows = np.array(matrix.to_rows(), np.uint64).reshape(D, BANDS, BAND_ROWS)
-    return np.ascontiguousarray(combine(mix(rows)).T)
+    rows = np.array(matrix.to_rows(), np.uint64).reshape(-1, BANDS, BAND_ROWS)
+    return np.ascontiguousarray(mix((mix(rows) * COMBINE[:BAND_ROWS]).sum(-1)).T)
 
 
 # -----------------------------------------------------------------------------
