@@ -32,24 +32,11 @@ BLANK, VOID, PAD = 50270, 50271, 50272  # to be filled in; outside the answer; n
 ARC, SUDOKU, MAZE, LOGIC, PROGRAM = 50273, 50274, 50275, 50276, 50277
 USER, ASSISTANT, END = 50278, 50279, 50280
 IGNORE = -100  # no token: as a target, no loss here (cross_entropy's own default)
-SPECIAL = {
-    "<|endoftext|>": EOT,
-    **{f"<|{c}|>": CELL0 + c for c in range(10)},
-    "<|row|>": ROW,
-    "<|input|>": INPUT,
-    "<|output|>": OUTPUT,
-    "<|blank|>": BLANK,
-    "<|void|>": VOID,
-    "<|pad|>": PAD,
-    "<|arc|>": ARC,
-    "<|sudoku|>": SUDOKU,
-    "<|maze|>": MAZE,
-    "<|logic|>": LOGIC,
-    "<|program|>": PROGRAM,
-    "<|user|>": USER,
-    "<|assistant|>": ASSISTANT,
-    "<|end|>": END,
-}
+NAMES = (  # from EOT to END
+    "endoftext 0 1 2 3 4 5 6 7 8 9 row input output blank void pad "
+    "arc sudoku maze logic program user assistant end"
+).split()
+SPECIAL = {f"<|{name}|>": EOT + i for i, name in enumerate(NAMES)}
 # GPT-2's splitting of text into words, kept here and not taken from tiktoken: its releases spell the same
 # pattern in different ways, and the fingerprint below should not change with them.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
