@@ -113,12 +113,12 @@ def puzzle_row(document, puzzle_format, augment, rng=None, block_size=None):
         pairs = [pairs[i] for i in rng.permutation(len(pairs))]
         if symmetry != arc.IDENTITY:
             pairs = [(arc.augment(symmetry, x), arc.augment(symmetry, y)) for x, y in pairs]
-    make = read_row if puzzle_format == "autoregressive" else canvas_row
-    row = make(kind, pairs, last_only=rng is None)
-    while block_size and len(row[0]) > block_size and len(pairs) > 2:
+    while True:
+        read = puzzle_format == "autoregressive"
+        row = read_row(kind, pairs, last_only=rng is None) if read else canvas_row(kind, pairs)
+        if not block_size or len(row[0]) <= block_size or len(pairs) <= 2:
+            return row
         pairs = pairs[1:]
-        row = make(kind, pairs, last_only=rng is None)
-    return row
 
 
 def read_row(kind, pairs, last_only):
@@ -132,8 +132,8 @@ def read_row(kind, pairs, last_only):
     return idx, targets
 
 
-def canvas_row(kind, pairs, last_only):
-    """A row for a model that fills in all cells at once, of the last output alone in any case."""
+def canvas_row(kind, pairs):
+    """A row for a model that fills in all cells of the last output at once."""
     *demos, (test_input, test_output) = pairs
     # One task in seventy has an output larger than could be guessed: it is learned from all the same.
     guessed = arc.canvas_shape(demos, test_input)
@@ -278,8 +278,6 @@ class Loader:
         snapshot = os.path.join(data_dir, "stages", stage, tag or "", "snapshot.json")
         self.snapshot = sha256_file(snapshot) if tag else None
         self.weights = weights = dict(weights or mixture["weights"])
-        if any(w < 0 for w in weights.values()) or not sum(weights.values()) > 0:
-            raise ValueError(f"the mixture needs shares of 0 or more, and not only zeros: {weights}")
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.batches_per_step, self.batch_size, self.block_size = batches_per_step, batch_size, block_size
         self.puzzle_format = puzzle_format

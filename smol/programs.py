@@ -494,11 +494,6 @@ def make(rng, names=None):
             return task, steps
 
 
-def task(rng):
-    """A task of one or two random functions."""
-    return make(rng)[0]
-
-
 def transform(rng):
     """A task of one random function."""
     return make(rng, [list(LANGUAGE)[rng.integers(len(LANGUAGE))]])[0]

@@ -86,18 +86,13 @@ def solve_sudoku(grid, limit=2, rng=None):
 
 @functools.cache
 def all_sudoku4():
-    """The 288 filled 4x4 grids, np.uint8 (288, 4, 4), in lexicographic order; read-only, as all share it."""
-    grids = sorted(solve_sudoku(np.zeros((4, 4), np.uint8), limit=1000), key=lambda g: g.tobytes())
-    grids = np.array(grids)
-    grids.flags.writeable = False
-    return grids
+    """The 288 filled 4x4 grids, np.uint8 (288, 4, 4), in lexicographic order."""
+    return np.array(sorted(solve_sudoku(np.zeros((4, 4), np.uint8), limit=1000), key=np.ndarray.tobytes))
 
 
 @functools.cache
 def sudoku4_grids(split):
     """The filled 4x4 grids of 'train', np.uint8 (232, 4, 4), or of 'test', (56, 4, 4), held out."""
-    if split not in ("train", "test"):
-        raise ValueError(f"unknown split {split!r}: it is 'train' or 'test'")
     # A training grid turned or mirrored on the fly must not become a held-out one, so whole orbits under the
     # eight symmetries of the square are held out. They have 4 or 8 grids: the most that fits into a fifth of
     # 288 is 56. A hash orders them, not a random generator, so that no version of numpy can move the border.
@@ -120,8 +115,7 @@ def sudoku(rng, size, blanks, split="train"):
     """
     if size not in MAX_BLANKS or not 1 <= blanks <= MAX_BLANKS[size]:
         raise ValueError(f"no sudoku of size {size} with {blanks} blanks: 4 takes 1 to 12, 9 takes 1 to 54")
-    grids = sudoku4_grids(split)  # also for 9x9: a misspelt split is refused there too
-    everything = all_sudoku4().reshape(288, 16)
+    grids, everything = sudoku4_grids(split), all_sudoku4().reshape(288, 16)
     while True:  # some grids cannot spare this many cells in this order; another draw can
         if size == 4:
             answer = grids[rng.integers(len(grids))]
@@ -500,11 +494,8 @@ def knights(rng):
             break
     question = "Knights always tell the truth, knaves always lie. "
     question += " ".join(claim.format(*who) for claim, who in said) + " Who is a knight, who is a knave?"
-    return words(question, f"{refuted} {found}", kinds_in_words(known))
-
-
-def kinds_in_words(way):
-    return ", ".join(f"{person} {KIND[way[person]]}" for person in sorted(way))
+    answer = ", ".join(f"{person} {KIND[known[person]]}" for person in sorted(known))
+    return words(question, f"{refuted} {found}", answer)
 
 
 def logic_puzzle(rng):

@@ -43,10 +43,8 @@ def installed():
 
 @functools.cache
 def families():
-    """-> {id: (generator, verifier)} of all but the slow ones, sorted. ValueError without the package."""
+    """-> {id: (generator, verifier)} of all but the slow ones, sorted. Who calls this asks installed()."""
     package = importlib.util.find_spec("reasoning_gym")  # finds it without running it
-    if package is None:
-        raise ValueError(f"RE-ARC's generators are not installed: {INSTALL}")
     folder = f"{package.submodule_search_locations[0]}/arc/rearc_utils"
     where = {"submodule_search_locations": [folder]}
     spec = importlib.util.spec_from_file_location("rearc_utils", f"{folder}/__init__.py", **where)

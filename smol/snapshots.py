@@ -105,11 +105,9 @@ def write_shard(data, about, split, documents):
         "tokens": len(tokens) // 2,
         "documents": len(documents),
         "bytes": len(tokens),
-        "source": about["source"],
-        "group": about["group"],
-        "kind": about["kind"],
-        "split": split,
+        **about,
         "augment": about["augment"] if split == "train" else "none",
+        "split": split,
         "tokenizer": tokenizer.fingerprint(),
     }
 

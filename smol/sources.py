@@ -14,10 +14,7 @@ Rows are read in LANES lanes: lane n reads every eighth file (or makes every eig
 number of processes, so the order of documents never depends on the machine. A lane has a state to go on from.
 
 --source_dir=DIR reads DIR/NAME/*.parquet, .jsonl, .json or .csv (also .gz) in place of the hub, with the
-same columns. What is evaluated on and kept out is in DIR/gsm8k_test, sudoku_extreme_test and maze_hard_test.
-Tasks in ARC's JSON, of any origin, are read from DIR/arc_json.
-A row that is no document (null where text is expected, a sudoku of 82 characters, an unknown role) is an
-OddRow: dropped and counted by reason. Many of those, or a file that cannot be read, stop the build.
+same columns. A row that is no document is an OddRow, counted by reason. A file that cannot be read stops it.
 
 Read next: curate.py, what is kept of these; prepare.py, how it becomes shards.
 """
@@ -315,7 +312,7 @@ SOURCES = {
         "math", "CC-BY-4.0", OPENMATH, "dialogue", "nvidia/OpenMathInstruct-2", split="train_1M"
     ),
     "open_web_math": Source("math", "ODC-By-1.0", TEXT, "math", "open-web-math/open-web-math"),
-    "programs": Source("synth", OURS, lambda rng, _: programs.task(rng), **PROGRAM),
+    "programs": Source("synth", OURS, lambda rng, _: programs.make(rng)[0], **PROGRAM),
     "traces": Source("synth", OURS, lambda rng, _: programs.trace(rng)),
     # strings of cells, as HRM's build_sudoku_dataset.py and build_maze_dataset.py read them
     "sudoku_extreme": Source(

@@ -404,11 +404,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         (["verfy", "demo"], "unknown command 'verfy': the closest is 'verify'"),
         (["verify"], "verify needs one argument"),
         (["verify", "demo"], "stage 'demo' is not prepared .* run: python prepare.py demo"),
-        (
-            ["verify", "stge1"],
-            "unknown stage 'stge1': the closest is 'stage1'; there are arc, ",
-        ),
-        (["freeze", "dmo", "--tag=v1"], "unknown stage 'dmo': the closest is 'demo'"),
+        (["verify", "stge1"], "unknown stage 'stge1': the closest is 'stage1'; there are arc, "),
         (["verify", "../demo"], "not the name of a stage"),
         (["freeze", "demo"], "name a tag"),
         (["show", "graph"], "unknown source 'graph': the closest is 'graphs'"),
@@ -420,20 +416,6 @@ def test_mistakes_are_one_line(tmp_path, words, says):
     with pytest.raises(SystemExit, match=says) as e:
         prepare.main([*words, f"--data_dir={tmp_path / 'data'}"])
     assert str(e.value.code).startswith("error: ") and "\n" not in str(e.value.code)
-
-
-def test_a_full_disk_is_one_line_and_leaves_no_stage(source_dir, tmp_path, monkeypatch):
-    def full(data, path, write_whole=snapshots.write_whole):
-        if str(path).endswith(".idx"):
-            raise OSError(28, "No space left on device")
-        write_whole(data, path)
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="error: .*No space left"):
-        patch.setattr(snapshots, "write_whole", full)
-        build(tmp_path, source_dir, "--sources=arithmetic")
-    assert not list(tmp_path.glob("stages/*"))
-    build(tmp_path, source_dir, "--sources=arithmetic")
-    prepare.main(["verify", "stage1", f"--data_dir={tmp_path}"])
 
 
 def test_a_dry_run_does_nothing(source_dir, tmp_path, capsys):
@@ -456,12 +438,6 @@ def test_a_question_that_is_evaluated_on_is_not_kept():
     documents, dropped = [("", None, [], [text]) for text in texts], units.Dropped()
     kept, _, _ = units.judge_texts(sources.SOURCES["logic"], documents, dropped, ({}, {}))
     assert len(kept) == 1 and dropped.rules["held_out"]["count"] == 1
-
-
-@pytest.mark.parametrize("ids", [70_000, -1, tokenizer.END + 1, [tokenizer.END, 1 << 16]])
-def test_an_id_that_the_tokenizer_does_not_have_is_refused(ids):
-    with pytest.raises(ValueError, match="the tokenizer has 0 to 50280"):
-        units.tokenise(["text", np.array(ids)])
 
 
 def test_bench_prepare_has_its_rival_and_projects_the_hours(capsys):
