@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import re
 import shutil
 
@@ -167,16 +166,11 @@ MANIFEST, MIXTURE = "stages/stage1/manifest.jsonl", "stages/stage1/mixture.json"
 @pytest.mark.parametrize(
     "damage, says",
     [
-        (lambda data: os.truncate(shard(data), 100), "train-.* has 100 bytes where the manifest says"),
-        (lambda data: rewrite(shard(data), lambda b: b"??" + b[2:]), "train-.*bin was changed: its SHA-256"),
         (lambda data: rewrite(offsets(data), lambda b: b[:8] + b"?" + b[9:]), "idx was changed"),
-        (lambda data: shard(data).unlink(), "train-.*bin is missing"),
         (lambda data: offsets(data).unlink(), "train-.*idx is missing"),
         (falling_offsets, "idx does not rise from 0"),
         (lambda data: other_tokens(data, 5, tokenizer.END + 1), "train-.* has token ids beyond 50280"),
         (lambda data: other_tokens(data, 30, 5), "train-.* has documents that do not end in"),
-        (lambda data: rewrite(data / MANIFEST, lambda b: b.replace(b"val", b"train")), "was changed after"),
-        (lambda data: believable(data, path="processed/../../x/x.bin"), "not processed/SOURCE/NAME.bin"),
         (lambda data: believable(data, path=str(shard(data))), "not processed/SOURCE/NAME.bin"),
         (lambda data: believable(data, tokenizer="0" * 64), "manifest.jsonl .* another tokenizer"),
         (lambda data: believable(data, tokens="many"), "manifest.jsonl .* tokens is 'many'"),
@@ -185,7 +179,7 @@ MANIFEST, MIXTURE = "stages/stage1/manifest.jsonl", "stages/stage1/mixture.json"
     ],
 )
 def test_damage_is_named_and_says_what_to_do(stage, damage, says):
-    (stage / "processed/x").mkdir()
+    """That of the tokens themselves: test_hub.py."""
     prepare.main(["verify", "stage1", f"--data_dir={stage}"])
     damage(stage)
     with pytest.raises(SystemExit, match=f"^error: .*{says}.*prepare.py stage1 .*--force=True$"):

@@ -19,8 +19,6 @@ def test_stages_have_their_shares():
         assert sum(groups.values()) == pytest.approx(1)
         assert {sources.SOURCES[name].group for name in weights} == set(groups)
         assert set(groups) <= set(GROUPS) and "arc_eval_demos" not in weights
-    shares = [list(sources.STAGES[stage][1].values()) for stage in ("stage1", "stage2", "stage3")]
-    assert shares == [[0.5, 0.2, 0.1, 0.1, 0.1], [0.4, 0.2, 0.1, 0.15, 0.15], [0.3, 0.2, 0.1, 0.2, 0.2]]
 
 
 # ---- rows -> documents
