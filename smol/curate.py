@@ -203,12 +203,8 @@ def find(keys, known):
 
 def occurred_before(keys):
     """-> (len(keys),) bool: does an equal key stand at a smaller index?"""
-    ordered = np.sort(keys)
-    several = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])  # few, so the rest is quick
-    again = np.zeros(len(keys), bool)
-    at = find(keys, several)
-    again[at] = True
-    again[at[np.unique(keys[at], return_index=True)[1]]] = False
+    again = np.ones(len(keys), bool)
+    again[np.unique(keys, return_index=True)[1]] = False
     return again
 
 

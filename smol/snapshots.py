@@ -243,8 +243,8 @@ def check_entry(entry):
         raise ValueError(f"the path {entry['path']!r} is not processed/SOURCE/NAME.bin")
     if entry["tokenizer"] != tokenizer.fingerprint():
         raise ValueError("it was made with another tokenizer")
-    if entry["bytes"] != 2 * entry["tokens"]:
-        raise ValueError("bytes is not twice tokens")
+    if entry["bytes"] != 2 * entry["tokens"] or entry["documents"] < 1:
+        raise ValueError("bytes is not twice tokens, or there is no document")
     return entry
 
 
@@ -283,7 +283,7 @@ def check_shard(data, entry):
         raise ValueError(f"{offsets_path} does not rise from 0 to the {len(tokens)} tokens of its shard")
     if np.any(tokens[offsets[1:] - 1] != tokenizer.EOT):
         raise ValueError(f"{tokens_path} has documents that do not end in an end-of-text token")
-    if tokens.max(initial=0) > tokenizer.END:
+    if tokens.max() > tokenizer.END:
         raise ValueError(f"{tokens_path} has token ids beyond {tokenizer.END}, the tokenizer's last")
 
 

@@ -302,9 +302,7 @@ SOURCES = {
     # columns as public training code reads them. Python only, checked by execution
     "oss_instruct": Source("code", "ODC-By-1.0", exchange("instruction", "response"), "dialogue", SC2),
     # columns of the cards of its halves, codeparrot-clean-train and -valid
-    "codeparrot": Source(
-        "code", "that of each file", column("content"), "code", "codeparrot/codeparrot-clean"
-    ),
+    "codeparrot": Source("code", "each file's own", column("content"), "code", "codeparrot/codeparrot-clean"),
     "gsm8k": Source("math", "MIT", gsm8k, "dialogue", "openai/gsm8k", "main"),
     "arithmetic": Source("math", OURS, lambda rng, _: puzzles.arithmetic(rng)[0]),
     # files of the split train_1M seen; columns as public training code reads them
@@ -407,10 +405,8 @@ STAGES = {
     "demo": (
         16,
         dict(web=0.15, code=0.15, math=0.1, synth=0.45, arc=0.15),
-        dict(
-            **dict(stdlib=1, langref=1, docstrings=2, arithmetic=1),
-            **dict(sudoku4=5, maze=3, turned=3, transforms=1, arc=1, rearc=3),
-        ),
+        dict(stdlib=1, langref=1, docstrings=2, arithmetic=1)
+        | dict(sudoku4=5, maze=3, turned=3, transforms=1, arc=1, rearc=3),
     ),
     # for hours on a CPU: none of the pairs that ARC itself has, neither for training nor for validation
     "arc_cpu": (40, {"arc": 1.0}, {"rearc": 1}),
@@ -555,7 +551,7 @@ def open_rows(name, where, seed, lane, state, lanes=LANES):
             how["data_files"] = {source.split: source.files}
         data = datasets.load_dataset(source.repo, source.config, revision=where["revision"], **how)
         n = min(lanes, data.num_shards)
-        return data.shard(num_shards=n, index=lane) if lane < n else []
+        return data.shard(num_shards=n, index=lane, contiguous=False) if lane < n else []
 
     def open_file(path):
         reader = reader_of(path)

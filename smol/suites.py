@@ -31,6 +31,7 @@ import itertools
 import json
 import math
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +133,9 @@ def load(name):
     if name in ARC_SUITES:
         return tuple(arc.load(ARC_SUITES[name]))
     if name in FILES:
-        return tuple(read_csv(RAW / name / "test.csv", name))
+        with open(RAW / name / "test.csv", newline="", encoding="utf-8-sig") as f:
+            tasks = [sources.to_document(name, row) for row in itertools.islice(csv.DictReader(f), FROM_FILE)]
+        return tuple(replace(task, id=f"{name}-{i:04d}") for i, task in enumerate(tasks))
     if name == "rearc":
         drawn = ((np.random.default_rng([4040, i]), family) for i, family in enumerate(rearc.families()))
         return tuple(filter(None, (rearc.task(rng, family, 4, (0, 0.3), 1024) for rng, family in drawn)))
@@ -147,15 +150,6 @@ def load(name):
             task.id = f"{number}:{task.id}" if name == "transforms" else number
             tasks.append(task)
     return tuple(tasks)
-
-
-def read_csv(path, name):
-    """The first FROM_FILE puzzles of a file, as sources.py reads its rows."""
-    with open(path, newline="", encoding="utf-8-sig") as f:
-        for i, row in enumerate(itertools.islice(csv.DictReader(f), FROM_FILE)):
-            task = sources.to_document(name, row)
-            task.id = f"{name}-{i:04d}"
-            yield task
 
 
 @functools.cache

@@ -203,6 +203,7 @@ def test_tags_do_not_move(hub, data, tmp_path):
         (["pull", "ada/nothing:v0.1"], "no such repository"),
         (["pull", "ada/empty:v0.1"], "no such revision or tag"),
         (["push", "stage1", "--repo=ada/x"], "only a frozen stage is pushed"),
+        (["push", "stage1:v0.1"], "write USER/NAME"),
         (["push", "stage1:v9", "--repo=ada/x"], "the tag 'v9' of stage 'stage1' is not prepared"),
     ],
 )
