@@ -76,7 +76,7 @@ def read_json(path):
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise ValueError(f"{path} is damaged: put back what it was, or delete it")
@@ -189,16 +189,11 @@ def read_manifest(data_dir, stage, tag=None, verify=True):
 
 def check_snapshot(folder, stage, tag):
     """-> the dict in a frozen stage's snapshot.json. ValueError if the folder is not what was frozen."""
-    try:
-        snapshot = json.loads((folder / "snapshot.json").read_bytes())
-        pinned = {"manifest.jsonl": snapshot["manifest_sha256"], "mixture.json": snapshot["mixture_sha256"]}
-        ok = (snapshot["stage"], snapshot["tag"]) == (stage, tag)
-    except (OSError, ValueError, KeyError, TypeError):
-        ok = False
-    if not ok:
-        raise ValueError(f"{folder / 'snapshot.json'} is missing, damaged or of another stage")
-    for name, digest in pinned.items():
-        if not (folder / name).is_file() or sha256_file(folder / name) != digest:
+    snapshot = read_json(folder / "snapshot.json")
+    if (snapshot.get("stage"), snapshot.get("tag")) != (stage, tag):
+        raise ValueError(f"{folder / 'snapshot.json'} is missing or of another stage")
+    for name, key in (("manifest.jsonl", "manifest_sha256"), ("mixture.json", "mixture_sha256")):
+        if not (folder / name).is_file() or sha256_file(folder / name) != snapshot.get(key):
             raise ValueError(f"{folder / name} is missing or was changed after the stage was frozen")
     return snapshot
 
@@ -211,20 +206,18 @@ def read_list(folder, stage):
     for number, line in enumerate(manifest.splitlines(), 1):
         try:
             entries.append(check_entry(json.loads(line)))
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise ValueError(f"{path} is damaged in line {number}: {e}") from None
     if not entries or len({entry["path"] for entry in entries}) != len(entries):
         raise ValueError(f"{path} is empty, or lists a shard twice")
-    try:
-        mixture = json.loads((folder / "mixture.json").read_bytes())
-        shares = mixture["weights"]
-        ok = mixture["stage"] == stage and mixture["tokenizer"] == tokenizer.fingerprint()
-        ok = ok and all(w >= 0 for w in shares.values()) and abs(sum(shares.values()) - 1) < 1e-6
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        ok = False
+    mixture = read_json(folder / "mixture.json")
+    shares = mixture.get("weights")
+    ok = mixture.get("stage") == stage and mixture.get("tokenizer") == tokenizer.fingerprint()
+    ok = ok and isinstance(shares, dict) and all(type(w) in (int, float) and w >= 0 for w in shares.values())
+    ok = ok and abs(sum(shares.values()) - 1) < 1e-6
     trained = {entry["source"] for entry in entries if entry["split"] == "train"}
     if not ok or {source for source, share in shares.items() if share} - trained:
-        raise ValueError(f"{folder / 'mixture.json'} is missing, damaged or of another stage")
+        raise ValueError(f"{folder / 'mixture.json'} is missing or of another stage")
     # catches what no other check can: an edited split, or a line taken out
     if mixture.get("manifest_sha256", sha256(manifest)) != sha256(manifest):
         raise ValueError(f"{path} was changed after it was written")
