@@ -416,7 +416,8 @@ def pull(data, name):
         entries, _ = read_list(waiting, stage)
         frozen = data / "stages" / stage / tag
         files = {file: (waiting / file).read_bytes() for file in FROZEN_FILES}
-        if frozen.exists() and any((frozen / file).read_bytes() != files[file] for file in FROZEN_FILES):
+        there = {file: (frozen / file).read_bytes() for file in FROZEN_FILES if (frozen / file).is_file()}
+        if there not in ({}, files):
             raise ValueError(f"{frozen} is another state than {name}, and a tag never moves")
         missing = []
         for entry in entries:
@@ -435,7 +436,7 @@ def pull(data, name):
     for path in shards:
         (data / path).parent.mkdir(parents=True, exist_ok=True)
         os.replace(waiting / path, data / path)
-    if not frozen.exists():
+    if not there:
         install_frozen(data, stage, tag, files)
     shutil.rmtree(waiting)
     print(f"{stage}:{tag} is in {frozen}: {len(entries)} shards; train with --data={stage} --data_tag={tag}")
