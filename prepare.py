@@ -204,7 +204,7 @@ def freeze(c, stage):
 
 
 def verify(c, name):
-    print(f"intact: {summary(c.data_dir, name, verify=True)}")
+    print(f"{summary(c.data_dir, name, verify=True)}, all intact")
 
 
 def clean(c):

@@ -33,7 +33,7 @@ STAGE_GB, STAGE_CORES = 30, 4  # what the hours are projected for
 
 
 def write_text(folder, size):
-    """Parquet files of prose and code, 3 to 1, of about `size` bytes in all."""
+    """Parquet files of prose and code, 3 to 1 while there is so much code, of about `size` bytes in all."""
     draw, sentences, code = random.Random(1), set(), []
     for row in sources.stdlib():
         text = sources.module(row)
@@ -42,8 +42,8 @@ def write_text(folder, size):
         for words in re.findall('"""(.*?)"""', text, re.DOTALL):
             found = (re.sub(r"\s+", " ", s.strip()) for s in re.split(r"(?<=[.!?])\s+", words))
             sentences |= {s for s in found if 40 < len(s) < 300 and s.endswith(".")}
-    sentences, prose, written = sorted(sentences), [], 0
-    while written < size * 3 / 4:
+    sentences, prose, written = sorted(sentences), [], sum(map(len, code))
+    while written < size:
         paragraphs = [" ".join(draw.choices(sentences, k=5)) for _ in range(draw.randint(2, 9))]
         prose.append("\n\n".join(paragraphs))
         written += len(prose[-1])

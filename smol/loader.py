@@ -62,10 +62,10 @@ class Shards:
 
     def __init__(self, data_dir, entries):
         self.tokens = [np.memmap(os.path.join(data_dir, e["path"]), dtype="<u2", mode="r") for e in entries]
-        offsets = [np.fromfile(os.path.join(data_dir, e["path"][:-4] + ".idx"), dtype="<i8") for e in entries]
-        self.offsets = offsets
+        files = [os.path.join(data_dir, e["path"].removesuffix(".bin") + ".idx") for e in entries]
+        self.offsets = [np.fromfile(path, dtype="<i8") for path in files]
         self.first_token = np.cumsum([0] + [len(t) for t in self.tokens])
-        self.first_document = np.cumsum([0] + [len(o) - 1 for o in offsets])
+        self.first_document = np.cumsum([0] + [len(o) - 1 for o in self.offsets])
         self.n_tokens, self.n_documents = int(self.first_token[-1]), int(self.first_document[-1])
 
     def slice(self, start, stop):
@@ -340,8 +340,7 @@ class Loader:
         """-> {length: rows} of the first n * batch_size held-out rows of one source, but those too long."""
         if kind == "text":
             windows = (shards.n_tokens - 1) // self.block_size
-            count = min(windows, n * self.batch_size)
-            picks = np.linspace(0, windows - 1, count).astype(int).tolist() if count else []
+            picks = np.linspace(0, windows - 1, min(windows, n * self.batch_size)).astype(int).tolist()
             rows = [shards.window(i, self.block_size) for i in picks]
             return {self.block_size: rows} if rows else {}
         lengths = {}
