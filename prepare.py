@@ -127,13 +127,14 @@ def show_plan(c, stage, parts, notes):
 def status(c):
     """Print every stage that is there, and every frozen one."""
     data = Path(c.data_dir)
-    stages = [path.parent.name for path in sorted(data.glob("stages/*/manifest.jsonl"))]
-    tags = [path.parent for path in sorted(data.glob("stages/*/*/snapshot.json"))]
-    if not stages and not tags:
+    stages = sorted(path.parent.name for path in data.glob("stages/*/manifest.jsonl"))
+    tags = sorted(path.parent for path in data.glob("stages/*/*/snapshot.json"))
+    frozen = [f"{folder.parent.name}:{folder.name}" for folder in tags]
+    if not stages and not frozen:
         print(f"no stage is prepared in {data}/; run: python prepare.py demo")
-    for name in [*stages, *(f"{folder.parent.name}:{folder.name}" for folder in tags)]:
+    for name in [*stages, *frozen]:
         try:
-            if ":" in name:
+            if name in frozen:
                 print(f"\nfrozen {summary(data, name, verify=False)}")
             else:
                 show_stage(data, name)
