@@ -19,6 +19,7 @@ import importlib.metadata
 import importlib.util
 import random
 import sys
+import types
 
 import numpy as np
 
@@ -44,11 +45,9 @@ def installed():
 @functools.cache
 def families():
     """-> {id: (generator, verifier)} of all but the slow ones, sorted. Who calls this asks installed()."""
-    package = importlib.util.find_spec("reasoning_gym")  # finds it without running it
-    folder = f"{package.submodule_search_locations[0]}/arc/rearc_utils"
-    where = {"submodule_search_locations": [folder]}
-    spec = importlib.util.spec_from_file_location("rearc_utils", f"{folder}/__init__.py", **where)
-    sys.modules["rearc_utils"] = importlib.util.module_from_spec(spec)
+    found = importlib.util.find_spec("reasoning_gym")  # without running it
+    package = sys.modules["rearc_utils"] = types.ModuleType("rearc_utils")
+    package.__path__ = [f"{found.submodule_search_locations[0]}/arc/rearc_utils"]
     generators, verifiers = (
         vars(importlib.import_module(f"rearc_utils.{name}")) for name in ("generators", "verifiers")
     )

@@ -498,7 +498,7 @@ class Rows:
                         row = row["text"]
                         if not row.strip():
                             continue
-                        with contextlib.suppress(ValueError):
+                        with contextlib.suppress(ValueError, RecursionError):
                             row = json.loads(row)
                     yield f"{name}:{self.row}", row
             except Exception as e:  # noqa: BLE001 (client, file system and readers raise their own)
