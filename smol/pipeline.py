@@ -283,8 +283,8 @@ class Documents:
     def __init__(self, part, records):
         self.paths = [unit_path(part.folder, r["number"], r["lane"]) for r in records]
         self.first = np.cumsum([0, *(r["documents"] for r in records)])
-        self.keys, self.split_keys = np.concatenate([np.zeros((2, 0), np.uint64), *self.read("keys")], 1)
-        self.lengths = np.concatenate([np.zeros(0, np.int64), *map(np.diff, self.read("ends"))])
+        self.keys, self.split_keys = np.concatenate([*self.read("keys")], 1)
+        self.lengths = np.concatenate([*map(np.diff, self.read("ends"))])
         self.has_bands = part.source.profile != "none"
 
     def __len__(self):
@@ -316,7 +316,7 @@ def find_duplicates(current, earlier):
     """
 
     def seen_before(arrays):
-        keys = np.concatenate([np.zeros(0, np.uint64), *arrays])
+        keys = np.concatenate([*arrays])
         return curate.occurred_before(keys)[len(keys) - len(current) :]
 
     verdict = np.zeros(len(current), np.uint8)
