@@ -303,4 +303,4 @@ def test_without_a_network_it_says_what_to_do(hub, tmp_path):
 
 def test_an_error_that_says_nothing_is_called_by_its_name():
     assert snapshots.first_line(TimeoutError()) == "TimeoutError"
-    assert snapshots.first_line(OSError("\n no room \nat all")) == "no room"
+    assert snapshots.first_line(OSError("\n no room\nat all")) == "no room"
