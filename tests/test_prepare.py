@@ -172,6 +172,7 @@ MANIFEST, MIXTURE = "stages/stage1/manifest.jsonl", "stages/stage1/mixture.json"
         (lambda data: believable(data, documents=-1), "manifest.jsonl .* there is no document"),
         (lambda data: other_tokens(data, 5, tokenizer.END + 1), "train-.* has token ids beyond 50280"),
         (lambda data: other_tokens(data, 30, 5), "train-.* has documents that do not end in"),
+        (lambda data: rewrite(data / MANIFEST, lambda b: b.replace(b"val", b"train")), "was changed after"),
         (lambda data: believable(data, path=str(shard(data))), "not processed/SOURCE/NAME.bin"),
         (lambda data: believable(data, tokenizer="0" * 64), "manifest.jsonl .* another tokenizer"),
         (lambda data: believable(data, tokens="many"), "manifest.jsonl .* tokens is 'many'"),

@@ -206,13 +206,6 @@ def test_local_files_are_read_in_lanes_and_go_on_where_they_were(tmp_path):
         assert first + list(sources.open_rows("fineweb_edu", where, 1, 0, state, lanes=2)) == whole
 
 
-def test_columns_of_csv_files_are_text(tmp_path):
-    (tmp_path / "a.csv").write_text(f"source,question,answer,rating\nNA,{'.' + SUDOKU[1:]},{SUDOKU},3\n")
-    where = {"files": [tmp_path / "a.csv"]}
-    ((_, row),) = sources.open_rows("sudoku_extreme_test", where, 0, 0, None, lanes=1)
-    assert sources.to_document("sudoku_extreme_test", row).test[0][1].sum() == 405
-
-
 def test_a_damaged_line_costs_a_row_and_not_the_file(tmp_path):
     odd = [b'{"text": "b', b"", b"[" * 100_000, b'{"text": "\xff"}', b'["c"]', b'{"body": 1}']
     lines = [b'{"text": "a"}', *odd, b'{"text": "d"}']
