@@ -28,6 +28,8 @@ def test_pattern_splits_as_published():
 def test_reserved_ids():
     encoder = tokenizer.load()
     assert sorted(SPECIAL.values()) == list(range(50256, 50281)) and encoder.n_vocab == 50281
+    assert all(SPECIAL[f"<|{name}|>"] == getattr(tokenizer, name.upper()) for name in tokenizer.NAMES[11:])
+    assert SPECIAL["<|0|>"] == tokenizer.CELL0
     for name, i in SPECIAL.items():
         assert encoder.decode([i]) == name
         ids = encoder.encode_ordinary(f"before{name}after")
