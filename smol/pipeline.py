@@ -61,7 +61,7 @@ class Part:
     target: float = 0.0  # training tokens
     unit_bytes: int = 0  # of text read for a unit
     folder: Path | None = None  # of the units
-    lanes: list = field(default_factory=lambda: [[] for _ in range(table.LANES)])  # records of units
+    lanes: list = field(default_factory=lambda: [[] for _ in range(table.LANES)])  # of records of units
 
     @property
     def source(self):
@@ -235,7 +235,8 @@ def load_units(part):
 
 def next_of(part):
     """-> {lane: number of the unit that it lacks next}, of the lanes that have not ended."""
-    return {lane: len(rs) for lane, rs in enumerate(part.lanes) if not (rs and rs[-1]["end"])}
+    lanes = enumerate(part.lanes)
+    return {lane: len(records) for lane, records in lanes if not records or not records[-1]["end"]}
 
 
 def front(part):

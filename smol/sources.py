@@ -14,7 +14,7 @@ Rows are read in LANES lanes: lane n reads every eighth file (or makes every eig
 number of processes, so the order of documents never depends on the machine. A lane has a state to go on from.
 
 --source_dir=DIR reads DIR/NAME/*.parquet, .jsonl, .json or .csv (also .gz) in place of the hub, with the
-same columns. A row that is no document is an OddRow, counted by reason. A file that cannot be read stops it.
+same columns. A row that is no document is an OddRow, counted by reason; a file that cannot be read stops all.
 
 Read next: curate.py, what is kept of these; prepare.py, how it becomes shards.
 """
