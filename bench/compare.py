@@ -147,13 +147,28 @@ def train_contender(c, arguments, seed, out):
     return sorted(glob.glob(f"{out}/ckpt_[0-9]*.pt"), key=lambda p: int(re.findall(r"\d+", p)[-1]))
 
 
-def solved(net, tasks, **how):
-    """(tasks whose first answer, the surest, is right; tasks that some answer of any rollout solves)."""
-    first = some = 0
-    for task, (answers,) in zip(tasks, net.answer(solve.without_answers(tasks), **how)):
-        right = [np.array_equal(grid, task.test[0][1]) for grid, _ in answers or []]
-        first, some = first + any(right[:1]), some + any(right)
-    return first, some
+def solved_by(net, tasks, n_sup=1, n_rollouts=1, **how):
+    """
+    -> two int arrays (n_rollouts, n_sup), for the first rollouts and the first steps of each: how many tasks
+    their surest answer solves, and how many any of their answers solves. Route A has one step of one rollout.
+    """
+    if net.puzzle_format == "canvas":
+        how = {"n_sup": n_sup, "n_rollouts": n_rollouts, "trace": True, **how}
+    answers = [
+        given or [(None, 0.0)] * (n_rollouts * n_sup)
+        for (given,) in net.answer(solve.without_answers(tasks), **how)
+    ]
+    if net.puzzle_format != "canvas":
+        answers = [given[:1] for given in answers]  # the most probable
+    right = [[np.array_equal(grid, t.test[0][1]) for grid, _ in given] for t, given in zip(tasks, answers)]
+    right = np.reshape(right, (len(tasks), n_rollouts, n_sup))
+    sure = np.reshape([[p for _, p in given] for given in answers], right.shape)
+    surest, some = np.zeros((2, n_rollouts, n_sup), int)
+    for r, s in np.ndindex(surest.shape):
+        among, of = (t[:, : r + 1, : s + 1].reshape(len(tasks), -1) for t in (right, sure))
+        surest[r, s] = among[np.arange(len(tasks)), of.argmax(1)].sum()
+        some[r, s] = among.any(1).sum()
+    return surest, some
 
 
 def curve_of(c, paths, tasks):
@@ -162,12 +177,17 @@ def curve_of(c, paths, tasks):
     for path in paths:
         net, saved = checkpoint.load_model(path)
         curve.append({k: saved["train"][k] for k in ("iter", "seconds", "tokens", "val_loss")})
+        canvas = net.puzzle_format == "canvas"
         if tasks:
-            steps = [{"n_sup": n} for n in c.n_sup] if net.puzzle_format == "canvas" else [{}]
-            curve[-1]["solved"] = {str(how.get("n_sup", "")): solved(net, tasks, **how)[0] for how in steps}
-    if tasks and net.puzzle_format == "canvas" and c.n_rollouts > 1:
-        how = {"n_sup": max(c.n_sup), "n_rollouts": c.n_rollouts}
-        curve[-1]["rollouts"] = {size: solved(net, tasks, noise=size, **how) for size in c.noise}
+            surest, _ = solved_by(net, tasks, max(c.n_sup) if canvas else 1)
+            steps = {str(n): int(surest[0, n - 1]) for n in c.n_sup} if canvas else {"": int(surest[0, 0])}
+            curve[-1]["solved"] = steps
+    if tasks and canvas and c.n_rollouts > 1:
+        curve[-1] |= {"rollouts": {}, "by_steps": {}}
+        for size in c.noise:
+            surest, some = solved_by(net, tasks, max(c.n_sup), c.n_rollouts, noise=size)
+            curve[-1]["rollouts"][size] = int(surest[-1, -1]), int(some[-1, -1])
+            curve[-1]["by_steps"][size] = surest.tolist()
     return curve, net.num_params()
 
 
@@ -357,6 +377,24 @@ def draw_curves(rows, path):
     save_picture(figure, path)
 
 
+def draw_steps(row, path):
+    """What more steps and more rollouts of one checkpoint bring, a panel for each size of noise."""
+    from matplotlib.figure import Figure
+
+    by_steps = row["curve"][-1]["by_steps"]
+    figure = Figure(figsize=(4.5 * len(by_steps), 4), layout="constrained")
+    panels = figure.subplots(1, len(by_steps), sharey=True, squeeze=False)[0]
+    for axes, (size, surest) in zip(panels, by_steps.items()):
+        for n in [2**i for i in range(len(surest).bit_length())]:
+            axes.plot(range(1, len(surest[0]) + 1), surest[n - 1], label=f"{n} rollouts")
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="supervision steps when answering", title=f"noise {size}")
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel="solved by the surest answer")
+    panels[0].legend()
+    save_picture(figure, path)
+
+
 def main(argv):
     contenders = [word for word in argv if ": " in word and not word.startswith("-")]
     config, _ = configurator.read(globals(), [word for word in argv if word not in contenders])
@@ -385,6 +423,8 @@ def main(argv):
                 write_whole(json.dumps(row).encode(), f"{path}.json")
             rows.append(json.loads(Path(f"{path}.json").read_text()))
             show(rows[-1])
+            if "by_steps" in rows[-1]["curve"][-1]:
+                draw_steps(rows[-1], f"{path}.png")
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     draw_curves(rows, str(out / "compare.png"))

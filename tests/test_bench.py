@@ -177,20 +177,29 @@ def test_contenders_train_through_train_py(tmp_path):
     assert list(row["curve"][-1]["solved"]) == ["1", "2"]
     rollouts = row["curve"][-1]["rollouts"]
     assert list(rollouts) == ["0.3", "1.0"] and all(0 <= a <= b <= 3 for a, b in rollouts.values())
-    assert (tmp_path / "compare.png").read_bytes()[:4] == b"\x89PNG"
+    assert np.shape(row["curve"][-1]["by_steps"]["1.0"]) == (8, 2)
+    for picture in ("compare.png", "B-1.png"):
+        assert (tmp_path / picture).read_bytes()[:4] == b"\x89PNG"
 
 
-def test_the_surest_answer_of_all_rollouts_counts():
+def test_the_surest_answer_of_the_first_rollouts_and_steps_counts():
     tasks = [puzzles.sudoku(np.random.default_rng(i), 4, 4, "test") for i in range(4)]
     right, wrong = ([t.test[0][1] for t in tasks[i:] + tasks[:i]] for i in (0, 1))
-    traces = [
-        [[(right[0], 0.2), (None, 0.0), (right[0], 0.9), (wrong[0], 0.8)]],
-        [[(right[1], 0.2), (None, 0.0), (right[1], 0.7), (wrong[1], 0.8)]],
-        [[(wrong[2], 0.2), (None, 0.0), (wrong[2], 0.7), (wrong[2], 0.8)]],
-        [[(wrong[3], 0.2), (None, 0.0), (right[3], 0.9), (wrong[3], 0.8)]],
+    traces = [  # two rollouts of two steps
+        [(right[0], 0.2), (None, 0.0), (right[0], 0.9), (wrong[0], 0.8)],
+        [(right[1], 0.2), (None, 0.0), (right[1], 0.7), (wrong[1], 0.8)],
+        [(wrong[2], 0.2), (None, 0.0), (wrong[2], 0.7), (wrong[2], 0.8)],
+        [(wrong[3], 0.2), (right[3], 0.3), (right[3], 0.9), (wrong[3], 0.8)],
     ]
-    net = SimpleNamespace(answer=lambda tasks, **how: [[ranked(steps) for steps in task] for task in traces])
-    assert compare.solved(net, tasks, n_rollouts=2) == (2, 3)
+
+    def answer(tasks, n_sup, n_rollouts, trace, noise):
+        assert all(t.test[0][1].size == 1 for t in tasks) and trace and noise == 0.5
+        return [[steps] for steps in traces]
+
+    net = SimpleNamespace(answer=answer, puzzle_format="canvas")
+    surest, some = compare.solved_by(net, tasks, 2, 2, noise=0.5)
+    assert surest.tolist() == [[2, 3], [3, 2]]
+    assert some.tolist() == [[2, 3], [3, 3]]
 
 
 LOSSES = """
