@@ -496,32 +496,28 @@ def form_of(backend, dtype):
 # into the loops, and another one for the backward.
 
 
-def choose_backend(device, dtype, channels=0):
-    """What backend="auto" means on this torch.device, computing in this dtype: (its name, why)."""
-    if BACKEND != "auto":
-        return BACKEND, "KDA_BACKEND says so"
-    if device.type != "cuda":
+def choose_backend(device, dtype, channels=0, backend="auto"):
+    """
+    What computes on this torch.device, in this dtype -> (its name, why). ValueError for a backend that there
+    is not, or that cannot.
+    """
+    asked = BACKEND if backend == "auto" else backend
+    if asked not in ("auto", "recurrent", "chunk", "triton"):
+        raise ValueError(f"backend or KDA_BACKEND is {asked!r}, not auto, recurrent, chunk or triton")
+    on_gpu = device.type == "cuda"
+    possible = triton is not None and (on_gpu or INTERPRETED) and dtype != torch.float64 and channels <= 128
+    needs = "Triton, a GPU, no float64 and at most 128 channels"
+    if asked == "triton" and not possible:
+        raise ValueError(f"backend 'triton' needs {needs}: use 'chunk'")
+    if asked != "auto":
+        return asked, "it was asked for"
+    if not on_gpu:
         return "chunk", "it is the fastest there is without a GPU"
-    if triton is None or dtype == torch.float64 or channels > 128:
-        return "chunk", "the kernels need Triton, no float64 and at most 128 channels"
+    if not possible:
+        return "chunk", f"the kernels need {needs}"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "chunk", "Triton has no tensor cores for this GPU, cuBLAS does"
     return "triton", "Triton knows this GPU"
-
-
-def resolve(backend, dtype, q, v):
-    """The backend for these tensors, computing in this dtype. ValueError if there is none, or it cannot."""
-    channels = max(q.shape[-1], v.shape[-1])
-    if backend == "auto":
-        backend, _ = choose_backend(q.device, dtype, channels)
-    if backend not in ("recurrent", "chunk", "triton"):
-        raise ValueError(f"backend or KDA_BACKEND is {backend!r}, not auto, recurrent, chunk or triton")
-    on_gpu = triton is not None and (q.is_cuda or INTERPRETED)
-    if backend == "triton" and (not on_gpu or dtype == torch.float64 or channels > 128):
-        raise ValueError(
-            "backend 'triton' needs Triton, a GPU, no float64, at most 128 channels: use 'chunk'"
-        )
-    return backend
 
 
 def widest(*tensors):
@@ -583,23 +579,11 @@ def stands_alone(T, C, initial_state, want_state):
     return T <= C and initial_state is None and not want_state
 
 
-def empty_results(q, k, v, g, beta, initial_state, want_state, backend):
+def chunk_op(q, k, v, g, beta, initial_state, scale, want_state, backend):
     """
     -> o, the final state (B * H, K, V), and what is kept for the backward: XQ and S. There are no states for
     a chunk that stands alone.
     """
-    (B, T, H, K), V, wide = q.shape, v.shape[-1], widest(q, k, v, g, beta)
-    C = chunk_length(T, backend, q.device)
-    M, alone = B * H * -(-T // C), stands_alone(T, C, initial_state, want_state)
-    n_last, n_states = (0, 0) if alone else (B * H, M + B * H)
-    state, XQ, S = (
-        q.new_empty(shape, dtype=wide) for shape in ((n_last, K, V), (2, M, C, C), (n_states, K, V))
-    )
-    return v.new_empty(v.shape), state, XQ, S
-
-
-def chunk_op(q, k, v, g, beta, initial_state, scale, want_state, backend):
-    """-> filled, what `empty_results` returns."""
     (B, T, H, K), V, wide = q.shape, v.shape[-1], widest(q, k, v, g, beta)
     C, state, heads = chunk_length(T, backend, q.device), None, 0
     if not stands_alone(T, C, initial_state, want_state):
@@ -651,7 +635,11 @@ kda_backward_op = torch.library.custom_op(
 
 @kda_op.register_fake
 def _(q, k, v, g, beta, initial_state, scale, want_state, backend):
-    return empty_results(q, k, v, g, beta, initial_state, want_state, backend)
+    (B, T, H, K), V, wide = q.shape, v.shape[-1], widest(q, k, v, g, beta)
+    C = chunk_length(T, backend, q.device)
+    M, heads = B * H * -(-T // C), 0 if stands_alone(T, C, initial_state, want_state) else B * H
+    shapes = (heads, K, V), (2, M, C, C), (M + heads if heads else 0, K, V)
+    return v.new_empty(v.shape), *(q.new_empty(shape, dtype=wide) for shape in shapes)
 
 
 @kda_backward_op.register_fake
@@ -742,7 +730,7 @@ def kda(
         o, state = (torch.cat(t, dim) for t, dim in zip(zip(*parts), (1, 0)))
         return o, state if output_final_state else None
     scale, wide = K**-0.5 if scale is None else scale, widest(*inputs)
-    backend = resolve(backend, wide, q, v)
+    backend, _ = choose_backend(q.device, wide, max(K, V), backend)
     at_once = max(CHUNK, CPU_AT_ONCE // max(1, B * H * K) // CHUNK * CHUNK)
     if backend == "chunk" and q.device.type == "cpu" and T > 2 * at_once:
         parts, state = [], initial_state
