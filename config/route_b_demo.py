@@ -26,5 +26,6 @@ dtype = "float32"  # at width 64 half precision makes a CPU slower
 optimizer = "adamw"  # what its learning rate was found with
 learning_rate = 2e-3
 max_iters = 2200
+warmup_iters = 20
 decay_iters = 700
 eval_interval = 2200
