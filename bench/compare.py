@@ -388,6 +388,7 @@ def draw_steps(row, path):
         for n in [2**i for i in range(len(surest).bit_length())]:
             axes.plot(range(1, len(surest[0]) + 1), surest[n - 1], label=f"{n} rollouts")
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set(xlabel="supervision steps when answering", title=f"noise {size}")
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="solved by the surest answer")
