@@ -58,16 +58,6 @@ def test_a_teacher_that_has_not_read_an_answer_counts_up_to_the_first_difference
         assert kept[last + 1 :].isnan().all()
 
 
-@pytest.mark.parametrize("puzzle_format", ["autoregressive", "canvas"])
-def test_a_row_is_read_back_as_its_task(puzzle_format):
-    tasks, _ = some_tasks()
-    batch = batch_of(tasks, puzzle_format, 1024)
-    for task, read in zip(tasks, teachers.tasks_of(batch.idx, batch.targets, puzzle_format)):
-        assert read.kind == task.kind and len(read.train) == len(task.train)
-        for pairs in zip([*task.train, *task.test], [*read.train, *read.test]):
-            assert all(np.array_equal(*grids) for grids in zip(*pairs))
-
-
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     """A tiny Qwen whose tokenizer has every digit alone and no space before it, as the real one."""
@@ -132,6 +122,15 @@ def test_a_text_model_begins_a_text_as_its_tokenizer_does(digits, tmp_path):
     theirs = teacher.model(torch.tensor([[bos[1], *teacher.encode(asked)]])).logits[0, -1]
     cells = [*(teacher.encode(str(c))[0] for c in range(10)), bos[1]]
     assert torch.allclose(frame[0, 0], theirs[cells].log_softmax(-1), atol=1e-4)
+
+
+def test_a_folder_of_ours_is_no_text_model(tmp_path):
+    """The out_dir of a run, where train.py leaves a config.json, and what save_pretrained makes."""
+    tiny.save(tmp_path / "run/ckpt.pt", "trm", {"iter": 1})
+    (tmp_path / "run/config.json").write_text('{"model": "trm", "max_iters": 9}')
+    tiny.dense().save_pretrained(tmp_path / "published")
+    for folder, model in ("run", "trm"), ("published", "dense"):
+        assert teachers.load(str(tmp_path / folder), "cpu").about["model"] == model
 
 
 def test_a_text_model_that_can_teach_nothing_is_refused(gpt2, tmp_path):
