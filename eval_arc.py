@@ -411,8 +411,6 @@ def run(c, words):
     asked = tasks_asked(c)
     settings = solve.Settings(**{f.name: getattr(c, f.name) for f in dataclasses.fields(solve.Settings)})
     on = runtime.pick_device(c.device)
-    if on == "cuda" and runtime.world_size > 1:
-        on = f"cuda:{runtime.local_rank}"
     results = read_results(os.path.join(folder, "eval.json"))
     models = look_at(names, on, runtime.pick_dtype(c.dtype, on), results)
     if c.n_rollouts > 1 and all(results[name]["model"] != "trm" for name in models):

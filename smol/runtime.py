@@ -54,21 +54,18 @@ CPUINFO = Path("/proc/cpuinfo")  # Linux
 
 
 def pick_device(device):
-    """
-    'auto', 'cpu', 'mps', 'cuda' or 'cuda:N' -> device; 'mps' only where it works. ValueError, in one line,
-    where there is none such.
-    """
-    if device == "auto" and torch.cuda.is_available():
-        return "cuda"
+    """'auto', 'cpu', 'mps', 'cuda' (of several processes each its own) or 'cuda:N' -> device. ValueError."""
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        device = f"cuda:{local_rank}"
     if device == "mps" or (device == "auto" and torch.backends.mps.is_available()):
         return "mps" if mps_works() else "cpu"
     if device == "auto":
         return "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+    if not re.fullmatch(r"cpu|cuda:\d+", device):
         raise ValueError(f"device must be 'auto', 'cpu', 'mps', 'cuda' or 'cuda:N', got {device!r}")
     if device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}, but PyTorch sees no GPU: use --device=cpu")
-    if ":" in device and int(device[5:]) >= (n := torch.cuda.device_count()):
+    if device != "cpu" and int(device[5:]) >= (n := torch.cuda.device_count()):
         raise ValueError(f"device={device!r}, but PyTorch counts {n} GPUs from cuda:0 on")
     return device
 
@@ -124,8 +121,6 @@ def start(device, dtype):
     prefers bfloat16 is that. ValueError in one line.
     """
     device = pick_device(device)
-    if device == "cuda":
-        device = f"cuda:{local_rank}"
     if (device, dtype) == ("cpu", "auto") and cpu_prefers_bfloat16():
         dtype = "bfloat16"
     dtype = pick_dtype(dtype, device)

@@ -83,6 +83,15 @@ def test_device_and_dtype():
     assert runtime.pick_device("cpu") == "cpu"
     if not torch.cuda.is_available():
         assert runtime.pick_device("auto") == "cpu"
+def test_every_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert runtime.pick_device("auto") == runtime.pick_device("cuda") == "cuda:0"
+    monkeypatch.setattr(runtime, "local_rank", 1)  # as with torchrun's two processes for one GPU
+    with pytest.raises(ValueError, match="device='cuda:1', but PyTorch counts 1 GPUs"):
+        runtime.pick_device("auto")
+
+
         with pytest.raises(ValueError, match="no GPU"):
             runtime.pick_device("cuda:0")
 
