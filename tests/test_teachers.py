@@ -58,6 +58,16 @@ def test_a_teacher_that_has_not_read_an_answer_counts_up_to_the_first_difference
         assert kept[last + 1 :].isnan().all()
 
 
+@pytest.mark.parametrize("puzzle_format", ["autoregressive", "canvas"])
+def test_a_row_is_read_back_as_its_task(puzzle_format):
+    tasks, _ = some_tasks()
+    batch = batch_of(tasks, puzzle_format, 1024)
+    for task, read in zip(tasks, teachers.tasks_of(batch.idx, batch.targets, puzzle_format)):
+        assert read.kind == task.kind and len(read.train) == len(task.train)
+        for pairs in zip([*task.train, *task.test], [*read.train, *read.test]):
+            assert all(np.array_equal(*grids) for grids in zip(*pairs))
+
+
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     """A tiny Qwen whose tokenizer has every digit alone and no space before it, as the real one."""
