@@ -110,8 +110,6 @@ def parse(text, types):
     """A value from the command line: a Python literal where it is one and the setting is not text."""
     if bool in types and text in ("true", "false"):
         return text == "true"
-    if float in types and text in ("inf", "-inf"):
-        return float(text)
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -122,9 +120,9 @@ def parse(text, types):
 def convert(name, value, types, where):
     """The value as one of the types of the setting. ConfigError for an unknown name or another type."""
     if name not in types:
-        closest = difflib.get_close_matches(name, types, n=1, cutoff=0.0)
-        hint = f"the closest is {closest[0]!r}" if closest else "there are none"
-        raise ConfigError(f"unknown setting {name!r} {where}: {hint} (--help lists them all)")
+        (closest,) = difflib.get_close_matches(name, types, n=1, cutoff=0.0)
+        line = f"unknown setting {name!r} {where}: the closest is {closest!r} (--help lists them all)"
+        raise ConfigError(line)
     if isinstance(value, list) and tuple in types[name]:
         value = tuple(value)
     if type(value) is int and float in types[name] and int not in types[name]:
@@ -187,13 +185,10 @@ def read_config_file(path, chain=()):
     found = []
     if base := namespace.pop("base", None):
         found = read_config_file(os.path.join(os.path.dirname(path), base), (*chain, os.path.realpath(path)))
-    return found + [(name, value) for name, value in namespace.items() if is_setting(name, value)]
-
-
-def is_setting(name, value):
-    """Modules, functions and names with capitals or a leading underscore are helpers of the config file."""
-    helper = name.startswith("_") or name != name.lower() or inspect.ismodule(value) or callable(value)
-    return not helper
+    for name, value in namespace.items():  # modules, functions, Capitals and _names are the file's helpers
+        if name == name.lower() and name[0] != "_" and not (inspect.ismodule(value) or callable(value)):
+            found.append((name, value))
+    return found
 
 
 def help_text(script_globals, usage=""):

@@ -106,9 +106,8 @@ RANGES = {
     "[1, inf)": "eval_interval eval_batches eval_limit log_interval batch_size block_size max_iters "
     "max_skipped gradient_accumulation_steps prompt_tokens new_tokens",
     "[0, inf)": "sample_temperature mixture learning_rate weight_decay warmup_iters decay_iters "
-    "min_lr sync_check_interval",
+    "min_lr sync_check_interval max_hours grad_clip",
     "(0, inf)": "temperature",
-    "[0, inf]": "max_hours grad_clip",
     "[0, 1)": "beta1 beta2 ema",
     "(0, 1)": "beta",
     "[0, 1]": "on_policy",
@@ -181,13 +180,9 @@ def write_texts(net, guide, texts):
 
 
 def write_answers(net, tasks):
-    """
-    tasks: list of (_, task, rng) -> an answer to each, drawn under the grammar of grids. ValueError where
-    logits are not finite.
-    """
-    answers, items = [None] * len(tasks), []
-    for i, (_, task, rng) in enumerate(tasks):
-        items.append((i, teachers.prompt(task), limit_of(task), rng))
+    """An answer to each task, drawn under the grammar of grids. ValueError where logits are not finite."""
+    answers = [None] * len(tasks)
+    items = [(i, teachers.prompt(task), limit_of(task), rng) for i, (_, task, rng) in enumerate(tasks)]
     for part in engine.batches_by_length(items, lambda item: len(item[1]) + item[2][0] * (item[2][1] + 1)):
         where, prompts, limits, rngs = zip(*part)
         drawn = engine.decode_grids(net, prompts, limits, 1, sample_temperature, rngs)

@@ -36,7 +36,6 @@ Read next: smol/solve.py (how a model comes to its attempts), smol/language.py (
 import contextlib
 import dataclasses
 import glob
-import hashlib
 import json
 import math
 import os
@@ -45,7 +44,6 @@ import time
 from types import SimpleNamespace
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import configurator
@@ -75,13 +73,14 @@ seed = 1337  # of views, draws and test-time training
 # ---- where
 out_dir = ""  # where the results go; "" means beside the checkpoint
 device = "auto"  # cpu, cuda, cuda:1
-dtype = "auto"  # float32, bfloat16, float16; as train.py chooses
+dtype = "auto"  # float32, bfloat16, float16; auto: on a GPU as train.py chooses, on a CPU float32
 
 RANGES = {
     "[1, inf)": "limit augment samples n_sup n_rollouts",
     "[0, inf)": "programs noise ttt_steps seed",
     "(0, inf)": "ttt_lr",
     "[0, 1]": "halt",
+    ("auto", "float32", "bfloat16", "float16"): "dtype",
 }
 ARC_RULES = (*smol.suites.ARC_SUITES, "tasks")  # scored as ARC's rules say: two attempts
 ROWS_TOGETHER = 64  # views handed to a model at a time: what is lost when a run is killed
@@ -118,7 +117,7 @@ def judge(task, given, attempts):
             "solved": any(right[:attempts]),
             "oracle": any(right),
             "votes": [c.votes for c in kept],
-            "scores": [round(float(c.score), 6) if math.isfinite(c.score) else None for c in kept],
+            "scores": [round(c.score, 6) for c in kept],
             "programs": [c.program for c in kept],
         }
         if found and found.steps:
@@ -189,22 +188,15 @@ def length(task):
     return sum(x.size + y.size for x, y in task.train) + max(x.size for x, _ in task.test)
 
 
-def chunks(tasks, rows_per_task):
-    """Lists of tasks of similar length, long ones first, of about ROWS_TOGETHER rows."""
-    size = max(1, ROWS_TOGETHER // rows_per_task)
+def evaluate(tasks, answer, attempts=1, rows_per_task=1, desc="tasks"):
+    """
+    Yields lists of records of the tasks as they come, long tasks first, about ROWS_TOGETHER rows at a time.
+    answer(tasks without test outputs) gives for each task and test input a solve.Given or None: solve.solve
+    with a model. Under torchrun every process asks its part, and rank 0 alone is given all records.
+    """
+    size, n = max(1, ROWS_TOGETHER // rows_per_task), runtime.world_size
     tasks = sorted(tasks, key=length, reverse=True)
-    return [tasks[i : i + size] for i in range(0, len(tasks), size)]
-
-
-def evaluate(tasks, answer, attempts=1, rows_per_task=1, before=None, keep=None, desc="tasks"):
-    """
-    Records of the tasks, in their order. answer(tasks without test outputs) gives for each task and test
-    input a solve.Given or None: solve.solve with a model. before: {task id: record} of what need not be
-    asked again; keep(records) is called on rank 0 with new ones as they come. Under torchrun every process
-    asks its part, and rank 0 alone returns all records, the others [].
-    """
-    found = dict(before or {})
-    todo, n = chunks([task for task in tasks if task.id not in found], rows_per_task), runtime.world_size
+    todo = [tasks[i : i + size] for i in range(0, len(tasks), size)]
     bar = {"desc": desc, "dynamic_ncols": True, "leave": False, "disable": not runtime.master}
     for i in tqdm(range(0, len(todo), n), **bar):
         records = []
@@ -212,43 +204,38 @@ def evaluate(tasks, answer, attempts=1, rows_per_task=1, before=None, keep=None,
             started = time.perf_counter()
             given = answer(solve.without_answers(chunk))
             seconds = round((time.perf_counter() - started) / len(chunk), 4)
-            records = [
-                {**judge(task, some, attempts), "seconds": seconds} for task, some in zip(chunk, given)
-            ]
-        new = [record for part in runtime.gather(records) for record in part]
-        if keep and runtime.master:
-            keep(new)
-        found.update((record["id"], record) for record in new)
-    return [found[task.id] for task in tasks] if runtime.master else []
+            records = [{**judge(t, some, attempts), "seconds": seconds} for t, some in zip(chunk, given)]
+        yield [record for part in runtime.gather(records) for record in part]
 
 
 def ask(name, model, about, suite, tasks, settings, folder):
     """Records of a suite, on rank 0. Answers are kept in the folder as they come: a run may be killed."""
     path, partial = (os.path.join(folder, file) for file in ("answers.jsonl", PARTIAL))
+    runtime.all_agree(None)  # wait for what rank 0 still writes: it may be of this file by another name
     earlier = {r["key"]: r for r in runtime.read_log(path) + runtime.read_log(partial)}
     # what the answer to a task depends on: a record without answers is the task as JSON
     asked = [about["sha256"], suite, dataclasses.asdict(settings), about["device"], about["dtype"]]
     keys = {t.id: hashed([*asked, judge(t, [None] * len(t.test), 1)]) for t in tasks}
-    before = {i: {**earlier[k], "model": name} for i, k in keys.items() if k in earlier}
-    if before and runtime.master:
-        print(f"{name} {suite}: {len(before)} of {len(tasks)} have been answered before")
-
-    def keep(records):
-        for record in records:
-            record.update(model=name, suite=suite, key=keys[record["id"]])
-            if problem := runtime.append_log(record, partial):
-                raise OSError(problem)
+    found = {i: {**earlier[k], "model": name} for i, k in keys.items() if k in earlier}
+    if found and runtime.master:
+        print(f"{name} {suite}: {len(found)} of {len(tasks)} have been answered before")
 
     def answer(tasks):
-        half = getattr(torch, about["dtype"])
-        with torch.autocast(about["device"], half, enabled=half != torch.float32):
+        with runtime.mixed_precision(about["device"], about["dtype"])[0]:
             return solve.solve(model, tasks, settings)
 
     rows = settings.augment * settings.samples * settings.n_rollouts * (4 if settings.ttt_steps else 1)
-    records = evaluate(tasks, answer, attempts_of(suite), rows, before, keep, f"{name} {suite}")
-    if runtime.master:
-        kept = [r for r in runtime.read_log(path) if (r["model"], r["suite"]) != (name, suite)]
-        save_lines(kept + records, path)
+    todo = [task for task in tasks if task.id not in found]
+    for records in evaluate(todo, answer, attempts_of(suite), rows, f"{name} {suite}"):
+        for record in records:
+            found[record["id"]] = {**record, "model": name, "suite": suite, "key": keys[record["id"]]}
+            if problem := runtime.append_log(found[record["id"]], partial):
+                raise OSError(problem)
+    if not runtime.master:
+        return []
+    records = [found[task.id] for task in tasks]
+    kept = [r for r in runtime.read_log(path) if (r["model"], r["suite"]) != (name, suite)]
+    runtime.write_log(kept + records, path)
     return records
 
 
@@ -257,11 +244,7 @@ def attempts_of(suite):
 
 
 def hashed(what):
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
-
-
-def save_lines(records, path):
-    write_whole("".join(json.dumps(record) + "\n" for record in records).encode(), path)
+    return snapshots.sha256(json.dumps(what).encode())[:32]
 
 
 def measure(name, model, about, suite, before, limit):
@@ -290,12 +273,11 @@ def measure(name, model, about, suite, before, limit):
 # eval.json
 
 
-def describe(name, device, dtype):
+def describe(name, path, device, dtype):
     """What eval.json says of a checkpoint besides its suites: how it was named, which file that is."""
-    path = checkpoint.local_file(name)
     model, ckpt = checkpoint.load_model(path)
-    train, config = ckpt.get("train") or {}, ckpt.get("config") or {}
-    data = train.get("data") or {}
+    train = ckpt["train"]
+    data = train.get("data", {})
     return {
         "model": ckpt["model"],
         "params": model.num_params(),
@@ -305,10 +287,10 @@ def describe(name, device, dtype):
         "iter": train.get("iter"),
         "val_loss": train.get("val_loss"),
         "data": {
-            "data_dir": config.get("data_dir") or "data",
+            "data_dir": ckpt.get("config", {}).get("data_dir", "data"),  # not of a published one
             "stage": data.get("stage"),
             "tag": data.get("tag"),
-            "sources": data.get("sources") or sorted(config.get("mixture") or {}),
+            "sources": data.get("sources", []),
         },
         "device": device.split(":")[0],
         "card": runtime.device_name(device),
@@ -381,17 +363,20 @@ def tasks_asked(c):
     return {**asked, "tasks": arc.read_tasks(c.tasks, c.solutions)} if c.tasks else asked
 
 
-def look_at(names, device, dtype, results):
-    """{name of the model: its file}. results gets what they are and keeps the suites that still hold."""
+def look_at(files, device, dtype, results):
+    """
+    files: {how a checkpoint was named: its file} -> {name of the model: its file}. results gets what they are
+    and keeps the suites that still hold.
+    """
     models = {}
-    for checkpoint_name in names:
-        about = describe(checkpoint_name, device, dtype)
+    for checkpoint_name, path in files.items():
+        about = describe(checkpoint_name, path, device, dtype)
         name = name_of(about, results)
         before = results.get(name, about)
         same = before["sha256"] == about["sha256"]
         if not same and runtime.master:
             print(f"{name} has been trained on since: what there was of it is replaced")
-        models[name] = checkpoint.local_file(checkpoint_name)
+        models[name] = path
         results[name] = {**about, "suites": before.get("suites", {}) if same else {}}
     return models
 
@@ -401,20 +386,16 @@ def run(c, words):
         raise ValueError("name a checkpoint: python eval_arc.py out/ckpt.pt")
     # a pattern such as 'out/run/ckpt_*.pt', in the order of the steps: ckpt_500 before ckpt_1000
     found = [sorted(glob.glob(word), key=lambda file: (len(file), file)) or [word] for word in words]
-    names = [name for some in found for name in some]
-    beside = [
-        os.path.dirname(checkpoint.local_file(n)) if os.path.exists(n) else f"out/hub/{n}" for n in names
-    ]
-    if len(set(beside)) > 1 and not c.out_dir:
-        raise ValueError("with checkpoints of several runs, say with --out_dir=FOLDER where the results go")
-    folder = c.out_dir or beside[0] or "."
     asked = tasks_asked(c)
+    files = {name: checkpoint.local_file(name) for some in found for name in some}
+    beside = {os.path.dirname(f) if os.path.exists(n) else f"out/hub/{n}" for n, f in files.items()}
+    if len(beside) > 1 and not c.out_dir:
+        raise ValueError("with checkpoints of several runs, say with --out_dir=FOLDER where the results go")
+    folder = c.out_dir or beside.pop() or "."
     settings = solve.Settings(**{f.name: getattr(c, f.name) for f in dataclasses.fields(solve.Settings)})
     on = runtime.pick_device(c.device)
-    if on == "cuda" and runtime.world_size > 1:
-        on = f"cuda:{runtime.local_rank}"
     results = read_results(os.path.join(folder, "eval.json"))
-    models = look_at(names, on, runtime.pick_dtype(c.dtype, on), results)
+    models = look_at(files, on, runtime.pick_dtype(c.dtype, on), results)
     if c.n_rollouts > 1 and all(results[name]["model"] != "trm" for name in models):
         raise ValueError("--n_rollouts is about Route B, and there is none: --samples is Route A's")
     os.makedirs(folder, exist_ok=True)
@@ -460,7 +441,7 @@ def finish(results, asked, folder):
     for r in runtime.read_log(os.path.join(folder, "answers.jsonl")):
         if r["suite"] in results.get(r["model"], {"suites": ()})["suites"]:
             records.setdefault((r["model"], r["suite"]), []).append(r)
-    save_lines([r for some in records.values() for r in some], os.path.join(folder, "answers.jsonl"))
+    runtime.write_log([r for some in records.values() for r in some], os.path.join(folder, "answers.jsonl"))
     with contextlib.suppress(FileNotFoundError):
         os.remove(os.path.join(folder, PARTIAL))
     for (name, suite), own in records.items():

@@ -98,16 +98,6 @@ def find_task(task_id):
     return tasks[int(number)]
 
 
-def verdict(grid, expected):
-    """How an answer did, in words."""
-    if grid is None:
-        return "no answer"
-    if grid.shape != expected.shape:
-        return "wrong: {}x{}, where {}x{} is expected".format(*grid.shape, *expected.shape)
-    n_wrong = int(arc.wrong_cells(grid, expected).sum())
-    return f"wrong in {n_wrong} of {expected.size} cells" if n_wrong else "correct"
-
-
 def how(c):
     """What Route B's answer takes of the settings."""
     return {k: getattr(c, k) for k in ("n_sup", "halt", "n_rollouts", "noise", "seed")}
@@ -139,7 +129,7 @@ def show_task(model, task, c):
             panels += [(f"answer, p {np.exp(log_p):.2g}", grid, y) for grid, log_p in given]
             last = ""
         print(arc.ansi_row(panels))
-        print(f"test {j} of {len(task.test)}{last}: {verdict(given[0][0] if given else None, y)}\n")
+        print(f"test {j} of {len(task.test)}{last}: {arc.verdict(given[0][0] if given else None, y)}\n")
 
 
 # -----------------------------------------------------------------------------

@@ -70,7 +70,7 @@ mixture = {}  # {source: share of the batches}; empty: the stage's own
 batch_size = 8  # rows of text per batch; puzzles come in batches of as many tokens
 block_size = 1024  # longest row
 gradient_accumulation_steps = 8  # batches per optimizer step, over all processes
-batch_tokens = 0  # tokens per optimizer step, over all processes; 0: what gradient_accumulation_steps makes
+batch_tokens = 0  # tokens per optimizer step, instead of the line above; 0: what that makes
 # ---- model (None: the default of the model file's Config)
 model = "dense"  # 'dense' is Route A, 'trm' is Route B
 n_layer: int | None = None
@@ -119,8 +119,7 @@ RANGES = {
     "max_skipped gradient_accumulation_steps n_layer n_head n_embd n_ff n_latent n_recursion n_grad n_sup "
     "carry_turns sanity_steps sanity_tokens",
     "[0, inf)": "mixture learning_rate weight_decay warmup_iters decay_iters min_lr sync_check_interval "
-    "sanity_run_tokens keep_every sample_interval batch_tokens",
-    "[0, inf]": "max_hours grad_clip",
+    "sanity_run_tokens keep_every sample_interval batch_tokens max_hours grad_clip",
     "[0, 1)": "beta1 beta2 ema",
     "[0, 1]": "halt_exploration",
     "[0, 1e18)": "seed",
@@ -178,7 +177,7 @@ def train(config, defaults, make_distillation=None):
             checkpoint.check_same_data(before, pinned)
             loader.load_state_dict(start["train"]["loader"])
     average = loop.start_average(net, ema, start)
-    autocast, scaler = loop.mixed_precision(here, precision)
+    autocast, scaler = runtime.mixed_precision(here, precision)
     run = {**loop.NEW_RUN, "began_with": start_path}
     carries = {}  # Route B: (number of the batch, source, length) -> answers and latents of unsolved puzzles
     changed = []
@@ -201,7 +200,7 @@ def train(config, defaults, make_distillation=None):
         checks.append(("tokenizer", True, f"{tok.fingerprint()[:12]}, the shards' and this one"))
         for mode in ("text", "puzzle"):
             for batch in loader.val_batches(mode, 1):
-                checks.append(overfit_one_batch(net, mode, batch, autocast, scaler.is_enabled(), here))
+                checks.append(overfit_one_batch(net, mode, batch, here, precision))
                 break
     parallel = distillation or net
     if world_size > 1:
@@ -216,11 +215,6 @@ def train(config, defaults, make_distillation=None):
         f"{loader.batches_per_step * batch_size * loader.block_size:,} tokens per step, "
         f"sources {', '.join(loader.names)}"
     )
-    if batch_tokens:
-        runtime.print0(
-            f"batch_tokens={batch_tokens} are {loader.batches_per_step} batches a step: "
-            f"gradient_accumulation_steps={gradient_accumulation_steps} is not used"
-        )
     begin = f"from the weights of {start_path}" if start_path else "from scratch"
     if resumed:
         begin = f"going on after step {run['iter']} of {start_path}"
@@ -365,13 +359,15 @@ def train(config, defaults, make_distillation=None):
         if not show_checks(checks):
             runtime.exit_now("stage 0 failed")
     runtime.end_processes()
+    if interrupted:  # Python itself would wait for a push that is under way
+        runtime.exit_now(code=0)
 
 
 # -----------------------------------------------------------------------------
 # stage 0: is everything in order for a long run? A check is (what, whether it passed, how it was).
 
 
-def overfit_one_batch(net, mode, batch, autocast, scaled, device):
+def overfit_one_batch(net, mode, batch, device, precision):
     """
     Overfit the first rows of one validation batch, (source, number, idx, targets): where model, loss and
     gradients fit together the loss gets near zero. With the run's own optimizer and rate; the weights are put
@@ -383,7 +379,7 @@ def overfit_one_batch(net, mode, batch, autocast, scaled, device):
     idx, targets = idx[:rows, :length].to(device), targets[:rows, :length].to(device)
     before = {k: v.detach().clone() for k, v in net.state_dict().items()}
     optimizers = loop.make_optimizers(net, optimizer, 0.0, learning_rate, (beta1, beta2))
-    scaler = torch.amp.GradScaler(torch.device(device).type, enabled=scaled)
+    autocast, scaler = runtime.mixed_precision(device, precision)
     quiet = None if runtime.master else True
     for i in tqdm(range(sanity_steps), desc=f"overfit one {mode} batch", leave=False, disable=quiet):
         with autocast:
@@ -398,10 +394,7 @@ def overfit_one_batch(net, mode, batch, autocast, scaled, device):
 
 
 def check_run(logged, val_losses, ckpt_path, net, scaled, card):
-    """
-    The checks after the last step. logged: the entries of log.jsonl. scaled: float16, which skips first
-    steps.
-    """
+    """The checks after the last step. logged: lines of log.jsonl. scaled: float16, which may skip some."""
     if not logged:
         return [("steps", False, "none that was logged had a finite loss and gradient")]
     first, last, settled = logged[0], logged[-1], logged[1:] or logged  # the first interval warms up

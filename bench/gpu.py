@@ -82,8 +82,7 @@ def outputs_and_gradients(inputs, backend):
 
 def part_speed(c, device):
     """Milliseconds of KDA forward and backward beside its rivals."""
-    half = "float32" if device == "cpu" else runtime.pick_dtype("auto", device)
-    return list(bench_kda.measure(device, getattr(torch, half)))
+    return list(bench_kda.measure(device, getattr(torch, runtime.pick_dtype("auto", device))))
 
 
 def part_train(c, device):
@@ -129,19 +128,13 @@ def part_eval(c, device):
     for name in checkpoint.MODEL_FILES:
         torch.manual_seed(0)
         model = checkpoint.make_model(name, TINY if c.quick else {}).to(device).eval()
-        half = torch.autocast(device, enabled=device == "cuda", dtype=getattr(torch, half_of(device)))
-        with half, torch.no_grad():
+        with runtime.mixed_precision(device, runtime.pick_dtype("auto", device))[0]:
             model.answer(tasks[:2])
             start = time.perf_counter()
             model.answer(tasks)
             passed = time.perf_counter() - start
         rows.append({"model": name, "tasks": len(tasks), "tasks_per_second": len(tasks) / passed})
     return rows
-
-
-def half_of(device):
-    dtype = runtime.pick_dtype("auto", device)
-    return "bfloat16" if dtype == "float32" else dtype
 
 
 def part_learn(c, device):
@@ -154,14 +147,8 @@ def part_learn(c, device):
         runs["cpu"] = "--max_iters=20"
     for where, until in runs.items():
         own = [*tiny, f"--data_dir={c.data_dir}", f"--out_dir={folder / where}", f"--device={where}", until]
-        command = [
-            sys.executable,
-            "train.py",
-            "config/route_a_demo.py",
-            "--overwrite=True",
-            "--log_interval=5",
-        ]
-        subprocess.run([*command, *own], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        command = "train.py config/route_a_demo.py --overwrite=True --log_interval=5".split()
+        subprocess.run([sys.executable, *command, *own], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         for entry in runtime.read_log(folder / where / "log.jsonl"):
             if "loss" in entry and entry["iter"] in (5, 10, 15, 20, 50, 100, 150, 200, 250):
                 figures = {k: entry.get(k) for k in ("iter", "loss", "tokens_per_second", "mfu")}

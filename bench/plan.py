@@ -31,10 +31,7 @@ RANGES = {"[1, inf)": "cards", "(0, 1]": "mfu", "[0, 1]": "puzzles", tuple(runti
 
 
 def saved_bytes(net, idx, dtype):
-    """
-    Bytes that one training forward keeps for its backward, parameters apart: what activations cost on any
-    machine.
-    """
+    """Bytes that one training forward keeps for its backward, parameters apart."""
     parameters = {p.untyped_storage().data_ptr() for p in net.parameters()}
     kept = {}
 
@@ -79,7 +76,7 @@ def plan(o, c, what):
         f"  training FLOPs: {text / 1e9:.2f}G per token of text, {puzzle / 1e9:.2f}G of puzzles, "
         f"{flops / 1e18:.2f}e18 with {o.puzzles:.0%} puzzles"
     )
-    peak, memory, _ = runtime.CARDS[o.card]
+    peak, memory = runtime.CARDS[o.card]
     if o.log:
         rates = [e["tokens_per_second"] for e in runtime.read_log(o.log) if "tokens_per_second" in e]
         if not rates:

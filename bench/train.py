@@ -47,9 +47,7 @@ SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 256, "n_ff": 688}
 
 
 def clock(device):
-    """
-    Seconds for differences: of the processor where one thread does all the work, so that others disturb less.
-    """
+    """Seconds, for differences: of the processor where one thread does all the work."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.process_time() if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
@@ -103,7 +101,7 @@ def one_step(spec):
     if spec["compile"]:
         for block in blocks:
             block.compile()
-    autocast, scaler = loop.mixed_precision(device, spec["dtype"])
+    autocast, scaler = runtime.mixed_precision(device, spec["dtype"])
     idx, targets = torch.randint(0, tok.N_GPT2, (2, rows, T), device=device).unbind(0)
     times = []
     for _ in range(spec["steps"] + 1):  # the first one warms up
@@ -158,10 +156,7 @@ def both_routes(settings):
 
 
 def beside_a_plain_gpt(c, device):
-    """
-    Rows {what, T, rows, dtype, tokens_per_second, ms, memory_gb, mfu, params, ratio}; ratio: over the plain
-    GPT's rate.
-    """
+    """Rows of what `one_step` measures; ratio: over the plain GPT's rate."""
     settings = SMALL if c.size == "small" or (c.size == "auto" and device == "cpu") else {}
     contenders = both_routes(settings)
     if c.nanogpt:
@@ -187,9 +182,7 @@ def beside_a_plain_gpt(c, device):
 
 
 def fastest(c, config, device):
-    """
-    Rows as above for a config's model, with batch sizes, number formats, recomputation and compiled blocks.
-    """
+    """Rows for a config's model: batch sizes, number formats, recomputation and compiled blocks."""
     total = config.batch_size * loop.batches_per_step(vars(config))
     half = "float16" if runtime.pick_dtype("auto", device) == "float16" else "bfloat16"
     settings = {k: v for k, v in vars(config).items() if k != "recompute"}
@@ -242,11 +235,17 @@ def read_with_train(script_globals, argv):
     return options, configurator.read(vars(train), others)[0] if others else None
 
 
-def main(argv):
-    options, config = read_with_train(globals(), argv)
-    c, device = SimpleNamespace(**options), "cuda" if torch.cuda.is_available() else "cpu"
+def this_device():
+    """-> 'cuda' or 'cpu', after a line that says what is measured on."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
     print(f"{runtime.device_name(device)}{threads}, torch {torch.__version__}")
+    return device
+
+
+def main(argv):
+    options, config = read_with_train(globals(), argv)
+    c, device = SimpleNamespace(**options), this_device()
     print(LAYOUT.format(*COLUMNS))
     try:
         table = fastest(c, SimpleNamespace(**config), device) if config else beside_a_plain_gpt(c, device)

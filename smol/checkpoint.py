@@ -267,10 +267,7 @@ def load_optimizers(optimizers, name, train):
 
 
 def gather_carries(carries, device):
-    """
-    {(number, source, length): dict of tensors} of this process -> {'number/source/length': ...} of all
-    processes, on rank 0.
-    """
+    """{(number, source, length): carry} of each process -> {'number/source/length': carry} on rank 0."""
     mine, everyones = sorted(carries), {}
     most = max(runtime.sums([len(mine) * (r == runtime.rank) for r in range(runtime.world_size)], device))
     for i in range(int(most)):  # one by one: all carries of all processes at once can be gigabytes

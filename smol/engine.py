@@ -127,17 +127,29 @@ def sample(logits, temperature, top_k=None, top_p=None, generator=None, uniform=
 
 @torch.no_grad()
 def generate(
-    model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=(tok.EOT,), generator=None
+    model,
+    prompts,
+    max_new_tokens,
+    temperature=1.0,
+    top_k=None,
+    top_p=None,
+    stop=(tok.EOT,),
+    generator=None,
+    uniform=None,
+    n_ids=tok.END + 1,
 ):
     """
-    Continue prompts, as in `prefill`: yields (B,) ids as they are drawn. A row that has drawn one of `stop`
-    yields PAD from then on; the end is when all rows have. temperature, top_k and top_p as in `sample`.
+    Continue prompts, as in `prefill`, with ids below n_ids: yields (B,) ids as they are drawn. A row that has
+    drawn one of `stop` yields PAD from then on; the end is when all rows have. uniform (B, max_new_tokens):
+    what each row draws with, instead of the generator. The rest as in `sample`.
     """
     x, cache = prefill(model, prompts, max_new_tokens)
+    head = model.wte.weight[:n_ids]
     done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     stop = torch.tensor(tuple(stop), dtype=torch.long, device=x.device)
     for i in range(max_new_tokens):
-        drawn = sample(F.linear(x, model.wte.weight), temperature, top_k, top_p, generator)
+        mine = None if uniform is None else uniform[:, i]
+        drawn = sample(F.linear(x, head), temperature, top_k, top_p, generator, mine)
         drawn = drawn.masked_fill(done, tok.PAD)
         yield drawn
         done = done | torch.isin(drawn, stop)
@@ -153,21 +165,13 @@ def continue_texts(model, prompts, uniform, temperature, n_ids):
     (B, N) float64 in [0, 1): what each row draws with, whatever is written beside it. Returns a list of
     (n_b,) long on the CPU, n_b <= N. ValueError where logits are not finite.
     """
-    out, head = [None] * len(prompts), model.wte.weight[:n_ids]
-    n = uniform.shape[1]
+    out, n = [None] * len(prompts), uniform.shape[1]
     for part in batches_by_length(list(enumerate(prompts)), lambda row: len(row[1]) + n):
         where, some = zip(*part)
-        u = uniform[list(where)].to(head.device)
-        x, cache = prefill(model, list(some), n)
-        done, drawn = torch.zeros_like(u[:, 0], dtype=torch.bool), []
-        for i in range(n):
-            token = sample(F.linear(x, head), temperature, uniform=u[:, i]).masked_fill(done, tok.PAD)
-            drawn.append(token)
-            done = done | (token == tok.EOT) | (token == tok.END) | (token == tok.PAD)
-            if done.all() or i == n - 1:
-                break
-            x = decode_step(model, token, cache)
-        for b, ids in zip(where, torch.stack(drawn, 1).cpu()):
+        how = {"stop": (tok.EOT, tok.END, tok.PAD), "n_ids": n_ids}
+        how["uniform"] = uniform[list(where)].to(model.wte.weight.device)
+        drawn = torch.stack([*generate(model, some, n, temperature, **how)], 1)  # (rows, up to N)
+        for b, ids in zip(where, drawn.cpu()):
             out[b] = ids[ids != tok.PAD]
     return out
 
@@ -262,10 +266,7 @@ def decode_grids(model, prompts, limits, samples, temperature, noise):
 
 
 def batches_by_length(items, length, tokens=None):
-    """
-    items in batches of similar length(item), of about `tokens` (None: BATCH_TOKENS) with padding, short
-    ones first.
-    """
+    """Batches of items, by length(item), short ones first, of about `tokens` (BATCH_TOKENS) each."""
     items, batch = sorted(items, key=length), []
     for item in items:
         if batch and (len(batch) + 1) * length(item) > (tokens or BATCH_TOKENS):

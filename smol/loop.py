@@ -49,8 +49,6 @@ def check_settings(config):
     """What can be wrong with the settings of train.py and distill.py beyond their ranges. ValueError."""
     if config["min_lr"] > config["learning_rate"]:
         raise ValueError(f"min_lr={config['min_lr']} must be at most learning_rate={config['learning_rate']}")
-    if config["mixture"] and not any(config["mixture"].values()):
-        raise ValueError(f"mixture must give a share above 0 to some source, got {config['mixture']}")
     batches_per_step(config)
     if config["push_to"]:
         repo_name(config["push_to"])
@@ -83,10 +81,7 @@ def batches_per_step(config):
 
 
 def make_loader(config, net, seen):
-    """
-    -> (the batches of a stage, what a checkpoint says of its data). seen: names of the sources that the
-    weights have learned from before.
-    """
+    """-> (batches of a stage, what a checkpoint says of its data). seen: sources learned from before."""
     loader = Loader(
         config["data_dir"],
         config["data"],
@@ -117,9 +112,7 @@ def make_loader(config, net, seen):
 
 
 def learning_rate_at(it, config):
-    """
-    The rate of step `it`. Both schedules warm up linearly and end at min_lr, unless the plateau has no end.
-    """
+    """The rate of step `it`: up in a straight line, and down to min_lr unless the plateau has no end."""
     warmup, decay, end = config["warmup_iters"], config["decay_iters"], config["max_iters"]
     up = min(1.0, (it + 1) / max(1, warmup))
     if config["schedule"] == "cosine":
@@ -141,15 +134,6 @@ def set_learning_rate(optimizers, lr):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
-
-
-def mixed_precision(device, precision):
-    """-> (autocast, gradient scaler): the first does nothing in float32, the second except in float16."""
-    kind = torch.device(device).type
-    scaler = torch.amp.GradScaler(kind, enabled=precision == "float16")
-    if precision == "float32":
-        return contextlib.nullcontext(), scaler
-    return torch.autocast(kind, dtype=getattr(torch, precision)), scaler
 
 
 def clip_gradients(net, optimizers, scaler, grad_clip):
@@ -197,10 +181,7 @@ def to_device(carry, device):
 
 
 def start_average(net, ema, start):
-    """
-    The averaged weights at the beginning: those of the checkpoint `start`, if it has any, else the weights.
-    None without ema.
-    """
+    """The averaged weights at first: the checkpoint's, if it has any, else the weights. None without ema."""
     saved = start and start["ema"] or {}
     own = net.state_dict().items()
     return {k: saved[k].to(v.device) if saved else v.detach().clone() for k, v in own} if ema else None
@@ -208,9 +189,7 @@ def start_average(net, ema, start):
 
 @torch.no_grad()
 def update_average(average, net, ema, iteration):
-    """
-    Move the average a little towards the weights. Early on it follows closely: there is little to average.
-    """
+    """Move the average a little towards the weights, early on closely: there is little to average."""
     decay = min(ema, (1 + iteration) / (10 + iteration))
     for k, v in net.state_dict().items():
         average[k].lerp_(v, 1 - decay)

@@ -12,7 +12,6 @@ eval_arc.py describes them. Read next: report.html, the template.
 
 import html
 import json
-import math
 import os
 from pathlib import Path
 
@@ -187,7 +186,7 @@ def history(results):
     """
     runs, out = {}, []
     for name, r in results.items():
-        runs.setdefault(r.get("folder") or os.path.dirname(r["checkpoint"]), []).append(name)
+        runs.setdefault(r["folder"], []).append(name)
     for folder, names in runs.items():
         entries = [results[name] for name in names]
         if len(names) == 1:
@@ -209,8 +208,4 @@ def history(results):
 
 def finite(value):
     """The same with None in place of numbers that are not finite: JSON has none."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)

@@ -29,46 +29,41 @@ from smol.files import save_picture, write_whole
 # -----------------------------------------------------------------------------
 # the machine
 
-# Name as PyTorch reports it: (dense half-precision tensor TFLOPS with float32 accumulation, GB of memory,
-# compute capability). From NVIDIA's data sheets, without sparsity. GeForce cards accumulate in float32 at
-# half the rate that is usually quoted: a 3060 has 28 SMs * 512 multiply-adds * 1.777 GHz = 51 TFLOPS in
-# float16, 25.5 in float32, which is what PyTorch's matmuls do.
+# Name as PyTorch reports it: (dense half-precision tensor TFLOPS with float32 accumulation, GB of memory).
+# From NVIDIA's data sheets, without sparsity. GeForce cards accumulate in float32 at half the rate that is
+# usually quoted: a 3060 has 28 SMs * 512 multiply-adds * 1.777 GHz = 51 TFLOPS in float16, 25.5 in float32,
+# which is what PyTorch's matmuls do.
 CARDS = {
-    "T4": (65, 16, (7, 5)),
-    "V100": (125, 16, (7, 0)),
-    "P100": (18.7, 16, (6, 0)),  # no tensor cores
-    "RTX 3060": (25.5, 12, (8, 6)),
-    "RTX 3090": (71, 24, (8, 6)),
-    "RTX 4090": (165.2, 24, (8, 9)),
-    "A10": (125, 24, (8, 6)),
-    "L4": (121, 24, (8, 9)),
-    "L40S": (362, 48, (8, 9)),
-    "A100": (312, 40, (8, 0)),
-    "H100 PCIe": (756, 80, (9, 0)),
-    "H100": (989, 80, (9, 0)),
-    "H200": (989, 141, (9, 0)),
+    "T4": (65, 16),
+    "V100": (125, 16),
+    "P100": (18.7, 16),  # no tensor cores
+    "RTX 3060": (25.5, 12),
+    "RTX 3090": (71, 24),
+    "RTX 4090": (165.2, 24),
+    "A10": (125, 24),
+    "L4": (121, 24),
+    "L40S": (362, 48),
+    "A100": (312, 40),
+    "H100 PCIe": (756, 80),
+    "H100": (989, 80),
+    "H200": (989, 141),
 }
-
-
 CPUINFO = Path("/proc/cpuinfo")  # Linux
 
 
 def pick_device(device):
-    """
-    'auto', 'cpu', 'mps', 'cuda' or 'cuda:N' -> device; 'mps' only where it works. ValueError, in one line,
-    where there is none such.
-    """
-    if device == "auto" and torch.cuda.is_available():
-        return "cuda"
+    """'auto', 'cpu', 'mps', 'cuda' (of several processes each its own) or 'cuda:N' -> device. ValueError."""
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        device = f"cuda:{local_rank}"
     if device == "mps" or (device == "auto" and torch.backends.mps.is_available()):
         return "mps" if mps_works() else "cpu"
     if device == "auto":
         return "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+    if not re.fullmatch(r"cpu|cuda:\d+", device):
         raise ValueError(f"device must be 'auto', 'cpu', 'mps', 'cuda' or 'cuda:N', got {device!r}")
     if device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}, but PyTorch sees no GPU: use --device=cpu")
-    if ":" in device and int(device[5:]) >= (n := torch.cuda.device_count()):
+    if device != "cpu" and int(device[5:]) >= (n := torch.cuda.device_count()):
         raise ValueError(f"device={device!r}, but PyTorch counts {n} GPUs from cuda:0 on")
     return device
 
@@ -95,16 +90,21 @@ def mps_works():
 
 
 def pick_dtype(dtype, device):
-    """
-    'auto' -> bfloat16 from compute capability 8.0 on, float16 before, float32 on CPU. ValueError if unknown.
-    """
-    if dtype == "auto":
-        if not device.startswith("cuda"):
-            return "float32"
-        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype must be 'auto', 'float32', 'bfloat16' or 'float16', got {dtype!r}")
-    return dtype
+    """'auto' -> bfloat16 from compute capability 8.0 on, float16 before, float32 where there is no CUDA."""
+    if dtype != "auto":
+        return dtype
+    if not device.startswith("cuda"):
+        return "float32"
+    return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+
+
+def mixed_precision(device, precision):
+    """-> (autocast, gradient scaler): the first does nothing in float32, the second except in float16."""
+    kind = torch.device(device).type
+    scaler = torch.amp.GradScaler(kind, enabled=precision == "float16")
+    if precision == "float32":
+        return contextlib.nullcontext(), scaler
+    return torch.autocast(kind, dtype=getattr(torch, precision)), scaler
 
 
 @lru_cache
@@ -124,8 +124,6 @@ def start(device, dtype):
     prefers bfloat16 is that. ValueError in one line.
     """
     device = pick_device(device)
-    if device == "cuda":
-        device = f"cuda:{local_rank}"
     if (device, dtype) == ("cpu", "auto") and cpu_prefers_bfloat16():
         dtype = "bfloat16"
     dtype = pick_dtype(dtype, device)
@@ -156,9 +154,7 @@ def keep_freed_memory():
 
 
 def peak_flops(card):
-    """
-    Peak FLOPs per second of a card by the name that PyTorch reports, for MFU; None for one not in the table.
-    """
+    """Peak FLOPs per second of a card by PyTorch's name for it, for MFU; None for one not in the table."""
     found = [known for known in CARDS if re.search(rf"\b{known}\b", card)]
     return CARDS[max(found, key=len)][0] * 1e12 if found else None
 
@@ -229,9 +225,7 @@ def end_processes():
 
 
 def stop(message, everyone=True):
-    """
-    The run cannot go on: one line, and exit code 1. everyone: all processes get here, and rank 0 prints it.
-    """
+    """End the run: one line, exit code 1. everyone: all processes get here, and rank 0 prints it."""
     if master or not everyone:
         print(f"error: {message}", file=sys.stderr)
     exit_now(message)
@@ -259,9 +253,7 @@ def crashed(kind, error, trace):
 
 
 def all_agree(problem):
-    """
-    problem: a message, or None. None where all processes have none, else one message, the same everywhere.
-    """
+    """problem: a message or None. The first message of any process, the same everywhere; None without."""
     problems = [problem]
     if dist.is_initialized():
         problems = [None] * world_size
@@ -274,9 +266,7 @@ def all_agree(problem):
 
 @contextlib.contextmanager
 def errors_agree():
-    """
-    An OSError or ValueError inside, in any process, ends all of them with the same line and exit code 1.
-    """
+    """An OSError or ValueError inside, in any process, ends all of them with one line and exit code 1."""
     problem = None
     try:
         yield
@@ -313,9 +303,8 @@ def difference(tensors):
     words = {4: torch.int32, 8: torch.int64}
     bits = [t.detach().reshape(-1).view(words[t.element_size()]) for t in tensors.values()]
     mine = torch.stack([b.sum(dtype=torch.int64).cpu() for b in bits]).tolist()
-    everyones = [mine] * world_size
-    if world_size > 1:
-        dist.all_gather_object(everyones, mine, group=object_group)
+    everyones = [None] * world_size
+    dist.all_gather_object(everyones, mine, group=object_group)
     for r, theirs in enumerate(everyones):
         wrong = [name for name, a, b in zip(tensors, everyones[0], theirs) if a != b]
         if wrong:
@@ -377,11 +366,16 @@ def read_log(path):
     return entries
 
 
+def write_log(entries, path):
+    """A whole new log. Raises OSError."""
+    write_whole("".join(json.dumps(entry) + "\n" for entry in entries).encode(), path)
+
+
 def cut_log(path, last_step):
     """Drop what came after a step: it will be logged again. Raises OSError."""
-    kept = [json.dumps(entry) + "\n" for entry in read_log(path) if entry["iter"] <= last_step]
+    kept = [entry for entry in read_log(path) if entry["iter"] <= last_step]
     if kept:
-        write_whole("".join(kept).encode(), path)
+        write_log(kept, path)
     elif os.path.exists(path):
         os.remove(path)
 

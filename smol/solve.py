@@ -21,7 +21,6 @@ counts as right, and the command).
 import contextlib
 import copy
 import itertools
-import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
@@ -202,11 +201,7 @@ def solve_grids(model, tasks, settings):
         for j, some in enumerate(given):
             if some is None:
                 continue
-            some = [
-                (None if grid is None else arc.invert(view.symmetry, grid), score)
-                for grid, score in some
-                if math.isfinite(score)
-            ]
+            some = [(g if g is None else arc.invert(view.symmetry, g), score) for g, score in some]
             if canvas and view is seen[i][0]:
                 steps[i][j] = surest_rollout(some, settings.n_rollouts)
             votes[i][j] = (votes[i][j] or []) + (votes_of_steps(some) if canvas else votes_of_samples(some))
@@ -274,10 +269,7 @@ def solve_in_words(model, tasks, settings):
 
 
 def solve_by_programs(model, task, settings):
-    """
-    The model writes programs, and those that solve every demonstration are run on the test inputs.
-    Returns for each test input a list of Candidates.
-    """
+    """For each test input the answers of programs, written by the model, that solve all demonstrations."""
     prompt = [tok.EOT, tok.PROGRAM]
     for x, y in task.train:
         prompt += [tok.INPUT, *arc.encode_grid(x).tolist(), tok.OUTPUT, *arc.encode_grid(y).tolist()]

@@ -20,7 +20,9 @@ where a task is too long. A task is an arc.Task of one test pair, whose output n
 distill.py.
 """
 
+import json
 import os
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -79,9 +81,7 @@ def resize(frame, rows, columns):
 
 
 def to_frame(log_p, h, w):
-    """
-    log_p (h * (w + 1) + 1, 11), at the tokens of an (h, w) answer and its end -> frame (h + 1, w + 1, 11).
-    """
+    """log_p (h * (w + 1) + 1, 11), at the tokens of an (h, w) answer -> frame (h + 1, w + 1, 11)."""
     return F.pad(log_p, (0, 0, 0, w), value=torch.nan).view(h + 1, w + 1, OUTCOMES)
 
 
@@ -93,10 +93,7 @@ def at_tokens(frame, answer):
 
 
 def on_canvases(frames, idx):
-    """
-    Frames, or None, of rows idx (B, L) -> (B, L, 11): each position of a canvas at its token, NaN
-    elsewhere.
-    """
+    """Frames, or None, of rows idx (B, L) -> (B, L, 11), at the tokens of canvases, NaN elsewhere."""
     out = torch.full((*idx.shape, OUTCOMES), torch.nan)
     for row, frame, ids in zip(out, frames, idx.cpu().numpy()):
         if frame is not None:
@@ -122,10 +119,9 @@ def frames_of_answers(documents, answers, context, log_probs):
     The frames of answers, each the end of a document (ids), from a model that reads left to right; None where
     the document is longer than context. log_probs(list of documents, their shapes) -> for each (N, 11).
     """
-    frames, rows = [None] * len(documents), []
-    for i, (ids, answer) in enumerate(zip(documents, answers)):
-        if len(ids) <= context:
-            rows.append((i, ids, answer.shape))
+    frames = [None] * len(documents)
+    rows = [(i, ids, answer.shape) for i, (ids, answer) in enumerate(zip(documents, answers))]
+    rows = [row for row in rows if len(row[1]) <= context]
     for batch in engine.batches_by_length(rows, lambda row: len(row[1])):
         where, some, shapes = zip(*batch)
         for i, log_p, shape in zip(where, log_probs(some, shapes), shapes):
@@ -293,7 +289,8 @@ def load(path, device, dtype="float32"):
     The teacher at path: a checkpoint of ours, or a folder or hub name ("hf:NAME") of Hugging Face's, whose
     weights are loaded in dtype. FileNotFoundError or ValueError, in one line.
     """
-    if path.startswith("hf:") or os.path.isfile(os.path.join(path, "config.json")):
+    about = Path(path, "config.json")  # in our own folders too, without a model_type
+    if path.startswith("hf:") or (about.is_file() and "model_type" in json.loads(about.read_bytes())):
         return HuggingFace(path.removeprefix("hf:"), device, dtype)
     model, saved = checkpoint.load_model(path, device)
     about = {"model": saved["model"], "sha256": sha256_file(checkpoint.local_file(path))}

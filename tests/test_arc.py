@@ -34,8 +34,6 @@ def test_sets_are_complete():
     assert len(arc.find("00576224").train) == 2 and arc.find(TASKS["arc2_eval"][0].id) is not None
     with pytest.raises(ValueError, match="00576224"):
         arc.find("0057622")
-    with pytest.raises(ValueError, match="arc1_eval"):
-        arc.load("arc1_evl")
 
 
 def test_validate_grid():
@@ -71,9 +69,9 @@ def test_known_encoding():
     assert arc.encode_prompt("program", [(x, y)], x).tolist() == want[:-1] + want[1:9]
     canvas = [one, two, BLANK, ROW, three, four, BLANK, ROW, BLANK, BLANK, BLANK, ROW]  # x in its corner
     assert arc.encode_prompt("program", [(x, y)], x, (3, 3)).tolist() == [*want[:-1], OUTPUT, *canvas]
-    for kind, pairs in (("chess", [(x, y)]), ("arc", []), ("arc", [(x, y[:0])]), ("arc", [(x, y + 5)])):
+    for pairs in ([], [(x, y[:0])], [(x, y + 5)]):
         with pytest.raises(ValueError):
-            arc.encode(kind, pairs)
+            arc.encode("arc", pairs)
 
 
 def test_any_damage_is_noticed():
@@ -107,18 +105,6 @@ def test_canvas_shape():
     for name, fit in (("arc1_eval", 413), ("arc2_eval", 165)):  # of 419 and 167
         sizes = [(y.shape, arc.canvas_shape(t.train, x)) for t in TASKS[name] for x, y in t.test]
         assert sum(h <= H and w <= W for (h, w), (H, W) in sizes) == fit
-
-
-def test_canvas_round_trip():
-    rng = np.random.default_rng(1)
-    for _ in range(100):
-        answer = random_grid(rng, 12)
-        shape = tuple(int(s + rng.integers(0, 5)) for s in answer.shape)
-        target = arc.canvas_target(answer, shape)
-        canvas = arc.encode_prompt("arc", [], answer, canvas=shape)[-len(target) :]
-        assert np.array_equal(target == -100, canvas == ROW) and same(arc.read_canvas(canvas, shape), answer)
-        predicted = np.where(target == -100, CELL0 + 5, target)  # whatever is predicted at ROW
-        assert same(arc.read_canvas(torch.from_numpy(predicted), shape), answer)
 
 
 def test_canvas_known_answers():
@@ -176,15 +162,6 @@ def test_positions_match_the_loop():
 
 
 # ----------------------------------------------------------------------------- symmetries
-
-
-def test_invert_undoes_augment():
-    rng = np.random.default_rng(3)
-    for i in range(80):
-        grid, aug = random_grid(rng), Augment(i % 8, tuple(rng.permutation(10).tolist()))
-        turned = arc.augment(aug, grid)
-        assert turned.flags.c_contiguous and same(arc.invert(aug, turned), grid)
-    assert same(arc.augment(arc.IDENTITY, grid), grid)
 
 
 def test_the_eight_symmetries_turn_as_documented():

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from smol import checkpoint as ckpt
-from smol import runtime
 from smol import tokenizer as tok
 
 SMALL = {"n_layer": 4, "n_head": 2, "n_embd": 12, "n_ff": 8}
@@ -84,25 +83,9 @@ def test_what_was_saved_comes_back(tmp_path, model):
     assert equal(dict(ckpt.load_model(str(path))[0].state_dict()), saved["ema"])
 
 
-def test_an_optimizer_comes_back_without_its_settings():
-    train = make()["train"]
-    optimizer = ckpt.make_model("dense", SMALL).configure_optimizer(0.5, 2e-3, (0.8, 0.9))
-    ckpt.load_optimizers([optimizer], "adamw", train)
-    assert equal(optimizer.state_dict()["state"], train["optimizers"][0]["state"])
-    group = optimizer.param_groups[0]
-    assert (group["weight_decay"], group["lr"], group["betas"]) == (0.5, 2e-3, (0.8, 0.9))
+def test_the_state_of_another_optimizer_is_refused():
     with pytest.raises(ValueError, match="'adamw', not 'muon'"):
-        ckpt.load_optimizers([optimizer], "muon", train)
-
-
-def test_carries_go_to_the_processes_whose_batches_they_are(monkeypatch):
-    carries = {(n, "maze", 96): {"y": torch.full((2,), float(n))} for n in range(4)}
-    everyones = ckpt.gather_carries(carries, "cpu")
-    assert list(everyones) == [f"{n}/maze/96" for n in range(4)]
-    assert equal(ckpt.own_carries(everyones), carries)
-    monkeypatch.setattr(runtime, "world_size", 2)
-    monkeypatch.setattr(runtime, "rank", 1)
-    assert sorted(ckpt.own_carries(everyones)) == [(1, "maze", 96), (3, "maze", 96)]
+        ckpt.load_optimizers([], "muon", make()["train"])
 
 
 # ---- crashes
@@ -255,20 +238,8 @@ def test_what_is_not_a_checkpoint_or_damaged_is_refused(tmp_path):
         refused(path, part)
 
 
-def test_weights_of_another_model(tmp_path):
-    path = tmp_path / "ckpt.pt"
-    torch.save(make(model_config={**SMALL, "n_ff": 16}), path)
-    refused(path, "does not fit", r"\[16, 12\]\) from checkpoint.*\[32, 12\]", call=ckpt.load_model)
-    torch.save(make(model="trm"), path)
-    net = ckpt.make_model("dense", SMALL)
-    weights = ckpt.load(path)["weights"]
-    refused(path, "does not fit", "Unexpected", call=lambda p: ckpt.load_weights(net, weights, p))
-
-
 def test_models_that_do_not_exist():
     with pytest.raises(ValueError, match="'dense', 'trm'"):
         ckpt.make_model("gpt", {})
-    with pytest.raises(ValueError, match="n_head"):
-        ckpt.make_model("dense", {**SMALL, "n_embd": 13})
     settings = {**SMALL, "n_sup": 5, "learning_rate": 1}  # settings of others are not the model's
     assert ckpt.make_model("trm", settings).config.n_sup == 5

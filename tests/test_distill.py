@@ -1,10 +1,8 @@
 """distill.py: by hand, with stand-ins for teachers, and as a user runs it."""
 
-import json
 import math
 from collections import defaultdict
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,10 +12,11 @@ import tiny
 import torch
 import torch.nn.functional as F
 from test_teachers import batch_of
+from test_train import entries
 
 import distill
 from model_trm import ANSWER_IDS
-from smol import arc, checkpoint, engine, loader, puzzles, runtime, suites, teachers
+from smol import arc, checkpoint, engine, loader, runtime, suites, teachers
 from smol import tokenizer as tok
 
 torch.set_num_threads(1)
@@ -63,16 +62,6 @@ def test_each_objective_is_what_is_computed_by_hand(objective, beta, temperature
     loss.sum().backward()
     assert distill.divergence(student - student.grad, teacher) < loss  # a step against the gradient helps
     assert distill.divergence(teacher + 3, teacher).item() == pytest.approx(0, abs=1e-6)
-
-
-def test_the_loss_is_a_mean_over_positions_then_answers():
-    student, teacher = torch.randn(2, 7, 11)
-    teacher[2] = torch.nan  # no opinion: counts as 0, and makes nothing else count more
-    rows = torch.tensor([0, 0, 0, 0, 1, 1, 2])
-    each = distill.divergence(student, teacher)
-    expected = ((each[0] + each[1] + each[3]) / 4 + (each[4] + each[5]) / 2 + each[6]) / 3
-    assert distill.mean_divergence(student, teacher, rows, 3) == pytest.approx(expected.item(), abs=1e-6)
-    assert distill.mean_divergence(student, torch.full_like(teacher, torch.nan), rows, 3) == 0
 
 
 # the loss of a batch
@@ -243,11 +232,6 @@ def test_texts_are_drawn_from_the_models_distribution():
         counts = torch.cat(drawn[i::2]).bincount(minlength=40)
         expected = p[i] * n
         assert ((counts - expected) ** 2 / expected.clamp(min=1)).sum() < 100  # about 39 +- 9
-    greedy = engine.continue_texts(model, prompts, uniform[:2].expand(2, 6), 0, tok.END + 1)
-    for prompt, ids in zip(prompts, greedy):
-        for i, token in enumerate(ids):
-            logits = model(torch.cat([prompt, ids[:i]])[None])[0][0, -1, : tok.END + 1]
-            assert token == logits.argmax()
 
 
 def test_a_text_is_written_up_to_its_end(monkeypatch):
@@ -355,52 +339,6 @@ def test_the_gradient_of_a_step_does_not_depend_on_how_its_rows_are_batched(name
         assert all(torch.allclose(one, two, rtol=1e-3, atol=1e-5) for one, two in zip(whole, other))
 
 
-def nearer(net, loss_of, batches, held_out):
-    """Whether 30 steps on batches bring the loss on held_out to less than half."""
-    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-2)
-    with torch.no_grad():
-        before = loss_of(held_out).item()
-    for batch in batches:
-        loss_of(batch).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    with torch.no_grad():
-        return loss_of(held_out) < before / 2
-
-
-@pytest.mark.parametrize("student", ["trm", "dense"])
-def test_the_student_comes_nearer_to_its_teacher_on_puzzles(student, models, monkeypatch):
-    net, guide = tiny.make(student).train(), teachers.load(models["trm_teacher"], "cpu")
-    distillation, rng = distillation_of(net, guide, monkeypatch), np.random.default_rng(0)
-    batches = [
-        batch_of([puzzles.sudoku(rng, 4, 6, "train") for _ in range(8)], net.puzzle_format) for _ in range(31)
-    ]
-    assert nearer(
-        net, lambda b: distillation(b.idx, b.targets, mode="puzzle", carry=None)[1], batches[1:], batches[0]
-    )
-
-
-def test_the_student_comes_nearer_to_its_teacher_on_text(short_texts):
-    """
-    Of 300 words; the teacher has other weights and is half as sure. 30 steps on what the student writes bring
-    the divergence on other texts to 0.28; from a teacher as sure as itself, of other words, to 0.53.
-    """
-    net, guide = tiny.make("dense").train(), teachers.Ours(tiny.make("dense"))
-    guide.n_ids = 300
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in guide.model.parameters():
-            p.add_(0.2 * torch.randn_like(p))
-        guide.model.norm_f.weight.mul_(0.5)
-
-    def texts(number):
-        batch = text_batch(8, number=number)
-        return replace(batch, idx=batch.idx % 300, targets=batch.targets % 300)
-
-    own = (distill.own_batches(net, guide, [texts(step)], step)[0] for step in range(30))  # one by one
-    assert nearer(net, lambda b: distill.on_text(net, guide, *rows_of(b)), own, texts(1000))
-
-
 # as a user runs it
 
 RUN = """--batch_size=2 --gradient_accumulation_steps=2 --log_interval=1 --eval_batches=1 --warmup_iters=2
@@ -412,11 +350,7 @@ def run(data, out, *settings, processes=1, script="distill.py"):
     return scripts.run(script, [f"--data_dir={data}", f"--out_dir={out}", *RUN.split(), *settings], processes)
 
 
-def entries(out):
-    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-
-
-def losses(out, key="loss"):
+def logged(out, key="loss"):
     return [e[key] for e in entries(out) if "loss" in e]
 
 
@@ -431,7 +365,7 @@ def test_a_stopped_run_goes_on_and_two_take_the_same_steps(data, models, tmp_pat
     assert saved["train"]["iter"] == 3 and saved["model"] == student
     assert {"stdlib", "sudoku4", "elsewhere"} <= set(saved["train"]["data"]["sources"])
     assert ("on_policy changes nothing" in whole.stdout) == (student == "trm")
-    assert min(losses(tmp_path / "whole", "scoring")) > 0 and max(losses(tmp_path / "whole", "sampling")) > 0
+    assert min(logged(tmp_path / "whole", "scoring")) > 0 and max(logged(tmp_path / "whole", "sampling")) > 0
 
     parts = tmp_path / "parts"
     assert run(data, parts, *both, "--max_hours=1e-9").returncode == 0
@@ -441,12 +375,12 @@ def test_a_stopped_run_goes_on_and_two_take_the_same_steps(data, models, tmp_pat
     weights = checkpoint.load(str(parts / "ckpt.pt"))
     for which in ("weights", "ema"):
         assert all(torch.equal(v, saved[which][k]) for k, v in weights[which].items())
-    assert losses(parts) == losses(tmp_path / "whole") and len(losses(parts)) == 3
+    assert logged(parts) == logged(tmp_path / "whole") and len(logged(parts)) == 3
 
     two = run(data, tmp_path / "two", *both, processes=2)
     assert two.returncode == 0, two.stderr
-    assert losses(tmp_path / "two") == pytest.approx(losses(parts), rel=1e-4)
-    norms = [losses(out, "grad_norm") for out in (tmp_path / "two", parts)]
+    assert logged(tmp_path / "two") == pytest.approx(logged(parts), rel=1e-4)
+    norms = [logged(out, "grad_norm") for out in (tmp_path / "two", parts)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-2)
 
     if student == "dense":
@@ -473,7 +407,7 @@ def test_the_loop_begins_with_averaged_weights_and_weighs_batches_as_it_is_told(
     arguments += [f"--teacher={models['trm_teacher']}", *RUN.split(), "--max_iters=1", "--weight_decay=0"]
     done = scripts.run("", before=WEIGHTLESS.replace("ARGUMENTS", repr(arguments)))
     assert done.returncode == 0, done.stderr
-    assert losses(tmp_path) == losses(tmp_path, "grad_norm") == [0]
+    assert logged(tmp_path) == logged(tmp_path, "grad_norm") == [0]
     left = checkpoint.load(str(tmp_path / "ckpt.pt"))["weights"]
     assert all(torch.equal(v, student["ema"][k]) for k, v in left.items())
 
@@ -492,13 +426,9 @@ def test_a_text_model_teaches_text(gpt2, data, models, tmp_path):
 
 
 def test_mistakes_are_one_line(data, models, tmp_path):
-    broken = checkpoint.load(models["trm"])
-    broken["weights"]["wte.weight"][:] = math.nan
-    checkpoint.save(broken, str(tmp_path / "nan.pt"))
     student, teacher = f"--init_from={models['dense']}", f"--teacher={models['trm_teacher']}"
     for settings, words in [
         ([student, f"--teacher={tmp_path / 'gone.pt'}"], "gone.pt does not exist"),
-        ([student, f"--teacher={tmp_path / 'nan.pt'}"], "not finite"),
         ([student, teacher, "--learning_rate=1e30", "--max_skipped=2"], "no finite loss"),
     ]:
         result = run(data, tmp_path / "out", *settings)

@@ -4,6 +4,9 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 import safetensors.torch
@@ -188,6 +191,22 @@ def test_training_does_not_wait_for_a_slow_hub(hub, data, tmp_path):
         at_work.wait_until(lambda: log.exists() and '{"iter": 6, "val_loss"' in log.read_text())
     done = at_work.wait(100)
     assert done.returncode == 0 and "step 6 is at ada/run" in done.stdout, done.stdout
+
+
+def test_a_signal_does_not_wait_for_a_slow_hub_either(hub, data, tmp_path):
+    """In a Python of its own: a fork of scripts.py ends without waiting for threads."""
+    settings = words(data, tmp_path, *STEPS, "--max_iters=100000", "--push_to=ada/run")
+    how = {"cwd": scripts.ROOT, "env": {**hub.env(hub.home), "OMP_NUM_THREADS": "1"}}
+    with hub.lock:
+        at_work = subprocess.Popen([sys.executable, "train.py", *settings], stdout=subprocess.DEVNULL, **how)
+        try:
+            while not (tmp_path / "ckpt.pt").exists():
+                assert at_work.poll() is None
+                time.sleep(0.1)
+            at_work.terminate()
+            assert at_work.wait(60) == 0
+        finally:
+            at_work.kill()
 
 
 def test_what_breaks_off_or_lies_is_not_taken(hub, trained, tmp_path):

@@ -63,7 +63,7 @@ def test_a_puzzle_is_shown_and_judged(name, n_sup, checkpoints, capsys):
     task = suites.load("sudoku4")[7]
     model, _ = checkpoint.load_model(checkpoints[name])
     grid = model.answer([task], **({"n_sup": n_sup} if n_sup else {}))[0][0][0][0]
-    assert "puzzle" in out and "expected" in out and sample.verdict(grid, task.test[0][1]) in out
+    assert "puzzle" in out and "expected" in out and arc.verdict(grid, task.test[0][1]) in out
     assert re.findall(r"step (\d+), halt \d\.\d\d", out) == [str(n + 1) for n in range(n_sup or 0)]
 
 

@@ -134,6 +134,15 @@ def test_a_text_model_begins_a_text_as_its_tokenizer_does(digits, tmp_path):
     assert torch.allclose(frame[0, 0], theirs[cells].log_softmax(-1), atol=1e-4)
 
 
+def test_a_folder_of_ours_is_no_text_model(tmp_path):
+    """The out_dir of a run, where train.py leaves a config.json, and what save_pretrained makes."""
+    tiny.save(tmp_path / "run/ckpt.pt", "trm", {"iter": 1})
+    (tmp_path / "run/config.json").write_text('{"model": "trm", "max_iters": 9}')
+    tiny.dense().save_pretrained(tmp_path / "published")
+    for folder, model in ("run", "trm"), ("published", "dense"):
+        assert teachers.load(str(tmp_path / folder), "cpu").about["model"] == model
+
+
 def test_a_text_model_that_can_teach_nothing_is_refused(gpt2, tmp_path):
     merges = (gpt2 / "merges.txt").read_text().replace("Ġ 7\n", "")  # a 7 is two tokens now
     for file in gpt2.iterdir():

@@ -107,9 +107,7 @@ def route(request):
 
 @pytest.fixture(scope="module")
 def finished(route, data, tmp_path_factory):
-    """
-    The out_dir of a run of 9 steps of either route, in one process; Route A's is evaluated on the way.
-    """
+    """The out_dir of 9 steps of either route in one process; Route A's is evaluated on the way."""
     out = tmp_path_factory.mktemp(route)
     if route == "trm":
         succeed(data, out, *ROUTES[route])
@@ -171,7 +169,6 @@ def test_a_step_can_be_given_in_tokens(finished, data, tmp_path):
     asked = ["--batch_tokens=512", "--gradient_accumulation_steps=7", "--max_iters=3", "--decay_iters=0"]
     done = succeed(data, tmp_path, *asked, processes=2)
     assert "512 tokens per step" in done.stdout
-    assert "batch_tokens=512 are 2 batches a step: gradient_accumulation_steps=7 is not used" in done.stdout
     for step in (1, 2, 3):
         assert losses(tmp_path)[step] == pytest.approx(losses(finished)[step], rel=1e-3)
     saved = checkpoint.load(tmp_path / "ckpt.pt")["config"]
@@ -510,7 +507,6 @@ def test_settings_are_checked_against_each_other(monkeypatch):
     loop.check_settings({**config, "eval_suites": "arc1,language", "push_to": "me/it"})
     for setting, value, message in (
         ("min_lr", 1.0, "min_lr=1.0 must be at most learning_rate=0.0006"),
-        ("mixture", {"maze": 0}, "mixture must give a share above 0"),
         ("gradient_accumulation_steps", 3, "cannot be shared evenly by 2"),
         ("push_to", "nobody", "USER/NAME"),
         ("eval_suites", "lm_eval:sciq", "pip install lm-eval"),
@@ -550,16 +546,10 @@ def test_mistakes_are_one_line_and_cost_nothing(data, tmp_path):
     kept, out = tmp_path / "kept", tmp_path / "out"
     kept.mkdir()
     (kept / "ckpt.pt").write_text("precious")
-    broken = tmp_path / "broken"
-    shutil.copytree(data, broken)
-    shard = next((broken / "processed" / "stdlib").glob("train*.bin"))
-    with open(shard, "r+b") as f:
-        f.truncate(shard.stat().st_size - 2)
     gone = ["--init_from=gone.pt", "--data=gone"]  # settings are checked before these are looked for
     for settings, parts in (
         (["--init_from=scratch", f"--out_dir={kept}"], ["ckpt.pt exists", "--overwrite=True"]),
         ([f"--out_dir={kept}"], ["ckpt.pt is not a checkpoint"]),
-        ([f"--data_dir={broken}"], [shard.name]),
         (["--mixture={'wikipedia': 1}"], ["wikipedia", "stdlib"]),
         (["--max_itres=3", *gone], ["max_itres", "max_iters"]),
         (["--device=tpu", *gone], ["device"]),
