@@ -5,9 +5,9 @@ AdamW scales each entry of a gradient by itself, so where entries agree a whole 
 direction. Muon moves it as far in all directions (Jordan et al., kellerjordan.github.io/posts/muon): an
 update is the momentum with its singular values made alike. What that brings is in LOG.md.
 
-torch.optim.Muon is the same from PyTorch 2.9 on, in bfloat16 alone. Kaggle's T4s want PyTorch 2.6
+torch.optim.Muon does it from PyTorch 2.9 on, in bfloat16. Kaggle's T4s want PyTorch 2.6
 (requirements-kaggle.txt) and have no bfloat16, nor have most CPUs, where it is emulated and takes longer than
-the rest of a step (LOG.md).
+the rest of a step (LOG.md): for them the same optimizer is here, with the same state.
 """
 
 import torch
@@ -35,14 +35,19 @@ def muon_and_adamw(model, weight_decay, learning_rate, betas):
     side) (Liu et al., arXiv 2502.16982), are as large as AdamW's: one learning rate serves both.
     """
     matrices, rest = split_parameters(model, weight_decay)
+    settings = {"lr": learning_rate, "weight_decay": weight_decay}
+    if hasattr(torch.optim, "Muon") and fast_dtype(matrices["params"][0].device) == torch.bfloat16:
+        muon = torch.optim.Muon(matrices["params"], **settings, adjust_lr_fn="match_rms_adamw")
+    else:
+        muon = Muon(matrices["params"], **settings)
     adamw = torch.optim.AdamW(rest["params"], lr=learning_rate, betas=betas, weight_decay=0.0, fused=True)
-    return [Muon(matrices["params"], learning_rate, weight_decay), adamw]
+    return [muon, adamw]
 
 
 class Muon(torch.optim.Optimizer):
     """For matrices alone, with Nesterov's momentum and decoupled weight decay."""
 
-    def __init__(self, params, lr, weight_decay, momentum=0.95):
+    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
