@@ -49,6 +49,8 @@ def check_settings(config):
     """What can be wrong with the settings of train.py and distill.py beyond their ranges. ValueError."""
     if config["min_lr"] > config["learning_rate"]:
         raise ValueError(f"min_lr={config['min_lr']} must be at most learning_rate={config['learning_rate']}")
+    if config["mixture"] and not any(config["mixture"].values()):
+        raise ValueError(f"mixture must give a share above 0 to some source, got {config['mixture']}")
     batches_per_step(config)
     if config["push_to"]:
         repo_name(config["push_to"])
