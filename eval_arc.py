@@ -48,8 +48,8 @@ from tqdm import tqdm
 
 import configurator
 import smol.suites
-from model_trm import NOISE
 from smol import arc, checkpoint, language, report, runtime, snapshots, solve
+from smol.engine import NOISE
 from smol.files import write_whole
 
 # -----------------------------------------------------------------------------

@@ -27,7 +27,6 @@ Before this: model_dense.py. Read next: train.py.
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -37,16 +36,13 @@ from kda import KimiDeltaAttention
 from model_dense import Attention, HubMixin, RMSNorm, SwiGLU, linear_cross_entropy, row_shares, run_blocks
 from smol import arc, engine
 from smol import tokenizer as tok
-from smol.loader import draw_rng
+from smol.engine import ANSWER_IDS, NOISE
 from smol.muon import split_parameters
 from smol.tokenizer import IGNORE
 
-ANSWER_IDS = [*range(tok.CELL0, tok.CELL0 + 10), tok.VOID]  # what a canvas cell can become
 ANSWER_ROWS = [i - tok.EOT for i in ANSWER_IDS]  # their rows in Model.puzzle_words
-BATCH_TOKENS = 8192  # positions per batch when answering: memory is the same for short and for long tasks
 WAYS = 8  # to read grids
 SHORT = 16  # tokens of lines that are sequences of their own on a CPU
-NOISE = 1.0  # of rollouts, where z has size 1
 
 
 @dataclass
@@ -459,12 +455,12 @@ class Model(nn.Module, HubMixin, library_name="smol-llm", license="mit"):
         to z before each step.
         """
         words, rows = self.puzzle_words(), torch.arange(len(idx), device=idx.device)
-        rows, rngs = rows.repeat_interleave(n_rollouts), rollout_rngs(idx, n_rollouts, seed)
+        rows, rngs = rows.repeat_interleave(n_rollouts), engine.rollout_rngs(idx, n_rollouts, seed)
         x, layout = self.embed_canvas(idx[rows], words)
         y, z = self.start(idx[rows])
         for _ in range(n_sup or self.config.n_sup):
             if n_rollouts > 1:
-                z = z + noise * normal_like(z, rngs)
+                z = z + noise * engine.normal_like(z, rngs)
             y, z = self.deep_recursion(x, y, z, layout)
             p = self.halt_logit(y).sigmoid()
             yield rows, y, p
@@ -477,92 +473,10 @@ class Model(nn.Module, HubMixin, library_name="smol-llm", license="mit"):
                 rngs = [one for one, stays in zip(rngs, left.tolist()) if stays]
                 x, layout = self.embed_canvas(idx[rows], words)
 
-    def canvases(self, tasks, n_rollouts=1):
-        """
-        The test inputs of tasks as puzzles, about BATCH_TOKENS positions at a time with all rollouts, short
-        ones first. Yields (list of (task number, test number, canvas shape, canvas start), idx (B, T)). Those
-        longer than block_size are left out.
-        """
-        puzzles = []
-        for i, task in enumerate(tasks):
-            for j, (test_input, _) in enumerate(task.test):
-                shape = arc.canvas_shape(task.train, test_input)
-                ids = arc.encode_prompt(task.kind, task.train, test_input, canvas=shape)
-                start = len(ids) - shape[0] * (shape[1] + 1)
-                if len(ids) <= self.config.block_size:
-                    puzzles.append(((i, j, shape, start), torch.from_numpy(ids.astype(np.int64))))
-        for part in engine.batches_by_length(puzzles, lambda p: len(p[1]) * n_rollouts, BATCH_TOKENS):
-            where, documents = zip(*part)
-            yield where, engine.pad_documents(documents, self.wte.weight.device)
-
-    @torch.no_grad()
     def answer(self, tasks, n_sup=None, trace=False, halt=None, n_rollouts=1, noise=NOISE, seed=0):
-        """
-        Solve tasks, whose test outputs are not read. Returns for each task, for each of its test inputs, a
-        list of (grid, halting probability) as `ranked` orders them; None where the row does not fit into
-        block_size. With trace, a list of the answers after every supervision step, of one rollout after the
-        other: the grid is None for an empty canvas, and where logits were not finite, with probability 0.
-        The rest as in answer_steps.
-        """
-        answers = [[None] * len(task.test) for task in tasks]
-        for where, idx in self.canvases(tasks, n_rollouts):
-            steps = [[[] for _ in range(n_rollouts)] for _ in where]
-            for rows, y, p in self.answer_steps(idx, n_sup, halt, n_rollouts, noise, seed):
-                logits = F.linear(y, self.wte.weight[ANSWER_IDS])
-                finite = (logits.isfinite().all(-1) & p.isfinite()[:, None]).cpu()  # (R, T)
-                ids = torch.tensor(ANSWER_IDS)[logits.argmax(-1).cpu()].numpy()
-                for n, (row, probability) in enumerate(zip(rows.tolist(), p.tolist())):
-                    _, _, shape, start = where[row]
-                    canvas = slice(start, start + shape[0] * (shape[1] + 1))
-                    step = arc.read_canvas(ids[n, canvas], shape), probability
-                    steps[row][n % n_rollouts].append(step if finite[n, canvas].all() else (None, 0.0))
-            for (i, j, _, _), rollouts in zip(where, steps):
-                given = [step for steps in rollouts for step in steps]
-                answers[i][j] = given if trace else ranked(given)
-        return answers
-
-
-def rollout_rngs(idx, n_rollouts, seed):
-    """
-    For each rollout of each row of idx (B, T): its random numbers, None for the first one, and the row's
-    length. They depend on seed and puzzle, not on what else is asked.
-    """
-    rngs = []
-    for ids in idx.tolist():
-        row = [i for i in ids if i != tok.PAD]
-        rngs += [(draw_rng(seed, f"rollout {k}", row) if k else None, len(row)) for k in range(n_rollouts)]
-    return rngs
-
-
-def normal_like(z, rngs):
-    """z (R, T, n_embd), rngs as rollout_rngs made them -> standard normal numbers, zero in padding."""
-    noise = np.zeros(z.shape, np.float32)
-    for part, (rng, length) in zip(noise, rngs):
-        if rng is not None:
-            rng.standard_normal(out=part[:length], dtype=np.float32)
-    return torch.from_numpy(noise).to(z)
-
-
-def surest_rollout(steps, n_rollouts):
-    """Of a trace, the steps of the rollout that had the highest halting probability."""
-    n = len(steps) // n_rollouts
-    rollouts = [steps[i : i + n] for i in range(0, len(steps), n)]
-    return max(rollouts, key=lambda some: max(p for _, p in some))
-
-
-def ranked(steps):
-    """
-    steps: (grid or None, halting probability) after each supervision step -> the different grids, each with
-    the highest probability it had, the highest first, and the latest of equal ones. Not simply the last:
-    puzzles leave training when they are solved, so further steps are hardly trained, and some spoil answers.
-    """
-    best = {}
-    for grid, p in reversed(steps):
-        if grid is not None:
-            key = grid.shape, grid.tobytes()
-            if key not in best or p > best[key][1]:
-                best[key] = grid, p
-    return sorted(best.values(), key=lambda answer: -answer[1])
+        """Solve tasks, whose test outputs are not read: engine.answer_canvases."""
+        how = {"n_sup": n_sup, "halt": halt, "n_rollouts": n_rollouts, "noise": noise, "seed": seed}
+        return engine.answer_canvases(self, tasks, trace, **how)
 
 
 if __name__ == "__main__":

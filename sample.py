@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 
 import configurator
-from model_trm import ANSWER_IDS, NOISE, ranked, surest_rollout
 from smol import arc, checkpoint, engine, files, runtime, solve, suites
 from smol import tokenizer as tok
+from smol.engine import ANSWER_IDS, NOISE, ranked, surest_rollout
 
 prompt = ""  # text to go on from; empty: a new document
 task = ""  # an ARC task, such as 00576224, or a held-out puzzle, such as sudoku4-0007
@@ -149,7 +149,7 @@ def canvas_steps(model, task, n_sup=None, halt=None, n_rollouts=1, noise=NOISE, 
     """
     one = arc.Task(task.id, task.kind, task.train, task.test[:1])
     rollouts = [[] for _ in range(n_rollouts)]
-    for [(_, _, (H, W), start)], idx in model.canvases(solve.without_answers([one])):
+    for [(_, _, (H, W), start)], idx in engine.canvases(model, solve.without_answers([one])):
         for _, y, p in model.answer_steps(idx, n_sup, halt, n_rollouts, noise, seed):
             logits = F.linear(y[:, start : start + H * (W + 1)], model.wte.weight[ANSWER_IDS]).float()
             if not (logits.isfinite().all() and p.isfinite().all()):

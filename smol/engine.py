@@ -1,11 +1,13 @@
 """
 Decoding: caches, prefill, one token at a time, sampling, and the grammar that answers are written under.
 
-These are functions of a model, and of either route. All they ask of it:
+These are functions of a model, and but for the canvases, which are Route B's, of either route. All they ask
+of it:
 
     model.wte                               token embedding, which is also the output head
     model.empty_cache(B, length)            list of tuples of tensors (B, ...), one tuple per layer and pass
     model.hidden(idx, starts, ...)          idx (B, T) -> what the head reads (B, T, n_embd)
+    model.answer_steps(idx, ...)            Route B's supervision steps on puzzles idx (B, T)
 
 Prompts of different lengths are padded on the left, and the padding is one more document, which nothing
 after it sees.
@@ -13,7 +15,6 @@ after it sees.
 Before this: smol/arc.py. Read next: model_dense.py.
 """
 
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,10 +23,14 @@ import torch.nn.functional as F
 
 from smol import arc
 from smol import tokenizer as tok
+from smol.loader import draw_rng
 
 BATCH_TOKENS = 2**15  # tokens per batch when answering: memory is the same for short and for long tasks
 GRID_IDS = [*range(tok.CELL0, tok.CELL0 + 10), tok.ROW, tok.EOT]  # what an answer is written with
 ROW, END = 10, 11  # the last two, as numbers into GRID_IDS
+ANSWER_IDS = [*range(tok.CELL0, tok.CELL0 + 10), tok.VOID]  # what a cell of a canvas can become
+CANVAS_TOKENS = 8192  # the same of canvases, which are read again and again
+NOISE = 1.0  # of rollouts, where z has size 1
 
 # -----------------------------------------------------------------------------
 # caches
@@ -298,8 +303,8 @@ def answer_tasks(model, tasks, samples, temperature, seed, tokens):
     for part in batches_by_length(questions, lambda q: samples * q[-1], tokens):
         noise = []
         for _, _, prompt, _, _ in part:
-            key = np.frombuffer(hashlib.sha256(prompt.numpy()).digest(), "<u4")
-            noise += [None] + [np.random.default_rng([seed, n, *key]) for n in range(1, samples)]
+            ids = prompt.tolist()
+            noise += [None] + [draw_rng(seed, f"sample {n}", ids) for n in range(1, samples)]
         prompts, limits = [q[2] for q in part], [q[3] for q in part]
         drawn = decode_grids(model, prompts, limits, samples, temperature, noise)
         for n, (i, j, *_) in enumerate(part):
@@ -355,3 +360,96 @@ def cell_logits(model, documents, shapes):
     first_column = torch.cat([torch.arange(n) % (w + 1) == 0 for n, (_, w) in zip(counts, shapes)])
     ends = torch.where(first_column.to(x.device), logits[:, END], logits[:, ROW])
     return torch.cat([logits[:, :10], ends[:, None]], 1)
+
+
+# -----------------------------------------------------------------------------
+# canvases
+
+
+def canvases(model, tasks, n_rollouts=1):
+    """
+    The test inputs of tasks as puzzles, about CANVAS_TOKENS positions at a time with all rollouts, short ones
+    first. Yields (list of (task number, test number, canvas shape, canvas start), idx (B, T)). Those longer
+    than block_size are left out.
+    """
+    puzzles = []
+    for i, task in enumerate(tasks):
+        for j, (test_input, _) in enumerate(task.test):
+            shape = arc.canvas_shape(task.train, test_input)
+            ids = arc.encode_prompt(task.kind, task.train, test_input, canvas=shape)
+            start = len(ids) - shape[0] * (shape[1] + 1)
+            if len(ids) <= model.config.block_size:
+                puzzles.append(((i, j, shape, start), torch.from_numpy(ids.astype(np.int64))))
+    for part in batches_by_length(puzzles, lambda p: len(p[1]) * n_rollouts, CANVAS_TOKENS):
+        where, documents = zip(*part)
+        yield where, pad_documents(documents, model.wte.weight.device)
+
+
+@torch.no_grad()
+def answer_canvases(model, tasks, trace, n_rollouts, **how):
+    """
+    Solve tasks, whose test outputs are not read. Returns for each task, for each of its test inputs, a list
+    of (grid, halting probability) as `ranked` orders them; None where the row does not fit into block_size.
+    With trace, a list of the answers after every supervision step, of one rollout after the other: the grid
+    is None for an empty canvas, and where logits were not finite, with probability 0. how: the rest of what
+    model.answer_steps takes.
+    """
+    answers = [[None] * len(task.test) for task in tasks]
+    for where, idx in canvases(model, tasks, n_rollouts):
+        steps = [[[] for _ in range(n_rollouts)] for _ in where]
+        for rows, y, p in model.answer_steps(idx, n_rollouts=n_rollouts, **how):
+            logits = F.linear(y, model.wte.weight[ANSWER_IDS])
+            finite = (logits.isfinite().all(-1) & p.isfinite()[:, None]).cpu()  # (R, T)
+            ids = torch.tensor(ANSWER_IDS)[logits.argmax(-1).cpu()].numpy()
+            for n, (row, probability) in enumerate(zip(rows.tolist(), p.tolist())):
+                _, _, shape, start = where[row]
+                canvas = slice(start, start + shape[0] * (shape[1] + 1))
+                step = arc.read_canvas(ids[n, canvas], shape), probability
+                steps[row][n % n_rollouts].append(step if finite[n, canvas].all() else (None, 0.0))
+        for (i, j, _, _), rollouts in zip(where, steps):
+            given = [step for steps in rollouts for step in steps]
+            answers[i][j] = given if trace else ranked(given)
+    return answers
+
+
+def rollout_rngs(idx, n_rollouts, seed):
+    """
+    For each rollout of each row of idx (B, T): its random numbers, None for the first one, and the row's
+    length. They depend on seed and puzzle, not on what else is asked.
+    """
+    rngs = []
+    for ids in idx.tolist():
+        row = [i for i in ids if i != tok.PAD]
+        rngs += [(draw_rng(seed, f"rollout {k}", row) if k else None, len(row)) for k in range(n_rollouts)]
+    return rngs
+
+
+def normal_like(z, rngs):
+    """z (R, T, n_embd), rngs as rollout_rngs made them -> standard normal numbers, zero in padding."""
+    noise = np.zeros(z.shape, np.float32)
+    for part, (rng, length) in zip(noise, rngs):
+        if rng is not None:
+            rng.standard_normal(out=part[:length], dtype=np.float32)
+    return torch.from_numpy(noise).to(z)
+
+
+def surest_rollout(steps, n_rollouts):
+    """Of a trace, the steps of the rollout that had the highest halting probability."""
+    n = len(steps) // n_rollouts
+    rollouts = [steps[i : i + n] for i in range(0, len(steps), n)]
+    return max(rollouts, key=lambda some: max(p for _, p in some))
+
+
+def ranked(steps):
+    """
+    steps: (grid or None, halting probability) after each supervision step -> the different grids, each with
+    the highest probability it had, the highest first, and the latest of equal ones. Not simply the last:
+    puzzles leave training when they are solved, so further steps are hardly trained, and some spoil answers.
+    """
+    best = {}
+    for grid, p in reversed(steps):
+        if grid is not None:
+            key = grid.shape, grid.tobytes()
+            if key not in best or p > best[key][1]:
+                best[key] = grid, p
+    return sorted(best.values(), key=lambda answer: -answer[1])

@@ -28,9 +28,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from model_trm import NOISE, ranked, surest_rollout
 from smol import arc, engine, programs
 from smol import tokenizer as tok
+from smol.engine import NOISE, ranked, surest_rollout
 from smol.loader import bucket_length, draw_rng, pad_rows, puzzle_row
 
 RESCORED = 4  # Route A: so many leading candidates are scored again

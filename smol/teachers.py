@@ -29,9 +29,9 @@ import torch
 import torch.nn.functional as F
 
 from model_dense import document_starts
-from model_trm import ANSWER_IDS
 from smol import arc, checkpoint, engine
 from smol import tokenizer as tok
+from smol.engine import ANSWER_IDS
 from smol.snapshots import sha256_file
 
 OUTCOMES = 11  # ten colours and OVER
@@ -165,7 +165,7 @@ class Ours:
 
     def of_canvases(self, tasks):
         frames = [None] * len(tasks)
-        for where, idx in self.model.canvases(tasks):
+        for where, idx in engine.canvases(self.model, tasks):
             *_, (_, y, _) = self.model.answer_steps(idx)
             log_p = F.linear(y, self.model.wte.weight[ANSWER_IDS]).float().log_softmax(-1).cpu()
             for row, (i, _, (h, w), start) in zip(log_p, where):

@@ -13,7 +13,6 @@ import torch
 from bench import compare, decode, gpu, plan
 from bench import kda as bench_kda
 from bench import train as bench_train
-from model_trm import ranked
 from smol import checkpoint, puzzles
 
 CONFIG = """

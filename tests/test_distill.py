@@ -15,9 +15,9 @@ from test_teachers import batch_of
 from test_train import entries
 
 import distill
-from model_trm import ANSWER_IDS
 from smol import arc, checkpoint, engine, loader, runtime, suites, teachers
 from smol import tokenizer as tok
+from smol.engine import ANSWER_IDS
 
 torch.set_num_threads(1)
 

@@ -8,9 +8,9 @@ import tiny
 import torch
 
 import sample
-from model_trm import surest_rollout
 from smol import arc, checkpoint, engine, suites
 from smol import tokenizer as tok
+from smol.engine import surest_rollout
 
 
 @pytest.fixture(scope="module")

@@ -553,6 +553,7 @@ def test_mistakes_are_one_line_and_cost_nothing(data, tmp_path):
         (["--mixture={'wikipedia': 1}"], ["wikipedia", "stdlib"]),
         (["--max_itres=3", *gone], ["max_itres", "max_iters"]),
         (["--device=tpu", *gone], ["device"]),
+        (["--mixture={'stdlib': 0}", *gone], ["mixture", "above 0"]),
         (
             [f"--out_dir={tmp_path / 'small'}", "--mixture={'sudoku4': 1}", "--block_size=16"],
             ["exceed block_size"],

@@ -11,9 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import model_trm
-from model_trm import ANSWER_IDS
-from smol import arc, puzzles
+from smol import arc, engine, puzzles
 from smol import tokenizer as tok
+from smol.engine import ANSWER_IDS
 from smol.loader import pad_rows, puzzle_row
 from smol.tokenizer import IGNORE
 
@@ -290,16 +290,16 @@ def test_answers_step_by_step_alone_and_in_batches():
             assert len(want) == len(trace[i][j]) == len(alone[j]) == 4
             for (g, p), (g1, p1), (g2, p2) in zip(want, trace[i][j], alone[j]):
                 assert same(g, g1) and same(g, g2) and abs(p - p1) < 1e-3 and abs(p - p2) < 1e-3
-            assert [g.tolist() for g, _ in answers[i][j]] == [g.tolist() for g, _ in model_trm.ranked(want)]
+            assert [g.tolist() for g, _ in answers[i][j]] == [g.tolist() for g, _ in engine.ranked(want)]
     assert len(model.answer(TASKS[:1], n_sup=2, trace=True)[0][0]) == 2
 
 
 def test_the_most_probable_answer_comes_first():
     a, b, c = (np.array([[i]], np.uint8) for i in range(3))
     steps = [(a, 0.5), (b, 0.9), (None, 1.0), (b, 0.2), (c, 0.5), (a, 0.4)]
-    assert [(g.item(), p) for g, p in model_trm.ranked(steps)] == [(1, 0.9), (0, 0.5), (2, 0.5)]
-    assert model_trm.ranked([(a, 0.5), (b, 0.5)])[0][0] is b  # the latest of equal ones
-    assert model_trm.ranked([(None, 0.7)]) == []
+    assert [(g.item(), p) for g, p in engine.ranked(steps)] == [(1, 0.9), (0, 0.5), (2, 0.5)]
+    assert engine.ranked([(a, 0.5), (b, 0.5)])[0][0] is b  # the latest of equal ones
+    assert engine.ranked([(None, 0.7)]) == []
 
 
 @torch.no_grad()
@@ -338,7 +338,7 @@ def test_rollouts_start_with_the_plain_answer_and_are_a_puzzles_own():
             assert same_traces(still[i][j], plain[i][j] * 2)
             rollouts = [four[i][j][n : n + 4] for n in range(0, 16, 4)] + [other[i][j][4:]]
             assert not any(same_traces(a, b) for n, a in enumerate(rollouts) for b in rollouts[:n])
-            assert model_trm.surest_rollout(four[i][j], 4) == max(
+            assert engine.surest_rollout(four[i][j], 4) == max(
                 rollouts[:4], key=lambda r: max(p for _, p in r)
             )
     every = model.answer(TASKS[:3], n_rollouts=4, noise=0.5)
