@@ -162,7 +162,7 @@ def beside_a_plain_gpt(c, device):
     if c.nanogpt:
         shape = vars(checkpoint.make_model("dense", settings).config)
         contenders["nanoGPT"] = {"model": "nanogpt", "path": c.nanogpt, "settings": shape}
-    how = {"device": device, "dtype": runtime.pick_dtype("auto", device), "steps": c.steps}
+    how = {"device": device, "dtype": runtime.pick_dtype("auto", device, training=True), "steps": c.steps}
     how |= {"compile": device == "cuda" or c.try_compile, "optimizer": "adamw"}
     table = []
     for T in c.lengths:

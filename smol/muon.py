@@ -67,9 +67,7 @@ class Muon(torch.optim.Optimizer):
 
 def fast_dtype(device):
     """The shortest dtype in which `device` multiplies matrices fast: float16 on a GPU without bfloat16."""
-    if device.type == "cpu":
-        return torch.bfloat16 if runtime.cpu_prefers_bfloat16() else torch.float32
-    return getattr(torch, runtime.pick_dtype("auto", str(device)))
+    return getattr(torch, runtime.pick_dtype("auto", str(device), training=True))
 
 
 def orthogonal(m):

@@ -89,12 +89,15 @@ def mps_works():
     return problem is None
 
 
-def pick_dtype(dtype, device):
-    """'auto' -> bfloat16 from compute capability 8.0 on, float16 before, float32 where there is no CUDA."""
+def pick_dtype(dtype, device, training=False):
+    """
+    'auto' -> bfloat16 from compute capability 8.0 on, float16 before, float32 where there is no CUDA: but a
+    training on a CPU that prefers bfloat16 has that.
+    """
     if dtype != "auto":
         return dtype
     if not device.startswith("cuda"):
-        return "float32"
+        return "bfloat16" if training and device == "cpu" and cpu_prefers_bfloat16() else "float32"
     return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
 
 
@@ -120,13 +123,11 @@ def cpu_prefers_bfloat16():
 def start(device, dtype):
     """
     Choose device and dtype of a training, set PyTorch up for them, and meet the other processes, if there
-    are any. device, dtype: as the settings have them -> (device of this process, dtype); 'auto' on a CPU that
-    prefers bfloat16 is that. ValueError in one line.
+    are any. device, dtype: as the settings have them -> (device of this process, dtype). ValueError in one
+    line.
     """
     device = pick_device(device)
-    if (device, dtype) == ("cpu", "auto") and cpu_prefers_bfloat16():
-        dtype = "bfloat16"
-    dtype = pick_dtype(dtype, device)
+    dtype = pick_dtype(dtype, device, training=True)
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing
