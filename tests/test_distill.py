@@ -15,7 +15,7 @@ from test_teachers import batch_of
 from test_train import entries
 
 import distill
-from smol import arc, checkpoint, engine, loader, runtime, suites, teachers
+from smol import arc, checkpoint, engine, loader, puzzles, runtime, suites, teachers
 from smol import tokenizer as tok
 from smol.engine import ANSWER_IDS
 
@@ -337,6 +337,52 @@ def test_the_gradient_of_a_step_does_not_depend_on_how_its_rows_are_batched(name
     for parts in ([in_four], [uneven], [uneven[:2], uneven[2:]]):
         other = gradient(parts)
         assert all(torch.allclose(one, two, rtol=1e-3, atol=1e-5) for one, two in zip(whole, other))
+
+
+def nearer(net, loss_of, batches, held_out):
+    """Whether 30 steps on batches bring the loss on held_out to less than half."""
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-2)
+    with torch.no_grad():
+        before = loss_of(held_out).item()
+    for batch in batches:
+        loss_of(batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        return loss_of(held_out) < before / 2
+
+
+@pytest.mark.parametrize("student", ["trm", "dense"])
+def test_the_student_comes_nearer_to_its_teacher_on_puzzles(student, models, monkeypatch):
+    net, guide = tiny.make(student).train(), teachers.load(models["trm_teacher"], "cpu")
+    distillation, rng = distillation_of(net, guide, monkeypatch), np.random.default_rng(0)
+    batches = [
+        batch_of([puzzles.sudoku(rng, 4, 6, "train") for _ in range(8)], net.puzzle_format) for _ in range(31)
+    ]
+    assert nearer(
+        net, lambda b: distillation(b.idx, b.targets, mode="puzzle", carry=None)[1], batches[1:], batches[0]
+    )
+
+
+def test_the_student_comes_nearer_to_its_teacher_on_text(short_texts):
+    """
+    Of 300 words; the teacher has other weights and is half as sure. 30 steps on what the student writes bring
+    the divergence on other texts to 0.28; from a teacher as sure as itself, of other words, to 0.53.
+    """
+    net, guide = tiny.make("dense").train(), teachers.Ours(tiny.make("dense"))
+    guide.n_ids = 300
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in guide.model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+        guide.model.norm_f.weight.mul_(0.5)
+
+    def texts(number):
+        batch = text_batch(8, number=number)
+        return replace(batch, idx=batch.idx % 300, targets=batch.targets % 300)
+
+    own = (distill.own_batches(net, guide, [texts(step)], step)[0] for step in range(30))  # one by one
+    assert nearer(net, lambda b: distill.on_text(net, guide, *rows_of(b)), own, texts(1000))
 
 
 # as a user runs it

@@ -418,6 +418,20 @@ def test_mistakes_are_one_line(tmp_path, words, says):
     assert str(e.value.code).startswith("error: ") and "\n" not in str(e.value.code)
 
 
+def test_a_full_disk_is_one_line_and_leaves_no_stage(source_dir, tmp_path, monkeypatch):
+    def full(data, path, write_whole=snapshots.write_whole):
+        if str(path).endswith(".idx"):
+            raise OSError(28, "No space left on device")
+        write_whole(data, path)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="error: .*No space left"):
+        patch.setattr(snapshots, "write_whole", full)
+        build(tmp_path, source_dir, "--sources=arithmetic")
+    assert not list(tmp_path.glob("stages/*"))
+    build(tmp_path, source_dir, "--sources=arithmetic")
+    prepare.main(["verify", "stage1", f"--data_dir={tmp_path}"])
+
+
 def test_a_dry_run_does_nothing(source_dir, tmp_path, capsys):
     build(tmp_path / "data", source_dir, "--dry_run=True", "--limit_mb=100")
     out = capsys.readouterr().out
