@@ -9,7 +9,8 @@ text.
 A contender is a name and what train.py is called with; it trains through train.py itself, with as many steps
 as fit into the seconds. Learning rates are the caller's: give every contender its best. Rivals train on the
 same puzzles or text in a loop of their own, with the same schedule. Let nothing else run: seconds are
-wall-clock. Everything is kept in out_dir, so that a run that was killed goes on. Before this: train.py,
+wall-clock. Everything is kept in out_dir, so that a run that was killed goes on: checkpoints, compare.json,
+curves in compare.png, and for Route B what steps and rollouts bring in NAME-SEED.png. Before this: train.py,
 model_trm.py.
 """
 

@@ -200,6 +200,11 @@ def test_the_surest_answer_of_the_first_rollouts_and_steps_counts():
     assert surest.tolist() == [[2, 3], [3, 2]]
     assert some.tolist() == [[2, 3], [3, 3]]
 
+    # Route A: its first answer counts, the most probable; a task that was too long has none
+    drawn = [[[(right[0], -0.1), (wrong[0], -2.0)]], [[(wrong[1], -0.1), (right[1], -2.0)]], [None], [[]]]
+    net = SimpleNamespace(answer=lambda tasks: drawn, puzzle_format="autoregressive")
+    assert [t.tolist() for t in compare.solved_by(net, tasks)] == [[[1]], [[1]]]
+
 
 LOSSES = """
 import torch
