@@ -155,15 +155,12 @@ def solved_by(net, tasks, n_sup=1, n_rollouts=1, **how):
     """
     if net.puzzle_format == "canvas":
         how = {"n_sup": n_sup, "n_rollouts": n_rollouts, "trace": True, **how}
-    answers = [
-        given or [(None, 0.0)] * (n_rollouts * n_sup)
-        for (given,) in net.answer(solve.without_answers(tasks), **how)
-    ]
-    if net.puzzle_format != "canvas":
-        answers = [given[:1] for given in answers]  # the most probable
-    right = [[np.array_equal(grid, t.test[0][1]) for grid, _ in given] for t, given in zip(tasks, answers)]
+    n = n_rollouts * n_sup  # of Route A's answers the first, the most probable
+    given = net.answer(solve.without_answers(tasks), **how)
+    answers = [(some or [(None, 0.0)] * n)[:n] for (some,) in given]
+    right = [[np.array_equal(grid, t.test[0][1]) for grid, _ in some] for t, some in zip(tasks, answers)]
     right = np.reshape(right, (len(tasks), n_rollouts, n_sup))
-    sure = np.reshape([[p for _, p in given] for given in answers], right.shape)
+    sure = np.reshape([[p for _, p in some] for some in answers], right.shape)
     surest, some = np.zeros((2, n_rollouts, n_sup), int)
     for r, s in np.ndindex(surest.shape):
         among, of = (t[:, : r + 1, : s + 1].reshape(len(tasks), -1) for t in (right, sure))

@@ -113,9 +113,9 @@ def puzzle_row(document, puzzle_format, augment, rng=None, block_size=None):
         pairs = [pairs[i] for i in rng.permutation(len(pairs))]
         if symmetry != arc.IDENTITY:
             pairs = [(arc.augment(symmetry, x), arc.augment(symmetry, y)) for x, y in pairs]
+    left_to_right = puzzle_format == "autoregressive"
     while True:
-        read = puzzle_format == "autoregressive"
-        row = read_row(kind, pairs, last_only=rng is None) if read else canvas_row(kind, pairs)
+        row = read_row(kind, pairs, last_only=rng is None) if left_to_right else canvas_row(kind, pairs)
         if not block_size or len(row[0]) <= block_size or len(pairs) <= 2:
             return row
         pairs = pairs[1:]

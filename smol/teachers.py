@@ -20,7 +20,6 @@ where a task is too long. A task is an arc.Task of one test pair, whose output n
 distill.py.
 """
 
-import json
 import os
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from model_dense import document_starts
 from smol import arc, checkpoint, engine
 from smol import tokenizer as tok
 from smol.engine import ANSWER_IDS
-from smol.snapshots import sha256_file
+from smol.snapshots import read_json, sha256_file
 
 OUTCOMES = 11  # ten colours and OVER
 OVER = 10
@@ -289,8 +288,8 @@ def load(path, device, dtype="float32"):
     The teacher at path: a checkpoint of ours, or a folder or hub name ("hf:NAME") of Hugging Face's, whose
     weights are loaded in dtype. FileNotFoundError or ValueError, in one line.
     """
-    about = Path(path, "config.json")  # in our own folders too, without a model_type
-    if path.startswith("hf:") or (about.is_file() and "model_type" in json.loads(about.read_bytes())):
+    config = Path(path, "config.json")  # in our own folders too, without a model_type
+    if path.startswith("hf:") or (config.is_file() and "model_type" in read_json(config)):
         return HuggingFace(path.removeprefix("hf:"), device, dtype)
     model, saved = checkpoint.load_model(path, device)
     about = {"model": saved["model"], "sha256": sha256_file(checkpoint.local_file(path))}
