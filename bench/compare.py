@@ -38,7 +38,8 @@ from smol import tokenizer as tok
 from smol.files import save_picture, write_whole
 
 # ---- what on
-# sudoku4-MIN-MAX or sudoku9-MIN-MAX (blanks; the test has MAX), maze-SIDE, turn-2 to turn-8; '' for text
+# sudoku4-MIN-MAX or sudoku9-MIN-MAX (blanks), turn-MIN-MAX (symmetries), recolour-MIN-MAX (colours), each
+# tested with MAX; maze-SIDE; '' for text
 puzzle = ""
 n_train = 10000  # different puzzles to train on
 n_test = 100
@@ -80,15 +81,31 @@ WARMUP, DECAY = 0.05, 0.4  # shares of the run in which the learning rate goes u
 
 def draw(kind, rng, test=False):
     """One arc.Task of a kind such as 'sudoku9-10-40'. ValueError for a kind that there is not."""
-    if match := re.fullmatch(r"sudoku([49])-(\d+)-(\d+)", kind):
-        side, low, high = map(int, match.groups())
-        blanks = high if test else int(rng.integers(low, high + 1))
-        return puzzles.sudoku(rng, side, blanks, "test" if test else "train")
     if match := re.fullmatch(r"maze-(\d+)", kind):
         return puzzles.maze(rng, int(match[1]), int(match[1]))
-    if match := re.fullmatch(r"turn-([2-8])", kind):
-        return puzzles.turned(rng, int(match[1]))
-    raise ValueError(f"--puzzle={kind}: there are sudoku4-MIN-MAX, sudoku9-MIN-MAX, maze-SIDE and turn-N")
+    if match := re.fullmatch(r"(sudoku4|sudoku9|turn|recolour)-(\d+)-(\d+)", kind):
+        low, high = int(match[2]), int(match[3])
+        n = high if test else int(rng.integers(low, high + 1))
+        if match[1] == "turn" and 2 <= low <= high <= 8:
+            return puzzles.turned(rng, n)
+        if match[1] == "recolour" and 2 <= low <= high <= 9:
+            return recoloured(rng, n)
+        if "sudoku" in match[1]:
+            return puzzles.sudoku(rng, int(match[1][-1]), n, "test" if test else "train")
+    raise ValueError(
+        f"--puzzle={kind}: there are sudoku4-, sudoku9-, turn- and recolour-MIN-MAX, and maze-SIDE"
+    )
+
+
+def recoloured(rng, n):
+    """
+    Task(kind="arc") of two demonstrations and a test: 3x3 grids of n colours, each of which becomes another.
+    Both demonstrations have every colour.
+    """
+    colours, becomes = rng.permutation(10)[:n], rng.permutation(10)[:n]
+    grids = [rng.permutation(np.append(np.arange(n), rng.integers(0, n, 9 - n))) for _ in range(3)]
+    pairs = [tuple(c[grid].reshape(3, 3).astype(np.uint8) for c in (colours, becomes)) for grid in grids]
+    return arc.Task("recolour", "arc", pairs[:2], pairs[2:])
 
 
 def make_puzzles(c, folder):
@@ -104,7 +121,8 @@ def make_puzzles(c, folder):
             document = arc.encode(task.kind, [*task.train, *task.test])
             if arc.task_hash(task) not in tests:
                 documents[document.tobytes()] = document
-        augment = "sudoku" if "sudoku9" in c.puzzle else "none" if "turn" in c.puzzle else "dihedral"
+        augments = {"sudoku9": "sudoku", "turn": "none", "recolour": "arc"}
+        augment = augments.get(c.puzzle.split("-")[0], "dihedral")
         about = {"source": "compare", "group": "synth", "kind": "puzzle", "augment": augment}
         every = list(documents.values())
         entries = [

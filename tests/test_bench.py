@@ -181,6 +181,21 @@ def test_contenders_train_through_train_py(tmp_path):
         assert (tmp_path / picture).read_bytes()[:4] == b"\x89PNG"
 
 
+def test_recolouring_can_be_read_off_the_demonstrations():
+    rng, numbers = np.random.default_rng(0), {False: set(), True: set()}
+    for test in [False] * 200 + [True] * 20:
+        task = compare.draw("recolour-2-4", rng, test)
+        becomes = {}
+        for a, b in task.train:
+            becomes |= dict(zip(a.ravel().tolist(), b.ravel().tolist()))
+            assert len(set(a.ravel().tolist())) == len(becomes)  # each shows every colour
+        ((question, answer),) = task.test
+        assert [becomes[c] for c in question.ravel().tolist()] == answer.ravel().tolist()
+        assert len(set(becomes.values())) == len(becomes) and answer.shape == (3, 3)
+        numbers[test].add(len(becomes))
+    assert numbers == {False: {2, 3, 4}, True: {4}}
+
+
 def test_the_surest_answer_of_the_first_rollouts_and_steps_counts():
     tasks = [puzzles.sudoku(np.random.default_rng(i), 4, 4, "test") for i in range(4)]
     right, wrong = ([t.test[0][1] for t in tasks[i:] + tasks[:i]] for i in (0, 1))
@@ -287,10 +302,11 @@ def test_published_trm_is_trained_and_asked_with_rollouts(cautious, tmp_path, mo
 @pytest.mark.parametrize(
     "argv, says",
     [
-        (["--puzzle=turn-8"], "nobody to compare"),
+        (["--puzzle=turn-2-8"], "nobody to compare"),
         (["--trm=there", "--puzzle=maze-5"], "--trm is for sudokus"),
         (["--nanogpt=there", "--puzzle=sudoku4-4-6"], "--nanogpt for text"),
         (["A: config/route_a_demo.py", "--puzzle=chess"], "--puzzle=chess: there are"),
+        (["A: config/route_a_demo.py", "--puzzle=turn-2-9"], "--puzzle=turn-2-9: there are"),
     ],
 )
 def test_a_comparison_that_cannot_be_is_one_line(argv, says, tmp_path):
