@@ -50,7 +50,7 @@ import configurator
 import smol.suites
 from smol import arc, checkpoint, language, report, runtime, snapshots, solve
 from smol.engine import NOISE
-from smol.files import write_whole
+from smol.files import lock, write_whole
 
 # -----------------------------------------------------------------------------
 # settings
@@ -398,29 +398,29 @@ def run(c, words):
     models = look_at(files, on, runtime.pick_dtype(c.dtype, on), results)
     if c.n_rollouts > 1 and all(results[name]["model"] != "trm" for name in models):
         raise ValueError("--n_rollouts is about Route B, and there is none: --samples is Route A's")
-    os.makedirs(folder, exist_ok=True)
-    if runtime.world_size > 1:
-        runtime.start_processes(on.split(":")[0])
+    with lock(folder, "evaluation") if runtime.master else contextlib.nullcontext():
+        if runtime.world_size > 1:
+            runtime.start_processes(on.split(":")[0])
 
-    jobs, loaded = [(name, suite) for name in models for suite in asked], None
-    for name, suite in sorted(jobs, key=lambda job: asked[job[1]] is None):  # the last are rank 0's alone
-        if name != loaded:  # one at a time: there can be many
-            model, loaded = checkpoint.load_model(models[name], on)[0], name
-        about, tasks, how = results[name], asked[suite], settings_for(suite, model, settings)
-        if tasks is not None:
-            records = ask(name, model, about, suite, tasks[: c.limit], how, folder)
-        if not runtime.master:
-            continue
-        if tasks is None:
-            found = measure(name, model, about, suite, about["suites"].get(suite, {}), c.limit)
-        else:
-            found = figures(records, attempts_of(suite))
-            found.update(how_asked(about, how, suite))
-            print(f"{name} {suite}: {found['solved']} of {found['total']} solved", flush=True)
-        about["suites"][suite] = found
-        save_json(results, os.path.join(folder, "eval.json"))
-    if runtime.master:
-        finish(results, jobs, folder)
+        jobs, loaded = [(name, suite) for name in models for suite in asked], None
+        for name, suite in sorted(jobs, key=lambda job: asked[job[1]] is None):  # the last are rank 0's alone
+            if name != loaded:  # one at a time: there can be many
+                model, loaded = checkpoint.load_model(models[name], on)[0], name
+            about, tasks, how = results[name], asked[suite], settings_for(suite, model, settings)
+            if tasks is not None:
+                records = ask(name, model, about, suite, tasks[: c.limit], how, folder)
+            if not runtime.master:
+                continue
+            if tasks is None:
+                found = measure(name, model, about, suite, about["suites"].get(suite, {}), c.limit)
+            else:
+                found = figures(records, attempts_of(suite))
+                found.update(how_asked(about, how, suite))
+                print(f"{name} {suite}: {found['solved']} of {found['total']} solved", flush=True)
+            about["suites"][suite] = found
+            save_json(results, os.path.join(folder, "eval.json"))
+        if runtime.master:
+            finish(results, jobs, folder)
 
 
 def settings_for(suite, model, settings):

@@ -35,11 +35,11 @@ def write_whole(data, path):
 
 def lock(folder, who):
     """
-    Make the folder, and hold it until the file that is returned is closed or this process ends: two at work
+    Make the folder, and hold it until the file that is returned is closed or this process ends: two of `who`
     in one would write the same files. ValueError where another is, OSError where it cannot be written to.
     """
     os.makedirs(folder, exist_ok=True)
-    f = open(os.path.join(folder, ".lock"), "w")  # noqa: SIM115 (open as long as the lock is held)
+    f = open(os.path.join(folder, f".{who}.lock"), "w")  # noqa: SIM115 (open as long as the lock is held)
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -15,7 +15,7 @@ import torch
 from tiny import grid, save
 
 import eval_arc
-from smol import arc, language, solve, suites
+from smol import arc, files, language, solve, suites
 from smol.solve import Candidate, Given
 
 TASKS = [
@@ -234,6 +234,14 @@ def test_a_killed_run_goes_on_and_gives_what_it_would_have_given(checkpoints, tm
     assert not asked and len(measured) == 2  # by each folder once
     call(killed, *args[:2], "--limit=5")
     assert len(asked) == 1 and len(measured) == 3
+
+
+def test_two_evaluations_are_not_at_work_in_one_folder(checkpoints, tmp_path):
+    with files.lock(tmp_path, "evaluation"), pytest.raises(SystemExit, match="another evaluation is at work"):
+        call(tmp_path, checkpoints[0], "--suites=sudoku4", "--limit=1")
+    with files.lock(tmp_path, "run"):  # a run may be evaluated while it trains
+        call(tmp_path, checkpoints[0], "--suites=sudoku4", "--limit=1")
+    call(tmp_path, checkpoints[0], "--suites=sudoku4", "--limit=1")
 
 
 def test_other_settings_another_checkpoint_or_another_task_are_asked_anew(checkpoints, tmp_path, asked):
