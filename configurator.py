@@ -202,7 +202,9 @@ def help_text(script_globals, usage=""):
         first -= 1
     while last + 1 < len(lines) and lines[last + 1].strip():
         last += 1
-    call = f"python {os.path.basename(path)} {usage} [config.py ...] --key=value ..."
+    module = getattr(script_globals.get("__spec__"), "name", "")
+    script = f"-m {module}" if "." in module else os.path.basename(path)
+    call = " ".join(["python", script, *usage.split(), "[config.py ...] --key=value ..."])
     return "\n".join([script_globals["__doc__"].strip(), "", call, "", *lines[first : last + 1]])
 
 

@@ -246,7 +246,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 scale = relative[rows, None].to(x.dtype)
                 d_x[rows] = (d_logits @ weight) * scale
                 if wide == x.dtype:
-                    d_weight.addmm_(d_logits.t(), x[rows] * scale)
+                    torch.addmm(d_weight, d_logits.t(), x[rows] * scale, out=d_weight)
                 else:
                     d_weight += d_logits.t() @ (x[rows] * scale)
         ctx.save_for_backward(d_x, d_weight)

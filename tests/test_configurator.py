@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import configurator
+import train
+from bench import decode
 
 ROOT = Path(__file__).parent.parent
 
@@ -152,6 +154,11 @@ def test_a_mistake_is_one_line_that_says_what_to_do(toy, argument, message):
 def test_words_are_refused_where_the_script_takes_none(toy):
     with pytest.raises(configurator.ConfigError, match="cannot read 'demo': settings are --key=value"):
         toy("demo", usage="")
+
+
+def test_help_says_how_a_script_or_a_module_is_called():
+    assert "\npython train.py [config.py ...] --key" in configurator.help_text(vars(train))
+    assert "\npython -m bench.decode [config.py ...] --key" in configurator.help_text(vars(decode))
 
 
 def test_help_into_a_pipe_that_closes_is_no_traceback(tmp_path):
