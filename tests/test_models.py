@@ -130,6 +130,9 @@ def test_linear_cross_entropy(at_once, monkeypatch):
         torch.testing.assert_close(a, 3 * b, rtol=1e-5, atol=1e-7)
     with torch.no_grad():
         torch.testing.assert_close(linear_cross_entropy(x, weight, targets, share), want)
+        far = (F.cross_entropy(100 * x @ weight.T, targets, reduction="none") * share).sum()
+        assert far > 90  # in float32 the probabilities of such targets are zero
+        torch.testing.assert_close(linear_cross_entropy(100 * x, weight, targets, share), far)
     for dtype in (torch.bfloat16, torch.float16):
         with torch.autocast("cpu", dtype=dtype):
             got = linear_cross_entropy(x, weight, targets, share)
