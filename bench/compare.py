@@ -84,14 +84,14 @@ def draw(kind, rng, test=False):
     if match := re.fullmatch(r"maze-(\d+)", kind):
         return puzzles.maze(rng, int(match[1]), int(match[1]))
     if match := re.fullmatch(r"(sudoku4|sudoku9|turn|recolour)-(\d+)-(\d+)", kind):
-        low, high = int(match[2]), int(match[3])
-        n = high if test else int(rng.integers(low, high + 1))
-        if match[1] == "turn" and 2 <= low <= high <= 8:
+        name, low, high = match[1], int(match[2]), int(match[3])
+        n = high if test or low >= high else int(rng.integers(low, high + 1))
+        if name == "turn" and 2 <= low <= high <= 8:
             return puzzles.turned(rng, n)
-        if match[1] == "recolour" and 2 <= low <= high <= 9:
+        if name == "recolour" and 2 <= low <= high <= 9:
             return recoloured(rng, n)
-        if "sudoku" in match[1]:
-            return puzzles.sudoku(rng, int(match[1][-1]), n, "test" if test else "train")
+        if "sudoku" in name and low <= high:
+            return puzzles.sudoku(rng, int(name[-1]), n, "test" if test else "train")
     raise ValueError(
         f"--puzzle={kind}: there are sudoku4-, sudoku9-, turn- and recolour-MIN-MAX, and maze-SIDE"
     )

@@ -307,6 +307,7 @@ def test_published_trm_is_trained_and_asked_with_rollouts(cautious, tmp_path, mo
         (["--nanogpt=there", "--puzzle=sudoku4-4-6"], "--nanogpt for text"),
         (["A: config/route_a_demo.py", "--puzzle=chess"], "--puzzle=chess: there are"),
         (["A: config/route_a_demo.py", "--puzzle=turn-2-9"], "--puzzle=turn-2-9: there are"),
+        (["A: config/route_a_demo.py", "--puzzle=sudoku9-40-10"], "--puzzle=sudoku9-40-10: there are"),
     ],
 )
 def test_a_comparison_that_cannot_be_is_one_line(argv, says, tmp_path):
