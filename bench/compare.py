@@ -83,15 +83,16 @@ def draw(kind, rng, test=False):
     """One arc.Task of a kind such as 'sudoku9-10-40'. ValueError for a kind that there is not."""
     if match := re.fullmatch(r"maze-(\d+)", kind):
         return puzzles.maze(rng, int(match[1]), int(match[1]))
-    if match := re.fullmatch(r"(sudoku4|sudoku9|turn|recolour)-(\d+)-(\d+)", kind):
+    match = re.fullmatch(r"(sudoku4|sudoku9|turn|recolour)-(\d+)-(\d+)", kind)
+    if match and int(match[2]) <= int(match[3]):
         name, low, high = match[1], int(match[2]), int(match[3])
-        n = high if test or low >= high else int(rng.integers(low, high + 1))
-        if name == "turn" and 2 <= low <= high <= 8:
-            return puzzles.turned(rng, n)
-        if name == "recolour" and 2 <= low <= high <= 9:
-            return recoloured(rng, n)
-        if "sudoku" in name and low <= high:
+        n = high if test else int(rng.integers(low, high + 1))
+        if "sudoku" in name:
             return puzzles.sudoku(rng, int(name[-1]), n, "test" if test else "train")
+        if name == "turn" and low >= 2 and high <= 8:
+            return puzzles.turned(rng, n)
+        if name == "recolour" and low >= 2 and high <= 9:
+            return recoloured(rng, n)
     raise ValueError(
         f"--puzzle={kind}: there are sudoku4-, sudoku9-, turn- and recolour-MIN-MAX, and maze-SIDE"
     )
