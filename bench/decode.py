@@ -30,10 +30,13 @@ RANGES = {"[1, inf)": "steps"}
 LAYOUT = "{:>8,} {:>5} {:10} {:>11.1f} {:>11.1f} {:>25.2f}"
 
 
-def filled_cache(net, context, rows):
-    """A KVCache of `context` tokens without reading them: a step costs what there is, not what it says."""
+def filled_cache(net, context, rows, room):
+    """
+    A KVCache of `context` tokens without reading them, with room for `room` more: a step costs what there is,
+    not what it says.
+    """
     idx = torch.full((rows, context), 17, device=net.wte.weight.device)
-    layers = [tuple(t.zero_() for t in layer) for layer in net.empty_cache(rows, context + 64)]
+    layers = [tuple(t.zero_() for t in layer) for layer in net.empty_cache(rows, context + room)]
     return engine.KVCache(layers, idx, None)
 
 
@@ -45,9 +48,10 @@ def measure(c, device):
     nets = {name: Model(Config(**some)).to(device).eval() for name, some in settings.items()}
     for batch in c.batches:
         for context in c.contexts if batch == c.batches[0] else c.contexts[-2:-1]:
-            caches = {name: filled_cache(net, context, batch) for name, net in nets.items()}
+            n = 2 + c.steps  # the first two warm up
+            caches = {name: filled_cache(net, context, batch, n) for name, net in nets.items()}
             times, token = {name: [] for name in nets}, torch.full((batch,), 17, device=device)
-            for _ in range(2 + c.steps):
+            for _ in range(n):
                 for name, net in nets.items():
                     start = clock(device)
                     x = engine.decode_step(net, token, caches[name])
