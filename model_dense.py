@@ -422,9 +422,9 @@ class Model(nn.Module, HubMixin, library_name="smol-llm", license="mit"):
         at_once = tokens_at_once(self.config, runtime.free_memory(self.wte.weight.device))
         return engine.answer_tasks(self, tasks, samples, temperature, seed, at_once)
 
-    def answer_logits(self, tasks, answers):
-        """Log-probabilities of given answers: engine.answer_logits."""
-        return engine.answer_logits(self, tasks, answers)
+    def score_answers(self, tasks, answers):
+        """Log-probabilities of given answers: engine.score_answers."""
+        return engine.score_answers(self, tasks, answers)
 
 
 def describe(model, passes=1):

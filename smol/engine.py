@@ -45,7 +45,7 @@ class KVCache:
     first: torch.Tensor | None  # (B,) where each row's document begins; None if that is 0 in every row
 
     def repeat(self, n):
-        """Every row n times in turn: a prompt is read once and continued n times."""
+        """Every row n times, or n[b] times: a prompt is read once and continued n times."""
         layers = [tuple(t.repeat_interleave(n, 0) for t in layer) for layer in self.layers]
         first = None if self.first is None else self.first.repeat_interleave(n, 0)
         return KVCache(layers, self.idx.repeat_interleave(n, 0), first)
@@ -314,29 +314,54 @@ def answer_tasks(model, tasks, samples, temperature, seed, tokens):
 
 
 @torch.no_grad()
-def answer_logits(model, tasks, answers):
+def score_answers(model, tasks, answers):
     """
-    Log-probabilities of given answers, by teacher forcing. answers: for each task, for each test input, a
-    grid or None. Returns the same nesting of float32 arrays (h, w): each cell's log-probability, among the
-    ten colours and the end, given all before it. None where the answer is None or the row longer than
-    block_size.
+    Log-probabilities of given answers. tasks: list of arc.Task with one test input each; answers: for each a
+    list of grids. Returns for each task an array (len(grids),) of float32: what `write_grids` gives with a
+    grid that it writes. A prompt is read once for all of its answers.
     """
-    out = [[None] * len(task.test) for task in tasks]
-    rows = []
+    scores, questions = [None] * len(tasks), []
     for i, (task, grids) in enumerate(zip(tasks, answers)):
-        for j, ((test_input, _), grid) in enumerate(zip(task.test, grids)):
-            if grid is not None:
-                ids = arc.encode(task.kind, [*task.train, (test_input, grid)])
-                if len(ids) - 2 <= model.config.block_size:  # neither the last <|row|> nor EOT is read
-                    rows.append((i, j, torch.from_numpy(ids.astype(np.int64)), grid))
-    for part in batches_by_length(rows, lambda row: len(row[2])):
-        shapes = [grid.shape for *_, grid in part]
-        log_p = cell_logits(model, [ids for _, _, ids, _ in part], shapes).log_softmax(-1).cpu()
-        log_p = log_p.split([h * (w + 1) + 1 for h, w in shapes])
-        for (i, j, _, grid), (h, w), cells in zip(part, shapes, log_p):
-            cells = cells[:-1].view(h, w + 1, 11)[:, :w].numpy()
-            out[i][j] = np.take_along_axis(cells, grid[..., None].astype(np.int64), -1)[..., 0]
-    return out
+        ((test_input, _),) = task.test
+        prompt = arc.encode_prompt(task.kind, task.train, test_input)
+        written = [torch.from_numpy(arc.encode_grid(grid).astype(np.int64)) for grid in grids]
+        longest = len(prompt) + max(map(len, written))
+        questions.append((i, torch.from_numpy(prompt.astype(np.int64)), written, len(grids) * longest))
+    for part in batches_by_length(questions, lambda q: q[-1]):
+        numbers, prompts, written, _ = zip(*part)
+        x = hidden_of_answers(model, prompts, written)
+        shapes = [grid.shape for i in numbers for grid in answers[i]]
+        limits = [arc.canvas_shape(tasks[i].train, tasks[i].test[0][0]) for i in numbers for _ in answers[i]]
+        legal = torch.cat([legal_outcomes(shape, limit) for shape, limit in zip(shapes, limits)])
+        log_p = outcome_logits(model, x, shapes).cpu().masked_fill(~legal, -torch.inf).log_softmax(-1)
+        # what came: the colours, the end of each row, the end of the grid
+        came = torch.cat([F.pad(ids - tok.CELL0, (0, 1), value=10) for some in written for ids in some])
+        log_p = log_p.gather(1, came[:, None]).squeeze(1)
+        of_grids = iter(log_p.split([h * (w + 1) + 1 for h, w in shapes]))
+        for i in numbers:
+            scores[i] = np.array([next(of_grids).sum() for _ in answers[i]], np.float32)
+    return scores
+
+
+def hidden_of_answers(model, prompts, written):
+    """
+    prompts: list of (T_b,) long; written: for each prompt a list of (n_a,) long, its answers. Returns what
+    the head reads (N, n_embd) at the n_a + 1 tokens from the prompt's last on, one answer after the other.
+    """
+    device = model.wte.weight.device
+    answers = [ids for some in written for ids in some]
+    idx = pad_documents(answers, device)  # (R, T)
+    x, cache = prefill(model, prompts, idx.shape[1])
+    counts = torch.tensor([len(some) for some in written], device=device)
+    x, cache = x.repeat_interleave(counts, 0), cache.repeat(counts)
+    length = cache.idx.shape[1]
+    t = torch.arange(length + idx.shape[1], device=device)
+    attn_mask = (t <= t[length:, None]).expand(len(idx), 1, -1, -1)
+    if cache.first is not None:
+        attn_mask = attn_mask & (t >= cache.first[:, None, None, None])
+    positions = arc.positions(torch.cat([cache.idx, idx], 1))[:, length:]
+    more = model.hidden(idx, None, attn_mask, positions, cache.layers, length)
+    return torch.cat([row[: len(ids) + 1] for row, ids in zip(torch.cat([x[:, None], more], 1), answers)])
 
 
 def pad_documents(documents, device, side="right"):
@@ -348,16 +373,23 @@ def pad_documents(documents, device, side="right"):
 def cell_logits(model, documents, shapes):
     """
     What an autoregressive model makes of given answers, with gradient where gradients are on. documents:
-    list of (T_b,) long, as arc.encode makes them; shapes: the (h, w) of their answers. Returns (N, 11)
-    float32: for one document after the other, at each of the h * (w + 1) + 1 tokens of its answer and its
-    <|endoftext|>, the logits of the ten colours and of "it ends here". That is the logit of ROW, and of
-    <|endoftext|> in the first column.
+    list of (T_b,) long, as arc.encode makes them; shapes: the (h, w) of their answers. Returns (N, 11) for
+    one document after the other, as `outcome_logits` does.
     """
     x = model.hidden(pad_documents([ids[:-1] for ids in documents], model.wte.weight.device))
     counts = [h * (w + 1) + 1 for h, w in shapes]
     x = torch.cat([row[len(ids) - 1 - n : len(ids) - 1] for row, ids, n in zip(x, documents, counts)])
+    return outcome_logits(model, x, shapes)
+
+
+def outcome_logits(model, x, shapes):
+    """
+    x (N, n_embd): what the head reads at each of the h * (w + 1) + 1 tokens before those of an answer and its
+    <|endoftext|>, for one shape (h, w) after the other. Returns (N, 11) float32: the logits of the ten
+    colours and of "it ends here", which is that of ROW, and of <|endoftext|> in the first column.
+    """
     logits = F.linear(x, model.wte.weight[torch.tensor(GRID_IDS, device=x.device)]).float()
-    first_column = torch.cat([torch.arange(n) % (w + 1) == 0 for n, (_, w) in zip(counts, shapes)])
+    first_column = torch.cat([torch.arange(h * (w + 1) + 1) % (w + 1) == 0 for h, w in shapes])
     ends = torch.where(first_column.to(x.device), logits[:, END], logits[:, ROW])
     return torch.cat([logits[:, :10], ends[:, None]], 1)
 

@@ -151,18 +151,25 @@ def vote(answers):
     return sorted(candidates, key=rank)
 
 
-def rescore(model, task, test_input, some_views, candidates):
+def rescore(model, asked):
     """
-    Route A: the score of the leading candidates for a test input becomes the mean log-probability of their
-    cells over several views. Returns the candidates, sorted again.
+    Route A: the score of candidates becomes the mean of their log-probabilities over views of their task, the
+    product of what the views say. asked: list of (task, its views, number of the test input, candidates, which
+    are sorted again in place).
     """
-    for c in candidates[:RESCORED]:
-        question = replace(task, test=[(test_input, c.grid)])
-        seen = [apply_view(view, question) for view in some_views[:RESCORING_VIEWS]]
-        log_probs = model.answer_logits(seen, [[t.test[0][1]] for t in seen])
-        means = [x.mean() for (x,) in log_probs if x is not None and np.isfinite(x).all()]
-        c.score = float(np.mean(means)) if means else c.score
-    return sorted(candidates[:RESCORED], key=rank) + candidates[RESCORED:]
+    seen, answers = [], []
+    for task, some_views, j, candidates in asked:
+        question = replace(task, test=[task.test[j]])
+        for view in some_views[:RESCORING_VIEWS]:
+            seen.append(apply_view(view, question))
+            answers.append([arc.augment(view.symmetry, c.grid) for c in candidates])
+    scores = iter(model.score_answers(seen, answers))
+    for _, some_views, _, candidates in asked:
+        log_p = np.stack([next(scores) for _ in some_views[:RESCORING_VIEWS]])  # (views, candidates)
+        finite = log_p[np.isfinite(log_p).all(1)]
+        for c, score in zip(candidates, finite.mean(0) if len(finite) else itertools.repeat(0.0)):
+            c.score = float(score)
+        candidates.sort(key=rank)
 
 
 # -----------------------------------------------------------------------------
@@ -212,10 +219,8 @@ def solve_grids(model, tasks, settings):
 
     found = [[None if some is None else vote(some) for some in given] for given in votes]
     if not canvas:
-        for task, some_views, given in zip(tasks, seen, found):
-            for j, candidates in enumerate(given):
-                if candidates and len(candidates) > 1:
-                    given[j] = rescore(model, task, task.test[j][0], some_views, candidates)
+        several = [(t, v, j, c) for t, v, g in zip(tasks, seen, found) for j, c in enumerate(g)]
+        rescore(model, [some for some in several if len(some[-1] or ()) > 1])
     return [[Given(c, s) if c is not None else None for c, s in zip(*both)] for both in zip(found, steps)]
 
 
@@ -225,8 +230,8 @@ def votes_of_steps(steps):
 
 
 def votes_of_samples(samples):
-    """Route A: every sample is a vote. Its score is the mean log-probability of its tokens."""
-    return [Candidate(g, score=log_p / (g.shape[0] * (g.shape[1] + 1) + 1)) for g, log_p in samples]
+    """Route A: every sample is a vote. Its score is its log-probability."""
+    return [Candidate(g, score=log_p) for g, log_p in samples]
 
 
 # -----------------------------------------------------------------------------

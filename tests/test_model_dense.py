@@ -1,6 +1,7 @@
 """Route A: its attention by hand, grids under their grammar, what caches and answers hold."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -163,26 +164,31 @@ def test_logits_that_are_not_finite_are_no_answer(wrong):
 
 
 @torch.no_grad()
-def test_answer_logits_are_those_of_the_forward():
-    """Among the ten colours and the end: of the row, or in the first column of the grid."""
+def test_the_score_of_an_answer_is_its_log_probability_by_the_forward_and_as_it_was_written():
+    """Among what the grammar allows: colours, the end of the row, in the first column that of the grid."""
     model, rng = dense(2, size=0.3), np.random.default_rng(0)
-    shapes = [[(2, 3)], [None, (1, 1)], [(4, 2)]]
-    answers = [[s and rng.integers(0, 10, s).astype(np.uint8) for s in some] for some in shapes]
-    for task, given, got in zip(TASKS, answers, model.answer_logits(TASKS[:3], answers)):
-        for (test_input, _), answer, log_p in zip(task.test, given, got):
-            if answer is None:
-                assert log_p is None
-                continue
+    tasks = [replace(task, test=[pair]) for task in TASKS for pair in task.test]
+    given = [[rng.integers(0, 10, s).astype(np.uint8) for s in ((2, 3), (1, 1), (4, 2))] for _ in tasks]
+    for task, answers, got in zip(tasks, given, model.score_answers(tasks, given)):
+        ((test_input, _),) = task.test
+        most_rows, most_columns = arc.canvas_shape(task.train, test_input)
+        for answer, score in zip(answers, got):
             ids = arc.encode(task.kind, [*task.train, (test_input, answer)]).astype(np.int64)
             logits = model(torch.from_numpy(ids)[None], mode="puzzle")[0][0]
-            start = len(arc.encode_prompt(task.kind, task.train, test_input))
-            h, w = answer.shape
-            for r in range(h):
-                for c in range(w):
-                    ends = tok.EOT if c == 0 else tok.ROW
-                    outcomes = [*range(tok.CELL0, tok.CELL0 + 10), ends]
-                    want = logits[start + r * (w + 1) + c - 1, outcomes].log_softmax(0)[int(answer[r, c])]
-                    assert abs(log_p[r, c] - want) < 1e-4
+            at, (h, w), want = len(arc.encode_prompt(task.kind, task.train, test_input)), answer.shape, 0.0
+            for n in range(h * (w + 1) + 1):
+                row, column = divmod(n, w + 1)
+                legal = [*range(tok.CELL0, tok.CELL0 + 10)] * (
+                    column < (w if row else max(most_columns, w)) and row < max(most_rows, h)
+                )
+                legal += [tok.ROW] * (column > 0 and row < h and (row == 0 or column == w))
+                legal += [tok.EOT] * (column == 0 and row > 0)
+                came = int(ids[at + n])
+                want += float(logits[at + n - 1, legal].log_softmax(0)[legal.index(came)])
+            assert abs(score - want) < 1e-3
+    ((written, other),) = model.answer(tasks[:1], samples=2)[0]
+    scores = model.score_answers(tasks[:1], [[written[0], other[0]]])[0]
+    assert scores == pytest.approx([written[1], other[1]], abs=1e-3)
 
 
 # ---- costs
