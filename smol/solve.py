@@ -154,8 +154,8 @@ def vote(answers):
 def rescore(model, asked):
     """
     Route A: the score of candidates becomes the mean of their log-probabilities over views of their task, the
-    product of what the views say. asked: list of (task, its views, number of the test input, candidates, which
-    are sorted again in place).
+    product of what the views say. asked: list of (task, its views, number of the test input, candidates),
+    which are sorted again in place.
     """
     seen, answers = [], []
     for task, some_views, j, candidates in asked:
