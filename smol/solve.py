@@ -4,9 +4,9 @@ From a model to its attempts: a task in many views, many answers, and a vote.
 A *view* is the task turned or mirrored, with other colours and its demonstrations in another order. The
 model's answer to a view is turned back and counts as a vote for that grid. Route A can also draw several
 answers to each view. Route B gives one, that of its most confident supervision step; those of the other
-steps are candidates without a vote. Candidates with equal votes are ordered by a score: for Route A the
-log-probability of the candidate's cells, averaged over views; for Route B the halting probability. Where
-Route B takes several rollouts, its one answer is that of the most confident step of all of them.
+steps are candidates without a vote. Candidates with equal votes are ordered by their halting probability.
+Where Route B takes several rollouts, its one answer is that of the most confident step of all of them. Route
+A scores every candidate in every view, and its first attempt is the one with the best score (`rescore`).
 
 Programs are another way: the model writes functions of the language of programs.py, and those that turn every
 demonstration's input into its output are run on the test input. They have passed a test, so they come first.
@@ -33,8 +33,6 @@ from smol import tokenizer as tok
 from smol.engine import NOISE, ranked, surest_rollout
 from smol.loader import bucket_length, draw_rng, pad_rows, puzzle_row
 
-RESCORED = 4  # Route A: so many leading candidates are scored again
-RESCORING_VIEWS = 8  # in at most so many views
 TEMPERATURE = 0.8  # of all samples but the first, which is greedy
 PROGRAM_TOKENS = 160  # longest program; one of four steps takes about 60
 ANSWER_TOKENS = 200  # longest solution of a puzzle in words; they take 165 at most
@@ -153,23 +151,30 @@ def vote(answers):
 
 def rescore(model, asked):
     """
-    Route A: the score of candidates becomes the mean of their log-probabilities over views of their task, the
-    product of what the views say. asked: list of (task, its views, number of the test input, candidates),
-    which are sorted again in place.
+    Route A: the score of a candidate becomes the mean log-probability of its tokens over views of its task,
+    and the two attempts are the candidate with the best score, and of the others the one with most votes: the
+    two are often right about different tasks. asked: list of (task, its views, number of the test input,
+    candidates, which are sorted again in place).
     """
     seen, answers = [], []
     for task, some_views, j, candidates in asked:
         question = replace(task, test=[task.test[j]])
-        for view in some_views[:RESCORING_VIEWS]:
+        for view in some_views:
             seen.append(apply_view(view, question))
             answers.append([arc.augment(view.symmetry, c.grid) for c in candidates])
     scores = iter(model.score_answers(seen, answers))
     for _, some_views, _, candidates in asked:
-        log_p = np.stack([next(scores) for _ in some_views[:RESCORING_VIEWS]])  # (views, candidates)
+        log_p = np.stack([next(scores) for _ in some_views])  # (views, candidates)
         finite = log_p[np.isfinite(log_p).all(1)]
         for c, score in zip(candidates, finite.mean(0) if len(finite) else itertools.repeat(0.0)):
-            c.score = float(score)
-        candidates.sort(key=rank)
+            c.score = float(score) / tokens_of(c.grid)
+        candidates.sort(key=lambda c: (c.program is None, -c.score))
+        candidates[1:] = sorted(candidates[1:], key=rank)
+
+
+def tokens_of(grid):
+    """Of a grid as it is written: its cells, the end of each row, and its own end."""
+    return grid.shape[0] * (grid.shape[1] + 1) + 1
 
 
 # -----------------------------------------------------------------------------
@@ -230,8 +235,8 @@ def votes_of_steps(steps):
 
 
 def votes_of_samples(samples):
-    """Route A: every sample is a vote. Its score is its log-probability."""
-    return [Candidate(g, score=log_p) for g, log_p in samples]
+    """Route A: every sample is a vote. Its score is the mean log-probability of its tokens."""
+    return [Candidate(g, score=log_p / tokens_of(g)) for g, log_p in samples]
 
 
 # -----------------------------------------------------------------------------

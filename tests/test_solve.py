@@ -113,7 +113,28 @@ def test_answers_are_the_models_own_and_do_not_depend_on_what_else_is_asked(name
     assert together == [plain(solve.solve(model, [task], settings))[0] for task in tasks]
 
 
-def test_the_score_of_route_a_is_the_mean_over_views_of_its_log_probability():
+def test_the_first_attempt_has_the_best_score_and_the_second_the_most_votes_of_the_others():
+    class Model(RightInSomeViews):
+        """Answers to six views: one has three votes, one two, and one, which scores best, a single one."""
+
+        def answer(self, tasks, samples, temperature, seed):
+            return [[[(tasks[0].test[0][0][:rows], -1.0)]] for rows in (3, 3, 3, 2, 2, 1)]
+
+        def score_answers(self, tasks, answers):
+            return [
+                np.array([{3: -40.0, 2: -50.0, 1: -2.0}[len(grid)] for grid in grids]) for grids in answers
+            ]
+
+    task = replace(turned(), kind="sudoku")
+    seen = [solve.View(arc.IDENTITY, (0, 1, 2))] * 6
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(solve, "views", lambda *_: seen)
+        ((given,),) = solve.solve(Model(0), [task], Settings(augment=6))
+    assert [(len(c.grid), c.votes) for c in given.candidates] == [(1, 1), (3, 3), (2, 2)]
+    assert [c.score for c in given.candidates] == pytest.approx([-2 / 6, -40 / 16, -50 / 11])
+
+
+def test_the_score_of_route_a_is_the_mean_over_views_of_the_log_probability_of_a_token():
     model, (task,) = make("dense", 400), smallest("sudoku4", 1)
     settings = Settings(augment=3, samples=2)
     ((given,),) = solve.solve(model, [task], settings)
@@ -123,7 +144,8 @@ def test_the_score_of_route_a_is_the_mean_over_views_of_its_log_probability():
         for view in solve.views(task, 3, settings.seed):
             answer = arc.augment(view.symmetry, c.grid)
             expected.append(model.score_answers([solve.apply_view(view, task)], [[answer]])[0][0])
-        assert c.score == pytest.approx(np.mean(expected), abs=1e-3)
+        h, w = c.grid.shape
+        assert c.score == pytest.approx(np.mean(expected) / (h * (w + 1) + 1), abs=1e-3)
 
 
 def test_route_b_keeps_its_steps_and_stops_where_it_is_confident():
