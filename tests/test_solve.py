@@ -122,7 +122,7 @@ def test_the_first_attempt_has_the_best_score_and_the_second_the_most_votes_of_t
 
         def score_answers(self, tasks, answers):
             return [
-                np.array([{3: -40.0, 2: -50.0, 1: -2.0}[len(grid)] for grid in grids]) for grids in answers
+                np.array([{3: -80.0, 2: -50.0, 1: -2.0}[len(grid)] for grid in grids]) for grids in answers
             ]
 
     task = replace(turned(), kind="sudoku")
@@ -131,7 +131,7 @@ def test_the_first_attempt_has_the_best_score_and_the_second_the_most_votes_of_t
         patch.setattr(solve, "views", lambda *_: seen)
         ((given,),) = solve.solve(Model(0), [task], Settings(augment=6))
     assert [(len(c.grid), c.votes) for c in given.candidates] == [(1, 1), (3, 3), (2, 2)]
-    assert [c.score for c in given.candidates] == pytest.approx([-2 / 6, -40 / 16, -50 / 11])
+    assert [c.score for c in given.candidates] == pytest.approx([-2 / 6, -80 / 16, -50 / 11])
 
 
 def test_the_score_of_route_a_is_the_mean_over_views_of_the_log_probability_of_a_token():
