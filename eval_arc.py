@@ -394,11 +394,11 @@ def run(c, words):
     folder = c.out_dir or beside.pop() or "."
     settings = solve.Settings(**{f.name: getattr(c, f.name) for f in dataclasses.fields(solve.Settings)})
     on = runtime.pick_device(c.device)
+    results = read_results(os.path.join(folder, "eval.json"))
+    models = look_at(files, on, runtime.pick_dtype(c.dtype, on), results)
+    if c.n_rollouts > 1 and all(results[name]["model"] != "trm" for name in models):
+        raise ValueError("--n_rollouts is about Route B, and there is none: --samples is Route A's")
     with lock(folder, "evaluation") if runtime.master else contextlib.nullcontext():
-        results = read_results(os.path.join(folder, "eval.json"))
-        models = look_at(files, on, runtime.pick_dtype(c.dtype, on), results)
-        if c.n_rollouts > 1 and all(results[name]["model"] != "trm" for name in models):
-            raise ValueError("--n_rollouts is about Route B, and there is none: --samples is Route A's")
         if runtime.world_size > 1:
             runtime.start_processes(on.split(":")[0])
 
