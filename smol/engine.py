@@ -326,8 +326,10 @@ def score_answers(model, tasks, answers):
         prompt = arc.encode_prompt(task.kind, task.train, test_input)
         written = [torch.from_numpy(arc.encode_grid(grid).astype(np.int64)) for grid in grids]
         longest = len(prompt) + max(map(len, written))
-        questions.append((i, torch.from_numpy(prompt.astype(np.int64)), written, len(grids) * longest))
-    for part in batches_by_length(questions, lambda q: q[-1]):
+        questions.append((i, torch.from_numpy(prompt.astype(np.int64)), written, longest))
+    # by length, for prompts are padded; as if each had as many answers as the one with most
+    most = max(map(len, answers), default=0)
+    for part in batches_by_length(questions, lambda q: most * q[-1]):
         numbers, prompts, written, _ = zip(*part)
         x = hidden_of_answers(model, prompts, written)
         shapes = [grid.shape for i in numbers for grid in answers[i]]

@@ -166,8 +166,8 @@ def rescore(model, asked):
     for _, some_views, _, candidates in asked:
         log_p = np.stack([next(scores) for _ in some_views])  # (views, candidates)
         finite = log_p[np.isfinite(log_p).all(1)]
-        for c, score in zip(candidates, finite.mean(0) if len(finite) else itertools.repeat(0.0)):
-            c.score = float(score) / tokens_of(c.grid)
+        for n, c in enumerate(candidates):
+            c.score = float(finite[:, n].mean()) / tokens_of(c.grid) if len(finite) else c.score
         candidates.sort(key=lambda c: (c.program is None, -c.score))
         candidates[1:] = sorted(candidates[1:], key=rank)
 
@@ -224,8 +224,13 @@ def solve_grids(model, tasks, settings):
 
     found = [[None if some is None else vote(some) for some in given] for given in votes]
     if not canvas:
-        several = [(t, v, j, c) for t, v, g in zip(tasks, seen, found) for j, c in enumerate(g)]
-        rescore(model, [some for some in several if len(some[-1] or ()) > 1])
+        several = [
+            (task, some_views, j, candidates)
+            for task, some_views, given in zip(tasks, seen, found)
+            for j, candidates in enumerate(given)
+            if candidates and len(candidates) > 1
+        ]
+        rescore(model, several)
     return [[Given(c, s) if c is not None else None for c, s in zip(*both)] for both in zip(found, steps)]
 
 

@@ -158,6 +158,8 @@ def test_decode_rows(tmp_path):
     asked = [(n, batch, name) for n, batch in ((30, 1), (300, 1), (30, 2)) for name in names]
     assert [(r["context"], r["batch"], r["name"]) for r in rows] == asked
     size = {(r["context"], r["batch"], r["name"]): r["cache_mb"] for r in rows}
+    room = 30 + 2 + 1  # the context, two steps that warm up, and the one that is timed
+    assert size[30, 1, "attention"] == pytest.approx(4 * 2 * room * 16 * 4 / 1e6)
     assert size[300, 1, "attention"] - size[30, 1, "attention"] == pytest.approx(4 * 2 * 270 * 16 * 4 / 1e6)
     assert size[300, 1, "Route A"] - size[30, 1, "Route A"] == pytest.approx(2 * 270 * 16 * 4 / 1e6)
 
