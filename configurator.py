@@ -107,12 +107,15 @@ def types_of(script_globals, config):
 
 
 def parse(text, types):
-    """A value from the command line: a Python literal where it is one and the setting is not text."""
+    """
+    A value from the command line: a Python literal where it is one and fits, else the text. Quotes around a
+    text are taken off.
+    """
     if bool in types and text in ("true", "false"):
         return text == "true"
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
     return value if str not in types or isinstance(value, types) else text
 

@@ -20,8 +20,8 @@ the place of the data's (generalised knowledge distillation, arXiv 2306.13649):
                                              offline distillation with soft targets
 
 Draws and losses are over the same outcomes: the ids that both models know, in puzzles those that the grammar
-allows. The loss is the mean over the tokens of a row, then over the rows of a source in the whole step,
-however they are shared among batches and processes; a source weighs as much as it has batches. Writes what
+allows. The loss is the mean over the tokens of a row, then over the rows of a batch; among the batches of a
+source, those of many rows in the data weigh more, and a source weighs as much as it has batches. Writes what
 train.py writes, and what share of the time goes to `sampling` and to `scoring`: the rest is learning. Random
 draws follow from the seed, the step, the batch and the row, so a resumed run is the same run. Before this:
 train.py, smol/teachers.py.
@@ -158,7 +158,6 @@ def own_batches(net, guide, batches, step):
     for (number, task, _), answer in zip(tasks, answers):
         document = arc.encode(task.kind, [*task.train, (task.test[0][0], answer)])
         rows[number].append(puzzle_row(document, "autoregressive", "none"))
-    torch.clear_autocast_cache()  # of weights that were cast without gradient
     own = {number: pad_rows(some, max(len(x) for x, _ in some)) for number, some in rows.items()}
     return [replace(b, **dict(zip(("idx", "targets"), own.get(b.key[0], ())))) for b in batches]
 
@@ -313,7 +312,7 @@ def on_canvas(net, guide, idx, targets, carry, seconds):
     log_p[new] = teachers.on_canvases(frames, idx[new])
     words = net.puzzle_words()
     y, carry = net.carried_step({"idx": idx, "targets": targets, "teacher": log_p}, carry, words)
-    cells = arc.canvas_cells(carry["idx"], arc.positions(carry["idx"]))
+    cells = carry["targets"] != IGNORE
     rows, n_rows = cells.nonzero()[:, 0], len(idx)
     student, teacher_log_p = F.linear(y[cells], words[ANSWER_ROWS]).float(), carry["teacher"][cells]
     # the halting head learns whether the answer is the teacher's, as in train.py whether it is right
@@ -410,9 +409,8 @@ def main(argv):
     defaults = configurator.settings(globals())
     config, _ = configurator.read(globals(), argv)
     globals().update(config)
-    with runtime.errors_agree():
-        if init_from in ("", "auto", "scratch") or not teacher:
-            raise ValueError("name a student and a teacher: --init_from=PATH --teacher=PATH")
+    if init_from in ("", "auto", "scratch") or not teacher:
+        runtime.stop("name a student and a teacher: --init_from=PATH --teacher=PATH")
     train.train(config, defaults, Distillation)
 
 

@@ -465,8 +465,7 @@ def main(argv):
     config, paths = configurator.read(globals(), argv, usage="CKPT [CKPT ...]")
     try:
         run(SimpleNamespace(**config), paths)
-        if runtime.world_size > 1:
-            runtime.end_processes()
+        runtime.end_processes()
     except (ValueError, OSError) as e:
         if runtime.world_size > 1:
             runtime.stop(e)

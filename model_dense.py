@@ -49,9 +49,9 @@ class Config:
 
 def check_config(config):
     """Raises ValueError, in one line, for a shape that cannot be built."""
-    for name in ("n_layer", "n_head", "n_embd", "n_ff", "block_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+    for name, value in vars(config).items():
+        if type(value) is int and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
     if config.vocab_size <= tok.END:
         raise ValueError(f"vocab_size={config.vocab_size} leaves out reserved ids: at least {tok.END + 1}")
     if config.n_embd % config.n_head:

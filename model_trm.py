@@ -24,6 +24,7 @@ answering them. `python model_trm.py` describes the 100M model.
 Before this: model_dense.py. Read next: train.py.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -69,9 +70,6 @@ class Config:
 def check_config(config):
     """Raises ValueError, in one line, for a model that cannot be built."""
     model_dense.check_config(config)
-    for name in ("n_latent", "n_recursion", "n_grad", "n_sup"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
     if config.n_grad > config.n_recursion:
         raise ValueError(f"n_grad={config.n_grad} is more than n_recursion={config.n_recursion}")
 
@@ -442,7 +440,7 @@ class Model(nn.Module, HubMixin, library_name="smol-llm", license="mit"):
         weights = torch.arange(1, idx.shape[1] + 1, device=idx.device) * 2654435761 % prime
         draw = ((idx * weights).sum(1) + begun * 1640531527) % prime * 48271 % prime
         steps = 2 + (draw * 16807 % prime) % max(self.config.n_sup - 1, 1)
-        return torch.where(draw.double() / prime < self.config.halt_exploration, steps, 1)
+        return torch.where(draw < math.ceil(self.config.halt_exploration * prime), steps, 1)
 
     # ---- answering puzzles
 

@@ -8,6 +8,7 @@ From sources to what training reads: clean documents, token shards, a stage, fro
         --dry_run=True                           print what would be built
     python prepare.py stage2|stage3              the other stages of the curriculum
     python prepare.py sudoku_extreme             a thousand hard sudokus
+    python prepare.py arc                        RE-ARC, BARC and programs, for config/arc_speedrun.py
     python prepare.py arc_cpu                    RE-ARC alone, for hours on a CPU, in some minutes
     python prepare.py status                     what is there, and what was dropped by which rule
     python prepare.py show programs              the first documents of a source

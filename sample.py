@@ -217,7 +217,7 @@ def save_gif(task, steps, path):
         wrong = np.ones((H, W), dtype=bool)
     words = f"{wrong.sum()} of {wrong.size} cells wrong" if wrong.any() else "solved"
     frames.append(draw(task, cells, words, wrong))
-    sheet = np.concatenate([np.asarray(frame) for frame in frames[:: max(1, len(frames) // 4)]])
+    sheet = np.concatenate([np.asarray(frame) for frame in frames[:: -max(1, len(frames) // 4)]])
     colours = Image.fromarray(sheet).quantize(255)  # for all frames: each with its own would flicker
     frames = [frame.quantize(palette=colours, dither=0) for frame in frames]
     buffer = io.BytesIO()

@@ -359,7 +359,7 @@ def train(config, defaults, make_distillation=None):
         if not show_checks(checks):
             runtime.exit_now("stage 0 failed")
     runtime.end_processes()
-    if interrupted:  # Python itself would wait for a push that is under way
+    if interrupted or publication.future:  # Python itself would wait for a push that is under way
         runtime.exit_now(code=0)
 
 

@@ -162,7 +162,7 @@ def train_contender(c, arguments, seed, out):
 
     probe = run(f"{out}-probe", 20, "--log_interval=5", "--eval_interval=20", "--overwrite=True")
     per_step = (probe[-1]["seconds"] - probe[0]["seconds"]) / (probe[-1]["iter"] - probe[0]["iter"])
-    steps = max(c.points, int(c.seconds / per_step))
+    steps = c.points * max(1, int(c.seconds / per_step / c.points))
     run(out, steps, f"--eval_interval={steps // c.points}", f"--keep_every={steps // c.points}")
     return sorted(glob.glob(f"{out}/ckpt_[0-9]*.pt"), key=lambda p: int(re.findall(r"\d+", p)[-1]))
 
@@ -432,6 +432,9 @@ def main(argv):
             raise ValueError("nobody to compare: name a contender ('A: config/route_a_demo.py') or a rival")
         if c.trm and "sudoku" not in c.puzzle or c.nanogpt and c.puzzle:
             raise ValueError("--trm is for sudokus (--puzzle=sudoku9-10-40) and --nanogpt for text")
+        mixture = out / "data/stages/compare/mixture.json"
+        if c.puzzle and mixture.exists() and (of := snapshots.read_json(mixture)["origin"]) != c.puzzle:
+            raise ValueError(f"{out} has a comparison on {of}: name another --out_dir")
         tasks = make_puzzles(c, out / "data") if c.puzzle else []
         for seed, name in itertools.product(range(1, c.seeds + 1), runs):
             path = str(out / f"{name.replace(' ', '_')}-{seed}")

@@ -31,6 +31,7 @@ from bench import kda as bench_kda
 from bench import train as bench_train
 from smol import arc, checkpoint, runtime, solve
 from smol.files import write_whole
+from smol.snapshots import first_line
 
 quick = False  # tiny shapes, for a test of this command
 seconds = 120.0  # of the training run
@@ -172,7 +173,7 @@ def main(argv):
             found = {"rows": globals()[f"part_{part}"](c, device)}
         except Exception as e:  # noqa: BLE001 (the rest is worth having)
             traceback.print_exc()
-            found = {"failed": f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"}
+            found = {"failed": f"{type(e).__name__}: {first_line(e)}"}
         report["parts"][part] = {"seconds": time.perf_counter() - start, **found}
         for row in found.get("rows", ()):
             print(json.dumps(row, default=str))

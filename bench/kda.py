@@ -15,12 +15,12 @@ import json
 import math
 import statistics
 import sys
-import time
 
 import torch
 import torch.nn.functional as F
 
 import configurator
+from bench.train import clock, this_device
 from kda import KimiDeltaAttention, choose_backend, kda, kda_step
 from model_dense import Attention, Config, rope_3d
 from smol import runtime
@@ -38,18 +38,13 @@ GATES = ("mild", "trained layer", "strong", "resets every 10 tokens")
 NAIVE_LIMIT = 1024  # tokens up to which FLA's naive form, seconds a call on a CPU, is run
 
 
-def clock(device):
-    """A function that gives seconds: on a CPU with one thread those that the process has had."""
-    return time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-
-
 def medians_ms(runs, device, seconds=1.5):
     """
     {name: function without arguments} -> {name: its median milliseconds}. They take turns, so that a machine
     that slows down slows down all of them. About `seconds` of each, at least 5 calls after 2 to warm up; of
     those that take over a second, at least 1.
     """
-    now, times = clock(device), {name: [] for name in runs}
+    times = {name: [] for name in runs}
     while True:
         left = [
             n
@@ -59,16 +54,9 @@ def medians_ms(runs, device, seconds=1.5):
         if not left:
             return {name: 1000 * statistics.median(t[2:] or t[-1:]) for name, t in times.items()}
         for name in left:
-            synchronize(device)
-            start = now()
+            start = clock(device)
             runs[name]()
-            synchronize(device)
-            times[name].append(now() - start)
-
-
-def synchronize(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
+            times[name].append(clock(device) - start)
 
 
 def peak_mb(run, device):
@@ -198,13 +186,11 @@ def main(argv):
     torch.set_flush_denormal(True)  # subnormals cost strong gates up to 8%
     runtime.keep_freed_memory()  # as train.py does
     torch.manual_seed(0)
-    device, name, dtype = "cpu", f"CPU, {torch.get_num_threads()} threads", torch.float32
-    if torch.cuda.is_available():
-        device, name = "cuda", torch.cuda.get_device_name()
-        dtype = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+    device = this_device()
+    dtype = getattr(torch, runtime.pick_dtype("auto", device))
     a = torch.randn(2048, 2048, device=device, dtype=dtype)
     gflops = 2 * 2048**3 / 1e6 / medians_ms({"product": lambda: a @ a}, device)["product"]
-    print(f"{name}, torch {torch.__version__}, {dtype}; a large matmul reaches {gflops:.0f} GFLOP/s here")
+    print(f"{dtype}; a large matmul reaches {gflops:.0f} GFLOP/s here")
     print(f"ratio: our time over the rival's\n\n{'':64s} forward ms    both ms  peak MB   ratio")
     rows = []
     for row in measure(device, dtype):
@@ -213,7 +199,8 @@ def main(argv):
         for rival, figures in row["rivals"].items():
             print_row(f"    {rival}", figures)
     if config["json_file"]:
-        machine = {"device": name, "torch": torch.__version__, "dtype": str(dtype), "matmul_gflops": gflops}
+        machine = {"device": runtime.device_name(device), "threads": torch.get_num_threads()}
+        machine |= {"torch": torch.__version__, "dtype": str(dtype), "matmul_gflops": gflops}
         write_whole(json.dumps({**machine, "rows": rows}, indent=2).encode(), config["json_file"])
 
 

@@ -185,8 +185,7 @@ def fastest(c, config, device):
     """Rows for a config's model: batch sizes, number formats, recomputation and compiled blocks."""
     total = config.batch_size * loop.batches_per_step(vars(config))
     half = "float16" if runtime.pick_dtype("auto", device) == "float16" else "bfloat16"
-    settings = {k: v for k, v in vars(config).items() if k != "recompute"}
-    how = {"model": config.model, "settings": settings, "T": config.block_size, "device": device}
+    how = {"model": config.model, "settings": vars(config), "T": config.block_size, "device": device}
     how |= {"optimizer": config.optimizer, "steps": c.steps}
     compiled_too = (False, True) if device == "cuda" or c.try_compile else (False,)
     table = []

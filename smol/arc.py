@@ -15,6 +15,7 @@ loader.py (documents to batches).
 
 import difflib
 import functools
+import gzip
 import hashlib
 import json
 import os
@@ -127,9 +128,10 @@ def find(task_id):
 
 def read_json(file):
     try:
-        with open(file, encoding="utf-8-sig") as f:  # with a byte order mark or without
+        opener = gzip.open if str(file).endswith(".gz") else open
+        with opener(file, "rt", encoding="utf-8-sig") as f:  # with a byte order mark or without
             return json.load(f)
-    except (ValueError, RecursionError) as e:
+    except (ValueError, RecursionError, EOFError) as e:
         raise ValueError(f"{file} is not JSON: {e}") from None
 
 

@@ -511,6 +511,6 @@ class Publication:
     def end(self, step):
         """The run is over: wait until the step that it ends with is published."""
         self.collect(PATIENCE)
-        if self.step != step:
+        if self.future is None and self.step != step:
             self.start(step)
             self.collect(PATIENCE)

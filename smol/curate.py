@@ -14,7 +14,7 @@ tokenising does.)
   is_evaluation_task its evaluation tasks, by id or demonstration, in tasks that come from elsewhere
   HeldOut            the generated puzzles that are evaluated on
 
-Read next: prepare.py, which runs documents through this.
+Read next: units.py, which runs documents through this.
 """
 
 import functools

@@ -253,7 +253,7 @@ def evaluate_benchmarks(model, suite, limit=None):
             log_samples=False,
         )
     except OSError as e:
-        raise OSError(f"lm-eval cannot get {suite}: {str(e).splitlines()[0]}") from None
+        raise OSError(f"lm-eval cannot get {suite}: {snapshots.first_line(e)}") from None
     for task, figures in found["results"].items():
         for name, value in figures.items():
             metric, _, how = name.partition(",")  # "acc,none": behind the comma, how answers were filtered

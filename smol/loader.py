@@ -48,7 +48,11 @@ class Batch:
     targets: torch.Tensor  # (B, L) long, IGNORE where there is no loss
     source: str
     key: tuple  # (number of the batch within its step, source, L): what a carry belongs to
-    tokens: int  # in idx, padding left out
+
+    @property
+    def tokens(self):
+        """In idx, padding left out."""
+        return int((self.idx != tok.PAD).sum())
 
 
 def draw_rng(seed, source, n):
@@ -216,33 +220,42 @@ class Puzzles:
         document = self.shards.document(int(rng.integers(self.shards.n_documents)))
         return puzzle_row(document, self.puzzle_format, self.augment, rng, self.block_size)
 
+    def put(self, n):
+        """Draw n into the bucket of its length -> the length; None where the row exceeds block_size."""
+        row = self.row(n)
+        if len(row[0]) > self.block_size:
+            return None
+        length = min(bucket_length(len(row[0])), self.block_size)
+        self.waiting.setdefault(length, []).append(n)
+        self.rows[n] = row
+        return length
+
     def next_batch(self, build=True):
         skipped = 0
         while skipped < MOST_SKIPPED:
-            n, row = self.drawn, self.row(self.drawn)
+            length = self.put(self.drawn)
             self.drawn += 1
-            if len(row[0]) > self.block_size:
+            if length is None:
                 skipped += 1
                 continue
-            skipped = 0
-            length = min(bucket_length(len(row[0])), self.block_size)
-            self.waiting.setdefault(length, []).append(n)
-            self.rows[n] = row
-            if len(self.waiting[length]) >= max(1, self.batch_tokens // length):
-                rows = [self.rows.pop(n) for n in self.waiting.pop(length)]
+            skipped, draws = 0, self.waiting[length]
+            size = self.batch_tokens // length
+            if len(draws) >= size:
+                rows = [self.rows.pop(draws.pop(0)) for _ in range(size)]
                 return pad_rows(rows, length) if build else None
         raise ValueError(
             f"{skipped:,} draws of {self.name!r} in a row exceed block_size={self.block_size}: raise it"
         )
 
     def state(self):
-        waiting = {str(length): list(draws) for length, draws in self.waiting.items()}
+        waiting = {str(length): list(draws) for length, draws in self.waiting.items() if draws}
         return {"drawn": self.drawn, "waiting": waiting}
 
     def restore(self, state):
-        self.drawn = state["drawn"]
-        self.waiting = {int(length): list(draws) for length, draws in state["waiting"].items()}
-        self.rows = {n: self.row(n) for draws in self.waiting.values() for n in draws}
+        """Draws go into their buckets anew: batch_size and block_size may be others than they were."""
+        self.drawn, self.waiting, self.rows = state["drawn"], {}, {}
+        for n in sorted(n for draws in state["waiting"].values() for n in draws):
+            self.put(n)
 
 
 # -----------------------------------------------------------------------------
@@ -307,10 +320,6 @@ class Loader:
         self.shares = np.array([weights[name] for name in self.names], dtype=np.float64)
         self.shares /= self.shares.sum()
 
-    def rounded_shares(self):
-        """{source: share of the batches}, for people and for comparison."""
-        return {name: round(float(share), 4) for name, share in zip(self.names, self.shares)}
-
     def sources_of_step(self, step):
         """
         The name of the source of each batch. Systematic sampling: the sources lie on [0, 1) one after the
@@ -331,8 +340,7 @@ class Loader:
             batch = source.next_batch(mine)
             if mine:
                 idx, targets = batch
-                tokens = int((idx != tok.PAD).sum())
-                batches.append(Batch(source.mode, idx, targets, name, (number, name, idx.shape[1]), tokens))
+                batches.append(Batch(source.mode, idx, targets, name, (number, name, idx.shape[1])))
         self.step += 1
         return batches
 
@@ -358,7 +366,7 @@ class Loader:
         for kind, name, shards in self.val:
             number = 0
             for length, rows in sorted(self.val_rows(kind, shards, n).items() if kind == mode else ()):
-                per_batch = max(1, self.batch_size * self.block_size // length)
+                per_batch = self.batch_size * self.block_size // length
                 for start in range(0, len(rows), per_batch):
                     if number % self.world_size == self.rank:
                         yield name, number, *pad_rows(rows[start : start + per_batch], length)

@@ -103,7 +103,6 @@ def make_loader(config, net, seen):
         "tag": config["data_tag"],
         "snapshot": loader.snapshot,
         "shards": loader.fingerprint,
-        "shares": loader.rounded_shares(),
         "sources": sorted({*loader.names, *seen}),
     }
     return loader, pinned
@@ -423,7 +422,8 @@ class Evaluation:
         os.remove(self.link)
         if failed:
             said = Path(self.output).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            runtime.print0(f"the evaluation of step {self.step} failed: {said[-1] if said else failed}")
+            how = "was cut off" if failed == -signal.SIGKILL else "failed"
+            runtime.print0(f"the evaluation of step {self.step} {how}: {said[-1] if said else failed}")
             return
         found = os.path.join(self.out_dir, "eval_step")
         reports = json.loads(Path(found, "eval.json").read_text()).values()

@@ -180,7 +180,7 @@ def gather_evaluations(c, data, parts, notes):
                 wheres[name] = where
     texts, tables = suites.language_texts(), {}
     path = data / "work" / f"evaluations-{key_of(abouts, texts, code())}.npz"
-    with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile):  # a zip has checksums
+    with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile):  # a zip has checksums
         read_evaluations(path)
         return path
     for name, where in wheres.items():
@@ -378,9 +378,11 @@ def choose(c, stage, part, earlier, make_more):
             val[:] = False
         so_far = np.concatenate([[0], np.cumsum(documents.lengths * ((verdict == 0) & ~val))])
         enough = np.flatnonzero(so_far[documents.first] >= part.target)
-        if len(enough) or exhausted:
-            break
         have = sum(record["tokens"] for record in records)
+        done = len(enough) or exhausted
+        repeats = not done and not part.source.is_read and so_far[-1] < have / 4  # few puzzles are different
+        if done or repeats:
+            break
         make_more({part.name: have * min(part.target / max(so_far[-1], 1) * 1.02, 2) + 1})
     if len(enough):
         records = records[: enough[0]]
@@ -388,7 +390,7 @@ def choose(c, stage, part, earlier, make_more):
     check_odd_rows(part.name, records)
     # a task that comes back turned and recoloured is never the same twice
     least = 1 if part.source.tasks else max(FAR_SHORT * part.target, 1)
-    if so_far[-1] < least:
+    if so_far[-1] < least or repeats:
         dropped = Dropped(*(record["dropped"] for record in records))
         dropped.add("duplicate", count=int(np.count_nonzero(verdict)))
         raise ValueError(

@@ -507,10 +507,8 @@ def trace(rng):
     """
     task, steps = make(rng)
     test_input, answer = task.test[0]
-    parts = [[tok.PROGRAM]]
-    for x, y in task.train:
-        parts += [[tok.INPUT], arc.encode_grid(x), [tok.OUTPUT], arc.encode_grid(y)]
-    parts += [[tok.INPUT], arc.encode_grid(test_input), program_text(steps)]
+    seen = [grid for pair in task.train for grid in pair]
+    parts = [*arc.encode_parts("program", [*seen, test_input]), program_text(steps)]
     shown = apply(steps, test_input) if rng.random() < INTERMEDIATE else [answer]
     for grid in shown:
         parts += [[tok.OUTPUT], arc.encode_grid(grid)]

@@ -378,7 +378,7 @@ def shortest_path(rng):
             for b, length in near[a]:
                 if distance[a] + length < distance.get(b, 10**9):
                     distance[b], ways[b], before[b] = distance[a] + length, ways[a], a
-                elif distance[a] + length == distance[b] and b not in settled:
+                elif distance[a] + length == distance[b]:
                     ways[b] += ways[a]
         goals = [place for place in settled[1:] if ways[place] == 1 and before[place] != start]
         if goals:

@@ -201,7 +201,7 @@ def history(results):
             for source, loss in entry.get("val_losses", {}).items():
                 losses.setdefault(source, []).append([entry["iter"], loss])
         name = names[0] if len(names) == 1 else os.path.basename(folder)
-        points = [points[i] for i in sorted(points)]
+        points = [points[i] for i in sorted(points.keys() - {None})]
         out.append({"name": name, "model": names[0], "points": points, "losses": losses})
     return [run for run in out if run["points"] or run["losses"]]
 

@@ -133,8 +133,6 @@ def start(device, dtype):
         torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing
     else:
         keep_freed_memory()
-        if world_size == 1 and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(os.cpu_count() or 1)
     start_processes(device.split(":")[0])
     return device, dtype
 

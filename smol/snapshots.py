@@ -93,7 +93,7 @@ def write_shard(data, about, split, documents):
     about: dict with source, group, kind and augment, which is what the loader may do to it in training.
     """
     tokens = np.concatenate(documents).astype("<u2").tobytes()
-    offsets = np.concatenate([[0], np.cumsum([len(d) for d in documents])]).astype("<i8").tobytes()
+    offsets = np.cumsum([0, *map(len, documents)]).astype("<i8").tobytes()
     digest = sha256(tokens)
     path = f"processed/{about['source']}/{split}-{digest[:12]}.bin"
     write((data / path).with_suffix(".idx"), offsets)
@@ -475,7 +475,7 @@ viewer: false
 encoding with reserved ids for grids, uint16, in shards with document offsets.
 
     python prepare.py pull {repo}:{tag}
-    python train.py config/route_a_{stage}.py --data={stage} --data_tag={tag}
+    python train.py CONFIG --data={stage} --data_tag={tag}
 
 | source | share | training tokens | from | licence |
 |---|---|---|---|---|

@@ -16,7 +16,7 @@ number of processes, so the order of documents never depends on the machine. A l
 --source_dir=DIR reads DIR/NAME/*.parquet, .jsonl, .json or .csv (also .gz) in place of the hub, with the
 same columns. A row that is no document is an OddRow, counted by reason; a file that cannot be read stops all.
 
-Read next: curate.py, what is kept of these; prepare.py, how it becomes shards.
+Read next: curate.py, what is kept of these; units.py and pipeline.py, how it becomes shards.
 """
 
 import ast
@@ -247,6 +247,7 @@ def arc_json(row):
         raise OddRow("few_pairs", "a task has two pairs at the least")
     task.train, task.test = pairs[:-1], pairs[-1:]
     task.id = str(row.get("id") or row.get("task_id") or arc.task_hash(task)[:8])
+    task.id.encode()  # fails for half of a surrogate pair
     return task
 
 
@@ -436,7 +437,8 @@ def to_document(name, row):
     try:
         return source.document(row)
     except KeyError as e:
-        raise OddRow("no_column", f"a row of {name!r} has no column {e}: it has {', '.join(row)}") from None
+        has = ", ".join(map(str, row))
+        raise OddRow("no_column", f"a row of {name!r} has no column {e}: it has {has}") from None
     except (TypeError, AttributeError, IndexError, ValueError) as e:
         rule = getattr(e, "rule", "not_as_expected")
         raise OddRow(rule, f"a row of {name!r} is not as expected: {e}: {reprlib.repr(row)}") from None

@@ -176,7 +176,11 @@ def judge_texts(source, documents, dropped, evaluations):
         if verdicts[i]:
             dropped.add(verdicts[i], f"[{origin}] {texts[i][:EXAMPLE_CHARS]}")
             continue
-        ids = tokenise(pieces)
+        try:
+            ids = tokenise(pieces)
+        except ValueError as e:  # tiktoken gives up on a million blanks in a row
+            dropped.add("not_tokenised", f"[{origin}] {e}")
+            continue
         key = hash64(ids.tobytes())
         # a module and its docstrings are on the same side of the split
         keys.append((key, hash64(origin.encode()) if source.rows else key))

@@ -4,9 +4,12 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 
 import prepare
+
+torch.set_num_threads(1)  # tensors are small here: threads would only wait for each other
 
 STAGE = ["--val_every=3", "--limit_mb=1", "--num_proc=1"]  # a demo stage in seconds
 

@@ -113,6 +113,7 @@ def test_a_base_comes_first_and_is_relative_to_the_file(toy):
     "argument, name, value",
     [
         ("--layer_pattern=12", "layer_pattern", "12"),
+        ("--layer_pattern={{1}}", "layer_pattern", "{{1}}"),
         ("--compile=true", "compile", True),
         ("--compile=auto", "compile", "auto"),
         ("--max_iters=5e3", "max_iters", 5000),

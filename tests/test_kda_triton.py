@@ -36,16 +36,8 @@ def check(capability, sizes):
 
 
 def test_in_the_interpreter():
-    python(
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        f"{TESTS}/kda_interpreted.py",
-        TRITON_INTERPRET="1",
-    )
+    options = ["-q", "-x", "-p", "no:cacheprovider"]
+    python("-m", "pytest", *options, f"{TESTS}/kda_interpreted.py", TRITON_INTERPRET="1")
 
 
 def test_compiles():

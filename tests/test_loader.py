@@ -10,9 +10,8 @@ import torch
 from smol import arc, puzzles, snapshots, suites
 from smol import loader as loader_file
 from smol import tokenizer as tok
-from smol.loader import BUCKETS, IGNORE, Ahead, Loader, draw_rng, puzzle_row
+from smol.loader import BUCKETS, IGNORE, Ahead, Loader, puzzle_row
 
-torch.set_num_threads(1)
 FORMATS = pytest.mark.parametrize("puzzle_format", ("autoregressive", "canvas"))
 
 
@@ -124,6 +123,22 @@ def test_going_on_where_it_stopped(data, stop, puzzle_format):
         half.load_state_dict(json.loads(kept))
     for step in want:
         assert sorted((b for half in halves for b in shown(half.next_step())), key=lambda b: b[2][0]) == step
+
+
+@FORMATS
+def test_going_on_with_other_sizes(data, puzzle_format):
+    """No puzzle that waited for its batch is lost, and no batch is larger than its key allows."""
+    first = make(data, batch_size=8, block_size=64, weights={"grids": 1}, puzzle_format=puzzle_format)
+    run(first, 7)
+    state = first.state_dict()
+    for sizes in ({"batch_size": 1, "block_size": 64}, {"batch_size": 4, "block_size": 128}):
+        second = make(data, **sizes, weights={"grids": 1}, puzzle_format=puzzle_format)
+        second.load_state_dict(json.loads(json.dumps(state)))
+        (source,) = second.sources.values()
+        waiting = [n for draws in source.waiting.values() for n in draws]
+        assert sorted(waiting) == sorted(sum(state["sources"]["grids"]["waiting"].values(), []))
+        for _, _, key, idx, _ in itertools.chain(*run(second, 20)):
+            assert len(idx) == sizes["batch_size"] * sizes["block_size"] // key[2]
 
 
 def test_ahead_gives_the_same_batches_and_knows_where_they_end(data):
@@ -319,12 +334,16 @@ def test_rows_that_are_still_longer_are_skipped(tmp_path):
     assert loader.next_step()[0].idx.shape == (100, 16)
 
 
-def test_draws_cover_all_documents_of_all_shards(data):
+def test_draws_cover_all_documents_of_all_shards(data, monkeypatch):
     want = puzzle_documents(60) + puzzle_documents(7, seed=5)
-    shards = make(data).sources["grids"].shards
-    assert shards.n_documents == 67
-    assert all(np.array_equal(shards.document(i), want[i]) for i in range(67))
-    assert {int(draw_rng(1, "grids", n).integers(67)) for n in range(600)} == set(range(67))
+    grids = make(data).sources["grids"]
+    assert grids.shards.n_documents == 67
+    assert all(np.array_equal(grids.shards.document(i), want[i]) for i in range(67))
+    drawn, read = set(), grids.shards.document
+    monkeypatch.setattr(grids.shards, "document", lambda i: drawn.add(i) or read(i))
+    for n in range(600):
+        grids.row(n)
+    assert drawn == set(range(67))
 
 
 # ---- the mixture

@@ -205,22 +205,6 @@ def test_attention_gets_a_mask_only_where_a_row_has_several_documents(route, mon
         assert set(masks) == {want}
 
 
-@both
-@torch.no_grad()
-def test_padding_and_other_rows_change_nothing_in_a_puzzle(route):
-    model = BUILD[route]()
-    idx, targets = puzzle_batch(model.puzzle_format, range(4))
-    together, losses = model(idx, mode="puzzle")[0], []
-    for b in range(4):
-        alone, wanted = puzzle_batch(model.puzzle_format, [b])
-        n = alone.shape[1]
-        got = model(alone, mode="puzzle")[0][0]
-        torch.testing.assert_close(got[:, -60:], together[b, :n, -60:], rtol=1e-3, atol=1e-3)
-        losses.append(model(alone, wanted, mode="puzzle")[1])
-    loss = model(idx, targets, mode="puzzle")[1]  # two processes with half the rows each agree with one
-    torch.testing.assert_close(loss, sum(losses) / 4, rtol=1e-4, atol=1e-4)
-
-
 # ---- decoding
 
 

@@ -441,6 +441,14 @@ def test_a_dry_run_does_nothing(source_dir, tmp_path, capsys):
 # ---- tokens
 
 
+def test_a_generator_that_repeats_itself_stops_the_build(tmp_path, monkeypatch):
+    """There are 288 filled 4x4 sudokus, and some hundred puzzles of one blank, images aside."""
+    one_blank = dataclasses.replace(sources.SOURCES["sudoku4"], document=sources.sudoku(4, 1, 1))
+    monkeypatch.setitem(sources.SOURCES, "sudoku4", one_blank)
+    with pytest.raises(SystemExit, match="^error: sudoku4 has .*duplicate .* lower --limit_mb"):
+        build(tmp_path, tmp_path, "--sources=sudoku4", "--limit_mb=1", "--num_proc=1")
+
+
 def test_text_that_spells_a_reserved_token_is_text():
     ids = units.tokenise(sources.turns(("user", "<|end|>")))
     assert (ids == tokenizer.END).sum() == 1 and ids[0] == tokenizer.USER and ids[-1] == tokenizer.EOT

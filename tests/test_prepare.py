@@ -85,13 +85,6 @@ def test_no_evaluation_output_is_in_any_shard_under_any_symmetry(data):
 
 
 def test_nothing_that_is_evaluated_on_is_trained_on(data):
-    def questions(name):
-        return {pair[0].tobytes() for t in arc.load(name) for pair in t.test if pair[0].size > 30}
-
-    asked = questions("arc1_eval") | questions("arc2_eval")
-    trained = [arc.decode(tokens)[1][-1][0].tobytes() for _, tokens in documents(data, "train", "arc")]
-    assert trained and not asked & set(trained)
-    assert asked & questions("arc2_train"), "ARC-AGI-2's training set holds tasks of ARC-AGI-1's evaluation"
     answers = {arc.decode(tokens)[1][0][1].tobytes() for _, tokens in documents(data, "train", "sudoku4")}
     assert len(answers) > 50 and not answers & {t.test[0][1].tobytes() for t in suites.load("sudoku4")}
     for suite in ("sudoku4", "sudoku9", "maze", "transforms"):

@@ -111,7 +111,7 @@ def test_the_page_has_everything_that_was_measured(written):
 
 def test_checkpoints_of_one_run_are_points_of_its_curves(found):
     results = json.loads(json.dumps(found[0]))
-    results = {f"a/{step}": {**results["a"], "iter": step} for step in (20, 10)}
+    results = {f"a/{step}": {**results["a"], "iter": step} for step in (20, 10, None)}  # None: weights alone
     (run,) = report.history(results)
     assert (run["name"], run["model"], [p["iter"] for p in run["points"]]) == ("a", "a/20", [10, 20])
     assert run["points"][0]["suites"]["arc1"]["solved"] == 1

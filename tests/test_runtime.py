@@ -161,7 +161,9 @@ def test_interrupted_before_training_is_one_line():
 
 FAULTS = """
 import ctypes, resource, torch
-ctypes.CDLL("libc.so.6").mallopt(-3, 131072)  # where glibc starts; it may raise it by itself
+libc = ctypes.CDLL("libc.so.6")
+libc.mallopt(-3, 131072)  # where glibc starts; it may raise it by itself
+libc.prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a huge page is one fault
 from smol import runtime
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -13,8 +13,6 @@ from smol import arc, engine, loader, programs, puzzles, solve, suites
 from smol import tokenizer as tok
 from smol.solve import Candidate, Settings
 
-torch.set_num_threads(1)
-
 
 def smallest(suite, n):
     """An untrained model writes until there is no room left, so the smallest tasks."""

@@ -46,7 +46,9 @@ SUDOKU = "".join(str((3 * r + r // 3 + c) % 9 + 1) for r in range(9) for c in ra
         ("smol_smoltalk", {"messages": [{"role": "user", "content": ["Q", tokenizer.END]}]}, "not_text"),
         ("sudoku_extreme", {"question": SUDOKU + "1", "answer": SUDOKU + "1"}, "not_as_expected"),
         ("sudoku_extreme", {"question": SUDOKU[:16], "answer": SUDOKU[:16]}, "not_as_expected"),
+        ("sudoku_extreme", {"a": 1, None: [2]}, "no_column"),  # a line of a .csv with too many fields
         ("maze_hard_test", {"question": "", "answer": ""}, "not_as_expected"),
+        ("arc_json", {"id": "\ud800", "examples": 2 * [[[[1]], [[2]]]]}, "not_as_expected"),
     ],
 )
 def test_a_row_that_is_no_document_is_counted_under_a_rule(name, row, rule):
@@ -147,9 +149,11 @@ def test_arc_json_of_every_shape_is_read(tmp_path):
     lines = [{"id": "line", **task}, {"task_id": "listed", "examples": as_lists}, {"examples": as_lists[:1]}]
     lines += [{"train": pairs(2), "test": [{"input": [[11]], "output": [[1]]}]}, {"body": 1}]
     (folder / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with gzip.open(folder / "packed.json.gz", "wt") as f:
+        json.dump({"c": task}, f)
     found, rules = read_arc_json(tmp_path)
     assert found == {
-        **{"one": [3], "a": [3], "b": [3], "known": [3], "unknown": [2]},
+        **{"one": [3], "a": [3], "b": [3], "c": [3], "known": [3], "unknown": [2]},
         **{"made": [6, 6, 3], "examples": [6], "line": [3], "listed": [6]},
     }
     assert sorted(rules) == ["few_pairs", "not_as_expected", "not_as_expected"]

@@ -20,7 +20,7 @@ def some_tasks():
 def batch_of(tasks, puzzle_format, length=48):
     rows = [loader.puzzle_row(arc.encode(t.kind, t.train + t.test), puzzle_format, "none") for t in tasks]
     idx, targets = loader.pad_rows(rows, length)
-    return loader.Batch("puzzle", idx, targets, "sudoku4", (0, "sudoku4", length), idx.numel())
+    return loader.Batch("puzzle", idx, targets, "sudoku4", (0, "sudoku4", length))
 
 
 def test_route_a_says_at_each_position_what_its_forward_says():

@@ -302,24 +302,6 @@ def test_the_most_probable_answer_comes_first():
     assert engine.ranked([(None, 0.7)]) == []
 
 
-@torch.no_grad()
-def test_rows_that_halt_leave_the_batch_and_the_others_do_not_notice():
-    model, n_rows = trm(3, n_sup=6), []
-    model.q_head.weight.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
-    whole = [trace for per_task in model.answer(TASKS, trace=True) for trace in per_task]
-    threshold = float(np.median([max(p for _, p in trace) for trace in whole]))  # half of the rows get there
-    model.blocks[0].register_forward_hook(lambda block, inputs, output: n_rows.append(len(inputs[0])))
-    early = [trace for per_task in model.answer(TASKS, trace=True, halt=threshold) for trace in per_task]
-    for a, b in zip(whole, early):
-        assert len(b) == next((i + 1 for i, (_, p) in enumerate(a) if p > threshold), 6)
-        assert all(same(g, h) and abs(p - q) < 1e-4 for (g, p), (h, q) in zip(a, b))
-    taken = [len(trace) for trace in early]
-    assert min(taken) < max(taken) == 6
-    assert sum(n_rows) == sum(taken) * model.passes("puzzle")[0]  # they cost nothing any more
-    model.q_head.bias.fill_(100.0)
-    assert all(len(trace) == 1 for task in model.answer(TASKS, trace=True, halt=0.5) for trace in task)
-
-
 def same_traces(a, b):
     return len(a) == len(b) and all(same(g, h) and abs(p - q) < 1e-3 for (g, p), (h, q) in zip(a, b))
 
@@ -361,17 +343,23 @@ def test_noise_has_its_size_on_z_and_none_on_the_first_rollout(monkeypatch):
 
 
 @torch.no_grad()
-def test_a_puzzle_stops_when_one_of_its_rollouts_is_sure():
-    model, how = trm(3, n_sup=6), {"trace": True, "n_rollouts": 3, "noise": 0.5}
+@pytest.mark.parametrize("n_rollouts", [1, 3])
+def test_a_puzzle_leaves_the_batch_when_one_of_its_rollouts_is_sure(n_rollouts):
+    """The others do not notice, and it costs nothing any more."""
+    model, how, n_rows = trm(3, n_sup=6), {"trace": True, "n_rollouts": n_rollouts, "noise": 0.5}, []
     model.q_head.weight.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
     whole = sum(model.answer(TASKS, **how), [])
-    threshold = float(np.median([max(p for _, p in trace) for trace in whole]))
-    early = sum(model.answer(TASKS, halt=threshold, **how), [])
+    threshold = float(np.median([max(p for _, p in trace) for trace in whole]))  # half of them get there
+    model.blocks[0].register_forward_hook(lambda block, inputs, output: n_rows.append(len(inputs[0])))
+    early, taken = sum(model.answer(TASKS, halt=threshold, **how), []), []
     for a, b in zip(whole, early):
-        sure = [any(a[k * 6 + step][1] > threshold for k in range(3)) for step in range(6)]
-        n = sure.index(True) + 1 if any(sure) else 6
-        assert len(b) == 3 * n and same_traces(b, [a[k * 6 + step] for k in range(3) for step in range(n)])
-    assert len({len(trace) for trace in early}) > 1
+        sure = [any(a[k * 6 + step][1] > threshold for k in range(n_rollouts)) for step in range(6)]
+        taken.append(sure.index(True) + 1 if any(sure) else 6)
+        assert same_traces(b, [a[k * 6 + step] for k in range(n_rollouts) for step in range(taken[-1])])
+    assert min(taken) < max(taken) == 6
+    assert sum(n_rows) == n_rollouts * sum(taken) * model.passes("puzzle")[0]
+    model.q_head.bias.fill_(100.0)
+    assert {len(trace) for task in model.answer(TASKS, halt=0.5, **how) for trace in task} == {n_rollouts}
 
 
 @pytest.mark.parametrize("part", ("wte", "q_head"))

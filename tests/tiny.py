@@ -12,7 +12,6 @@ from smol import arc, checkpoint, engine
 from smol import tokenizer as tok
 from smol.loader import pad_rows, puzzle_row
 
-torch.set_num_threads(1)  # tensors are small here: threads would only wait for each other
 SHAPE = dict(block_size=256, n_layer=4, n_head=2, n_embd=24, n_ff=32)
 RECURSION = dict(n_latent=2, n_recursion=2, n_sup=3)
 
