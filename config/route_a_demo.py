@@ -13,14 +13,14 @@ mixture = {
     "langref": 0.025,
     "docstrings": 0.025,
     "arithmetic": 0.025,
-    "sudoku4": 0.26,
-    "maze": 0.19,
-    "turned": 0.4,
-    "rearc": 0.05,
+    "sudoku4": 0.22,
+    "maze": 0.18,
+    "turned": 0.47,
+    "rearc": 0.03,
 }
 learning_rate = 3e-3
-max_iters = 1500
+max_iters = 2200
 warmup_iters = 40
-decay_iters = 600
-eval_interval = 1500
+decay_iters = 880
+eval_interval = 2200
 eval_batches = 8

@@ -13,17 +13,17 @@ carry_turns = 8  # eight small batches take turns: a puzzle is not seen four ste
 halt_exploration = 0.3
 ema = 0.99
 mixture = {
-    "stdlib": 0.02,
-    "langref": 0.02,
-    "docstrings": 0.02,
-    "arithmetic": 0.02,
-    "sudoku4": 0.14,
-    "maze": 0.27,
-    "turned": 0.46,
-    "rearc": 0.05,
+    "stdlib": 0.0125,
+    "langref": 0.0125,
+    "docstrings": 0.0125,
+    "arithmetic": 0.0125,
+    "sudoku4": 0.11,
+    "maze": 0.26,
+    "turned": 0.55,
+    "rearc": 0.03,
 }
 dtype = "float32"  # at width 64 half precision makes a CPU slower
-max_iters = 1050
+max_iters = 1300
 warmup_iters = 20
-decay_iters = 420
-eval_interval = 1050
+decay_iters = 520
+eval_interval = 1300
