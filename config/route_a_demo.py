@@ -7,7 +7,7 @@ n_embd = 96
 n_ff = 256
 block_size = 512
 batch_size = 1
-gradient_accumulation_steps = 1  # many small steps: so it learns soonest to read the two demonstrations (LOG.md)
+gradient_accumulation_steps = 1  # many small steps: it reads demonstrations soonest then (LOG.md)
 mixture = {
     "stdlib": 0.025,
     "langref": 0.025,
