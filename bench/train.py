@@ -184,12 +184,12 @@ def beside_a_plain_gpt(c, device):
 def fastest(c, config, device):
     """Rows for a config's model: batch sizes, number formats, recomputation and compiled blocks."""
     total = config.batch_size * loop.batches_per_step(vars(config))
-    half = "float16" if runtime.pick_dtype("auto", device) == "float16" else "bfloat16"
+    dtypes = dict.fromkeys([runtime.pick_dtype("auto", device, training=True), "float32"])
     how = {"model": config.model, "settings": vars(config), "T": config.block_size, "device": device}
     how |= {"optimizer": config.optimizer, "steps": c.steps}
     compiled_too = (False, True) if device == "cuda" or c.try_compile else (False,)
     table = []
-    for dtype, compiled, recompute in itertools.product((half, "float32"), compiled_too, (False, True)):
+    for dtype, compiled, recompute in itertools.product(dtypes, compiled_too, (False, True)):
         rows, best = 1, 0.0
         while rows <= min(total, c.most_rows):
             spec = {**how, "dtype": dtype, "compile": compiled, "recompute": recompute, "rows": rows}

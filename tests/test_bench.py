@@ -328,6 +328,7 @@ def test_a_comparison_that_cannot_be_is_one_line(argv, says, tmp_path):
 def test_nanogpt_learns_the_text_of_the_demo(nanogpt, data, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "N_BATCHES", 5)
     sizes = ["--seconds=0.5", "--points=1", "--nanogpt_settings={'n_layer': 1, 'n_head': 2, 'n_embd': 16}"]
-    compare.main([f"--nanogpt={nanogpt}", f"--data_dir={data}", *sizes, f"--out_dir={tmp_path / 'out'}"])
+    where = [f"--nanogpt={nanogpt}", f"--data_dir={data}", f"--out_dir={tmp_path / 'out'}"]
+    compare.main([*where, *sizes, "--text={'docstrings': 1}"])
     (row,) = json.load(open(tmp_path / "out/compare.json"))["rows"]
     assert row["name"] == "nanoGPT" and row["curve"][-1]["val_loss"] < 20
