@@ -5,11 +5,11 @@ Everything that only a GPU can tell, in ten minutes and in order of worth.
     python -m bench.gpu kda train           these
     python -m bench.gpu --quick=True        tiny shapes: does the command go through here?
 
-After each part the figures so far are in out_dir/gpu.json, so a run that is killed leaves what it has. A part
-that fails says so and the next one begins. The parts: kda (right on this card?), speed (beside attention and
-flash-linear-attention), train (the step of both routes; the largest batch), decode, eval (tasks per second)
-and learn (two minutes of training, and the same steps on the CPU). Before this: bench/kda.py, bench/train.py,
-bench/decode.py.
+After each part the figures so far are in out_dir, gpu.json and as tables in gpu.md, so a run that is killed
+leaves what it has. A part that fails says so and the next one begins. The parts: kda (right on this card?),
+speed (beside attention and flash-linear-attention), train (the step of both routes; the largest batch),
+decode, eval (tasks per second) and learn (two minutes of training, and the same steps on the CPU). Before
+this: bench/kda.py, bench/train.py, bench/decode.py.
 """
 
 import contextlib
@@ -83,7 +83,8 @@ def outputs_and_gradients(inputs, backend):
 
 def part_speed(c, device):
     """Milliseconds of KDA forward and backward beside its rivals."""
-    return list(bench_kda.measure(device, getattr(torch, runtime.pick_dtype("auto", device))))
+    shapes = bench_kda.TINY_SHAPES if c.quick else bench_kda.SHAPES
+    return list(bench_kda.measure(device, getattr(torch, runtime.pick_dtype("auto", device)), shapes))
 
 
 def part_train(c, device):
@@ -143,7 +144,7 @@ def part_learn(c, device):
     folder = Path(c.out_dir) / "learn"
     tiny = [f"--{k}={v}" for k, v in TINY.items()] + ["--block_size=256"] if c.quick else []
     rows = []
-    runs = {device: f"--max_hours={c.seconds / 3600}"}
+    runs = {device: f"--max_hours={(5 if c.quick else c.seconds) / 3600}"}
     if device != "cpu":
         runs["cpu"] = "--max_iters=20"
     for where, until in runs.items():
@@ -155,6 +156,28 @@ def part_learn(c, device):
                 figures = {k: entry.get(k) for k in ("iter", "loss", "tokens_per_second", "mfu")}
                 rows.append({"device": where, **figures})
     return rows
+
+
+def as_markdown(report):
+    """The figures for people, a table a part. Rivals have rows of their own, below what they stand beside."""
+    lines = [f"{report['card']}, torch {report['torch']}, triton {report['triton']}"]
+    for name, part in report["parts"].items():
+        lines += ["", f"## {name}, {part['seconds']:.0f} s", ""]
+        if "failed" in part:
+            lines.append(part["failed"])
+            continue
+        rows = []
+        for row in part["rows"]:
+            rows.append({key: value for key, value in row.items() if key != "rivals"})
+            rows += [{"what": f"beside {name}", **row} for name, row in row.get("rivals", {}).items()]
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        for cells in (columns, ["-"] * len(columns), *([row.get(key) for key in columns] for row in rows)):
+            lines.append("| " + " | ".join(map(as_cell, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def as_cell(value):
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def main(argv):
@@ -178,6 +201,7 @@ def main(argv):
         for row in found.get("rows", ()):
             print(json.dumps(row, default=str))
         write_whole(json.dumps(report, indent=2, default=str).encode(), f"{c.out_dir}/gpu.json")
+        write_whole(as_markdown(report).encode(), f"{c.out_dir}/gpu.md")
         with contextlib.suppress(RuntimeError):
             torch.cuda.empty_cache()
 

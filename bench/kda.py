@@ -28,12 +28,16 @@ from smol.files import write_whole
 
 json_file = ""  # write the rows here as well
 
-# (B, T, H, K) of the operator; (B, T, width, heads) of the layer, the last two as puzzles are, short and wide
-GATES_SHAPE = (1, 1024, 8, 64)  # where all kinds of gates are measured, elsewhere mild ones
-CPU_SHAPES = [GATES_SHAPE, (1, 4096, 8, 64), (1, 8192, 8, 64), (1, 32768, 8, 64), (64, 48, 2, 32)]
-CUDA_SHAPES = [(8, 2048, 9, 64), (2, 8192, 9, 64), (1, 32768, 9, 64), (4, 4096, 16, 128)]
-LAYER_SHAPES = [(8, 256, 128, 4), (64, 32, 64, 4), (64, 43, 64, 2)]
-DECODING_SHAPES = [(1, 9, 64), (16, 9, 64), (256, 9, 64)]  # (B, H, K)
+# (B, T, H, K) of the operator, the first with all kinds of gates, the others with mild ones; (B, T, width,
+# heads) of the layer, the last two as puzzles are, short and wide; (B, H, K) of a decoding step
+SHAPES = {
+    "cpu": [(1, 1024, 8, 64), (1, 4096, 8, 64), (1, 8192, 8, 64), (1, 32768, 8, 64), (64, 48, 2, 32)],
+    "cuda": [(8, 2048, 9, 64), (2, 8192, 9, 64), (1, 32768, 9, 64), (4, 4096, 16, 128)],
+    "layer": [(8, 256, 128, 4), (64, 32, 64, 4), (64, 43, 64, 2)],
+    "decoding": [(1, 9, 64), (16, 9, 64), (256, 9, 64)],
+}
+TINY_SHAPES = {"layer": [(2, 16, 24, 2)], "decoding": [(2, 2, 8)]}
+TINY_SHAPES |= dict.fromkeys(("cpu", "cuda"), [(1, 32, 2, 8)])
 GATES = ("mild", "trained layer", "strong", "resets every 10 tokens")
 NAIVE_LIMIT = 1024  # tokens up to which FLA's naive form, seconds a call on a CPU, is run
 
@@ -137,19 +141,19 @@ def operator_rivals(device, q, k, v, g, beta):
     return rivals
 
 
-def measure(device, dtype):
+def measure(device, dtype, shapes):
     """
     Rows of {what, shape, forward_ms, both_ms, peak_mb, rivals: {name: {..., ratio: our time over theirs}}}.
     """
-    for shape in CPU_SHAPES if device == "cpu" else CUDA_SHAPES:
-        for kind in GATES if shape == GATES_SHAPE else GATES[:1]:
+    for i, shape in enumerate(shapes[device]):
+        for kind in GATES[:1] if i else GATES:
             q, k, v = torch.randn(3, *shape, device=device).unbind(0)
             g, beta = make_gates(kind, *shape, device), torch.rand(shape[:3], device=device)
             inputs = [q.to(dtype), F.normalize(k, dim=-1).to(dtype), v.to(dtype), g, beta]
             contenders = {"ours": (lambda *x: kda(*x)[0], inputs), **operator_rivals(device, *inputs)}
             name = f"{kind} gates, {choose_backend(g.device, dtype)[0]}"
             yield row_of("operator", shape, name, forward_and_backward(contenders, device))
-    for B, T, width, heads in LAYER_SHAPES:
+    for B, T, width, heads in shapes["layer"]:
         x = torch.randn(B, T, width, device=device)
         layer = KimiDeltaAttention(width, heads, width // heads).to(device)
         attention = Attention(Config(n_embd=width, n_head=heads)).to(device)
@@ -159,7 +163,7 @@ def measure(device, dtype):
             "attention layer": (lambda x: attention(x, rope), [x]),
         }
         yield row_of("layer", (B, T, width, heads), "", forward_and_backward(contenders, device))
-    for B, H, K in DECODING_SHAPES:
+    for B, H, K in shapes["decoding"]:
         q, k, v = F.normalize(torch.randn(3, B, H, K, device=device), dim=-1).to(dtype).unbind(0)
         g, beta = -torch.rand(B, H, K, device=device), torch.rand(B, H, device=device)
         state = torch.zeros(B, H, K, K, device=device)
@@ -193,7 +197,7 @@ def main(argv):
     print(f"{dtype}; a large matmul reaches {gflops:.0f} GFLOP/s here")
     print(f"ratio: our time over the rival's\n\n{'':64s} forward ms    both ms  peak MB   ratio")
     rows = []
-    for row in measure(device, dtype):
+    for row in measure(device, dtype, SHAPES):
         rows.append(row)
         print_row(f"{row['what']} {row['shape']} {row['name']}", row)
         for rival, figures in row["rivals"].items():

@@ -60,11 +60,8 @@ def config(tmp_path):
 
 @pytest.fixture
 def small_kda(monkeypatch):
-    """Shapes of bench/kda.py that take no time."""
-    monkeypatch.setattr(bench_kda, "GATES_SHAPE", (1, 32, 2, 8))
-    monkeypatch.setattr(bench_kda, "CPU_SHAPES", [(1, 32, 2, 8)])
-    monkeypatch.setattr(bench_kda, "LAYER_SHAPES", [(2, 16, 24, 2)])
-    monkeypatch.setattr(bench_kda, "DECODING_SHAPES", [(2, 2, 8)])
+    """bench/kda.py takes no time."""
+    monkeypatch.setattr(bench_kda, "SHAPES", bench_kda.TINY_SHAPES)
     monkeypatch.setattr(bench_kda, "medians_ms", one_ms_two_ms)
 
 
@@ -93,6 +90,12 @@ def test_a_gpu_day_goes_through_and_a_part_that_fails_leaves_the_others(small_kd
     gpu.main(["kda", "speed", "train", "decode", "eval", "--quick=True", f"--out_dir={tmp_path}"])
     parts = json.load(open(tmp_path / "gpu.json"))["parts"]
     assert parts.pop("decode")["failed"] == "RuntimeError: no such kernel"
+    tables = (tmp_path / "gpu.md").read_text()
+    assert "## decode, 0 s\n\nRuntimeError: no such kernel\n" in tables
+    for part in parts.values():
+        header = "| " + " | ".join(k for k in part["rows"][0] if k != "rivals")
+        assert header in tables
+    assert "| beside scaled_dot_product_attention |" in tables and "| 0.5 |" in tables
     assert all(part["rows"] for part in parts.values()), parts
     for row in parts["kda"]["rows"]:
         limit = 1e-4 if row["dtype"] == "float32" else 2e-2
