@@ -91,9 +91,8 @@ def test_a_film_of_the_answer(checkpoints, tmp_path):
     sample.main([checkpoints["trm"], *options])
     film = Image.open(path)
     assert film.n_frames == 2 + sample.GLIDE * 4 and film.info["loop"] == 0
-    film.seek(
-        film.n_frames - 1
-    )  # wrong cells are framed at the end, and the palette of all frames has that colour
+    # wrong cells are framed at the end, and the palette of all frames has that colour
+    film.seek(film.n_frames - 1)
     colours = {colour for _, colour in film.convert("RGB").getcolors(10_000)}
     assert min(max(abs(a - b) for a, b in zip(colour, sample.BAD)) for colour in colours) < 8
 

@@ -533,7 +533,9 @@ torch.compile = lambda f, **kwargs: print("compiled") or compile(f, backend="eag
 
 def test_compile_compiles_the_blocks(data, tmp_path):
     settings = ["--layer_pattern=a", "--n_layer=1", "--max_iters=1", "--mixture={'stdlib': 1}"]
-    assert "compiled\n" in succeed(data, tmp_path, *settings, "--compile=True", before=COMPILED).stdout
+    for compiled in (False, True):
+        done = succeed(data, tmp_path / str(compiled), *settings, f"--compile={compiled}", before=COMPILED)
+        assert ("compiled\n" in done.stdout) == compiled
 
 
 def test_mistakes_are_one_line_and_cost_nothing(data, tmp_path):
