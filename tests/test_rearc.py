@@ -160,6 +160,26 @@ def test_the_rest_of_the_package_is_not_imported():
     assert "reasoning_gym" not in sys.modules
 
 
+@needs_package
+def test_tasks_in_one_row_follow_their_rules():
+    """Two rules written down once more, and what holds for all."""
+    rules = {"gravity_right": lambda row: sorted(row, key=lambda c: c == 0)}  # to the left, as it is there
+    rules["move_2pix_colorful_left"] = lambda row: np.roll(row, -2).tolist()
+    checked = set()
+    for i in range(400):
+        task = rearc.task_in_one_row(np.random.default_rng(i), 4)
+        pairs = task.train + task.test
+        assert len({x.tobytes() for x, _ in pairs}) == 4
+        for x, y in pairs:
+            assert x.shape == y.shape == pairs[0][0].shape and x.shape[0] == 1 and 10 <= x.shape[1] <= 30
+            assert not np.array_equal(x, y)
+            if task.id in rules:
+                assert rules[task.id](x[0].tolist()) == y[0].tolist()
+                checked.add(task.id)
+    assert checked == {*rules}
+    assert digest([task]) == digest([rearc.task_in_one_row(np.random.default_rng(i), 4)])
+
+
 def solved_by(pairs, families):
     """The ids of the families whose verifier gives the output of every pair."""
 
