@@ -187,6 +187,8 @@ def read_config_file(path, chain=()):
         raise ConfigError(f"{path}, line {lines[-1] if lines else '?'}: {type(e).__name__}: {e}") from None
     found = []
     if base := namespace.pop("base", None):
+        if not isinstance(base, str):
+            raise ConfigError(f"{path}: base is {base!r}, not the name of a config file")
         found = read_config_file(os.path.join(os.path.dirname(path), base), (*chain, os.path.realpath(path)))
     for name, value in namespace.items():  # modules, functions, Capitals and _names are the file's helpers
         if name == name.lower() and name[0] != "_" and not (inspect.ismodule(value) or callable(value)):

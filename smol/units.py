@@ -87,7 +87,7 @@ def make_unit(job, number, rows, iterator):
             document = table.to_document(job["source"], row)
         except table.OddRow as e:
             dropped.add(e.rule, f"[{origin}] {e}".encode(errors="backslashreplace").decode()[:EXAMPLE_CHARS])
-            size += len(repr(row))
+            size += len(repr(row)) if source.is_read else BYTES_PER_TOKEN  # of a generator, an address
         else:
             task, grids, pieces = table.instantiate(document)
             chars = sum(len(p) for p in pieces if isinstance(p, str))

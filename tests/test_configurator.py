@@ -107,6 +107,9 @@ def test_a_base_comes_first_and_is_relative_to_the_file(toy):
     Path("config/a.py").write_text("base = 'deep/b.py'")
     with pytest.raises(configurator.ConfigError, match="builds on itself"):
         toy("config/deep/b.py")
+    Path("config/a.py").write_text("base = 5")
+    with pytest.raises(configurator.ConfigError, match="base is 5, not the name"):
+        toy("config/a.py")
 
 
 @pytest.mark.parametrize(

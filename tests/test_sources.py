@@ -132,6 +132,7 @@ def read_arc_json(folder, name="arc_json"):
 def test_arc_json_of_every_shape_is_read(tmp_path):
     folder = tmp_path / "arc_json/deeper"
     folder.mkdir(parents=True)
+    (tmp_path / "packed/arc_json").mkdir(parents=True)
     task = {"train": pairs(2), "test": pairs(1, 2)}
     as_lists = [[p["input"], p["output"]] for p in pairs(9)]
     hidden = {"train": pairs(2), "test": [{"input": [[1]]}]}
@@ -157,6 +158,12 @@ def test_arc_json_of_every_shape_is_read(tmp_path):
         **{"made": [6, 6, 3], "examples": [6], "line": [3], "listed": [6]},
     }
     assert sorted(rules) == ["few_pairs", "not_as_expected", "not_as_expected"]
+    for path in list(folder.glob("*.json")):  # packed, under the same ids
+        with gzip.open(tmp_path / f"packed/arc_json/{path.name}.gz", "wb") as f:
+            f.write(path.read_bytes())
+    in_lines = {"c", "line", "listed"}
+    again = {i: n for i, n in found.items() if i not in in_lines}
+    assert read_arc_json(tmp_path / "packed") == (again, [])
     where = {"files": [str(folder / "made.json")]}
     reader = sources.open_rows("arc_json", where, 1, 0, None)
     first = list(itertools.islice(iter(reader), 2))
@@ -189,6 +196,15 @@ def write(folder, rows):
     pq.write_table(pa.Table.from_pylist(rows), folder / "b/a.parquet", row_group_size=2)
     for name in ("README.md", "LICENSE", ".cache/a.jsonl", "b/.a.jsonl"):
         (folder / name).write_text(lines)
+
+
+def test_a_copy_of_a_whole_repository_has_a_test_file_that_is_not_trained_on(tmp_path):
+    for name in ("sudoku_extreme", "sudoku_extreme_test"):
+        (tmp_path / name).mkdir()
+        for file in ("train.csv", "test.csv"):
+            (tmp_path / name / file).write_text("source,question,answer,rating\n")
+    assert [p.name for p in sources.local_files(tmp_path, "sudoku_extreme")] == ["train.csv"]
+    assert "test.csv" in [p.name for p in sources.local_files(tmp_path, "sudoku_extreme_test")]
 
 
 def test_local_files_are_read_in_lanes_and_go_on_where_they_were(tmp_path):
