@@ -3,7 +3,7 @@ The evaluation: how many unseen tasks does a checkpoint solve, exactly, and what
 
     python eval_arc.py out/demo/route_a/ckpt.pt                 every suite; results beside the checkpoint
     python eval_arc.py A/ckpt.pt B/ckpt.pt --out_dir=out/both   several on the same tasks, side by side
-    python eval_arc.py 'out/run/ckpt_*.pt'                      those that a run has kept, and curves of them
+    python eval_arc.py 'out/run/ckpt_[0-9]*.pt'                 those that a run has kept, and curves of them
     python eval_arc.py USER/NAME@v0.1                           one that is published on the hub
     python eval_arc.py CKPT --suites=sudoku4,arc1 --limit=20    the first 20 tasks of two suites
     python eval_arc.py CKPT --augment=16 --ttt_steps=32         16 views, and a copy is tuned to each task
@@ -22,7 +22,7 @@ again. Figures of other models and suites that out_dir holds stay there. What is
     submission.json    of an ARC suite, as the ARC Prize takes it; of several, submission_MODEL_SUITE.json
     eval.json          {model: {params, iter, checkpoint, data, ..., suites: {suite: figures}}}, figures:
         total, solved, interval       tasks; 95% interval of solved / total
-        score                         mean share of a task's test outputs solved: what ARC Prize ranks by
+        score                         mean share of a task's test outputs solved, as ARC Prize scores
         pass_1, oracle                tasks solved with one attempt, with any number
         guessable                     [solved, tasks] of those with small answers: see `guessable`
         too_long, unknown             tasks that do not fit into block_size; tasks without known outputs
@@ -114,7 +114,7 @@ def judge(task, given, attempts):
             "expected": wanted,
             "attempts": [rows_of(c.grid) for c in kept],
             "right": right[:2],
-            "solved": any(right[:attempts]),
+            "solved": any(right[:attempts]) if wanted is not None else None,
             "oracle": any(right),
             "votes": [c.votes for c in kept],
             "scores": [round(c.score, 6) for c in kept],
@@ -363,14 +363,13 @@ def tasks_asked(c):
     return {**asked, "tasks": arc.read_tasks(c.tasks, c.solutions)} if c.tasks else asked
 
 
-def look_at(files, device, dtype, results):
+def enter(abouts, results):
     """
-    files: {how a checkpoint was named: its file} -> {name of the model: its file}. results gets what they are
-    and keeps the suites that still hold.
+    abouts: {file of a checkpoint: what describe says of it} -> {name of the model: its file}. results gets
+    what they are and keeps the suites that still hold.
     """
     models = {}
-    for checkpoint_name, path in files.items():
-        about = describe(checkpoint_name, path, device, dtype)
+    for path, about in abouts.items():
         name = name_of(about, results)
         before = results.get(name, about)
         same = before["sha256"] == about["sha256"]
@@ -384,7 +383,7 @@ def look_at(files, device, dtype, results):
 def run(c, words):
     if not words:
         raise ValueError("name a checkpoint: python eval_arc.py out/ckpt.pt")
-    # a pattern such as 'out/run/ckpt_*.pt', in the order of the steps: ckpt_500 before ckpt_1000
+    # a pattern such as 'out/run/ckpt_[0-9]*.pt', in the order of the steps: ckpt_500 before ckpt_1000
     found = [sorted(glob.glob(word), key=lambda file: (len(file), file)) or [word] for word in words]
     asked = tasks_asked(c)
     files = {name: checkpoint.local_file(name) for some in found for name in some}
@@ -394,11 +393,13 @@ def run(c, words):
     folder = c.out_dir or beside.pop() or "."
     settings = solve.Settings(**{f.name: getattr(c, f.name) for f in dataclasses.fields(solve.Settings)})
     on = runtime.pick_device(c.device)
-    results = read_results(os.path.join(folder, "eval.json"))
-    models = look_at(files, on, runtime.pick_dtype(c.dtype, on), results)
-    if c.n_rollouts > 1 and all(results[name]["model"] != "trm" for name in models):
+    dtype = runtime.pick_dtype(c.dtype, on)
+    abouts = {path: describe(name, path, on, dtype) for name, path in files.items()}
+    if c.n_rollouts > 1 and all(about["model"] != "trm" for about in abouts.values()):
         raise ValueError("--n_rollouts is about Route B, and there is none: --samples is Route A's")
     with lock(folder, "evaluation") if runtime.master else contextlib.nullcontext():
+        results = read_results(os.path.join(folder, "eval.json"))
+        models = enter(abouts, results)
         if runtime.world_size > 1:
             runtime.start_processes(on.split(":")[0])
 
@@ -406,8 +407,9 @@ def run(c, words):
         for name, suite in sorted(jobs, key=lambda job: asked[job[1]] is None):  # the last are rank 0's alone
             if name != loaded:  # one at a time: there can be many
                 model, loaded = checkpoint.load_model(models[name], on)[0], name
-            about, tasks, how = results[name], asked[suite], settings_for(suite, model, settings)
+            about, tasks = results[name], asked[suite]
             if tasks is not None:
+                how = settings_for(suite, tasks, model, settings)
                 records = ask(name, model, about, suite, tasks[: c.limit], how, folder)
             if not runtime.master:
                 continue
@@ -423,10 +425,19 @@ def run(c, words):
             finish(results, jobs, folder)
 
 
-def settings_for(suite, model, settings):
-    """Where two attempts count, Route A draws a second answer to a single view; Route B has its steps."""
-    alone = model.puzzle_format == "autoregressive" and settings.augment * settings.samples == 1
-    return dataclasses.replace(settings, samples=2) if alone and attempts_of(suite) == 2 else settings
+def settings_for(suite, tasks, model, settings):
+    """
+    The settings without those that are of no use here. Where two attempts count, Route A draws a second
+    answer to a single view; Route B has its steps.
+    """
+    change = {}
+    if model.puzzle_format == "autoregressive":
+        change = {"n_sup": None, "halt": None, "n_rollouts": 1, "noise": NOISE}
+        if attempts_of(suite) == 2 and settings.augment * settings.samples == 1:
+            change["samples"] = 2
+    if not any(task.train for task in tasks):
+        change["ttt_steps"] = 0
+    return dataclasses.replace(settings, **change)
 
 
 def how_asked(about, settings, suite):

@@ -109,12 +109,20 @@ def recoloured(rng, n):
     return arc.Task("recolour", "arc", pairs[:2], pairs[2:])
 
 
+def origin(c):
+    return f"{c.puzzle}, {c.n_train} puzzles and {c.n_test} tests"
+
+
 def make_puzzles(c, folder):
     """Write a stage `compare` of training puzzles; returns the test tasks, none of which is among them."""
     rng, tests = np.random.default_rng(31337), {}
-    while len(tests) < c.n_test:
+    for _ in range(100 * c.n_test):
         task = draw(c.puzzle, rng, test=True)
         tests[arc.task_hash(task)] = task
+        if len(tests) == c.n_test:
+            break
+    else:
+        raise ValueError(f"--puzzle={c.puzzle} has hardly more than {len(tests)} puzzles: lower --n_test")
     if not (folder / "stages/compare/manifest.jsonl").exists():
         rng, documents = np.random.default_rng(1), {}
         for _ in tqdm(range(c.n_train), desc="puzzles", leave=False):
@@ -131,7 +139,7 @@ def make_puzzles(c, folder):
             snapshots.write_shard(folder, about, "val", every[:50]),
         ]
         mixture = {"stage": "compare", "seed": 1, "tokenizer": tok.fingerprint()}
-        mixture |= {"weights": {"compare": 1.0}, "groups": {"synth": 1.0}, "origin": c.puzzle}
+        mixture |= {"weights": {"compare": 1.0}, "groups": {"synth": 1.0}, "origin": origin(c)}
         snapshots.write_stage(folder, "compare", entries, mixture, {})
     return list(tests.values())
 
@@ -160,7 +168,11 @@ def train_contender(c, arguments, seed, out):
             raise ValueError(f"train.py failed for {arguments!r}: see above")
         return [e for e in runtime.read_log(os.path.join(folder, "log.jsonl")) if "loss" in e]
 
-    probe = run(f"{out}-probe", 20, "--log_interval=5", "--eval_interval=20", "--overwrite=True")
+    # once: a comparison that was killed goes on with as many steps as it had begun with
+    probe = runtime.read_log(f"{out}-probe/log.jsonl") if os.path.exists(f"{out}-probe/ckpt.pt") else []
+    probe = [e for e in probe if "loss" in e] or run(
+        f"{out}-probe", 20, "--log_interval=5", "--eval_interval=20", "--overwrite=True"
+    )
     per_step = (probe[-1]["seconds"] - probe[0]["seconds"]) / (probe[-1]["iter"] - probe[0]["iter"])
     steps = c.points * max(1, int(c.seconds / per_step / c.points))
     run(out, steps, f"--eval_interval={steps // c.points}", f"--keep_every={steps // c.points}")
@@ -286,8 +298,13 @@ def trm_rollouts(c, model, tasks, size, seed):
 def rival_trm(c, seed, tasks):
     """Published TRM on sudokus."""
     sys.path.insert(0, c.trm)
-    from models.losses import ACTLossHead
-    from models.recursive_reasoning.trm import TinyRecursiveReasoningModel_ACTV1
+    try:
+        from models.losses import ACTLossHead
+        from models.recursive_reasoning.trm import TinyRecursiveReasoningModel_ACTV1
+    except ImportError as e:
+        raise ValueError(
+            f"--trm={c.trm} is no checkout of TinyRecursiveModels, or lacks a package: {e}"
+        ) from None
 
     torch.manual_seed(seed)
     rng, cells = np.random.default_rng(seed), tasks[0].test[0][0].size
@@ -297,7 +314,13 @@ def rival_trm(c, seed, tasks):
     config |= {"halt_exploration_prob": 0.1, "forward_dtype": "float32", **c.trm_settings}
     net = ACTLossHead(TinyRecursiveReasoningModel_ACTV1(config), "stablemax_cross_entropy")
 
-    # the contenders' puzzles, seen through the same random symmetries
+    def seen_anew(pair):
+        """Through a random symmetry, as the contenders' loader does it."""
+        if cells == 81:
+            return puzzles.shuffle_sudoku(rng, *pair)
+        symmetry = arc.random_augment(rng, "dihedral")
+        return [arc.augment(symmetry, grid) for grid in pair]
+
     folder, n = Path(c.out_dir) / "data", c.rival_rows
     manifest, _ = snapshots.read_manifest(folder, "compare")
     shards = loader.Shards(folder, [e for e in manifest if e["split"] == "train"])
@@ -305,7 +328,7 @@ def rival_trm(c, seed, tasks):
     batches = []
     for _ in range(N_BATCHES_TRM):
         pairs = [made[i] for i in rng.integers(len(made), size=n)]
-        batches.append(trm_batch([puzzles.shuffle_sudoku(rng, *p) if cells == 81 else p for p in pairs]))
+        batches.append(trm_batch(list(map(seen_anew, pairs))))
     carry = net.initial_carry(batches[0])
 
     def loss_of(net, batch):
@@ -433,16 +456,19 @@ def main(argv):
         if c.trm and "sudoku" not in c.puzzle or c.nanogpt and c.puzzle:
             raise ValueError("--trm is for sudokus (--puzzle=sudoku9-10-40) and --nanogpt for text")
         mixture = out / "data/stages/compare/mixture.json"
-        if c.puzzle and mixture.exists() and (of := snapshots.read_json(mixture)["origin"]) != c.puzzle:
+        if c.puzzle and mixture.exists() and (of := snapshots.read_json(mixture)["origin"]) != origin(c):
             raise ValueError(f"{out} has a comparison on {of}: name another --out_dir")
         tasks = make_puzzles(c, out / "data") if c.puzzle else []
         for seed, name in itertools.product(range(1, c.seeds + 1), runs):
             path = str(out / f"{name.replace(' ', '_')}-{seed}")
+            how = [[text for text in contenders if text.startswith(f"{name}: ")], c.seconds, c.points]
             if not os.path.exists(f"{path}.json"):
                 curve, params = runs[name](seed, path)
-                row = {"name": name, "seed": seed, "params": params, "curve": curve}
+                row = {"name": name, "seed": seed, "params": params, "how": how, "curve": curve}
                 write_whole(json.dumps(row).encode(), f"{path}.json")
             rows.append(json.loads(Path(f"{path}.json").read_text()))
+            if rows[-1]["how"] != how:
+                raise ValueError(f"{path} was trained otherwise: name another contender or --out_dir")
             show(rows[-1])
             if "by_steps" in rows[-1]["curve"][-1]:
                 draw_steps(rows[-1], f"{path}.png")

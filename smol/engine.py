@@ -471,7 +471,7 @@ def surest_rollout(steps, n_rollouts):
     """Of a trace, the steps of the rollout that had the highest halting probability."""
     n = len(steps) // n_rollouts
     rollouts = [steps[i : i + n] for i in range(0, len(steps), n)]
-    return max(rollouts, key=lambda some: max(p for _, p in some))
+    return max(reversed(rollouts), key=lambda some: max(p for _, p in some))  # the last of equal ones
 
 
 def ranked(steps):

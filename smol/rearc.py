@@ -9,8 +9,8 @@ arc are imported, which are plain Python; the rest would want a dozen packages m
 tasks like those of 1D-ARC (arXiv 2305.18354), whose grids have one row.
 
 A task of RE-ARC has the id of the ARC task that it is made after, so both are on the same side of the split.
-No pair of it is given whose verifier disagrees. Difficulty is a part of each range that a generator draws from (size,
-colours, objects): at (0, 0.3) a grid has about 10x10 cells, at (0, 1) up to 30x30.
+No pair of it is given whose verifier disagrees. Difficulty is a part of each range that a generator draws
+from (size, colours, objects): at (0, 0.3) a grid has about 10x10 cells, at (0, 1) up to 30x30.
 
 Read next: sources.py, which makes documents of these; suites.py, where held-out pairs are asked.
 """

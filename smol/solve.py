@@ -209,10 +209,12 @@ def solve_grids(model, tasks, settings):
 
     votes = [[None] * len(task.test) for task in tasks]  # None: too long, in every view
     steps = [[[] for _ in task.test] for task in tasks]
+    fit = [[[] for _ in task.test] for task in tasks]  # views that are not too long
     for (i, view), given in zip(asked, answers):
         for j, some in enumerate(given):
             if some is None:
                 continue
+            fit[i][j].append(view)
             some = [(g if g is None else arc.invert(view.symmetry, g), score) for g, score in some]
             if canvas and view is seen[i][0]:
                 steps[i][j] = surest_rollout(some, settings.n_rollouts)
@@ -225,10 +227,10 @@ def solve_grids(model, tasks, settings):
     found = [[None if some is None else vote(some) for some in given] for given in votes]
     if not canvas:
         several = [
-            (task, some_views, j, candidates)
-            for task, some_views, given in zip(tasks, seen, found)
+            (task, some_views[j], j, candidates)
+            for task, some_views, given in zip(tasks, fit, found)
             for j, candidates in enumerate(given)
-            if candidates and len(candidates) > 1
+            if some_views[j] and len(candidates) > 1
         ]
         rescore(model, several)
     return [[Given(c, s) if c is not None else None for c, s in zip(*both)] for both in zip(found, steps)]

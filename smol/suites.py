@@ -95,7 +95,7 @@ def known(suite, trained_on):
     What a model knows of the tasks of a suite by the sources it was trained on, or "": "transductive" (the
     demonstrations of evaluation tasks), "trained on" (the very pairs), "same rules" (other pairs of a task).
     """
-    if "arc_eval_demos" in trained_on:
+    if "arc_eval_demos" in trained_on and suite in ("arc1", "arc2", "tasks"):
         return "transductive"
     if suite == "arc1_train" and "arc" in trained_on:
         return "trained on"

@@ -188,8 +188,17 @@ def test_contenders_train_through_train_py(tmp_path):
     assert np.shape(row["curve"][-1]["by_steps"]["1.0"]) == (8, 2)
     for picture in ("compare.png", "B-1.png"):
         assert (tmp_path / picture).read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(SystemExit, match="has a comparison on sudoku4-4-6: name another"):
-        compare.main([contender, "--puzzle=maze-5", f"--out_dir={tmp_path}"])
+    (tmp_path / "B-1.json").unlink()  # killed, it goes on with as many steps, however fast they are now
+    before = (tmp_path / "B-1-probe/log.jsonl").stat().st_mtime_ns, row["curve"][-1]["iter"]
+    compare.main([contender, "--puzzle=sudoku4-4-6", *sizes, f"--out_dir={tmp_path}"])
+    (again,) = json.load(open(tmp_path / "compare.json"))["rows"]
+    assert ((tmp_path / "B-1-probe/log.jsonl").stat().st_mtime_ns, again["curve"][-1]["iter"]) == before
+    for argv, says in (
+        ([*sizes[1:], "--puzzle=maze-5"], "has a comparison on sudoku4-4-6, 300 puzzles and 3 tests: name"),
+        ([*sizes[1:], "--puzzle=sudoku4-4-6", "--seconds=9"], "B-1 was trained otherwise"),
+    ):
+        with pytest.raises(SystemExit, match=says):
+            compare.main([contender, *argv, f"--out_dir={tmp_path}"])
 
 
 def test_recolouring_can_be_read_off_the_demonstrations():
@@ -318,6 +327,8 @@ def test_published_trm_is_trained_and_asked_with_rollouts(cautious, tmp_path, mo
         (["--puzzle=turn-2-8"], "nobody to compare"),
         (["--trm=there", "--puzzle=maze-5"], "--trm is for sudokus"),
         (["--nanogpt=there", "--puzzle=sudoku4-4-6"], "--nanogpt for text"),
+        (["--trm=there", "--puzzle=sudoku4-4-6", "--n_train=100"], "--trm=there is no checkout"),
+        (["A: config/route_a_demo.py", "--puzzle=maze-3"], "--puzzle=maze-3 has hardly more than"),
         (["A: config/route_a_demo.py", "--puzzle=chess"], "--puzzle=chess: there are"),
         (["A: config/route_a_demo.py", "--puzzle=turn-2-9"], "--puzzle=turn-2-9: there are"),
         (["A: config/route_a_demo.py", "--puzzle=sudoku9-40-10"], "--puzzle=sudoku9-40-10: there are"),

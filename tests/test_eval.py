@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import scripts
 import torch
-from tiny import grid, save
+from tiny import grid, make, save
 
 import eval_arc
 from smol import arc, files, language, solve, suites
@@ -68,6 +68,7 @@ def test_what_is_too_long_is_not_solved_and_what_nobody_knows_is_in_no_figure():
     ]
     f = eval_arc.figures(records, 2)
     assert (f["total"], f["solved"], f["too_long"], f["unknown"]) == (2, 1, 1, 1)
+    assert [r["test"][0]["solved"] for r in records] == [True, True, None]
     assert eval_arc.submission(records)["mystery"] == [{"attempt_1": [[1]], "attempt_2": [[1]]}]
 
 
@@ -360,10 +361,35 @@ def test_checkpoints_of_a_run_are_found_by_a_pattern_and_stand_side_by_side(tmp_
     assert len(answers(run)) == 6
 
 
+def test_an_evaluation_that_ends_while_another_begins_keeps_its_results(checkpoints, tmp_path, monkeypatch):
+    def evaluate(which):
+        eval_arc.main([checkpoints[which], "--suites=sudoku4", "--limit=1", f"--out_dir={tmp_path}"])
+
+    look = eval_arc.describe
+
+    def slow(name, *args):
+        monkeypatch.setattr(eval_arc, "describe", look)
+        evaluate(0)  # it is at work while the other one's checkpoint is read
+        return look(name, *args)
+
+    monkeypatch.setattr(eval_arc, "describe", slow)
+    evaluate(1)
+    assert len(json.load(open(tmp_path / "eval.json"))) == 2 and len(answers(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("name, steps, rollouts", [("dense", None, 1), ("trm", 2, 3)])
+def test_settings_that_are_of_no_use_are_not_said_to_be_used(name, steps, rollouts):
+    asked, model = solve.Settings(n_sup=2, n_rollouts=3, ttt_steps=5), make(name)
+    for suite, tasks, tuned in (("maze", suites.load("maze"), 0), ("arc1", arc.load("arc1_train")[:3], 5)):
+        how = eval_arc.settings_for(suite, tasks, model, asked)
+        assert (how.n_sup, how.n_rollouts, how.ttt_steps) == (steps, rollouts, tuned)
+
+
 def test_figures_say_what_was_known_of_the_tasks():
     for suite, sources, steps, protocol in (
         ("arc1", ["arc", "rearc"], 0, "inductive"),
         ("arc1", ["arc_eval_demos"], 1, "transductive + ttt"),
+        ("arc1_train", ["arc", "arc_eval_demos"], 0, "trained on"),
         ("arc1_train", ["arc", "rearc"], 0, "trained on"),
         ("arc1_train", ["rearc_hard"], 1, "same rules + ttt"),
         ("arc1_train", ["maze"], 0, "inductive"),

@@ -146,6 +146,20 @@ def test_the_score_of_route_a_is_the_mean_over_views_of_the_log_probability_of_a
         assert c.score == pytest.approx(np.mean(expected) / (h * (w + 1) + 1), abs=1e-3)
 
 
+def test_views_that_are_too_long_do_not_score():
+    """A 2 x 9 grid has 20 tokens, 9 x 2 has 27."""
+    x = np.arange(18, dtype=np.uint8).reshape(2, 9) % 10
+    model, task = make("dense", 50), arc.Task("wide", "arc", [], [(x, x)])
+    settings = Settings(augment=6, samples=2)
+    ((given,),) = solve.solve(model, [task], settings)
+    every = [(view, solve.apply_view(view, task)) for view in solve.views(task, 6, settings.seed)]
+    fit = [(view, seen) for view, seen in every if seen.test[0][0].shape == (2, 9)]
+    assert 0 < len(fit) < 6 and len(given.candidates) > 1
+    for c in given.candidates:
+        scores = [model.score_answers([seen], [[arc.augment(view.symmetry, c.grid)]]) for view, seen in fit]
+        assert c.score == pytest.approx(np.mean(scores) / solve.tokens_of(c.grid), abs=1e-3)
+
+
 def test_route_b_keeps_its_steps_and_stops_where_it_is_confident():
     model, tasks = exact("trm"), smallest("sudoku4", 2)
     for (given,), (trace,) in zip(
