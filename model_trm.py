@@ -303,6 +303,9 @@ class Model(nn.Module, HubMixin, library_name="smol-llm", license="mit"):
             return run_blocks(self.blocks, h, layout, recompute=c.recompute)
 
         for i in range(c.n_recursion):
+            if with_grad and 0 < i == c.n_recursion - c.n_grad:
+                # until PyTorch 2.9 or so, autocast keeps the weights that were cast without gradient
+                torch.clear_autocast_cache()
             with torch.set_grad_enabled(with_grad and i >= c.n_recursion - c.n_grad):
                 for _ in range(c.n_latent):
                     z = core(x + y + z)

@@ -12,8 +12,8 @@ The one training loop: both routes, every stage, one process or many.
 A step is: batches from the loader, forward and backward on each, one optimizer step.
 gradient_accumulation_steps counts the batches of a step over all processes, and batch_tokens its tokens, so
 the same config sees the same data in the same order and takes the same steps on 1, 2 or 4 processes. A step
-draws no random numbers but those that follow from the seed and the data, so a resumed run is the same run,
-bit for bit.
+draws no random numbers but those that follow from the seed and the data, so a resumed run is the same run:
+bit for bit on a CPU, and on a GPU but for the order in which its kernels add.
 
 Writes into out_dir: ckpt.pt, ckpt_prev.pt (the one before it), log.jsonl (one JSON object per logged step),
 loss.png (drawn from it), config.json, and, with eval_suites, evals.jsonl. While steps are skipped because
@@ -152,6 +152,8 @@ def train(config, defaults, make_distillation=None):
 
     # ---- from scratch, from another run's weights, or going on
     start, start_path, resumed = checkpoint.begin(config, anew=overwrite or sanity)
+    if eval_only and not start:
+        runtime.stop("--eval_only=True needs a checkpoint: name one with --init_from or --out_dir")
     name, shape, begin_with = model, config, start and start["weights"]
     if make_distillation:  # the student is as its checkpoint has it
         name, shape = start["model"], start["model_config"]
@@ -191,6 +193,9 @@ def train(config, defaults, make_distillation=None):
 
     # ---- ready
     if compile is True or (compile == "auto" and on_gpu and not distillation):  # decoding has ever new shapes
+        # for the shapes of all blocks together, of both kinds, with gradients and without: the usual 8 are
+        # soon used up, and what comes after is not compiled
+        torch._dynamo.config.cache_size_limit = 64
         for block in net.blocks:
             block.compile()
     checks = []
@@ -284,6 +289,7 @@ def train(config, defaults, make_distillation=None):
         # what it was like
         seconds = time.perf_counter() - started
         step = run["iter"] = run["iter"] + 1
+        stopping = stopping and step < max_iters  # the last step is the end of the run, whatever else ends it
         run["seconds"] += seconds
         run["tokens"] += int(figures["tokens"])
         run["skipped"] += not finite
@@ -348,7 +354,7 @@ def train(config, defaults, make_distillation=None):
     saved, path = saved and not due, checkpoint.path_of(config)
     if saved and not interrupted:
         publication.end(run["iter"])
-    evaluation.end(0 if stopping else 600)
+    evaluation.end(0 if stopping or interrupted else 600)
     log.close()
     if not saved:
         runtime.stop(f"the last steps, up to {run['iter']}, were not saved; {path} is untouched")

@@ -144,11 +144,11 @@ def part_learn(c, device):
     folder = Path(c.out_dir) / "learn"
     tiny = [f"--{k}={v}" for k, v in TINY.items()] + ["--block_size=256"] if c.quick else []
     rows = []
-    runs = {device: f"--max_hours={(5 if c.quick else c.seconds) / 3600}"}
-    if device != "cpu":
-        runs["cpu"] = "--max_iters=20"
+    runs = {device: [f"--max_hours={(5 if c.quick else c.seconds) / 3600}"]}
+    if device != "cpu":  # its first steps at the same rates, none of which is on the way down
+        runs["cpu"] = ["--max_iters=20", "--decay_iters=0"]
     for where, until in runs.items():
-        own = [*tiny, f"--data_dir={c.data_dir}", f"--out_dir={folder / where}", f"--device={where}", until]
+        own = [*tiny, f"--data_dir={c.data_dir}", f"--out_dir={folder / where}", f"--device={where}", *until]
         command = "train.py config/route_a_demo.py --overwrite=True --log_interval=5".split()
         subprocess.run([sys.executable, *command, *own], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         for entry in runtime.read_log(folder / where / "log.jsonl"):

@@ -46,17 +46,27 @@ def saved_bytes(net, idx, dtype):
 
 
 def activation_bytes(net, c):
-    """Bytes of activations per token of a batch, counted on this machine with the PyTorch form of KDA."""
-    T = min(c.block_size, 1024)
+    """
+    Bytes that a training forward keeps, counted on this machine with the PyTorch form of KDA: per token of a
+    batch, and whatever the batch (the gradient of the head, weights in half precision).
+    """
+    T = min(c.block_size, 256) // 2 * 2
     idx = torch.randint(0, tok.N_GPT2, (1, T), generator=torch.Generator().manual_seed(0))
-    per_token = saved_bytes(net, idx, torch.bfloat16) / T  # as many bytes as float16, which few CPUs can
+
+    def more_per_token(kept):
+        return (kept - saved_bytes(net, idx[:, : T // 2], torch.bfloat16)) / (T / 2)
+
+    kept = saved_bytes(net, idx, torch.bfloat16)  # as many bytes as float16, which few CPUs can
+    per_token = more_per_token(kept)
+    fixed = kept - T * per_token
     text_passes = net.passes("text")[1] if c.model == "trm" else 1
     if c.model == "trm":  # a puzzle keeps more passes through the core than text
         per_token *= max(1, net.passes("puzzle")[1] / text_passes)
     if c.recompute:  # beside the inputs of all blocks, one block as a whole while it is gone through again
         net.config.recompute = False
-        per_token += saved_bytes(net, idx, torch.bfloat16) / T / (net.config.n_layer * text_passes)
-    return per_token
+        one = more_per_token(saved_bytes(net, idx, torch.bfloat16)) / (net.config.n_layer * text_passes)
+        per_token += one
+    return per_token, fixed
 
 
 def plan(o, c, what):
@@ -83,14 +93,17 @@ def plan(o, c, what):
             raise ValueError(f"{o.log} has no line with tokens_per_second")
         rate, source = statistics.median(rates), f"measured in {o.log}"
     else:
-        flops *= 4 / 3 if c.recompute else 1  # the forward is done twice
+        if c.recompute:  # of the passes with gradient, which are the training's beyond twice the forward's
+            again = (text - net.flops_per_token(c.block_size)) / 2 - 2 * net.config.n_embd * tok.VOCAB_SIZE
+            in_puzzles = (puzzle - net.flops_per_token(c.block_size, "puzzle")) / 2
+            flops += tokens * ((1 - o.puzzles) * again + o.puzzles * in_puzzles)
         rate = tokens / (flops / (o.cards * peak * 1e12 * o.mfu))
         source = f"{o.mfu:.0%} of {o.cards} x {o.card}, {peak} TFLOPS each (assumed; see --log)"
     print(f"  hours: {tokens / rate / 3600:.1f} at {rate:,.0f} tokens/s, {source}")
     # weights, gradients, two moments; the average; the copy that DDP sends
     fixed = params * (16 + 4 * bool(c.ema) + 4 * (o.cards > 1))
-    per_token = activation_bytes(net, c)
-    activations = per_token * c.batch_size * c.block_size
+    per_token, constant = activation_bytes(net, c)
+    activations = per_token * c.batch_size * c.block_size + constant
     print(
         f"  memory per card: {fixed / 1e9:.1f} GB for weights, gradients and optimizer, "
         f"{activations / 1e9:.1f} GB for activations ({per_token / 1e3:.0f} kB a token), of {memory} GB"

@@ -90,8 +90,7 @@ def one_step(spec):
     """
     device, rows, T = spec["device"], spec["rows"], spec["T"]
     torch.manual_seed(0)
-    if device == "cpu":
-        runtime.keep_freed_memory()  # as train.py does
+    runtime.start(device, spec["dtype"])  # as train.py does
     net, blocks, flops = make_net(spec)
     net.to(device).train()
     if spec["model"] == "nanogpt":
@@ -205,9 +204,13 @@ def fastest(c, config, device):
     if not table:
         raise ValueError("nothing fits: take a shorter block_size or a smaller model")
     best = max(table, key=lambda row: row["tokens_per_second"])
+    batches = f"--gradient_accumulation_steps={max(1, round(total / best['rows']))} "
+    batches = "" if config.batch_tokens else batches  # which follow from that
+    if config.model == "trm":
+        print("timed on text: a batch of puzzles keeps more (python -m bench.plan)")
     print(
-        f"fastest on one device, with the same global batch:\n--batch_size={best['rows']} "
-        f"--gradient_accumulation_steps={max(1, round(total / best['rows']))} --dtype={best['dtype']} "
+        f"fastest on one device, with the same global batch:\n--batch_size={best['rows']} {batches}"
+        f"--dtype={best['dtype']} "
         f"--compile={best['compile']} --recompute={best['recompute']}"
     )
     return table

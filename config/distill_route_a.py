@@ -3,7 +3,6 @@
 #   torchrun --nproc_per_node=2 distill.py config/distill_route_a.py
 # A teacher that reads these answers says more of them, and paid at small scale (LOG.md): a larger Route A,
 # --teacher=out/bigger/ckpt.pt, or a text model, --teacher=hf:NAME.
-# `python -m bench.plan config/distill_route_a.py` has the memory.
 out_dir = "out/distill_route_a"
 init_from = "out/route_a_stage3/ckpt.pt"
 teacher = "out/route_b_stage3/ckpt.pt"

@@ -243,8 +243,9 @@ def check_same_data(before, now):
     if any(before[k] != now[k] for k in ("shards", "tag", "snapshot")):
         was, found = (f"{d['stage']}:{d['tag']} (shards {d['shards'][:12]})" for d in (before, now))
         raise ValueError(
-            f"this run has learned from {was}, and now there is {found}: name the same data, data_tag and "
-            "data_dir, or begin another run with its weights (--init_from=PATH, another --out_dir)"
+            f"this run has learned from {was}, and now there is {found}: name the same data, data_tag, "
+            "data_dir and sources of the mixture, or begin another run with its weights (--init_from=PATH, "
+            "another --out_dir)"
         )
     if before.get("teacher") != now.get("teacher"):
         was, found = (d.get("teacher", "none") for d in (before, now))

@@ -51,6 +51,8 @@ def check_settings(config):
         raise ValueError(f"min_lr={config['min_lr']} must be at most learning_rate={config['learning_rate']}")
     if config["mixture"] and not any(config["mixture"].values()):
         raise ValueError(f"mixture must give a share above 0 to some source, got {config['mixture']}")
+    if config["overwrite"] and config["init_from"] == "resume":
+        raise ValueError("--overwrite=True begins anew and --init_from=resume goes on: give one of them")
     batches_per_step(config)
     if config["push_to"]:
         repo_name(config["push_to"])
@@ -402,7 +404,8 @@ class Evaluation:
             f"--device={self.config['eval_device']}",
             f"--out_dir={os.path.join(self.out_dir, 'eval_step')}",
         ]
-        alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+        of_group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE")
+        alone = {k: v for k, v in os.environ.items() if k not in of_group}
         with open(self.output, "w") as f:
             self.process = subprocess.Popen(
                 command,

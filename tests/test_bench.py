@@ -150,10 +150,27 @@ def test_plan_counts_tokens_hours_and_memory(config, tmp_path, capsys):
     assert (
         f"hours: {tokens / 10 / 3600:.1f} at 10 tokens/s" in out and "kB a token" in out and "of 16 GB" in out
     )
-    plan.main([config, "--model=trm", "--recompute=True"])
-    assert "for the carries of puzzles" in capsys.readouterr().out
+    rates = []
+    for recompute in (False, True):
+        plan.main([config, "--model=trm", f"--recompute={recompute}", "--puzzles=1"])
+        out = capsys.readouterr().out
+        assert "for the carries of puzzles" in out
+        rates.append(float(re.search(r"at ([\d,]+) tokens/s", out)[1].replace(",", "")))
+    # 3 recursions of 7 passes, one of them with a gradient, which is twice a forward: 35 passes, and 7 again
+    assert rates[0] / rates[1] == pytest.approx(42 / 35, rel=1e-3)
     with pytest.raises(SystemExit, match="error: card must be one of"):
         plan.main([config, "--card=T1000"])
+
+
+@pytest.mark.parametrize("model", ["dense", "trm"])
+def test_the_memory_of_a_token_is_told_from_what_every_batch_takes(model):
+    settings = {"n_layer": 4, "n_head": 2, "n_embd": 32, "n_ff": 48, "n_latent": 1, "n_recursion": 1}
+    c = SimpleNamespace(model=model, block_size=128, recompute=False, **settings)
+    net = checkpoint.make_model(model, vars(c)).train()
+    per_token, constant = plan.activation_bytes(net, c)
+    kept = plan.saved_bytes(net, torch.randint(0, 50000, (1, 256)), torch.bfloat16)
+    assert constant + 256 * per_token == pytest.approx(kept, rel=0.02)
+    assert constant > 4 * 50304 * 32  # the gradient of the head
 
 
 def test_decode_rows(tmp_path):

@@ -186,6 +186,13 @@ def test_eval_only_validates_and_changes_nothing(finished, data):
     assert {path: path.stat().st_mtime_ns for path in finished.iterdir()} == before
 
 
+def test_a_run_whose_last_step_is_out_of_time_ends_as_any_other(data, tmp_path):
+    assert "needs a checkpoint" in fail(data, tmp_path, "--eval_only=True")
+    done = succeed(data, tmp_path, "--max_iters=1", "--decay_iters=0", "--max_hours=1e-5")
+    assert "step 1: validation" in done.stdout and "stopped" not in done.stdout
+    assert checkpoint.load(tmp_path / "ckpt.pt")["train"]["val_losses"]
+
+
 def test_killed_terminated_and_out_of_time_it_goes_on_to_the_last_bit(route, finished_by_two, data, tmp_path):
     """
     kill -9, SIGTERM of one process, max_hours, and each time the same command again; with samples, which the
@@ -512,6 +519,8 @@ def test_settings_are_checked_against_each_other(monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             loop.check_settings({**config, setting: value})
+    with pytest.raises(ValueError, match="give one of them"):
+        loop.check_settings({**config, "overwrite": True, "init_from": "resume"})
 
 
 def test_torchrun_ends_with_the_error_too(data, tmp_path):
@@ -531,11 +540,13 @@ torch.compile = lambda f, **kwargs: print("compiled") or compile(f, backend="eag
 """
 
 
-def test_compile_compiles_the_blocks(data, tmp_path):
+def test_compile_compiles_the_blocks_for_all_shapes(data, tmp_path):
     settings = ["--layer_pattern=a", "--n_layer=1", "--max_iters=1", "--mixture={'stdlib': 1}"]
-    for compiled in (False, True):
-        done = succeed(data, tmp_path / str(compiled), *settings, f"--compile={compiled}", before=COMPILED)
+    of_many_shapes = [*ROUTES["trm"], "--max_iters=1", "--gradient_accumulation_steps=6"]
+    for compiled, how in ((False, settings), (True, of_many_shapes)):
+        done = succeed(data, tmp_path / str(compiled), *how, f"--compile={compiled}", before=COMPILED)
         assert ("compiled\n" in done.stdout) == compiled
+        assert "_limit" not in done.stderr
 
 
 def test_mistakes_are_one_line_and_cost_nothing(data, tmp_path):
