@@ -16,6 +16,6 @@ warmup_iters = 100
 decay_iters = 1200
 eval_interval = 200
 eval_suites = "sudoku4,maze,transforms,arc1"
-# On one CPU thread, beside the training: 3 to 15 s a task, so about 5 minutes; 200 steps are 9. On a GPU it
+# On one CPU thread, beside the training: 3 to 15 s a task, so about 5 minutes; 200 steps are 8. On a GPU it
 # would write its answers token by token in the training's way.
 eval_limit = 10

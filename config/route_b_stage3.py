@@ -14,6 +14,6 @@ decay_iters = 1200
 eval_interval = 200
 eval_suites = "sudoku4,maze,transforms,arc1"
 # A task goes 336 times through the core: one of ARC's takes 17 minutes on one CPU thread and seconds on a T4,
-# which has 10 of its 16 GB left for it. So on the GPU: a few minutes every 200 steps, which are 34.
+# which has 12 of its 16 GB left for it. So on the GPU: a few minutes every 200 steps, which are 45.
 eval_device = "auto"
 eval_limit = 10
