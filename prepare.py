@@ -94,8 +94,9 @@ def build(c, stage):
         print(f"stage {stage!r} is already there: {data / 'stages' / stage} (--force=True builds it anew)")
         return
     print(f"building stage {stage!r} in {data}")
-    for left in [p for p in data.rglob("*.tmp") if "pull" not in p.parts]:  # of a killed build
-        left.unlink()
+    for folder in ("processed", "work", "metadata", "stages", "arc"):  # what a killed build has left
+        for left in (data / folder).rglob("*.tmp"):
+            left.unlink()
     if "arc" in keys:
         for name in arc.SETS:  # as they are published; the `_eval` sets are for evaluation alone
             snapshots.write(data / "arc" / f"{name}.json", json.dumps(arc.tasks_in(name)) + "\n")
