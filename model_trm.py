@@ -304,7 +304,7 @@ class Model(nn.Module, HubMixin, library_name="smol-llm", license="mit"):
 
         for i in range(c.n_recursion):
             if with_grad and 0 < i == c.n_recursion - c.n_grad:
-                # older PyTorch gives weights that autocast has cast without gradient once more (pytorch#65766)
+                # older PyTorch would take weights again that autocast cast without gradient (pytorch#65766)
                 torch.clear_autocast_cache()
             with torch.set_grad_enabled(with_grad and i >= c.n_recursion - c.n_grad):
                 for _ in range(c.n_latent):
