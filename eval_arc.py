@@ -393,12 +393,13 @@ def run(c, words):
     folder = c.out_dir or beside.pop() or "."
     settings = solve.Settings(**{f.name: getattr(c, f.name) for f in dataclasses.fields(solve.Settings)})
     on = runtime.pick_device(c.device)
-    dtype = runtime.pick_dtype(c.dtype, on)
+    dtype, file = runtime.pick_dtype(c.dtype, on), os.path.join(folder, "eval.json")
+    read_results(file)  # what is wrong with it is said before anything is made
     abouts = {path: describe(name, path, on, dtype) for name, path in files.items()}
     if c.n_rollouts > 1 and all(about["model"] != "trm" for about in abouts.values()):
         raise ValueError("--n_rollouts is about Route B, and there is none: --samples is Route A's")
     with lock(folder, "evaluation") if runtime.master else contextlib.nullcontext():
-        results = read_results(os.path.join(folder, "eval.json"))
+        results = read_results(file)  # another evaluation may have ended meanwhile
         models = enter(abouts, results)
         if runtime.world_size > 1:
             runtime.start_processes(on.split(":")[0])
@@ -420,7 +421,7 @@ def run(c, words):
                 found.update(how_asked(about, how, suite))
                 print(f"{name} {suite}: {found['solved']} of {found['total']} solved", flush=True)
             about["suites"][suite] = found
-            save_json(results, os.path.join(folder, "eval.json"))
+            save_json(results, file)
         if runtime.master:
             finish(results, jobs, folder)
 
