@@ -177,7 +177,7 @@ def test_tasks_in_one_row_follow_their_rules():
                 assert rules[task.id](x[0].tolist()) == y[0].tolist()
                 checked.add(task.id)
     assert checked == {*rules}
-    named = [sources.to_document("arc_1d", (np.random.default_rng(i), i)).id for i in range(3)]
+    named = [sources.to_document("arc_1d", (np.random.default_rng(0), i)).id for i in range(3)]
     assert len(set(named)) == 3  # the split is by task: of 70 kinds hardly one would be validated on
     assert digest([task]) == digest([rearc.task_in_one_row(np.random.default_rng(i), 4)])
 
