@@ -467,7 +467,7 @@ def main(argv):
                 row = {"name": name, "seed": seed, "params": params, "how": how, "curve": curve}
                 write_whole(json.dumps(row).encode(), f"{path}.json")
             rows.append(json.loads(Path(f"{path}.json").read_text()))
-            if rows[-1]["how"] != how:
+            if rows[-1].get("how") != how:
                 raise ValueError(f"{path} was trained otherwise: name another contender or --out_dir")
             show(rows[-1])
             if "by_steps" in rows[-1]["curve"][-1]:

@@ -135,11 +135,11 @@ def read_json(file):
         raise ValueError(f"{file} is not JSON: {e}") from None
 
 
-# of Kaggle's files
-NO_TASKS = ("solutions.json", "sample_submission.json", "solutions.json.gz", "sample_submission.json.gz")
+NO_TASKS = ("solutions", "sample_submission")  # how the names of Kaggle's other files end
 
 
 def name_of(file):
+    """Of a .json or .json.gz file, without that: the id of a task that has it for itself."""
     return os.path.basename(file).removesuffix(".gz").removesuffix(".json")
 
 
@@ -172,7 +172,9 @@ def read_tasks(path, solutions=""):
         raise ValueError(f"there is no {path}: name a folder of ARC-style .json files, or one file")
     files = [path]
     if os.path.isdir(path):
-        names = [f for f in sorted(os.listdir(path)) if f.endswith(".json") and not f.endswith(NO_TASKS)]
+        names = [
+            f for f in sorted(os.listdir(path)) if f.endswith(".json") and not name_of(f).endswith(NO_TASKS)
+        ]
         files = [os.path.join(path, f) for f in names]
     if not files:
         raise ValueError(f"{path} holds no .json file: ARC-style tasks are wanted, one a file")

@@ -253,9 +253,10 @@ def arc_json(row):
 
 def json_tasks(path):
     """The rows of a .json file, as arc_json takes them. A list of pairs is cut into tasks of a few."""
-    if path.endswith(arc.NO_TASKS):
+    name = arc.name_of(path)
+    if name.endswith(arc.NO_TASKS):
         return
-    name, content = arc.name_of(path), arc.read_json(path)
+    content = arc.read_json(path)
     if isinstance(content, list):
         for i in range(0, len(content) - 1, MOST_PAIRS):
             yield {"id": name, "examples": content[i : i + MOST_PAIRS]}
