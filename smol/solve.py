@@ -36,7 +36,6 @@ from smol.loader import bucket_length, draw_rng, pad_rows, puzzle_row
 TEMPERATURE = 0.8  # of all samples but the first, which is greedy
 PROGRAM_TOKENS = 160  # longest program; one of four steps takes about 60
 ANSWER_TOKENS = 200  # longest solution of a puzzle in words; they take 165 at most
-TUNED_ROWS = 4  # rows per step of test-time training
 
 
 @dataclass(frozen=True)
@@ -311,15 +310,16 @@ def solve_by_programs(model, task, settings):
 @torch.enable_grad()
 def tune(model, task, settings):
     """
-    A copy of the model, tuned in float32 to the task's demonstrations, augmented as in training and each in
-    turn as the test. The model itself where the task has fewer than two or they do not fit into its
-    block_size.
+    A copy of the model, tuned to the task's demonstrations, augmented as in training and each in turn as the
+    test, one row a step. The embedding stays as it is: it is most of a small model, and nothing is gained by
+    moving it (LOG.md). The model itself where the task has fewer than two demonstrations or they do not fit
+    into its block_size.
     """
     if len(task.train) < 2:
         return model
     rng, block_size = draw_rng(settings.seed, "ttt", task.id), model.config.block_size
     augment = {"arc": "arc", "maze": "dihedral"}.get(task.kind, "none")
-    document, n = arc.encode(task.kind, task.train), settings.ttt_steps * TUNED_ROWS
+    document, n = arc.encode(task.kind, task.train), settings.ttt_steps
     rows = [puzzle_row(document, model.puzzle_format, augment, rng, block_size) for _ in range(n)]
     rows = [row for row in rows if len(row[0]) <= block_size]
     if not rows:
@@ -327,16 +327,21 @@ def tune(model, task, settings):
     # one length for all steps, because Route B's carry keeps its shape
     length = min(bucket_length(max(len(idx) for idx, _ in rows)), block_size)
     tuned, device = copy.deepcopy(model).train(), model.wte.weight.device
-    optimizer = torch.optim.AdamW(tuned.parameters(), lr=settings.ttt_lr, weight_decay=0.0)
+    tuned.wte.requires_grad_(False)
+    learned = [p for p in tuned.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=settings.ttt_lr, weight_decay=0.0, fused=True)
     rows = itertools.cycle(rows)
     carry = None
-    with torch.autocast(device.type, enabled=False):
-        for step in range(settings.ttt_steps):
-            optimizer.param_groups[0]["lr"] = settings.ttt_lr * (1 - step / settings.ttt_steps)
-            idx, targets = pad_rows(list(itertools.islice(rows, TUNED_ROWS)), length)
+    # bfloat16 where the answers are written in it; float16 would want a scaled loss
+    half = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.bfloat16
+    for step in range(settings.ttt_steps):
+        optimizer.param_groups[0]["lr"] = settings.ttt_lr * (1 - step / settings.ttt_steps)
+        idx, targets = pad_rows([next(rows)], length)
+        with torch.autocast(device.type, enabled=half):
             _, loss, carry = tuned(idx.to(device), targets.to(device), mode="puzzle", carry=carry)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch.clear_autocast_cache()  # the caller's autocast keeps the weights it has cast, and these changed
     return tuned.eval()

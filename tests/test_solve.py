@@ -260,6 +260,10 @@ def test_a_tuned_copy_has_learned_the_task_and_the_model_is_untouched(name):
     settings = Settings(ttt_steps=16, ttt_lr=4e-3)
     tuned = solve.tune(model, task, settings)
     assert loss(model) - loss(tuned) > 0.05 and not tuned.training
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # as an evaluation in bfloat16
+        half = solve.tune(model, task, settings)
+    assert torch.equal(tuned.wte.weight, model.wte.weight)
+    assert loss(half) == pytest.approx(loss(tuned), abs=0.02)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     other = arc.Task(task.id, task.kind, task.train, [(np.zeros((9, 9), np.uint8),) * 2])
     again = solve.tune(model, other, settings).state_dict()  # the question is not learned
