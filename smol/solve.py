@@ -312,12 +312,13 @@ def tune(model, task, settings):
     """
     A copy of the model, tuned to the task's demonstrations, augmented as in training and each in turn as the
     test, one row a step. The embedding stays as it is: it is most of a small model, and nothing is gained by
-    moving it (LOG.md). The model itself where the task has fewer than two demonstrations or they do not fit
-    into its block_size.
+    moving it (LOG.md). The model itself where the task has fewer than two demonstrations, or no question or
+    no row fits into its block_size.
     """
-    if len(task.train) < 2:
-        return model
     rng, block_size = draw_rng(settings.seed, "ttt", task.id), model.config.block_size
+    room = [sum(arc.prompt_and_room(task.kind, task.train, x, model.puzzle_format)) for x, _ in task.test]
+    if len(task.train) < 2 or min(room) > block_size:
+        return model
     augment = {"arc": "arc", "maze": "dihedral"}.get(task.kind, "none")
     document, n = arc.encode(task.kind, task.train), settings.ttt_steps
     rows = [puzzle_row(document, model.puzzle_format, augment, rng, block_size) for _ in range(n)]

@@ -269,5 +269,7 @@ def test_a_tuned_copy_has_learned_the_task_and_the_model_is_untouched(name):
     again = solve.tune(model, other, settings).state_dict()  # the question is not learned
     assert all(torch.equal(v, again[k]) for k, v in tuned.state_dict().items())
     assert solve.tune(model, replace(task, train=task.train[:1]), settings) is model
+    large = replace(task, test=[(np.zeros((30, 30), np.uint8),) * 2])
+    assert solve.tune(model, large, settings) is model  # the question does not fit
     small = make(name, 8)
     assert solve.tune(small, task, settings) is small  # nothing fits
