@@ -318,10 +318,11 @@ def on_canvas(net, guide, idx, targets, carry, seconds):
     # the halting head learns whether the answer is the teacher's, as in train.py whether it is right
     known = ~teacher_log_p.isnan().any(-1)
     differs = (student.argmax(-1) != teacher_log_p.argmax(-1)) & known
-    agrees = (rows[known].bincount(minlength=n_rows) > 0) & (rows[differs].bincount(minlength=n_rows) == 0)
+    agrees = rows[differs].bincount(minlength=n_rows) == 0
+    has_opinion = rows[known].bincount(minlength=n_rows) > 0
     q = net.halt_logit(y)
-    loss = mean_divergence(student, teacher_log_p, rows, n_rows)
-    loss = loss + 0.5 * F.binary_cross_entropy_with_logits(q, agrees.float())
+    halting = F.binary_cross_entropy_with_logits(q, agrees.float(), reduction="none")
+    loss = mean_divergence(student, teacher_log_p, rows, n_rows) + 0.5 * (halting * has_opinion).mean()
     return loss, {**carry, "halted": net.halts(q, carry)}
 
 

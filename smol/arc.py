@@ -21,6 +21,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,7 +60,9 @@ def validate_grid(grid):
         raise ValueError("not a grid: its rows differ in length") from None
     if array.ndim != 2 or not all(1 <= side <= MAX_SIDE for side in array.shape):
         raise ValueError(f"not a grid: shape {array.shape} is not 1 to {MAX_SIDE} rows and columns")
-    if array.dtype.kind not in "iuf" or not ((array >= 0) & (array <= 9) & (array % 1 == 0)).all():
+    booleans = isinstance(grid, list) and any(isinstance(cell, bool) for row in grid for cell in row)
+    whole = array.dtype.kind in "iuf" and ((array >= 0) & (array <= 9) & (array % 1 == 0)).all()
+    if booleans or not whole:
         raise ValueError("not a grid: cells must be whole numbers from 0 to 9")
     return array.astype(np.uint8)
 
@@ -131,7 +134,7 @@ def read_json(file):
         opener = gzip.open if str(file).endswith(".gz") else open
         with opener(file, "rt", encoding="utf-8-sig") as f:  # with a byte order mark or without
             return json.load(f)
-    except (ValueError, RecursionError, EOFError) as e:
+    except (ValueError, RecursionError, EOFError, zlib.error) as e:
         raise ValueError(f"{file} is not JSON: {e}") from None
 
 
@@ -181,12 +184,14 @@ def read_tasks(path, solutions=""):
     tasks = {}
     for file in files:
         for task_id, (raw, outputs) in tasks_of_file(file, solutions).items():
-            if outputs is not None or task_id not in tasks:  # it may be there twice, once without outputs
-                try:
-                    tasks[task_id] = to_task(task_id, raw, outputs)
-                except ValueError as e:
-                    where = file if outputs is None else f"{file} with {solutions or 'its solutions.json'}"
-                    raise ValueError(f"{where}, task {task_id}: {e}") from None
+            try:
+                task = to_task(task_id, raw, outputs)
+            except ValueError as e:
+                where = file if outputs is None else f"{file} with {solutions or 'its solutions.json'}"
+                raise ValueError(f"{where}, task {task_id}: {e}") from None
+            # it may be there twice, once without outputs
+            if task_id not in tasks or all(y is not None for _, y in task.test):
+                tasks[task_id] = task
     return [tasks[task_id] for task_id in sorted(tasks)]
 
 

@@ -406,15 +406,16 @@ def parse(text):
     if not program:
         raise ValueError("not a program: it must begin with def solve(grid) and end with return grid")
     steps = []
-    for line in program[1].splitlines():
+    for line in program[1].removesuffix("\n").split("\n"):
         call = re.fullmatch(r"    grid = (\w+)\(grid((?:, \w+=-?\d+)*)\)", line)
         if not call:
             raise ValueError(f"{line.strip()!r} does not turn grid into grid")
-        name, params = call[1], {k: int(v) for k, v in re.findall(r"(\w+)=(-?\d+)", call[2])}
+        name, given = call[1], re.findall(r"(\w+)=(-?\d+)", call[2])
+        params = {k: int(v) for k, v in given}
         if name not in LANGUAGE:
             raise ValueError(configurator.unknown("function", name, LANGUAGE))
-        if params not in LANGUAGE[name][0]:
-            raise ValueError(f"{name} does not take {params}")
+        if params not in LANGUAGE[name][0] or len(given) > len(params):
+            raise ValueError(f"{name} does not take {call[2].removeprefix(', ') or 'nothing'}")
         steps.append((name, params))
     return steps
 

@@ -90,6 +90,8 @@ def same(a, b):
         return False
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, (dict, set)) and sorted(map(repr, a)) != sorted(map(repr, b)):
+        return False  # 1 and True are the same key
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in b)
     return a == b
@@ -111,6 +113,7 @@ def call(code, expressions):
         if "error" in answer:
             return Result(False, reason=shorten(str(answer["error"])))
         values = [ast.literal_eval(text) for text in answer["values"]]
+        repr(values)  # a ValueError where an int is too long to be shown
     except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError, KeyError):
         return Result(False, reason=problem or "it gave no plain value")
     if len(values) != len(expressions):

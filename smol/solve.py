@@ -286,12 +286,9 @@ def solve_in_words(model, tasks, settings):
 
 def solve_by_programs(model, task, settings):
     """For each test input the answers of programs, written by the model, that solve all demonstrations."""
-    prompt = [tok.EOT, tok.PROGRAM]
-    for x, y in task.train:
-        prompt += [tok.INPUT, *arc.encode_grid(x).tolist(), tok.OUTPUT, *arc.encode_grid(y).tolist()]
-    prompt += [tok.INPUT, *arc.encode_grid(task.test[0][0]).tolist()]
+    prompt = [tok.EOT, *arc.encode_prompt("program", task.train, task.test[0][0]).tolist()[:-1]]
     out = [[] for _ in task.test]
-    if len(prompt) + PROGRAM_TOKENS > model.config.block_size:
+    if not task.train or len(prompt) + PROGRAM_TOKENS > model.config.block_size:
         return out
     (written,) = write(model, [prompt], settings.programs, PROGRAM_TOKENS, settings.seed)
     for text in sorted({tok.load().decode(ids) for ids in written}):

@@ -134,7 +134,14 @@ def load(name):
         return tuple(arc.load(ARC_SUITES[name]))
     if name in FILES:
         with open(RAW / name / "test.csv", newline="", encoding="utf-8-sig") as f:
-            tasks = [sources.to_document(name, row) for row in itertools.islice(csv.DictReader(f), FROM_FILE)]
+            try:
+                rows = list(itertools.islice(csv.DictReader(f), FROM_FILE))
+            except csv.Error as e:
+                raise ValueError(f"{f.name}: {e}") from None
+        tasks = [sources.to_document(name, row) for row in rows]
+        for i, task in enumerate(tasks):
+            if not puzzles.answer_fits(task):
+                raise ValueError(f"{f.name}: the answer of row {i + 1} does not fit its question")
         return tuple(replace(task, id=f"{name}-{i:04d}") for i, task in enumerate(tasks))
     if name == "rearc":
         drawn = ((np.random.default_rng([4040, i]), family) for i, family in enumerate(rearc.families()))

@@ -194,13 +194,6 @@ def held_out_from(source):
     return curate.held_out(source.suite == "rearc" or source.tasks)
 
 
-def answer_fits(task):
-    """Is the answer right? For puzzles from elsewhere; a maze may have other ways as short."""
-    if task.kind == "sudoku":
-        return puzzles.check_sudoku(*task.test[0])
-    return task.kind != "maze" or puzzles.check_maze(*task.test[0], only=False)
-
-
 def judge_puzzles(source, documents, dropped, evaluations):
     """As judge_texts, for puzzles and texts about puzzles."""
     tokens, keys = [], []
@@ -208,7 +201,7 @@ def judge_puzzles(source, documents, dropped, evaluations):
     for origin, task, grids, pieces in documents:
         name = f"[{origin}] {task.id}"
         same = puzzle_key(task)
-        if source.repo and not answer_fits(task):
+        if source.repo and not puzzles.answer_fits(task):
             dropped.add("wrong_answer", name)
         elif source.tasks and curate.is_evaluation_task(task):
             dropped.add("evaluation_task", name)

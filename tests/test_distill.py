@@ -295,6 +295,9 @@ def test_a_route_b_student_learns_the_canvas_and_when_to_halt():
     expected = distill.divergence(logits, wanted).mean() + 0.5 * halting
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
+    short = teachers.Ours(tiny.make("dense", 30))  # the puzzles are too long for this one, which says nothing
+    assert distill.on_canvas(net, short, batch.idx, batch.targets, None, defaultdict(float))[0].item() == 0
+
 
 @pytest.mark.parametrize("name", ["dense", "trm"])
 def test_the_gradient_of_a_step_does_not_depend_on_how_its_rows_are_batched(name, short_texts, monkeypatch):

@@ -14,7 +14,12 @@ KNOWN = {  # (parameters, input, output)
     "rotate": [({"k": 1}, G, "030/200/101"), ({"k": 2}, G, "001/300/021")],
     "transpose": [({"anti": 0}, G, "101/200/030"), ({"anti": 1}, G, "030/002/101")],
     "roll": [({"dy": 1, "dx": 0}, G, "100/120/003"), ({"dy": 0, "dx": -1}, G, "201/030/001")],
-    "gravity": [({"side": 0}, G, "000/100/123"), ({"side": 3}, G, "120/300/100")],
+    "gravity": [
+        ({"side": 0}, G, "000/100/123"),
+        ({"side": 1}, G, "012/003/001"),
+        ({"side": 2}, G, "123/100/000"),
+        ({"side": 3}, G, "120/300/100"),
+    ],
     "sort_lines": [
         ({"axis": 0, "descending": 1}, G, "120/003/100"),
         ({"axis": 1, "descending": 0}, G, "201/030/001"),
@@ -24,7 +29,8 @@ KNOWN = {  # (parameters, input, output)
     "keep": [({"a": 1}, G, "100/000/100")],
     "paint": [({"a": 5}, G, "550/005/500")],
     "negative": [({"a": 5}, G, "005/550/055")],
-    "commonest": [({"least": 0}, "110/200/100", "111/111/111"), ({"least": 1}, "110/220/110", "222/222/222")],
+    "commonest": [({"least": 0}, "110/200/100", "111/111/111"), ({"least": 1}, "110/220/110", "222/222/222")]
+    + [({"least": least}, "33/11", "11/11") for least in (0, 1)],  # the lower of two as common
     "crop": [({}, "0000/0120/0030/0000", "12/03")],
     "squeeze": [({}, "100/000/203", "10/23")],
     "half": [({"side": 0}, "123/456/789", "789"), ({"side": 3}, "123/456", "1/4")],
@@ -38,7 +44,12 @@ KNOWN = {  # (parameters, input, output)
     ],
     "scale": [({"k": 2}, "10/02", "1100/1100/0022/0022")],
     "tile": [({"ny": 1, "nx": 2}, "10/02", "1010/0202"), ({"ny": 3, "nx": 1}, "12", "12/12/12")],
-    "mirror": [({"side": 0}, "12/30", "12/30/30/12"), ({"side": 3}, "12/30", "2112/0330")],
+    "mirror": [
+        ({"side": 0}, "12/30", "12/30/30/12"),
+        ({"side": 1}, "12/30", "1221/3003"),
+        ({"side": 2}, "12/30", "30/12/12/30"),
+        ({"side": 3}, "12/30", "2112/0330"),
+    ],
     "frame": [({"a": 5}, "12/30", "5555/5125/5305/5555")],
     "border": [({"a": 5}, G, "555/505/555")],
     "outline": [({"a": 5}, "0000/0100/0000/0000", "5550/5150/5550/0000")],
@@ -150,7 +161,10 @@ def solve(line):
     "text, says",
     [
         (solve("grid = crp(grid)"), "closest is 'crop'"),
-        (solve("grid = flip(grid, axis=7)"), "does not take"),
+        (solve("grid = flip(grid, axis=7)"), "flip does not take axis=7"),
+        (solve("grid = flip(grid, axis=0, axis=1)"), "does not take"),
+        (solve("grid = crop(grid, a=1)"), "does not take"),
+        (solve("grid = crop(grid)\x0c    grid = crop(grid)"), "does not turn grid into grid"),
         (solve("grid = crop(other)"), "does not turn grid into grid"),
         (solve("import os"), "does not turn grid into grid"),
         ("import os", "not a program"),

@@ -237,6 +237,8 @@ def test_only_programs_that_pass_every_demonstration_answer(monkeypatch):
     model = Writes("nonsense", [*wrong, right], tok.OUTPUT)
     (found,) = solve.solve_by_programs(model, task, Settings(programs=6))
     assert [(c.grid.tolist(), c.program) for c in found] == [(task.test[0][1].tolist(), right)]
+    alone = arc.Task("", "arc", [], task.test)  # no demonstration to pass
+    assert solve.solve_by_programs(model, alone, Settings(programs=6)) == [[]]
     monkeypatch.setitem(programs.LANGUAGE, "crop", (({},), lambda grid: grid[99], ()))
     with pytest.raises(IndexError):  # the language's own mistake is no program's
         solve.solve_by_programs(model, task, Settings(programs=6))
@@ -271,5 +273,6 @@ def test_a_tuned_copy_has_learned_the_task_and_the_model_is_untouched(name):
     assert solve.tune(model, replace(task, train=task.train[:1]), settings) is model
     large = replace(task, test=[(np.zeros((30, 30), np.uint8),) * 2])
     assert solve.tune(model, large, settings) is model  # the question does not fit
+    assert solve.tune(model, replace(large, test=large.test + task.test), settings) is not model  # one does
     small = make(name, 8)
     assert solve.tune(small, task, settings) is small  # nothing fits

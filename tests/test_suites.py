@@ -71,6 +71,14 @@ def test_a_file_of_puzzles_is_a_suite_where_it_is_there(tmp_path, monkeypatch):
     tasks = suites.load("sudoku_extreme")
     assert [task.id for task in tasks] == ["sudoku_extreme-0000", "sudoku_extreme-0001"]
     assert np.array_equal(tasks[1].test, [(puzzle, answer)])
+    for row, says in (
+        (f"x,{question},{'1' * 81},3", "row 3 does not fit"),
+        ('x,"' + "." * 200_000, "field larger than field limit"),
+    ):
+        (tmp_path / "sudoku_extreme/test.csv").write_text("\n".join([*rows, row]))
+        suites.load.cache_clear()
+        with pytest.raises(ValueError, match=f"test.csv: .*{says}"):
+            suites.load("sudoku_extreme")
     suites.load.cache_clear()
 
 
@@ -110,6 +118,7 @@ def test_challenges_are_read_with_the_solutions_beside_them(tmp_path):
         "x-arc_test_challenges": {i: tasks[i] for i in ("t1", "t3")},
         "sample_submission": {"t1": []},
         "own": {"train": [PAIR], "test": [PAIR]},
+        "t2": {"train": [PAIR], "test": [PAIR]},
     }
     for name, content in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
@@ -121,7 +130,8 @@ def test_challenges_are_read_with_the_solutions_beside_them(tmp_path):
     known = {"t0": outputs["t0"], "t1": outputs["t1"], "t2": [None, None]}
     assert read(tmp_path / "x-arc_evaluation_challenges.json") == known
     assert read(tmp_path / "x-arc_test_challenges.json") == {"t1": [None, None], "t3": [None, None]}
-    assert read(tmp_path) == {**known, "t3": [None, None], "own": [PAIR["output"]]}
+    alone = {"own": [PAIR["output"]], "t2": [PAIR["output"]]}
+    assert read(tmp_path) == {**known, "t3": [None, None], **alone}
     (tmp_path / "x-arc_evaluation_solutions.json").write_text(json.dumps({"t0": outputs["t0"][:1]}))
     with pytest.raises(ValueError, match="solutions.json, task t0: as many outputs are wanted"):
         read(tmp_path)
