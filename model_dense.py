@@ -25,7 +25,6 @@ from torch.utils.checkpoint import checkpoint
 from kda import KimiDeltaAttention
 from smol import arc, engine, runtime
 from smol import tokenizer as tok
-from smol.muon import split_parameters
 from smol.tokenizer import IGNORE
 
 LOGITS_AT_ONCE = 2**23  # the loss is computed in slices of this many logits: 32 MB in float32
@@ -376,10 +375,6 @@ class Model(nn.Module, HubMixin, library_name="smol-llm", license="mit"):
         """Forward, or forward and backward. In puzzles the head runs on few positions and is left out."""
         head = 2 * self.config.n_embd * self.config.vocab_size if mode == "text" else 0
         return (core_flops_per_token(self.config, context) + head) * (3 if training else 1)
-
-    def configure_optimizer(self, weight_decay, learning_rate, betas):
-        groups = split_parameters(self, weight_decay)
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
     def empty_cache(self, batch_size, length):
         """For each block a tuple of tensors (B, ...): room for `length` keys and values, or KDA's state."""

@@ -38,7 +38,6 @@ from model_dense import Attention, HubMixin, RMSNorm, SwiGLU, linear_cross_entro
 from smol import arc, engine
 from smol import tokenizer as tok
 from smol.engine import ANSWER_IDS, NOISE
-from smol.muon import split_parameters
 from smol.tokenizer import IGNORE
 
 ANSWER_ROWS = [i - tok.EOT for i in ANSWER_IDS]  # their rows in Model.puzzle_words
@@ -270,10 +269,6 @@ class Model(nn.Module, HubMixin, library_name="smol-llm", license="mit"):
         core = model_dense.core_flops_per_token(self.config, context if mode == "text" else 2 * context)
         head = 2 * self.config.n_embd * self.config.vocab_size if mode == "text" else 0
         return passes * core + head * (3 if training else 1)
-
-    def configure_optimizer(self, weight_decay, learning_rate, betas):
-        groups = split_parameters(self, weight_decay)
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
     def forward(self, idx, targets=None, *, mode="text", carry=None):
         """

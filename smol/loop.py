@@ -26,7 +26,7 @@ from smol import arc, checkpoint, engine, runtime, suites
 from smol import tokenizer as tok
 from smol.files import lock, write_whole
 from smol.loader import Loader
-from smol.muon import muon_and_adamw
+from smol.muon import muon_and_adamw, split_parameters
 from smol.snapshots import repo_name
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of the checkout
@@ -130,7 +130,8 @@ def make_optimizers(net, name, weight_decay, learning_rate, betas):
     """name: 'muon' or 'adamw' -> list of optimizers, to be stepped one after the other."""
     if name == "muon":
         return muon_and_adamw(net, weight_decay, learning_rate, betas)
-    return [net.configure_optimizer(weight_decay, learning_rate, betas)]
+    groups = split_parameters(net, weight_decay)
+    return [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
 
 
 def set_learning_rate(optimizers, lr):

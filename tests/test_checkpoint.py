@@ -13,6 +13,7 @@ import torch
 
 from smol import checkpoint as ckpt
 from smol import tokenizer as tok
+from smol.loop import make_optimizers
 
 SMALL = {"n_layer": 4, "n_head": 2, "n_embd": 12, "n_ff": 8}
 
@@ -20,7 +21,7 @@ SMALL = {"n_layer": 4, "n_head": 2, "n_embd": 12, "n_ff": 8}
 def make(model="dense", **changes):
     torch.manual_seed(0)
     net = ckpt.make_model(model, SMALL)
-    optimizer = net.configure_optimizer(0.1, 1e-3, (0.9, 0.95))
+    (optimizer,) = make_optimizers(net, "adamw", 0.1, 1e-3, (0.9, 0.95))
     net(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]]))[1].backward()
     optimizer.step()
     train = {

@@ -169,6 +169,9 @@ def test_both_routes_go_through_the_whole_suite(name, tmp_path, monkeypatch):
     figures = language.evaluate(make(name), tmp_path, language.held_out(tmp_path, "s"), limit=3)
     assert figures["bits_per_byte"]["words"]["bits_per_byte"] > 2 and figures["seconds"] > 0
     assert (figures["questions"]["total"], figures["code"]["total"]) == (3, 3)
+    texts = [question for _, question, *_ in suites.questions()]  # evenly spread
+    asked = [answer["question"] for answer in figures["questions"]["answers"]]
+    assert asked == [texts[0], texts[(len(texts) - 1) // 2], texts[-1]]
     assert json.loads(json.dumps(figures)) == figures and len(language.rows(figures)) == 3
 
 

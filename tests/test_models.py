@@ -15,6 +15,7 @@ from smol import arc, engine
 from smol import tokenizer as tok
 from smol.engine import generate, sample
 from smol.loader import pad_rows, puzzle_row
+from smol.loop import make_optimizers
 from smol.muon import Muon, muon_and_adamw
 from smol.tokenizer import IGNORE
 
@@ -58,7 +59,8 @@ def test_every_parameter_gets_a_gradient(route):
 @both
 def test_optimizers_hold_every_parameter_once_and_decay_only_matrices(route):
     model = BUILD[route]()
-    groups = model.configure_optimizer(0.1, 1e-3, (0.9, 0.95)).param_groups
+    (optimizer,) = make_optimizers(model, "adamw", 0.1, 1e-3, (0.9, 0.95))
+    groups = optimizer.param_groups
     held = [id(p) for group in groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
@@ -321,7 +323,7 @@ def test_overfits_one_batch(route, mode):
     document = arc.encode("arc", [*task.train, *task.test])
     puzzle = pad_rows([puzzle_row(document, model.puzzle_format, "none")], 80)
     batch = (text(2, 12), text(2, 12, seed=1)) if mode == "text" else puzzle
-    optimizer = model.configure_optimizer(0.0, 5e-3, (0.9, 0.95))
+    (optimizer,) = make_optimizers(model, "adamw", 0.0, 5e-3, (0.9, 0.95))
     losses, carry = [], None
     for _ in range(30 if mode == "text" else 80):
         _, loss, carry = model(*batch, mode=mode, carry=carry)

@@ -132,7 +132,10 @@ def test_the_page_needs_nothing_else_and_runs_nothing_of_the_models(written):
 def test_the_table_says_how_models_were_asked_and_which_is_better(found):
     results = json.loads(json.dumps(found[0]))
     results["b"]["suites"]["arc1"]["against"] = {"a": {"only_this": 9, "only_other": 1, "p": 0.021}}
+    results["a"]["suites"]["arc1"]["against"] = {"b": {"only_this": 1, "only_other": 9, "p": 0.021}}
+    results["a"]["suites"]["logic"]["against"] = {"b": {"only_this": 2, "only_other": 1, "p": 1.0}}
     lines = report.table(results).splitlines()
+    assert sum("is better than" in line for line in lines) == 1
     row = next(line.split() for line in lines if line.split()[:2] == ["arc1", "b"])
     assert row[2:4] == ["66.7%", "2/3"]
     assert "arc1: b is better than a: 9 tasks alone against 1 (p = 0.021)" in lines
