@@ -38,4 +38,4 @@ check-t4: .venv/installed
 	TRITON_DEFAULT_FP_FUSION=1 $(PYTHON) tests/compile_kda.py --capability=75 --dot=ieee --sizes=64
 
 clean:
-	rm -rf .venv out data/raw data/processed data/stages data/arc data/metadata data/work
+	rm -rf .venv $(OUT) out/notebooks data/work

@@ -129,7 +129,7 @@ def convert(name, value, types, where):
     if isinstance(value, list) and tuple in types[name]:
         value = tuple(value)
     if type(value) is int and float in types[name] and int not in types[name]:
-        value = float(value)
+        value = float(str(value))  # inf where it is too large
     if type(value) is float and int in types[name] and float not in types[name] and value.is_integer():
         value = int(value)  # 5e3
     if type(value) not in types[name] or not is_plain(value):

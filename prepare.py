@@ -177,7 +177,7 @@ def show(c, name):
     """Print the first documents of a source, to be judged by a person."""
     if name not in table.SOURCES:
         raise ValueError(configurator.unknown("source", name, table.SOURCES))
-    where, about = pipeline.find_rows(c, Path(c.data_dir), name)
+    where, about = pipeline.find_rows(c, Path(c.data_dir), name, keep=False)
     if where is None:
         raise ValueError(f"{name}: {about}")
     for origin, row in itertools.islice(table.open_rows(name, where, c.seed, 0, None), 8):
@@ -246,6 +246,8 @@ def main(argv):
         needed = int(command not in (*table.STAGES, "status", "clean"))
         if len(arguments) != needed:
             raise ValueError(f"{command} needs {'one argument' if needed else 'no argument'} (--help)")
+        if c.dry_run and command in ("freeze", "push", "pull"):
+            raise ValueError(f"{command} has no --dry_run")
         alone = command in READ_ONLY or c.dry_run
         with contextlib.nullcontext() if alone else lock(c.data_dir, "prepare.py"):
             if command in table.STAGES:

@@ -147,11 +147,14 @@ def train(config, defaults, make_distillation=None):
     began = time.monotonic()
     with runtime.errors_agree():
         loop.check_settings(config)
+        if sanity and not overwrite:
+            checkpoint.check_is_stage_0(config)
         here, precision = runtime.start(device, dtype)
     on_gpu, world_size = here.startswith("cuda"), runtime.world_size
 
     # ---- from scratch, from another run's weights, or going on
-    start, start_path, resumed = checkpoint.begin(config, anew=overwrite or sanity)
+    named = eval_only and init_from not in ("auto", "resume", "scratch")  # and not what out_dir holds
+    start, start_path, resumed = checkpoint.begin(config, anew=overwrite or sanity or named)
     if eval_only and not start:
         runtime.stop("--eval_only=True needs a checkpoint: name one with --init_from or --out_dir")
     name, shape, begin_with = model, config, start and start["weights"]
@@ -185,11 +188,13 @@ def train(config, defaults, make_distillation=None):
     changed = []
     if resumed:
         carries, changed = checkpoint.restore(start, run, config, scaler)
-    start = begin_with = None  # free their memory
     if eval_only:
+        run["iter"] = start["train"].get("iter", 0)
+        runtime.print0(f"validating {start_path}")
         loop.validate(run, net, average, loader, autocast, here, config)
         runtime.end_processes()
         return
+    start = begin_with = None  # free their memory
 
     # ---- ready
     if compile is True or (compile == "auto" and on_gpu and not distillation):  # decoding has ever new shapes

@@ -6,8 +6,9 @@
 # 0.6 billion tokens. `python -m bench.plan config/arc_speedrun.py --puzzles=1 --card=H100 --cards=1` says how
 # long that takes. Not trained yet: its learning rate lies between those of arc_cpu.py and of stage 1.
 # Without a GPU, a look whether all is in order:
-#   python train.py config/arc_speedrun.py --sanity=True --max_iters=20 --eval_interval=20 --log_interval=5 \
-#     --warmup_iters=10 --decay_iters=10 --batch_size=1 --batch_tokens=4096 --n_layer=4 ...
+#   python train.py config/arc_speedrun.py --sanity=True --out_dir=out/stage0 --max_iters=20 \
+#     --eval_interval=20 --log_interval=5 --warmup_iters=10 --decay_iters=10 --batch_size=1 \
+#     --batch_tokens=4096 --n_layer=4 ...
 base = "arc_cpu.py"
 out_dir = "out/arc_speedrun"
 data = "arc"

@@ -8,4 +8,4 @@ model = "trm"
 max_iters = 4000
 learning_rate = 4e-4
 ema = 0.999
-recompute = True  # without, the seven passes of a puzzle keep 8 MB a token, and a batch is 34 GB
+recompute = True  # without, the seven passes of a puzzle keep 4.7 MB a token, and a batch is 20 GB

@@ -1,7 +1,7 @@
 # A thousand hard 9x9 sudokus, each seen through a new symmetry every time: the published setting of
 # recursive models.
 #   python prepare.py sudoku_extreme && python train.py config/sudoku_extreme.py
-#   python eval_arc.py out/sudoku_extreme/ckpt.pt --suites=sudoku_extreme
+#   python eval_arc.py out/sudoku_extreme/ckpt.pt --suites=sudoku_extreme  (data/README.md: its test.csv)
 # n, T, N_sup, averaging, learning rate and weight decay as in arXiv 2510.04871 (768 puzzles a step); the core
 # is ours, 13M parameters and four layers, where it has two. Not yet trained to its end: that wants a GPU.
 out_dir = "out/sudoku_extreme"

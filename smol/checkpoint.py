@@ -94,11 +94,16 @@ def previous(path):
 
 def second_name(path, other):
     """The file `path` under the name `other` as well: a link, or a copy where a file has but one name."""
-    Path(other).unlink(missing_ok=True)
+    beside = f"{other}.tmp"
+    Path(beside).unlink(missing_ok=True)
     try:
-        os.link(path, other)
-    except OSError:
-        shutil.copyfile(path, other)
+        try:
+            os.link(path, beside)
+        except OSError:
+            shutil.copyfile(path, beside)
+        os.replace(beside, other)
+    finally:
+        Path(beside).unlink(missing_ok=True)  # also of two names of one file, which replace() leaves alone
 
 
 def local_file(name):
@@ -133,7 +138,7 @@ def load(name):
         wrong = f"is not a checkpoint, or it is damaged ({type(e).__name__})"
     if wrong:
         older = previous(path)
-        hint = f"; the one before it is {older}" if os.path.exists(older) else ""
+        hint = f"; to go on from the one before it: mv {older} {path}" if os.path.exists(older) else ""
         raise ValueError(f"{path} {wrong}{hint}")
     return checkpoint
 
@@ -234,6 +239,15 @@ def starting_point(init_from, path, overwrite):
     return load(init_from), init_from, False
 
 
+def check_is_stage_0(config):
+    """ValueError where out_dir holds a checkpoint of anything else: stage 0 replaces what is there."""
+    path = path_of(config)
+    if os.path.exists(path) and not load(path).get("config", {}).get("sanity"):
+        raise ValueError(
+            f"{path} is of no stage 0: --sanity=True wants another --out_dir, or --overwrite=True"
+        )
+
+
 def check_same_data(before, now):
     """
     What a checkpoint says of its data, and the same of the data that are there. ValueError where they are
@@ -259,6 +273,8 @@ def load_optimizers(optimizers, name, train):
     What the optimizers have averaged comes back, not their settings (weight decay, betas): those are the
     config's, which may have changed. ValueError where the checkpoint has another optimizer than `name`.
     """
+    if "optimizers" not in train:
+        raise ValueError("published weights come without their optimizer: add --init_optimizer=False")
     if train.get("optimizer_name") != name:
         raise ValueError(
             f"the checkpoint has the state of optimizer {train.get('optimizer_name')!r}, not {name!r}"
@@ -327,13 +343,17 @@ def save_run(train, config, net, model, average, optimizers, scaler, carries, de
         }
         try:
             save(whole, path, previous(path))
-            keep_every = config.get("keep_every")
-            if keep_every and step % keep_every == 0:
-                second_name(path, os.path.join(config["out_dir"], f"ckpt_{step}.pt"))
         except OSError as e:
             saved = False
             why = e.strerror or e
             runtime.print0(f"the checkpoint of step {step} could not be saved ({why}); training goes on")
+        keep_every = config.get("keep_every")
+        if saved and keep_every and step % keep_every == 0:
+            kept = os.path.join(config["out_dir"], f"ckpt_{step}.pt")
+            try:
+                second_name(path, kept)
+            except OSError as e:
+                runtime.print0(f"{kept} could not be written ({e.strerror or e}); {path} was")
         with contextlib.suppress(OSError):
             runtime.draw_losses(config["out_dir"])
     return runtime.sums([saved], device)[0] == runtime.world_size

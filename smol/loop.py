@@ -49,6 +49,8 @@ def check_settings(config):
     """What can be wrong with the settings of train.py and distill.py beyond their ranges. ValueError."""
     if config["min_lr"] > config["learning_rate"]:
         raise ValueError(f"min_lr={config['min_lr']} must be at most learning_rate={config['learning_rate']}")
+    if not all(isinstance(name, str) for name in config["mixture"] or ()):
+        raise ValueError(f"mixture must be {{source: share}}, got {config['mixture']}")
     if config["mixture"] and not any(config["mixture"].values()):
         raise ValueError(f"mixture must give a share above 0 to some source, got {config['mixture']}")
     if config["overwrite"] and config["init_from"] == "resume":
@@ -122,6 +124,7 @@ def learning_rate_at(it, config):
         share = max(0, it - warmup) / max(1, end - warmup)
         down = 0.5 + 0.5 * math.cos(math.pi * min(1.0, share))
     else:
+        decay = min(decay, max(1, end - warmup))  # of a run shorter than that, still from the top
         down = min(1.0, (end - it) / decay) if decay else 1.0
     return config["min_lr"] + (config["learning_rate"] - config["min_lr"]) * min(up, down)
 
@@ -328,6 +331,8 @@ class Log:
             self.lock = lock(config["out_dir"], "run")
             for name in ("log.jsonl", "evals.jsonl"):
                 runtime.cut_log(os.path.join(config["out_dir"], name), step)
+            for kept in () if resumed else Path(config["out_dir"]).glob("ckpt_[0-9]*.pt"):
+                kept.unlink()  # of the run that this one replaces
             settings = json.dumps(config, indent=2).encode()
             write_whole(settings, os.path.join(config["out_dir"], "config.json"))
             if config["tracker"]:

@@ -83,7 +83,7 @@ def plan(c, data, stage):
     parts, notes = [], []
     for name in weights:
         if not asked or name in asked:
-            where, about = find_rows(c, data, name)
+            where, about = find_rows(c, data, name, keep=not c.dry_run)
             if where is None:
                 notes.append(f"{name}: {about}, left out")
             else:
@@ -106,8 +106,11 @@ def plan(c, data, stage):
     return parts, notes
 
 
-def find_rows(c, data, name):
-    """-> (where, about) of a source or an evaluation, as in Part; (None, what is lacking)."""
+def find_rows(c, data, name, keep=True):
+    """
+    -> (where, about) of a source or an evaluation, as in Part; (None, what is lacking). keep: a revision that
+    is looked up is what is built from then on.
+    """
     source = table.find(name)
     about = {"licence": source.licence}
     if source.package and not rearc.installed():
@@ -120,7 +123,7 @@ def find_rows(c, data, name):
     if not (c.source_dir or source.repo):
         return None, f"only from --source_dir=DIR, in DIR/{name}"
     if not c.source_dir:
-        where = {"revision": revision(data, source.repo)}
+        where = {"revision": revision(data, source.repo, keep)}
         return where, {**about, "repo": source.repo, **where}
     files = table.local_files(c.source_dir, name)
     if not files:
@@ -129,7 +132,7 @@ def find_rows(c, data, name):
     return {"files": [str(p) for p in files]}, {**about, "files": hashes}
 
 
-def revision(data, repo):
+def revision(data, repo, keep):
     """The commit of a dataset on the hub that this data folder is built from: looked up once, then kept."""
     import huggingface_hub
 
@@ -141,7 +144,8 @@ def revision(data, repo):
         except Exception as e:  # noqa: BLE001 (whatever it is, the hub did not answer)
             problem = f"cannot look up the dataset {repo} on the hub: {snapshots.first_line(e)}"
             raise ValueError(f"{problem}; without a network, use --source_dir") from None
-        snapshots.write(path, snapshots.to_json(known))
+        if keep:
+            snapshots.write(path, snapshots.to_json(known))
     return known[repo]
 
 

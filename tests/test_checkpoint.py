@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 
 import pytest
 import torch
@@ -87,6 +88,24 @@ def test_what_was_saved_comes_back(tmp_path, model):
 def test_the_state_of_another_optimizer_is_refused():
     with pytest.raises(ValueError, match="'adamw', not 'muon'"):
         ckpt.load_optimizers([], "muon", make()["train"])
+    with pytest.raises(ValueError, match="--init_optimizer=False"):  # as published weights are
+        ckpt.load_optimizers([], "muon", {})
+
+
+def test_stage_0_replaces_only_a_checkpoint_of_its_own(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    ckpt.check_is_stage_0({"out_dir": str(tmp_path)})
+    for config, is_of_stage_0 in (
+        ({"config": {"sanity": True}}, True),
+        ({"config": {"sanity": False}}, False),
+    ):
+        ckpt.save(make(**config), str(path))
+        if is_of_stage_0:
+            ckpt.check_is_stage_0({"out_dir": str(tmp_path)})
+        else:
+            refused(
+                path, "another --out_dir", call=lambda _: ckpt.check_is_stage_0({"out_dir": str(tmp_path)})
+            )
 
 
 # ---- crashes
@@ -131,9 +150,9 @@ def test_what_is_not_finite_is_not_read_and_the_one_before_is_named(tmp_path):
         ckpt.save(broken, path)
         refused(path, r"not finite \(norm_f.weight\)$")
     ckpt.save(good, older)
-    refused(path, "not finite.*the one before it is .*ckpt_prev.pt")
+    refused(path, "not finite.*from the one before it: mv .*ckpt_prev.pt .*ckpt.pt")
     path.write_text("half of it")
-    refused(path, "damaged.*the one before it is .*ckpt_prev.pt")
+    refused(path, "damaged.*from the one before it: mv .*ckpt_prev.pt .*ckpt.pt")
     assert ckpt.load(older)["train"]["iter"] == 7
 
 
@@ -147,6 +166,12 @@ def test_a_second_name_outlives_the_first(tmp_path, monkeypatch):
         ckpt.second_name(path, other)
         ckpt.save(make(train={"iter": 2}), path)
         assert ckpt.load(other)["train"]["iter"] == 1 and ckpt.load(path)["train"]["iter"] == 2
+        ckpt.second_name(path, path)  # two names of one file
+        assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "other.pt"]
+    monkeypatch.setattr(shutil, "copyfile", lambda a, b: os.open("/nowhere/at/all", 0))
+    with pytest.raises(OSError):
+        ckpt.second_name(path, other)
+    assert ckpt.load(other)["train"]["iter"] == 1  # a full disk costs nothing that was there
 
 
 # ---- where a run begins

@@ -259,15 +259,18 @@ def publish(hub):
     hub.put("sapientinc/sudoku-extreme", files)
 
 
-def stream(data, **popen):
+def stream(data, dry_run=False, **popen):
     options = f"--data_dir={data} --limit_mb=0.2 --val_every=20 --num_proc=1".split()
     sources = "--sources=fineweb_edu,codeparrot,sudoku_extreme"
-    command = [sys.executable, str(ROOT / "prepare.py"), "stage1", sources, *options]
+    command = [sys.executable, str(ROOT / "prepare.py"), "stage1", sources, *options, f"--dry_run={dry_run}"]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **popen)
 
 
 def test_streaming_survives_kills_cut_connections_and_a_moving_branch(hub, tmp_path):
     publish(hub)
+    process = stream(tmp_path / "look", dry_run=True)
+    assert process.wait() == 0, process.stderr.read()
+    assert not (tmp_path / "look").exists()
     process = stream(tmp_path / "one")
     assert process.wait() == 0, process.stderr.read()
     stage = snapshots.read_manifest(tmp_path / "one", "stage1")

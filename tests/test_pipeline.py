@@ -444,6 +444,8 @@ def test_a_dry_run_does_nothing(source_dir, tmp_path, capsys):
     build(tmp_path / "data", source_dir, "--dry_run=True", "--limit_mb=100")
     out = capsys.readouterr().out
     assert "7,500,000   2 files" in out and not (tmp_path / "data").exists()
+    with pytest.raises(SystemExit, match="freeze has no --dry_run"):
+        prepare.main(["freeze", "demo", "--tag=v1", "--dry_run=True", f"--data_dir={tmp_path / 'data'}"])
 
 
 # ---- tokens

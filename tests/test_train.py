@@ -182,7 +182,8 @@ def test_eval_only_validates_and_changes_nothing(finished, data):
     before = {path: path.stat().st_mtime_ns for path in finished.iterdir()}
     done = succeed(data, finished, "--eval_only=True")
     assert done.stdout.splitlines()[-1] in (finished / "stdout").read_text()
-    assert done.stdout.startswith("step 9: validation") and "bits a byte" in done.stdout
+    assert f"validating {finished / 'ckpt.pt'}\nstep 9: validation" in done.stdout
+    assert "bits a byte" in done.stdout
     assert {path: path.stat().st_mtime_ns for path in finished.iterdir()} == before
 
 
@@ -370,6 +371,12 @@ def test_a_later_stage_takes_the_weights(finished, data, tmp_path):
     assert "going on after step 2" in done.stdout and "changed: max_iters=3 (was 2)" in done.stdout
     saved = checkpoint.load(tmp_path / "ckpt.pt")["train"]
     assert saved["optimizers"][0]["param_groups"][0]["weight_decay"] == 0  # as the config has it now
+    # what is named is validated, and not what has been made of it
+    done = succeed(data, tmp_path, *still, "--eval_only=True")
+    assert f"validating {finished / 'ckpt.pt'}\nstep 9: validation" in done.stdout
+    (tmp_path / "ckpt_1000.pt").touch()
+    succeed(data, tmp_path, *still, "--overwrite=True")
+    assert not (tmp_path / "ckpt_1000.pt").exists()  # it was of the run before
     assert saved["began_with"] == str(finished / "ckpt.pt")  # so the same command goes on once more
 
 
@@ -381,6 +388,9 @@ def test_schedules():
 
     assert rates(schedule="wsd") == pytest.approx([0.55, 1, 1, 1, 1, 1, 1, 0.775, 0.55, 0.325])
     assert rates(schedule="wsd", decay_iters=0) == pytest.approx([0.55] + 9 * [1])
+    assert rates(schedule="wsd", decay_iters=99) == pytest.approx(
+        [0.55, 1] + [1 - 0.9 * i / 8 for i in range(8)]
+    )
     cosine = [0.1 + 0.9 * (0.5 + 0.5 * math.cos(math.pi * i / 8)) for i in range(8)]
     assert rates(schedule="cosine") == pytest.approx([0.55, 1, *cosine])
 
@@ -558,6 +568,8 @@ def test_mistakes_are_one_line_and_cost_nothing(data, tmp_path):
         (["--init_from=scratch", f"--out_dir={kept}"], ["ckpt.pt exists", "--overwrite=True"]),
         (["--mixture={'wikipedia': 1}"], ["wikipedia", "stdlib"]),
         (["--mixture={'stdlib': 0}", *gone], ["mixture", "above 0"]),
+        (["--mixture={1: 1, 'stdlib': 1}", *gone], ["mixture", "source: share"]),
+        ([f"--learning_rate=1{'0' * 400}", *gone], ["learning_rate", "inf"]),
         (
             [f"--out_dir={tmp_path / 'small'}", "--mixture={'sudoku4': 1}", "--block_size=16"],
             ["exceed block_size"],
