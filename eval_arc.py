@@ -432,12 +432,19 @@ def settings_for(suite, tasks, model, settings):
     answer to a single view; Route B has its steps.
     """
     change = {}
-    if model.puzzle_format == "autoregressive":
-        change = {"n_sup": None, "halt": None, "n_rollouts": 1, "noise": NOISE}
-        if attempts_of(suite) == 2 and settings.augment * settings.samples == 1:
-            change["samples"] = 2
+    in_words, canvas = suite in smol.suites.IN_WORDS, model.puzzle_format == "canvas"
+    if canvas and not in_words:
+        change["samples"] = 1
+    if in_words or not canvas:
+        change |= {"n_sup": None, "halt": None, "n_rollouts": 1}
+    if attempts_of(suite) == 2 and not canvas and settings.augment * settings.samples == 1:
+        change["samples"] = 2
+    if change.get("n_rollouts", settings.n_rollouts) == 1:
+        change["noise"] = NOISE
     if not any(task.train for task in tasks):
         change["ttt_steps"] = 0
+    if not any(task.kind == "arc" for task in tasks):
+        change["programs"] = 0
     return dataclasses.replace(settings, **change)
 
 

@@ -79,9 +79,10 @@ def kda_step(q, k, v, g, beta, state, scale=None):
     scale = K**-0.5 if scale is None else scale
     q, k, g, beta, row = (t.to(state.dtype).reshape(B * H, 1, -1) for t in (q, k, g, beta, v))
     S = state.view(B * H, K, V)
-    S.mul_(g.exp().mT)
-    S.baddbmm_(k.mT, beta * torch.baddbmm(row, k, S, alpha=-1))
-    return torch.bmm(q * scale, S).view(B, H, V).to(v.dtype)
+    with torch.autocast(state.device.type, enabled=False):
+        S.mul_(g.exp().mT)
+        S.baddbmm_(k.mT, beta * torch.baddbmm(row, k, S, alpha=-1))
+        return torch.bmm(q * scale, S).view(B, H, V).to(v.dtype)
 
 
 # -----------------------------------------------------------------------------
@@ -734,7 +735,8 @@ def kda(
     at_once = max(CHUNK, CPU_AT_ONCE // max(1, B * H * K) // CHUNK * CHUNK)
     if backend == "chunk" and q.device.type == "cpu" and T > 2 * at_once:
         parts, state = [], initial_state
-        for some in zip(*(t.split(at_once, 1) for t in inputs)):
+        ends = [*range(at_once, T - SHORT, at_once)]  # a shorter last piece would clamp its gates sooner
+        for some in zip(*(t.tensor_split(ends, 1) for t in inputs)):
             o, state = kda(*some, initial_state=state, **how)
             parts.append(o)
         return torch.cat(parts, 1), state if output_final_state else None

@@ -215,6 +215,7 @@ def train(config, defaults, make_distillation=None):
     parallel = distillation or net
     if world_size > 1:
         parallel = DistributedDataParallel(parallel, gradient_as_bucket_view=True)
+    interrupted = runtime.catch_signals()
     with runtime.errors_agree():
         log = loop.Log(config, run, resumed)
     card = runtime.device_name(here)
@@ -232,7 +233,6 @@ def train(config, defaults, make_distillation=None):
     runtime.print0(begin + "".join(f"\n  changed: {c}" for c in changed))
     for source in loader.not_validated(eval_batches):
         runtime.print0(f"not validated: {source} has no held-out rows of at most {loader.block_size} tokens")
-    interrupted = runtime.catch_signals()
     evaluation, publication = loop.Evaluation(config, log), checkpoint.Publication(config)
     ahead = Ahead(loader, pin=on_gpu)
     since_log = Counter()  # what the steps since the last line in the log sum up to
@@ -242,7 +242,7 @@ def train(config, defaults, make_distillation=None):
         loop.validate(run, net, average, loader, autocast, here, config, log)
 
     # ---- go
-    while run["iter"] < max_iters and not stopping:
+    while run["iter"] < max_iters and (due or not stopping):  # a skipped step is not the one to end with
         started = time.perf_counter()
         lr = loop.learning_rate_at(run["iter"], config)
         loop.set_learning_rate(optimizers, lr)

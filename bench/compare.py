@@ -4,7 +4,8 @@ text.
 
     python -m bench.compare "B: config/route_b_demo.py --n_latent=1" "A: config/route_a_demo.py" \
         --puzzle=sudoku9-10-40 --trm=PATH                                 beside published TRM
-    python -m bench.compare "A: config/route_a_demo.py" --nanogpt=PATH    on the demo's text, beside nanoGPT
+    python -m bench.compare "A: config/route_a_demo.py --block_size=1024" --nanogpt=PATH    beside nanoGPT, on
+                                                                          text, a row of 1,024 tokens a step
 
 A contender is a name and what train.py is called with; it trains through train.py itself, with as many steps
 as fit into the seconds. Learning rates are the caller's: give every contender its best. Rivals train on the
@@ -28,7 +29,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import configurator
@@ -239,7 +239,11 @@ def train_rival(c, net, loss_of, batches, evaluate):
     Train for c.seconds; evaluate(averaged net, whether it is the last time) at every point. Returns the curve
     and the parameters.
     """
-    optimizer = torch.optim.AdamW(net.parameters(), lr=c.rival_learning_rate, betas=BETAS, weight_decay=0.1)
+    groups = [
+        {"params": [p for p in net.parameters() if p.ndim >= 2]},
+        {"params": [p for p in net.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=c.rival_learning_rate, betas=BETAS, weight_decay=0.1)
     average = torch.optim.swa_utils.AveragedModel(net, avg_fn=moving_average)
     spent, tokens, steps, curve = 0.0, 0, 0, []
     while spent < c.seconds:
@@ -288,11 +292,16 @@ def trm_steps(model, tasks, n_steps, n_rollouts=1, size=0.0, seed=0):
         yield right.view(-1, n_rollouts), outputs["q_halt_logits"].view(-1, n_rollouts)
 
 
+def surest(right, q):
+    """How many tasks (rows) the answer with the largest halting logit solves."""
+    return right.gather(1, q.argmax(1, keepdim=True)).sum().item()
+
+
 def trm_rollouts(c, model, tasks, size, seed):
     """As `solved` of Route B: the surest step of all rollouts, and whether any is right."""
     steps = trm_steps(model, tasks, max(c.n_sup), c.n_rollouts, size, seed)
     right, q = (torch.cat(some, 1) for some in zip(*steps))
-    return right.gather(1, q.argmax(1, keepdim=True)).sum().item(), right.any(1).sum().item()
+    return surest(right, q), right.any(1).sum().item()
 
 
 def rival_trm(c, seed, tasks):
@@ -338,10 +347,10 @@ def rival_trm(c, seed, tasks):
 
     @torch.no_grad()
     def evaluate(net, last):
-        right = [step.sum().item() for step, _ in trm_steps(net.model, tasks, max(c.n_sup))]
+        right, q = (torch.cat(some, 1) for some in zip(*trm_steps(net.model, tasks, max(c.n_sup))))
         sizes = c.noise if last and c.n_rollouts > 1 else ()
         return {
-            "solved": {str(n): right[n - 1] for n in c.n_sup},
+            "solved": {str(n): surest(right[:, :n], q[:, :n]) for n in c.n_sup},
             "rollouts": {size: trm_rollouts(c, net.model, tasks, size, seed) for size in sizes},
         }
 
@@ -376,8 +385,7 @@ def rival_nanogpt(c, seed):
         return {"val_loss": float(np.mean([np.mean(of) for of in losses.values()]))}
 
     def loss_of(net, batch):
-        logits = net(batch["inputs"], batch["labels"])[0]
-        return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=tok.IGNORE)
+        return net(batch["inputs"], batch["labels"])[1]
 
     return train_rival(c, net, loss_of, batches, evaluate)
 
@@ -442,6 +450,7 @@ def main(argv):
     c, rows = SimpleNamespace(**config), []
     torch.set_num_threads(1)
     out = Path(c.out_dir)
+    compared = {k: v for k, v in config.items() if k not in ("seeds", "data_dir", "out_dir")}
     runs = {}  # name: function of the seed and a path to write to, which returns the curve and the parameters
     for text in contenders:
         name, _, arguments = text.partition(": ")
@@ -451,6 +460,9 @@ def main(argv):
     if c.nanogpt:
         runs["nanoGPT"] = lambda seed, _: rival_nanogpt(c, seed)
     try:
+        names = [text.partition(": ")[0] for text in contenders]
+        if len(set(names)) < len(names):
+            raise ValueError(f"contenders need different names, got {', '.join(names)}")
         if not runs:
             raise ValueError("nobody to compare: name a contender ('A: config/route_a_demo.py') or a rival")
         if c.trm and "sudoku" not in c.puzzle or c.nanogpt and c.puzzle:
@@ -461,7 +473,7 @@ def main(argv):
         tasks = make_puzzles(c, out / "data") if c.puzzle else []
         for seed, name in itertools.product(range(1, c.seeds + 1), runs):
             path = str(out / f"{name.replace(' ', '_')}-{seed}")
-            how = [[text for text in contenders if text.startswith(f"{name}: ")], c.seconds, c.points]
+            how = [[text for text in contenders if text.startswith(f"{name}: ")], str(compared)]
             if not os.path.exists(f"{path}.json"):
                 curve, params = runs[name](seed, path)
                 row = {"name": name, "seed": seed, "params": params, "how": how, "curve": curve}

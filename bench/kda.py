@@ -46,14 +46,14 @@ def medians_ms(runs, device, seconds=1.5):
     """
     {name: function without arguments} -> {name: its median milliseconds}. They take turns, so that a machine
     that slows down slows down all of them. About `seconds` of each, at least 5 calls after 2 to warm up; of
-    those that take over a second, at least 1.
+    those that take over a second, 1 after 1.
     """
     times = {name: [] for name in runs}
     while True:
         left = [
             n
             for n, t in times.items()
-            if len(t) < 200 and not (sum(t) > seconds and (len(t) >= 7 or t[-1] > 1))
+            if len(t) < 200 and not (sum(t[1:]) > seconds and (len(t) >= 7 or t[-1] > 1))
         ]
         if not left:
             return {name: 1000 * statistics.median(t[2:] or t[-1:]) for name, t in times.items()}

@@ -20,6 +20,7 @@ import train
 from bench.train import read_with_train
 from smol import checkpoint, loader, loop, runtime
 from smol import tokenizer as tok
+from smol.muon import split_parameters
 
 card = "T4"  # a name in runtime.CARDS
 cards = 2
@@ -50,7 +51,7 @@ def activation_bytes(net, c):
     Bytes that a training forward keeps, counted on this machine with the PyTorch form of KDA: per token of a
     batch, and whatever the batch (the gradient of the head, weights in half precision).
     """
-    T = min(c.block_size, 256) // 2 * 2
+    T = max(2, min(c.block_size, 256) // 2 * 2)
     idx = torch.randint(0, tok.N_GPT2, (1, T), generator=torch.Generator().manual_seed(0))
 
     def more_per_token(kept):
@@ -100,8 +101,10 @@ def plan(o, c, what):
         rate = tokens / (flops / (o.cards * peak * 1e12 * o.mfu))
         source = f"{o.mfu:.0%} of {o.cards} x {o.card}, {peak} TFLOPS each (assumed; see --log)"
     print(f"  hours: {tokens / rate / 3600:.1f} at {rate:,.0f} tokens/s, {source}")
-    # weights, gradients, two moments; the average; the copy that DDP sends
+    # weights, gradients, two moments, of which Muon has one; the average; the copy that DDP sends
     fixed = params * (16 + 4 * bool(c.ema) + 4 * (o.cards > 1))
+    if c.optimizer == "muon":
+        fixed -= 4 * sum(p.numel() for p in split_parameters(net, 0.0)[0]["params"])
     per_token, constant = activation_bytes(net, c)
     activations = per_token * c.batch_size * c.block_size + constant
     print(

@@ -190,7 +190,7 @@ def fastest(c, config, device):
     table = []
     for dtype, compiled, recompute in itertools.product(dtypes, compiled_too, (False, True)):
         rows, best = 1, 0.0
-        while rows <= min(total, c.most_rows):
+        while rows <= min(total, c.most_rows) and total % rows == 0:
             spec = {**how, "dtype": dtype, "compile": compiled, "recompute": recompute, "rows": rows}
             found = apart(spec)
             if found is None:  # out of memory
@@ -204,7 +204,7 @@ def fastest(c, config, device):
     if not table:
         raise ValueError("nothing fits: take a shorter block_size or a smaller model")
     best = max(table, key=lambda row: row["tokens_per_second"])
-    batches = f"--gradient_accumulation_steps={max(1, round(total / best['rows']))} "
+    batches = f"--gradient_accumulation_steps={total // best['rows']} "
     batches = "" if config.batch_tokens else batches  # which follow from that
     if config.model == "trm":
         print("timed on text: a batch of puzzles keeps more (python -m bench.plan)")

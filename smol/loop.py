@@ -331,8 +331,10 @@ class Log:
             self.lock = lock(config["out_dir"], "run")
             for name in ("log.jsonl", "evals.jsonl"):
                 runtime.cut_log(os.path.join(config["out_dir"], name), step)
-            for kept in () if resumed else Path(config["out_dir"]).glob("ckpt_[0-9]*.pt"):
-                kept.unlink()  # of the run that this one replaces
+            if config["overwrite"] and not resumed:
+                for kept in Path(config["out_dir"]).glob("ckpt_[0-9]*.pt"):
+                    if kept.resolve() != Path(run["began_with"] or "").resolve():
+                        kept.unlink()  # of the run that this one replaces
             settings = json.dumps(config, indent=2).encode()
             write_whole(settings, os.path.join(config["out_dir"], "config.json"))
             if config["tracker"]:

@@ -213,6 +213,8 @@ def test_contenders_train_through_train_py(tmp_path):
     for argv, says in (
         ([*sizes[1:], "--puzzle=maze-5"], "has a comparison on sudoku4-4-6, 300 puzzles and 3 tests: name"),
         ([*sizes[1:], "--puzzle=sudoku4-4-6", "--seconds=9"], "B-1 was trained otherwise"),
+        ([*sizes, "--puzzle=sudoku4-4-6", "--noise=(0.5,)"], "B-1 was trained otherwise"),
+        ([*sizes, contender, "--puzzle=sudoku4-4-6"], "different names, got B, B"),
     ):
         with pytest.raises(SystemExit, match=says):
             compare.main([contender, *argv, f"--out_dir={tmp_path}"])
@@ -251,6 +253,10 @@ def test_the_surest_answer_of_the_first_rollouts_and_steps_counts():
     surest, some = compare.solved_by(net, tasks, 2, 2, noise=0.5)
     assert surest.tolist() == [[2, 3], [3, 2]]
     assert some.tolist() == [[2, 3], [3, 3]]
+
+    # TRM: the same, by its halting logit
+    hits, q = torch.tensor([[True, False], [False, True]]), torch.tensor([[0.2, 0.9], [0.1, 0.3]])
+    assert [compare.surest(hits[:, :n], q[:, :n]) for n in (1, 2)] == [1, 1]
 
     # Route A: its first answer counts, the most probable; a task that was too long has none
     drawn = [[[(right[0], -0.1), (wrong[0], -2.0)]], [[(wrong[1], -0.1), (right[1], -2.0)]], [None], [[]]]

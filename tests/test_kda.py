@@ -217,6 +217,13 @@ def test_under_autocast_nothing_is_rounded():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = by_kda(*inputs)
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    *inputs, state = (t.float() for t in make("strong", 1))
+    outputs = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            outputs.append(kda_step(*(t[:, 0] for t in inputs), S := state.clone()))
+        outputs.append(S)
+    assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
 
 
 def test_views_and_expanded_inputs_are_read_and_left_alone():
@@ -269,10 +276,13 @@ def test_long_rows_are_worked_through_in_pieces(monkeypatch):
     monkeypatch.setattr(kda_file, "CPU_AT_ONCE", 1)
     calls, apply = [], kda_file.KDAFunction.apply
     monkeypatch.setattr(kda_file.KDAFunction, "apply", lambda *args: calls.append(1) or apply(*args))
-    inputs = make("uneven", 3 * kda_file.CHUNK + 5)
-    for got, want, tolerance in zip(run(by_kda, inputs), run(reference, inputs, torch.float64), (1e-5, 1e-4)):
-        check(got, want, tolerance, "pieces")
-    assert len(calls) == 4
+    for more, pieces in ((kda_file.SHORT, 3), (kda_file.SHORT + 1, 4)):  # so few are not left to themselves
+        inputs = make("uneven", 3 * kda_file.CHUNK + more)
+        wanted = run(reference, inputs, torch.float64)
+        calls.clear()
+        for got, want, tolerance in zip(run(by_kda, inputs), wanted, (1e-5, 1e-4)):
+            check(got, want, tolerance, "pieces")
+        assert len(calls) == pieces
 
 
 @pytest.mark.parametrize("at, name", list(enumerate(NAMES)))
