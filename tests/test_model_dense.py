@@ -22,6 +22,10 @@ def test_an_untrained_model_knows_nothing(n_embd):
     model = Model(Config(n_layer=1, n_head=n_embd // 32, n_embd=n_embd, n_ff=64))
     idx = torch.randint(50257, (1, 64))
     assert abs(model(idx, idx.roll(-1, 1))[1].item() - np.log(tok.VOCAB_SIZE)) < 0.1
+    (block,) = model.blocks
+    x = torch.randn(1, 5, n_embd)
+    assert torch.equal(block(x, None)[0], x)  # every branch adds nothing
+    assert not block.mixer.f_proj[1].weight.any()  # KDA forgets at the pace of its dt_bias alone
 
 
 # ---- attention

@@ -187,6 +187,18 @@ def test_eval_only_validates_and_changes_nothing(finished, data):
     assert {path: path.stat().st_mtime_ns for path in finished.iterdir()} == before
 
 
+@dense
+def test_the_average_is_what_is_validated(finished, data, tmp_path):
+    saved = checkpoint.load(finished / "ckpt.pt")
+    saved["ema"] = {name: torch.zeros_like(weight) for name, weight in saved["weights"].items()}
+    checkpoint.save(saved, str(tmp_path / "zeros.pt"))
+    named = f"--init_from={tmp_path / 'zeros.pt'}"
+    done = succeed(data, tmp_path / "out", named, "--eval_only=True", "--ema=0.9")
+    assert (
+        f"stdlib {math.log(tok.VOCAB_SIZE):.3f}" in done.stdout and f"maze {math.log(12):.3f}" in done.stdout
+    )
+
+
 def test_a_run_whose_last_step_is_out_of_time_ends_as_any_other(data, tmp_path):
     assert "needs a checkpoint" in fail(data, tmp_path, "--eval_only=True")
     done = succeed(data, tmp_path, "--max_iters=1", "--decay_iters=0", "--max_hours=1e-5")
@@ -263,6 +275,15 @@ def flipped(optimizer, *args, **kwargs):
             p.view(-1)[7] = torch.nextafter(p.view(-1)[7], torch.tensor(9.0))  # the last bit of one weight
 torch.optim.AdamW.step = flipped
 """
+FLIP_AVERAGE = """
+import os, smol.loop
+update = smol.loop.update_average
+def flipped(average, net, ema, iteration):
+    update(average, net, ema, iteration)
+    if iteration == 2 and os.environ["RANK"] == "1":
+        average["blocks.0.norm_1.weight"][0] += 1e-6
+smol.loop.update_average = flipped
+"""
 INF = """
 import torch
 step = torch.optim.AdamW.step
@@ -283,10 +304,12 @@ torch.amp.GradScaler.unscale_ = spoiled
 """
 
 
-def test_processes_that_drift_apart_are_stopped_by_name(data, tmp_path):
-    line = fail(data, tmp_path, "--sync_check_interval=2", processes=2, before=FLIP)
+@pytest.mark.parametrize("what", ["blocks.", "the average of blocks."])
+def test_processes_that_drift_apart_are_stopped_by_name(what, data, tmp_path):
+    before = FLIP if what == "blocks." else FLIP_AVERAGE
+    line = fail(data, tmp_path, "--sync_check_interval=2", "--ema=0.9", processes=2, before=before)
     # the bit changes after the 3rd step; the comparison after the 4th finds it
-    assert "out of sync at step 4: process 1 differs from process 0 in blocks." in line
+    assert f"out of sync at step 4: process 1 differs from process 0 in {what}" in line
 
 
 def test_a_gradient_that_is_not_finite_costs_its_step(data, tmp_path):
