@@ -6,7 +6,7 @@ The evaluation: how many unseen tasks does a checkpoint solve, exactly, and what
     python eval_arc.py 'out/run/ckpt_[0-9]*.pt'                 those that a run has kept, and curves of them
     python eval_arc.py USER/NAME@v0.1                           one that is published on the hub
     python eval_arc.py CKPT --suites=sudoku4,arc1 --limit=20    the first 20 tasks of two suites
-    python eval_arc.py CKPT --augment=16 --ttt_steps=128         16 views, and a copy is tuned to each task
+    python eval_arc.py CKPT --augment=16 --ttt_steps=128        16 views, and a copy is tuned to each task
     python eval_arc.py CKPT --n_sup=16 --n_rollouts=8           Route B: eight tries, and its head chooses
     python eval_arc.py CKPT --tasks=my_tasks                    ARC-style JSON, Kaggle's challenges too
     torchrun --nproc_per_node=2 eval_arc.py CKPT                the same answers from two GPUs

@@ -320,6 +320,10 @@ def test_a_gradient_that_is_not_finite_costs_its_step(data, tmp_path):
     saved = checkpoint.load(tmp_path / "ckpt.pt")
     assert saved["train"]["skipped"] == 1 and saved["train"]["iter"] == 5
     assert checkpoint.not_finite(saved["weights"]) is checkpoint.not_finite(saved["ema"]) is None
+    # out of time in a step that was skipped: the next one ends the run, and is saved
+    late = [*settings, "--max_hours=1e-9", f"--out_dir={tmp_path / 'late'}"]
+    done = succeed(data, tmp_path, *late, before=NAN.replace("STEPS", "(1,)"))
+    assert "stopped after step 2, saved to" in done.stdout
 
 
 @dense
