@@ -431,13 +431,9 @@ def settings_for(suite, tasks, model, settings):
     The settings without those that are of no use here. Where two attempts count, Route A draws a second
     answer to a single view; Route B has its steps.
     """
-    change = {}
-    in_words, canvas = suite in smol.suites.IN_WORDS, model.puzzle_format == "canvas"
-    if canvas and not in_words:
-        change["samples"] = 1
-    if in_words or not canvas:
-        change |= {"n_sup": None, "halt": None, "n_rollouts": 1}
-    if attempts_of(suite) == 2 and not canvas and settings.augment * settings.samples == 1:
+    on_canvas = model.puzzle_format == "canvas" and suite not in smol.suites.IN_WORDS
+    change = {"samples": 1} if on_canvas else {"n_sup": None, "halt": None, "n_rollouts": 1}
+    if not on_canvas and attempts_of(suite) == 2 and settings.augment * settings.samples == 1:
         change["samples"] = 2
     if change.get("n_rollouts", settings.n_rollouts) == 1:
         change["noise"] = NOISE

@@ -69,6 +69,7 @@ RANGES = {
     "(0, inf)": "seconds rival_learning_rate",
 }
 ROOT = Path(__file__).parent.parent
+OF_RIVALS = ("trm", "nanogpt", "rival_")  # how settings begin that change nothing for a contender
 BETAS, EMA = (0.9, 0.95), 0.999
 N_BATCHES = 500  # of text that nanoGPT goes over again and again
 N_BATCHES_TRM = 12_000  # of puzzles, likewise: more than twenty minutes take
@@ -473,7 +474,9 @@ def main(argv):
         tasks = make_puzzles(c, out / "data") if c.puzzle else []
         for seed, name in itertools.product(range(1, c.seeds + 1), runs):
             path = str(out / f"{name.replace(' ', '_')}-{seed}")
-            how = [[text for text in contenders if text.startswith(f"{name}: ")], str(compared)]
+            own = [text for text in contenders if text.startswith(f"{name}: ")]
+            settings = {k: v for k, v in compared.items() if not (own and k.startswith(OF_RIVALS))}
+            how = [own, str(settings)]
             if not os.path.exists(f"{path}.json"):
                 curve, params = runs[name](seed, path)
                 row = {"name": name, "seed": seed, "params": params, "how": how, "curve": curve}

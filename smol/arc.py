@@ -134,7 +134,7 @@ def read_json(file):
         opener = gzip.open if str(file).endswith(".gz") else open
         with opener(file, "rt", encoding="utf-8-sig") as f:  # with a byte order mark or without
             return json.load(f)
-    except (ValueError, RecursionError, EOFError, zlib.error) as e:
+    except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as e:
         raise ValueError(f"{file} is not JSON: {e}") from None
 
 

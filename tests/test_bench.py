@@ -210,6 +210,9 @@ def test_contenders_train_through_train_py(tmp_path):
     compare.main([contender, "--puzzle=sudoku4-4-6", *sizes, f"--out_dir={tmp_path}"])
     (again,) = json.load(open(tmp_path / "compare.json"))["rows"]
     assert ((tmp_path / "B-1-probe/log.jsonl").stat().st_mtime_ns, again["curve"][-1]["iter"]) == before
+    more = ["--rival_rows=3", "--trm_mixer=False"]  # a rival may come later
+    compare.main([contender, "--puzzle=sudoku4-4-6", *sizes, *more, f"--out_dir={tmp_path}"])
+    assert json.load(open(tmp_path / "compare.json"))["rows"] == [again]
     for argv, says in (
         ([*sizes[1:], "--puzzle=maze-5"], "has a comparison on sudoku4-4-6, 300 puzzles and 3 tests: name"),
         ([*sizes[1:], "--puzzle=sudoku4-4-6", "--seconds=9"], "B-1 was trained otherwise"),

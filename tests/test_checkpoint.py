@@ -94,18 +94,15 @@ def test_the_state_of_another_optimizer_is_refused():
 
 def test_stage_0_replaces_only_a_checkpoint_of_its_own(tmp_path):
     path = tmp_path / "ckpt.pt"
-    ckpt.check_is_stage_0({"out_dir": str(tmp_path)})
-    for config, is_of_stage_0 in (
-        ({"config": {"sanity": True}}, True),
-        ({"config": {"sanity": False}}, False),
-    ):
-        ckpt.save(make(**config), str(path))
-        if is_of_stage_0:
-            ckpt.check_is_stage_0({"out_dir": str(tmp_path)})
-        else:
-            refused(
-                path, "another --out_dir", call=lambda _: ckpt.check_is_stage_0({"out_dir": str(tmp_path)})
-            )
+
+    def check(path):
+        ckpt.check_is_stage_0({"out_dir": str(path.parent)})
+
+    check(path)  # there is none
+    ckpt.save(make(config={"sanity": True}), str(path))
+    check(path)
+    ckpt.save(make(config={"sanity": False}), str(path))
+    refused(path, "another --out_dir", call=check)
 
 
 # ---- crashes

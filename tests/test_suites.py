@@ -1,5 +1,6 @@
 """The suites: what is in them, what they are called, and tasks that people bring along."""
 
+import gzip
 import hashlib
 import json
 
@@ -152,3 +153,14 @@ def test_a_bad_task_is_one_line_that_says_where(task, words, tmp_path):
     with pytest.raises(ValueError, match=words) as error:
         arc.read_tasks(str(tmp_path))
     assert "\n" not in str(error.value) and "wrong.json" in str(error.value)
+
+
+def test_a_damaged_archive_is_one_line(tmp_path):
+    path = tmp_path / "task.json.gz"
+    whole = gzip.compress(json.dumps({"train": [PAIR] * 50, "test": [PAIR]}).encode())
+    path.write_bytes(whole)
+    assert arc.read_tasks(str(path))[0].id == "task"
+    for at in range(10, len(whole), 5):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match=r"task.json.gz is not JSON"):
+            arc.read_tasks(str(path))

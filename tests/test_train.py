@@ -194,9 +194,8 @@ def test_the_average_is_what_is_validated(finished, data, tmp_path):
     checkpoint.save(saved, str(tmp_path / "zeros.pt"))
     named = f"--init_from={tmp_path / 'zeros.pt'}"
     done = succeed(data, tmp_path / "out", named, "--eval_only=True", "--ema=0.9")
-    assert (
-        f"stdlib {math.log(tok.VOCAB_SIZE):.3f}" in done.stdout and f"maze {math.log(12):.3f}" in done.stdout
-    )
+    assert f"stdlib {math.log(tok.VOCAB_SIZE):.3f}" in done.stdout
+    assert f"maze {math.log(12):.3f}" in done.stdout
 
 
 def test_a_run_whose_last_step_is_out_of_time_ends_as_any_other(data, tmp_path):
@@ -398,13 +397,13 @@ def test_a_later_stage_takes_the_weights(finished, data, tmp_path):
     assert "going on after step 2" in done.stdout and "changed: max_iters=3 (was 2)" in done.stdout
     saved = checkpoint.load(tmp_path / "ckpt.pt")["train"]
     assert saved["optimizers"][0]["param_groups"][0]["weight_decay"] == 0  # as the config has it now
+    assert saved["began_with"] == str(finished / "ckpt.pt")  # so the same command goes on once more
     # what is named is validated, and not what has been made of it
     done = succeed(data, tmp_path, *still, "--eval_only=True")
     assert f"validating {finished / 'ckpt.pt'}\nstep 9: validation" in done.stdout
     (tmp_path / "ckpt_1000.pt").touch()
     succeed(data, tmp_path, *still, "--overwrite=True")
     assert not (tmp_path / "ckpt_1000.pt").exists()  # it was of the run before
-    assert saved["began_with"] == str(finished / "ckpt.pt")  # so the same command goes on once more
 
 
 def test_schedules():
