@@ -23,7 +23,8 @@ demo: .venv/installed
 	$(PYTHON) train.py config/route_a_demo.py & route_a=$$!; trap "kill $$route_a 2>/dev/null || true" EXIT; \
 	$(PYTHON) train.py config/route_b_demo.py; wait $$route_a
 	$(PYTHON) sample.py $(OUT)/route_b/ckpt.pt --task=sudoku4-0000
-	$(PYTHON) eval_arc.py $(OUT)/route_a/ckpt.pt $(OUT)/route_b/ckpt.pt --suites=sudoku4,turn,maze,rearc,arc1_train --limit=100 --out_dir=$(OUT)
+	$(PYTHON) eval_arc.py $(OUT)/route_a/ckpt.pt $(OUT)/route_b/ckpt.pt --suites=sudoku4,turn,maze,rearc --limit=100 --out_dir=$(OUT)
+	$(PYTHON) eval_arc.py $(OUT)/route_a/ckpt.pt --suites=arc1_train --shortest=30 --augment=4 --ttt_steps=128 --out_dir=$(OUT)
 	@echo "Look at $(OUT)/grids.png; the figures are in $(OUT)/eval.json"
 
 test: .venv/installed

@@ -15,7 +15,8 @@ A task is solved when all its test outputs are right in every cell and in size: 
 output in ARC suites, in one attempt in puzzles. The model gets its tasks without their test outputs.
 
 A run that was killed goes on: what the same checkpoint has answered with the same settings is not asked
-again. Figures of other models and suites that out_dir holds stay there. What is written to it:
+again. Figures of other models and suites that out_dir holds stay there; of a suite that is asked again,
+those of the tasks asked last. What is written to it:
 
     report.html        all of it, to look at
     grids.png          a few tasks of each suite with their answers
@@ -59,10 +60,11 @@ suites = ""  # what is asked, separated by commas, as smol/suites.py names them;
 tasks = ""  # your own tasks: a folder of ARC-style .json files, or one file
 solutions = ""  # the file of their test outputs, {id: [output, ...]}; "": ...solutions.json beside it
 limit: int | None = None  # only the first tasks of each suite
+shortest: int | None = None  # only the shortest tasks of each suite: the quickest
 # ---- how it is asked; more of anything takes longer
 augment = 1  # views of each task that vote; 1 is the task as it is
-samples = 1  # Route A: answers to each view
-programs = 0  # Route A: programs written for each ARC task
+samples = 1  # Route A, and puzzles in words: answers to each view
+programs = 0  # programs written for each ARC task
 n_sup: int | None = None  # Route B: supervision steps; None means as it was trained
 halt: float | None = None  # Route B: stop once the halting probability is above this; None means never
 n_rollouts = 1  # Route B: answers to each view, all but the first with noise; its halting head chooses
@@ -76,7 +78,7 @@ device = "auto"  # cpu, cuda, cuda:1
 dtype = "auto"  # float32, bfloat16, float16; auto: on a GPU as train.py chooses, on a CPU float32
 
 RANGES = {
-    "[1, inf)": "limit augment samples n_sup n_rollouts",
+    "[1, inf)": "limit shortest augment samples n_sup n_rollouts",
     "[0, inf)": "programs noise ttt_steps seed",
     "(0, inf)": "ttt_lr",
     "[0, 1]": "halt",
@@ -249,21 +251,23 @@ def hashed(what):
 
 def measure(name, model, about, suite, before, limit):
     """Figures of a suite that is not of tasks, {"error": why} where there are none. before: its last ones."""
+    device, dtype = about["device"], about["dtype"]
     texts, data = {}, about["data"]
     if suite == "language" and data["stage"]:
         try:
             texts = language.held_out(data["data_dir"], data["stage"], data["tag"])
         except (OSError, ValueError) as e:
             print(f"{name} {suite}: no bits per byte: {e}")
-    key = hashed([about["sha256"], suite, limit, about["device"], texts])
+    key = hashed([about["sha256"], suite, limit, device, dtype, texts])
     if before.get("key") == key:
         print(f"{name} {suite}: has been measured before")
         return before
     try:
-        if suite == "language":
-            found = language.evaluate(model, data["data_dir"], texts, limit)
-        else:
-            found = language.evaluate_benchmarks(model, suite, limit)
+        with runtime.mixed_precision(device, dtype)[0]:
+            if suite == "language":
+                found = language.evaluate(model, data["data_dir"], texts, limit)
+            else:
+                found = language.evaluate_benchmarks(model, suite, limit)
     except OSError as e:  # no network, no sandbox: no reason to lose what is there
         return {"error": str(e)}
     return {**found, "key": key}
@@ -357,10 +361,22 @@ def tasks_asked(c):
     """{suite: its tasks, None where it is not of tasks}. ValueError for what can be wrong with it."""
     names = smol.suites.names(c.suites) if c.suites else [] if c.tasks else smol.suites.default()
     asked = {name: smol.suites.load(name) if smol.suites.is_tasks(name) else None for name in names}
+    if c.tasks:
+        asked["tasks"] = arc.read_tasks(c.tasks, c.solutions)
     for name in asked:
         if name.startswith("lm_eval:"):
             language.check_benchmarks(name)
-    return {**asked, "tasks": arc.read_tasks(c.tasks, c.solutions)} if c.tasks else asked
+    return asked
+
+
+def chosen(tasks, c):
+    """Those of a suite's tasks that are asked, and the settings that leave others out."""
+    used = {}
+    if c.limit and c.limit < len(tasks):
+        tasks, used["limit"] = tasks[: c.limit], c.limit
+    if c.shortest and c.shortest < len(tasks):
+        tasks, used["shortest"] = sorted(tasks, key=length)[: c.shortest], c.shortest
+    return tasks, used
 
 
 def enter(abouts, results):
@@ -383,6 +399,8 @@ def enter(abouts, results):
 def run(c, words):
     if not words:
         raise ValueError("name a checkpoint: python eval_arc.py out/ckpt.pt")
+    if c.solutions and not c.tasks:
+        raise ValueError("--solutions has the outputs of --tasks: name these as well")
     # a pattern such as 'out/run/ckpt_[0-9]*.pt', in the order of the steps: ckpt_500 before ckpt_1000
     found = [sorted(glob.glob(word), key=lambda file: (len(file), file)) or [word] for word in words]
     asked = tasks_asked(c)
@@ -396,8 +414,9 @@ def run(c, words):
     dtype, file = runtime.pick_dtype(c.dtype, on), os.path.join(folder, "eval.json")
     read_results(file)  # what is wrong with it is said before anything is made
     abouts = {path: describe(name, path, on, dtype) for name, path in files.items()}
-    if c.n_rollouts > 1 and all(about["model"] != "trm" for about in abouts.values()):
-        raise ValueError("--n_rollouts is about Route B, and there is none: --samples is Route A's")
+    of_route_b = c.n_sup or c.halt is not None or c.n_rollouts > 1
+    if of_route_b and all(about["model"] != "trm" for about in abouts.values()):
+        raise ValueError("--n_sup, --halt and --n_rollouts are about Route B, and there is none")
     with lock(folder, "evaluation") if runtime.master else contextlib.nullcontext():
         results = read_results(file)  # another evaluation may have ended meanwhile
         models = enter(abouts, results)
@@ -410,8 +429,9 @@ def run(c, words):
                 model, loaded = checkpoint.load_model(models[name], on)[0], name
             about, tasks = results[name], asked[suite]
             if tasks is not None:
+                tasks, used = chosen(tasks, c)
                 how = settings_for(suite, tasks, model, settings)
-                records = ask(name, model, about, suite, tasks[: c.limit], how, folder)
+                records = ask(name, model, about, suite, tasks, how, folder)
             if not runtime.master:
                 continue
             if tasks is None:
@@ -419,6 +439,7 @@ def run(c, words):
             else:
                 found = figures(records, attempts_of(suite))
                 found.update(how_asked(about, how, suite))
+                found["settings"].update(used)
                 print(f"{name} {suite}: {found['solved']} of {found['total']} solved", flush=True)
             about["suites"][suite] = found
             save_json(results, file)
@@ -437,8 +458,12 @@ def settings_for(suite, tasks, model, settings):
         change["samples"] = 2
     if change.get("n_rollouts", settings.n_rollouts) == 1:
         change["noise"] = NOISE
+    if suite in smol.suites.IN_WORDS:
+        change["augment"] = 1
     if not any(task.train for task in tasks):
         change["ttt_steps"] = 0
+    if not change.get("ttt_steps", settings.ttt_steps):
+        change["ttt_lr"] = solve.Settings.ttt_lr
     if not any(task.kind == "arc" for task in tasks):
         change["programs"] = 0
     return dataclasses.replace(settings, **change)
@@ -457,8 +482,13 @@ def finish(results, asked, folder):
         if r["suite"] in results.get(r["model"], {"suites": ()})["suites"]:
             records.setdefault((r["model"], r["suite"]), []).append(r)
     runtime.write_log([r for some in records.values() for r in some], os.path.join(folder, "answers.jsonl"))
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(os.path.join(folder, PARTIAL))
+    partial = os.path.join(folder, PARTIAL)
+    # a run that was killed has asked other suites, and may go on
+    left = [r for r in runtime.read_log(partial) if (r["model"], r["suite"]) not in asked]
+    if left:
+        runtime.write_log(left, partial)
+    elif os.path.exists(partial):
+        os.remove(partial)
     for (name, suite), own in records.items():
         others = [other for other in results if other != name and (other, suite) in records]
         pairs = {other: against(own, records[other, suite]) for other in others}

@@ -98,11 +98,6 @@ def find_task(task_id):
     return tasks[int(number)]
 
 
-def how(c):
-    """What Route B's answer takes of the settings."""
-    return {k: getattr(c, k) for k in ("n_sup", "halt", "n_rollouts", "noise", "seed")}
-
-
 def show_task(model, task, c):
     """Print the task and the model's answers. ValueError, before anything is printed, if it does not fit."""
     canvas = model.puzzle_format == "canvas"
@@ -116,7 +111,8 @@ def show_task(model, task, c):
     print(f"{task.id}   {needed:,} tokens\n")
     for i, (x, y) in enumerate(task.train, 1):
         print(arc.ansi_row([(f"demo {i}", x, None), ("output", y, None)]), flush=True)
-    (answers,) = model.answer(solve.without_answers([task]), **({**how(c), "trace": True} if canvas else {}))
+    how = {**solve.for_route_b(c), "trace": True} if canvas else {}
+    (answers,) = model.answer(solve.without_answers([task]), **how)
     for j, ((x, y), given) in enumerate(zip(task.test, answers), 1):
         panels = [(f"test {j}" if task.train else "puzzle", x, None), ("expected", y, None)]
         if canvas:
@@ -211,12 +207,13 @@ def save_gif(task, steps, path):
             frames.append(draw(task, before * (1 - t) + cells * t, words))
             milliseconds.append(55 if t < 1 else 300)
         before = cells
+    n, (cells, _) = max(enumerate(steps, 1), key=lambda step: (step[1][1], step[0]))  # the answer
     if expected.shape[0] <= H and expected.shape[1] <= W:
         wrong = cells.argmax(-1) != certain(expected).argmax(-1)
     else:
         wrong = np.ones((H, W), dtype=bool)
-    words = f"{wrong.sum()} of {wrong.size} cells wrong" if wrong.any() else "solved"
-    frames.append(draw(task, cells, words, wrong))
+    verdict = f"{wrong.sum()} of {wrong.size} cells wrong" if wrong.any() else "solved"
+    frames.append(draw(task, cells, f"step {n}, the surest: {verdict}", wrong))
     sheet = np.concatenate([np.asarray(frame) for frame in frames[:: -max(1, len(frames) // 4)]])
     colours = Image.fromarray(sheet).quantize(255)  # for all frames: each with its own would flicker
     frames = [frame.quantize(palette=colours, dither=0) for frame in frames]
@@ -246,7 +243,7 @@ def main(argv):
         return
     show_task(model, task, c)
     if c.gif:
-        save_gif(task, canvas_steps(model, task, **how(c)), c.gif)
+        save_gif(task, canvas_steps(model, task, **solve.for_route_b(c)), c.gif)
         print(f"moving picture: {c.gif}")
 
 

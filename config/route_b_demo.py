@@ -23,7 +23,7 @@ mixture = {
     "rearc": 0.03,
 }
 dtype = "float32"  # at width 64 half precision makes a CPU slower
-max_iters = 1300
+max_iters = 1600
 warmup_iters = 20
-decay_iters = 520
-eval_interval = 1300
+decay_iters = 640
+eval_interval = 1600

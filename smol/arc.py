@@ -61,7 +61,7 @@ def validate_grid(grid):
     if array.ndim != 2 or not all(1 <= side <= MAX_SIDE for side in array.shape):
         raise ValueError(f"not a grid: shape {array.shape} is not 1 to {MAX_SIDE} rows and columns")
     booleans = isinstance(grid, list) and any(isinstance(cell, bool) for row in grid for cell in row)
-    whole = array.dtype.kind in "iuf" and ((array >= 0) & (array <= 9) & (array % 1 == 0)).all()
+    whole = array.dtype.kind in "iuf" and ((array >= 0) & (array <= 9) & (array == array.round())).all()
     if booleans or not whole:
         raise ValueError("not a grid: cells must be whole numbers from 0 to 9")
     return array.astype(np.uint8)

@@ -113,7 +113,7 @@ def sample(logits, temperature, top_k=None, top_p=None, generator=None, uniform=
     logits = logits[:, : tok.END + 1].float()
     if not logits.amax(-1).isfinite().all():
         raise ValueError("the model's logits are not finite: training diverged, take an earlier checkpoint")
-    if temperature == 0:
+    if temperature < 1e-30:  # in float32 it could be 0
         return logits.argmax(-1)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0: nothing overflows
     if top_k is not None:
@@ -123,6 +123,7 @@ def sample(logits, temperature, top_k=None, top_p=None, generator=None, uniform=
     if top_p is not None:
         ordered, order = p.sort(-1, descending=True)
         beyond = ordered.cumsum(-1) - ordered >= top_p  # the likelier ones suffice without this one
+        beyond[:, 0] = False  # however small top_p is
         p = p.masked_fill(beyond.scatter(1, order, beyond), 0.0)
     if uniform is not None:
         below = p.double().cumsum(-1)

@@ -117,7 +117,8 @@ def choose(tasks):
 
     def large(task):
         test = next(iter(task.values()))["test"][0]
-        return max(len(test["input"]), len(test["input"][0]), len(test["expected"] or "")) > LEGIBLE
+        grids = [test["input"], test["expected"] or test["input"]]
+        return max(side for grid in grids for side in (len(grid), len(grid[0]))) > LEGIBLE
 
     fit = [task for task in tasks if not all(r["too_long"] for r in task.values())]
     fit = [task for task in fit if not large(task)] or fit

@@ -54,6 +54,11 @@ class Settings:
     seed: int = 1337
 
 
+def for_route_b(settings):
+    """What Route B's answer takes of the settings."""
+    return {k: getattr(settings, k) for k in ("n_sup", "halt", "n_rollouts", "noise", "seed")}
+
+
 @dataclass
 class Candidate:
     grid: object  # np.uint8 (h, w), or text
@@ -201,8 +206,7 @@ def solve_grids(model, tasks, settings):
     asked = [(i, view) for i, some_views in enumerate(seen) for view in some_views]
     view_tasks = [apply_view(view, tasks[i]) for i, view in asked]
     if canvas:
-        how = {k: getattr(settings, k) for k in ("n_sup", "halt", "n_rollouts", "noise", "seed")}
-        answers = model.answer(view_tasks, trace=True, **how)
+        answers = model.answer(view_tasks, trace=True, **for_route_b(settings))
     else:
         answers = model.answer(view_tasks, settings.samples, TEMPERATURE, settings.seed)
 

@@ -1,6 +1,7 @@
 """The evaluation: figures against known answers and other people's scoring, and the command in process."""
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -204,6 +205,15 @@ def test_both_routes_through_the_command_line(checkpoints, tmp_path, monkeypatch
     assert "sudoku4-0000" in (tmp_path / "report.html").read_text()
 
 
+def test_the_shortest_tasks_are_asked_and_the_table_says_so(checkpoints, tmp_path, capsys):
+    report = call(tmp_path, checkpoints[0], "--suites=arc1_train", "--limit=40", "--shortest=3")
+    chosen = [i for _, _, i in answers(tmp_path)]
+    sizes = {t.id: eval_arc.length(t) for t in suites.load("arc1_train")[:40]}
+    assert len(chosen) == 3 and sorted(sizes[i] for i in chosen) == sorted(sizes.values())[:3]
+    assert report["a"]["suites"]["arc1_train"]["settings"]["shortest"] == 3
+    assert "was asked with --samples=2 --limit=40 --shortest=3" in capsys.readouterr().out
+
+
 def test_a_killed_run_goes_on_and_gives_what_it_would_have_given(checkpoints, tmp_path, monkeypatch, asked):
     """Killed in the third task, whose line is cut off. Measured suites are not measured again either."""
     monkeypatch.setattr(eval_arc, "ROWS_TOGETHER", 1)
@@ -225,9 +235,11 @@ def test_a_killed_run_goes_on_and_gives_what_it_would_have_given(checkpoints, tm
         with pytest.raises(SystemExit):
             call(killed, *args)
     assert not (killed / "eval.json").exists()
+    call(killed, args[0], "--suites=maze", "--limit=1")  # another evaluation leaves what is there
     asked.clear()
     found = call(killed, *args)["b"]["suites"]
-    assert len(asked) == 2 and answers(killed) == answers(whole)
+    of_suite = {key: r for key, r in answers(killed).items() if key[1] == "sudoku4"}
+    assert len(asked) == 2 and of_suite == answers(whole)
     assert found["sudoku4"]["solved"] == expected["sudoku4"]["solved"] and found["sudoku4"]["total"] == 4
     assert not [name for name in os.listdir(killed) if "partial" in name]
     asked.clear()
@@ -380,14 +392,15 @@ def test_an_evaluation_that_ends_while_another_begins_keeps_its_results(checkpoi
 @pytest.mark.parametrize("name, steps, rollouts, samples", [("dense", None, 1, 7), ("trm", 2, 3, 1)])
 def test_settings_that_are_of_no_use_are_not_said_to_be_used(name, steps, rollouts, samples):
     model = make(name)
-    asked = solve.Settings(n_sup=2, n_rollouts=3, noise=0.3, samples=7, programs=4, ttt_steps=5)
+    asked = solve.Settings(n_sup=2, n_rollouts=3, noise=0.3, samples=7, programs=4, ttt_steps=5, ttt_lr=2e-3)
     for suite, tasks, of_arc in (("maze", suites.load("maze"), 0), ("arc1", arc.load("arc1_train")[:3], 1)):
         how = eval_arc.settings_for(suite, tasks, model, asked)
         assert (how.n_sup, how.n_rollouts, how.samples) == (steps, rollouts, samples)
         assert (how.ttt_steps, how.programs) == (5 * of_arc, 4 * of_arc)
+        assert how.ttt_lr == (2e-3 if of_arc else solve.Settings.ttt_lr)
         assert how.noise == (0.3 if rollouts > 1 else solve.NOISE)
     (logic,) = suites.load("logic")[:1]  # which both routes write as text
-    how = eval_arc.settings_for("logic", [logic], model, asked)
+    how = eval_arc.settings_for("logic", [logic], model, dataclasses.replace(asked, augment=4))
     assert how == solve.Settings(samples=7)
 
 

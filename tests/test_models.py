@@ -271,6 +271,7 @@ def test_top_k_top_p_and_temperature():
     rng = torch.Generator().manual_seed(0)
     for options, kept in (
         (dict(top_p=0.01), [1]),
+        (dict(top_p=1e-60), [1]),
         (dict(top_p=0.69), [1, 3]),
         (dict(top_p=0.71), [1, 3, 2]),
         (dict(top_k=2), [1, 3]),
@@ -285,7 +286,8 @@ def test_top_k_top_p_and_temperature():
     assert (drawn.bincount(minlength=5) / 20000 - p.square() / p.square().sum()).abs().max() < 0.015
     logits = torch.randn(4, tok.VOCAB_SIZE, generator=rng) * 100
     logits[:, tok.END + 1 :] = 1e4  # ids without a name
-    assert torch.equal(sample(logits, 1e-30), sample(logits, 0)) and sample(logits, 1.0).max() <= tok.END
+    assert all(torch.equal(sample(logits, t), sample(logits, 0)) for t in (1e-30, 1e-60))
+    assert sample(logits, 1.0).max() <= tok.END
 
 
 @both

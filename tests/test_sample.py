@@ -98,6 +98,20 @@ def test_a_film_of_the_answer(checkpoints, tmp_path):
     assert min(max(abs(a - b) for a, b in zip(colour, sample.BAD)) for colour in colours) < 8
 
 
+def test_a_film_ends_with_the_answer_and_not_with_the_last_step(tmp_path, monkeypatch):
+    task, words = suites.load("sudoku4")[0], []
+    right = np.eye(11)[task.test[0][1]]
+    wrong = np.roll(right, 1, axis=-1)
+    draw = sample.draw
+    monkeypatch.setattr(sample, "draw", lambda *args: words.append(args[2]) or draw(*args))
+    sample.save_gif(task, [(right, 0.9), (wrong, 0.2)], tmp_path / "a.gif")
+    sample.save_gif(task, [(right, 0.2), (wrong, 0.9)], tmp_path / "b.gif")
+    assert [w for w in words if "surest" in w] == [
+        "step 1, the surest: solved",
+        "step 2, the surest: 16 of 16 cells wrong",
+    ]
+
+
 def test_what_is_filmed_is_what_is_answered(checkpoints):
     model, _ = checkpoint.load_model(checkpoints["trm"])
     task = arc.Task("t", "arc", suites.load("maze")[0].test, suites.load("maze")[1].test)
