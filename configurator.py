@@ -68,8 +68,8 @@ def resolve(script_globals, argv, usage=""):
                 raise ConfigError(f"{argument} needs a value: write {argument}=VALUE")
             overrides.append(argument)
         elif argument.endswith(".py"):
-            for name, value in read_config_file(argument):
-                config[name] = convert(name, value, types, f"in {argument}")
+            for name, value, file in read_config_file(argument):
+                config[name] = convert(name, value, types, f"in {file}")
         elif not usage:
             raise ConfigError(f"cannot read {argument!r}: settings are --key=value, config files NAME.py")
         else:
@@ -170,7 +170,7 @@ def in_range(value, allowed):
 
 
 def read_config_file(path, chain=()):
-    """[(name, value), ...] of a config file, after those of the file it builds on. Raises ConfigError."""
+    """[(name, value, file)] of a config file, those of the file it builds on first. Raises ConfigError."""
     if os.path.realpath(path) in chain:
         raise ConfigError(f"{path} builds on itself")
     if not os.path.exists(path):
@@ -192,7 +192,7 @@ def read_config_file(path, chain=()):
         found = read_config_file(os.path.join(os.path.dirname(path), base), (*chain, os.path.realpath(path)))
     for name, value in namespace.items():  # modules, functions, Capitals and _names are the file's helpers
         if name == name.lower() and name[0] != "_" and not (inspect.ismodule(value) or callable(value)):
-            found.append((name, value))
+            found.append((name, value, path))
     return found
 
 

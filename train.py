@@ -17,8 +17,8 @@ bit for bit on a CPU, and on a GPU but for the order in which its kernels add.
 
 Writes into out_dir: ckpt.pt, ckpt_prev.pt (the one before it), log.jsonl (one JSON object per logged step),
 loss.png (drawn from it), config.json, and, with eval_suites, evals.jsonl. While steps are skipped because
-their loss or gradient is not finite, nothing is saved. Ctrl-C or SIGTERM finishes the step, saves and exits;
-a second one exits at once. Read next: eval_arc.py, which judges what this makes.
+their loss or gradient is not finite, nothing is saved before the last. Ctrl-C or SIGTERM finishes the step,
+saves and exits; a second one exits at once. Read next: eval_arc.py, which judges what this makes.
 """
 
 import contextlib
@@ -181,7 +181,7 @@ def train(config, defaults, make_distillation=None):
         if resumed:
             checkpoint.check_same_data(before, pinned)
             loader.load_state_dict(start["train"]["loader"])
-    average = loop.start_average(net, ema, start)
+    average = loop.start_average(net, ema or eval_only, start)
     autocast, scaler = runtime.mixed_precision(here, precision)
     run = {**loop.NEW_RUN, "began_with": start_path}
     carries = {}  # Route B: (number of the batch, source, length) -> answers and latents of unsolved puzzles
@@ -217,6 +217,8 @@ def train(config, defaults, make_distillation=None):
         parallel = DistributedDataParallel(parallel, gradient_as_bucket_view=True)
     interrupted = runtime.catch_signals()
     with runtime.errors_agree():
+        ahead = Ahead(loader, pin=on_gpu)
+        ahead.steps[0].result()  # what is wrong with the data is said before anything is replaced
         log = loop.Log(config, run, resumed)
     card = runtime.device_name(here)
     peak = runtime.peak_flops(card)
@@ -234,7 +236,6 @@ def train(config, defaults, make_distillation=None):
     for source in loader.not_validated(eval_batches):
         runtime.print0(f"not validated: {source} has no held-out rows of at most {loader.block_size} tokens")
     evaluation, publication = loop.Evaluation(config, log), checkpoint.Publication(config)
-    ahead = Ahead(loader, pin=on_gpu)
     since_log = Counter()  # what the steps since the last line in the log sum up to
     logged, saved, due, stopping = [], True, False, False
     net.train()
@@ -343,7 +344,7 @@ def train(config, defaults, make_distillation=None):
         evaluation.collect()
         publication.collect()
         due = due or step % eval_interval == 0 or step == max_iters or bool(stopping)
-        if due and loop.worth_saving(loss, finite, scaler):
+        if due and (loop.worth_saving(loss, finite, scaler) or step == max_iters):
             loop.check_weights(net, average, step, config)
             if not stopping:
                 loop.validate(run, net, average, loader, autocast, here, config, log)
@@ -357,6 +358,8 @@ def train(config, defaults, make_distillation=None):
     # ---- the end
     ahead.close()
     saved, path = saved and not due, checkpoint.path_of(config)
+    if saved and not interrupted:
+        runtime.release_signals()  # what may take long now, an evaluation and a push, need not be waited for
     if saved and not interrupted:
         publication.end(run["iter"])
     evaluation.end(0 if stopping or interrupted else 600)
@@ -417,11 +420,12 @@ def check_run(logged, val_losses, ckpt_path, net, scaled, card):
     shown = ", ".join(f"{k} {v:.2f}" for k, v in val_losses.items()) or "of nothing"
     few = last["skipped"] <= (last["iter"] // 2 if scaled else 0)
     steps = f"{last['skipped']} skipped, loss {first['loss']:.3f} to {last['loss']:.3f}"
+    same = "the same bits" if runtime.world_size == 1 or sync_check_interval else "not compared"
     checks = [
         (f"{last['iter']} steps", few, steps),
         ("validation", validated, shown),
         ("checkpoint", intact, "reads back bit for bit"),
-        ("processes in sync", True, f"{runtime.world_size}, the same bits"),
+        ("processes in sync", True, f"{runtime.world_size}, {same}"),
         ("waiting for data", wait < 0.02, f"{wait:.2%} of the time"),
         ("speed", rate > 0, f"{rate:,.0f} tokens/s, MFU {last['mfu'] or 0:.1%} on {card}"),
         ("memory", True, f"{last['memory_gb']:.2f} GB at most, of process 0"),

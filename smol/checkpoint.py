@@ -112,7 +112,8 @@ def local_file(name):
     if os.path.isdir(name):
         published = os.path.join(name, WEIGHTS)
         return published if os.path.isfile(published) else os.path.join(name, "ckpt.pt")
-    if re.fullmatch(rf"{NAME}/{NAME}(@.+)?", name) and not name.endswith((".pt", ".safetensors")):
+    of_hub = re.fullmatch(rf"{NAME}/{NAME}(@.+)?", name) and not name.endswith((".pt", ".safetensors"))
+    if of_hub and not os.path.isfile(name):
         return str(download(name, WEIGHTS, "config.json", "log.jsonl", "evals.jsonl") / WEIGHTS)
     return name
 
@@ -354,7 +355,7 @@ def save_run(train, config, net, model, average, optimizers, scaler, carries, de
                 second_name(path, kept)
             except OSError as e:
                 runtime.print0(f"{kept} could not be written ({e.strerror or e}); {path} was")
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             runtime.draw_losses(config["out_dir"])
     return runtime.sums([saved], device)[0] == runtime.world_size
 

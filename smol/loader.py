@@ -213,7 +213,7 @@ class Puzzles:
         self.name, self.shards, self.seed = name, shards, seed
         self.batch_tokens, self.block_size = batch_size * block_size, block_size
         self.puzzle_format, self.augment = puzzle_format, augment
-        self.drawn, self.waiting, self.rows = 0, {}, {}  # {length: [draw, ...]}, {draw: row}
+        self.drawn, self.waiting = 0, {}  # {length: [(draw, row), ...]}
 
     def row(self, n):
         rng = draw_rng(self.seed, self.name, n)
@@ -226,8 +226,7 @@ class Puzzles:
         if len(row[0]) > self.block_size:
             return None
         length = min(bucket_length(len(row[0])), self.block_size)
-        self.waiting.setdefault(length, []).append(n)
-        self.rows[n] = row
+        self.waiting.setdefault(length, []).append((n, row))
         return length
 
     def next_batch(self, build=True):
@@ -238,22 +237,23 @@ class Puzzles:
             if length is None:
                 skipped += 1
                 continue
-            skipped, draws = 0, self.waiting[length]
+            skipped, waiting = 0, self.waiting[length]
             size = self.batch_tokens // length
-            if len(draws) >= size:
-                rows = [self.rows.pop(draws.pop(0)) for _ in range(size)]
+            if len(waiting) >= size:
+                rows = [row for _, row in waiting[:size]]
+                del waiting[:size]
                 return pad_rows(rows, length) if build else None
         raise ValueError(
             f"{skipped:,} draws of {self.name!r} in a row exceed block_size={self.block_size}: raise it"
         )
 
     def state(self):
-        waiting = {str(length): list(draws) for length, draws in self.waiting.items() if draws}
+        waiting = {str(length): [n for n, _ in held] for length, held in self.waiting.items() if held}
         return {"drawn": self.drawn, "waiting": waiting}
 
     def restore(self, state):
         """Draws go into their buckets anew: batch_size and block_size may be others than they were."""
-        self.drawn, self.waiting, self.rows = state["drawn"], {}, {}
+        self.drawn, self.waiting = state["drawn"], {}
         for n in sorted(n for draws in state["waiting"].values() for n in draws):
             self.put(n)
 

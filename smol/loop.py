@@ -27,7 +27,7 @@ from smol import tokenizer as tok
 from smol.files import lock, write_whole
 from smol.loader import Loader
 from smol.muon import muon_and_adamw, split_parameters
-from smol.snapshots import repo_name
+from smol.snapshots import first_line, repo_name
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of the checkout
 
@@ -64,7 +64,8 @@ def check_settings(config):
     for package in needed:
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"{package} is not installed: pip install {package.replace('_', '-')}")
-    runtime.pick_device(config["eval_device"])
+    if runtime.master:
+        runtime.pick_device(config["eval_device"])
 
 
 def batches_per_step(config):
@@ -329,6 +330,8 @@ class Log:
         run["id"] = run["id"] or secrets.token_hex(4)
         if runtime.master:
             self.lock = lock(config["out_dir"], "run")
+            if config["tracker"]:
+                self.tracker = start_tracker(config, run["id"])
             for name in ("log.jsonl", "evals.jsonl"):
                 runtime.cut_log(os.path.join(config["out_dir"], name), step)
             if config["overwrite"] and not resumed:
@@ -337,12 +340,6 @@ class Log:
                         kept.unlink()  # of the run that this one replaces
             settings = json.dumps(config, indent=2).encode()
             write_whole(settings, os.path.join(config["out_dir"], "config.json"))
-            if config["tracker"]:
-                self.tracker = importlib.import_module(config["tracker"])
-                # trackio knows a run by its name, wandb by an id: sessions of a run go on under the same
-                name = f"{os.path.basename(config['out_dir'])}-{run['id']}"
-                more = {"id": run["id"]} if config["tracker"] == "wandb" else {}
-                self.tracker.init(project="smol-llm", name=name, config=config, resume="allow", **more)
         self.progress = tqdm(
             total=config["max_iters"],
             initial=max(0, step),
@@ -385,6 +382,19 @@ class Log:
             self.tracker.finish()
 
 
+def start_tracker(config, run_id):
+    """The tracker's module, which knows of the run from now on. ValueError for whatever it objects to."""
+    # trackio knows a run by its name, wandb by an id: sessions of a run go on under the same
+    name = f"{os.path.basename(config['out_dir'])}-{run_id}"
+    more = {"id": run_id} if config["tracker"] == "wandb" else {}
+    try:
+        tracker = importlib.import_module(config["tracker"])
+        tracker.init(project="smol-llm", name=name, config=config, resume="allow", **more)
+    except Exception as e:  # noqa: BLE001 (no login, no network: each has exceptions of its own)
+        raise ValueError(f"tracker={config['tracker']!r} cannot be used: {first_line(e)}") from None
+    return tracker
+
+
 class Evaluation:
     """
     eval_arc.py on the run's checkpoints, in a process beside the training; one at a time, so a checkpoint may
@@ -402,7 +412,6 @@ class Evaluation:
         self.collect()
         if not self.config["eval_suites"] or not runtime.master or self.process is not None:
             return
-        checkpoint.second_name(checkpoint.path_of(self.config), self.link)
         command = [
             sys.executable,
             os.path.join(ROOT, "eval_arc.py"),
@@ -414,15 +423,20 @@ class Evaluation:
         ]
         of_group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE")
         alone = {k: v for k, v in os.environ.items() if k not in of_group}
-        with open(self.output, "w") as f:
-            self.process = subprocess.Popen(
-                command,
-                stdout=f,
-                stderr=subprocess.STDOUT,
-                env={"OMP_NUM_THREADS": "1", **alone},
-                start_new_session=True,  # Ctrl-C is the training's
-                preexec_fn=end_with_parent if sys.platform == "linux" else None,
-            )
+        try:
+            checkpoint.second_name(checkpoint.path_of(self.config), self.link)
+            with open(self.output, "w") as f:
+                self.process = subprocess.Popen(
+                    command,
+                    stdout=f,
+                    stderr=subprocess.STDOUT,
+                    env={"OMP_NUM_THREADS": "1", **alone},
+                    start_new_session=True,  # Ctrl-C is the training's
+                    preexec_fn=end_with_parent if sys.platform == "linux" else None,
+                )
+        except OSError as e:
+            why = e.strerror or e
+            runtime.print0(f"the evaluation of step {step} could not be started ({why}); training goes on")
         self.step = step
 
     def collect(self):

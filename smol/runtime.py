@@ -175,7 +175,8 @@ def free_memory(device):
 
 def out_of_memory(error):
     """Whether an exception says that memory ran out, on a GPU or a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    of_memory = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, of_memory) or "can't allocate memory" in str(error)
 
 
 # -----------------------------------------------------------------------------
@@ -335,6 +336,12 @@ def catch_signals():
     return interrupted
 
 
+def release_signals():
+    """From now on Ctrl-C and SIGTERM end the process at once."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 # -----------------------------------------------------------------------------
 # log.jsonl
 
@@ -403,7 +410,7 @@ def draw_losses(out_dir):
         axes.plot(*smooth(points("losses", source)), label=source, alpha=0.7, **style)
         validated = points("val_losses", source)
         axes.plot([i for i, _ in validated], [x for _, x in validated], ls=":", marker="o", ms=4, **style)
-    axes.set(xlabel="step", ylabel="loss in nats", title=out_dir)
+    axes.set(xlabel="step", ylabel="loss in nats", title=out_dir.replace("$", r"\$"))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, ncols=2, title="lines: training, smoothed; dots: validation", title_fontsize=8)
     save_picture(axes.figure, os.path.join(out_dir, "loss.png"))

@@ -244,6 +244,13 @@ def test_code_in_a_file_does_not_run(tmp_path):
     assert not trace.exists()
 
 
+def test_a_file_that_is_named_as_on_the_hub_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    ckpt.save(make(), "out/best")
+    assert ckpt.load("out/best")["train"]["iter"] == 7
+
+
 def test_what_is_not_a_checkpoint_or_damaged_is_refused(tmp_path):
     """Also one flipped bit inside a tensor, of which PyTorch itself tells nothing."""
     path = tmp_path / "ckpt.pt"

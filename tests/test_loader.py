@@ -135,7 +135,7 @@ def test_going_on_with_other_sizes(data, puzzle_format):
         second = make(data, **sizes, weights={"grids": 1}, puzzle_format=puzzle_format)
         second.load_state_dict(json.loads(json.dumps(state)))
         (source,) = second.sources.values()
-        waiting = [n for draws in source.waiting.values() for n in draws]
+        waiting = [n for held in source.waiting.values() for n, _ in held]
         assert sorted(waiting) == sorted(sum(state["sources"]["grids"]["waiting"].values(), []))
         for _, _, key, idx, _ in itertools.chain(*run(second, 20)):
             assert len(idx) == sizes["batch_size"] * sizes["block_size"] // key[2]

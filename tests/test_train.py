@@ -112,7 +112,7 @@ def finished(route, data, tmp_path_factory):
     if route == "trm":
         succeed(data, out, *ROUTES[route])
         return out
-    more = ["--eval_suites=sudoku4", "--eval_limit=1", "--tracker=wandb"]
+    more = ["--eval_suites=sudoku4", "--eval_limit=1", "--tracker=wandb", "--keep_every=6"]
     done = succeed(data, out, *more, before=TRACKER)
     (out / "stdout").write_text(done.stdout)
     return out
@@ -147,7 +147,7 @@ def test_a_run_leaves_a_log_a_picture_a_config_and_a_checkpoint(finished):
 
 
 def test_two_processes_take_the_same_steps_as_one(finished, finished_by_two):
-    for one, two in zip(entries(finished), entries(finished_by_two)):
+    for one, two in zip(entries(finished), entries(finished_by_two), strict=True):
         assert one.keys() == two.keys() and two.get("tokens") == one.get("tokens")
         for key in one.keys() & {"loss", "losses", "grad_norm", "val_losses", "val_bpb"}:
             assert two[key] == pytest.approx(one[key], rel=1e-3), (one["iter"], key)
@@ -161,6 +161,12 @@ def test_bits_per_byte_are_of_the_bytes_that_the_targets_stand_for(finished, dat
     text = tok.load().decode_bytes([i for i in targets.flatten().tolist() if i != tok.EOT])
     nats = entry["val_losses"]["stdlib"] * targets.numel()
     assert entry["val_bpb"] == pytest.approx({"stdlib": nats / math.log(2) / len(text)})
+
+
+@dense
+def test_the_checkpoints_of_some_steps_are_kept(finished):
+    assert [path.name for path in finished.glob("ckpt_[0-9]*.pt")] == ["ckpt_6.pt"]
+    assert checkpoint.load(finished / "ckpt_6.pt")["train"]["iter"] == 6
 
 
 @dense
@@ -193,7 +199,7 @@ def test_the_average_is_what_is_validated(finished, data, tmp_path):
     saved["ema"] = {name: torch.zeros_like(weight) for name, weight in saved["weights"].items()}
     checkpoint.save(saved, str(tmp_path / "zeros.pt"))
     named = f"--init_from={tmp_path / 'zeros.pt'}"
-    done = succeed(data, tmp_path / "out", named, "--eval_only=True", "--ema=0.9")
+    done = succeed(data, tmp_path / "out", named, "--eval_only=True")
     assert f"stdlib {math.log(tok.VOCAB_SIZE):.3f}" in done.stdout
     assert f"maze {math.log(12):.3f}" in done.stdout
 
@@ -323,6 +329,10 @@ def test_a_gradient_that_is_not_finite_costs_its_step(data, tmp_path):
     late = [*settings, "--max_hours=1e-9", f"--out_dir={tmp_path / 'late'}"]
     done = succeed(data, tmp_path, *late, before=NAN.replace("STEPS", "(1,)"))
     assert "stopped after step 2, saved to" in done.stdout
+    # in its last step: what it has learned is saved
+    last = [*settings, f"--out_dir={tmp_path / 'last'}"]
+    succeed(data, tmp_path, *last, before=NAN.replace("STEPS", "(5,)"))
+    assert checkpoint.load(tmp_path / "last/ckpt.pt")["train"]["skipped_in_a_row"] == 1
 
 
 @dense
@@ -402,6 +412,9 @@ def test_a_later_stage_takes_the_weights(finished, data, tmp_path):
     done = succeed(data, tmp_path, *still, "--eval_only=True")
     assert f"validating {finished / 'ckpt.pt'}\nstep 9: validation" in done.stdout
     (tmp_path / "ckpt_1000.pt").touch()
+    log = entries(tmp_path)
+    line = fail(data, tmp_path, "--overwrite=True", "--mixture={'sudoku4': 1}", "--block_size=16")
+    assert "exceed block_size=16" in line and entries(tmp_path) == log  # a mistake takes nothing away
     succeed(data, tmp_path, *still, "--overwrite=True")
     assert not (tmp_path / "ckpt_1000.pt").exists()  # it was of the run before
 
@@ -419,6 +432,27 @@ def test_schedules():
     )
     cosine = [0.1 + 0.9 * (0.5 + 0.5 * math.cos(math.pi * i / 8)) for i in range(8)]
     assert rates(schedule="cosine") == pytest.approx([0.55, 1, *cosine])
+
+
+@pytest.mark.parametrize("grad_clip, left", [(1.0, 1.0), (9.0, 5.0), (0.0, 5.0)])
+def test_gradients_are_clipped_to_a_norm(grad_clip, left):
+    net = torch.nn.Linear(2, 1, bias=False)
+    net.weight.grad = torch.tensor([[3.0, 4.0]])
+    assert loop.clip_gradients(net, [], torch.amp.GradScaler(enabled=False), grad_clip) == pytest.approx(5)
+    assert net.weight.grad.norm().item() == pytest.approx(left)
+
+
+def test_an_evaluation_that_cannot_be_started_costs_the_run_nothing(tmp_path, monkeypatch, capsys):
+    def no_memory(*args, **how):
+        raise OSError(12, "Cannot allocate memory")
+
+    (tmp_path / "ckpt.pt").touch()
+    monkeypatch.setattr(loop.subprocess, "Popen", no_memory)
+    settings = {"out_dir": str(tmp_path), "eval_suites": "sudoku4", "eval_limit": 1, "eval_device": "cpu"}
+    evaluation = loop.Evaluation(settings, None)
+    evaluation.start(3)
+    assert "step 3 could not be started (Cannot allocate memory)" in capsys.readouterr().out
+    evaluation.end(1)
 
 
 def test_the_average_follows_and_is_taken_out_again():
