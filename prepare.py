@@ -23,8 +23,9 @@ Why a stage can be trusted:
   - Everything is written beside its place and renamed into it, the manifest last. A build that was killed
     leaves the stage as it was or not there. Run again, it goes on from the units of work that it finds.
   - Nothing in a shard depends on the clock, on chance or on how many processes there are.
-  - No puzzle has a test output of ARC-AGI's evaluation sets, however turned or recoloured, no held-out puzzle
-    is in a shard for training, and no document quotes 13 words of an evaluation text.
+  - No puzzle has a test output of ARC-AGI's evaluation sets, however turned or recoloured (one of at most 9
+    cells or of one colour only behind its input), no held-out puzzle is in a shard for training, and no
+    document quotes 13 words of an evaluation text.
 
 data/README.md has the layout. Read next: smol/sources.py (what there is, the shares of each stage),
 smol/curate.py (what is kept), smol/pipeline.py (how it becomes a stage), smol/snapshots.py (the files).
@@ -64,7 +65,7 @@ repo = ""  # USER/NAME on the hub; private, if it is new
 RANGES = {
     "[0, inf)": "seed num_proc",
     "(0, inf)": "limit_mb",
-    "[2, inf)": "val_every",
+    "[2, 1e9]": "val_every",
     ("local", "ray"): "engine",
 }
 USAGE = "COMMAND [STAGE[:TAG] | SOURCE | USER/NAME:TAG]"
@@ -255,7 +256,7 @@ def main(argv):
             else:
                 COMMANDS[command](c, *arguments)
     except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+        sys.exit(f"error: {getattr(e, 'cause', e)}")  # Ray's errors are the worker's whole traceback
     except concurrent.futures.process.BrokenProcessPool:
         sys.exit("error: a worker was killed (out of memory?); go on with a smaller --num_proc")
     except KeyboardInterrupt:

@@ -449,8 +449,8 @@ def is_evaluation_task(task):
 
 class HeldOut:
     """
-    The generated puzzles that are evaluated on, recognised also behind an augmentation of the loader's.
-    names: of suites on grids.
+    The generated puzzles that are evaluated on, recognised also turned, mirrored and recoloured. names: of
+    suites on grids.
     """
 
     def __init__(self, names):

@@ -82,7 +82,7 @@ def plan(c, data, stage):
         raise ValueError(f"--source_dir={c.source_dir} is not a folder")
     parts, notes = [], []
     for name in weights:
-        if not asked or name in asked:
+        if not asked or name in (*asked, "arc_eval_demos"):  # which is there only if it was asked for
             where, about = find_rows(c, data, name, keep=not c.dry_run)
             if where is None:
                 notes.append(f"{name}: {about}, left out")
@@ -180,7 +180,8 @@ def gather_evaluations(c, data, parts, notes):
     """-> the file in which workers find what must stay out, as hashes. Made once for the same inputs."""
     wheres, abouts = {}, {}
     for name, entry in table.EVALUATIONS.items():
-        if any(p.source.repo == entry.repo or entry.kind == "text" and p.source.repo for p in parts):
+        of_text = [p for p in parts if entry.kind == p.source.kind == "text" and p.source.repo]
+        if of_text or any(p.source.repo == entry.repo for p in parts):
             where, abouts[name] = find_rows(c, data, name)
             if where is None:
                 notes.append(f"nothing of {name} is kept out: {abouts[name]}")

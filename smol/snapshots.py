@@ -171,7 +171,7 @@ def read_manifest(data_dir, stage, tag=None, verify=True):
     if tag is not None:
         problem = f"the tag {tag!r} of {problem}"
         run = f"freeze it: python prepare.py freeze {stage} --tag={tag}"
-        repair = f"a frozen stage never changes: pull {stage}:{tag} again, or delete {folder}"
+        repair = f"a frozen stage never changes: delete {folder}, and pull USER/NAME:{tag} if the hub has it"
     known = {*STAGES, *(path.name for path in data.glob("stages/*/"))}
     if stage not in known:
         raise FileNotFoundError(configurator.unknown("stage", stage, sorted(known)))
@@ -188,14 +188,13 @@ def read_manifest(data_dir, stage, tag=None, verify=True):
 
 
 def check_snapshot(folder, stage, tag):
-    """-> the dict in a frozen stage's snapshot.json. ValueError if the folder is not what was frozen."""
+    """ValueError if the folder of a frozen stage is not what was frozen."""
     snapshot = read_json(folder / "snapshot.json")
     if (snapshot.get("stage"), snapshot.get("tag")) != (stage, tag):
         raise ValueError(f"{folder / 'snapshot.json'} is missing or of another stage")
     for name, key in (("manifest.jsonl", "manifest_sha256"), ("mixture.json", "mixture_sha256")):
         if not (folder / name).is_file() or sha256_file(folder / name) != snapshot.get(key):
             raise ValueError(f"{folder / name} is missing or was changed after the stage was frozen")
-    return snapshot
 
 
 def read_list(folder, stage):
@@ -482,6 +481,7 @@ encoding with reserved ids for grids, uint16, in shards with document offsets.
 {rows}
 Documents were normalised, filtered and deduplicated: `snapshot.json` has the counts by rule, and the SHA-256
 of the files that they are from. Test outputs of ARC-AGI's evaluation sets are in none of them, under any
-symmetry. The licence of a document is its source's: what its terms ask for, such as naming where it is from
-or sharing alike, goes for this copy as well.
+symmetry (those of at most 9 cells or of one colour: not behind their input). The licence of a document is its
+source's: what its terms ask for, such as naming where it is from or sharing alike, goes for this copy as
+well.
 """

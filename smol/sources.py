@@ -21,7 +21,9 @@ Read next: curate.py, what is kept of these; units.py and pipeline.py, how it be
 
 import ast
 import contextlib
+import fnmatch
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -471,12 +473,15 @@ def instantiate(document):
 
 def local_files(source_dir, name):
     """
-    The files of a source under source_dir, in order; [] without a folder. ValueError if it is empty. Those of
-    an evaluation are left out: a copy of a whole repository has both.
+    The files of a source under source_dir, in order; [] without a folder. ValueError if it is empty. A copy
+    of a whole repository has files for training and for evaluation: those of the other kind are left out.
     """
     folder, source = Path(source_dir) / name, find(name)
-    others = {e.files for e in EVALUATIONS.values() if e.repo == source.repo and e.files != source.files}
-    paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and reader_of(p) and p.name not in others]
+    entries = [e for e in (*SOURCES.values(), *EVALUATIONS.values()) if source.repo and e.repo == source.repo]
+    others = [e for e in entries if (e.files, e.split) != (source.files, source.split)]
+    names = [e.files or f"{e.split}[-_.]*" for e in others]
+    paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and reader_of(p)]
+    paths = [p for p in paths if not any(fnmatch.fnmatch(p.name.removesuffix(".gz"), n) for n in names)]
     paths = [p for p in paths if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
     if folder.is_dir() and not paths:
         raise ValueError(f"{folder} has no file of {', '.join(READERS)} (or such a .gz): put some there")
@@ -574,7 +579,7 @@ def open_rows(name, where, seed, lane, state, lanes=LANES):
             return list(json_tasks(str(path)))
         as_lines = {"split": source.split, "streaming": True, "encoding": "utf-8-sig"}
         as_lines["encoding_errors"] = "backslashreplace"
-        files = {source.split: str(path)}
+        files = {source.split: glob.escape(str(path))}  # a name with brackets is no pattern
         return datasets.load_dataset(reader, data_files=files, **(as_lines if reader == "text" else how))
 
     if "files" in where:

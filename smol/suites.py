@@ -188,7 +188,10 @@ def functions():
 
 
 def language_texts():
-    """{name: [text, ...]}: what a document must not quote, each with its right answer."""
+    """
+    {name: [text, ...]}: what a document must not quote, each with its right answer. Of fewer than 13 words
+    nothing is found: 77 of the 132 questions.
+    """
     return {
         "language_questions": [f"{question} {choices[right]}" for _, question, choices, right in questions()],
         "language_functions": [stub + solution for _, stub, _, solution, _ in functions()],

@@ -304,6 +304,20 @@ def test_what_changed_is_made_anew_and_nothing_else(part, source_dir, tmp_path, 
     assert "building" in capsys.readouterr().out and len(made()) == 2 * len(units_before)
 
 
+def test_another_seed_generates_other_puzzles(tmp_path):
+    for seed in (1, 2):
+        build(tmp_path / str(seed), tmp_path, "--sources=arithmetic", f"--seed={seed}")
+    one, two = ({path.name for path in tmp_path.glob(f"{n}/processed/*/*.bin")} for n in (1, 2))
+    assert one and not one & two
+
+
+def test_demonstrations_of_evaluation_tasks_are_there_if_asked_for(tmp_path, capsys):
+    words = ["stage1", "--sources=arc", "--dry_run=True", f"--data_dir={tmp_path}"]
+    for more in [], ["--eval_demos=True"]:
+        prepare.main([*words, *more])
+        assert ("arc_eval_demos" in capsys.readouterr().out) == bool(more)
+
+
 # ---- frozen stages, cleaning
 
 

@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -191,7 +192,7 @@ def write(folder, rows):
     (folder / "a.jsonl").write_bytes(("\ufeff" + lines).encode())
     with gzip.open(folder / "a.jsonl.gz", "wt") as f:
         f.write(lines)
-    (folder / "b/a.json").write_text(json.dumps(rows))
+    (folder / "b/a [1].json").write_text(json.dumps(rows))  # brackets are no pattern
     (folder / "b/a.csv").write_text("\n".join(["text", *(row["text"] for row in rows)]))
     pq.write_table(pa.Table.from_pylist(rows), folder / "b/a.parquet", row_group_size=2)
     for name in ("README.md", "LICENSE", ".cache/a.jsonl", "b/.a.jsonl"):
@@ -199,19 +200,23 @@ def write(folder, rows):
 
 
 def test_a_copy_of_a_whole_repository_has_a_test_file_that_is_not_trained_on(tmp_path):
-    for name in ("sudoku_extreme", "sudoku_extreme_test"):
-        (tmp_path / name).mkdir()
-        for file in ("train.csv", "test.csv"):
-            (tmp_path / name / file).write_text("source,question,answer,rating\n")
-    assert [p.name for p in sources.local_files(tmp_path, "sudoku_extreme")] == ["train.csv"]
-    assert "test.csv" in [p.name for p in sources.local_files(tmp_path, "sudoku_extreme_test")]
+    for name, files in (
+        ("sudoku_extreme", ("train.csv", "test.csv", "test.csv.gz")),
+        ("gsm8k", ("main/train-0.parquet", "main/test-0.parquet")),
+    ):
+        for folder, kept in ((name, "train"), (f"{name}_test", "test")):
+            for file in files:
+                (tmp_path / folder / file).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / folder / file).touch()
+            found = {p.name for p in sources.local_files(tmp_path, folder)}
+            assert found == {Path(file).name for file in files if kept in file}
 
 
 def test_local_files_are_read_in_lanes_and_go_on_where_they_were(tmp_path):
     rows = [{"text": f"document {i}"} for i in range(5)]
     write(tmp_path / "fineweb_edu", rows)
     files = sources.local_files(tmp_path, "fineweb_edu")
-    assert [p.name for p in files] == ["a.jsonl", "a.jsonl.gz", "a.csv", "a.json", "a.parquet"]
+    assert [p.name for p in files] == ["a.jsonl", "a.jsonl.gz", "a [1].json", "a.csv", "a.parquet"]
     where = {"files": [str(p) for p in files]}
     for lane in range(5):
         read = list(sources.open_rows("fineweb_edu", where, 1, lane, None))
