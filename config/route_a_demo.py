@@ -22,5 +22,5 @@ learning_rate = 3e-3
 max_iters = 2200
 warmup_iters = 40
 decay_iters = 880
-eval_interval = 2200
+eval_interval = 550
 eval_batches = 8

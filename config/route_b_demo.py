@@ -26,4 +26,4 @@ dtype = "float32"  # at width 64 half precision makes a CPU slower
 max_iters = 1600
 warmup_iters = 20
 decay_iters = 640
-eval_interval = 1600
+eval_interval = 400
