@@ -359,8 +359,7 @@ def train(config, defaults, make_distillation=None):
     ahead.close()
     saved, path = saved and not due, checkpoint.path_of(config)
     if saved and not interrupted:
-        runtime.release_signals()  # what may take long now, an evaluation and a push, need not be waited for
-    if saved and not interrupted:
+        runtime.release_signals()  # what may take long now, a push and an evaluation, need not be waited for
         publication.end(run["iter"])
     evaluation.end(0 if stopping or interrupted else 600)
     log.close()
