@@ -40,8 +40,8 @@ def test_validate_grid():
     assert same(arc.validate_grid([[0.0, 9], [3, 4]]), np.array([[0, 9], [3, 4]], np.uint8))
     wrong_shapes = ([], [[]], [1, 2], [[1, 2], [3]], np.zeros((31, 1), int), np.zeros((1, 1, 1), int))
     wrong_cells = ([[np.nan]], [[1e300]], [[10]], [[-1]], [[0.5]], [["1"]], [[None]], [[True]], [[True, 2]])
-    for bad in (*wrong_shapes, *wrong_cells):
-        with pytest.raises(ValueError):
+    for bad in (*wrong_shapes, *wrong_cells, [[np.inf]]):
+        with pytest.raises(ValueError), np.errstate(invalid="raise"):  # without a warning besides
             arc.validate_grid(bad)
 
 

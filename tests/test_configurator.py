@@ -104,6 +104,9 @@ def test_a_base_comes_first_and_is_relative_to_the_file(toy):
     )
     config, _ = toy("config/deep/b.py")
     assert (config["max_iters"], config["seed"]) == (1, 2)
+    Path("config/a.py").write_text("sed = 1")  # the file is named that has the mistake
+    with pytest.raises(configurator.ConfigError, match=r"'sed' in config/deep/\.\./a\.py"):
+        toy("config/deep/b.py")
     Path("config/a.py").write_text("base = 'deep/b.py'")
     with pytest.raises(configurator.ConfigError, match="builds on itself"):
         toy("config/deep/b.py")

@@ -247,6 +247,8 @@ def test_a_killed_run_goes_on_and_gives_what_it_would_have_given(checkpoints, tm
     assert not asked and len(measured) == 2  # by each folder once
     call(killed, *args[:2], "--limit=5")
     assert len(asked) == 1 and len(measured) == 3
+    call(killed, args[0], "--suites=language", "--limit=5", "--dtype=bfloat16")
+    assert len(measured) == 4
 
 
 def test_two_evaluations_are_not_at_work_in_one_folder(checkpoints, tmp_path):
@@ -458,6 +460,8 @@ def test_two_processes_give_what_one_gives(checkpoints, tmp_path):
         (["{good}", "--suites=sudoku4,sudku4"], "the closest is 'sudoku4'"),
         (["{good}", "--tasks={folder}/nowhere"], "there is no"),
         (["{good}", "--suites=sudoku4", "--n_rollouts=2"], "about Route B"),
+        (["{good}", "--suites=sudoku4", "--halt=0"], "about Route B"),
+        (["{good}", "--suites=sudoku4", "--solutions=a.json"], "name these as well"),
         (["{good}", "--suites=sudoku4", "--out_dir={folder}/old"], "eval.json is damaged or of another"),
     ],
 )

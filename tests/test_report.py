@@ -158,6 +158,8 @@ def test_the_picture_shows_solved_tasks_first_and_as_large_a_share_as_there_is()
         assert any(shown) == (n > 0) and all(shown) == (n == 20)
     large, small = task(True, 20), task(False)
     assert report.choose([large, small]) == [small] and report.choose([large]) == [large]
+    large["a"]["test"][0] |= {"input": ["0"], "expected": ["0" * 20]}
+    assert report.choose([large, small]) == [small]
     assert report.choose([task(False, too_long=True)]) == []
 
 

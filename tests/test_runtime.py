@@ -119,7 +119,15 @@ print(runtime.peak_memory("cpu") - before)
     with pytest.raises(RuntimeError) as e:
         torch.empty(2**60, dtype=torch.uint8)
     assert runtime.out_of_memory(e.value)
-    assert not runtime.out_of_memory(RuntimeError("shape mismatch"))
+    assert runtime.out_of_memory(MemoryError()) and not runtime.out_of_memory(RuntimeError("shape mismatch"))
+
+
+def test_a_folder_with_dollar_signs_is_no_formula(tmp_path):
+    folder = tmp_path / "$x^$"
+    folder.mkdir()
+    runtime.append_log({"iter": 1, "loss": 2.0}, str(folder / "log.jsonl"))
+    runtime.draw_losses(str(folder))
+    assert (folder / "loss.png").exists()
 
 
 DRIFT = """
