@@ -414,8 +414,7 @@ def run(c, words):
     dtype, file = runtime.pick_dtype(c.dtype, on), os.path.join(folder, "eval.json")
     read_results(file)  # what is wrong with it is said before anything is made
     abouts = {path: describe(name, path, on, dtype) for name, path in files.items()}
-    of_route_b = c.n_sup or c.halt is not None or c.n_rollouts > 1
-    if of_route_b and all(about["model"] != "trm" for about in abouts.values()):
+    if solve.asks_for_route_b(settings) and all(about["model"] != "trm" for about in abouts.values()):
         raise ValueError("--n_sup, --halt and --n_rollouts are about Route B, and there is none")
     with lock(folder, "evaluation") if runtime.master else contextlib.nullcontext():
         results = read_results(file)  # another evaluation may have ended meanwhile

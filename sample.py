@@ -235,8 +235,7 @@ def main(argv):
         raise ValueError("--prompt is for text, --task for puzzles: give one of them")
     task = find_task(c.task) if c.task else None
     model, _ = checkpoint.load_model(words[0], runtime.pick_device(c.device))
-    of_route_b = c.n_sup or c.halt is not None or c.gif or c.n_rollouts > 1
-    if of_route_b and not (task and model.puzzle_format == "canvas"):
+    if (c.gif or solve.asks_for_route_b(c)) and not (task and model.puzzle_format == "canvas"):
         raise ValueError("--n_sup, --halt, --n_rollouts and --gif are about Route B on a --task")
     if task is None:
         stream_text(model, c)

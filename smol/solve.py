@@ -59,6 +59,11 @@ def for_route_b(settings):
     return {k: getattr(settings, k) for k in ("n_sup", "halt", "n_rollouts", "noise", "seed")}
 
 
+def asks_for_route_b(settings):
+    """Whether something is set that only Route B has."""
+    return bool(settings.n_sup or settings.halt is not None or settings.n_rollouts > 1)
+
+
 @dataclass
 class Candidate:
     grid: object  # np.uint8 (h, w), or text
