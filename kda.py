@@ -726,7 +726,8 @@ def kda(
                 f"cu_seqlens must be integers rising from 0 to T = {T}, B = 1, got {bounds[:8]}, B = {B}"
             )
         states = [None] * N if initial_state is None else initial_state.split(1)
-        own = zip(*(t.tensor_split(bounds[1:-1], 1) for t in inputs), states)
+        lengths = [end - start for start, end in zip(bounds, bounds[1:])]
+        own = zip(*(t.split(lengths, 1) for t in inputs), states)
         parts = [kda(*some, initial_state=state, **how) for *some, state in own]
         o, state = (torch.cat(t, dim) for t, dim in zip(zip(*parts), (1, 0)))
         return o, state if output_final_state else None
@@ -735,8 +736,9 @@ def kda(
     at_once = max(CHUNK, CPU_AT_ONCE // max(1, B * H * K) // CHUNK * CHUNK)
     if backend == "chunk" and q.device.type == "cpu" and T > 2 * at_once:
         parts, state = [], initial_state
-        ends = [*range(at_once, T - SHORT, at_once)]  # a shorter last piece would clamp its gates sooner
-        for some in zip(*(t.tensor_split(ends, 1) for t in inputs)):
+        n = (T - SHORT - 1) // at_once  # a shorter last piece would clamp its gates sooner
+        lengths = [at_once] * n + [T - n * at_once]
+        for some in zip(*(t.split(lengths, 1) for t in inputs)):
             o, state = kda(*some, initial_state=state, **how)
             parts.append(o)
         return torch.cat(parts, 1), state if output_final_state else None
