@@ -70,19 +70,18 @@ def recurrent_kda(q, k, v, g, beta, scale, state):
 
 
 @torch.no_grad()
-def kda_step(q, k, v, g, beta, state, scale=None):
+def kda_step(q, k, v, g, beta, state):
     """
     One token for a whole batch, without gradients: q, k, g (B, H, K); v (B, H, V); beta (B, H). The state
     (B, H, K, V), float32 or float64, is updated in place. Returns o (B, H, V) in v's dtype.
     """
     B, H, K, V = state.shape
-    scale = K**-0.5 if scale is None else scale
     q, k, g, beta, row = (t.to(state.dtype).reshape(B * H, 1, -1) for t in (q, k, g, beta, v))
     S = state.view(B * H, K, V)
     with torch.autocast(state.device.type, enabled=False):
         S.mul_(g.exp().mT)
         S.baddbmm_(k.mT, beta * torch.baddbmm(row, k, S, alpha=-1))
-        return torch.bmm(q * scale, S).view(B, H, V).to(v.dtype)
+        return torch.bmm(q * K**-0.5, S).view(B, H, V).to(v.dtype)
 
 
 # -----------------------------------------------------------------------------
@@ -912,7 +911,7 @@ class KimiDeltaAttention(nn.Module):
         else:
             tail, state = cache
             qkv = torch.cat([tail.to(qkv.dtype), qkv], 1)
-            tail = qkv[:, T:]
+            tail = qkv[:, T:].clone()  # a view would keep all of qkv
             if starts is not None:  # what a document's next tokens may look back to ends where it began
                 tail = tail * (torch.arange(W - 2, -1, -1, device=f.device)[:, None] <= reach[:, -1:, :1])
         taps = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight]).squeeze(1)

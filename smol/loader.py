@@ -32,7 +32,7 @@ from smol import tokenizer as tok
 from smol.snapshots import read_manifest, sha256_file
 from smol.tokenizer import IGNORE
 
-# Rows are padded to the next of these lengths: at most a quarter is padding, and the shapes stay few.
+# Rows are padded to the next of these lengths: from 18 tokens on at most a quarter is padding.
 BUCKETS = (
     *(16, 24, 32, 44, 48, 64, 80, 96, 116, 128, 160, 192, 256, 320, 384, 512, 640, 768),
     *(1024, 1280, 1536, 2048, 2560, 3072, 4096, 5120, 6144, 8192, 10240),

@@ -113,15 +113,16 @@ def until_first_difference(log_p, answer):
     return log_p.masked_fill(after[:, None], torch.nan)
 
 
-def frames_of_answers(documents, answers, context, log_probs):
+def frames_of_answers(documents, answers, context, log_probs, tokens=None):
     """
     The frames of answers, each the end of a document (ids), from a model that reads left to right; None where
-    the document is longer than context. log_probs(list of documents, their shapes) -> for each (N, 11).
+    the document is longer than context. log_probs(list of documents, their shapes) -> for each (N, 11), of
+    about so many tokens at a time.
     """
     frames = [None] * len(documents)
     rows = [(i, ids, answer.shape) for i, (ids, answer) in enumerate(zip(documents, answers))]
     rows = [row for row in rows if len(row[1]) <= context]
-    for batch in engine.batches_by_length(rows, lambda row: len(row[1])):
+    for batch in engine.batches_by_length(rows, lambda row: len(row[1]), tokens):
         where, some, shapes = zip(*batch)
         for i, log_p, shape in zip(where, log_probs(some, shapes), shapes):
             frames[i] = to_frame(log_p, *shape)
@@ -165,7 +166,8 @@ class Ours:
     def of_canvases(self, tasks):
         frames = [None] * len(tasks)
         for where, idx in engine.canvases(self.model, tasks):
-            *_, (_, y, _) = self.model.answer_steps(idx)
+            for _, y, _ in self.model.answer_steps(idx):  # the last one's
+                pass
             log_p = F.linear(y, self.model.wte.weight[ANSWER_IDS]).float().log_softmax(-1).cpu()
             for row, (i, _, (h, w), start) in zip(log_p, where):
                 frames[i] = row[start : start + h * (w + 1)].view(h, w + 1, OUTCOMES)[:, :w]
@@ -269,7 +271,8 @@ class HuggingFace:
     def frames(self, tasks, answers):
         documents = [document(task, answer)[:-1] for task, answer in zip(tasks, answers)]
         documents = [torch.tensor(self.begin + self.tokens(ids)) for ids in documents]
-        return frames_of_answers(documents, answers, self.context, self.log_probs)
+        # its logits are of 150,000 words at every token: 600 KB in float32
+        return frames_of_answers(documents, answers, self.context, self.log_probs, 2048)
 
     def log_probs(self, documents, shapes):
         out = []

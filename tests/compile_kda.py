@@ -36,7 +36,7 @@ def compile_kernel(name, capability, dot, size, back, overrides):
         arg: "*fp32" if arg.endswith("_p") else "i32" for arg in kernel.arg_names if arg not in constants
     }
     # what a launch with 64 or 128 channels finds out: pointers and sizes are multiples of 16
-    aligned = [i for i, arg in enumerate(kernel.arg_names) if arg in signature and arg != "chunks"]
+    aligned = [i for i, arg in enumerate(kernel.arg_names) if arg in signature and arg != "N"]
     if triton.__version__ < "3.3":
         from triton.backends.compiler import AttrsDescriptor
 
