@@ -149,7 +149,7 @@ def own_batches(net, guide, batches, step):
     try:
         written = write_texts(net, guide, texts) if texts else []
         answers = write_answers(net, tasks)
-    except ValueError:  # not finite
+    except engine.NotFinite:
         return batches
     for (number, prompt, _), new in zip(texts, written):
         ids = torch.cat([prompt, new]).numpy()
@@ -172,21 +172,21 @@ def prompts_of(idx):
 
 
 def write_texts(net, guide, texts):
-    """texts: list of (_, prompt, rng) -> what continues each, (n,) long. ValueError as below."""
+    """texts: list of (_, prompt, rng) -> what continues each, (n,) long. NotFinite as below."""
     uniform = torch.from_numpy(np.stack([rng.random(new_tokens) for *_, rng in texts]))
     prompts = [prompt for _, prompt, _ in texts]
     return engine.continue_texts(net, prompts, uniform, sample_temperature, guide.n_ids)
 
 
 def write_answers(net, tasks):
-    """An answer to each task, drawn under the grammar of grids. ValueError where logits are not finite."""
+    """An answer to each task, drawn under the grammar of grids. NotFinite where logits are."""
     answers = [None] * len(tasks)
     items = [(i, teachers.prompt(task), limit_of(task), rng) for i, (_, task, rng) in enumerate(tasks)]
     for part in engine.batches_by_length(items, lambda item: len(item[1]) + item[2][0] * (item[2][1] + 1)):
         where, prompts, limits, rngs = zip(*part)
         drawn = engine.decode_grids(net, prompts, limits, 1, sample_temperature, rngs)
         if None in drawn:
-            raise ValueError("the student's logits are not finite")
+            raise engine.NotFinite("the student's logits are not finite")
         for i, (answer, _) in zip(where, drawn):
             answers[i] = answer
     return answers
@@ -313,17 +313,13 @@ def on_canvas(net, guide, idx, targets, carry, seconds):
     words = net.puzzle_words()
     y, carry = net.carried_step({"idx": idx, "targets": targets, "teacher": log_p}, carry, words)
     cells = carry["targets"] != IGNORE
-    rows, n_rows = cells.nonzero()[:, 0], len(idx)
     student, teacher_log_p = F.linear(y[cells], words[ANSWER_ROWS]).float(), carry["teacher"][cells]
-    # the halting head learns whether the answer is the teacher's, as in train.py whether it is right
+    loss = mean_divergence(student, teacher_log_p, cells.nonzero()[:, 0], len(idx))
+    # the halting head learns whether a cell is the teacher's, as in train.py whether it is right
     known = ~teacher_log_p.isnan().any(-1)
-    differs = (student.argmax(-1) != teacher_log_p.argmax(-1)) & known
-    agrees = rows[differs].bincount(minlength=n_rows) == 0
-    has_opinion = rows[known].bincount(minlength=n_rows) > 0
-    q = net.halt_logit(y)
-    halting = F.binary_cross_entropy_with_logits(q, agrees.float(), reduction="none")
-    loss = mean_divergence(student, teacher_log_p, rows, n_rows) + 0.5 * (halting * has_opinion).mean()
-    return loss, {**carry, "halted": net.halts(q, carry)}
+    agrees = student[known].argmax(-1) == teacher_log_p[known].argmax(-1)
+    loss = loss + net.halting_loss(y, cells.masked_scatter(cells, known), agrees)
+    return loss, {**carry, "halted": net.halts(net.halt_logit(y, cells), carry)}
 
 
 # -----------------------------------------------------------------------------
@@ -400,6 +396,8 @@ def check_teacher(guide, loader):
         raise ValueError(
             f"teacher {teacher} reads {guide.context} tokens: lower block_size={loader.block_size}"
         )
+    if "puzzle" in modes and loader.block_size > guide.context:
+        runtime.print0(f"teacher {teacher} reads {guide.context} tokens: longer puzzles teach nothing")
     if "text" in modes and prompt_tokens + new_tokens > loader.block_size:
         raise ValueError(
             f"prompt_tokens and new_tokens are together more than block_size={loader.block_size}"

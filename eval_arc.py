@@ -7,7 +7,7 @@ The evaluation: how many unseen tasks does a checkpoint solve, exactly, and what
     python eval_arc.py USER/NAME@v0.1                           one that is published on the hub
     python eval_arc.py CKPT --suites=sudoku4,arc1 --limit=20    the first 20 tasks of two suites
     python eval_arc.py CKPT --augment=16 --ttt_steps=128        16 views, and a copy is tuned to each task
-    python eval_arc.py CKPT --n_sup=16 --n_rollouts=8           Route B: eight tries, and its head chooses
+    python eval_arc.py CKPT --n_sup=16 --n_rollouts=8           Route B: eight tries, that vote
     python eval_arc.py CKPT --tasks=my_tasks                    ARC-style JSON, Kaggle's challenges too
     torchrun --nproc_per_node=2 eval_arc.py CKPT                the same answers from two GPUs
 
@@ -67,7 +67,7 @@ samples = 1  # Route A, and puzzles in words: answers to each view
 programs = 0  # programs written for each ARC task
 n_sup: int | None = None  # Route B: supervision steps; None means as it was trained
 halt: float | None = None  # Route B: stop once the halting probability is above this; None means never
-n_rollouts = 1  # Route B: answers to each view, all but the first with noise; its halting head chooses
+n_rollouts = 1  # Route B: answers to each view, all but the first with noise, that vote
 noise = NOISE  # of the others, on z, which has size 1
 ttt_steps = 0  # test-time training: steps on each task
 ttt_lr = 1e-3  # its learning rate

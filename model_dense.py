@@ -27,6 +27,7 @@ from smol import arc, engine, runtime
 from smol import tokenizer as tok
 from smol.tokenizer import IGNORE
 
+KINDS = {"k": "k (KDA)", "a": "a (full attention)", "m": "m (MLP along lines)"}  # of layers; m: Route B
 LOGITS_AT_ONCE = 2**23  # the loss is computed in slices of this many logits: 32 MB in float32
 
 
@@ -46,8 +47,8 @@ class Config:
     recompute: bool = False  # keep only the input of each block for the backward, and compute the rest again
 
 
-def check_config(config):
-    """Raises ValueError, in one line, for a shape that cannot be built."""
+def check_config(config, kinds="ka"):
+    """Raises ValueError, in one line, for a shape that cannot be built. kinds: of layers that there are."""
     for name, value in vars(config).items():
         if type(value) is int and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
@@ -58,8 +59,9 @@ def check_config(config):
     head_dim = config.n_embd // config.n_head
     if head_dim < 6 or head_dim % 2:
         raise ValueError(f"n_embd / n_head is {head_dim}: three axes of rotation need an even size from 6 on")
-    if not config.layer_pattern or set(config.layer_pattern) - set("ka"):
-        raise ValueError(f"layer_pattern={config.layer_pattern!r} may only hold 'k' (KDA) and 'a' (full)")
+    if not config.layer_pattern or set(config.layer_pattern) - set(kinds):
+        known = ", ".join(KINDS[kind] for kind in kinds)
+        raise ValueError(f"layer_pattern={config.layer_pattern!r} may only hold {known}")
 
 
 def layer_kinds(config):
@@ -286,14 +288,15 @@ def core_flops_per_token(config, context):
     d, head_dim = config.n_embd, config.n_embd // config.n_head
     full = 2 * 4 * d * d + 2 * d * context
     kda = 2 * (4 * d * d + 4 * d * head_dim + 12 * d + d * config.n_head) + 2 * d * (4 * 64 + 4 * head_dim)
-    return sum(2 * 3 * d * config.n_ff + (full if kind == "a" else kda) for kind in layer_kinds(config))
+    mixer = {"a": full, "k": kda, "m": 2 * 3 * d * getattr(config, "n_line", 0)}
+    return sum(2 * 3 * d * config.n_ff + mixer[kind] for kind in layer_kinds(config))
 
 
 def cache_bytes(config, context):
     """Of the caches of one row in float32, for one pass through the blocks."""
     full = 4 * 2 * context * config.n_embd
     kda = 4 * (3 * 3 * config.n_embd + config.n_embd * (config.n_embd // config.n_head))
-    return sum(full if kind == "a" else kda for kind in layer_kinds(config))
+    return sum({"a": full, "k": kda, "m": 0}[kind] for kind in layer_kinds(config))
 
 
 def tokens_at_once(config, free):
@@ -427,11 +430,10 @@ def describe(model, passes=1):
     config, n = model.config, model.num_params()
     parts = {"embedding and head": model.wte.weight.numel()}
     for block in model.blocks:
-        name = "KDA" if block.kind == "k" else "full attention"
-        for part, module in ((name, block.mixer), ("SwiGLU", block.mlp)):
+        for part, module in ((KINDS[block.kind], block.mixer), ("SwiGLU", block.mlp)):
             parts[part] = parts.get(part, 0) + sum(p.numel() for p in module.parameters())
     parts["norms and the rest"] = n - sum(parts.values())
-    print(f"{config}\nlayers: {' '.join(layer_kinds(config))}   (k: KDA, a: full attention)\n")
+    print(f"{config}\nlayers: {' '.join(layer_kinds(config))}\n")
     for part, count in [*parts.items(), ("all parameters", n)]:
         print(f"  {part:24s} {count:13,}  {count / n:6.1%}")
     print("\n   context   MFLOP per token   in training   MB of cache   with full attention everywhere")

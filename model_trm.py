@@ -9,19 +9,21 @@ which has Route A's mixers, three of KDA to one of full attention, but post-norm
     deep recursion      T latent recursions, of which the last n_grad (published: 1) have a gradient
     training            up to n_sup supervision steps per puzzle: a deep recursion, a loss on y, an optimizer
                         step; y and z are carried on, detached
-    answering           n_sup deep recursions, or fewer if the halting head says that the answer is right
+    answering           n_sup deep recursions, or fewer if the halting head says that the answer is right: it
+                        judges each cell, and the answer is as sure as its least sure cell
 
 Puzzles are answered on a canvas: a grid that has the test input on it, and blank cells where the answer may
 be larger. Every cell of the answer is predicted at once, again and again. Full attention sees both ways.
-KDA reads in one direction, so its heads take eight (grid_lines). Text is causal and goes through the core
-twice per token: z = f(x + y + z), y = f(y + z).
+KDA reads in one direction, so its heads take eight (grid_lines). For puzzles alone an MLP along lines can
+take its place (LineMLP). Text is causal and goes through the core twice per token: z = f(x + y + z), y =
+f(y + z).
 
 The published model learns an embedding per task, and cannot answer a task that it was not trained on. Here
 the task is in the row.
 
-The file in order: settings, how KDA reads grids, the block, the model: recursion, text, learning puzzles,
-answering them. `python model_trm.py` describes the 100M model.
-Before this: model_dense.py. Read next: train.py.
+The file in order: settings, how KDA and the MLP read grids, the block, the model: recursion, text, learning
+puzzles, answering them. `python model_trm.py` describes the 100M model. Before this: model_dense.py. Read
+next: train.py.
 """
 
 import math
@@ -46,29 +48,24 @@ SHORT = 16  # tokens of lines that are sequences of their own on a CPU
 
 
 @dataclass
-class Config:
-    """The defaults are the 100M model with the published recursion for puzzles."""
+class Config(model_dense.Config):
+    """Route A's, and: the defaults are the 100M model with the published recursion for puzzles."""
 
-    block_size: int = 1024
-    vocab_size: int = tok.VOCAB_SIZE
     n_layer: int = 8
     n_head: int = 12
     n_embd: int = 768
     n_ff: int = 2208
-    layer_pattern: str = "kkka"
-    rope_base: float = 100.0
-    norm_eps: float = 1e-5
+    n_line: int = 64  # hidden width of an MLP along lines: layer_pattern may have m, see LineMLP
     n_latent: int = 6  # n: updates of z per latent recursion
     n_recursion: int = 3  # T: latent recursions per supervision step
     n_grad: int = 1  # of them with gradient, the last ones; each costs as much memory again
     n_sup: int = 16  # supervision steps per puzzle, at most
     halt_exploration: float = 0.1  # share of puzzles that go on for a random number of steps, whatever q says
-    recompute: bool = False  # as in Route A
 
 
 def check_config(config):
     """Raises ValueError, in one line, for a model that cannot be built."""
-    model_dense.check_config(config)
+    model_dense.check_config(config, kinds="kam")
     if config.n_grad > config.n_recursion:
         raise ValueError(f"n_grad={config.n_grad} is more than n_recursion={config.n_recursion}")
 
@@ -99,8 +96,7 @@ def grid_lines(idx, positions):
     pad = idx == tok.PAD
     alone = grid.amax(1, keepdim=True) < 2  # no demonstrations
     grid = torch.where(pad, T, grid)
-    sides = idx.new_zeros(B, T + 1).scatter_reduce(1, grid, torch.maximum(row + 1, column), "amax")
-    side = sides.sqrt().round().long().gather(1, grid)  # of a tile
+    side = tile_sides(row, column, grid)
 
     def key(a, b, c):
         """To sort by a, then b, then c: a grid has at most 30 rows, and 30 columns and a <|row|>."""
@@ -123,6 +119,13 @@ def grid_lines(idx, positions):
     starts = torch.ones_like(line, dtype=torch.bool)
     starts[:, 1:] = line[:, 1:] != line[:, :-1]
     return order, order.argsort(dim=1), starts
+
+
+def tile_sides(row, column, grid):
+    """row, column, grid (B, T) long, grid at most T -> (B, T): the side of the tiles of each token's grid."""
+    B, T = grid.shape
+    sides = grid.new_zeros(B, T + 1).scatter_reduce(1, grid, torch.maximum(row + 1, column), "amax")
+    return sides.sqrt().round().long().gather(1, grid)
 
 
 class Lines(NamedTuple):
@@ -183,6 +186,58 @@ class GridKDA(KimiDeltaAttention):
         return self.output(o.to(x.dtype), gate), None
 
 
+class LineMLP(nn.Module):
+    """
+    A SwiGLU over the cells of each line: of rows, of columns or of tiles, by turns from one such layer to the
+    next. All lines and all channels have the same weights, by a cell's place in its line. TRM has one over
+    all cells at once (its mixer for sudokus), which knows grids of one size only. What is in no grid gets
+    nothing: text is left to the other layers.
+    """
+
+    def __init__(self, config, way):
+        super().__init__()
+        self.way = way
+        self.up_proj = nn.Linear(arc.MAX_SIDE, 2 * config.n_line, bias=False)
+        self.down_proj = nn.Linear(config.n_line, arc.MAX_SIDE, bias=False)
+
+    def empty_cache(self, batch_size, length):
+        return ()
+
+    def forward(self, x, cells):
+        """x (B, T, D), cells as cell_lines made them, or None in text -> (B, T, D)."""
+        if cells is None:
+            return torch.zeros_like(x)
+        (N, S), take, slots = cells[self.way]
+        lines = F.pad(x.flatten(0, 1), (0, 0, 0, 1)).index_select(0, take).view(N, S, x.shape[-1]).mT
+        gate, up = F.linear(lines, self.up_proj.weight[:, :S]).chunk(2, -1)  # (N, D, S) to (N, D, n_line)
+        lines = F.linear(F.silu(gate) * up, self.down_proj.weight[:S]).mT.flatten(0, 1)  # (N * S, D)
+        return F.pad(lines, (0, 0, 0, 1)).index_select(0, slots).view_as(x)
+
+
+def cell_lines(idx, positions):
+    """
+    idx (B, T) long, positions (B, T, 3) -> for rows, columns and tiles (see grid_lines): the shape (N, S) of
+    N lines of up to S cells, take (N * S,), the token of each place, B * T where there is none, and slots
+    (B * T,), the place of each token, N * S for what is no cell.
+    """
+    (B, T), (row, column, grid) = idx.shape, positions.unbind(-1)
+    cell = (grid > 0) & ((idx >= tok.CELL0) & (idx < tok.CELL0 + 10) | (idx == tok.BLANK))
+    side, n_grids = tile_sides(row, column, grid), int(grid.max())
+    in_a_row = int((column // side).max()) + 1  # tiles
+    tile, within = row // side * in_a_row + column // side, row % side * side + column % side
+    token, out = torch.arange(B * T, device=idx.device).view(B, T), []
+    for line, place in ((row, column), (column, row), (tile, within)):
+        n_lines, S = (int(torch.where(cell, t, 0).max()) + 1 for t in (line, place))
+        N = B * n_grids * n_lines
+        slot = (((token // T) * n_grids + grid - 1) * n_lines + line) * S + place
+        take = token.new_full((N * S,), B * T)
+        take[slot[cell]] = token[cell]
+        out.append(((N, S), take, torch.where(cell, slot, N * S).flatten()))
+    return out
+
+
+MIXERS = {"k": GridKDA, "m": LineMLP}  # besides attention
+
 # -----------------------------------------------------------------------------
 # the block
 
@@ -193,17 +248,19 @@ class Block(nn.Module):
     vector may grow.
     """
 
-    def __init__(self, config, kind, first_way):
+    def __init__(self, config, kind, way):
         super().__init__()
         self.kind = kind
-        self.mixer = GridKDA(config, first_way) if kind == "k" else Attention(config)
+        self.mixer = Attention(config) if kind == "a" else MIXERS[kind](config, way)
         self.mlp = SwiGLU(config)
         self.norm_1 = RMSNorm(config.n_embd, eps=config.norm_eps)
         self.norm_2 = RMSNorm(config.n_embd, eps=config.norm_eps)
 
-    def forward(self, x, rope, attn_mask=None, starts=None, lines=None, cache=None, length=0):
+    def forward(self, x, rope, attn_mask=None, starts=None, lines=None, cells=None, cache=None, length=0):
         if self.kind == "k":
             h, cache = self.mixer(x, cache, starts, lines)
+        elif self.kind == "m":
+            h = self.mixer(x, cells)
         else:
             h = self.mixer(x, rope, attn_mask, cache, length)
         x = self.norm_1(x + h)
@@ -226,7 +283,8 @@ def init_weights(model):
     nn.init.zeros_(model.q_head.bias)
     for block in model.blocks:
         model_dense.init_linears(block)
-        for last in (block.mixer.o_proj, block.mlp.down_proj):
+        mixed = block.mixer.down_proj if block.kind == "m" else block.mixer.o_proj
+        for last in (mixed, block.mlp.down_proj):
             nn.init.normal_(last.weight, std=(2 / c.n_layer / last.in_features) ** 0.5)
 
 
@@ -241,10 +299,13 @@ class Model(nn.Module, HubMixin, library_name="smol-llm", license="mit"):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # the output head as well
         kinds = model_dense.layer_kinds(config)
         # the ways to read a grid go round among the heads, and on from one KDA layer to the next
-        first_ways = [kinds[:i].count("k") * config.n_head % WAYS for i in range(config.n_layer)]
-        self.blocks = nn.ModuleList(Block(config, *one) for one in zip(kinds, first_ways))
-        self.first_ways = [way for kind, way in zip(kinds, first_ways) if kind == "k"]
-        self.q_head = nn.Linear(config.n_embd, 1)  # halting: is the answer all correct?
+        ways = [
+            kinds[:i].count("m") % 3 if kind == "m" else kinds[:i].count("k") * config.n_head % WAYS
+            for i, kind in enumerate(kinds)
+        ]
+        self.blocks = nn.ModuleList(Block(config, *one) for one in zip(kinds, ways))
+        self.first_ways = [way for kind, way in zip(kinds, ways) if kind == "k"]
+        self.q_head = nn.Linear(config.n_embd, 1)  # halting: is the answer right in this cell?
         self.register_buffer("y_init", torch.randn(config.n_embd).clamp(-2, 2))
         self.register_buffer("z_init", torch.randn(config.n_embd).clamp(-2, 2))
         init_weights(self)
@@ -357,44 +418,58 @@ class Model(nn.Module, HubMixin, library_name="smol-llm", license="mit"):
 
     def embed_canvas(self, idx, words):
         """
-        idx (B, T), words as in puzzle_words -> x (B, T, n_embd) of about unit size per channel, and the
-        layout for run_blocks. A cell of the test input lies where its answer goes, which halves the row of a
-        sudoku. It also gets the embedding of a blank cell: it is to be answered.
+        idx (B, T), words as in puzzle_words -> x (B, T, n_embd) of about unit size per channel, the layout
+        for run_blocks, and the cells of the canvas (B, T) bool. A cell of the test input lies where its
+        answer goes, which halves the row of a sudoku. It also gets the embedding of a blank cell: it is to be
+        answered.
         """
         positions = arc.positions(idx)
-        given = arc.canvas_cells(idx, positions) & (idx != tok.BLANK)
+        canvas = arc.canvas_cells(idx, positions)
+        given = canvas & (idx != tok.BLANK)
         x = F.embedding(idx - tok.EOT, words) + given.unsqueeze(-1) * words[tok.BLANK - tok.EOT]
         attn_mask = (idx != tok.PAD)[:, None, None, :]  # all but padding; never None, which is causal
-        layout = self.rope(positions), attn_mask, None, self.lines(idx, positions)
-        return x * self.config.n_embd**0.5, layout
+        cells = cell_lines(idx, positions) if any(block.kind == "m" for block in self.blocks) else None
+        layout = self.rope(positions), attn_mask, None, self.lines(idx, positions), cells
+        return x * self.config.n_embd**0.5, layout, canvas
 
     def lines(self, idx, positions):
         """{first way of a KDA layer: how its heads read the grids}."""
+        if not self.first_ways:
+            return None
         every, H = grid_lines(idx, positions), self.config.n_head
         ways = {first: [(first + i) % WAYS for i in range(H)] for first in self.first_ways}
         return {first: lay_out(*(t[..., heads] for t in every)) for first, heads in ways.items()}
 
-    def halt_logit(self, y):
-        """y (B, T, n_embd) -> (B,): above 0, the answer is taken for all correct. Read at the first token."""
-        return self.q_head(y[:, 0]).squeeze(-1).float()
+    def halt_logit(self, y, canvas):
+        """
+        y (B, T, n_embd), canvas (B, T) bool -> (B,): above 0, the answer is taken for all correct. It is as
+        sure as the least sure of its cells.
+        """
+        return self.q_head(y).squeeze(-1).float().masked_fill(~canvas, torch.inf).amin(1)
 
-    def canvas_loss(self, y, targets, keep, words):
-        """The loss at the canvas cells keep (B, T), and for each row whether all of them are right (B,)."""
-        logits = F.linear(y[keep], words[ANSWER_ROWS])  # (N, 11)
-        wanted = torch.where(targets[keep] == tok.VOID, 10, targets[keep] - tok.CELL0)
-        rows = keep.nonzero()[:, 0]
-        n_wrong = torch.bincount(rows, (logits.argmax(-1) != wanted).float(), minlength=len(y))
+    def canvas_loss(self, y, targets, canvas, words):
+        """The mean over rows of the mean over their canvas cells, and whether each cell is right (N,)."""
+        logits = F.linear(y[canvas], words[ANSWER_ROWS])  # (N, 11)
+        wanted = torch.where(targets[canvas] == tok.VOID, 10, targets[canvas] - tok.CELL0)
         loss = F.cross_entropy(logits.float(), wanted, reduction="none")
-        return (loss * row_shares(rows, len(y))).sum(), n_wrong == 0
+        share = row_shares(canvas.nonzero()[:, 0], len(y))
+        return (loss * share).sum(), logits.argmax(-1) == wanted
+
+    def halting_loss(self, y, canvas, right):
+        """Of the head that says of each cell whether it is right; right (N,) bool. Weighed like the cells."""
+        loss = F.binary_cross_entropy_with_logits(
+            self.q_head(y[canvas]).squeeze(-1).float(), right.float(), reduction="none"
+        )
+        return 0.5 * (loss * row_shares(canvas.nonzero()[:, 0], len(y))).sum()
 
     def forward_carried(self, idx, targets, carry):
         """A supervision step of training."""
         words = self.puzzle_words()
         y, carry = self.carried_step({"idx": idx, "targets": targets}, carry, words)
-        loss, correct = self.canvas_loss(y, carry["targets"], carry["targets"] != IGNORE, words)
-        q = self.halt_logit(y)
-        loss = loss + 0.5 * F.binary_cross_entropy_with_logits(q, correct.float())
-        return None, loss, {**carry, "halted": self.halts(q, carry)}
+        canvas = carry["targets"] != IGNORE
+        loss, right = self.canvas_loss(y, carry["targets"], canvas, words)
+        loss = loss + self.halting_loss(y, canvas, right)
+        return None, loss, {**carry, "halted": self.halts(self.halt_logit(y, canvas), carry)}
 
     def carried_step(self, fresh, carry, words):
         """
@@ -414,7 +489,7 @@ class Model(nn.Module, HubMixin, library_name="smol-llm", license="mit"):
             raise ValueError(f"the carry holds rows of shape {held}, not {asked}: keep one per shape")
         new = carry["halted"]
         rows = {k: torch.where(new.view(-1, *[1] * (v.ndim - 1)), v, carry[k]) for k, v in fresh.items()}
-        x, layout = self.embed_canvas(rows["idx"], words)
+        x, layout, _ = self.embed_canvas(rows["idx"], words)
         y, z = self.deep_recursion(x, rows["y"], rows["z"], layout)
         # y and z are kept in float16 under autocast, which has room for them: nothing is beyond sqrt(n_embd).
         # A run holds a carry for every micro-batch and every length: gigabytes.
@@ -452,13 +527,13 @@ class Model(nn.Module, HubMixin, library_name="smol-llm", license="mit"):
         """
         words, rows = self.puzzle_words(), torch.arange(len(idx), device=idx.device)
         rows, rngs = rows.repeat_interleave(n_rollouts), engine.rollout_rngs(idx, n_rollouts, seed)
-        x, layout = self.embed_canvas(idx[rows], words)
+        x, layout, canvas = self.embed_canvas(idx[rows], words)
         y, z = self.start(idx[rows])
         for _ in range(n_sup or self.config.n_sup):
             if n_rollouts > 1:
                 z = z + noise * engine.normal_like(z, rngs)
             y, z = self.deep_recursion(x, y, z, layout)
-            p = self.halt_logit(y).sigmoid()
+            p = self.halt_logit(y, canvas).sigmoid()
             yield rows, y, p
             sure = (p > (2 if halt is None else halt)).view(-1, n_rollouts).any(1)
             if sure.all():
@@ -467,7 +542,7 @@ class Model(nn.Module, HubMixin, library_name="smol-llm", license="mit"):
                 left = ~sure.repeat_interleave(n_rollouts)
                 rows, y, z = rows[left], y[left], z[left]
                 rngs = [one for one, stays in zip(rngs, left.tolist()) if stays]
-                x, layout = self.embed_canvas(idx[rows], words)
+                x, layout, canvas = self.embed_canvas(idx[rows], words)
 
     def answer(self, tasks, n_sup=None, trace=False, halt=None, n_rollouts=1, noise=NOISE, seed=0):
         """Solve tasks, whose test outputs are not read: engine.answer_canvases."""

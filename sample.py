@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import configurator
 from smol import arc, checkpoint, engine, files, runtime, solve, suites
 from smol import tokenizer as tok
-from smol.engine import ANSWER_IDS, NOISE, ranked, surest_rollout
+from smol.engine import ANSWER_IDS, NOISE, chosen_rollout, ranked
 
 prompt = ""  # text to go on from; empty: a new document
 task = ""  # an ARC task, such as 00576224, or a held-out puzzle, such as sudoku4-0007
@@ -38,7 +38,7 @@ top_p: float | None = None  # draw from the fewest likeliest tokens that have a 
 num_samples = 1  # texts
 n_sup: int | None = None  # Route B on a task: supervision steps; None: as it was trained
 halt: float | None = None  # Route B on a task: stop when the halting head gives the answer more than this
-n_rollouts = 1  # Route B on a task: answers, all but the first with noise; the halting head chooses
+n_rollouts = 1  # Route B on a task: answers, all but the first with noise, that vote
 noise = NOISE  # of the others, on z, which has size 1
 seed = 1337
 device = "auto"  # cpu, cuda, cuda:1; auto: the GPU where there is one
@@ -116,11 +116,12 @@ def show_task(model, task, c):
     for j, ((x, y), given) in enumerate(zip(task.test, answers), 1):
         panels = [(f"test {j}" if task.train else "puzzle", x, None), ("expected", y, None)]
         if canvas:
-            shown = surest_rollout(given, c.n_rollouts)
+            shown = chosen_rollout(given, c.n_rollouts)
             panels += [(f"step {n}, halt {p:.2f}", grid, y) for n, (grid, p) in enumerate(shown, 1)]
-            several = f" in each of {c.n_rollouts} rollouts" if c.n_rollouts > 1 else ""
-            last = f", the answer with the highest halting probability of {len(shown)} steps{several}"
-            given = ranked(given)
+            given = ranked(given, c.n_rollouts)
+            last = f", the answer with the highest halting probability of {len(shown)} steps"
+            if c.n_rollouts > 1 and given:
+                last += f", of {given[0][2]} of {c.n_rollouts} rollouts"
         else:
             panels += [(f"answer, p {np.exp(log_p):.2g}", grid, y) for grid, log_p in given]
             last = ""
@@ -139,9 +140,9 @@ DARK, PANEL, INK, GOOD, BAD = (13, 17, 23), (41, 53, 72), (230, 237, 243), (94, 
 @torch.no_grad()
 def canvas_steps(model, task, n_sup=None, halt=None, n_rollouts=1, noise=NOISE, seed=0):
     """
-    After each supervision step of the surest rollout on the first test input: the probabilities (H, W, 11)
-    of ten colours and of "outside the answer" in each cell, and the halting probability. ValueError if logits
-    are not finite.
+    After each supervision step of the rollout that is shown, on the first test input: the probabilities
+    (H, W, 11) of ten colours and of "outside the answer" in each cell, and the halting probability.
+    ValueError if logits are not finite.
     """
     one = arc.Task(task.id, task.kind, task.train, task.test[:1])
     rollouts = [[] for _ in range(n_rollouts)]
@@ -151,9 +152,9 @@ def canvas_steps(model, task, n_sup=None, halt=None, n_rollouts=1, noise=NOISE, 
             if not (logits.isfinite().all() and p.isfinite().all()):
                 raise ValueError("the model's logits are not finite: there is nothing to draw")
             cells = logits.softmax(-1).view(n_rollouts, H, W + 1, 11)[:, :, :W].cpu().numpy()
-            for steps, step in zip(rollouts, zip(cells, p.tolist())):
+            for steps, step in zip(rollouts, zip(cells.argmax(-1), p.tolist(), cells)):
                 steps.append(step)
-    return surest_rollout(sum(rollouts, []), n_rollouts)
+    return [(cells, p) for _, p, cells in chosen_rollout(sum(rollouts, []), n_rollouts)]
 
 
 def draw(task, cells, words, wrong=None):
@@ -236,7 +237,7 @@ def main(argv):
     task = find_task(c.task) if c.task else None
     model, _ = checkpoint.load_model(words[0], runtime.pick_device(c.device))
     if (c.gif or solve.asks_for_route_b(c)) and not (task and model.puzzle_format == "canvas"):
-        raise ValueError("--n_sup, --halt, --n_rollouts and --gif are about Route B on a --task")
+        raise ValueError("--n_sup, --halt, --n_rollouts, --noise and --gif are about Route B on a --task")
     if task is None:
         stream_text(model, c)
         return

@@ -79,6 +79,7 @@ n_embd: int | None = None
 n_ff: int | None = None
 layer_pattern: str | None = None  # tiled over the depth: k is KDA, a is full attention
 recompute: bool | None = None  # activations again in the backward: a third more work, far less memory
+n_line: int | None = None  # Route B: hidden width of the MLPs along lines, which are m in its layer_pattern
 n_latent: int | None = None  # Route B: latent updates per recursion, in puzzles
 n_recursion: int | None = None  # Route B: recursions per supervision step
 n_grad: int | None = None  # Route B: recursions with gradient, the last ones
@@ -116,8 +117,8 @@ sanity_run_tokens = 0.0  # of the run that this prepares: the table says how man
 
 RANGES = {
     "[1, inf)": "eval_interval eval_batches eval_limit log_interval batch_size block_size max_iters "
-    "max_skipped gradient_accumulation_steps n_layer n_head n_embd n_ff n_latent n_recursion n_grad n_sup "
-    "carry_turns sanity_steps sanity_tokens",
+    "max_skipped gradient_accumulation_steps n_layer n_head n_embd n_ff n_line n_latent n_recursion "
+    "n_grad n_sup carry_turns sanity_steps sanity_tokens",
     "[0, inf)": "mixture learning_rate weight_decay warmup_iters decay_iters min_lr sync_check_interval "
     "sanity_run_tokens keep_every sample_interval batch_tokens max_hours grad_clip",
     "[0, 1)": "beta1 beta2 ema",

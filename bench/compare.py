@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import configurator
 from bench.train import load_nanogpt
-from smol import arc, checkpoint, loader, puzzles, runtime, snapshots, solve
+from smol import arc, checkpoint, engine, loader, puzzles, runtime, snapshots, solve
 from smol import tokenizer as tok
 from smol.files import save_picture, write_whole
 
@@ -181,24 +181,29 @@ def train_contender(c, arguments, seed, out):
 
 
 def solved_by(net, tasks, n_sup=1, n_rollouts=1, **how):
-    """
-    -> two int arrays (n_rollouts, n_sup), for the first rollouts and the first steps of each: how many tasks
-    their surest answer solves, and how many any of their answers solves. Route A has one step of one rollout.
-    """
+    """`solved` of a contender. Route A has one step of one rollout, its most probable answer."""
     if net.puzzle_format == "canvas":
         how = {"n_sup": n_sup, "n_rollouts": n_rollouts, "trace": True, **how}
-    n = n_rollouts * n_sup  # of Route A's answers the first, the most probable
     given = net.answer(solve.without_answers(tasks), **how)
-    answers = [(some or [(None, 0.0)] * n)[:n] for (some,) in given]
-    right = [[np.array_equal(grid, t.test[0][1]) for grid, _ in some] for t, some in zip(tasks, answers)]
-    right = np.reshape(right, (len(tasks), n_rollouts, n_sup))
-    sure = np.reshape([[p for _, p in some] for some in answers], right.shape)
-    surest, some = np.zeros((2, n_rollouts, n_sup), int)
-    for r, s in np.ndindex(surest.shape):
-        among, of = (t[:, : r + 1, : s + 1].reshape(len(tasks), -1) for t in (right, sure))
-        surest[r, s] = among[np.arange(len(tasks)), of.argmax(1)].sum()
-        some[r, s] = among.any(1).sum()
-    return surest, some
+    n = n_rollouts * n_sup
+    return solved([(some or [(None, 0.0)] * n)[:n] for (some,) in given], tasks, n_sup, n_rollouts)
+
+
+def solved(traces, tasks, n_sup, n_rollouts):
+    """
+    traces: for each task its (grid, confidence) after each step of one rollout after the other -> two int
+    arrays (n_rollouts, n_sup), for the first rollouts and the first steps of each: how many tasks the answer
+    that is taken solves, and how many any of the answers solves.
+    """
+    taken, some = np.zeros((2, n_rollouts, n_sup), int)
+    for steps, task in zip(traces, tasks):
+        right = np.reshape([np.array_equal(grid, task.test[0][1]) for grid, _ in steps], taken.shape)
+        for r, s in np.ndindex(taken.shape):
+            first = [steps[k * n_sup + i] for k in range(r + 1) for i in range(s + 1)]
+            answers = engine.ranked(first, r + 1)
+            taken[r, s] += bool(answers) and np.array_equal(answers[0][0], task.test[0][1])
+            some[r, s] += right[: r + 1, : s + 1].any()
+    return taken, some
 
 
 def curve_of(c, paths, tasks):
@@ -209,15 +214,15 @@ def curve_of(c, paths, tasks):
         curve.append({k: saved["train"][k] for k in ("iter", "seconds", "tokens", "val_loss")})
         canvas = net.puzzle_format == "canvas"
         if tasks:
-            surest, _ = solved_by(net, tasks, max(c.n_sup) if canvas else 1)
-            steps = {str(n): int(surest[0, n - 1]) for n in c.n_sup} if canvas else {"": int(surest[0, 0])}
+            taken, _ = solved_by(net, tasks, max(c.n_sup) if canvas else 1)
+            steps = {str(n): int(taken[0, n - 1]) for n in c.n_sup} if canvas else {"": int(taken[0, 0])}
             curve[-1]["solved"] = steps
     if tasks and canvas and c.n_rollouts > 1:
         curve[-1] |= {"rollouts": {}, "by_steps": {}}
         for size in c.noise:
-            surest, some = solved_by(net, tasks, max(c.n_sup), c.n_rollouts, noise=size)
-            curve[-1]["rollouts"][size] = int(surest[-1, -1]), int(some[-1, -1])
-            curve[-1]["by_steps"][size] = surest.tolist()
+            taken, some = solved_by(net, tasks, max(c.n_sup), c.n_rollouts, noise=size)
+            curve[-1]["rollouts"][size] = int(taken[-1, -1]), int(some[-1, -1])
+            curve[-1]["by_steps"][size] = taken.tolist()
     return curve, net.num_params()
 
 
@@ -275,34 +280,26 @@ def trm_batch(pairs):
     return {"inputs": inputs, "labels": labels, "puzzle_identifiers": identifiers}
 
 
-def trm_steps(model, tasks, n_steps, n_rollouts=1, size=0.0, seed=0):
+@torch.no_grad()
+def trm_traces(model, tasks, n_steps, n_rollouts=1, size=0.0, seed=0):
     """
-    Published TRM at work: yields after each step whether each rollout of each task is right (N, n_rollouts),
-    and its halting logit. All rollouts but the first have noise of this size on z before each step.
+    Published TRM at work: for each task what `solved` takes, its confidence the halting logit. All rollouts
+    but the first have noise of this size on z before each step.
     """
     data = trm_batch([task.test[0] for task in tasks for _ in range(n_rollouts)])
     noisy = (torch.arange(len(tasks) * n_rollouts) % n_rollouts > 0)[:, None, None]
     state, rng = model.initial_carry(data), torch.Generator().manual_seed(seed)
     state.current_data = data
     state.inner_carry = model.inner.reset_carry(state.halted, state.inner_carry)
+    rollouts = [[] for _ in noisy]
     for _ in range(n_steps):
         z, state.halted = state.inner_carry.z_L, torch.zeros_like(state.halted)
         state.inner_carry.z_L = z + size * noisy * torch.randn(z.shape, generator=rng)
         state, outputs = model(carry=state, batch=data)
-        right = (outputs["logits"].argmax(-1) == data["labels"]).all(1)
-        yield right.view(-1, n_rollouts), outputs["q_halt_logits"].view(-1, n_rollouts)
-
-
-def surest(right, q):
-    """How many tasks (rows) the answer with the largest halting logit solves."""
-    return right.gather(1, q.argmax(1, keepdim=True)).sum().item()
-
-
-def trm_rollouts(c, model, tasks, size, seed):
-    """As `solved` of Route B: the surest step of all rollouts, and whether any is right."""
-    steps = trm_steps(model, tasks, max(c.n_sup), c.n_rollouts, size, seed)
-    right, q = (torch.cat(some, 1) for some in zip(*steps))
-    return surest(right, q), right.any(1).sum().item()
+        answers = (outputs["logits"].argmax(-1) - 1).numpy()
+        for steps, answer, q in zip(rollouts, answers, outputs["q_halt_logits"].tolist()):
+            steps.append((answer.reshape(tasks[0].test[0][1].shape), q))
+    return [sum(rollouts[i : i + n_rollouts], []) for i in range(0, len(rollouts), n_rollouts)]
 
 
 def rival_trm(c, seed, tasks):
@@ -346,14 +343,15 @@ def rival_trm(c, seed, tasks):
         carry, loss, *_ = net(return_keys=[], carry=carry, batch=batch)
         return loss / n
 
-    @torch.no_grad()
     def evaluate(net, last):
-        right, q = (torch.cat(some, 1) for some in zip(*trm_steps(net.model, tasks, max(c.n_sup))))
-        sizes = c.noise if last and c.n_rollouts > 1 else ()
-        return {
-            "solved": {str(n): surest(right[:, :n], q[:, :n]) for n in c.n_sup},
-            "rollouts": {size: trm_rollouts(c, net.model, tasks, size, seed) for size in sizes},
-        }
+        most = max(c.n_sup)
+        taken, _ = solved(trm_traces(net.model, tasks, most), tasks, most, 1)
+        results = {"solved": {str(n): int(taken[0, n - 1]) for n in c.n_sup}, "rollouts": {}}
+        for size in c.noise if last and c.n_rollouts > 1 else ():
+            traces = trm_traces(net.model, tasks, most, c.n_rollouts, size, seed)
+            taken, some = solved(traces, tasks, most, c.n_rollouts)
+            results["rollouts"][size] = int(taken[-1, -1]), int(some[-1, -1])
+        return results
 
     return train_rival(c, net, loss_of, batches, evaluate)
 
@@ -403,8 +401,8 @@ def show(row):
         print("    loss", *(f"{p['val_loss']:.3f}" for p in row["curve"]))
     for n in last.get("solved", ()):
         print("    solved", f"in {n} steps" if n else "", *(p["solved"][n] for p in row["curve"]))
-    for size, (surest, some) in last.get("rollouts", {}).items():
-        print(f"    rollouts with noise {size}: the surest is right in {surest}, some in {some}")
+    for size, (taken, some) in last.get("rollouts", {}).items():
+        print(f"    rollouts with noise {size}: the answer taken is right in {taken}, some in {some}")
 
 
 def draw_curves(rows, path):

@@ -42,7 +42,7 @@ from smol import runtime
 from smol import tokenizer as tok
 from smol.snapshots import NAME, plainly, repo_name, sha256_file
 
-CHECKPOINT_FORMAT = 7
+CHECKPOINT_FORMAT = 8
 MODEL_FILES = {"dense": "model_dense", "trm": "model_trm"}
 WEIGHTS = "model.safetensors"  # the hub's name for it
 

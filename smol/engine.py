@@ -15,6 +15,7 @@ after it sees.
 Before this: smol/arc.py. Read next: model_dense.py.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,15 +105,20 @@ def decode_step(model, token, cache):
 # text
 
 
+class NotFinite(ValueError):
+    """Logits are NaN or infinite: nothing can be drawn."""
+
+
 def sample(logits, temperature, top_k=None, top_p=None, generator=None, uniform=None):
     """
     logits (B, V) -> ids (B,). Temperature 0 is greedy. top_k keeps the k likeliest ids; top_p then keeps
-    the fewest likeliest whose probabilities sum to top_p. Unassigned ids are never drawn. ValueError where
-    logits are NaN or infinite. uniform (B,), in [0, 1): what each row draws with, instead of the generator.
+    the fewest likeliest whose probabilities sum to top_p. Unassigned ids are never drawn. NotFinite where
+    logits are NaN or infinite. uniform (B,) on the CPU, in [0, 1): what each row draws with, instead of the
+    generator.
     """
     logits = logits[:, : tok.END + 1].float()
     if not logits.amax(-1).isfinite().all():
-        raise ValueError("the model's logits are not finite: training diverged, take an earlier checkpoint")
+        raise NotFinite("the model's logits are not finite: training diverged, take an earlier checkpoint")
     if temperature < 1e-30:  # in float32 it could be 0
         return logits.argmax(-1)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0: nothing overflows
@@ -126,8 +132,9 @@ def sample(logits, temperature, top_k=None, top_p=None, generator=None, uniform=
         beyond[:, 0] = False  # however small top_p is
         p = p.masked_fill(beyond.scatter(1, order, beyond), 0.0)
     if uniform is not None:
-        below = p.double().cumsum(-1)
-        return torch.searchsorted(below, uniform.double()[:, None] * below[:, -1:], right=True).squeeze(1)
+        below = p.cpu().double().cumsum(-1)  # an Apple GPU has no float64
+        drawn = torch.searchsorted(below, uniform.double()[:, None] * below[:, -1:], right=True)
+        return drawn.squeeze(1).to(p.device)
     return torch.multinomial(p, 1, generator=generator).squeeze(1)
 
 
@@ -169,13 +176,13 @@ def continue_texts(model, prompts, uniform, temperature, n_ids):
     """
     Continue prompts, a list of (T_b,) long, with ids below n_ids up to the end of a text or a turn. uniform
     (B, N) float64 in [0, 1): what each row draws with, whatever is written beside it. Returns a list of
-    (n_b,) long on the CPU, n_b <= N. ValueError where logits are not finite.
+    (n_b,) long on the CPU, n_b <= N. NotFinite where logits are.
     """
     out, n = [None] * len(prompts), uniform.shape[1]
     for part in batches_by_length(list(enumerate(prompts)), lambda row: len(row[1]) + n):
         where, some = zip(*part)
         how = {"stop": (tok.EOT, tok.END, tok.PAD), "n_ids": n_ids}
-        how["uniform"] = uniform[list(where)].to(model.wte.weight.device)
+        how["uniform"] = uniform[list(where)]
         drawn = torch.stack([*generate(model, some, n, temperature, **how)], 1)  # (rows, up to N)
         for b, ids in zip(where, drawn.cpu()):
             out[b] = ids[ids != tok.PAD]
@@ -443,7 +450,7 @@ def answer_canvases(model, tasks, trace, n_rollouts, **how):
                 steps[row][n % n_rollouts].append(step if finite[n, canvas].all() else (None, 0.0))
         for (i, j, _, _), rollouts in zip(where, steps):
             given = [step for steps in rollouts for step in steps]
-            answers[i][j] = given if trace else ranked(given)
+            answers[i][j] = given if trace else [(g, p) for g, p, _ in ranked(given, n_rollouts)]
     return answers
 
 
@@ -468,23 +475,43 @@ def normal_like(z, rngs):
     return torch.from_numpy(noise).to(z)
 
 
-def surest_rollout(steps, n_rollouts):
-    """Of a trace, the steps of the rollout that had the highest halting probability."""
+def rollouts_of(steps, n_rollouts):
+    """The steps of a trace by rollout."""
     n = len(steps) // n_rollouts
-    rollouts = [steps[i : i + n] for i in range(0, len(steps), n)]
-    return max(reversed(rollouts), key=lambda some: max(p for _, p in some))  # the last of equal ones
+    return [steps[i : i + n] for i in range(0, len(steps), n)]
 
 
-def ranked(steps):
+def confident(steps):
     """
-    steps: (grid or None, halting probability) after each supervision step -> the different grids, each with
-    the highest probability it had, the highest first, and the latest of equal ones. Not simply the last:
-    puzzles leave training when they are solved, so further steps are hardly trained, and some spoil answers.
+    The (grid, halting probability) with the highest probability, and the latest of equal ones. Not simply the
+    last: puzzles leave training when they are solved, so further steps are hardly trained, and some spoil
+    answers.
     """
+    return max((s for s in reversed(steps) if s[0] is not None), key=lambda s: s[1], default=(None, 0.0))
+
+
+def same_grid(grid):
+    """A key that equal grids have in common."""
+    return grid if grid is None else (grid.shape, grid.tobytes())
+
+
+def ranked(steps, n_rollouts=1):
+    """
+    steps: (grid or None, halting probability) after each supervision step, of one rollout after the other ->
+    list of (grid, the highest probability that it had, votes), all grids different, best first. Each rollout
+    has a vote, for its most confident answer; of equal votes the higher probability counts.
+    """
+    votes = Counter(same_grid(confident(some)[0]) for some in rollouts_of(steps, n_rollouts))
     best = {}
-    for grid, p in reversed(steps):
-        if grid is not None:
-            key = grid.shape, grid.tobytes()
-            if key not in best or p > best[key][1]:
-                best[key] = grid, p
-    return sorted(best.values(), key=lambda answer: -answer[1])
+    for grid, p, *_ in reversed(steps):
+        if grid is not None and p > best.get(same_grid(grid), (None, -1.0))[1]:
+            best[same_grid(grid)] = grid, p, votes[same_grid(grid)]
+    return sorted(best.values(), key=lambda answer: (-answer[2], -answer[1]))
+
+
+def chosen_rollout(steps, n_rollouts):
+    """Of a trace, the steps of the most confident of the rollouts that voted for the answer that is taken."""
+    rollouts, answers = rollouts_of(steps, n_rollouts), ranked(steps, n_rollouts)
+    taken = same_grid(answers[0][0]) if answers else None
+    voted = [some for some in rollouts if same_grid(confident(some)[0]) == taken]
+    return max(reversed(voted), key=lambda some: confident(some)[1])

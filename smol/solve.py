@@ -3,10 +3,10 @@ From a model to its attempts: a task in many views, many answers, and a vote.
 
 A *view* is the task turned or mirrored, with other colours and its demonstrations in another order. The
 model's answer to a view is turned back and counts as a vote for that grid. Route A can also draw several
-answers to each view. Route B gives one, that of its most confident supervision step; those of the other
-steps are candidates without a vote. Candidates with equal votes are ordered by their halting probability.
-Where Route B takes several rollouts, its one answer is that of the most confident step of all of them. Route
-A scores every candidate in every view, and its first attempt is the one with the best score (`rescore`).
+answers to each view. Each rollout of Route B gives one, that of its most confident supervision step; those
+of the other steps are candidates without a vote. Candidates with equal votes are ordered by their halting
+probability. Route A scores every candidate in every view, and its first attempt is the one with the best
+score (`rescore`).
 
 Programs are another way: the model writes functions of the language of programs.py, and those that turn every
 demonstration's input into its output are run on the test input. They have passed a test, so they come first.
@@ -30,7 +30,7 @@ import torch
 
 from smol import arc, engine, programs
 from smol import tokenizer as tok
-from smol.engine import NOISE, ranked, surest_rollout
+from smol.engine import NOISE, chosen_rollout, ranked
 from smol.loader import bucket_length, draw_rng, pad_rows, puzzle_row
 
 TEMPERATURE = 0.8  # of all samples but the first, which is greedy
@@ -47,7 +47,7 @@ class Settings:
     programs: int = 0  # programs written for each ARC task
     n_sup: int | None = None  # Route B: supervision steps; None: as it was trained
     halt: float | None = None  # Route B: a puzzle stops once its halting probability is above this
-    n_rollouts: int = 1  # Route B: answers to a view, all but the first with noise; the head chooses
+    n_rollouts: int = 1  # Route B: answers to a view, all but the first with noise, that vote
     noise: float = NOISE  # on z, which has size 1
     ttt_steps: int = 0  # steps of test-time training
     ttt_lr: float = 1e-3
@@ -61,7 +61,8 @@ def for_route_b(settings):
 
 def asks_for_route_b(settings):
     """Whether something is set that only Route B has."""
-    return bool(settings.n_sup or settings.halt is not None or settings.n_rollouts > 1)
+    noise = settings.n_rollouts > 1 or settings.noise != NOISE
+    return bool(settings.n_sup or settings.halt is not None or noise)
 
 
 @dataclass
@@ -77,7 +78,7 @@ class Given:
     """What a model gives for one test input."""
 
     candidates: list  # of Candidate, all different, best first
-    # Route B: (grid or None, probability) of each step, of the surest rollout of the first view
+    # Route B: (grid or None, probability) of each step of a rollout of the first view that gave its answer
     steps: list = field(default_factory=list)
 
 
@@ -171,12 +172,14 @@ def rescore(model, asked):
         for view in some_views:
             seen.append(apply_view(view, question))
             answers.append([arc.augment(view.symmetry, c.grid) for c in candidates])
-    scores = iter(model.score_answers(seen, answers))
+    # as many tokens as a view has: a grid that is turned has other rows
+    each = zip(model.score_answers(seen, answers), answers)
+    scores = (log_p / np.array([tokens_of(grid) for grid in grids]) for log_p, grids in each)
     for _, some_views, _, candidates in asked:
-        log_p = np.stack([next(scores) for _ in some_views])  # (views, candidates)
+        log_p = np.stack([next(scores) for _ in some_views])  # (views, candidates), per token
         finite = log_p[np.isfinite(log_p).all(1)]
         for n, c in enumerate(candidates):
-            c.score = float(finite[:, n].mean()) / tokens_of(c.grid) if len(finite) else c.score
+            c.score = float(finite[:, n].mean()) if len(finite) else c.score
         candidates.sort(key=lambda c: (c.program is None, -c.score))
         candidates[1:] = sorted(candidates[1:], key=rank)
 
@@ -223,10 +226,14 @@ def solve_grids(model, tasks, settings):
             if some is None:
                 continue
             fit[i][j].append(view)
-            some = [(g if g is None else arc.invert(view.symmetry, g), score) for g, score in some]
-            if canvas and view is seen[i][0]:
-                steps[i][j] = surest_rollout(some, settings.n_rollouts)
-            votes[i][j] = (votes[i][j] or []) + (votes_of_steps(some) if canvas else votes_of_samples(some))
+            if canvas:
+                some = [(g if g is None else arc.invert(view.symmetry, g), p) for g, p in some]
+                if view is seen[i][0]:
+                    steps[i][j] = chosen_rollout(some, settings.n_rollouts)
+                new = votes_of_steps(some, settings.n_rollouts)
+            else:
+                new = votes_of_samples(some, view.symmetry)
+            votes[i][j] = (votes[i][j] or []) + new
     for task, given in zip(tasks, votes):
         if settings.programs and task.kind == "arc":
             for j, passed in enumerate(solve_by_programs(model, task, settings)):
@@ -244,14 +251,17 @@ def solve_grids(model, tasks, settings):
     return [[Given(c, s) if c is not None else None for c, s in zip(*both)] for both in zip(found, steps)]
 
 
-def votes_of_steps(steps):
-    """Route B: the answer of the most confident step has the vote of its view, the others have none."""
-    return [Candidate(grid, int(n == 0), p) for n, (grid, p) in enumerate(ranked(steps))]
+def votes_of_steps(steps, n_rollouts):
+    """Route B: the answer of the most confident step of a rollout has its vote, the others have none."""
+    return [Candidate(grid, votes, p) for grid, p, votes in ranked(steps, n_rollouts)]
 
 
-def votes_of_samples(samples):
-    """Route A: every sample is a vote. Its score is the mean log-probability of its tokens."""
-    return [Candidate(g, score=log_p / tokens_of(g)) for g, log_p in samples]
+def votes_of_samples(samples, symmetry):
+    """
+    Route A: every sample is a vote. Its score is the mean log-probability of its tokens as it was written:
+    turned back, a grid may have other rows.
+    """
+    return [Candidate(arc.invert(symmetry, g), score=log_p / tokens_of(g)) for g, log_p in samples]
 
 
 # -----------------------------------------------------------------------------
@@ -271,7 +281,7 @@ def write(model, prompts, n, max_tokens, seed=0):
     try:
         texts = engine.continue_texts(model, rows, torch.zeros(len(rows), max_tokens), 0, tok.END + 1)
         texts += engine.continue_texts(model, again, uniform, TEMPERATURE, tok.END + 1)
-    except ValueError:
+    except engine.NotFinite:
         return [[[]] * n for _ in prompts]
     texts = [list(itertools.takewhile(lambda i: i < tok.EOT, ids.tolist())) for ids in texts]
     drawn = texts[len(rows) :]
@@ -317,9 +327,9 @@ def solve_by_programs(model, task, settings):
 def tune(model, task, settings):
     """
     A copy of the model, tuned to the task's demonstrations, augmented as in training and each in turn as the
-    test, one row a step. The embedding stays as it is: it is most of a small model, and nothing is gained by
-    moving it (LOG.md). The model itself where the task has fewer than two demonstrations, or no question or
-    no row fits into its block_size.
+    test, one row a step (Route B stays with a row until it halts, as in training). The embedding stays as it
+    is: it is most of a small model, and nothing is gained by moving it (LOG.md). The model itself where the
+    task has fewer than two demonstrations, or no question or no row fits into its block_size.
     """
     rng, block_size = draw_rng(settings.seed, "ttt", task.id), model.config.block_size
     room = [sum(arc.prompt_and_room(task.kind, task.train, x, model.puzzle_format)) for x, _ in task.test]

@@ -238,10 +238,10 @@ def test_recolouring_can_be_read_off_the_demonstrations():
     assert numbers == {False: {2, 3, 4}, True: {4}}
 
 
-def test_the_surest_answer_of_the_first_rollouts_and_steps_counts():
+def test_the_answer_of_the_first_rollouts_and_steps_counts():
     tasks = [puzzles.sudoku(np.random.default_rng(i), 4, 4, "test") for i in range(4)]
     right, wrong = ([t.test[0][1] for t in tasks[i:] + tasks[:i]] for i in (0, 1))
-    traces = [  # two rollouts of two steps
+    traces = [  # two rollouts of two steps, each of which has a vote
         [(right[0], 0.2), (None, 0.0), (right[0], 0.9), (wrong[0], 0.8)],
         [(right[1], 0.2), (None, 0.0), (right[1], 0.7), (wrong[1], 0.8)],
         [(wrong[2], 0.2), (None, 0.0), (wrong[2], 0.7), (wrong[2], 0.8)],
@@ -253,13 +253,11 @@ def test_the_surest_answer_of_the_first_rollouts_and_steps_counts():
         return [[steps] for steps in traces]
 
     net = SimpleNamespace(answer=answer, puzzle_format="canvas")
-    surest, some = compare.solved_by(net, tasks, 2, 2, noise=0.5)
-    assert surest.tolist() == [[2, 3], [3, 2]]
+    taken, some = compare.solved_by(net, tasks, 2, 2, noise=0.5)
+    assert taken.tolist() == [[2, 3], [3, 2]]
     assert some.tolist() == [[2, 3], [3, 3]]
-
-    # TRM: the same, by its halting logit
-    hits, q = torch.tensor([[True, False], [False, True]]), torch.tensor([[0.2, 0.9], [0.1, 0.3]])
-    assert [compare.surest(hits[:, :n], q[:, :n]) for n in (1, 2)] == [1, 1]
+    votes = [(wrong[0], 0.9), (right[0], 0.2), (right[0], 0.3)]
+    assert compare.solved([votes], tasks[:1], 1, 3)[0].tolist() == [[0], [0], [1]]
 
     # Route A: its first answer counts, the most probable; a task that was too long has none
     drawn = [[[(right[0], -0.1), (wrong[0], -2.0)]], [[(wrong[1], -0.1), (right[1], -2.0)]], [None], [[]]]

@@ -10,7 +10,7 @@ import torch
 import sample
 from smol import arc, checkpoint, engine, suites
 from smol import tokenizer as tok
-from smol.engine import surest_rollout
+from smol.engine import chosen_rollout
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_what_is_filmed_is_what_is_answered(checkpoints):
     model, _ = checkpoint.load_model(checkpoints["trm"])
     task = arc.Task("t", "arc", suites.load("maze")[0].test, suites.load("maze")[1].test)
     steps = sample.canvas_steps(model, task, n_rollouts=3)
-    trace = surest_rollout(model.answer([task], trace=True, n_rollouts=3)[0][0], 3)
+    trace = chosen_rollout(model.answer([task], trace=True, n_rollouts=3)[0][0], 3)
     assert len(steps) == len(trace) == 3
     for (cells, halt), (grid, probability) in zip(steps, trace):
         assert np.allclose(cells.sum(-1), 1, atol=1e-5) and abs(halt - probability) < 1e-5

@@ -2,11 +2,12 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from tiny import grid, make, stand_ins  # noqa: F401
+from tiny import TASKS, grid, make, stand_ins  # noqa: F401
 
 import eval_arc
 from smol import arc, engine, loader, programs, puzzles, solve, suites
@@ -263,3 +264,20 @@ def test_a_tuned_copy_has_learned_the_task_and_the_model_is_untouched(name):
     assert solve.tune(model, replace(large, test=large.test + task.test), settings) is not model  # one does
     small = make(name, 8)
     assert solve.tune(small, task, settings) is small  # nothing fits
+
+
+def test_scores_are_per_token_in_every_view():
+    """A row of nine cells has eleven tokens, and turned, as a column, nineteen."""
+    row, column = np.zeros((1, 9), np.uint8), np.zeros((9, 1), np.uint8)
+    candidates, views = [Candidate(row), Candidate(column)], solve.views(TASKS[0], 8, 0)
+    assert len({view.symmetry.dihedral for view in views}) == 3  # one of them turned
+    even = SimpleNamespace(
+        score_answers=lambda tasks, answers: [
+            np.array([-0.1 * solve.tokens_of(g) for g in some]) for some in answers
+        ]
+    )
+    solve.rescore(even, [(TASKS[0], views, 0, candidates)])
+    assert [c.score for c in candidates] == pytest.approx([-0.1, -0.1])
+    for view in views:
+        (given,) = solve.votes_of_samples([(row, -11.0)], view.symmetry)
+        assert given.score == -1 and sorted(given.grid.shape) == [1, 9]

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import model_trm
-from smol import arc, engine, puzzles
+from smol import arc, engine, puzzles, solve
 from smol import tokenizer as tok
 from smol.engine import ANSWER_IDS
 from smol.loader import pad_rows, puzzle_row
@@ -82,6 +82,26 @@ def kda_by_lines(mixer, h, first_head, idx):
     return out
 
 
+def mlp_by_lines(mixer, h, idx):
+    """Each row, column or tile of cells, for itself: its part of the layer on that line."""
+    out, (up, down) = torch.zeros_like(h), (mixer.up_proj.weight, mixer.down_proj.weight)
+    for b, row in enumerate(idx.tolist()):
+        _, grids = grids_by_hand(row[: row.index(tok.PAD)] if tok.PAD in row else row)
+        for cells in grids:
+            side = round(max(1 + max(r for r, _ in cells), max(c for _, c in cells)) ** 0.5)
+            lines = {}
+            for (r, c), tokens in cells.items():
+                places = (r, c), (c, r), ((r // side, c // side), r % side * side + c % side)
+                line, place = places[mixer.way]
+                if row[tokens[-1]] != tok.ROW:
+                    lines.setdefault(line, {})[place] = tokens[-1]
+            for line in lines.values():
+                at, places = list(line.values()), list(line)
+                gate, value = (up[:, places] @ h[b, at]).chunk(2)
+                out[b, at] = down[places] @ (F.silu(gate) * value)
+    return out
+
+
 # ---- the recursion, by hand
 
 
@@ -95,6 +115,8 @@ def core_by_hand(model, h, rope, seen, idx):
     for block in model.blocks:
         if block.kind == "a":
             mixed = block.mixer(h, rope, seen)
+        elif block.kind == "m":
+            mixed = torch.zeros_like(h) if seen is None else mlp_by_lines(block.mixer, h, idx)
         else:
             mixed = block.mixer(h)[0] if seen is None else kda_by_lines(block.mixer, h, heads, idx)
             heads += block.mixer.num_heads
@@ -133,15 +155,16 @@ def trm_by_hand(model, idx, n, T, n_sup, seen, n_grad=1):
 
 
 def loss_by_hand(model, y, idx, targets):
-    """Mean over rows of the mean over canvas cells; whether the halting head knew that all is right."""
+    """Means over rows of the mean over canvas cells: of the loss, and of the halting head's."""
     answer, halting = [], []
     for b in range(len(idx)):
         cells = [i for i in range(idx.shape[1]) if targets[b, i] != IGNORE]
         logits = y[b, cells] @ model.wte.weight[torch.tensor(ANSWER_IDS)].T
         wanted = torch.tensor([ANSWER_IDS.index(targets[b, i]) for i in cells])
         answer.append(F.cross_entropy(logits, wanted))
-        q = y[b, 0] @ model.q_head.weight[0] + model.q_head.bias[0]
-        halting.append(-torch.log(torch.sigmoid(q if torch.equal(logits.argmax(-1), wanted) else -q)))
+        q = y[b, cells] @ model.q_head.weight[0] + model.q_head.bias[0]
+        right = logits.argmax(-1) == wanted
+        halting.append(F.softplus(torch.where(right, -q, q)).mean())  # -log of what it gave to the truth
     return sum(answer) / len(answer), sum(halting) / len(halting)
 
 
@@ -153,9 +176,12 @@ def check_gradients(model, got, want):
         assert (a - b).norm() <= 1e-3 * b.norm() + 1e-6, name
 
 
-@pytest.mark.parametrize("n, T, n_grad, n_head", ((2, 2, 1, 2), (1, 3, 2, 4)))
-def test_training_is_the_published_recursion(n, T, n_grad, n_head):
-    model = trm(n_latent=n, n_recursion=T, n_grad=n_grad, n_sup=2, n_head=n_head, halt_exploration=0.0)
+@pytest.mark.parametrize(
+    "n, T, n_grad, n_head, pattern", ((2, 2, 1, 2, "kkka"), (1, 3, 2, 4, "kkka"), (1, 2, 1, 2, "mmma"))
+)
+def test_training_is_the_published_recursion(n, T, n_grad, n_head, pattern):
+    shape = dict(n_latent=n, n_recursion=T, n_grad=n_grad, n_sup=2, n_head=n_head, layer_pattern=pattern)
+    model = trm(**shape, halt_exploration=0.0)
     model.train().q_head.bias.data -= 100  # never halts early
     idx, targets = puzzle_batch("canvas", range(3))
     real, carry = idx != tok.PAD, None
@@ -276,7 +302,8 @@ def steps_by_hand(model, task, test_input):
     everyone = torch.ones(1, 1, 1, len(ids), dtype=torch.bool)
     for y, _ in trm_by_hand(model, idx, c.n_latent, c.n_recursion, c.n_sup, everyone):
         choice = (y[0, -H * (W + 1) :] @ model.wte.weight[torch.tensor(ANSWER_IDS)].T).argmax(-1)
-        p = torch.sigmoid(y[0, 0] @ model.q_head.weight[0] + model.q_head.bias[0])
+        cells = y[0, -H * (W + 1) :].view(H, W + 1, -1)[:, :W]
+        p = torch.sigmoid(cells @ model.q_head.weight[0] + model.q_head.bias[0]).min()
         yield arc.read_canvas(np.array([ANSWER_IDS[c] for c in choice]), (H, W)), p.item()
 
 
@@ -290,16 +317,29 @@ def test_answers_step_by_step_alone_and_in_batches():
             assert len(want) == len(trace[i][j]) == len(alone[j]) == 4
             for (g, p), (g1, p1), (g2, p2) in zip(want, trace[i][j], alone[j]):
                 assert same(g, g1) and same(g, g2) and abs(p - p1) < 1e-3 and abs(p - p2) < 1e-3
-            assert [g.tolist() for g, _ in answers[i][j]] == [g.tolist() for g, _ in engine.ranked(want)]
+            assert [g.tolist() for g, _ in answers[i][j]] == [g.tolist() for g, *_ in engine.ranked(want)]
     assert len(model.answer(TASKS[:1], n_sup=2, trace=True)[0][0]) == 2
 
 
 def test_the_most_probable_answer_comes_first():
     a, b, c = (np.array([[i]], np.uint8) for i in range(3))
     steps = [(a, 0.5), (b, 0.9), (None, 1.0), (b, 0.2), (c, 0.5), (a, 0.4)]
-    assert [(g.item(), p) for g, p in engine.ranked(steps)] == [(1, 0.9), (0, 0.5), (2, 0.5)]
+    assert [(g.item(), *more) for g, *more in engine.ranked(steps)] == [(1, 0.9, 1), (0, 0.5, 0), (2, 0.5, 0)]
     assert engine.ranked([(a, 0.5), (b, 0.5)])[0][0] is b  # the latest of equal ones
     assert engine.ranked([(None, 0.7)]) == []
+
+
+def test_rollouts_vote_for_their_most_confident_answer():
+    a, b, c = (np.array([[i]], np.uint8) for i in range(3))
+    rollouts = [[(a, 0.1), (b, 0.95)], [(a, 0.3), (c, 0.2)], [(a, 0.4), (None, 1.0)], [(c, 0.5), (b, 0.4)]]
+    steps = sum(rollouts, [])
+    votes = [(0, 0.4, 2), (1, 0.95, 1), (2, 0.5, 1)]
+    assert [(g.item(), *more) for g, *more in engine.ranked(steps, 4)] == votes
+    assert engine.chosen_rollout(steps, 4) is not steps and engine.chosen_rollout(steps, 4) == rollouts[2]
+    assert engine.chosen_rollout(rollouts[0] + rollouts[3], 2) == rollouts[0]  # as many votes: by confidence
+    assert engine.chosen_rollout([(None, 0.0), (None, 0.0)], 2) == [(None, 0.0)]
+    (candidates,) = [solve.votes_of_steps(steps, 4)]
+    assert [(x.grid.item(), x.score, x.votes) for x in candidates] == votes
 
 
 def same_traces(a, b):
@@ -320,12 +360,9 @@ def test_rollouts_start_with_the_plain_answer_and_are_a_puzzles_own():
             assert same_traces(still[i][j], plain[i][j] * 2)
             rollouts = [four[i][j][n : n + 4] for n in range(0, 16, 4)] + [other[i][j][4:]]
             assert not any(same_traces(a, b) for n, a in enumerate(rollouts) for b in rollouts[:n])
-            assert engine.surest_rollout(four[i][j], 4) == max(
-                rollouts[:4], key=lambda r: max(p for _, p in r)
-            )
     every = model.answer(TASKS[:3], n_rollouts=4, noise=0.5)
-    for ranked, trace in zip(sum(every, []), sum(four, [])):
-        assert ranked[0][1] == pytest.approx(max(p for grid, p in trace if grid is not None), abs=1e-3)
+    for given, trace in zip(sum(every, []), sum(four, [])):
+        assert same_traces(given, [(grid, p) for grid, p, _ in engine.ranked(trace, 4)])
 
 
 @torch.no_grad()
