@@ -177,7 +177,8 @@ def train_contender(c, arguments, seed, out):
     per_step = (probe[-1]["seconds"] - probe[0]["seconds"]) / (probe[-1]["iter"] - probe[0]["iter"])
     steps = c.points * max(1, int(c.seconds / per_step / c.points))
     run(out, steps, f"--eval_interval={steps // c.points}", f"--keep_every={steps // c.points}")
-    return sorted(glob.glob(f"{out}/ckpt_[0-9]*.pt"), key=lambda p: int(re.findall(r"\d+", p)[-1]))
+    kept = glob.glob(f"{glob.escape(out)}/ckpt_[0-9]*.pt")
+    return sorted(kept, key=lambda p: int(re.findall(r"\d+", p)[-1]))
 
 
 def solved_by(net, tasks, n_sup=1, n_rollouts=1, **how):
@@ -460,8 +461,9 @@ def main(argv):
         runs["nanoGPT"] = lambda seed, _: rival_nanogpt(c, seed)
     try:
         names = [text.partition(": ")[0] for text in contenders]
-        if len(set(names)) < len(names):
-            raise ValueError(f"contenders need different names, got {', '.join(names)}")
+        # as files are named; a rival of the same name has taken a contender's place
+        if len({name.replace(" ", "_") for name in runs}) < len(names) + bool(c.trm) + bool(c.nanogpt):
+            raise ValueError(f"contenders and rivals need different names, got {', '.join(names)}")
         if not runs:
             raise ValueError("nobody to compare: name a contender ('A: config/route_a_demo.py') or a rival")
         if c.trm and "sudoku" not in c.puzzle or c.nanogpt and c.puzzle:
@@ -474,14 +476,16 @@ def main(argv):
             path = str(out / f"{name.replace(' ', '_')}-{seed}")
             own = [text for text in contenders if text.startswith(f"{name}: ")]
             settings = {k: v for k, v in compared.items() if not (own and k.startswith(OF_RIVALS))}
-            how = [own, str(settings)]
-            if not os.path.exists(f"{path}.json"):
-                curve, params = runs[name](seed, path)
-                row = {"name": name, "seed": seed, "params": params, "how": how, "curve": curve}
+            begun = {"name": name, "seed": seed, "how": [own, str(settings)]}
+            if not os.path.exists(f"{path}.json"):  # before it trains: who is killed goes on in the same way
+                write_whole(json.dumps(begun).encode(), f"{path}.json")
+            row = json.loads(Path(f"{path}.json").read_text())
+            if row.get("how") != begun["how"]:
+                raise ValueError(f"{path} was trained otherwise: name another contender or --out_dir")
+            if "curve" not in row:
+                row["curve"], row["params"] = runs[name](seed, path)
                 write_whole(json.dumps(row).encode(), f"{path}.json")
             rows.append(json.loads(Path(f"{path}.json").read_text()))
-            if rows[-1].get("how") != how:
-                raise ValueError(f"{path} was trained otherwise: name another contender or --out_dir")
             show(rows[-1])
             if "by_steps" in rows[-1]["curve"][-1]:
                 draw_steps(rows[-1], f"{path}.png")

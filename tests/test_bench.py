@@ -193,7 +193,7 @@ SETTINGS += "--gradient_accumulation_steps=1 --compile=False"
 
 
 def test_contenders_train_through_train_py(tmp_path):
-    contender = f"B: {SETTINGS} --model=trm --n_latent=1 --n_recursion=1 --n_sup=2"
+    contender = f"B [x]: {SETTINGS} --model=trm --n_latent=1 --n_recursion=1 --n_sup=2"
     sizes = ["--seconds=0.5", "--points=2", "--n_train=300", "--n_test=3", "--n_sup=(1, 2)"]
     compare.main([contender, "--puzzle=sudoku4-4-6", *sizes, f"--out_dir={tmp_path}"])
     (row,) = json.load(open(tmp_path / "compare.json"))["rows"]
@@ -203,21 +203,24 @@ def test_contenders_train_through_train_py(tmp_path):
     rollouts = row["curve"][-1]["rollouts"]
     assert list(rollouts) == ["0.3", "1.0"] and all(0 <= a <= b <= 3 for a, b in rollouts.values())
     assert np.shape(row["curve"][-1]["by_steps"]["1.0"]) == (8, 2)
-    for picture in ("compare.png", "B-1.png"):
+    for picture in ("compare.png", "B_[x]-1.png"):
         assert (tmp_path / picture).read_bytes()[:4] == b"\x89PNG"
-    (tmp_path / "B-1.json").unlink()  # killed, it goes on with as many steps, however fast they are now
-    before = (tmp_path / "B-1-probe/log.jsonl").stat().st_mtime_ns, row["curve"][-1]["iter"]
+    # killed, it goes on with as many steps, however fast they are now
+    begun = {k: v for k, v in row.items() if k != "curve"}
+    (tmp_path / "B_[x]-1.json").write_text(json.dumps(begun))
+    with pytest.raises(SystemExit, match=r"B_\[x\]-1 was trained otherwise"):
+        compare.main([f"{contender} --ema=0.9", "--puzzle=sudoku4-4-6", *sizes, f"--out_dir={tmp_path}"])
+    before = (tmp_path / "B_[x]-1-probe/log.jsonl").stat().st_mtime_ns, row["curve"][-1]["iter"]
     compare.main([contender, "--puzzle=sudoku4-4-6", *sizes, f"--out_dir={tmp_path}"])
     (again,) = json.load(open(tmp_path / "compare.json"))["rows"]
-    assert ((tmp_path / "B-1-probe/log.jsonl").stat().st_mtime_ns, again["curve"][-1]["iter"]) == before
+    assert ((tmp_path / "B_[x]-1-probe/log.jsonl").stat().st_mtime_ns, again["curve"][-1]["iter"]) == before
     more = ["--rival_rows=3", "--trm_mixer=False"]  # a rival may come later
     compare.main([contender, "--puzzle=sudoku4-4-6", *sizes, *more, f"--out_dir={tmp_path}"])
     assert json.load(open(tmp_path / "compare.json"))["rows"] == [again]
     for argv, says in (
         ([*sizes[1:], "--puzzle=maze-5"], "has a comparison on sudoku4-4-6, 300 puzzles and 3 tests: name"),
-        ([*sizes[1:], "--puzzle=sudoku4-4-6", "--seconds=9"], "B-1 was trained otherwise"),
-        ([*sizes, "--puzzle=sudoku4-4-6", "--noise=(0.5,)"], "B-1 was trained otherwise"),
-        ([*sizes, contender, "--puzzle=sudoku4-4-6"], "different names, got B, B"),
+        ([*sizes[1:], "--puzzle=sudoku4-4-6", "--seconds=9"], r"B_\[x\]-1 was trained otherwise"),
+        ([*sizes, "--puzzle=sudoku4-4-6", "--noise=(0.5,)"], r"B_\[x\]-1 was trained otherwise"),
     ):
         with pytest.raises(SystemExit, match=says):
             compare.main([contender, *argv, f"--out_dir={tmp_path}"])
@@ -351,6 +354,8 @@ def test_published_trm_is_trained_and_asked_with_rollouts(tmp_path, monkeypatch)
         (["--trm=there", "--puzzle=maze-5"], "--trm is for sudokus"),
         (["--nanogpt=there", "--puzzle=sudoku4-4-6"], "--nanogpt for text"),
         (["--trm=there", "--puzzle=sudoku4-4-6", "--n_train=100"], "--trm=there is no checkout"),
+        (["A b: config/route_a_demo.py", "A_b: config/route_a_demo.py"], "different names, got A b, A_b"),
+        (["--nanogpt=there", "nanoGPT: config/route_a_demo.py"], "different names, got nanoGPT"),
         (["A: config/route_a_demo.py", "--puzzle=maze-3"], "--puzzle=maze-3 has hardly more than"),
         (["A: config/route_a_demo.py", "--puzzle=chess"], "--puzzle=chess: there are"),
         (["A: config/route_a_demo.py", "--puzzle=turn-2-9"], "--puzzle=turn-2-9: there are"),
