@@ -41,9 +41,9 @@ from smol.loader import Ahead
 
 # ---- where it goes and what it says
 out_dir = "out"
-# 'auto': go on from out_dir/ckpt.pt, or from scratch where there is none. 'resume': go on from there, or from
-# the hub (push_to) where out_dir is empty. 'scratch'. Or the path of a checkpoint to take the weights from,
-# also USER/NAME on the hub; the same path again goes on with that run
+# 'auto': go on from out_dir/ckpt.pt, or from scratch where neither out_dir nor push_to has a run. 'resume':
+# from there, or from the hub (push_to) where out_dir is empty. 'scratch'. Or the path of a checkpoint to take
+# the weights from, also USER/NAME on the hub; the same path again goes on with that run
 init_from = "auto"
 init_optimizer = False  # with the path of a checkpoint: take its optimizer's state as well
 overwrite = False  # begin anew in an out_dir that holds a checkpoint

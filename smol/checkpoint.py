@@ -212,8 +212,14 @@ def begin(config, anew):
     """
     init_from, push_to, path = config["init_from"], config["push_to"], path_of(config)
     with runtime.errors_agree():
-        if init_from == "resume" and push_to and runtime.local_rank == 0 and not os.path.exists(path):
-            pull(push_to, config["out_dir"])
+        if push_to and runtime.local_rank == 0 and not os.path.exists(path):
+            if init_from == "resume":
+                pull(push_to, config["out_dir"])
+            elif init_from == "auto" and not anew and is_published(push_to):
+                raise ValueError(
+                    f"{push_to} holds a run and {config['out_dir']} none: go on with --init_from=resume, or "
+                    "begin anew with --init_from=scratch"
+                )
     with runtime.errors_agree():
         return starting_point(init_from, path, anew)
 
@@ -397,9 +403,17 @@ def pull(name, out_dir):
     os.makedirs(out_dir, exist_ok=True)
     for file in filter(Path.is_file, map(folder.joinpath, BESIDES)):
         shutil.copyfile(file, Path(out_dir, file.name))
-    second_name((folder / "ckpt.pt").resolve(), Path(out_dir, "ckpt.pull"))
-    os.replace(Path(out_dir, "ckpt.pull"), Path(out_dir, "ckpt.pt"))
+    second_name((folder / "ckpt.pt").resolve(), Path(out_dir, "ckpt.pt"))
     runtime.print0(f"{out_dir} holds what {name} has")
+
+
+def is_published(name):
+    """Whether there is a run in this repository; a hub that does not answer is no reason not to train."""
+    from huggingface_hub import file_exists
+
+    with contextlib.suppress(Exception):
+        return file_exists(repo_name(name), WEIGHTS)
+    return False
 
 
 def card(repo, at, evals):
@@ -522,6 +536,7 @@ class Publication:
                 runtime.print0(line)
         except Exception as e:  # noqa: BLE001 (whatever it is, training goes on)
             runtime.print0(f"not published: {e}")
+            self.step = None  # so that the end of the run tries once more
         self.future = None
 
     def start(self, step):

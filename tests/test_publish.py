@@ -72,6 +72,10 @@ def test_a_published_run_goes_on_elsewhere_as_if_it_had_never_stopped(hub, data,
         assert code == 0 and part in out, (out, err)
     assert not [x for x in hub.log[before:] if x[0] == "PUT"]
 
+    code, out, err = train(hub, data, tmp_path / "empty", *push)  # it would take the place of the other
+    assert code == 1 and "ada/run holds a run and" in err and "--init_from=resume" in err, err
+    assert not (tmp_path / "empty").exists()
+
     whole = hub.repos["ada/run"].branches["main"]  # later weights never stand beside an earlier ckpt.pt
     code, out, err = train(hub, data, far, push[0], "--max_iters=7")
     assert code == 0 and "step 7 is at ada/run, weights alone" in out, err
@@ -183,10 +187,29 @@ def test_a_hub_that_fails_costs_one_line_and_no_step(hub, data, tmp_path):
     assert checkpoint.load(tmp_path / "out/ckpt.pt")["train"]["iter"] == 1 and "ada/run" not in hub.repos
 
 
+def test_the_last_push_is_tried_once_more(monkeypatch, capsys):
+    answers = iter((ValueError("no network"), "step 9 is there"))
+
+    def push(*how):
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(checkpoint, "create", lambda repo: None)
+    monkeypatch.setattr(checkpoint, "push", push)
+    publication = checkpoint.Publication({"push_to": "ada/run", "out_dir": "out", "push_full": False})
+    publication.collect(60)
+    publication.start(9)
+    publication.end(9)
+    assert capsys.readouterr().out == "not published: no network\nstep 9 is there\n"
+
+
 def test_training_does_not_wait_for_a_slow_hub(hub, data, tmp_path):
     env = {k: v for k, v in hub.env(hub.home).items() if k.startswith("HF")}
     with hub.lock:  # it accepts connections and says nothing
-        at_work = scripts.Run("train.py", words(data, tmp_path, *STEPS, "--push_to=ada/run"), env=env)
+        settings = words(data, tmp_path, *STEPS, "--push_to=ada/run", "--init_from=scratch")
+        at_work = scripts.Run("train.py", settings, env=env)
         log = tmp_path / "log.jsonl"
         at_work.wait_until(lambda: log.exists() and '{"iter": 6, "val_loss"' in log.read_text())
     done = at_work.wait(100)
@@ -195,7 +218,8 @@ def test_training_does_not_wait_for_a_slow_hub(hub, data, tmp_path):
 
 def test_a_signal_does_not_wait_for_a_slow_hub_either(hub, data, tmp_path):
     """In a Python of its own: a fork of scripts.py ends without waiting for threads."""
-    settings = words(data, tmp_path, *STEPS, "--max_iters=100000", "--push_to=ada/run")
+    more = ["--max_iters=100000", "--push_to=ada/run", "--init_from=scratch"]
+    settings = words(data, tmp_path, *STEPS, *more)
     how = {"cwd": scripts.ROOT, "env": {**hub.env(hub.home), "OMP_NUM_THREADS": "1"}}
     with hub.lock:
         at_work = subprocess.Popen([sys.executable, "train.py", *settings], stdout=subprocess.DEVNULL, **how)
