@@ -25,4 +25,4 @@ warmup_iters = 100
 decay_iters = 1500
 eval_interval = 230
 keep_every = 0
-max_hours = 8.7  # of Kaggle's nine; the same command goes on
+max_hours = 8.7  # of Kaggle's nine; the next session: --init_from=resume

@@ -16,4 +16,4 @@ learning_rate = 1e-4
 warmup_iters = 50
 decay_iters = 500
 eval_interval = 50
-max_hours = 11.5  # of Kaggle's 12; the same command goes on in the next session
+max_hours = 11.5  # of Kaggle's 12; the next session: --init_from=resume, from the hub too (README.md)

@@ -16,4 +16,4 @@ warmup_iters = 300
 decay_iters = 0
 eval_interval = 250  # a checkpoint every 20 minutes
 eval_batches = 16
-max_hours = 11.5  # of Kaggle's 12; the same command goes on in the next session
+max_hours = 11.5  # of Kaggle's 12; the next session: --init_from=resume, from the hub too (README.md)
