@@ -55,6 +55,8 @@ def check_settings(config):
         raise ValueError(f"mixture must give a share above 0 to some source, got {config['mixture']}")
     if config["overwrite"] and config["init_from"] == "resume":
         raise ValueError("--overwrite=True begins anew and --init_from=resume goes on: give one of them")
+    if config.get("keep_every", 0) % (interval := config["eval_interval"]):
+        raise ValueError(f"keep_every={config['keep_every']} must be a multiple of eval_interval={interval}")
     batches_per_step(config)
     if config["push_to"]:
         repo_name(config["push_to"])

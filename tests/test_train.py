@@ -582,6 +582,7 @@ def test_settings_are_checked_against_each_other(monkeypatch):
     for setting, value, message in (
         ("min_lr", 1.0, "min_lr=1.0 must be at most learning_rate=0.0006"),
         ("gradient_accumulation_steps", 3, "cannot be shared evenly by 2"),
+        ("keep_every", 700, "keep_every=700 must be a multiple of eval_interval=500"),
         ("push_to", "nobody", "USER/NAME"),
         ("eval_suites", "lm_eval:sciq", "pip install lm-eval"),
         ("tracker", "wandb", "pip install wandb"),
