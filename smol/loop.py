@@ -13,6 +13,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -334,6 +335,12 @@ class Log:
             self.lock = lock(config["out_dir"], "run")
             if config["tracker"]:
                 self.tracker = start_tracker(config, run["id"])
+            # what a killed run leaves; other files that are half written may be those of an eval_arc.py here
+            files = ("ckpt", *checkpoint.BESIDES, "config.json")
+            for pattern in ("ckpt_eval.pt", *(f"{name}*.tmp" for name in files)):
+                for left in Path(config["out_dir"]).glob(pattern):
+                    left.unlink()
+            shutil.rmtree(os.path.join(config["out_dir"], "push"), ignore_errors=True)
             for name in ("log.jsonl", "evals.jsonl"):
                 runtime.cut_log(os.path.join(config["out_dir"], name), step)
             if config["overwrite"] and not resumed:

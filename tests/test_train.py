@@ -220,6 +220,9 @@ def test_killed_terminated_and_out_of_time_it_goes_on_to_the_last_bit(route, fin
     first = scripts.Run("train.py", words(data, tmp_path, *settings), processes=2)
     first.wait_until((tmp_path / "ckpt.pt").exists)
     first.kill()
+    (tmp_path / "push").mkdir()
+    for name in ("ckpt_eval.pt", "ckpt_3.pt.tmp", "loss.png.12.tmp"):  # as if it had been in the middle of it
+        (tmp_path / name).touch()
     saved = checkpoint.load(tmp_path / "ckpt.pt")["train"]
     killed_at = saved["iter"]
     assert killed_at in (3, 6) and saved["id"]
@@ -240,7 +243,7 @@ def test_killed_terminated_and_out_of_time_it_goes_on_to_the_last_bit(route, fin
     same_losses(tmp_path, finished_by_two)
     same_weights(tmp_path, finished_by_two)
     assert len(entries(tmp_path)) <= 9 + 3  # no step is logged twice
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not [*tmp_path.glob("*.tmp"), *tmp_path.glob("ckpt_eval.pt"), *tmp_path.glob("push")]
 
 
 @trm
