@@ -372,9 +372,10 @@ class Log:
             return
         inner = {f"{k}/{name}": x for k, v in entry.items() if isinstance(v, dict) for name, x in v.items()}
         figures = {k: v for k, v in {**entry, **inner}.items() if isinstance(v, (int, float))}
-        if picture and os.path.exists(picture):
-            figures["answers"] = self.tracker.Image(picture)
-        self.tracker.log(figures, step=self.step)
+        with goes_on(f"the figures of step {self.step} did not reach the tracker"):
+            if picture and os.path.exists(picture):
+                figures["answers"] = self.tracker.Image(picture)
+            self.tracker.log(figures, step=self.step)
 
     def skipped(self, run, lr, loss, grad_norm, config):
         """A step whose loss or gradient was not finite; too many in a row end the run."""
@@ -388,7 +389,17 @@ class Log:
     def close(self):
         self.progress.close()
         if self.tracker:
-            self.tracker.finish()
+            with goes_on("the tracker did not finish"):
+                self.tracker.finish()
+
+
+@contextlib.contextmanager
+def goes_on(problem):
+    """What is raised inside costs a line that begins with `problem`, and not the run."""
+    try:
+        yield
+    except Exception as e:  # noqa: BLE001 (network, disk, somebody else's code)
+        runtime.print0(f"{problem}: {first_line(e)}")
 
 
 def start_tracker(config, run_id):
@@ -432,7 +443,7 @@ class Evaluation:
         ]
         of_group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE")
         alone = {k: v for k, v in os.environ.items() if k not in of_group}
-        try:
+        with goes_on(f"the evaluation of step {step} could not be started"):
             checkpoint.second_name(checkpoint.path_of(self.config), self.link)
             with open(self.output, "w") as f:
                 self.process = subprocess.Popen(
@@ -443,9 +454,6 @@ class Evaluation:
                     start_new_session=True,  # Ctrl-C is the training's
                     preexec_fn=end_with_parent if sys.platform == "linux" else None,
                 )
-        except OSError as e:
-            why = e.strerror or e
-            runtime.print0(f"the evaluation of step {step} could not be started ({why}); training goes on")
         self.step = step
 
     def collect(self):
@@ -453,6 +461,11 @@ class Evaluation:
         if self.process is None or self.process.poll() is None:
             return
         failed, self.process = self.process.returncode, None
+        with goes_on(f"the evaluation of step {self.step} is lost"):
+            self.keep(failed)
+
+    def keep(self, failed):
+        """Of a process that has ended with the exit code `failed`."""
         os.remove(self.link)
         if failed:
             said = Path(self.output).read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -466,7 +479,8 @@ class Evaluation:
         solved = ", ".join(f"{k} {r['solved']}/{r['total']}" for k, r in counted.items())
         runtime.print0(f"step {self.step}: solved {solved}")
         line = {"iter": self.step, "suites": results}
-        runtime.append_log(line, os.path.join(self.out_dir, "evals.jsonl"))
+        if problem := runtime.append_log(line, os.path.join(self.out_dir, "evals.jsonl")):
+            runtime.print0(problem)
         # a tracker takes no step before its last, and the evaluation is of an earlier one
         rates = {k: r["solved"] / r["total"] for k, r in counted.items()}
         self.log.track({"solved": rates, "solved_iter": self.step}, os.path.join(found, "grids.png"))

@@ -445,17 +445,29 @@ def test_gradients_are_clipped_to_a_norm(grad_clip, left):
     assert net.weight.grad.norm().item() == pytest.approx(left)
 
 
-def test_an_evaluation_that_cannot_be_started_costs_the_run_nothing(tmp_path, monkeypatch, capsys):
+def test_an_evaluation_or_a_tracker_that_fails_costs_the_run_a_line(tmp_path, monkeypatch, capsys):
     def no_memory(*args, **how):
         raise OSError(12, "Cannot allocate memory")
 
     (tmp_path / "ckpt.pt").touch()
     monkeypatch.setattr(loop.subprocess, "Popen", no_memory)
     settings = {"out_dir": str(tmp_path), "eval_suites": "sudoku4", "eval_limit": 1, "eval_device": "cpu"}
-    evaluation = loop.Evaluation(settings, None)
+    tracker = types.SimpleNamespace(step=3, tracker=types.SimpleNamespace(log=no_memory))
+    loop.Log.track(tracker, {"loss": 1.0})
+    evaluation = loop.Evaluation(settings, types.SimpleNamespace(track=no_memory))
     evaluation.start(3)
-    assert "step 3 could not be started (Cannot allocate memory)" in capsys.readouterr().out
     evaluation.end(1)
+    (tmp_path / "eval_step").mkdir()
+    (tmp_path / "evals.jsonl").mkdir()
+    for found in ({}, {"odd": []}, {"it": {"checkpoint": evaluation.link, "suites": {}}}):
+        (tmp_path / "eval_step/eval.json").write_text(json.dumps(found))
+        (tmp_path / "ckpt_eval.pt").touch()
+        evaluation.process = types.SimpleNamespace(poll=lambda: 0, returncode=0)
+        evaluation.collect()
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if "Cannot allocate memory" in line] == [said[0], said[1], said[-1]]
+    assert sum("the evaluation of step 3 is lost" in line for line in said) == 3
+    assert f"could not write to {tmp_path / 'evals.jsonl'}: Is a directory" in said
 
 
 def test_the_average_follows_and_is_taken_out_again():
