@@ -29,6 +29,7 @@ import runpy
 import sys
 import traceback
 import typing
+import warnings
 from pathlib import Path
 
 PLAIN = (int, float, bool, str, type(None))
@@ -114,7 +115,9 @@ def parse(text, types):
     if bool in types and text in ("true", "false"):
         return text == "true"
     try:
-        value = ast.literal_eval(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # 1if is nearly Python
+            value = ast.literal_eval(text)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
     return value if str not in types or isinstance(value, types) else text
@@ -182,7 +185,7 @@ def read_config_file(path, chain=()):
         namespace = runpy.run_path(path, run_name="config")
     except SyntaxError as e:
         raise ConfigError(f"{path}, line {e.lineno}: {e.msg}") from None
-    except Exception as e:  # noqa: BLE001 (a config file is a program and fails in any way)
+    except (Exception, SystemExit) as e:  # noqa: BLE001 (a config file is a program and fails in any way)
         lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
         raise ConfigError(f"{path}, line {lines[-1] if lines else '?'}: {type(e).__name__}: {e}") from None
     found = []

@@ -120,6 +120,7 @@ def test_a_base_comes_first_and_is_relative_to_the_file(toy):
     [
         ("--layer_pattern=12", "layer_pattern", "12"),
         ("--layer_pattern={{1}}", "layer_pattern", "{{1}}"),
+        ("--layer_pattern=1if", "layer_pattern", "1if"),
         ("--compile=true", "compile", True),
         ("--compile=auto", "compile", "auto"),
         ("--max_iters=5e3", "max_iters", 5000),
@@ -127,9 +128,9 @@ def test_a_base_comes_first_and_is_relative_to_the_file(toy):
         ("--seed=None", "seed", None),
     ],
 )
-def test_values_take_the_type_of_the_setting(toy, argument, name, value):
+def test_values_take_the_type_of_the_setting(toy, argument, name, value, recwarn):
     found = toy(argument)[0][name]
-    assert found == value and type(found) is type(value)
+    assert found == value and type(found) is type(value) and not recwarn.list
 
 
 @pytest.mark.parametrize(
@@ -144,6 +145,7 @@ def test_values_take_the_type_of_the_setting(toy, argument, name, value):
         ("--model=x", "model must be one of 'dense', 'trm'"),
         ("config/ab.py", "does not exist: the closest is config/abc.py"),
         ("config/bad.py", r"config/bad.py, line 2: ZeroDivisionError"),
+        ("config/exit.py", r"config/exit.py, line 2: SystemExit: no"),
         ("config/syntax.py", r"config/syntax.py, line 1: "),
         ("config/unknown.py", "unknown setting 'seeds' in config/unknown.py: the closest is 'seed'"),
     ],
@@ -151,6 +153,7 @@ def test_values_take_the_type_of_the_setting(toy, argument, name, value):
 def test_a_mistake_is_one_line_that_says_what_to_do(toy, argument, message):
     Path("config/abc.py").write_text("")
     Path("config/bad.py").write_text("a = 0\nseed = 1 / a")
+    Path("config/exit.py").write_text("import sys\nsys.exit('no')")
     Path("config/syntax.py").write_text("seed = (")
     Path("config/unknown.py").write_text("seeds = 1")
     with pytest.raises(configurator.ConfigError, match=message) as e:
