@@ -68,7 +68,7 @@ def check_settings(config):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"{package} is not installed: pip install {package.replace('_', '-')}")
     if runtime.master:
-        runtime.pick_device(config["eval_device"])
+        runtime.pick_device(config["eval_device"], alone=True)
 
 
 def batches_per_step(config):

@@ -51,8 +51,13 @@ CARDS = {
 CPUINFO = Path("/proc/cpuinfo")  # Linux
 
 
-def pick_device(device):
-    """'auto', 'cpu', 'mps', 'cuda' (of several processes each its own) or 'cuda:N' -> device. ValueError."""
+def pick_device(device, alone=False):
+    """
+    'auto', 'cpu', 'mps', 'cuda' (of several processes each its own) or 'cuda:N' (of one process, or `alone`)
+    -> device. ValueError.
+    """
+    if device.startswith("cuda:") and world_size > 1 and not alone:
+        raise ValueError(f"device={device!r} is one GPU for {world_size} processes: use --device=cuda")
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         device = f"cuda:{local_rank}"
     if device == "mps" or (device == "auto" and torch.backends.mps.is_available()):

@@ -90,6 +90,10 @@ def test_every_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(runtime, "local_rank", 1)  # as with torchrun's two processes for one GPU
     with pytest.raises(ValueError, match="device='cuda:1', but PyTorch counts 1 GPUs"):
         runtime.pick_device("auto")
+    monkeypatch.setattr(runtime, "world_size", 2)
+    with pytest.raises(ValueError, match="device='cuda:0' is one GPU for 2 processes: use --device=cuda"):
+        runtime.pick_device("cuda:0")
+    assert runtime.pick_device("cuda:0", alone=True) == "cuda:0"  # of an evaluation beside them
 
 
 @pytest.mark.parametrize("factor, found", [(1.0, "mps"), (1.1, "cpu"), (None, "cpu")])
