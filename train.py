@@ -16,9 +16,10 @@ draws no random numbers but those that follow from the seed and the data, so a r
 bit for bit on a CPU, and on a GPU but for the order in which its kernels add.
 
 Writes into out_dir: ckpt.pt, ckpt_prev.pt (the one before it), log.jsonl (one JSON object per logged step),
-loss.png (drawn from it), config.json, and, with eval_suites, evals.jsonl. While steps are skipped because
-their loss or gradient is not finite, nothing is saved before the last. Ctrl-C or SIGTERM finishes the step,
-saves and exits; a second one exits at once. Read next: eval_arc.py, which judges what this makes.
+loss.png (drawn from it), config.json, and, with eval_suites, evals.jsonl. After a step that is
+skipped because its loss or gradient is not finite nothing is saved, unless it is the last, or float16 skips
+it to find its scale. Ctrl-C or SIGTERM finishes the step, saves and exits; a second one exits at once. Read
+next: eval_arc.py, which judges what this makes.
 """
 
 import contextlib
@@ -51,7 +52,7 @@ eval_interval = 500  # steps between validations, each of which also saves a che
 eval_batches = 8  # validation batches per source, at most
 eval_only = False  # validate the checkpoint that init_from names, and nothing else
 sample_interval = 0  # steps between prints of a text and a puzzle that the model makes; 0 for never
-keep_every = 0  # keep the checkpoints of steps that are multiples of this as ckpt_STEP.pt; 0 for none
+keep_every = 0  # steps between checkpoints that stay, as ckpt_STEP.pt: n * eval_interval, or 0 for none
 eval_suites = ""  # suites of eval_arc.py, such as 'sudoku4,arc1', in a process beside the training
 eval_limit = 20  # tasks of each of these suites
 eval_device = "cpu"  # where that process runs
@@ -221,12 +222,12 @@ def train(config, defaults, make_distillation=None):
         ahead = Ahead(loader, pin=on_gpu)
         ahead.steps[0].result()  # what is wrong with the data is said before anything is replaced
         log = loop.Log(config, run, resumed)
-    card = runtime.device_name(here)
+    card, per_step = runtime.device_name(here), loader.batches_per_step * batch_size * loader.block_size
     peak = runtime.peak_flops(card)
     runtime.print0(configurator.show(config, defaults))
     runtime.print0(
         f"{net.num_params() / 1e6:.2f}M parameters, {precision} on {world_size} x {card}, {optimizer}, "
-        f"{loader.batches_per_step * batch_size * loader.block_size:,} tokens per step, "
+        f"{per_step:,} tokens per step, "
         f"sources {', '.join(loader.names)}"
     )
     begin = f"from the weights of {start_path}" if start_path else "from scratch"
@@ -369,7 +370,7 @@ def train(config, defaults, make_distillation=None):
     if stopping:
         runtime.print0(f"stopped after step {run['iter']}, saved to {path}: go on with --init_from=resume")
     if sanity and not stopping and runtime.master:
-        checks += check_run(logged, run["val_losses"], path, net, scaler.is_enabled(), card)
+        checks += check_run(logged, run["val_losses"], path, net, scaler.is_enabled(), card, per_step)
         if not show_checks(checks):
             runtime.exit_now("stage 0 failed")
     runtime.end_processes()
@@ -407,8 +408,11 @@ def overfit_one_batch(net, mode, batch, device, precision):
     return f"overfit one {mode} batch", loss.item() < 0.1, how
 
 
-def check_run(logged, val_losses, ckpt_path, net, scaled, card):
-    """The checks after the last step. logged: lines of log.jsonl. scaled: float16, which may skip some."""
+def check_run(logged, val_losses, ckpt_path, net, scaled, card, per_step):
+    """
+    The checks after the last step. logged: lines of log.jsonl. scaled: float16, which may skip some.
+    per_step: tokens of a step.
+    """
     if not logged:
         return [("steps", False, "none that was logged had a finite loss and gradient")]
     first, last, settled = logged[0], logged[-1], logged[1:] or logged  # the first interval warms up
@@ -431,7 +435,8 @@ def check_run(logged, val_losses, ckpt_path, net, scaled, card):
         ("memory", True, f"{last['memory_gb']:.2f} GB at most, of process 0"),
     ]
     if sanity_run_tokens:
-        hours = sanity_run_tokens / rate / 3600
+        without_padding = last["tokens"] / last["iter"] / per_step  # as the log counts, and no plan does
+        hours = sanity_run_tokens * without_padding / rate / 3600
         checks.append(
             ("the run it prepares", True, f"{sanity_run_tokens / 1e9:g}B tokens: {hours:,.1f} h here")
         )

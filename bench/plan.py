@@ -11,6 +11,7 @@ All settings of train.py can be given as well. Before this: train.py, bench/trai
 import math
 import statistics
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -21,12 +22,13 @@ from bench.train import read_with_train
 from smol import checkpoint, loader, loop, runtime
 from smol import tokenizer as tok
 from smol.muon import split_parameters
+from smol.snapshots import read_json
 
 card = "T4"  # a name in runtime.CARDS
 cards = 2
 mfu = 0.25  # assumed share of the card's published peak
 puzzles = 0.2  # share of puzzles in the tokens: 0.2 in stage 1, 0.3 in stage 2, 0.4 in stage 3
-log = ""  # log.jsonl of a run on the machine: its speed counts in place of card and mfu
+log = ""  # log.jsonl of a run on the machine, in its out_dir: its speed counts in place of card and mfu
 
 RANGES = {"[1, inf)": "cards", "(0, 1]": "mfu", "[0, 1]": "puzzles", tuple(runtime.CARDS): "card"}
 
@@ -89,10 +91,13 @@ def plan(o, c, what):
     )
     peak, memory = runtime.CARDS[o.card]
     if o.log:
-        rates = [e["tokens_per_second"] for e in runtime.read_log(o.log) if "tokens_per_second" in e]
-        if not rates:
-            raise ValueError(f"{o.log} has no line with tokens_per_second")
-        rate, source = statistics.median(rates), f"measured in {o.log}"
+        logged = [e for e in runtime.read_log(o.log) if "tokens_per_second" in e]
+        about = read_json(Path(o.log).with_name("config.json"))
+        if not logged or not about:
+            raise ValueError(f"{o.log} has no line with tokens_per_second, or no config.json beside it")
+        rate, source = statistics.median(e["tokens_per_second"] for e in logged), f"measured in {o.log}"
+        of_a_step = about["batch_size"] * loop.batches_per_step(about) * (about["block_size"] or c.block_size)
+        tokens *= logged[-1]["tokens"] / logged[-1]["iter"] / of_a_step  # a log counts no padding
     else:
         if c.recompute:  # of the passes with gradient, which are the training's beyond twice the forward's
             again = (text - net.flops_per_token(c.block_size)) / 2 - 2 * net.config.n_embd * tok.VOCAB_SIZE

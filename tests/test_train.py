@@ -498,13 +498,15 @@ def test_stage_0_ends_with_a_table(data, tmp_path):
 
 
 @dense
-def test_what_stage_0_does_not_pass(finished):
+def test_what_stage_0_does_not_pass(finished, monkeypatch):
     net, _ = checkpoint.load_model(finished / "ckpt.pt")
     logged = [e for e in entries(finished) if "loss" in e]
 
-    def passed(logged=logged, val_losses=types.MappingProxyType({"stdlib": 2.0}), scaled=False):
-        checks = train.check_run(logged, val_losses, finished / "ckpt.pt", net, scaled, "CPU")
-        return {what.removeprefix("9 "): well for what, well, _ in checks}
+    def checks(logged=logged, val_losses=types.MappingProxyType({"stdlib": 2.0}), scaled=False):
+        return train.check_run(logged, val_losses, finished / "ckpt.pt", net, scaled, "CPU", per_step=512)
+
+    def passed(*what, **more):
+        return {what.removeprefix("9 "): well for what, well, _ in checks(*what, **more)}
 
     fine = passed()
     assert fine["steps"] and fine["validation"] and fine["checkpoint"]
@@ -512,6 +514,10 @@ def test_what_stage_0_does_not_pass(finished):
     skipped = [*logged[:-1], {**logged[-1], "skipped": 4}]
     assert not passed(skipped)["steps"] and passed(skipped, scaled=True)["steps"]
     assert not passed([{**e, "data_wait": 0.5} for e in logged])["waiting for data"]
+    # of 1,000 steps, whose rows are half padding; one takes a second
+    monkeypatch.setattr(train, "sanity_run_tokens", 512 * 1000.0)
+    half_full = [{**e, "tokens": 256 * e["iter"], "tokens_per_second": 256} for e in logged]
+    assert "0.000512B tokens: 0.3 h" in checks(half_full)[-1][-1]
     with torch.no_grad():
         next(net.parameters()).add_(1)
     assert not passed()["checkpoint"]
