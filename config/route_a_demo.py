@@ -1,6 +1,5 @@
 # Route A on the demo stage: small enough for one CPU core and minutes.
 out_dir = "out/demo/route_a"
-model = "dense"
 n_layer = 4
 n_head = 3
 n_embd = 96
@@ -23,4 +22,3 @@ max_iters = 2200
 warmup_iters = 40
 decay_iters = 880
 eval_interval = 550
-eval_batches = 8

@@ -6,7 +6,6 @@
 out_dir = "out/route_a_stage1"
 data = "stage1"  # its mixture is web 50, code 20, math 10, synth 10, arc 10 in a hundred
 data_tag = "v0.1"
-model = "dense"
 block_size = 1024
 batch_size = 4  # of 1024 tokens: 6 GB of a T4's 16
 gradient_accumulation_steps = 64  # 262,144 tokens a step

@@ -12,7 +12,6 @@ batch_size = 1
 gradient_accumulation_steps = 32
 max_iters = 2400
 learning_rate = 3e-4
-warmup_iters = 100
 decay_iters = 1200
 eval_interval = 200
 eval_suites = "sudoku4,maze,transforms,arc1"

@@ -9,7 +9,6 @@ batch_size = 1
 gradient_accumulation_steps = 32
 max_iters = 2400
 learning_rate = 2e-4
-warmup_iters = 100
 decay_iters = 1200
 eval_interval = 200
 eval_suites = "sudoku4,maze,transforms,arc1"
