@@ -229,9 +229,9 @@ def end_processes():
         exit_now(code=0)
 
 
-def stop(message, everyone=True):
-    """End the run: one line, exit code 1. everyone: all processes get here, and rank 0 prints it."""
-    if master or not everyone:
+def stop(message):
+    """End the run, in all processes: exit code 1, and a line from rank 0."""
+    if master:
         print(f"error: {message}", file=sys.stderr)
     exit_now(message)
 
@@ -249,7 +249,8 @@ def crashed(kind, error, trace):
         exit_now("interrupted", code=130)
     if out_of_memory(error):
         line = "out of memory: lower batch_size and raise gradient_accumulation_steps, or set recompute=True"
-        stop(f"{line} (process {rank})", everyone=False)
+        print(f"error: {line} (process {rank})", file=sys.stderr)
+        exit_now(line)
     if world_size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
         print(f"process {rank}: lost another process, which has said why", file=sys.stderr)
     else:
