@@ -39,13 +39,14 @@ SHAPES = {
 TINY_SHAPES = {"layer": [(2, 16, 24, 2)], "decoding": [(2, 2, 8)]}
 TINY_SHAPES |= dict.fromkeys(("cpu", "cuda"), [(1, 32, 2, 8)])
 GATES = ("mild", "trained layer", "strong", "resets every 10 tokens")
+SECONDS = 1.5  # of calls of each contender
 NAIVE_LIMIT = 1024  # tokens up to which FLA's naive form, seconds a call on a CPU, is run
 
 
-def medians_ms(runs, device, seconds=1.5):
+def medians_ms(runs, device):
     """
     {name: function without arguments} -> {name: its median milliseconds}. They take turns, so that a machine
-    that slows down slows down all of them. About `seconds` of each, at least 5 calls after 2 to warm up; of
+    that slows down slows down all of them. About SECONDS of each, at least 5 calls after 2 to warm up; of
     those that take over a second, 1 after 1.
     """
     times = {name: [] for name in runs}
@@ -53,7 +54,7 @@ def medians_ms(runs, device, seconds=1.5):
         left = [
             n
             for n, t in times.items()
-            if len(t) < 200 and not (sum(t[1:]) > seconds and (len(t) >= 7 or t[-1] > 1))
+            if len(t) < 200 and not (sum(t[1:]) > SECONDS and (len(t) >= 7 or t[-1] > 1))
         ]
         if not left:
             return {name: 1000 * statistics.median(t[2:] or t[-1:]) for name, t in times.items()}

@@ -101,9 +101,9 @@ class LocalHub:
             self.lfs.add(digest)
         return digest
 
-    def put(self, repo, files, private=False):
+    def put(self, repo, files):
         """Commit {path: bytes} without a client. -> commit id"""
-        entry = self.repos.setdefault(repo, Repo(private))
+        entry = self.repos.setdefault(repo, Repo(private=False))
         before = entry.commits.get(entry.branches.get("main"), {})
         return entry.add({**before, **{path: self.blob(b, len(b) > 1000) for path, b in files.items()}})
 

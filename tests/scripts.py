@@ -83,9 +83,9 @@ class Run:
     def alive(self):
         return all(p.is_alive() for p in self.processes)
 
-    def wait_until(self, condition, timeout=60):
-        """Look every 10 ms; AssertionError when the run ends before that."""
-        until = time.monotonic() + timeout
+    def wait_until(self, condition):
+        """Look every 10 ms; AssertionError when the run ends before that, or after a minute."""
+        until = time.monotonic() + 60
         while not condition():
             assert self.alive() and time.monotonic() < until, self.text(".err")
             time.sleep(0.01)
@@ -119,8 +119,8 @@ class Run:
         return subprocess.CompletedProcess([self.script, *self.arguments], code, *texts)
 
 
-def run(script, arguments=(), processes=1, timeout=300, **more):
-    return Run(script, arguments, processes, **more).wait(timeout)
+def run(script, arguments=(), processes=1, **more):
+    return Run(script, arguments, processes, **more).wait()
 
 
 def stage_without_validation(data, copy, *sources):

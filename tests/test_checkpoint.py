@@ -10,10 +10,10 @@ import re
 import shutil
 
 import pytest
+import tiny
 import torch
 
 from smol import checkpoint as ckpt
-from smol import tokenizer as tok
 from smol.loop import make_optimizers
 
 SMALL = {"n_layer": 4, "n_head": 2, "n_embd": 12, "n_ff": 8}
@@ -33,16 +33,8 @@ def make(model="dense", **changes):
         "carries": {"0/a/96": {"y": torch.ones(2, 3), "halted": torch.tensor([True, False])}},
         "loss": float("nan"),
     }
-    return {
-        "format": ckpt.CHECKPOINT_FORMAT,
-        "model": model,
-        "model_config": {**SMALL, "layer_pattern": None},
-        "weights": net.state_dict(),
-        "ema": None,
-        "tokenizer": tok.fingerprint(),
-        "train": train,
-        **changes,
-    }
+    shape = {**SMALL, "layer_pattern": None}
+    return tiny.content(model, net, **{"model_config": shape, "train": train, **changes})
 
 
 def equal(a, b):

@@ -129,13 +129,13 @@ def test_the_loss_on_puzzles_is_over_what_the_grammar_allows(reads_answers):
     assert all(p.grad.isfinite().all() for p in net.parameters())
 
 
-def text_batch(rows=2, length=48, number=0, source="prose"):
+def text_batch(rows=2, number=0):
     """Windows of documents, one of them a dialogue."""
     ids, _ = tiny.documents([17] * (rows * 3 + 3), seed=number)
-    idx = ids[0, : rows * length].view(rows, length).clone()
+    idx = ids[0, : rows * 48].view(rows, 48).clone()
     idx[0, 2:4] = torch.tensor([tok.END, tok.ASSISTANT])
     targets = torch.cat([idx[:, 1:], idx[:, :1]], 1)
-    return loader.Batch("text", idx, targets, source, (number, length))
+    return loader.Batch("text", idx, targets, "prose", (number, 48))
 
 
 @pytest.fixture

@@ -445,7 +445,7 @@ def test_two_processes_give_what_one_gives(checkpoints, tmp_path):
     shutil.copy(checkpoints[1], tmp_path / "again/ckpt.pt")
     args = [*checkpoints, tmp_path / "again/ckpt.pt", "--suites=sudoku4", "--limit=3", "--augment=32"]
     where = [f"--out_dir={tmp_path / '2'}", "--device=cpu"]
-    done = scripts.run("eval_arc.py", [*args, *where], processes=2, before=SLOW_DISK, timeout=100)
+    done = scripts.run("eval_arc.py", [*args, *where], processes=2, before=SLOW_DISK)
     assert done.returncode == 0, done.stderr
     assert "again sudoku4: 3 of 3 have been answered before" in done.stdout
     call(tmp_path / "1", *args)

@@ -28,9 +28,9 @@ def write_stage(data, sources, weights=None):
     return data
 
 
-def text_documents(n, first=0, length=13):
+def text_documents(n, first=0):
     """Documents whose tokens count up, so that every token says where it comes from."""
-    ids = np.arange(first, first + n * length).reshape(n, length)
+    ids = np.arange(first, first + n * 13).reshape(n, 13)
     ids[:, -1] = tok.EOT
     return list(ids)
 

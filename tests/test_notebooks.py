@@ -67,5 +67,5 @@ def test_a_notebook_is_thin_and_committed_without_outputs(name):
             assert not any(
                 isinstance(n, (ast.FunctionDef, ast.ClassDef)) for n in ast.walk(ast.parse(cell.source))
             )
-        for script in re.findall(r"(?:python|train|torchrun \S+ \S+) (\w+)\.py", cell.source):
+        for script in re.findall(r"(?:python|\$RUN|torchrun \S+ \S+) (\w+)\.py", cell.source):
             assert (ROOT / f"{script}.py").exists(), f"{name} calls {script}.py"

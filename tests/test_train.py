@@ -261,7 +261,6 @@ def test_a_folder_has_one_run_and_a_second_signal_ends_it_at_once(data, tmp_path
     # a step of many minutes
     first = scripts.Run("train.py", words(data, tmp_path, "--gradient_accumulation_steps=20000"))
     first.wait_until(lambda: "from scratch" in first.text(".out"))
-    time.sleep(0.3)  # until it catches signals
     assert f"another run is at work in {tmp_path}/" in fail(data, tmp_path, "--seed=2", processes=2)
     first.signal(signal.SIGINT)
     time.sleep(0.5)

@@ -35,9 +35,9 @@ def dense(seed=0, size=0.1, **settings):
     return shake(model_dense.Model(model_dense.Config(**{**SHAPE, **settings})), seed, size)
 
 
-def trm(seed=0, size=0.1, **settings):
+def trm(seed=0, **settings):
     torch.manual_seed(seed)
-    return shake(model_trm.Model(model_trm.Config(**{**SHAPE, **RECURSION, **settings})), seed, size)
+    return shake(model_trm.Model(model_trm.Config(**{**SHAPE, **RECURSION, **settings})), seed, 0.1)
 
 
 BUILD = {"dense": dense, "trm": trm}
@@ -97,19 +97,22 @@ def make(name, block_size=256):
     return model.eval()
 
 
-def save(path, name, train, block_size=256):
-    """A checkpoint of `make`."""
-    model = make(name, block_size)
-    content = {
+def content(name, model, **changes):
+    """What a checkpoint of a model holds."""
+    return {
         "format": checkpoint.CHECKPOINT_FORMAT,
         "model": name,
         "model_config": dict(vars(model.config)),
         "weights": model.state_dict(),
         "ema": None,
         "tokenizer": tok.fingerprint(),
-        "train": train,
+        **changes,
     }
-    checkpoint.save(content, str(path))
+
+
+def save(path, name, train, block_size=256):
+    """A checkpoint of `make`."""
+    checkpoint.save(content(name, make(name, block_size), train=train), str(path))
     return str(path)
 
 
