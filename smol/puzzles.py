@@ -289,7 +289,7 @@ def some_people(rng, n):
 
 
 def words(question, solution, answer):
-    return f"Question: {question}\nSolution: {solution}\nAnswer: {answer}", answer
+    return f"Question: {question}\nSolution: {solution}\nAnswer: {answer}"
 
 
 # -----------------------------------------------------------------------------
@@ -342,7 +342,7 @@ OPERATORS = {
 
 
 def arithmetic(rng):
-    """-> (text, answer), an int above 1."""
+    """-> text; its answer is a whole number above 1."""
     largest, question, solution = TEMPLATES[rng.integers(len(TEMPLATES))]
     about = dict(zip("AB", some_people(rng, 2)), things=THINGS[rng.integers(len(THINGS))])
     letters = sorted(set(re.findall(r"{([a-z])}", question)))
@@ -366,7 +366,7 @@ def arithmetic(rng):
 
 
 def shortest_path(rng):
-    """Roads with lengths: the shortest way between two places, unique, of several roads. -> (text, answer)"""
+    """Roads with lengths: the shortest way between two places, unique, of several roads. -> text"""
     while True:
         places = [chr(65 + i) for i in rng.permutation(26)[: rng.integers(5, 9)]]
         pairs = [pair for pair in itertools.combinations(places, 2) if rng.random() < 0.45]
@@ -439,7 +439,7 @@ def kinds(people):
 
 
 def seating(rng):
-    """People on a row of chairs, and clues that leave one order. -> (text, answer)"""
+    """People on a row of chairs, and clues that leave one order. -> text"""
     people = some_people(rng, int(rng.integers(4, 6)))
     everything = seats(people)
     truth = everything[:1]  # they sit in the order in which they were drawn
@@ -483,7 +483,7 @@ def suppose(first, kind, statements):
 def knights(rng):
     """
     Knights tell the truth, knaves lie: who is what, uniquely. Supposing that the first speaker is what they
-    are not leads to a contradiction, the other way to everyone's kind. -> (text, answer)
+    are not leads to a contradiction, the other way to everyone's kind. -> text
     """
     while True:
         people, said = some_people(rng, int(rng.integers(3, 6))), []
@@ -506,5 +506,5 @@ def knights(rng):
 
 
 def logic_puzzle(rng):
-    """-> (text, answer), either of the two."""
+    """-> text, either of the two."""
     return (seating, knights)[rng.integers(2)](rng)

@@ -314,7 +314,7 @@ SOURCES = {
     # columns of the cards of its halves, codeparrot-clean-train and -valid
     "codeparrot": Source("code", "each file's own", column("content"), "code", "codeparrot/codeparrot-clean"),
     "gsm8k": Source("math", "MIT", gsm8k, "dialogue", "openai/gsm8k", "main"),
-    "arithmetic": Source("math", OURS, lambda rng, _: puzzles.arithmetic(rng)[0]),
+    "arithmetic": Source("math", OURS, lambda rng, _: puzzles.arithmetic(rng)),
     # files of the split train_1M seen; columns as public training code reads them
     "openmath_instruct": Source(
         "math", "CC-BY-4.0", OPENMATH, "dialogue", "nvidia/OpenMathInstruct-2", split="train_1M"
@@ -338,8 +338,8 @@ SOURCES = {
     "maze": Source("synth", OURS, lambda rng, _: puzzles.maze(rng, 5, 5), **MAZE),  # as the suite asks
     "turned": Source("synth", OURS, lambda rng, _: puzzles.turned(rng, 2), kind="puzzle", suite="turn"),
     "transforms": Source("synth", OURS, lambda rng, _: programs.transform(rng), **PROGRAM),  # of one function
-    "graphs": Source("synth", OURS, lambda rng, _: puzzles.shortest_path(rng)[0]),
-    "logic": Source("synth", OURS, lambda rng, _: puzzles.logic_puzzle(rng)[0]),
+    "graphs": Source("synth", OURS, lambda rng, _: puzzles.shortest_path(rng)),
+    "logic": Source("synth", OURS, lambda rng, _: puzzles.logic_puzzle(rng)),
     # comes with Python
     "stdlib": Source("code", "PSF-2.0", module, "code", rows=stdlib),
     "langref": Source("web", "PSF-2.0", TEXT, "dialogue", rows=language_reference),

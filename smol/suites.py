@@ -48,8 +48,8 @@ RAW = Path("data/raw")
 
 def logic(rng):
     """The question ends before the solution; the answer is what stands behind 'Answer:'."""
-    text, answer = puzzles.logic_puzzle(rng)
-    return arc.Task("", "logic", [], [(text[: text.index("\nSolution:")], str(answer))])
+    question, solution = puzzles.logic_puzzle(rng).split("\nSolution: ")
+    return arc.Task("", "logic", [], [(question, solution.split("\nAnswer: ")[1])])
 
 
 # suite: (seed, number of tasks, function of a random generator). Changing one changes what was measured.
