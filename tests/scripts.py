@@ -2,7 +2,7 @@
 Our scripts in processes of their own, without the seconds that each would take to import PyTorch: a server
 imports it once and forks.
 
-    code, out, err = scripts.run("distill.py", ["config/x.py", "--max_iters=2"])
+    done = scripts.run("distill.py", ["config/x.py", "--max_iters=2"])  # a subprocess.CompletedProcess
 
 What a fork starts with is PyTorch and other people's packages alone, so the script is read and run from its
 first line on as by `python script.py`; several processes have the variables that torchrun would give them.

@@ -1,19 +1,19 @@
 """The suites: what is in them, what they are called, and tasks that people bring along."""
 
 import gzip
-import hashlib
 import json
 
 import numpy as np
 import pytest
+from tiny import digest
 
-from smol import arc, puzzles, rearc, suites
+from smol import arc, rearc, suites
 
 PAIR = {"input": [[1, 2], [3, 4]], "output": [[4]]}
 
 
 @pytest.mark.parametrize(
-    "name, digest",
+    "name, known",
     [
         ("sudoku4", "84f3321fba7b09ca"),
         ("sudoku9", "6ab955520d1cbc4c"),
@@ -25,19 +25,9 @@ PAIR = {"input": [[1, 2], [3, 4]], "output": [[4]]}
         ("logic", "7935dd592c950f3b"),
     ],
 )
-def test_generated_suites_are_what_they_have_always_been(name, digest):
+def test_generated_suites_are_what_they_have_always_been(name, known):
     """Another digest means that figures of before and after cannot be compared."""
-    found, tasks = hashlib.sha256(), suites.load(name)
-    for task in tasks:
-        found.update(task.id.encode())
-        for grid in (grid for pair in task.train + task.test for grid in pair):
-            found.update(grid.encode() if isinstance(grid, str) else bytes(grid.shape) + grid.tobytes())
-    assert found.hexdigest()[:16] == digest
-    assert len({task.id for task in tasks}) == len(tasks) == suites.GENERATED[name][1]
-    if name in suites.ON_GRIDS:
-        assert len(set(map(arc.task_hash, tasks))) == len(tasks)
-    right = {"sudoku": puzzles.check_sudoku, "maze": puzzles.check_maze}.get(tasks[0].kind)
-    assert right is None or all(right(*task.test[0]) for task in tasks)
+    assert digest(suites.load(name)) == known
 
 
 def test_names(tmp_path, monkeypatch):
