@@ -142,8 +142,7 @@ def judge(task, given, attempts):
 
 def guessable(record):
     """Whether each output of a task has at most 9 cells or one colour: such are found by chance as well."""
-    outputs = ["".join(t["expected"]) for t in record["test"]]
-    return all(len(cells) <= 9 or len(set(cells)) == 1 for cells in outputs)
+    return all(arc.trivial(np.array([*"".join(t["expected"])])) for t in record["test"])
 
 
 def figures(records, attempts):
@@ -217,7 +216,7 @@ def ask(name, model, about, suite, tasks, settings, folder):
     earlier = {r["key"]: r for r in runtime.read_log(path) + runtime.read_log(partial)}
     # what the answer to a task depends on: a record without answers is the task as JSON
     asked = [about["sha256"], suite, dataclasses.asdict(settings), about["device"], about["dtype"]]
-    keys = {t.id: hashed([*asked, judge(t, [None] * len(t.test), 1)]) for t in tasks}
+    keys = {t.id: snapshots.key_of(*asked, judge(t, [None] * len(t.test), 1)) for t in tasks}
     found = {i: {**earlier[k], "model": name} for i, k in keys.items() if k in earlier}
     if found and runtime.master:
         print(f"{name} {suite}: {len(found)} of {len(tasks)} have been answered before")
@@ -245,10 +244,6 @@ def attempts_of(suite):
     return 2 if suite in ARC_RULES else 1
 
 
-def hashed(what):
-    return snapshots.sha256(json.dumps(what).encode())[:32]
-
-
 def measure(name, model, about, suite, before, limit):
     """Figures of a suite that is not of tasks, {"error": why} where there are none. before: its last ones."""
     device, dtype = about["device"], about["dtype"]
@@ -258,7 +253,7 @@ def measure(name, model, about, suite, before, limit):
             texts = language.held_out(data["data_dir"], data["stage"], data["tag"])
         except (OSError, ValueError) as e:
             print(f"{name} {suite}: no bits per byte: {e}")
-    key = hashed([about["sha256"], suite, limit, device, dtype, texts])
+    key = snapshots.key_of(about["sha256"], suite, limit, device, dtype, texts)
     if before.get("key") == key:
         print(f"{name} {suite}: has been measured before")
         return before

@@ -439,6 +439,11 @@ def task_hash(task):
     return hashlib.sha256(task.kind.encode() + b"|" + min(forms)).hexdigest()
 
 
+def trivial(grid):
+    """Is a grid, of numbers or characters, so small or plain that being equal to another means nothing?"""
+    return grid.size <= 9 or (grid == grid.flat[0]).all()
+
+
 # -----------------------------------------------------------------------------
 # pictures
 

@@ -393,11 +393,6 @@ def outline(grid):
     return (*sorted(grid.shape), *sorted(np.bincount(grid.ravel(), minlength=10).tolist()))
 
 
-def trivial(grid):
-    """A grid so small or plain that being equal to an evaluation output means nothing."""
-    return grid.size <= 9 or (grid == grid.flat[0]).all()
-
-
 class Likenesses:
     """
     (name, grids), ...: grids, or several of them as one, to be recognised in any of the 8 symmetries and
@@ -420,14 +415,14 @@ class Likenesses:
 def evaluation_outputs():
     """Of ARC's. A trivial one gives nothing away alone: there the test input has to come before it."""
     tests = [(task.id, pair) for task in arc.evaluation_tasks() for pair in task.test]
-    return Likenesses((name, pair if trivial(pair[1]) else pair[1:]) for name, pair in tests)
+    return Likenesses((name, pair if arc.trivial(pair[1]) else pair[1:]) for name, pair in tests)
 
 
 def given_away(grids):
     """grids: of one document, each output after its input -> ids of the tasks whose answers they are."""
     known, found = evaluation_outputs(), []
     for before, grid in zip([None, *grids], grids):
-        if not trivial(grid):
+        if not arc.trivial(grid):
             found.append(known.find(grid))
         elif before is not None:
             found.append(known.find(before, grid))
@@ -437,7 +432,7 @@ def given_away(grids):
 @functools.cache
 def evaluation_ids_and_demonstrations():
     tasks = arc.evaluation_tasks()
-    pairs = [(task.id, pair) for task in tasks for pair in task.train if not all(map(trivial, pair))]
+    pairs = [(task.id, pair) for task in tasks for pair in task.train if not all(map(arc.trivial, pair))]
     return {task.id for task in tasks}, Likenesses(pairs)
 
 

@@ -17,7 +17,6 @@ import contextlib
 import functools
 import io
 import itertools
-import json
 import math
 import operator
 import re
@@ -157,10 +156,6 @@ def code():
     return snapshots.sha256("".join(texts).encode())
 
 
-def key_of(*values):
-    return snapshots.sha256(json.dumps(values, sort_keys=True).encode())[:16]
-
-
 def versions():
     return [version(package) for package in PACKAGES]
 
@@ -168,8 +163,7 @@ def versions():
 def unit_folder(data, part, evaluations):
     held_out = rearc.installed() if part.source.tasks else None  # what is held out depends on it
     decide = part.about, part.unit_bytes, evaluations.name, code(), tokenizer.fingerprint(), versions()
-    key = key_of(*decide, held_out)
-    return data / "work" / part.name / key
+    return data / "work" / part.name / snapshots.key_of(*decide, held_out)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -188,7 +182,7 @@ def gather_evaluations(c, data, parts, notes):
             else:
                 wheres[name] = where
     texts, tables = suites.language_texts(), {}
-    path = data / "work" / f"evaluations-{key_of(abouts, texts, code(), versions())}.npz"
+    path = data / "work" / f"evaluations-{snapshots.key_of(abouts, texts, code(), versions())}.npz"
     with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile):  # a zip has checksums
         read_evaluations(path)
         return path

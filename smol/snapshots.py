@@ -57,6 +57,11 @@ def sha256_file(path):
     return digest.hexdigest()
 
 
+def key_of(*values):
+    """A short hash of what JSON can hold."""
+    return sha256(json.dumps(values, sort_keys=True).encode())[:16]
+
+
 def write(path, data):
     """Write bytes or text so that a reader sees the old file or the whole new one. An equal file is kept."""
     path = Path(path)
