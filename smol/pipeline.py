@@ -112,12 +112,12 @@ def find_rows(c, data, name, keep=True):
     """
     source = table.find(name)
     about = {"licence": source.licence}
-    if source.package and not rearc.installed():
-        return None, f"not installed ({source.package})"
+    if source.reasoning_gym and not rearc.installed():
+        return None, f"not installed ({rearc.INSTALL})"
     if source.rows:
         return {}, {**about, "python": sys.version.split()[0]}
     if not source.is_read:
-        made_by = {"reasoning-gym": rearc.installed()} if source.package else {}
+        made_by = {"reasoning-gym": rearc.installed()} if source.reasoning_gym else {}
         return {}, {**about, "seed": c.seed, **made_by}
     if not (c.source_dir or source.repo):
         return None, f"only from --source_dir=DIR, in DIR/{name}"

@@ -36,11 +36,12 @@ TRIES = 4  # for each pair that is wanted
 
 
 def installed():
-    """-> the version of the package, or None."""
+    """-> the version of the package, or None: also where it is another, whose pairs would be others."""
     try:
-        return importlib.metadata.version("reasoning-gym")
+        found = importlib.metadata.version("reasoning-gym")
     except importlib.metadata.PackageNotFoundError:
         return None
+    return found if INSTALL.endswith(f"=={found}") else None
 
 
 def module(name):

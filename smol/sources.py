@@ -61,7 +61,7 @@ class Source:
     augment: str = "none"  # what the loader may do to a puzzle
     suite: str | None = None  # of held-out puzzles (suites.py) that the source is validated on
     rows: Callable | None = None  # of what Python brings along: () -> list of rows, dicts with a "name"
-    package: str = ""  # that it is made with and requirements.txt lacks: how to install it
+    reasoning_gym: bool = False  # is it made with that package, which requirements.txt lacks?
     tasks: bool = False  # is it read as ARC's JSON? Without a repo, from --source_dir alone
 
     @property
@@ -295,7 +295,7 @@ def in_one_row(rng, index):
 OURS, TEXT = "generated here", column("text")
 MAZE = {"kind": "puzzle", "augment": "dihedral", "suite": "maze"}
 PROGRAM = {"kind": "puzzle", "augment": "arc", "suite": "transforms"}
-REARC = {"kind": "puzzle", "augment": "arc", "suite": "rearc", "package": rearc.INSTALL}
+REARC = {"kind": "puzzle", "augment": "arc", "suite": "rearc", "reasoning_gym": True}
 TASKS = {"kind": "puzzle", "augment": "arc", "tasks": True}
 OPENMATH, SC2 = exchange("problem", "generated_solution"), "bigcode/self-oss-instruct-sc2-exec-filter-50k"
 BARC = "barc0/200k_HEAVY_gpt4o-description-gpt4omini-code_generated_problems"
@@ -349,7 +349,7 @@ SOURCES = {
     "rearc": Source("arc", REARC_LICENCE, new_pairs((0, 0.3), 1024), **REARC),
     "rearc_medium": Source("arc", REARC_LICENCE, new_pairs((0, 0.6), 2048), **REARC),
     "rearc_hard": Source("arc", REARC_LICENCE, new_pairs((0, 1), 4096), **REARC),
-    "arc_1d": Source("arc", "Apache-2.0", in_one_row, kind="puzzle", augment="arc", package=rearc.INSTALL),
+    "arc_1d": Source("arc", "Apache-2.0", in_one_row, kind="puzzle", augment="arc", reasoning_gym=True),
     # examples = [[input, output], ...], numbers as floats, as public training code reads data_100k.jsonl
     "barc_heavy": Source("arc", "MIT", arc_json, repo=BARC, **TASKS),
     # each from --source_dir: ID.json of ARC-GEN-100K (Kaggle, arcgen100k/the-arc-gen-100k-dataset), a list of

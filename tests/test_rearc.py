@@ -1,26 +1,18 @@
 """RE-ARC: what becomes a task, and what must not."""
 
-import hashlib
+import importlib.metadata
 import random
 import sys
 
 import numpy as np
 import pytest
 from test_pipeline import documents
+from tiny import digest
 
 import prepare
 from smol import arc, curate, rearc, snapshots, sources, suites, units
 
 needs_package = pytest.mark.skipif(rearc.installed() is None, reason=f"without {rearc.INSTALL}")
-
-
-def digest(tasks):
-    found = hashlib.sha256()
-    for task in tasks:
-        found.update(task.id.encode())
-        for grid in (grid for pair in task.train + task.test for grid in pair):
-            found.update(bytes(grid.shape) + grid.tobytes())
-    return found.hexdigest()[:16]
 
 
 # ---- one family of our own: the input turned over
@@ -130,6 +122,12 @@ def test_without_the_package_one_line_says_how_to_get_it(no_package, tmp_path):
         with pytest.raises(SystemExit, match="pip install --no-deps reasoning-gym==") as error:
             prepare.main([*words, f"--data_dir={tmp_path}"])
         assert "\n" not in str(error.value)
+
+
+def test_another_version_is_as_good_as_none(monkeypatch):
+    for version, found in (("0.1.24", None), ("0.1.25", "0.1.25")):
+        monkeypatch.setattr(importlib.metadata, "version", lambda name, version=version: version)
+        assert rearc.installed() == found
 
 
 def test_without_the_package_the_other_stages_are_built_without_it(no_package, tmp_path, capsys):

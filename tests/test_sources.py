@@ -69,8 +69,8 @@ def test_rows_that_are_documents():
 
 @pytest.mark.parametrize("name", [name for name, source in sources.SOURCES.items() if not source.is_read])
 def test_generated_documents_depend_on_seed_and_number_alone(name):
-    if sources.SOURCES[name].package and not rearc.installed():
-        pytest.skip(f"without {sources.SOURCES[name].package}")
+    if sources.SOURCES[name].reasoning_gym and not rearc.installed():
+        pytest.skip(f"without {rearc.INSTALL}")
 
     def document(row):
         try:
