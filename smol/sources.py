@@ -20,10 +20,12 @@ Read next: curate.py, what is kept of these; units.py and pipeline.py, how it be
 """
 
 import ast
+import codecs
 import contextlib
 import fnmatch
 import functools
 import glob
+import gzip
 import hashlib
 import json
 import os
@@ -42,8 +44,10 @@ from smol import tokenizer as tok
 from smol.snapshots import first_line
 
 LANES = 8
-# of `datasets`; a .jsonl file is read as lines, so that one that is damaged costs a row and not the build
+# of `datasets`, but for .json. Of JSON it reads lines, as text: one that is damaged costs a row and not the
+# build, and where a column has texts and something else, its own reader makes JSON literals of the texts
 READERS = {".parquet": "parquet", ".jsonl": "text", ".json": "json", ".csv": "csv"}
+AS_LINES = {"encoding": "utf-8-sig", "encoding_errors": "backslashreplace"}
 
 
 @dataclass(frozen=True)
@@ -493,10 +497,16 @@ def reader_of(path):
     return READERS.get(Path(path.name.removesuffix(".gz")).suffix)
 
 
+def is_array(path):
+    """Of a .json file: is it one array? Or else there is a row in each line."""
+    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as f:
+        return f.read(1000).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
+
 class Rows:
     """
     (origin, row) of datasets that are read one after the other. parts: list of (name, function that opens an
-    iterable dataset or a list). Lines of .jsonl files are parsed here; one that is no JSON stays a str.
+    iterable dataset or a list). Lines of JSON are parsed here; one that is no JSON stays a str.
     state: what state() gave, to go on from there; None for the beginning.
     """
 
@@ -507,9 +517,9 @@ class Rows:
     def __iter__(self):
         while self.part < len(self.parts):
             name, open_part = self.parts[self.part]
-            of_lines = reader_of(Path(name)) == "text"
             try:
                 self.data = open_part()
+                of_lines = not isinstance(self.data, list) and self.data.info.builder_name == "text"
                 if self.inside:
                     self.data.load_state_dict(self.inside)
                 for row in self.data[self.row :] if isinstance(self.data, list) else self.data:
@@ -562,25 +572,30 @@ def open_rows(name, where, seed, lane, state, lanes=LANES):
         return LocalRows(name, seed, lane, state)
     import datasets  # half a second that generated sources do without
 
-    how = {"split": source.split, "streaming": True}
+    how = {}
     if source.columns:
         how["features"] = datasets.Features({c: datasets.Value("string") for c in source.columns})
 
+    def stream(*names, **how):
+        data = datasets.load_dataset_builder(*names, **how)
+        if data.name == "json":
+            data = datasets.load_dataset_builder("text", data_files=data.config.data_files, **AS_LINES)
+        return data.as_streaming_dataset(source.split)
+
     def open_hub():
-        if source.files:
-            how["data_files"] = {source.split: source.files}
-        data = datasets.load_dataset(source.repo, source.config, revision=where["revision"], **how)
+        files = {"data_files": {source.split: source.files}} if source.files else {}
+        data = stream(source.repo, source.config, revision=where["revision"], **files, **how)
         n = min(lanes, data.num_shards)
         return data.shard(num_shards=n, index=lane, contiguous=False) if lane < n else []
 
     def open_file(path):
         reader = reader_of(path)
-        if source.tasks and reader == "json":
+        if reader == "json" and source.tasks:
             return list(json_tasks(str(path)))
-        as_lines = {"split": source.split, "streaming": True, "encoding": "utf-8-sig"}
-        as_lines["encoding_errors"] = "backslashreplace"
+        if reader == "json" and is_array(path):
+            return arc.read_json(path)
         files = {source.split: glob.escape(str(path))}  # a name with brackets is no pattern
-        return datasets.load_dataset(reader, data_files=files, **(as_lines if reader == "text" else how))
+        return stream(reader, data_files=files, **(AS_LINES if reader == "text" else how))
 
     if "files" in where:
         paths = [Path(p) for p in where["files"][lane::lanes]]

@@ -245,7 +245,8 @@ def publish(hub):
     card = {"README.md": configs("sample-10BT", train="sample/10BT/*")}
     hub.put("HuggingFaceFW/fineweb-edu", {**card, **pages})
     for i in range(2):
-        rows = [json.dumps({"content": f"x = {i, j}\n" + english(9, (i, j))}) + "\n" for j in range(60)]
+        texts = [f"x = {i, j}\n" + english(9, (i, j)) for j in range(60)]
+        rows = ['{"con\n', *(json.dumps({"content": text}) + "\n" for text in (3, *texts))]  # two are odd
         hub.put("codeparrot/codeparrot-clean", {f"file-{i}.json.gz": gzip.compress("".join(rows).encode())})
     files = {"main/train-0.parquet": parquet([{"question": "What is 1 + 1?", "answer": "#### 2"}])}
     files["main/test-0.parquet"] = parquet([{"question": english(3, 105), "answer": "#### 3"}])
@@ -278,6 +279,8 @@ def test_streaming_survives_kills_cut_connections_and_a_moving_branch(hub, tmp_p
     assert about["codeparrot"]["revision"] == hub.repos["codeparrot/codeparrot-clean"].branches["main"]
     filters = json.loads((tmp_path / "one/metadata/stage1/filters.json").read_text())
     assert filters["sudoku_extreme"]["dropped"]["is_in_sudoku_extreme_test"]["count"] == 1
+    odd = {rule: filters["codeparrot"]["dropped"][rule]["count"] for rule in ("not_text", "not_a_row")}
+    assert odd == {"not_text": 2, "not_a_row": 2}
     assert filters["fineweb_edu"]["dropped"]["quotes_gsm8k_test"]["count"] == 1
 
     hub.faults = [Fault("GET", "parquet|/lfs/|gz", "cut", 2), Fault("GET", "parquet|/lfs/|gz", 503)]

@@ -242,3 +242,16 @@ def test_a_damaged_line_costs_a_row_and_not_the_file(tmp_path):
         except sources.OddRow as e:
             rules.append(e.rule)
     assert texts == ["a", "d"] and rules == ["not_a_row"] * 4 + ["no_column"]
+
+
+def test_an_odd_row_of_json_changes_no_text_of_the_others(tmp_path):
+    rows = [{"text": 'He said "no".\nTwo lines'}, {"text": 3}]
+    lines, cut = "\n".join(map(json.dumps, rows)), '{"te'
+    for name, content, more in (
+        ("array.json", json.dumps(rows), []),
+        ("lines [1].json", f"{lines}\n{cut}", [cut]),
+        ("lines.jsonl", f"{lines}\n{cut}", [cut]),
+    ):
+        (tmp_path / name).write_text(content)
+        read = sources.open_rows("fineweb_edu", {"files": [tmp_path / name]}, 1, 0, None, lanes=1)
+        assert [row for _, row in read] == rows + more
