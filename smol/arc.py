@@ -131,7 +131,7 @@ def find(task_id):
 
 def read_json(file):
     try:
-        opener = gzip.open if str(file).endswith(".gz") else open
+        opener = gzip.open if str(file).lower().endswith(".gz") else open
         with opener(file, "rt", encoding="utf-8-sig") as f:  # with a byte order mark or without
             return json.load(f)
     except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as e:
@@ -143,7 +143,7 @@ NO_TASKS = ("solutions", "sample_submission")  # how the names of Kaggle's other
 
 def name_of(file):
     """Of a .json or .json.gz file, without that: the id of a task that has it for itself."""
-    return os.path.basename(file).removesuffix(".gz").removesuffix(".json")
+    return re.sub(r"(?i)(\.json)?(\.gz)?$", "", os.path.basename(file))
 
 
 def tasks_of_file(file, solutions=""):

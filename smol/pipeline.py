@@ -87,6 +87,8 @@ def plan(c, data, stage):
                 notes.append(f"{name}: {about}, left out")
             else:
                 parts.append(Part(name, where, about))
+                if n := where.get("left_out"):
+                    notes.append(f"{name}: files that are no data or for evaluation, left out: {n}")
     there = {part.source.group for part in parts}
     lacking = [group for group in groups if group not in there]
     if not parts or lacking and not asked:
@@ -124,11 +126,12 @@ def find_rows(c, data, name, keep=True):
     if not c.source_dir:
         where = {"revision": revision(data, source.repo, keep)}
         return where, {**about, "repo": source.repo, **where}
-    files = table.local_files(c.source_dir, name)
+    files, left_out = table.local_files(c.source_dir, name)
     if not files:
         return None, f"no folder {Path(c.source_dir) / name}"
     hashes = {p.relative_to(c.source_dir).as_posix(): snapshots.sha256_file(p) for p in files}
-    return {"files": [str(p) for p in files]}, {**about, "files": hashes}
+    where = {"files": [str(p) for p in files], "left_out": len(left_out)}
+    return where, {**about, "files": hashes}
 
 
 def revision(data, repo, keep):

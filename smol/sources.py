@@ -22,7 +22,6 @@ Read next: curate.py, what is kept of these; units.py and pipeline.py, how it be
 import ast
 import codecs
 import contextlib
-import fnmatch
 import functools
 import glob
 import gzip
@@ -477,24 +476,27 @@ def instantiate(document):
 
 def local_files(source_dir, name):
     """
-    The files of a source under source_dir, in order; [] without a folder. ValueError if it is empty. A copy
-    of a whole repository has files for training and for evaluation: those of the other kind are left out.
+    -> (the files of a source under source_dir, in order; those left out, but README and LICENSE). ([], [])
+    without a folder, ValueError if it has none. A copy of a whole repository has files for training and for
+    evaluation: words in the names of files and folders tell which, and those of the other kind are left out.
     """
     folder, source = Path(source_dir) / name, find(name)
     entries = [e for e in (*SOURCES.values(), *EVALUATIONS.values()) if source.repo and e.repo == source.repo]
-    others = [e for e in entries if (e.files, e.split) != (source.files, source.split)]
-    names = [e.files or f"{e.split}[-_.]*" for e in others]
-    paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and reader_of(p)]
-    paths = [p for p in paths if not any(fnmatch.fnmatch(p.name.removesuffix(".gz"), n) for n in names)]
-    paths = [p for p in paths if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+    words = {Path(e.files or e.split).stem for e in entries}  # such as train and test
+    words -= {Path(source.files or source.split).stem}
+    paths, left_out = [], []
+    for found in sorted(map(Path, glob.glob("**", root_dir=folder, recursive=True))):  # follows links
+        if (folder / found).is_file() and found.stem not in ("README", "LICENSE"):
+            ours = reader_of(found) and not words & {*re.findall("[a-z]+", found.as_posix().lower())}
+            (paths if ours else left_out).append(folder / found)
     if folder.is_dir() and not paths:
         raise ValueError(f"{folder} has no file of {', '.join(READERS)} (or such a .gz): put some there")
-    return paths
+    return paths, left_out
 
 
 def reader_of(path):
-    """'json' of a.jsonl.gz; None of a file that is not data."""
-    return READERS.get(Path(path.name.removesuffix(".gz")).suffix)
+    """'text' of a.jsonl.gz; None of a file that is not data."""
+    return READERS.get(Path(path.name.lower().removesuffix(".gz")).suffix)
 
 
 def is_array(path):

@@ -62,6 +62,7 @@ def write_sources(folder):
     french = "Le vieux pont de la ville est ferme depuis que la riviere a monte la nuit derniere. " * 9
     wiki = [french, near, prose[7], *prose[150:200]]
     write_rows(folder / "wikipedia/w.jsonl.gz", [{"title": "t", "text": text} for text in wiki])
+    write_rows(folder / "wikipedia/w.txt", wiki)  # is not read
     write_rows(folder / "openwebtext2/o.jsonl", [{"text": text} for text in prose[200:260]])
     outputs = [o for task in arc.load("arc1_eval") for _, o in task.test]
     secret = next(o for o in outputs if min(o.shape) > 8 and len(np.unique(o[:3])) > 4)

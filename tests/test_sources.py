@@ -3,7 +3,6 @@
 import gzip
 import itertools
 import json
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -116,7 +115,7 @@ def pairs(n, colour=1, side=3):
 
 def read_arc_json(folder, name="arc_json"):
     """{id: [number of pairs of each document]} and the rules of the rows that are none."""
-    where = {"files": [str(p) for p in sources.local_files(folder, name)]}
+    where = {"files": [str(p) for p in sources.local_files(folder, name)[0]]}
     found, rules = {}, []
     for lane in range(sources.LANES):
         for _, row in sources.open_rows(name, where, 1, lane, None):
@@ -187,36 +186,41 @@ def test_a_row_of_barc_is_a_task_whatever_it_is_read_from(tmp_path):
 def write(folder, rows):
     """The same rows in every format, and what is not to be read."""
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "b").mkdir(parents=True)
-    (folder / ".cache").mkdir()
+    (folder / ".cache").mkdir(parents=True)
+    (folder.parent / "elsewhere").mkdir()
+    (folder / "b").symlink_to(folder.parent / "elsewhere")
     (folder / "a.jsonl").write_bytes(("\ufeff" + lines).encode())
     with gzip.open(folder / "a.jsonl.gz", "wt") as f:
         f.write(lines)
     (folder / "b/a [1].json").write_text(json.dumps(rows))  # brackets are no pattern
-    (folder / "b/a.csv").write_text("\n".join(["text", *(row["text"] for row in rows)]))
+    (folder / "b/a.CSV").write_text("\n".join(["text", *(row["text"] for row in rows)]))
     pq.write_table(pa.Table.from_pylist(rows), folder / "b/a.parquet", row_group_size=2)
-    for name in ("README.md", "LICENSE", ".cache/a.jsonl", "b/.a.jsonl"):
+    for name in ("README.md", "LICENSE", ".cache/a.jsonl", "b/.a.jsonl", "b/a.txt"):
         (folder / name).write_text(lines)
 
 
 def test_a_copy_of_a_whole_repository_has_a_test_file_that_is_not_trained_on(tmp_path):
-    for name, files in (
-        ("sudoku_extreme", ("train.csv", "test.csv", "test.csv.gz")),
-        ("gsm8k", ("main/train-0.parquet", "main/test-0.parquet")),
+    for copy, name, files in (
+        ("1", "sudoku_extreme", ("train.csv", "test.csv", "test.csv.gz")),
+        ("2", "sudoku_extreme", ("train/x.csv", "test/y.csv")),
+        ("3", "gsm8k", ("main/train-0.parquet", "main/test-0.parquet")),
+        ("4", "gsm8k", ("train/0.parquet", "main/test/1.parquet", "a_train.jsonl", "a_test.jsonl")),
     ):
         for folder, kept in ((name, "train"), (f"{name}_test", "test")):
+            root = tmp_path / copy / folder
             for file in files:
-                (tmp_path / folder / file).parent.mkdir(parents=True, exist_ok=True)
-                (tmp_path / folder / file).touch()
-            found = {p.name for p in sources.local_files(tmp_path, folder)}
-            assert found == {Path(file).name for file in files if kept in file}
+                (root / file).parent.mkdir(parents=True, exist_ok=True)
+                (root / file).touch()
+            found, _ = sources.local_files(tmp_path / copy, folder)
+            assert {p.relative_to(root).as_posix() for p in found} == {file for file in files if kept in file}
 
 
 def test_local_files_are_read_in_lanes_and_go_on_where_they_were(tmp_path):
     rows = [{"text": f"document {i}"} for i in range(5)]
     write(tmp_path / "fineweb_edu", rows)
-    files = sources.local_files(tmp_path, "fineweb_edu")
-    assert [p.name for p in files] == ["a.jsonl", "a.jsonl.gz", "a [1].json", "a.csv", "a.parquet"]
+    files, left_out = sources.local_files(tmp_path, "fineweb_edu")
+    assert [p.name for p in files] == ["a.jsonl", "a.jsonl.gz", "a [1].json", "a.CSV", "a.parquet"]
+    assert [p.name for p in left_out] == ["a.txt"]
     where = {"files": [str(p) for p in files]}
     for lane in range(5):
         read = list(sources.open_rows("fineweb_edu", where, 1, lane, None))
