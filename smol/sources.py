@@ -263,8 +263,9 @@ def json_tasks(path):
         return
     content = arc.read_json(path)
     if isinstance(content, list):
-        for i in range(0, len(content) - 1, MOST_PAIRS):
-            yield {"id": name, "examples": content[i : i + MOST_PAIRS]}
+        n = -(-len(content) // MOST_PAIRS) or 1  # of about the same length: no pair is left alone
+        for i in range(n):
+            yield {"id": name, "examples": content[i * len(content) // n : (i + 1) * len(content) // n]}
     elif "examples" in content:
         yield {"id": name, **content}
     else:

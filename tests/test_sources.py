@@ -143,6 +143,9 @@ def test_arc_json_of_every_shape_is_read(tmp_path):
         "x_solutions.json": {"known": [[[7]]]},
         "sample_submission.json": {"known": [{"attempt_1": [[0]]}]},
         "made.json": pairs(15),  # ARC-GEN's: pairs without end, cut into tasks of a few
+        "seven.json": pairs(7),
+        "alone.json": pairs(1),
+        "nothing.json": [],
         "examples.json": {"examples": as_lists},
     }
     for name, content in files.items():
@@ -155,15 +158,16 @@ def test_arc_json_of_every_shape_is_read(tmp_path):
     found, rules = read_arc_json(tmp_path)
     assert found == {
         **{"one": [3], "a": [3], "b": [3], "c": [3], "known": [3], "unknown": [2]},
-        **{"made": [6, 6, 3], "examples": [6], "line": [3], "listed": [6]},
+        **{"made": [5, 5, 5], "seven": [3, 4], "examples": [6], "line": [3], "listed": [6]},
     }
-    assert sorted(rules) == ["few_pairs", "not_as_expected", "not_as_expected"]
+    assert sorted(rules) == ["few_pairs"] * 2 + ["not_as_expected"] * 3
     for path in list(folder.glob("*.json")):  # packed, under the same ids
         with gzip.open(tmp_path / f"packed/arc_json/{path.name}.gz", "wb") as f:
             f.write(path.read_bytes())
     in_lines = {"c", "line", "listed"}
     again = {i: n for i, n in found.items() if i not in in_lines}
-    assert read_arc_json(tmp_path / "packed") == (again, [])
+    found, rules = read_arc_json(tmp_path / "packed")
+    assert found == again and sorted(rules) == ["few_pairs", "not_as_expected"]
     where = {"files": [str(folder / "made.json")]}
     reader = sources.open_rows("arc_json", where, 1, 0, None)
     first = list(itertools.islice(iter(reader), 2))
