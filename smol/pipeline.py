@@ -186,18 +186,20 @@ def gather_evaluations(c, data, parts, notes):
                 wheres[name] = where
     texts, tables = suites.language_texts(), {}
     path = data / "work" / f"evaluations-{snapshots.key_of(abouts, texts, code(), versions())}.npz"
-    with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile):  # a zip has checksums
+    with contextlib.suppress(Exception):  # damage may look like anything to numpy and zipfile
         read_evaluations(path)
         return path
     for name, where in wheres.items():
-        documents, odd = [], []
-        for _, row in tqdm(table.open_rows(name, where, 0, 0, None, lanes=1), f"reading {name}", leave=False):
+        documents, read, dropped = [], 0, Dropped()
+        rows = table.open_rows(name, where, 0, 0, None, lanes=1)
+        for read, (origin, row) in enumerate(tqdm(rows, f"reading {name}", leave=False), 1):
             try:
                 documents.append(table.to_document(name, row))
             except table.OddRow as e:
-                odd.append(str(e))
-        if odd:
-            print(f"note: {len(odd):,} rows of {name} are no documents and so not kept out: {odd[0]}")
+                dropped.add(e.rule, f"[{origin}] {e}")
+        check_odd_rows(name, [{"dropped": dropped.rules, "read": read}])
+        if dropped.rules:
+            notes.append(f"rows of {name} that are no documents are not kept out: {dropped}")
         if table.EVALUATIONS[name].kind == "text":
             texts[name] = documents
         else:
