@@ -262,6 +262,10 @@ def jobs_of(part, tokens):
     if have >= tokens or exhausted:
         return []
     check_odd_rows(part.name, there)
+    if not (have or part.source.is_read or part.source.rows) and len(there) >= 2 * table.LANES:  # no end
+        read, dropped = sum(r["read"] for r in there), Dropped(*(r["dropped"] for r in there))
+        problem = f"none of the first {read:,} documents of {part.name} is kept, dropped: {dropped}"
+        raise ValueError(f"{problem}; name others in --sources")
     full = [record["tokens"] for record in there if not record["end"]]
     per_unit = sum(full) / len(full) if full else part.unit_bytes / BYTES_PER_TOKEN
     # at most as many again as there are: the first units of a source say how much of it is kept

@@ -482,6 +482,14 @@ def test_a_generator_that_repeats_itself_stops_the_build(tmp_path, monkeypatch):
         build(tmp_path, tmp_path, "--sources=sudoku4", "--limit_mb=1", "--num_proc=1")
 
 
+def test_a_generator_of_which_nothing_is_kept_stops_the_build(tmp_path, monkeypatch):
+    held_out = suites.load("sudoku4")[0]
+    source = dataclasses.replace(sources.SOURCES["sudoku4"], document=lambda *row: held_out)
+    monkeypatch.setitem(sources.SOURCES, "sudoku4", source)
+    with pytest.raises(SystemExit, match="^error: none of the .* of sudoku4 is kept, dropped: held_out"):
+        build(tmp_path, tmp_path, "--sources=sudoku4")
+
+
 def test_text_that_spells_a_reserved_token_is_text():
     ids = units.tokenise(sources.turns(("user", "<|end|>")))
     assert (ids == tokenizer.END).sum() == 1 and ids[0] == tokenizer.USER and ids[-1] == tokenizer.EOT
