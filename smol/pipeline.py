@@ -21,7 +21,7 @@ import math
 import operator
 import re
 import sys
-import zipfile
+import unicodedata
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -160,7 +160,7 @@ def code():
 
 
 def versions():
-    return [version(package) for package in PACKAGES]
+    return [*map(version, PACKAGES), unicodedata.unidata_version]
 
 
 def unit_folder(data, part, evaluations):

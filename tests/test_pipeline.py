@@ -308,6 +308,9 @@ def test_what_changed_is_made_anew_and_nothing_else(part, source_dir, tmp_path, 
     monkeypatch.setattr(pipeline, "code", lambda: "an edited rule")
     build(data, source_dir, PART)
     assert "building" in capsys.readouterr().out and len(made()) == 2 * len(units_before)
+    versions = pipeline.versions()
+    monkeypatch.setattr(pipeline.unicodedata, "unidata_version", "1.1.5")  # another Python's
+    assert pipeline.versions() != versions
 
 
 def test_another_seed_generates_other_puzzles(tmp_path):
