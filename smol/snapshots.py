@@ -72,7 +72,7 @@ def write(path, data):
 
 
 def to_json(value):
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(value, indent=2) + "\n"
 
 
 def read_json(path):
@@ -124,12 +124,13 @@ def write_stage(data, stage, entries, mixture, metadata):
     """
     folder = data / "stages" / stage
     manifest = "".join(json.dumps(entry) + "\n" for entry in entries)
+    files = {data / "metadata" / stage / f"{name}.json": to_json(value) for name, value in metadata.items()}
+    files[folder / "mixture.json"] = to_json({**mixture, "manifest_sha256": sha256(manifest.encode())})
+    files[folder / "manifest.jsonl"] = manifest
     # From here on the old stage is gone, and the new one is there with the last of these renames.
     (folder / "manifest.jsonl").unlink(missing_ok=True)
-    for name, value in metadata.items():
-        write(data / "metadata" / stage / f"{name}.json", to_json(value))
-    write(folder / "mixture.json", to_json({**mixture, "manifest_sha256": sha256(manifest.encode())}))
-    write(folder / "manifest.jsonl", manifest)
+    for path, content in files.items():
+        write(path, content)
 
 
 def unlisted_files(data):

@@ -466,6 +466,15 @@ def test_a_full_disk_is_one_line_and_leaves_no_stage(source_dir, tmp_path, monke
     prepare.main(["verify", "stage1", f"--data_dir={tmp_path}"])
 
 
+def test_a_stage_is_written_whatever_its_files_are_called(tmp_path):
+    """And what JSON cannot hold is found out while the stage that was there is still there."""
+    write_rows(tmp_path / "in/fineweb_edu" / os.fsdecode(b"\xe9.jsonl"), prose_rows(20))
+    only_prose(tmp_path, prose_rows(1))
+    with pytest.raises(TypeError):
+        snapshots.write_stage(tmp_path / "data", "stage1", [], {}, {"filters": object()})
+    prepare.main(["verify", "stage1", f"--data_dir={tmp_path / 'data'}"])
+
+
 def test_a_dry_run_does_nothing(source_dir, tmp_path, capsys):
     build(tmp_path / "data", source_dir, "--dry_run=True", "--limit_mb=100")
     out = capsys.readouterr().out
