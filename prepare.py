@@ -56,7 +56,7 @@ dry_run = False  # print what would be built or deleted, and stop
 sources = ""  # names, with commas between: only these sources of the stage
 source_dir = ""  # read DIR/SOURCE/* in place of the hub
 limit_mb: float | None = None  # megabytes of text that a stage should have; None: as smol/sources.py has it
-val_every: int | None = None  # one document in so many is for validation; None: 400, of a demo 50
+val_every: int | None = None  # for validation one document in so many; None: 400, demo 50, sudoku_extreme 4
 eval_demos = False  # also the demonstrations of ARC's evaluation tasks, never their tests (transductive)
 # ---- freeze, push
 tag = ""  # of the frozen stage
@@ -97,7 +97,7 @@ def build(c, stage):
     print(f"building stage {stage!r} in {data}")
     for folder in ("processed", "work", "metadata", "stages", "arc"):  # what a killed build has left
         for left in (data / folder).rglob("*.tmp"):
-            left.unlink()
+            left.unlink(missing_ok=True)  # a worker of the killed build may have renamed it
     if "arc" in keys:
         for name in arc.SETS:  # as they are published; the `_eval` sets are for evaluation alone
             snapshots.write(data / "arc" / f"{name}.json", json.dumps(arc.tasks_in(name)) + "\n")
@@ -235,6 +235,13 @@ COMMANDS = {
     "pull": lambda c, name: snapshots.pull(Path(c.data_dir), name),
 }
 READ_ONLY = ("status", "show", "verify", "push")
+FROM_FILES = {s for s, (*_, names) in table.STAGES.items() if any(table.SOURCES[n].is_read for n in names)}
+OPTIONS = {  # that others would ignore
+    "dry_run": (*table.STAGES, "clean"),
+    "source_dir": (*FROM_FILES, "show"),
+    "tag": ("freeze",),
+    "repo": ("push",),
+}
 
 
 def main(argv):
@@ -247,8 +254,9 @@ def main(argv):
         needed = int(command not in (*table.STAGES, "status", "clean"))
         if len(arguments) != needed:
             raise ValueError(f"{command} needs {'one argument' if needed else 'no argument'} (--help)")
-        if c.dry_run and command in ("freeze", "push", "pull"):
-            raise ValueError(f"{command} has no --dry_run")
+        for option, of in OPTIONS.items():
+            if getattr(c, option) and command not in of:
+                raise ValueError(f"{command} has no --{option}")
         alone = command in READ_ONLY or c.dry_run
         with contextlib.nullcontext() if alone else lock(c.data_dir, "prepare.py"):
             if command in table.STAGES:

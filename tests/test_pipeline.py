@@ -441,6 +441,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         (["verify", "stge1"], "unknown stage 'stge1': the closest is 'stage1'; there are arc, "),
         (["verify", "../demo"], "not the name of a stage"),
         (["freeze", "demo"], "name a tag"),
+        (["freeze", "demo", "--repo=ada/x"], "freeze has no --repo"),
+        (["stage1", "--tag=v0.1"], "stage1 has no --tag"),
+        (["demo", "--source_dir={empty}"], "demo has no --source_dir"),
         (["show", "graph"], "unknown source 'graph': the closest is 'graphs'"),
     ],
 )
@@ -473,6 +476,11 @@ def test_a_stage_is_written_whatever_its_files_are_called(tmp_path):
     with pytest.raises(TypeError):
         snapshots.write_stage(tmp_path / "data", "stage1", [], {}, {"filters": object()})
     prepare.main(["verify", "stage1", f"--data_dir={tmp_path / 'data'}"])
+
+
+def test_what_a_killed_build_has_left_may_be_renamed_by_its_worker(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "rglob", lambda folder, pattern: [folder / "gone.tmp"])
+    build(tmp_path, tmp_path, "--sources=arithmetic")
 
 
 def test_a_dry_run_does_nothing(source_dir, tmp_path, capsys):
