@@ -213,7 +213,7 @@ def ask(name, model, about, suite, tasks, settings, folder):
     """Records of a suite, on rank 0. Answers are kept in the folder as they come: a run may be killed."""
     path, partial = (os.path.join(folder, file) for file in ("answers.jsonl", PARTIAL))
     runtime.all_agree(None)  # wait for what rank 0 still writes: it may be of this file by another name
-    earlier = {r["key"]: r for r in runtime.read_log(path) + runtime.read_log(partial)}
+    earlier = {r["key"]: r for r in read_answers(path) + read_answers(partial)}
     # what the answer to a task depends on: a record without answers is the task as JSON
     asked = [about["sha256"], suite, dataclasses.asdict(settings), about["device"], about["dtype"]]
     keys = {t.id: snapshots.key_of(*asked, judge(t, [None] * len(t.test), 1)) for t in tasks}
@@ -330,6 +330,14 @@ def read_results(path):
         raise ValueError(f"{path} is damaged or of another version: move it away") from None
 
 
+def read_answers(path):
+    """The records that an earlier evaluation has left. ValueError where one is no such record."""
+    records = runtime.read_log(path)
+    if not all(isinstance(r, dict) and r.keys() >= {"key", "model", "suite", "id", "test"} for r in records):
+        raise ValueError(f"{path} is damaged or of another version: move it away")
+    return records
+
+
 # -----------------------------------------------------------------------------
 # the command
 
@@ -399,6 +407,8 @@ def run(c, words):
     # a pattern such as 'out/run/ckpt_[0-9]*.pt', in the order of the steps: ckpt_500 before ckpt_1000
     found = [sorted(glob.glob(word), key=lambda file: (len(file), file)) or [word] for word in words]
     asked = tasks_asked(c)
+    if c.shortest and not any(asked.values()):
+        raise ValueError(f"--shortest is about suites of tasks, and {', '.join(asked)} has none")
     files = {name: checkpoint.local_file(name) for some in found for name in some}
     beside = {os.path.dirname(f) if os.path.exists(n) else f"out/hub/{n}" for n, f in files.items()}
     if len(beside) > 1 and not c.out_dir:
@@ -408,6 +418,8 @@ def run(c, words):
     on = runtime.pick_device(c.device)
     dtype, file = runtime.pick_dtype(c.dtype, on), os.path.join(folder, "eval.json")
     read_results(file)  # what is wrong with it is said before anything is made
+    for name in ("answers.jsonl", PARTIAL):
+        read_answers(os.path.join(folder, name))
     abouts = {path: describe(name, path, on, dtype) for name, path in files.items()}
     if solve.asks_for_route_b(settings) and all(about["model"] != "trm" for about in abouts.values()):
         raise ValueError("--n_sup, --halt and --n_rollouts are about Route B, and there is none")
@@ -505,12 +517,16 @@ def main(argv):
     try:
         run(SimpleNamespace(**config), paths)
         runtime.end_processes()
-    except (ValueError, OSError) as e:
-        if runtime.world_size > 1:
-            runtime.stop(e)
-        sys.exit(f"error: {e}")
     except KeyboardInterrupt:
         sys.exit("stopped")
+    except Exception as e:
+        if full := runtime.out_of_memory(e):
+            e = "out of memory: lower --augment, --samples or --n_rollouts, or take --device=cpu"
+        elif not isinstance(e, (ValueError, OSError)):
+            raise
+        if runtime.world_size > 1:
+            runtime.stop(e, everyone=not full)
+        sys.exit(f"error: {e}")
 
 
 if __name__ == "__main__":

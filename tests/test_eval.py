@@ -431,6 +431,15 @@ def test_a_model_whose_logits_overflow_answers_nothing_and_its_evaluation_ends(t
     call(tmp_path, path, "--suites=sudoku4", "--limit=1")  # what is there can be added to
 
 
+def test_out_of_memory_is_one_line(checkpoints, tmp_path, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(solve, "solve", full)
+    with pytest.raises(SystemExit, match="^error: out of memory: lower --augment, --samples or --n_rollouts"):
+        call(tmp_path, checkpoints[0], "--suites=sudoku4", "--limit=1")
+
+
 SLOW_DISK = """
 import time
 from smol import runtime
@@ -463,12 +472,16 @@ def test_two_processes_give_what_one_gives(checkpoints, tmp_path):
         (["{good}", "--suites=sudoku4", "--halt=0"], "about Route B"),
         (["{good}", "--suites=sudoku4", "--solutions=a.json"], "name these as well"),
         (["{good}", "--suites=sudoku4", "--out_dir={folder}/old"], "eval.json is damaged or of another"),
+        (["{good}", "--suites=sudoku4", "--out_dir={folder}/odd"], "answers.jsonl is damaged or of another"),
+        (["{good}", "--suites=language", "--shortest=2"], "--shortest is about suites of tasks"),
     ],
 )
 def test_bad_input_is_one_line_and_overwrites_nothing(args, words, checkpoints, tmp_path):
     (tmp_path / "notes.txt").write_text("text, no checkpoint\n" * 20)
     (tmp_path / "old").mkdir()
     (tmp_path / "old/eval.json").write_text('{"route_b": {"suites": {"sudoku4": {"solved": 1}}}}')
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd/answers.jsonl").write_text('{"model": "a", "suite": "sudoku4"}\n')
     before = {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")}
     args = [a.format(good=checkpoints[0], folder=tmp_path) for a in [f"--out_dir={tmp_path}", *args]]
     with pytest.raises(SystemExit, match=words) as stopped:
