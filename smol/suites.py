@@ -99,7 +99,8 @@ def known(suite, trained_on):
         return "transductive"
     if suite == "arc1_train" and "arc" in trained_on:
         return "trained on"
-    made_after_it = {"arc", "arc_gen", "rearc", "rearc_medium", "rearc_hard"}
+    # arc_json may be anything
+    made_after_it = {"arc", "arc_gen", "arc_json", "rearc", "rearc_medium", "rearc_hard"}
     return "same rules" if suite in ("arc1_train", "rearc") and made_after_it & {*trained_on} else ""
 
 

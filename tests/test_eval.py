@@ -413,6 +413,7 @@ def test_figures_say_what_was_known_of_the_tasks():
         ("arc1_train", ["arc", "arc_eval_demos"], 0, "trained on"),
         ("arc1_train", ["arc", "rearc"], 0, "trained on"),
         ("arc1_train", ["rearc_hard"], 1, "same rules + ttt"),
+        ("arc1_train", ["arc_json"], 0, "same rules"),
         ("arc1_train", ["maze"], 0, "inductive"),
     ):
         settings = solve.Settings(ttt_steps=steps)
