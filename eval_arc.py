@@ -524,8 +524,11 @@ def main(argv):
             e = "out of memory: lower --augment, --samples or --n_rollouts, or take --device=cpu"
         elif not isinstance(e, (ValueError, OSError)):
             raise
+        if runtime.world_size > 1 and full:  # the others have not run out of memory
+            print(f"error: {e} (process {runtime.rank})", file=sys.stderr)
+            runtime.exit_now(e)
         if runtime.world_size > 1:
-            runtime.stop(e, everyone=not full)
+            runtime.stop(e)
         sys.exit(f"error: {e}")
 
 
