@@ -432,14 +432,14 @@ def draw_steps(row, path):
     by_steps = row["curve"][-1]["by_steps"]
     figure = Figure(figsize=(4.5 * len(by_steps), 4), layout="constrained")
     panels = figure.subplots(1, len(by_steps), sharey=True, squeeze=False)[0]
-    for axes, (size, surest) in zip(panels, by_steps.items()):
-        for n in [2**i for i in range(len(surest).bit_length())]:
-            axes.plot(range(1, len(surest[0]) + 1), surest[n - 1], label=f"{n} rollouts")
+    for axes, (size, taken) in zip(panels, by_steps.items()):
+        for n in [2**i for i in range(len(taken).bit_length())]:
+            axes.plot(range(1, len(taken[0]) + 1), taken[n - 1], label=f"{n} rollouts")
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set(xlabel="supervision steps when answering", title=f"noise {size}")
         axes.grid(alpha=0.3)
-    panels[0].set(ylabel="solved by the surest answer")
+    panels[0].set(ylabel="solved by the answer with most votes")
     panels[0].legend()
     save_picture(figure, path)
 

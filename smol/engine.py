@@ -31,7 +31,7 @@ GRID_IDS = [*range(tok.CELL0, tok.CELL0 + 10), tok.ROW, tok.EOT]  # what an answ
 ROW, END = 10, 11  # the last two, as numbers into GRID_IDS
 ANSWER_IDS = [*range(tok.CELL0, tok.CELL0 + 10), tok.VOID]  # what a cell of a canvas can become
 CANVAS_TOKENS = 8192  # the same of canvases, which are read again and again
-NOISE = 1.0  # of rollouts, where z has size 1
+NOISE = 0.3  # on z of Route B's rollouts: with 1.0 few of them may be worse than none (LOG.md)
 
 # -----------------------------------------------------------------------------
 # caches

@@ -394,13 +394,13 @@ def test_an_evaluation_that_ends_while_another_begins_keeps_its_results(checkpoi
 @pytest.mark.parametrize("name, steps, rollouts, samples", [("dense", None, 1, 7), ("trm", 2, 3, 1)])
 def test_settings_that_are_of_no_use_are_not_said_to_be_used(name, steps, rollouts, samples):
     model = make(name)
-    asked = solve.Settings(n_sup=2, n_rollouts=3, noise=0.3, samples=7, programs=4, ttt_steps=5, ttt_lr=2e-3)
+    asked = solve.Settings(n_sup=2, n_rollouts=3, noise=0.7, samples=7, programs=4, ttt_steps=5, ttt_lr=2e-3)
     for suite, tasks, of_arc in (("maze", suites.load("maze"), 0), ("arc1", arc.load("arc1_train")[:3], 1)):
         how = eval_arc.settings_for(suite, tasks, model, asked)
         assert (how.n_sup, how.n_rollouts, how.samples) == (steps, rollouts, samples)
         assert (how.ttt_steps, how.programs) == (5 * of_arc, 4 * of_arc)
         assert how.ttt_lr == (2e-3 if of_arc else solve.Settings.ttt_lr)
-        assert how.noise == (0.3 if rollouts > 1 else solve.NOISE)
+        assert how.noise == (0.7 if rollouts > 1 else solve.NOISE)
     (logic,) = suites.load("logic")[:1]  # which both routes write as text
     how = eval_arc.settings_for("logic", [logic], model, dataclasses.replace(asked, augment=4))
     assert how == solve.Settings(samples=7)
