@@ -3,13 +3,15 @@
 #   python prepare.py sudoku_extreme && python train.py config/sudoku_extreme.py
 #   python eval_arc.py out/sudoku_extreme/ckpt.pt --suites=sudoku_extreme  (data/README.md: its test.csv)
 # n, T, N_sup, averaging, learning rate and weight decay as in arXiv 2510.04871 (768 puzzles a step); the core
-# is ours, 13M parameters and four layers, where it has two. Not yet trained to its end: that wants a GPU.
+# is ours, 9M parameters and four layers, where it has two: MLPs along lines, with which 9x9 sudokus are
+# learned far faster than with KDA (LOG.md, 3). Not yet trained to its end: that wants a GPU.
 out_dir = "out/sudoku_extreme"
 model = "trm"
 n_layer = 4
 n_head = 8
 n_embd = 512
 n_ff = 1360
+layer_pattern = "mmma"
 n_latent = 6
 n_recursion = 3
 n_sup = 16
