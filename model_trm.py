@@ -165,12 +165,12 @@ def lay_out(order, back, starts):
 
 
 class GridKDA(KimiDeltaAttention):
-    """KDA whose heads take turns in the eight ways to read grids, from `first_way` on."""
+    """KDA whose heads take turns in the eight ways to read grids, and so on in the next such layer."""
 
-    def __init__(self, config, first_way):
+    def __init__(self, config, number):
         head_dim = config.n_embd // config.n_head
         super().__init__(config.n_embd, config.n_head, head_dim, norm_eps=config.norm_eps)
-        self.first_way = first_way
+        self.first_way = number * config.n_head % WAYS
 
     def forward(self, x, cache=None, starts=None, lines=None):
         """lines: {first way: Lines}, with neither cache nor starts; None: text is read as it stands."""
@@ -194,9 +194,9 @@ class LineMLP(nn.Module):
     nothing: text is left to the other layers.
     """
 
-    def __init__(self, config, way):
+    def __init__(self, config, number):
         super().__init__()
-        self.way = way
+        self.way = number % 3  # of the three that cell_lines lays out
         self.up_proj = nn.Linear(arc.MAX_SIDE, 2 * config.n_line, bias=False)
         self.down_proj = nn.Linear(config.n_line, arc.MAX_SIDE, bias=False)
 
@@ -205,8 +205,8 @@ class LineMLP(nn.Module):
 
     def forward(self, x, cells):
         """x (B, T, D), cells as cell_lines made them, or None in text -> (B, T, D)."""
-        if cells is None:
-            return torch.zeros_like(x)
+        if cells is None:  # DDP waits for a gradient of every parameter
+            return torch.zeros_like(x) + 0.0 * (self.up_proj.weight.sum() + self.down_proj.weight.sum())
         (N, S), take, slots = cells[self.way]
         lines = F.pad(x.flatten(0, 1), (0, 0, 0, 1)).index_select(0, take).view(N, S, x.shape[-1]).mT
         gate, up = F.linear(lines, self.up_proj.weight[:, :S]).chunk(2, -1)  # (N, D, S) to (N, D, n_line)
@@ -248,10 +248,10 @@ class Block(nn.Module):
     vector may grow.
     """
 
-    def __init__(self, config, kind, way):
+    def __init__(self, config, kind, number):
         super().__init__()
         self.kind = kind
-        self.mixer = Attention(config) if kind == "a" else MIXERS[kind](config, way)
+        self.mixer = Attention(config) if kind == "a" else MIXERS[kind](config, number)
         self.mlp = SwiGLU(config)
         self.norm_1 = RMSNorm(config.n_embd, eps=config.norm_eps)
         self.norm_2 = RMSNorm(config.n_embd, eps=config.norm_eps)
@@ -298,13 +298,9 @@ class Model(nn.Module, HubMixin, library_name="smol-llm", license="mit"):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # the output head as well
         kinds = model_dense.layer_kinds(config)
-        # the ways to read a grid go round among the heads, and on from one KDA layer to the next
-        ways = [
-            kinds[:i].count("m") % 3 if kind == "m" else kinds[:i].count("k") * config.n_head % WAYS
-            for i, kind in enumerate(kinds)
-        ]
-        self.blocks = nn.ModuleList(Block(config, *one) for one in zip(kinds, ways))
-        self.first_ways = [way for kind, way in zip(kinds, ways) if kind == "k"]
+        numbers = [kinds[:i].count(kind) for i, kind in enumerate(kinds)]  # among the layers of a kind
+        self.blocks = nn.ModuleList(Block(config, *one) for one in zip(kinds, numbers))
+        self.first_ways = [block.mixer.first_way for block in self.blocks if block.kind == "k"]
         self.q_head = nn.Linear(config.n_embd, 1)  # halting: is the answer right in this cell?
         self.register_buffer("y_init", torch.randn(config.n_embd).clamp(-2, 2))
         self.register_buffer("z_init", torch.randn(config.n_embd).clamp(-2, 2))

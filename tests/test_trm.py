@@ -215,14 +215,16 @@ def test_short_lines_as_sequences_are_read_as_one_row_after_the_other(n_head, mo
     check_gradients(model, results[0][1], results[1][1])
 
 
-def test_text_is_one_latent_recursion():
-    model, idx, targets = trm(), text(2, 9), text(2, 9, seed=1)
+@pytest.mark.parametrize("pattern", ("kkka", "mkma"))
+def test_text_is_one_latent_recursion(pattern):
+    model, idx, targets = trm(layer_pattern=pattern), text(2, 9), text(2, 9, seed=1)
     ((y, _),) = trm_by_hand(model, idx, 1, 1, 1, None)
     logits = y @ model.wte.weight.T
     torch.testing.assert_close(model(idx)[0], logits, rtol=1e-3, atol=1e-3)
     want, got = F.cross_entropy(logits.flatten(0, 1), targets.flatten()), model.train()(idx, targets)[1]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     check_gradients(model, got, want)
+    torch.autograd.grad(model(idx, targets)[1], list(model.parameters()))  # DDP waits for one of each
 
 
 # ---- the carry
