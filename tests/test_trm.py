@@ -82,8 +82,8 @@ def kda_by_lines(mixer, h, first_head, idx):
     return out
 
 
-def mlp_by_lines(mixer, h, idx):
-    """Each row, column or tile of cells, for itself: its part of the layer on that line."""
+def mlp_by_lines(mixer, h, way, idx):
+    """Each row, column or tile of cells (way 0, 1, 2), for itself: its part of the layer on that line."""
     out, (up, down) = torch.zeros_like(h), (mixer.up_proj.weight, mixer.down_proj.weight)
     for b, row in enumerate(idx.tolist()):
         _, grids = grids_by_hand(row[: row.index(tok.PAD)] if tok.PAD in row else row)
@@ -92,7 +92,7 @@ def mlp_by_lines(mixer, h, idx):
             lines = {}
             for (r, c), tokens in cells.items():
                 places = (r, c), (c, r), ((r // side, c // side), r % side * side + c % side)
-                line, place = places[mixer.way]
+                line, place = places[way]
                 if row[tokens[-1]] != tok.ROW:
                     lines.setdefault(line, {})[place] = tokens[-1]
             for line in lines.values():
@@ -111,12 +111,13 @@ def core_by_hand(model, h, rope, seen, idx):
     def norm(x, m):
         return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * m.weight
 
-    heads = 0
+    heads = lines = 0
     for block in model.blocks:
         if block.kind == "a":
             mixed = block.mixer(h, rope, seen)
         elif block.kind == "m":
-            mixed = torch.zeros_like(h) if seen is None else mlp_by_lines(block.mixer, h, idx)
+            mixed = torch.zeros_like(h) if seen is None else mlp_by_lines(block.mixer, h, lines % 3, idx)
+            lines += 1
         else:
             mixed = block.mixer(h)[0] if seen is None else kda_by_lines(block.mixer, h, heads, idx)
             heads += block.mixer.num_heads
