@@ -504,7 +504,7 @@ def ranked(steps, n_rollouts=1):
     votes = Counter(same_grid(confident(some)[0]) for some in rollouts_of(steps, n_rollouts))
     best = {}
     for grid, p, *_ in reversed(steps):
-        if grid is not None and p > best.get(same_grid(grid), (None, -1.0))[1]:
+        if grid is not None and p > best.get(same_grid(grid), (None, -np.inf))[1]:
             best[same_grid(grid)] = grid, p, votes[same_grid(grid)]
     return sorted(best.values(), key=lambda answer: (-answer[2], -answer[1]))
 

@@ -330,6 +330,7 @@ def test_the_most_probable_answer_comes_first():
     assert [(g.item(), *more) for g, *more in engine.ranked(steps)] == [(1, 0.9, 1), (0, 0.5, 0), (2, 0.5, 0)]
     assert engine.ranked([(a, 0.5), (b, 0.5)])[0][0] is b  # the latest of equal ones
     assert engine.ranked([(None, 0.7)]) == []
+    assert engine.ranked([(a, -9.0), (b, -8.0)])[0][0] is b  # published TRM's confidence is a logit
 
 
 def test_rollouts_vote_for_their_most_confident_answer():
