@@ -422,7 +422,7 @@ def run(c, words):
         read_answers(os.path.join(folder, name))
     abouts = {path: describe(name, path, on, dtype) for name, path in files.items()}
     if solve.asks_for_route_b(settings) and all(about["model"] != "trm" for about in abouts.values()):
-        raise ValueError("--n_sup, --halt and --n_rollouts are about Route B, and there is none")
+        raise ValueError("--n_sup, --halt, --n_rollouts and --noise are about Route B, and there is none")
     with lock(folder, "evaluation") if runtime.master else contextlib.nullcontext():
         results = read_results(file)  # another evaluation may have ended meanwhile
         models = enter(abouts, results)

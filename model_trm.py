@@ -221,8 +221,7 @@ def cell_lines(idx, positions):
     (B * T,), the place of each token, N * S for what is no cell.
     """
     (B, T), (row, column, grid) = idx.shape, positions.unbind(-1)
-    cell = (grid > 0) & ((idx >= tok.CELL0) & (idx < tok.CELL0 + 10) | (idx == tok.BLANK))
-    side, n_grids = tile_sides(row, column, grid), int(grid.max())
+    cell, side, n_grids = arc.grid_cells(idx, positions), tile_sides(row, column, grid), int(grid.max())
     in_a_row = int((column // side).max()) + 1  # tiles
     tile, within = row // side * in_a_row + column // side, row % side * side + column % side
     token, out = torch.arange(B * T, device=idx.device).view(B, T), []

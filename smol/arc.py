@@ -355,11 +355,16 @@ def positions(idx):
     return torch.stack([row, col, grid], -1) * in_grid[..., None]
 
 
-def canvas_cells(idx, positions):
-    """idx: (B, T) long, rows that end in a canvas; positions: (B, T, 3) -> (B, T) bool: its cells."""
-    grid = positions[..., 2]
+def grid_cells(idx, positions):
+    """idx: (B, T) long; positions: (B, T, 3) -> (B, T) bool: the cells of all grids, blank or not."""
     cell = ((idx >= CELL0) & (idx < CELL0 + 10)) | (idx == BLANK)
-    return cell & (grid > 0) & (grid == grid.amax(1, keepdim=True))
+    return cell & (positions[..., 2] > 0)
+
+
+def canvas_cells(idx, positions):
+    """The same of rows that end in a canvas: its cells alone."""
+    grid = positions[..., 2]
+    return grid_cells(idx, positions) & (grid == grid.amax(1, keepdim=True))
 
 
 # -----------------------------------------------------------------------------

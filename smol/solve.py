@@ -61,8 +61,8 @@ def for_route_b(settings):
 
 def asks_for_route_b(settings):
     """Whether something is set that only Route B has."""
-    noise = settings.n_rollouts > 1 or settings.noise != NOISE
-    return bool(settings.n_sup or settings.halt is not None or noise)
+    names = ("n_sup", "halt", "n_rollouts", "noise")
+    return any(getattr(settings, k) != getattr(Settings, k) for k in names)
 
 
 @dataclass
