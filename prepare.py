@@ -68,7 +68,6 @@ RANGES = {
     "[2, 1e9]": "val_every",
     ("local", "ray"): "engine",
 }
-USAGE = "COMMAND [STAGE[:TAG] | SOURCE | USER/NAME:TAG]"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -82,12 +81,12 @@ def build(c, stage):
         show_plan(c, stage, parts, notes)
         return
     evaluations = pipeline.gather_evaluations(c, data, parts, notes)
+    pipeline.set_folders(data, parts, evaluations)
     for note in notes:
         print(f"note: {note}")
-    keys = {part.name: pipeline.unit_folder(data, part, evaluations).name for part in parts}
     inputs = {
         "settings": {name: getattr(c, name) for name in ("seed", "sources", "limit_mb", "val_every")},
-        "units": keys,
+        "units": {part.name: part.folder.name for part in parts},
         # a list: of two documents that are alike, the one of the source that stands first is kept
         "targets": [[part.name, part.source.group, part.target] for part in parts],
     }
@@ -98,7 +97,7 @@ def build(c, stage):
     for folder in ("processed", "work", "metadata", "stages", "arc"):  # what a killed build has left
         for left in (data / folder).rglob("*.tmp"):
             left.unlink(missing_ok=True)  # a worker of the killed build may have renamed it
-    if "arc" in keys:
+    if "arc" in inputs["units"]:
         for name in arc.SETS:  # as they are published; the `_eval` sets are for evaluation alone
             snapshots.write(data / "arc" / f"{name}.json", json.dumps(arc.tasks_in(name)) + "\n")
     pipeline.build_stage(c, data, stage, parts, evaluations, {"inputs": inputs, "notes": notes})
@@ -245,7 +244,7 @@ OPTIONS = {  # that others would ignore
 
 
 def main(argv):
-    config, words = configurator.read(globals(), argv, USAGE)
+    config, words = configurator.read(globals(), argv, "COMMAND [STAGE[:TAG] | SOURCE | USER/NAME:TAG]")
     c = SimpleNamespace(**config)
     command, *arguments = words or ["status"]
     try:

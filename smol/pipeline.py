@@ -42,6 +42,7 @@ LEAST_UNIT = 20_000  # units of small stages are smaller, so that all workers ha
 MOST_SHARD = 128_000_000  # bytes
 ODD_ROWS, ODD_SHARE = 10, 0.01  # this many rows that are no documents, and a larger share, stop a build
 FAR_SHORT = 0.02  # a source that has less of its tokens stops a build: it would be repeated too often
+MOST_READ = 8  # times its tokens: a generator of which not enough is kept until then ends there
 VAL_EVERY = {"demo": 50, "sudoku_extreme": 4}  # one document in so many is for validation; elsewhere 400
 
 
@@ -163,10 +164,12 @@ def versions():
     return [*map(version, PACKAGES), unicodedata.unidata_version]
 
 
-def unit_folder(data, part, evaluations):
-    held_out = rearc.installed() if part.source.tasks else None  # what is held out depends on it
-    decide = part.about, part.unit_bytes, evaluations.name, code(), tokenizer.fingerprint(), versions()
-    return data / "work" / part.name / snapshots.key_of(*decide, held_out)
+def set_folders(data, parts, evaluations):
+    """Units are in a folder that is named by a hash of all that decides what is in them."""
+    for part in parts:
+        held_out = rearc.installed() if part.source.tasks else None  # what is held out depends on it
+        decide = part.about, part.unit_bytes, evaluations.name, code(), tokenizer.fingerprint(), versions()
+        part.folder = data / "work" / part.name / snapshots.key_of(*decide, held_out)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -249,11 +252,14 @@ def next_of(part):
 
 
 def front(part):
-    """-> (records of the units in order, up to the first that is missing; whether there can be no more)"""
+    """-> (records of the units in order, up to the first that is missing; whether these are all)"""
     place = operator.itemgetter("number", "lane")
     missing = min(((number, lane) for lane, number in next_of(part).items()), default=None)
     there = sorted(itertools.chain(*part.lanes), key=place)
-    return [record for record in there if not missing or place(record) < missing], not missing
+    there = [record for record in there if not missing or place(record) < missing]
+    most = max(MOST_READ * part.target * BYTES_PER_TOKEN, 4 * table.LANES * part.unit_bytes)
+    endless = not (part.source.is_read or part.source.rows)
+    return there, not missing or endless and len(there) * part.unit_bytes >= most
 
 
 def jobs_of(part, tokens):
@@ -263,10 +269,6 @@ def jobs_of(part, tokens):
     if have >= tokens or exhausted:
         return []
     check_odd_rows(part.name, there)
-    if not (have or part.source.is_read or part.source.rows) and len(there) >= 2 * table.LANES:  # no end
-        read, dropped = sum(r["read"] for r in there), Dropped(*(r["dropped"] for r in there))
-        problem = f"none of the first {read:,} documents of {part.name} is kept, dropped: {dropped}"
-        raise ValueError(f"{problem}; name others in --sources")
     full = [record["tokens"] for record in there if not record["end"]]
     per_unit = sum(full) / len(full) if full else part.unit_bytes / BYTES_PER_TOKEN
     # at most as many again as there are: the first units of a source say how much of it is kept
@@ -348,7 +350,6 @@ def find_duplicates(current, earlier):
 def build_stage(c, data, stage, parts, evaluations, provenance):
     """Make what units are missing, choose the documents, write shards and the stage."""
     for part in parts:
-        part.folder = unit_folder(data, part, evaluations)
         load_units(part)
     chosen = {}
     with units.workers(c.engine, c.num_proc, [part.source for part in parts]) as submit:
@@ -391,11 +392,9 @@ def choose(c, stage, part, earlier, make_more):
             val[:] = False
         so_far = np.concatenate([[0], np.cumsum(documents.lengths * ((verdict == 0) & ~val))])
         enough = np.flatnonzero(so_far[documents.first] >= part.target)
-        have = sum(record["tokens"] for record in records)
-        done = len(enough) or exhausted
-        repeats = not done and not part.source.is_read and so_far[-1] < have / 4  # few puzzles are different
-        if done or repeats:
+        if len(enough) or exhausted:
             break
+        have = sum(record["tokens"] for record in records)
         make_more({part.name: have * min(part.target / max(so_far[-1], 1) * 1.02, 2) + 1})
     if len(enough):
         records = records[: enough[0]]
@@ -403,7 +402,7 @@ def choose(c, stage, part, earlier, make_more):
     check_odd_rows(part.name, records)
     # a task that comes back turned and recoloured is never the same twice
     least = 1 if part.source.tasks else max(FAR_SHORT * part.target, 1)
-    if so_far[-1] < least or repeats:
+    if so_far[-1] < least:
         dropped = Dropped(*(record["dropped"] for record in records))
         dropped.add("duplicate", count=int(np.count_nonzero(verdict)))
         raise ValueError(
