@@ -6,14 +6,6 @@ the 64-bit hash of a run of letters and digits, and an n-gram combines n of thos
 repetition rules, MinHash and the search for evaluation texts. (A Python loop over words costs more than
 tokenising does.)
 
-  normalise()        one kind of newline and space, composed Unicode, no control characters
-  measure(), RULES   the published quality rules, thresholds in one table
-  signatures()       MinHash (rensa, in Rust) of 5-word shingles as band keys
-  quoted()           n-grams of evaluation texts, and ARC's test outputs written as digits
-  given_away()       ARC's test outputs as grids, under the 8 symmetries and any recolouring
-  is_evaluation_task its evaluation tasks, by id or demonstration, in tasks that come from elsewhere
-  HeldOut            the generated puzzles that are evaluated on
-
 Read next: units.py, which runs documents through this.
 """
 

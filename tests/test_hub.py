@@ -305,8 +305,3 @@ def test_without_a_network_it_says_what_to_do(hub, tmp_path):
     with pytest.raises(SystemExit, match="^error: cannot look up the dataset .* use --source_dir"):
         prepare.main(["stage1", f"--data_dir={tmp_path}"])
     assert not list(tmp_path.glob("stages/*"))
-
-
-def test_an_error_that_says_nothing_is_called_by_its_name():
-    assert snapshots.first_line(TimeoutError()) == "TimeoutError"
-    assert snapshots.first_line(OSError("\n no room\nat all")) == "no room"

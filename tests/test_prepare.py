@@ -166,11 +166,9 @@ MANIFEST, MIXTURE = "stages/stage1/manifest.jsonl", "stages/stage1/mixture.json"
         (lambda data: believable(data, documents=-1), "manifest.jsonl .* there is no document"),
         (lambda data: other_tokens(data, 5, tokenizer.END + 1), "train-.* has token ids beyond 50280"),
         (lambda data: other_tokens(data, 30, 5), "idx does not say where documents end"),
-        (lambda data: other_tokens(data, 5, tokenizer.EOT), "idx does not say where documents end"),
         (lambda data: rewrite(data / MANIFEST, lambda b: b.replace(b"val", b"train")), "was changed after"),
         (lambda data: believable(data, path=str(shard(data))), "not processed/SOURCE/NAME.bin"),
         (lambda data: believable(data, tokenizer="0" * 64), "manifest.jsonl .* another tokenizer"),
-        (lambda data: believable(data, tokens="many"), "manifest.jsonl is damaged in line 1"),
         (lambda data: rewrite(data / MANIFEST, lambda b: b"hello\n"), "manifest.jsonl is damaged in line 1"),
         (lambda data: (data / MIXTURE).unlink(), "mixture.json is missing"),
     ],
@@ -189,23 +187,17 @@ def test_damage_is_named_and_says_what_to_do(stage, damage, says):
         ("manifest.jsonl", lambda b: b.replace(b"val", b"train"), "manifest.jsonl is missing or was changed"),
         ("mixture.json", lambda b: b.replace(b"0.", b"0.0", 1), "mixture.json is missing or was changed"),
         ("snapshot.json", lambda b: b.replace(b"v0.1", b"v0.2"), "snapshot.json is missing or of"),
-        ("snapshot.json", None, "snapshot.json is missing"),
     ],
 )
 def test_an_edited_frozen_stage_is_named_and_nothing_is_cleaned(stage, file, change, says, capsys):
-    path = stage / "stages/stage1/v0.1" / file
     shutil.copytree(stage / "processed/maze", stage / "processed/unlisted")
-    if change is None:
-        path.unlink()
-    else:
-        rewrite(path, change)
+    rewrite(stage / "stages/stage1/v0.1" / file, change)
     with pytest.raises(SystemExit, match=f"{says}.* a frozen stage never changes"):
         prepare.main(["verify", "stage1:v0.1", f"--data_dir={stage}"])
     with pytest.raises(SystemExit, match=says):
         prepare.main(["clean", f"--data_dir={stage}"])
     prepare.main(["status", f"--data_dir={stage}"])
-    if change:  # without snapshot.json there is no frozen stage to show
-        assert re.search(f"stage1:v0.1 is damaged: .*{says}", capsys.readouterr().out)
+    assert re.search(f"stage1:v0.1 is damaged: .*{says}", capsys.readouterr().out)
     assert list((stage / "processed/unlisted").iterdir())
 
 

@@ -62,14 +62,10 @@ def test_a_file_of_puzzles_is_a_suite_where_it_is_there(tmp_path, monkeypatch):
     tasks = suites.load("sudoku_extreme")
     assert [task.id for task in tasks] == ["sudoku_extreme-0000", "sudoku_extreme-0001"]
     assert np.array_equal(tasks[1].test, [(puzzle, answer)])
-    for row, says in (
-        (f"x,{question},{'1' * 81},3", "row 3 does not fit"),
-        ('x,"' + "." * 200_000, "field larger than field limit"),
-    ):
-        (tmp_path / "sudoku_extreme/test.csv").write_text("\n".join([*rows, row]))
-        suites.load.cache_clear()
-        with pytest.raises(ValueError, match=f"test.csv: .*{says}"):
-            suites.load("sudoku_extreme")
+    (tmp_path / "sudoku_extreme/test.csv").write_text("\n".join([*rows, f"x,{question},{'1' * 81},3"]))
+    suites.load.cache_clear()
+    with pytest.raises(ValueError, match="test.csv: .*row 3 does not fit"):
+        suites.load("sudoku_extreme")
     suites.load.cache_clear()
 
 
