@@ -1,6 +1,7 @@
 """curate.py: measures are those of the papers; near-duplicates and quotations are found, nothing else."""
 
 import importlib
+import itertools
 import pydoc_data.topics
 import random
 import re
@@ -143,14 +144,9 @@ TWICE = "fineweb_duplicate_line_characters"
 
 def mixed(token, every):
     """A token after every so many words."""
-    lines, count = [], 0
-    for line in LINES:
-        out = []
-        for word in line.split():
-            count += 1
-            out += [word, token] if count % every == 0 else [word]
-        lines.append(" ".join(out))
-    return "\n".join(lines)
+    count = itertools.count(1)
+    lines = [[f"{w} {token}" if next(count) % every == 0 else w for w in line.split()] for line in LINES]
+    return "\n".join(map(" ".join, lines))
 
 
 def starting(*marks):

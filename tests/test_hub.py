@@ -4,9 +4,6 @@ import gzip
 import io
 import json
 import re
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,14 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import scripts
 from huggingface_hub import constants
 from local_hub import TOKEN, Fault, LocalHub
 from test_curate import english
 
 import prepare
 from smol import puzzles, snapshots, tokenizer
-
-ROOT = Path(__file__).parent.parent
 
 
 def small_stage(data, salt=0):
@@ -42,9 +38,10 @@ def small_stage(data, salt=0):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub that the client of this process talks to."""
+    """A hub that the client of this process talks to, and those with its `settings`."""
     server = LocalHub()
-    for name, value in server.env(tmp_path / "home").items():
+    server.settings = server.env(tmp_path / "home")
+    for name, value in server.settings.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -123,11 +120,10 @@ def test_killed_in_the_middle_and_run_again(hub, data, tmp_path):
     getting = ("pull", "ada/stage1:v0.1", f"--data_dir={far}")
     there = {sending: lambda: hub.blobs, getting: lambda: list(far.glob("work/pull/*/processed/*"))}
     for words, begun in there.items():
-        process = subprocess.Popen([sys.executable, ROOT / "prepare.py", *words], stdout=subprocess.DEVNULL)
-        while not begun() and process.poll() is None:
+        run = scripts.Run("prepare.py", words, env=hub.settings)
+        while not begun() and run.alive():
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        run.kill()
         assert words[0] == "pull" or not hub.repos.get("ada/stage1") or not hub.repos["ada/stage1"].tags
         assert not (far / "stages").exists()
         prepare.main(list(words))
@@ -260,20 +256,18 @@ def publish(hub):
     hub.put("sapientinc/sudoku-extreme", files)
 
 
-def stream(data, dry_run=False, **popen):
+def stream(hub, data, *more):
     options = f"--data_dir={data} --limit_mb=0.2 --val_every=20 --num_proc=1".split()
     sources = "--sources=fineweb_edu,codeparrot,sudoku_extreme"
-    command = [sys.executable, str(ROOT / "prepare.py"), "stage1", sources, *options, f"--dry_run={dry_run}"]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **popen)
+    return scripts.Run("prepare.py", ["stage1", sources, *options, *more], env=hub.settings)
 
 
 def test_streaming_survives_kills_cut_connections_and_a_moving_branch(hub, tmp_path):
     publish(hub)
-    process = stream(tmp_path / "look", dry_run=True)
-    assert process.wait() == 0, process.stderr.read()
+    for folder, *more in ("look", "--dry_run=True"), ("one",):
+        done = stream(hub, tmp_path / folder, *more).wait()
+        assert done.returncode == 0, done.stderr
     assert not (tmp_path / "look").exists()
-    process = stream(tmp_path / "one")
-    assert process.wait() == 0, process.stderr.read()
     stage = snapshots.read_manifest(tmp_path / "one", "stage1")
     about = json.loads((tmp_path / "one/metadata/stage1/provenance.json").read_text())["sources"]
     assert about["codeparrot"]["revision"] == hub.repos["codeparrot/codeparrot-clean"].branches["main"]
@@ -284,17 +278,16 @@ def test_streaming_survives_kills_cut_connections_and_a_moving_branch(hub, tmp_p
     assert filters["fineweb_edu"]["dropped"]["quotes_gsm8k_test"]["count"] == 1
 
     hub.faults = [Fault("GET", "parquet|/lfs/|gz", "cut", 2), Fault("GET", "parquet|/lfs/|gz", 503)]
-    process = stream(tmp_path / "two")
-    while len(list(tmp_path.glob("two/work/*/*/*.npz"))) < 4 and process.poll() is None:
+    run = stream(hub, tmp_path / "two")
+    while len(list(tmp_path.glob("two/work/*/*/*.npz"))) < 4 and run.alive():
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    run.kill()
     more = [{"text": english(20, 5000 + i), "id": "y"} for i in range(60)]
     hub.put("HuggingFaceFW/fineweb-edu", {"sample/10BT/0.parquet": parquet(more)})
     for _ in range(3):
-        process = stream(tmp_path / "two")
-        error = process.communicate()[1].strip().split("\n")[-1]
-        if process.returncode == 0:
+        done = stream(hub, tmp_path / "two").wait()
+        error = done.stderr.strip().split("\n")[-1]
+        if done.returncode == 0:
             break
         assert error.startswith("error: cannot read") and "run the same command again" in error
     assert snapshots.read_manifest(tmp_path / "two", "stage1") == stage
