@@ -18,17 +18,12 @@ From sources to what training reads: clean documents, token shards, a stage, fro
     python prepare.py push stage1:v0.1 --repo=USER/NAME    upload it as a dataset under that tag
     python prepare.py pull USER/NAME:v0.1        download it, check every hash, put it in place
 
-Why a stage can be trusted:
-  - A shard's name carries its hash, so no build overwrites what a stage lists or a running training reads.
-  - Everything is written beside its place and renamed into it, the manifest last. A build that was killed
-    leaves the stage as it was or not there. Run again, it goes on from the units of work that it finds.
-  - Nothing in a shard depends on the clock, on chance or on how many processes there are.
-  - No puzzle has a test output of ARC-AGI's evaluation sets, however turned or recoloured (one of at most 9
-    cells or of one colour only behind its input), no held-out puzzle is in a shard for training, and no
-    document quotes 13 words of an evaluation text.
+A build that was killed leaves the stage as it was or not there; run again, it goes on. Nothing in a shard
+depends on the clock, on chance or on how many processes there are. data/README.md has the layout, and what is
+kept out.
 
-data/README.md has the layout. Read next: smol/sources.py (what there is, the shares of each stage),
-smol/curate.py (what is kept), smol/pipeline.py (how it becomes a stage), smol/snapshots.py (the files).
+Read next: smol/sources.py (what there is, the shares of each stage), smol/curate.py (what is kept),
+smol/pipeline.py (how it becomes a stage), smol/snapshots.py (the files).
 """
 
 import concurrent.futures.process
@@ -81,7 +76,7 @@ def build(c, stage):
         show_plan(c, stage, parts, notes)
         return
     evaluations = pipeline.gather_evaluations(c, data, parts, notes)
-    pipeline.set_folders(data, parts, evaluations)
+    pipeline.set_jobs(c, data, parts, evaluations)
     for note in notes:
         print(f"note: {note}")
     inputs = {
@@ -90,9 +85,12 @@ def build(c, stage):
         # a list: of two documents that are alike, the one of the source that stands first is kept
         "targets": [[part.name, part.source.group, part.target] for part in parts],
     }
-    if not c.force and is_built(data, stage, inputs):
-        print(f"stage {stage!r} is already there: {data / 'stages' / stage} (--force=True builds it anew)")
-        return
+    with contextlib.suppress(FileNotFoundError, ValueError):  # of a stage that is not there, or damaged
+        snapshots.read_manifest(data, stage, verify=False)
+        made_of = snapshots.read_json(data / "metadata" / stage / "provenance.json").get("inputs")
+        if made_of == inputs and not c.force:
+            print(f"stage {stage!r} is already there in {data} (--force=True builds it anew)")
+            return
     print(f"building stage {stage!r} in {data}")
     for folder in ("processed", "work", "metadata", "stages", "arc"):  # what a killed build has left
         for left in (data / folder).rglob("*.tmp"):
@@ -100,17 +98,8 @@ def build(c, stage):
     if "arc" in inputs["units"]:
         for name in arc.SETS:  # as they are published; the `_eval` sets are for evaluation alone
             snapshots.write(data / "arc" / f"{name}.json", json.dumps(arc.tasks_in(name)) + "\n")
-    pipeline.build_stage(c, data, stage, parts, evaluations, {"inputs": inputs, "notes": notes})
+    pipeline.build_stage(c, data, stage, parts, {"inputs": inputs, "notes": notes})
     show_stage(data, stage)
-
-
-def is_built(data, stage, inputs):
-    """Is the stage there, whole, and made of these inputs?"""
-    try:
-        snapshots.read_manifest(data, stage, verify=False)
-    except (FileNotFoundError, ValueError):
-        return False
-    return snapshots.read_json(data / "metadata" / stage / "provenance.json").get("inputs") == inputs
 
 
 def show_plan(c, stage, parts, notes):
@@ -219,9 +208,6 @@ def clean(c):
         if not c.dry_run:
             path.unlink()
     print(f"{total:,} bytes that no stage lists {'would be' if c.dry_run else 'were'} deleted")
-
-
-# ---------------------------------------------------------------------------------------------------------
 
 
 COMMANDS = {

@@ -61,6 +61,7 @@ class Part:
     target: float = 0.0  # training tokens
     unit_bytes: int = 0  # of text read for a unit
     folder: Path | None = None  # of the units
+    job: dict | None = None  # what units.make_units needs, but for the lane and the numbers
     lanes: list = field(default_factory=lambda: [[] for _ in range(table.LANES)])  # of records of units
 
     @property
@@ -164,12 +165,14 @@ def versions():
     return [*map(version, PACKAGES), unicodedata.unidata_version]
 
 
-def set_folders(data, parts, evaluations):
+def set_jobs(c, data, parts, evaluations):
     """Units are in a folder that is named by a hash of all that decides what is in them."""
     for part in parts:
         held_out = rearc.installed() if part.source.tasks else None  # what is held out depends on it
         decide = part.about, part.unit_bytes, evaluations.name, code(), tokenizer.fingerprint(), versions()
         part.folder = data / "work" / part.name / snapshots.key_of(*decide, held_out)
+        part.job = {"source": part.name, "where": part.where, "seed": c.seed, "unit_bytes": part.unit_bytes}
+        part.job |= {"folder": str(part.folder.resolve()), "evaluations": str(evaluations.resolve())}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -220,13 +223,12 @@ def gather_evaluations(c, data, parts, notes):
 # the units of a source
 
 
-def make(c, parts, wanted, evaluations, submit):
-    """Make units until each part has its tokens of `wanted` ({name: tokens}), or no more rows."""
-    parts = [part for part in parts if part.name in wanted]
-    common = {"seed": c.seed, "evaluations": str(evaluations.resolve())}
+def make(wanted, submit):
+    """Make units until each part has its tokens, or no more rows. wanted: list of (Part, tokens)"""
+    parts = [part for part, _ in wanted]
     with tqdm(desc="making units", unit=" units", mininterval=0.5) as bar:
-        while jobs := [(part, job) for part in parts for job in jobs_of(part, wanted[part.name])]:
-            pending = {submit({**job, **common}): part for part, job in jobs}
+        while jobs := [(part, job) for part, tokens in wanted for job in jobs_of(part, tokens)]:
+            pending = {submit(job): part for part, job in jobs}
             bar.total = sum(len(lane) for part in parts for lane in part.lanes)
             bar.total += sum(job["last"] - job["first"] + 1 for _, job in jobs)
             while pending:
@@ -236,13 +238,6 @@ def make(c, parts, wanted, evaluations, submit):
                     part.lanes[made[0]["lane"]] += made
                 bar.n = sum(1 for part in parts for _ in part.folder.glob("*.npz"))
                 bar.refresh()
-
-
-def load_units(part):
-    """Find the units that are there and whole: of each lane, up to the first that is not."""
-    for lane, records in enumerate(part.lanes):
-        while record := units.read_record(unit_path(part.folder, len(records), lane)):
-            records.append(record)
 
 
 def next_of(part):
@@ -257,9 +252,10 @@ def front(part):
     missing = min(((number, lane) for lane, number in next_of(part).items()), default=None)
     there = sorted(itertools.chain(*part.lanes), key=place)
     there = [record for record in there if not missing or place(record) < missing]
-    most = max(MOST_READ * part.target * BYTES_PER_TOKEN, 4 * table.LANES * part.unit_bytes)
-    endless = not (part.source.is_read or part.source.rows)
-    return there, not missing or endless and len(there) * part.unit_bytes >= most
+    if part.source.is_read or part.source.rows:
+        return there, not missing
+    most = max(4 * table.LANES, math.ceil(MOST_READ * part.target * BYTES_PER_TOKEN / part.unit_bytes))
+    return there[:most], len(there) >= most  # a generator has no end
 
 
 def jobs_of(part, tokens):
@@ -276,10 +272,8 @@ def jobs_of(part, tokens):
     first, end = next_of(part), next_of(part)
     for _ in range(n):
         end[min(end, key=end.get)] += 1
-    about = {"source": part.name, "where": part.where, "unit_bytes": part.unit_bytes}
-    about["folder"] = str(part.folder.resolve())
     lanes = [lane for lane in first if end[lane] > first[lane]]
-    return [{**about, "lane": lane, "first": first[lane], "last": end[lane] - 1} for lane in lanes]
+    return [{**part.job, "lane": lane, "first": first[lane], "last": end[lane] - 1} for lane in lanes]
 
 
 def check_odd_rows(name, records):
@@ -347,16 +341,17 @@ def find_duplicates(current, earlier):
 # the pass
 
 
-def build_stage(c, data, stage, parts, evaluations, provenance):
+def build_stage(c, data, stage, parts, provenance):
     """Make what units are missing, choose the documents, write shards and the stage."""
     for part in parts:
-        load_units(part)
+        for lane, records in enumerate(part.lanes):
+            while record := units.read_record(unit_path(part.folder, len(records), lane)):
+                records.append(record)  # of a lane's units that are whole, up to the first that is not
     chosen = {}
     with units.workers(c.engine, c.num_proc, [part.source for part in parts]) as submit:
-        make(c, parts, {part.name: 1.02 * part.target for part in parts}, evaluations, submit)
+        make([(part, 1.02 * part.target) for part in parts], submit)
         for part in parts:
-            more = functools.partial(make, c, parts, evaluations=evaluations, submit=submit)
-            chosen[part.name] = choose(c, stage, part, [found[0] for found in chosen.values()], more)
+            chosen[part.name] = choose(c, stage, part, [found[0] for found in chosen.values()], submit)
     entries, filters = [], {}
     for part in parts:
         shards, filters[part.name] = write_part(data, part, *chosen[part.name])
@@ -373,7 +368,7 @@ def build_stage(c, data, stage, parts, evaluations, provenance):
     snapshots.write_stage(data, stage, entries, mixture, {"filters": filters, "provenance": provenance})
 
 
-def choose(c, stage, part, earlier, make_more):
+def choose(c, stage, part, earlier, submit):
     """
     -> (Documents of as few units from the front as have the part's tokens, or of all; their verdicts of
     find_duplicates; indices of those for training, and for validation; the records of the units). Makes more
@@ -395,7 +390,7 @@ def choose(c, stage, part, earlier, make_more):
         if len(enough) or exhausted:
             break
         have = sum(record["tokens"] for record in records)
-        make_more({part.name: have * min(part.target / max(so_far[-1], 1) * 1.02, 2) + 1})
+        make([(part, have * min(part.target / max(so_far[-1], 1) * 1.02, 2) + 1)], submit)
     if len(enough):
         records = records[: enough[0]]
         documents = Documents(part, records)
