@@ -12,9 +12,7 @@ A document is one of
 
 Rows are read in LANES lanes: lane n reads every eighth file (or makes every eighth document), whatever the
 number of processes, so the order of documents never depends on the machine. A lane has a state to go on from.
-
---source_dir=DIR reads DIR/NAME/*.parquet, .jsonl, .json or .csv (also .gz) in place of the hub, with the
-same columns. A row that is no document is an OddRow, counted by reason; a file that cannot be read stops all.
+A row that is no document is an OddRow, counted by reason; a file that cannot be read stops all.
 
 Read next: curate.py, what is kept of these; units.py and pipeline.py, how it becomes shards.
 """
@@ -91,19 +89,14 @@ ROLES = {"system": tok.USER, "user": tok.USER, "assistant": tok.ASSISTANT}
 
 def text_of(row, name):
     """
-    The text in a column; bytes are decoded. KeyError without such a column, OddRow if it holds anything else:
-    no row of numbers can be taken for the token ids of a dialogue.
+    The text in a column; bytes are decoded. KeyError, OddRow or UnicodeError for anything else: no row of
+    numbers can be taken for the token ids of a dialogue.
     """
-    value = row[name]
-    try:
-        if isinstance(value, bytes):
-            return value.decode()
-        if isinstance(value, str):
-            value.encode()  # fails for lone surrogates
-            return value
-    except UnicodeError as e:
-        raise OddRow("not_text", f"{name} is not Unicode: {e.reason}") from None
-    raise OddRow("not_text", f"{name} is {type(value).__name__}, not text")
+    value = row[name].decode() if isinstance(row[name], bytes) else row[name]
+    if not isinstance(value, str):
+        raise OddRow("not_text", f"{name} is {type(value).__name__}, not text")
+    value.encode()  # fails for lone surrogates
+    return value
 
 
 def column(name):
