@@ -300,16 +300,11 @@ def test_what_changed_is_made_anew_and_nothing_else(part, source_dir, tmp_path, 
     monkeypatch.setitem(sources.STAGES, "stage1", (megabytes, groups, weights))
     build(data, source_dir, PART)
     assert "building" in capsys.readouterr().out and made() == units_before
-    entries, mixture = snapshots.read_manifest(data, "stage1")
+    _, mixture = snapshots.read_manifest(data, "stage1")
     assert mixture["groups"]["code"] == pytest.approx(0.18 / 0.9)
-    prepare.main(["clean", f"--data_dir={data}"])
-    assert {p for p in hashes(data, "processed") if p.endswith(".bin")} == {e["path"] for e in entries}
     monkeypatch.setattr(pipeline, "code", lambda: "an edited rule")
     build(data, source_dir, PART)
     assert "building" in capsys.readouterr().out and len(made()) == 2 * len(units_before)
-    versions = pipeline.versions()
-    monkeypatch.setattr(pipeline.unicodedata, "unidata_version", "1.1.5")  # another Python's
-    assert pipeline.versions() != versions
 
 
 def test_another_seed_generates_other_puzzles(tmp_path):
