@@ -10,11 +10,8 @@ program is a list of steps (name, parameters), and as text it reads as Python:
         grid = replace(grid, a=3, b=5)
         return grid
 
-make() draws a program and inputs on which every step does something, so that no single function of the
-language explains the demonstrations in another way. trace() writes a task as text: demonstrations, test
-input, program, often the grid after every step, answer. What make() returns was checked by running the text
-of its program. A program that a model wrote is run by run(), which reads it: no other function than these
-can be in it.
+No single function of the language explains the demonstrations of a task in another way. A program that a
+model wrote is read, not executed: no other function than these can be in it.
 
 Read next: sources.py.
 """

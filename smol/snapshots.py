@@ -208,7 +208,8 @@ def read_list(folder, stage):
     entries = []
     for number, line in enumerate(manifest.splitlines(), 1):
         try:
-            entries.append(check_entry(json.loads(line)))
+            entries.append(json.loads(line))
+            check_entry(entries[-1])
         except (ValueError, TypeError, AttributeError) as e:
             raise ValueError(f"{path} is damaged in line {number}: {e}") from None
     if not entries or len({entry["path"] for entry in entries}) != len(entries):
@@ -223,7 +224,7 @@ def read_list(folder, stage):
 
 
 def check_entry(entry):
-    """-> a line of a manifest as it is. ValueError saying what is wrong with it."""
+    """ValueError saying what is wrong with a line of a manifest."""
     if lacking := FIELDS - entry.keys():
         raise ValueError(f"it has no {', '.join(sorted(lacking))}")
     # exactly this shape: no absolute path, no "..", nothing outside of data/processed
@@ -231,7 +232,6 @@ def check_entry(entry):
         raise ValueError(f"the path {entry['path']!r} is not processed/SOURCE/NAME.bin")
     if entry["bytes"] != 2 * entry["tokens"] or entry["documents"] < 1:
         raise ValueError("bytes is not twice tokens, or there is no document")
-    return entry
 
 
 def shard_files(data, entry):

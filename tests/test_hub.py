@@ -157,7 +157,6 @@ def damaged(files, change):
         (lambda f: believable(f, {"path": "processed/../../x/x.bin"}), "not processed/SOURCE/NAME.bin"),
         (lambda f: believable(f, {"path": "processed/maze/train-0.bin"}), "does not carry its hash"),
         (lambda f: {"snapshot.json": b'{"stage": "../../x"}'}, "is not the name of a stage"),
-        (lambda f: {"snapshot.json": b"["}, "snapshot.json is damaged"),
     ],
 )
 def test_a_repository_that_lies_is_not_believed(hub, data, tmp_path, lie, says):

@@ -228,8 +228,7 @@ def test_local_files_are_read_in_lanes_and_go_on_where_they_were(tmp_path):
 
 def test_a_damaged_line_costs_a_row_and_not_the_file(tmp_path):
     odd = [b'{"text": "b', b"", b'{"text": "\xff"}', b'["c"]', b'{"body": 1}']
-    lines = [b'{"text": "a"}', *odd, b'{"text": "d"}']
-    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([b'{"text": "a"}', *odd, b'{"text": "d"}']))
     rules, texts = [], []
     for _, row in sources.open_rows("fineweb_edu", {"files": [tmp_path / "a.jsonl"]}, 1, 0, None, lanes=1):
         try:
