@@ -8,7 +8,8 @@ under a tag; snapshot.json pins them by SHA-256 and says what they were made of:
     data/stages/stage1/manifest.jsonl, mixture.json                     what `prepare.py stage1` built last
     data/stages/stage1/v0.1/manifest.jsonl, mixture.json, snapshot.json what `prepare.py freeze` made of it
 
-A repository on the hub holds one stage, and a tag there is a tag of the stage.
+A repository on the hub holds one stage, and a tag there is a tag of the stage. huggingface_hub transfers and
+resumes; what was pulled is believed only after every hash has been checked here.
 
 data/README.md has every field. Read next: loader.py, which makes batches of a stage.
 """
@@ -34,9 +35,10 @@ GROUPS = ("web", "code", "math", "synth", "arc")
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"  # of a stage, a tag, a source, a shard: never a path
 SHARD = rf"processed/{NAME}/{NAME}\.bin"
 FROZEN_FILES = ("manifest.jsonl", "mixture.json", "snapshot.json")
-FIELDS = set(  # of a line of the manifest
-    "path sha256 idx_sha256 source group kind split augment tokenizer tokens documents bytes".split()
-)
+FIELDS = {  # of a line of the manifest
+    **dict.fromkeys("path sha256 idx_sha256 source group kind split augment tokenizer".split(), str),
+    **dict.fromkeys("tokens documents bytes".split(), int),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -79,7 +81,7 @@ def read_json(path):
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise ValueError(f"{path} is damaged: put back what it was, or delete it")
@@ -208,15 +210,19 @@ def read_list(folder, stage):
     entries = []
     for number, line in enumerate(manifest.splitlines(), 1):
         try:
-            entries.append(json.loads(line))
-            check_entry(entries[-1])
-        except (ValueError, TypeError, AttributeError) as e:
+            entries.append(check_entry(json.loads(line)))
+        except (ValueError, RecursionError) as e:
             raise ValueError(f"{path} is damaged in line {number}: {e}") from None
     if not entries or len({entry["path"] for entry in entries}) != len(entries):
         raise ValueError(f"{path} is empty, or lists a shard twice")
     mixture = read_json(folder / "mixture.json")
-    if (mixture.get("stage"), mixture.get("tokenizer")) != (stage, tokenizer.fingerprint()):
-        raise ValueError(f"{folder / 'mixture.json'} is missing, or of another stage or tokenizer")
+    shares = mixture.get("weights")
+    ok = mixture.get("stage") == stage and mixture.get("tokenizer") == tokenizer.fingerprint()
+    ok = ok and isinstance(shares, dict) and all(type(w) in (int, float) and w >= 0 for w in shares.values())
+    ok = ok and abs(sum(shares.values()) - 1) < 1e-6
+    trained = {entry["source"] for entry in entries if entry["split"] == "train"}
+    if not ok or {source for source, share in shares.items() if share} - trained:
+        raise ValueError(f"{folder / 'mixture.json'} is missing or of another stage")
     # catches what no other check can: an edited split, or a line taken out
     if mixture.get("manifest_sha256", sha256(manifest)) != sha256(manifest):
         raise ValueError(f"{path} was changed after it was written")
@@ -224,14 +230,20 @@ def read_list(folder, stage):
 
 
 def check_entry(entry):
-    """ValueError saying what is wrong with a line of a manifest."""
-    if lacking := FIELDS - entry.keys():
-        raise ValueError(f"it has no {', '.join(sorted(lacking))}")
+    """-> a line of a manifest as it is. ValueError saying what is wrong with it."""
+    if not isinstance(entry, dict):
+        raise ValueError("not a JSON object")
+    for key, kind in FIELDS.items():
+        if type(entry.get(key)) is not kind:
+            raise ValueError(f"{key} is {entry.get(key)!r}")
     # exactly this shape: no absolute path, no "..", nothing outside of data/processed
     if not re.fullmatch(SHARD, entry["path"]):
         raise ValueError(f"the path {entry['path']!r} is not processed/SOURCE/NAME.bin")
+    if entry["tokenizer"] != tokenizer.fingerprint():
+        raise ValueError("it was made with another tokenizer")
     if entry["bytes"] != 2 * entry["tokens"] or entry["documents"] < 1:
         raise ValueError("bytes is not twice tokens, or there is no document")
+    return entry
 
 
 def shard_files(data, entry):
@@ -330,8 +342,6 @@ def plainly(doing):
 
     try:
         yield
-    except ValueError:
-        raise
     except errors.LocalTokenNotFoundError:
         raise ValueError(f"{doing}: not logged in; run `hf auth login`, or set HF_TOKEN") from None
     except errors.RevisionNotFoundError:
@@ -342,7 +352,11 @@ def plainly(doing):
         code = e.response.status_code
         advice = "see to your login (`hf auth login`)" if code in (401, 403) else "run it again to go on"
         raise ValueError(f"{doing}: the hub answered {code}; {advice}") from None
-    except Exception as e:  # the network's errors are of an HTTP library that differs between versions
+    except Exception as e:
+        # the network's own errors are those of the client's HTTP library, which differs between versions
+        network = type(e).__module__.split(".")[0] in ("httpx", "httpx2", "requests", "urllib3")
+        if not network and not isinstance(e, (errors.LocalEntryNotFoundError, RuntimeError)):
+            raise
         raise ValueError(f"{doing}: {first_line(e.__cause__ or e)}; run it again to go on") from None
 
 

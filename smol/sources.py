@@ -245,6 +245,7 @@ def arc_json(row):
         raise OddRow("few_pairs", "a task has two pairs at the least")
     task.train, task.test = pairs[:-1], pairs[-1:]
     task.id = str(row.get("id") or row.get("task_id") or arc.task_hash(task)[:8])
+    task.id.encode()  # fails for half of a surrogate pair
     return task
 
 
@@ -520,7 +521,7 @@ class Rows:
                         row = row["text"]
                         if not row.strip():
                             continue
-                        with contextlib.suppress(ValueError):
+                        with contextlib.suppress(ValueError, RecursionError):
                             row = json.loads(row)
                     yield f"{name}:{self.row}", row
             except Exception as e:  # noqa: BLE001 (client, file system and readers raise their own)

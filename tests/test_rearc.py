@@ -10,7 +10,7 @@ from test_pipeline import documents
 from tiny import digest
 
 import prepare
-from smol import arc, curate, rearc, sources, suites
+from smol import arc, curate, rearc, snapshots, sources, suites, units
 
 needs_package = pytest.mark.skipif(rearc.installed() is None, reason=f"without {rearc.INSTALL}")
 
@@ -212,6 +212,11 @@ def test_a_stage_of_it_is_rebuilt_byte_for_byte_and_keeps_held_out_pairs_out(tmp
     assert {arc.canonical_hash(*pairs[-1]) for pairs in found["val"]} <= held
     trained = {arc.canonical_hash(*pair) for pairs in found["train"] for pair in pairs}
     assert trained and not trained & held
+    # a family is on the side of the split that its original is on
+    away = {i for i in few if units.hash64(i.encode()) % 4 == 0}
+    dropped = snapshots.read_json(data / "metadata/arc_cpu/filters.json")["rearc"]["dropped"]
+    assert away and dropped["held_out_task"]["count"] > 0
+    assert all(solved_by(pairs, few) - away for pairs in found["train"])
     suites.load.cache_clear()
     curate.HELD_OUT.clear()
 
