@@ -29,14 +29,9 @@ import runpy
 import sys
 import traceback
 import typing
-import warnings
 from pathlib import Path
 
-PLAIN = (int, float, bool, str, type(None))
-
-
-class ConfigError(ValueError):
-    """A mistake in a config file or on the command line, in one line for the person who made it."""
+PLAIN = (int, float, bool, str, type(None), tuple, dict)
 
 
 def read(script_globals, argv, usage=""):
@@ -46,33 +41,29 @@ def read(script_globals, argv, usage=""):
     script's docstring and its settings, and exits. A mistake is one line on stderr and exit code 1.
     """
     if "--help" in argv or "-h" in argv:
-        try:
-            print(help_text(script_globals, usage), flush=True)
-        except BrokenPipeError:  # `| head`: the reader has seen enough, and the rest goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(help_text(script_globals, usage))
         sys.exit(0)
     try:
         return resolve(script_globals, argv, usage)
-    except ConfigError as e:
+    except ValueError as e:
         sys.exit(f"error: {e}")
 
 
 def resolve(script_globals, argv, usage=""):
-    """What `read` returns; a mistake raises ConfigError."""
+    """What `read` returns. A mistake raises ValueError, in one line for the person who made it."""
     config = settings(script_globals)
     types = types_of(script_globals, config)
     words, overrides = [], []
     for argument in argv:
         if argument.startswith("-"):
-            name = argument.removeprefix("--")
-            if name in types:
-                raise ConfigError(f"{argument} needs a value: write {argument}=VALUE")
+            if argument.removeprefix("--") in types:
+                raise ValueError(f"{argument} needs a value: write {argument}=VALUE")
             overrides.append(argument)
         elif argument.endswith(".py"):
             for name, value, file in read_config_file(argument):
                 config[name] = convert(name, value, types, f"in {file}")
         elif not usage:
-            raise ConfigError(f"cannot read {argument!r}: settings are --key=value, config files NAME.py")
+            raise ValueError(f"cannot read {argument!r}: settings are --key=value, config files NAME.py")
         else:
             words.append(argument)
     for argument in overrides:
@@ -87,17 +78,8 @@ def settings(script_globals):
     return {
         name: value
         for name, value in script_globals.items()
-        if name == name.lower() and not name.startswith("_") and is_plain(value)
+        if name == name.lower() and not name.startswith("_") and type(value) in PLAIN
     }
-
-
-def is_plain(value):
-    """True for an int, float, bool, str, None, or a tuple or dict of these, at any depth."""
-    if isinstance(value, tuple):
-        return all(map(is_plain, value))
-    if isinstance(value, dict):
-        return all(type(k) in PLAIN and is_plain(v) for k, v in value.items())
-    return type(value) in PLAIN
 
 
 def types_of(script_globals, config):
@@ -115,42 +97,43 @@ def parse(text, types):
     if bool in types and text in ("true", "false"):
         return text == "true"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # 1if is nearly Python
-            value = ast.literal_eval(text)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        value = ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError):
         return text
     return value if str not in types or isinstance(value, types) else text
 
 
 def convert(name, value, types, where):
-    """The value as one of the types of the setting. ConfigError for an unknown name or another type."""
+    """The value as one of the types of the setting. ValueError for an unknown name or another type."""
     if name not in types:
-        (closest,) = difflib.get_close_matches(name, types, n=1, cutoff=0.0)
-        line = f"unknown setting {name!r} {where}: the closest is {closest!r} (--help lists them all)"
-        raise ConfigError(line)
+        near = closest(name, types)
+        raise ValueError(f"unknown setting {name!r} {where}: the closest is {near!r} (--help lists them all)")
     if isinstance(value, list) and tuple in types[name]:
         value = tuple(value)
     if type(value) is int and float in types[name] and int not in types[name]:
         value = float(str(value))  # inf where it is too large
     if type(value) is float and int in types[name] and float not in types[name] and value.is_integer():
         value = int(value)  # 5e3
-    if type(value) not in types[name] or not is_plain(value):
+    if type(value) not in types[name]:
         wanted = " or ".join("None" if t is type(None) else t.__name__ for t in types[name])
-        raise ConfigError(f"{name} must be {wanted}, got {type(value).__name__} {value!r:.80} {where}")
+        raise ValueError(f"{name} must be {wanted}, got {type(value).__name__} {value!r:.80} {where}")
     return value
+
+
+def closest(name, known):
+    """The most similar of the names that are known."""
+    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
 
 
 def unknown(what, name, known):
     """-> one line about a name that is none of those that are known."""
-    closest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    return f"unknown {what} {name!r}: the closest is {closest!r}; there are {', '.join(known)}"
+    return f"unknown {what} {name!r}: the closest is {closest(name, known)!r}; there are {', '.join(known)}"
 
 
 def check_ranges(config, ranges):
     """
     ranges: {"[0, 1)": "names of settings"}, with bounds as in mathematics, or {(values, ...): "names"}.
-    Every value of a dict has to be in the range; None always is, NaN never. Raises ConfigError.
+    Every value of a dict has to be in the range; None always is, NaN never. Raises ValueError.
     """
     for allowed, names in ranges.items():
         for name in names.split():
@@ -159,7 +142,7 @@ def check_ranges(config, ranges):
                 if value is not None and not in_range(value, allowed):
                     one_of = f"one of {', '.join(map(repr, allowed))}"
                     wanted = f"in {allowed}" if isinstance(allowed, str) else one_of
-                    raise ConfigError(f"{name} must be {wanted}, got {config[name]!r}")
+                    raise ValueError(f"{name} must be {wanted}, got {config[name]!r}")
 
 
 def in_range(value, allowed):
@@ -172,27 +155,22 @@ def in_range(value, allowed):
     return above and (value <= high if allowed[-1] == "]" else value < high)
 
 
-def read_config_file(path, chain=()):
-    """[(name, value, file)] of a config file, those of the file it builds on first. Raises ConfigError."""
-    if os.path.realpath(path) in chain:
-        raise ConfigError(f"{path} builds on itself")
+def read_config_file(path):
+    """[(name, value, file)] of a config file, those of the file it builds on first. Raises ValueError."""
     if not os.path.exists(path):
         there = {p.name: p for folder in (Path(path).parent, Path("config")) for p in folder.glob("*.py")}
-        closest = difflib.get_close_matches(Path(path).name, there, n=1, cutoff=0.0)
-        hint = f": the closest is {there[closest[0]]}" if closest else ""
-        raise ConfigError(f"config file {path} does not exist{hint}")
+        hint = f": the closest is {there[closest(Path(path).name, there)]}" if there else ""
+        raise ValueError(f"config file {path} does not exist{hint}")
     try:
         namespace = runpy.run_path(path, run_name="config")
     except SyntaxError as e:
-        raise ConfigError(f"{path}, line {e.lineno}: {e.msg}") from None
-    except (Exception, SystemExit) as e:  # noqa: BLE001 (a config file is a program and fails in any way)
+        raise ValueError(f"{path}, line {e.lineno}: {e.msg}") from None
+    except Exception as e:  # noqa: BLE001 (a config file is a program and fails in any way)
         lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
-        raise ConfigError(f"{path}, line {lines[-1] if lines else '?'}: {type(e).__name__}: {e}") from None
+        raise ValueError(f"{path}, line {lines[-1] if lines else '?'}: {type(e).__name__}: {e}") from None
     found = []
     if base := namespace.pop("base", None):
-        if not isinstance(base, str):
-            raise ConfigError(f"{path}: base is {base!r}, not the name of a config file")
-        found = read_config_file(os.path.join(os.path.dirname(path), base), (*chain, os.path.realpath(path)))
+        found = read_config_file(os.path.join(os.path.dirname(path), base))
     for name, value in namespace.items():  # modules, functions, Capitals and _names are the file's helpers
         if name == name.lower() and name[0] != "_" and not (inspect.ismodule(value) or callable(value)):
             found.append((name, value, path))

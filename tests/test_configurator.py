@@ -105,14 +105,8 @@ def test_a_base_comes_first_and_is_relative_to_the_file(toy):
     config, _ = toy("config/deep/b.py")
     assert (config["max_iters"], config["seed"]) == (1, 2)
     Path("config/a.py").write_text("sed = 1")  # the file is named that has the mistake
-    with pytest.raises(configurator.ConfigError, match=r"'sed' in config/deep/\.\./a\.py"):
+    with pytest.raises(ValueError, match=r"'sed' in config/deep/\.\./a\.py"):
         toy("config/deep/b.py")
-    Path("config/a.py").write_text("base = 'deep/b.py'")
-    with pytest.raises(configurator.ConfigError, match="builds on itself"):
-        toy("config/deep/b.py")
-    Path("config/a.py").write_text("base = 5")
-    with pytest.raises(configurator.ConfigError, match="base is 5, not the name"):
-        toy("config/a.py")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +114,6 @@ def test_a_base_comes_first_and_is_relative_to_the_file(toy):
     [
         ("--layer_pattern=12", "layer_pattern", "12"),
         ("--layer_pattern={{1}}", "layer_pattern", "{{1}}"),
-        ("--layer_pattern=1if", "layer_pattern", "1if"),
         ("--compile=true", "compile", True),
         ("--compile=auto", "compile", "auto"),
         ("--max_iters=5e3", "max_iters", 5000),
@@ -145,7 +138,6 @@ def test_values_take_the_type_of_the_setting(toy, argument, name, value, recwarn
         ("--model=x", "model must be one of 'dense', 'trm'"),
         ("config/ab.py", "does not exist: the closest is config/abc.py"),
         ("config/bad.py", r"config/bad.py, line 2: ZeroDivisionError"),
-        ("config/exit.py", r"config/exit.py, line 2: SystemExit: no"),
         ("config/syntax.py", r"config/syntax.py, line 1: "),
         ("config/unknown.py", "unknown setting 'seeds' in config/unknown.py: the closest is 'seed'"),
     ],
@@ -153,30 +145,18 @@ def test_values_take_the_type_of_the_setting(toy, argument, name, value, recwarn
 def test_a_mistake_is_one_line_that_says_what_to_do(toy, argument, message):
     Path("config/abc.py").write_text("")
     Path("config/bad.py").write_text("a = 0\nseed = 1 / a")
-    Path("config/exit.py").write_text("import sys\nsys.exit('no')")
     Path("config/syntax.py").write_text("seed = (")
     Path("config/unknown.py").write_text("seeds = 1")
-    with pytest.raises(configurator.ConfigError, match=message) as e:
+    with pytest.raises(ValueError, match=message) as e:
         toy(argument)
     assert "\n" not in str(e.value)
 
 
 def test_words_are_refused_where_the_script_takes_none(toy):
-    with pytest.raises(configurator.ConfigError, match="cannot read 'demo': settings are --key=value"):
+    with pytest.raises(ValueError, match="cannot read 'demo': settings are --key=value"):
         toy("demo", usage="")
 
 
 def test_help_says_how_a_script_or_a_module_is_called():
     assert "\npython train.py [config.py ...] --key" in configurator.help_text(vars(train))
     assert "\npython -m bench.decode [config.py ...] --key" in configurator.help_text(vars(decode))
-
-
-def test_help_into_a_pipe_that_closes_is_no_traceback(tmp_path):
-    script = tmp_path / "toy.py"
-    doc = "words\n" * 20_000  # more than a pipe holds
-    read = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import configurator"
-    script.write_text(f'"""{doc}"""\n{read}\n\nseed = 1\n\nconfigurator.read(globals(), sys.argv[1:])\n')
-    done = subprocess.run(
-        f"{sys.executable} {script} --help | head -3", shell=True, capture_output=True, text=True
-    )
-    assert done.stdout == "words\n" * 3 and done.stderr == ""
