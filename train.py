@@ -183,7 +183,7 @@ def train(config, defaults, make_distillation=None):
         if resumed:
             checkpoint.check_same_data(before, pinned)
             loader.load_state_dict(start["train"]["loader"])
-    average = loop.start_average(net, ema or eval_only, start)
+    average = loop.start_average(net, start) if ema or eval_only else None
     autocast, scaler = runtime.mixed_precision(here, precision)
     run = {**loop.NEW_RUN, "began_with": start_path}
     carries = {}  # Route B: (number of the batch, source, length) -> answers and latents of unsolved puzzles

@@ -50,10 +50,8 @@ WEIGHTS = "model.safetensors"  # the hub's name for it
 def make_model(name, settings):
     """
     The model of MODEL_FILES[name] with those of `settings` (a dict; None means the default) that its Config
-    has. ValueError for another name, or for settings that it cannot be built with.
+    has. ValueError for settings that it cannot be built with.
     """
-    if name not in MODEL_FILES:
-        raise ValueError(f"model must be one of {', '.join(map(repr, MODEL_FILES))}, got {name!r}")
     module = importlib.import_module(MODEL_FILES[name])
     known = {f.name for f in fields(module.Config)}
     return module.Model(module.Config(**{k: v for k, v in settings.items() if k in known and v is not None}))
@@ -95,15 +93,12 @@ def previous(path):
 def second_name(path, other):
     """The file `path` under the name `other` as well: a link, or a copy where a file has but one name."""
     beside = f"{other}.tmp"
-    Path(beside).unlink(missing_ok=True)
+    Path(beside).unlink(missing_ok=True)  # of a run that was killed
     try:
-        try:
-            os.link(path, beside)
-        except OSError:
-            shutil.copyfile(path, beside)
-        os.replace(beside, other)
-    finally:
-        Path(beside).unlink(missing_ok=True)  # also of two names of one file, which replace() leaves alone
+        os.link(path, beside)
+    except OSError:
+        shutil.copyfile(path, beside)
+    os.replace(beside, other)
 
 
 def local_file(name):
@@ -146,8 +141,7 @@ def load(name):
 
 def fault_of(checkpoint):
     """What is wrong with what a file held, as the end of a sentence, or None."""
-    needed = {"format", "model", "model_config", "weights", "ema", "tokenizer", "train"}
-    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         return "is not a checkpoint that train.py wrote"
     if checkpoint["format"] != CHECKPOINT_FORMAT:
         return f"has checkpoint format {checkpoint['format']!r}, and this version reads {CHECKPOINT_FORMAT}"
@@ -216,10 +210,7 @@ def begin(config, anew):
             if init_from == "resume":
                 pull(push_to, config["out_dir"])
             elif init_from == "auto" and not anew and is_published(push_to):
-                raise ValueError(
-                    f"{push_to} holds a run and {config['out_dir']} none: go on with --init_from=resume, or "
-                    "begin anew with --init_from=scratch"
-                )
+                raise ValueError(f"{push_to} holds a run: --init_from=resume goes on, =scratch begins anew")
     with runtime.errors_agree():
         return starting_point(init_from, path, anew)
 
@@ -237,10 +228,7 @@ def starting_point(init_from, path, overwrite):
         if init_from in ("resume", "auto", checkpoint["train"].get("began_with")):
             return checkpoint, path, True
     if held:
-        raise ValueError(
-            f"{path} exists: go on with --init_from=resume, begin anew with --overwrite=True, or use another "
-            "--out_dir"
-        )
+        raise ValueError(f"{path} exists: --init_from=resume goes on, --overwrite=True begins anew")
     if init_from in ("auto", "scratch"):
         return None, None, False
     return load(init_from), init_from, False
@@ -250,9 +238,7 @@ def check_is_stage_0(config):
     """ValueError where out_dir holds a checkpoint of anything else: stage 0 replaces what is there."""
     path = path_of(config)
     if os.path.exists(path) and not load(path).get("config", {}).get("sanity"):
-        raise ValueError(
-            f"{path} is of no stage 0: --sanity=True wants another --out_dir, or --overwrite=True"
-        )
+        raise ValueError(f"{path} is of no stage 0: use another --out_dir, or --overwrite=True")
 
 
 def check_same_data(before, now):
@@ -261,17 +247,15 @@ def check_same_data(before, now):
     other shards or another frozen version, in which the loader's position means nothing, or where what is
     learned from them is another teacher's.
     """
-    if any(before[k] != now[k] for k in ("shards", "tag", "snapshot")):
-        was, found = (f"{d['stage']}:{d['tag']} (shards {d['shards'][:12]})" for d in (before, now))
+
+    def shown(data):
+        teacher = f", teacher {data['teacher']}" if "teacher" in data else ""
+        return f"{data['stage']}:{data['tag']} (shards {data['shards'][:12]}{teacher})"
+
+    if any(before.get(k) != now.get(k) for k in ("shards", "tag", "snapshot", "teacher")):
         raise ValueError(
-            f"this run has learned from {was}, and now there is {found}: name the same data, data_tag, "
-            "data_dir and sources of the mixture, or begin another run with its weights (--init_from=PATH, "
-            "another --out_dir)"
-        )
-    if before.get("teacher") != now.get("teacher"):
-        was, found = (d.get("teacher", "none") for d in (before, now))
-        raise ValueError(
-            f"this run has learned from teacher {was}, and now there is {found}: use another --out_dir"
+            f"this run has learned from {shown(before)}, and now there is {shown(now)}: name the same data, "
+            "or begin another run with its weights (--init_from=PATH, another --out_dir)"
         )
 
 
@@ -283,9 +267,7 @@ def load_optimizers(optimizers, name, train):
     if "optimizers" not in train:
         raise ValueError("published weights come without their optimizer: add --init_optimizer=False")
     if train.get("optimizer_name") != name:
-        raise ValueError(
-            f"the checkpoint has the state of optimizer {train.get('optimizer_name')!r}, not {name!r}"
-        )
+        raise ValueError(f"the checkpoint is of optimizer {train.get('optimizer_name')!r}, not {name!r}")
     for optimizer, state in zip(optimizers, train["optimizers"]):
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state["state"]})
 
@@ -301,13 +283,6 @@ def gather_carries(carries, device):
     return everyones
 
 
-def own_carries(everyones):
-    """The inverse: each process takes those of the batches that are now its own."""
-    split = ((key.split("/"), carry) for key, carry in everyones.items())
-    carries = {(int(number), source, int(length)): carry for (number, source, length), carry in split}
-    return {key: carry for key, carry in carries.items() if key[0] % runtime.world_size == runtime.rank}
-
-
 def restore(start, run, config, scaler):
     """
     What a run that goes on needs besides weights, optimizers and data: its counters (into `run`), the scale
@@ -319,8 +294,13 @@ def restore(start, run, config, scaler):
         scaler.load_state_dict(state["scaler"])
     changed = [f"{k}={v!r} (was {was.get(k)!r})" for k, v in config.items() if was.get(k) != v]
     shape = ("batch_size", "block_size", "gradient_accumulation_steps", "batch_tokens", "carry_turns")
-    same = all(was.get(k) == config.get(k) for k in shape)
-    return own_carries(state["carries"]) if same else {}, changed
+    carries = {}
+    if all(was.get(k) == config.get(k) for k in shape):
+        for key, carry in state["carries"].items():
+            number, source, length = key.split("/")
+            if int(number) % runtime.world_size == runtime.rank:  # of a batch that is now its own
+                carries[int(number), source, int(length)] = carry
+    return carries, changed
 
 
 def save_run(train, config, net, model, average, optimizers, scaler, carries, device):
@@ -350,17 +330,12 @@ def save_run(train, config, net, model, average, optimizers, scaler, carries, de
         }
         try:
             save(whole, path, previous(path))
+            if config.get("keep_every") and step % config["keep_every"] == 0:
+                second_name(path, os.path.join(config["out_dir"], f"ckpt_{step}.pt"))
         except OSError as e:
             saved = False
             why = e.strerror or e
             runtime.print0(f"the checkpoint of step {step} could not be saved ({why}); training goes on")
-        keep_every = config.get("keep_every")
-        if saved and keep_every and step % keep_every == 0:
-            kept = os.path.join(config["out_dir"], f"ckpt_{step}.pt")
-            try:
-                second_name(path, kept)
-            except OSError as e:
-                runtime.print0(f"{kept} could not be written ({e.strerror or e}); {path} was")
         with contextlib.suppress(OSError, ValueError):
             runtime.draw_losses(config["out_dir"])
     return runtime.sums([saved], device)[0] == runtime.world_size
@@ -388,9 +363,7 @@ def download(name, *files):
         blob = file.resolve()  # a large one is named by its SHA-256
         if len(blob.name) == 64 and sha256_file(blob) != blob.name:
             blob.unlink()
-            raise ValueError(
-                f"{file.name} of {name} is not what its hash says: run it again to fetch it anew"
-            )
+            raise ValueError(f"{file.name} of {name} is not what its hash says: run it again")
     if not (folder / files[0]).is_file():
         hint = f": it was pushed without push_full; --init_from={name} takes its weights"
         raise ValueError(f"{name} has no {files[0]} on the hub{hint if files[0] == 'ckpt.pt' else ''}")
@@ -452,8 +425,6 @@ In a checkout of smol-llm:
 
     from {MODEL_FILES[at["model"]]} import Model
     model = Model.from_pretrained("{repo}")
-
-`config.json` has the model's shape, the settings of the run and its last figures, `log.jsonl` all figures.
 """
 
 

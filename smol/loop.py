@@ -8,12 +8,11 @@ settings. Before this: runtime.py, checkpoint.py. Read next: train.py.
 
 import contextlib
 import ctypes
-import importlib.util
+import importlib
 import json
 import math
 import os
 import secrets
-import shutil
 import signal
 import subprocess
 import sys
@@ -50,10 +49,6 @@ def check_settings(config):
     """What can be wrong with the settings of train.py and distill.py beyond their ranges. ValueError."""
     if config["min_lr"] > config["learning_rate"]:
         raise ValueError(f"min_lr={config['min_lr']} must be at most learning_rate={config['learning_rate']}")
-    if not all(isinstance(name, str) for name in config["mixture"] or ()):
-        raise ValueError(f"mixture must be {{source: share}}, got {config['mixture']}")
-    if config["mixture"] and not any(config["mixture"].values()):
-        raise ValueError(f"mixture must give a share above 0 to some source, got {config['mixture']}")
     if config["overwrite"] and config["init_from"] == "resume":
         raise ValueError("--overwrite=True begins anew and --init_from=resume goes on: give one of them")
     if config.get("keep_every", 0) % (interval := config["eval_interval"]):
@@ -61,14 +56,10 @@ def check_settings(config):
     batches_per_step(config)
     if config["push_to"]:
         repo_name(config["push_to"])
-    asked = suites.names(config["eval_suites"]) if config["eval_suites"] else []
-    needed = [config["tracker"]] if config["tracker"] else []
-    needed += ["lm_eval"] if any(suite.startswith("lm_eval:") for suite in asked) else []
-    for package in needed:
-        if importlib.util.find_spec(package) is None:
-            raise ValueError(f"{package} is not installed: pip install {package.replace('_', '-')}")
+    if config["eval_suites"]:
+        suites.names(config["eval_suites"])
     if runtime.master:
-        runtime.pick_device(config["eval_device"], alone=True)
+        runtime.pick_device(config["eval_device"])
 
 
 def batches_per_step(config):
@@ -78,13 +69,11 @@ def batches_per_step(config):
     """
     batches, tokens, n = config["gradient_accumulation_steps"], config.get("batch_tokens"), runtime.world_size
     if tokens:
-        rows, length = config["batch_size"], config["block_size"]
-        batches = tokens // (rows * length)
-        if tokens % (rows * length * n):
-            raise ValueError(
-                f"batch_tokens={tokens} is not a multiple of batch_size * block_size * processes = "
-                f"{rows} * {length} * {n} = {rows * length * n}"
-            )
+        per_batch = config["batch_size"] * config["block_size"]
+        batches = tokens // per_batch
+        if tokens % (per_batch * n):
+            product = f"batch_size * block_size * processes = {per_batch * n}"
+            raise ValueError(f"batch_tokens={tokens} is not a multiple of {product}")
     elif batches % n:
         raise ValueError(f"gradient_accumulation_steps={batches} cannot be shared evenly by {n} processes")
     return batches
@@ -191,11 +180,10 @@ def to_device(carry, device):
 # averaged weights, validation
 
 
-def start_average(net, ema, start):
-    """The averaged weights at first: the checkpoint's, if it has any, else the weights. None without ema."""
-    saved = start and start["ema"] or {}
-    own = net.state_dict().items()
-    return {k: saved[k].to(v.device) if saved else v.detach().clone() for k, v in own} if ema else None
+def start_average(net, start):
+    """The averaged weights at first: the checkpoint's, if it has any, else the weights."""
+    saved = start and start["ema"] or net.state_dict()
+    return {k: saved[k].to(v.device, copy=True) for k, v in net.state_dict().items()}
 
 
 @torch.no_grad()
@@ -230,11 +218,10 @@ def validate(run, net, average, loader, autocast, device, config, log=None):
     net.eval()
     names, bytes_of = [name for _, name, _ in loader.val], torch.from_numpy(tok.byte_lengths())
     sums = np.zeros((len(names), 3))  # of losses, of rows, of bytes of text
-    with averaged_weights(net, average):
+    with averaged_weights(net, average), autocast:
         for mode in ("text", "puzzle"):
             for name, _, idx, targets in loader.val_batches(mode, config["eval_batches"]):
-                with autocast:
-                    loss = net(idx.to(device), targets.to(device), mode=mode)[1]
+                loss = net(idx.to(device), targets.to(device), mode=mode)[1]
                 n_bytes = bytes_of[targets].sum().item() if mode == "text" else 0
                 sums[names.index(name)] += loss.item() * len(idx), len(idx), n_bytes
     net.train()
@@ -332,23 +319,21 @@ class Log:
         self.step = step = run["iter"] if resumed else -1  # of the last line
         run["id"] = run["id"] or secrets.token_hex(4)
         if runtime.master:
-            self.lock = lock(config["out_dir"], "run")
+            folder = Path(config["out_dir"])
+            self.lock = lock(folder, "run")
             if config["tracker"]:
                 self.tracker = start_tracker(config, run["id"])
             # what a killed run leaves; other files that are half written may be those of an eval_arc.py here
-            files = ("ckpt", *checkpoint.BESIDES, "config.json")
-            for pattern in ("ckpt_eval.pt", *(f"{name}*.tmp" for name in files)):
-                for left in Path(config["out_dir"]).glob(pattern):
+            for name in ("ckpt", *checkpoint.BESIDES, "config.json"):
+                for left in folder.glob(f"{name}*.tmp"):
                     left.unlink()
-            shutil.rmtree(os.path.join(config["out_dir"], "push"), ignore_errors=True)
             for name in ("log.jsonl", "evals.jsonl"):
-                runtime.cut_log(os.path.join(config["out_dir"], name), step)
-            if config["overwrite"] and not resumed:
-                for kept in Path(config["out_dir"]).glob("ckpt_[0-9]*.pt"):
+                runtime.cut_log(folder / name, step)
+            if config["overwrite"] and not resumed:  # what is kept of the run that this one replaces
+                for kept in folder.glob("ckpt_[0-9]*.pt"):
                     if kept.resolve() != Path(run["began_with"] or "").resolve():
-                        kept.unlink()  # of the run that this one replaces
-            settings = json.dumps(config, indent=2).encode()
-            write_whole(settings, os.path.join(config["out_dir"], "config.json"))
+                        kept.unlink()
+            write_whole(json.dumps(config, indent=2).encode(), folder / "config.json")
         self.progress = tqdm(
             total=config["max_iters"],
             initial=max(0, step),
@@ -362,8 +347,8 @@ class Log:
         if not runtime.master:
             return
         self.step = entry["iter"]
-        if problem := runtime.append_log(entry, self.path):
-            runtime.print0(problem)
+        with goes_on(f"could not write to {self.path}"):
+            runtime.append_log(entry, self.path)
         self.track(entry)
 
     def track(self, entry, picture=None):
@@ -478,9 +463,7 @@ class Evaluation:
         counted = {k: r for k, r in results.items() if "solved" in r}
         solved = ", ".join(f"{k} {r['solved']}/{r['total']}" for k, r in counted.items())
         runtime.print0(f"step {self.step}: solved {solved}")
-        line = {"iter": self.step, "suites": results}
-        if problem := runtime.append_log(line, os.path.join(self.out_dir, "evals.jsonl")):
-            runtime.print0(problem)
+        runtime.append_log({"iter": self.step, "suites": results}, os.path.join(self.out_dir, "evals.jsonl"))
         # a tracker takes no step before its last, and the evaluation is of an earlier one
         rates = {k: r["solved"] / r["total"] for k, r in counted.items()}
         self.log.track({"solved": rates, "solved_iter": self.step}, os.path.join(found, "grids.png"))

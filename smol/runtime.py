@@ -51,13 +51,8 @@ CARDS = {
 CPUINFO = Path("/proc/cpuinfo")  # Linux
 
 
-def pick_device(device, alone=False):
-    """
-    'auto', 'cpu', 'mps', 'cuda' (of several processes each its own) or 'cuda:N' (of one process, or `alone`)
-    -> device. ValueError.
-    """
-    if device.startswith("cuda:") and world_size > 1 and not alone:
-        raise ValueError(f"device={device!r} is one GPU for {world_size} processes: use --device=cuda")
+def pick_device(device):
+    """'auto', 'cpu', 'mps', 'cuda' (of several processes each its own) or 'cuda:N' -> device. ValueError."""
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         device = f"cuda:{local_rank}"
     if device == "mps" or (device == "auto" and torch.backends.mps.is_available()):
@@ -324,18 +319,16 @@ def difference(tensors):
 
 def catch_signals():
     """
-    From now on Ctrl-C and SIGTERM only append (name of the signal, when) to the list that this returns, for
-    the loop to look at after each step; a second one exits at once.
+    From now on Ctrl-C and SIGTERM only append their time to the list that this returns, for the loop to look
+    at after each step; one that comes later exits at once.
     """
     interrupted = []
 
     def on_signal(number, frame):
-        # torchrun passes on a signal that the terminal has already sent to everyone: that is still the first
-        # one
-        again = interrupted and time.monotonic() - interrupted[0][1] > 2
-        if again or (interrupted and "TORCHELASTIC_RUN_ID" not in os.environ):
+        # torchrun passes on a signal that the terminal has already sent to everyone: still the first one
+        if interrupted and time.monotonic() - interrupted[0] > 2:
             os._exit(128 + number)
-        interrupted.append((signal.Signals(number).name, time.monotonic()))
+        interrupted.append(time.monotonic())
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
@@ -353,19 +346,12 @@ def release_signals():
 
 
 def append_log(entry, path):
-    """
-    Add a line, after a new line where a crash has cut off the last one. Returns what went wrong (a full
-    disk), or None: a lost line is no reason to lose a run.
-    """
-    try:
-        with open(path, "ab+") as f:  # writes go to the end, wherever one has read
-            if f.tell():
-                f.seek(-1, os.SEEK_END)
-                f.write(b"" if f.read(1) == b"\n" else b"\n")
-            f.write(json.dumps(entry).encode() + b"\n")
-    except OSError as e:
-        return f"could not write to {path}: {e.strerror}"
-    return None
+    """Add a line, after a new line where a crash has cut off the last one. Raises OSError."""
+    with open(path, "ab+") as f:  # writes go to the end, wherever one has read
+        if f.tell():
+            f.seek(-1, os.SEEK_END)
+            f.write(b"" if f.read(1) == b"\n" else b"\n")
+        f.write(json.dumps(entry).encode() + b"\n")
 
 
 def read_log(path):
@@ -416,7 +402,7 @@ def draw_losses(out_dir):
         axes.plot(*smooth(points("losses", source)), label=source, alpha=0.7, **style)
         validated = points("val_losses", source)
         axes.plot([i for i, _ in validated], [x for _, x in validated], ls=":", marker="o", ms=4, **style)
-    axes.set(xlabel="step", ylabel="loss in nats", title=out_dir.replace("$", r"\$"))
+    axes.set(xlabel="step", ylabel="loss in nats", title=out_dir)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, ncols=2, title="lines: training, smoothed; dots: validation", title_fontsize=8)
     save_picture(axes.figure, os.path.join(out_dir, "loss.png"))

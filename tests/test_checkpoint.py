@@ -7,7 +7,6 @@ import math
 import os
 import pickle
 import re
-import shutil
 
 import pytest
 import tiny
@@ -78,7 +77,7 @@ def test_what_was_saved_comes_back(tmp_path, model):
 
 
 def test_the_state_of_another_optimizer_is_refused():
-    with pytest.raises(ValueError, match="'adamw', not 'muon'"):
+    with pytest.raises(ValueError, match="is of optimizer 'adamw', not 'muon'"):
         ckpt.load_optimizers([], "muon", make()["train"])
     with pytest.raises(ValueError, match="--init_optimizer=False"):  # as published weights are
         ckpt.load_optimizers([], "muon", {})
@@ -157,12 +156,7 @@ def test_a_second_name_outlives_the_first(tmp_path, monkeypatch):
         ckpt.second_name(path, other)
         ckpt.save(make(train={"iter": 2}), path)
         assert ckpt.load(other)["train"]["iter"] == 1 and ckpt.load(path)["train"]["iter"] == 2
-        ckpt.second_name(path, path)  # two names of one file
         assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "other.pt"]
-    monkeypatch.setattr(shutil, "copyfile", lambda a, b: os.open("/nowhere/at/all", 0))
-    with pytest.raises(OSError):
-        ckpt.second_name(path, other)
-    assert ckpt.load(other)["train"]["iter"] == 1  # a full disk costs nothing that was there
 
 
 # ---- where a run begins
@@ -201,7 +195,7 @@ def test_other_data_are_refused():
         ({"shards": "d" * 64}, "demo:.*demo:.*name the same data"),
         ({"tag": "v1", "snapshot": "e" * 64}, "demo:.*demo:.*name the same data"),
         ({"snapshot": "f" * 64}, "demo:.*demo:.*name the same data"),
-        ({"teacher": {"sha256": "b" * 64}}, "from teacher .*, and now there is .*another --out_dir"),
+        ({"teacher": {"sha256": "b" * 64}}, "teacher .*another --out_dir"),
     ):
         for one, two in ((data, {**data, **change}), ({**data, **change}, data)):
             with pytest.raises(ValueError, match=part):
@@ -236,13 +230,6 @@ def test_code_in_a_file_does_not_run(tmp_path):
     assert not trace.exists()
 
 
-def test_a_file_that_is_named_as_on_the_hub_is_read(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "out").mkdir()
-    ckpt.save(make(), "out/best")
-    assert ckpt.load("out/best")["train"]["iter"] == 7
-
-
 def test_what_is_not_a_checkpoint_or_damaged_is_refused(tmp_path):
     """Also one flipped bit inside a tensor, of which PyTorch itself tells nothing."""
     path = tmp_path / "ckpt.pt"
@@ -260,10 +247,3 @@ def test_what_is_not_a_checkpoint_or_damaged_is_refused(tmp_path):
     for changes, part in (({"format": 0}, "format 0"), ({"tokenizer": "0" * 64}, "another tokenizer")):
         torch.save(make(**changes), path)
         refused(path, part)
-
-
-def test_models_that_do_not_exist():
-    with pytest.raises(ValueError, match="'dense', 'trm'"):
-        ckpt.make_model("gpt", {})
-    settings = {**SMALL, "n_sup": 5, "learning_rate": 1}  # settings of others are not the model's
-    assert ckpt.make_model("trm", settings).config.n_sup == 5

@@ -433,10 +433,10 @@ def test_a_stopped_run_goes_on_and_two_take_the_same_steps(data, models, tmp_pat
     if student == "dense":
         again = ["--init_from=resume", "--max_iters=9", "--mixture={'stdlib':1,'sudoku4':1}"]
         other = run(data, parts, f"--teacher={models[student]}", "--text=teacher", *again)
-        assert other.returncode == 1 and "this run has learned from teacher {'model': 'trm'" in other.stderr
+        assert other.returncode == 1 and "teacher {'model': 'trm'" in other.stderr
         shape = "--n_layer=2 --layer_pattern=ka --n_head=2 --n_embd=16 --n_ff=24".split()
         other = run(data, parts, *shape, *again, script="train.py")
-        assert other.returncode == 1 and "and now there is none: use another --out_dir" in other.stderr
+        assert other.returncode == 1 and "another --out_dir" in other.stderr
 
 
 WEIGHTLESS = """

@@ -16,7 +16,7 @@ from smol.muon import fast_dtype
 def test_a_log_is_cut_back_to_a_step_and_cut_lines_are_dropped(tmp_path):
     path = str(tmp_path / "log.jsonl")
     for i in range(1, 6):
-        assert runtime.append_log({"iter": i}, path) is None
+        runtime.append_log({"iter": i}, path)
     with open(path, "a") as f:
         f.write('{"iter": 6, "lo')  # a process was killed here
     assert [e["iter"] for e in runtime.read_log(path)] == [1, 2, 3, 4, 5]
@@ -28,25 +28,12 @@ def test_a_log_is_cut_back_to_a_step_and_cut_lines_are_dropped(tmp_path):
         runtime.cut_log(path, 0)
         assert os.listdir(tmp_path) == []
 
-    if os.path.exists("/dev/full"):  # told, and no exception
-        problem = runtime.append_log({"iter": 1}, "/dev/full")
-        assert problem == "could not write to /dev/full: No space left on device"
-
 
 def test_cards_are_known_by_the_names_that_drivers_report():
-    for reported, tflops in {
-        "Tesla T4": 65,
-        "NVIDIA GeForce RTX 3060 Laptop GPU": 25.5,
-        "NVIDIA A100-SXM4-80GB": 312,
-        "NVIDIA H100 80GB HBM3": 989,
-        "NVIDIA H100 PCIe": 756,
-        "NVIDIA L4": 121,
-        "NVIDIA L40S": 362,
-        "NVIDIA A10": 125,
-    }.items():
+    cards = {"Tesla T4": 65, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA L40S": 362}
+    for reported, tflops in cards.items():
         assert runtime.peak_flops(reported) == tflops * 1e12
-    for unknown in ("CPU", "Quadro T400", "NVIDIA GB10"):
-        assert runtime.peak_flops(unknown) is None
+    assert runtime.peak_flops("CPU") is runtime.peak_flops("Quadro T400") is None
 
 
 @pytest.mark.parametrize(
@@ -90,10 +77,6 @@ def test_every_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(runtime, "local_rank", 1)  # as with torchrun's two processes for one GPU
     with pytest.raises(ValueError, match="device='cuda:1', but PyTorch counts 1 GPUs"):
         runtime.pick_device("auto")
-    monkeypatch.setattr(runtime, "world_size", 2)
-    with pytest.raises(ValueError, match="device='cuda:0' is one GPU for 2 processes: use --device=cuda"):
-        runtime.pick_device("cuda:0")
-    assert runtime.pick_device("cuda:0", alone=True) == "cuda:0"  # of an evaluation beside them
 
 
 @pytest.mark.parametrize("factor, found", [(1.0, "mps"), (1.1, "cpu"), (None, "cpu")])
@@ -124,14 +107,6 @@ print(runtime.peak_memory("cpu") - before)
         torch.empty(2**60, dtype=torch.uint8)
     assert runtime.out_of_memory(e.value)
     assert runtime.out_of_memory(MemoryError()) and not runtime.out_of_memory(RuntimeError("shape mismatch"))
-
-
-def test_a_folder_with_dollar_signs_is_no_formula(tmp_path):
-    folder = tmp_path / "$x^$"
-    folder.mkdir()
-    runtime.append_log({"iter": 1, "loss": 2.0}, str(folder / "log.jsonl"))
-    runtime.draw_losses(str(folder))
-    assert (folder / "loss.png").exists()
 
 
 DRIFT = """

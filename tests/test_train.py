@@ -180,7 +180,7 @@ def test_a_step_can_be_given_in_tokens(finished, data, tmp_path):
     saved = checkpoint.load(tmp_path / "ckpt.pt")["config"]
     assert (saved["batch_tokens"], saved["gradient_accumulation_steps"]) == (512, 7)
     line = fail(data, tmp_path, "--batch_tokens=768", processes=2)
-    assert "batch_tokens=768 is not a multiple of batch_size * block_size * processes = 2 * 128 * 2" in line
+    assert "batch_tokens=768 is not a multiple of batch_size * block_size * processes = 512" in line
 
 
 @dense
@@ -220,8 +220,7 @@ def test_killed_terminated_and_out_of_time_it_goes_on_to_the_last_bit(route, fin
     first = scripts.Run("train.py", words(data, tmp_path, *settings), processes=2)
     first.wait_until((tmp_path / "ckpt.pt").exists)
     first.kill()
-    (tmp_path / "push").mkdir()
-    for name in ("ckpt_eval.pt", "ckpt_3.pt.tmp", "loss.png.12.tmp"):  # as if it had been in the middle of it
+    for name in ("ckpt_3.pt.tmp", "loss.png.12.tmp"):  # as if it had been in the middle of it
         (tmp_path / name).touch()
     saved = checkpoint.load(tmp_path / "ckpt.pt")["train"]
     killed_at = saved["iter"]
@@ -243,7 +242,7 @@ def test_killed_terminated_and_out_of_time_it_goes_on_to_the_last_bit(route, fin
     same_losses(tmp_path, finished_by_two)
     same_weights(tmp_path, finished_by_two)
     assert len(entries(tmp_path)) <= 9 + 3  # no step is logged twice
-    assert not [*tmp_path.glob("*.tmp"), *tmp_path.glob("ckpt_eval.pt"), *tmp_path.glob("push")]
+    assert not [*tmp_path.glob("*.tmp")]
 
 
 @trm
@@ -453,22 +452,15 @@ def test_an_evaluation_or_a_tracker_that_fails_costs_the_run_a_line(tmp_path, mo
     (tmp_path / "ckpt.pt").touch()
     monkeypatch.setattr(loop.subprocess, "Popen", no_memory)
     settings = {"out_dir": str(tmp_path), "eval_suites": "sudoku4", "eval_limit": 1, "eval_device": "cpu"}
-    tracker = types.SimpleNamespace(step=3, tracker=types.SimpleNamespace(log=no_memory))
-    loop.Log.track(tracker, {"loss": 1.0})
-    evaluation = loop.Evaluation(settings, types.SimpleNamespace(track=no_memory))
+    tracker = types.SimpleNamespace(log=no_memory)
+    loop.Log.track(types.SimpleNamespace(step=3, tracker=tracker), {"loss": 1.0})
+    evaluation = loop.Evaluation(settings, None)
     evaluation.start(3)
-    evaluation.end(1)
-    (tmp_path / "eval_step").mkdir()
-    (tmp_path / "evals.jsonl").mkdir()
-    for found in ({}, {"odd": []}, {"it": {"checkpoint": evaluation.link, "suites": {}}}):
-        (tmp_path / "eval_step/eval.json").write_text(json.dumps(found))
-        (tmp_path / "ckpt_eval.pt").touch()
-        evaluation.process = types.SimpleNamespace(poll=lambda: 0, returncode=0)
-        evaluation.collect()
-    said = capsys.readouterr().out.splitlines()
-    assert [line for line in said if "Cannot allocate memory" in line] == [said[0], said[1], said[-1]]
-    assert sum("the evaluation of step 3 is lost" in line for line in said) == 3
-    assert f"could not write to {tmp_path / 'evals.jsonl'}: Is a directory" in said
+    evaluation.process = types.SimpleNamespace(poll=lambda: 0, returncode=0)  # it has ended, and left nothing
+    evaluation.collect()
+    tracked, started, ended = capsys.readouterr().out.splitlines()
+    assert "Cannot allocate memory" in tracked and "Cannot allocate memory" in started
+    assert "the evaluation of step 3 is lost" in ended
 
 
 def test_the_average_follows_and_is_taken_out_again():
@@ -598,7 +590,6 @@ def test_an_evaluation_ends_with_its_training_however_that_ends(tmp_path):
 
 def test_settings_are_checked_against_each_other(monkeypatch):
     monkeypatch.setattr(loop.runtime, "world_size", 2)
-    monkeypatch.setattr(loop.importlib.util, "find_spec", lambda name: None)
     config = configurator.settings(vars(train))
     loop.check_settings({**config, "eval_suites": "arc1,language", "push_to": "me/it"})
     for setting, value, message in (
@@ -606,8 +597,7 @@ def test_settings_are_checked_against_each_other(monkeypatch):
         ("gradient_accumulation_steps", 3, "cannot be shared evenly by 2"),
         ("keep_every", 700, "keep_every=700 must be a multiple of eval_interval=500"),
         ("push_to", "nobody", "USER/NAME"),
-        ("eval_suites", "lm_eval:sciq", "pip install lm-eval"),
-        ("tracker", "wandb", "pip install wandb"),
+        ("eval_suites", "arc3", "arc3"),
         ("eval_device", "tpu", "'tpu'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -650,8 +640,6 @@ def test_mistakes_are_one_line_and_cost_nothing(data, tmp_path):
     for settings, parts in (
         (["--init_from=scratch", f"--out_dir={kept}"], ["ckpt.pt exists", "--overwrite=True"]),
         (["--mixture={'wikipedia': 1}"], ["wikipedia", "stdlib"]),
-        (["--mixture={'stdlib': 0}", *gone], ["mixture", "above 0"]),
-        (["--mixture={1: 1, 'stdlib': 1}", *gone], ["mixture", "source: share"]),
         ([f"--learning_rate=1{'0' * 400}", *gone], ["learning_rate", "inf"]),
     ):
         line = fail(data, out, *settings)
