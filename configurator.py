@@ -137,6 +137,8 @@ def check_ranges(config, ranges):
     """
     for allowed, names in ranges.items():
         for name in names.split():
+            if name not in config:  # distill.py has most of train.py's settings, and its table
+                continue
             values = config[name].values() if isinstance(config[name], dict) else [config[name]]
             for value in values:
                 if value is not None and not in_range(value, allowed):

@@ -70,7 +70,6 @@ beta = 0.5  # of jsd: near 0 it is like forward_kl, near 1 like reverse_kl
 temperature = 1.0  # softens both distributions
 text = "data"  # what text is learned from: 'data', as in train.py, or 'teacher'
 on_policy = 1.0  # share of the batches that the student writes itself
-sample_temperature = 1.0  # at which it writes
 prompt_tokens = 64  # of a text, or fewer: an answer in a dialogue is written from its start
 new_tokens = 64  # that the student continues it with, at most
 # ---- data
@@ -103,21 +102,13 @@ sync_check_interval = 100  # steps between comparisons of all processes' weights
 seed = 1337
 # -----------------------------------------------------------------------------
 RANGES = {
-    "[1, inf)": "eval_interval eval_batches eval_limit log_interval batch_size block_size max_iters "
-    "max_skipped gradient_accumulation_steps prompt_tokens new_tokens",
-    "[0, inf)": "sample_temperature mixture learning_rate weight_decay warmup_iters decay_iters "
-    "min_lr sync_check_interval max_hours grad_clip",
+    **train.RANGES,
+    "[1, inf)": train.RANGES["[1, inf)"] + " prompt_tokens new_tokens",
     "(0, inf)": "temperature",
-    "[0, 1)": "beta1 beta2 ema",
     "(0, 1)": "beta",
     "[0, 1]": "on_policy",
-    "[0, 1e18)": "seed",
     ("data", "teacher"): "text",
     ("forward_kl", "reverse_kl", "jsd"): "objective",
-    ("muon", "adamw"): "optimizer",
-    ("wsd", "cosine"): "schedule",
-    ("", "trackio", "wandb"): "tracker",
-    ("auto", "float32", "bfloat16", "float16"): "dtype",
 }
 
 ILLEGAL = -1e9  # logit of what the grammar forbids: an infinite one would make the gradient NaN
@@ -175,7 +166,7 @@ def write_texts(net, guide, texts):
     """texts: list of (_, prompt, rng) -> what continues each, (n,) long. NotFinite as below."""
     uniform = torch.from_numpy(np.stack([rng.random(new_tokens) for *_, rng in texts]))
     prompts = [prompt for _, prompt, _ in texts]
-    return engine.continue_texts(net, prompts, uniform, sample_temperature, guide.n_ids)
+    return engine.continue_texts(net, prompts, uniform, 1.0, guide.n_ids)
 
 
 def write_answers(net, tasks):
@@ -184,7 +175,7 @@ def write_answers(net, tasks):
     items = [(i, teachers.prompt(task), limit_of(task), rng) for i, (_, task, rng) in enumerate(tasks)]
     for part in engine.batches_by_length(items, lambda item: len(item[1]) + item[2][0] * (item[2][1] + 1)):
         where, prompts, limits, rngs = zip(*part)
-        drawn = engine.decode_grids(net, prompts, limits, 1, sample_temperature, rngs)
+        drawn = engine.decode_grids(net, prompts, limits, 1, 1.0, rngs)
         if None in drawn:
             raise engine.NotFinite("the student's logits are not finite")
         for i, (answer, _) in zip(where, drawn):
@@ -363,10 +354,6 @@ class Distillation(torch.nn.Module):
         data["teacher"] = self.guide.about
         data["sources"] = sorted({*data["sources"], *self.guide.sources})  # through the teacher too
         runtime.print0(f"teacher {teacher}: {self.guide.about}")
-        if net.puzzle_format == "canvas":
-            runtime.print0(
-                "Route B learns puzzles offline, from soft targets: there on_policy changes nothing"
-            )
 
     def prepare(self, batches, step):
         """-> the batches that the student learns from, and what the loss of each weighs in their mean."""
@@ -393,15 +380,11 @@ def check_teacher(guide, loader):
     for mode in sorted(modes & set(guide.cannot)):
         raise ValueError(f"teacher {teacher} cannot teach {mode}: {guide.cannot[mode]}")
     if "text" in modes and loader.block_size > guide.context:
-        raise ValueError(
-            f"teacher {teacher} reads {guide.context} tokens: lower block_size={loader.block_size}"
-        )
+        raise ValueError(f"teacher {teacher} reads {guide.context} tokens: lower block_size")
     if "puzzle" in modes and loader.block_size > guide.context:
         runtime.print0(f"teacher {teacher} reads {guide.context} tokens: longer puzzles teach nothing")
     if "text" in modes and prompt_tokens + new_tokens > loader.block_size:
-        raise ValueError(
-            f"prompt_tokens and new_tokens are together more than block_size={loader.block_size}"
-        )
+        raise ValueError("prompt_tokens and new_tokens are together more than block_size")
 
 
 def main(argv):

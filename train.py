@@ -34,7 +34,6 @@ from tqdm import tqdm
 
 import configurator
 from smol import checkpoint, loop, runtime
-from smol import tokenizer as tok
 from smol.loader import Ahead
 
 # -----------------------------------------------------------------------------
@@ -208,8 +207,7 @@ def train(config, defaults, make_distillation=None):
     checks = []
     if sanity:
         frozen = f"tag {data_tag}, snapshot {loader.snapshot[:12]}" if data_tag else "not frozen, no tag"
-        checks.append(("data", True, f"{data}: every shard has its SHA-256; {frozen}"))
-        checks.append(("tokenizer", True, f"{tok.fingerprint()[:12]}, the shards' and this one"))
+        checks.append(("data", True, f"{data}: every shard has its SHA-256 and our tokenizer; {frozen}"))
         for mode in ("text", "puzzle"):
             for batch in loader.val_batches(mode, 1):
                 checks.append(overfit_one_batch(net, mode, batch, here, precision))
@@ -227,8 +225,7 @@ def train(config, defaults, make_distillation=None):
     runtime.print0(configurator.show(config, defaults))
     runtime.print0(
         f"{net.num_params() / 1e6:.2f}M parameters, {precision} on {world_size} x {card}, {optimizer}, "
-        f"{per_step:,} tokens per step, "
-        f"sources {', '.join(loader.names)}"
+        f"{per_step:,} tokens per step, sources {', '.join(loader.names)}"
     )
     begin = f"from the weights of {start_path}" if start_path else "from scratch"
     if resumed:

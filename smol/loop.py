@@ -334,13 +334,8 @@ class Log:
                     if kept.resolve() != Path(run["began_with"] or "").resolve():
                         kept.unlink()
             write_whole(json.dumps(config, indent=2).encode(), folder / "config.json")
-        self.progress = tqdm(
-            total=config["max_iters"],
-            initial=max(0, step),
-            disable=None if runtime.master else True,
-            unit="step",
-            mininterval=1.0,
-        )
+        bar = {"total": config["max_iters"], "initial": max(0, step), "unit": "step", "mininterval": 1.0}
+        self.progress = tqdm(**bar, disable=None if runtime.master else True)
 
     def write(self, entry):
         """Only rank 0 writes."""
@@ -408,29 +403,23 @@ class Evaluation:
     """
 
     def __init__(self, config, log):
-        self.config, self.out_dir, self.log, self.process = config, config["out_dir"], log, None
-        self.link = os.path.join(self.out_dir, "ckpt_eval.pt")
-        self.output = os.path.join(self.out_dir, "eval_step.log")
+        self.config, self.log, self.process = config, log, None
+        self.out_dir = Path(config["out_dir"])
+        self.link, self.found = self.out_dir / "ckpt_eval.pt", self.out_dir / "eval_step"
 
     def start(self, step):
         """Of ckpt.pt, which is of this step, unless another is still being evaluated."""
         self.collect()
         if not self.config["eval_suites"] or not runtime.master or self.process is not None:
             return
-        command = [
-            sys.executable,
-            os.path.join(ROOT, "eval_arc.py"),
-            self.link,
-            f"--suites={self.config['eval_suites']}",
-            f"--limit={self.config['eval_limit']}",
-            f"--device={self.config['eval_device']}",
-            f"--out_dir={os.path.join(self.out_dir, 'eval_step')}",
-        ]
+        settings = {name: self.config[f"eval_{name}"] for name in ("suites", "limit", "device")}
+        command = [sys.executable, os.path.join(ROOT, "eval_arc.py"), self.link, f"--out_dir={self.found}"]
+        command += [f"--{name}={value}" for name, value in settings.items()]
         of_group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE")
         alone = {k: v for k, v in os.environ.items() if k not in of_group}
         with goes_on(f"the evaluation of step {step} could not be started"):
             checkpoint.second_name(checkpoint.path_of(self.config), self.link)
-            with open(self.output, "w") as f:
+            with self.found.with_suffix(".log").open("w") as f:
                 self.process = subprocess.Popen(
                     command,
                     stdout=f,
@@ -453,20 +442,20 @@ class Evaluation:
         """Of a process that has ended with the exit code `failed`."""
         os.remove(self.link)
         if failed:
-            said = Path(self.output).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            said = self.found.with_suffix(".log").read_text(encoding="utf-8", errors="replace")
+            last = (said.strip().splitlines() or [failed])[-1]
             how = "was cut off" if failed == -signal.SIGKILL else "failed"
-            runtime.print0(f"the evaluation of step {self.step} {how}: {said[-1] if said else failed}")
+            runtime.print0(f"the evaluation of step {self.step} {how}: {last}")
             return
-        found = os.path.join(self.out_dir, "eval_step")
-        reports = json.loads(Path(found, "eval.json").read_text()).values()
-        (results,) = (r["suites"] for r in reports if r["checkpoint"] == self.link)
+        reports = json.loads((self.found / "eval.json").read_text()).values()
+        (results,) = (r["suites"] for r in reports if r["checkpoint"] == str(self.link))
         counted = {k: r for k, r in results.items() if "solved" in r}
         solved = ", ".join(f"{k} {r['solved']}/{r['total']}" for k, r in counted.items())
         runtime.print0(f"step {self.step}: solved {solved}")
-        runtime.append_log({"iter": self.step, "suites": results}, os.path.join(self.out_dir, "evals.jsonl"))
+        runtime.append_log({"iter": self.step, "suites": results}, self.out_dir / "evals.jsonl")
         # a tracker takes no step before its last, and the evaluation is of an earlier one
         rates = {k: r["solved"] / r["total"] for k, r in counted.items()}
-        self.log.track({"solved": rates, "solved_iter": self.step}, os.path.join(found, "grids.png"))
+        self.log.track({"solved": rates, "solved_iter": self.step}, str(self.found / "grids.png"))
 
     def end(self, seconds):
         """The run is over: wait so many seconds for the last evaluation."""

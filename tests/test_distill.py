@@ -209,10 +209,6 @@ def test_a_step_learns_from_what_the_student_writes(short_texts, monkeypatch):
         assert abs(loss(half, 0.0) - own) > 1e-3
 
     monkeypatch.setattr(distill, "on_policy", 1.0)
-    monkeypatch.setattr(distill, "sample_temperature", 0)  # then nothing is drawn
-    greedy, again = (distill.own_batches(net, guide, batches, step) for step in (5, 6))
-    assert all(torch.equal(one.idx, two.idx) for one, two in zip(greedy, again))
-    assert not any(torch.equal(one.targets, two.targets) for one, two in zip(greedy, written))
     guide.n_ids = 300  # what the teacher does not know is not written either
     (text,) = distill.own_batches(net, guide, batches[:1], 5)
     assert (text.targets[text.targets != tok.IGNORE] < 300).all()
@@ -411,7 +407,6 @@ def test_a_stopped_run_goes_on_and_two_take_the_same_steps(data, models, tmp_pat
     saved = checkpoint.load(str(tmp_path / "whole" / "ckpt.pt"))
     assert saved["train"]["iter"] == 3 and saved["model"] == student
     assert {"stdlib", "sudoku4", "elsewhere"} <= set(saved["train"]["data"]["sources"])
-    assert ("on_policy changes nothing" in whole.stdout) == (student == "trm")
     assert min(logged(tmp_path / "whole", "scoring")) > 0 and max(logged(tmp_path / "whole", "sampling")) > 0
 
     parts = tmp_path / "parts"

@@ -597,7 +597,7 @@ def test_settings_are_checked_against_each_other(monkeypatch):
         ("gradient_accumulation_steps", 3, "cannot be shared evenly by 2"),
         ("keep_every", 700, "keep_every=700 must be a multiple of eval_interval=500"),
         ("push_to", "nobody", "USER/NAME"),
-        ("eval_suites", "arc3", "arc3"),
+        ("eval_suites", "arc3", "the closest is 'arc2'"),
         ("eval_device", "tpu", "'tpu'"),
     ):
         with pytest.raises(ValueError, match=message):
