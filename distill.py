@@ -120,9 +120,8 @@ ILLEGAL = -1e9  # logit of what the grammar forbids: an infinite one would make 
 @torch.no_grad()
 def own_batches(net, guide, batches, step):
     """
-    The batches of a step, those that are on-policy with what the student writes in place of the data's. All
-    is written together: a step of decoding takes about as long for many rows as for few. Where logits are not
-    finite the batches stay as they are, and their loss says so.
+    The batches of a step, those that are on-policy with what the student writes in place of the data's, all
+    together. Where logits are not finite the batches stay as they are, and their loss says so.
     """
     taught = {"text": text == "teacher", "puzzle": net.puzzle_format == "autoregressive"}
     texts, tasks = [], []  # (number of the batch, prompt or task, rng)
@@ -138,7 +137,11 @@ def own_batches(net, guide, batches, step):
         for row, it in enumerate(begun):
             asked.append((number, it, draw_rng(seed, f"answers {step}", f"{number} {row}")))
     try:
-        written = write_texts(net, guide, texts) if texts else []
+        written = []
+        if texts:
+            uniform = torch.from_numpy(np.stack([rng.random(new_tokens) for *_, rng in texts]))
+            prompts = [prompt for _, prompt, _ in texts]
+            written = engine.continue_texts(net, prompts, uniform, 1.0, guide.n_ids)
         answers = write_answers(net, tasks)
     except engine.NotFinite:
         return batches
@@ -160,13 +163,6 @@ def prompts_of(idx):
         answers = (piece == tok.ASSISTANT).nonzero()
         prompts.append(piece[: int(answers[-1]) + 1] if len(answers) else piece)
     return prompts
-
-
-def write_texts(net, guide, texts):
-    """texts: list of (_, prompt, rng) -> what continues each, (n,) long. NotFinite as below."""
-    uniform = torch.from_numpy(np.stack([rng.random(new_tokens) for *_, rng in texts]))
-    prompts = [prompt for _, prompt, _ in texts]
-    return engine.continue_texts(net, prompts, uniform, 1.0, guide.n_ids)
 
 
 def write_answers(net, tasks):
@@ -331,7 +327,7 @@ def timed(what, seconds, device):
 def weights_of(batches, sources, device):
     """
     What the loss of each batch weighs in the mean over the step's: all rows of a source the same, over all
-    processes, so a batch by its rows beside the mean of its source. sources: the names of all that there are.
+    processes, so a batch by its rows beside the mean of its source.
     """
     mine = [[len(b.idx) for b in batches if b.source == name] for name in sources]
     counts = runtime.sums([*map(len, mine), *map(sum, mine)], device)
@@ -340,10 +336,7 @@ def weights_of(batches, sources, device):
 
 
 class Distillation(torch.nn.Module):
-    """
-    A student and its teacher: what train.py's loop calls in place of a model. ValueError where the teacher
-    cannot teach what the loader has. data: what the checkpoint says of its data, which gets the teacher.
-    """
+    """What train.py's loop calls in place of a model. data: what a checkpoint says of its data."""
 
     def __init__(self, net, loader, data, device, precision):
         super().__init__()

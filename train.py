@@ -283,7 +283,9 @@ def train(config, defaults, make_distillation=None):
         own = [bool(interrupted or out_of_time), *figures.values(), *map(float, sums.values())]
         stopping, *everyones = runtime.sums(own, here)
         figures = dict(zip(figures, everyones))
-        loss, losses = loop.mean_losses(loader, run["iter"], everyones[len(figures) :])
+        totals, counts = everyones[len(figures) :], Counter(loader.sources_of_step(run["iter"]))
+        loss = sum(totals) / counts.total()
+        losses = {name: x / counts[name] for name, x in zip(sums, totals) if counts[name]}
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         loop.optimizer_step(optimizers, scaler, finite)
         if finite:
@@ -334,7 +336,7 @@ def train(config, defaults, make_distillation=None):
                 f"{waits}, {entry['eta_hours']:.2f} h to go"
             )
         if sync_check_interval and (step % sync_check_interval == 0 or step == max_iters):
-            loop.check_sync(net, average, loss, grad_norm, step, config)
+            loop.check_sync(net, loss, grad_norm, step, config)
 
         if sample_interval and step % sample_interval == 0 and runtime.master:
             loop.show_samples(step // sample_interval, net, average, loader)
@@ -343,7 +345,9 @@ def train(config, defaults, make_distillation=None):
         evaluation.collect()
         publication.collect()
         due = due or step % eval_interval == 0 or step == max_iters or bool(stopping)
-        if due and (loop.worth_saving(loss, finite, scaler) or step == max_iters):
+        # a step that float16 skips to find its scale is no reason not to save; any other skipped step is
+        settling = scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1
+        if due and (finite or settling or step == max_iters):
             loop.check_weights(net, average, step, config)
             if not stopping:
                 loop.validate(run, net, average, loader, autocast, here, config, log)
@@ -381,9 +385,8 @@ def train(config, defaults, make_distillation=None):
 
 def overfit_one_batch(net, mode, batch, device, precision):
     """
-    Overfit the first rows of one validation batch, (source, number, idx, targets): where model, loss and
-    gradients fit together the loss gets near zero. With the run's own optimizer and rate; the weights are put
-    back.
+    Overfit the first rows of one validation batch: where model, loss and gradients fit together the loss gets
+    near zero. With the run's own optimizer and rate; the weights are put back.
     """
     source, _, idx, targets = batch
     rows = max(1, sanity_tokens // idx.shape[1])
@@ -406,10 +409,7 @@ def overfit_one_batch(net, mode, batch, device, precision):
 
 
 def check_run(logged, val_losses, ckpt_path, net, scaled, card, per_step):
-    """
-    The checks after the last step. logged: lines of log.jsonl. scaled: float16, which may skip some.
-    per_step: tokens of a step.
-    """
+    """After the last step. logged: lines of log.jsonl. scaled: float16, which may skip some steps."""
     if not logged:
         return [("steps", False, "none that was logged had a finite loss and gradient")]
     first, last, settled = logged[0], logged[-1], logged[1:] or logged  # the first interval warms up
@@ -434,9 +434,8 @@ def check_run(logged, val_losses, ckpt_path, net, scaled, card, per_step):
     if sanity_run_tokens:
         without_padding = last["tokens"] / last["iter"] / per_step  # as the log counts, and no plan does
         hours = sanity_run_tokens * without_padding / rate / 3600
-        checks.append(
-            ("the run it prepares", True, f"{sanity_run_tokens / 1e9:g}B tokens: {hours:,.1f} h here")
-        )
+        how = f"{sanity_run_tokens / 1e9:g}B tokens: {hours:,.1f} h here"
+        checks.append(("the run it prepares", True, how))
     return checks
 
 

@@ -48,10 +48,7 @@ WEIGHTS = "model.safetensors"  # the hub's name for it
 
 
 def make_model(name, settings):
-    """
-    The model of MODEL_FILES[name] with those of `settings` (a dict; None means the default) that its Config
-    has. ValueError for settings that it cannot be built with.
-    """
+    """The model of MODEL_FILES[name] with those of `settings` that its Config has; None: the default."""
     module = importlib.import_module(MODEL_FILES[name])
     known = {f.name for f in fields(module.Config)}
     return module.Model(module.Config(**{k: v for k, v in settings.items() if k in known and v is not None}))
@@ -64,8 +61,7 @@ def make_model(name, settings):
 def save(checkpoint, path, before=None):
     """
     Write beside, flush to disk, rename: whatever happens on the way, `path` is a whole checkpoint. before: a
-    name under which the one that `path` holds now is kept. OSError when it cannot be written, for example to
-    a full disk; nothing is left behind then.
+    name under which the one that `path` holds now is kept. OSError, and nothing left behind, on a full disk.
     """
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     beside = f"{path}.tmp"
@@ -115,8 +111,8 @@ def local_file(name):
 
 def load(name):
     """
-    -> the checkpoint dict. FileNotFoundError or ValueError, in one line, for a missing file, a file that is
-    damaged or no checkpoint, and for what `fault_of` finds. It names the checkpoint before, if there is one.
+    -> the checkpoint dict. FileNotFoundError or ValueError for a missing file, a file that is damaged or no
+    checkpoint, and for what `fault_of` finds. It names the checkpoint before, if there is one.
     """
     path = local_file(name)
     if not os.path.isfile(path):
@@ -200,10 +196,7 @@ def path_of(config):
 
 
 def begin(config, anew):
-    """
-    Where a run begins, the same in all processes: as `starting_point`, after out_dir, where it is empty and
-    the run resumes, got what push_to holds. anew: what is in out_dir may be replaced.
-    """
+    """As `starting_point`, in all processes, after an empty out_dir got what push_to holds."""
     init_from, push_to, path = config["init_from"], config["push_to"], path_of(config)
     with runtime.errors_agree():
         if push_to and runtime.local_rank == 0 and not os.path.exists(path):
@@ -215,14 +208,13 @@ def begin(config, anew):
         return starting_point(init_from, path, anew)
 
 
-def starting_point(init_from, path, overwrite):
+def starting_point(init_from, path, anew):
     """
     Where a run whose checkpoint is `path` begins -> (checkpoint, its path, whether the run goes on from it);
     (None, None, False) from scratch. It goes on with 'resume', with 'auto', and with the checkpoint that it
-    has begun with: the same command, again. FileNotFoundError or ValueError in one line, also where `path`
-    is another run's.
+    has begun with: the same command, again. ValueError where `path` is another run's. anew: replace it.
     """
-    held = os.path.exists(path) and not overwrite
+    held = os.path.exists(path) and not anew
     if init_from == "resume" or (held and init_from != "scratch"):
         checkpoint = load(path)
         if init_from in ("resume", "auto", checkpoint["train"].get("began_with")):
@@ -242,11 +234,7 @@ def check_is_stage_0(config):
 
 
 def check_same_data(before, now):
-    """
-    What a checkpoint says of its data, and the same of the data that are there. ValueError where they are
-    other shards or another frozen version, in which the loader's position means nothing, or where what is
-    learned from them is another teacher's.
-    """
+    """ValueError where the loader's position of a checkpoint means nothing in the data that are there."""
 
     def shown(data):
         teacher = f", teacher {data['teacher']}" if "teacher" in data else ""
@@ -260,10 +248,7 @@ def check_same_data(before, now):
 
 
 def load_optimizers(optimizers, name, train):
-    """
-    What the optimizers have averaged comes back, not their settings (weight decay, betas): those are the
-    config's, which may have changed. ValueError where the checkpoint has another optimizer than `name`.
-    """
+    """Their averages, not their settings: those are the config's. ValueError for another than `name`."""
     if "optimizers" not in train:
         raise ValueError("published weights come without their optimizer: add --init_optimizer=False")
     if train.get("optimizer_name") != name:
@@ -284,10 +269,7 @@ def gather_carries(carries, device):
 
 
 def restore(start, run, config, scaler):
-    """
-    What a run that goes on needs besides weights, optimizers and data: its counters (into `run`), the scale
-    -> (carries of this process, lines that say which settings have changed).
-    """
+    """Counters (into `run`) and scale of a run that goes on -> (own carries, which settings changed)."""
     state, was = start["train"], start["config"]
     run.update({k: state[k] for k in run})
     if state["scaler"] and scaler.is_enabled():
@@ -306,8 +288,7 @@ def restore(start, run, config, scaler):
 def save_run(train, config, net, model, average, optimizers, scaler, carries, device):
     """
     Write the checkpoint of a run, keep the one before, and draw loss.png. train: the counters of the run, its
-    data and the position of its loader. All processes call this, and rank 0 writes. Returns whether it is on
-    disk; if not, a line has said so.
+    data and the position of its loader. All processes call this. Returns whether it is on disk.
     """
     saved, path, step = True, path_of(config), train["iter"]
     carries = gather_carries(carries, device)
@@ -352,7 +333,7 @@ PATIENCE = 900.0  # seconds that a run waits at its end for the last push
 def download(name, *files):
     """
     What the hub has of `files` in USER/NAME or USER/NAME@REVISION, in its client's cache -> their folder.
-    ValueError in one line, also where the first is missing or a large one is not what its hash says.
+    ValueError where the first is missing or a large one is not what its hash says.
     """
     from huggingface_hub import snapshot_download
 
@@ -447,9 +428,8 @@ def on_this_machine(name, value):
 
 def push(folder, repo, full):
     """
-    Publish the run in a folder, in one commit; of what is there already, nothing is sent. full: with ckpt.pt,
-    all that a run needs to go on, three times the weights; without, one that is there, of an earlier step, is
-    taken away, and stays in its own commit. Returns a line to show; ValueError or OSError in one line.
+    Publish the run in a folder, in one commit; of what is there already, nothing is sent. full: with ckpt.pt;
+    without, one that is there, of an earlier step, is taken away. Returns a line. ValueError, OSError.
     """
     from huggingface_hub import HfApi
 
@@ -482,10 +462,7 @@ def push(folder, repo, full):
 
 
 class Publication:
-    """
-    Pushes of a run's checkpoints in a thread beside the training, one at a time: a step that ends while
-    another is being sent is left out. push_to '': nothing is done.
-    """
+    """Pushes in a thread beside the training, one at a time: steps that end meanwhile are left out."""
 
     def __init__(self, config):
         self.repo = config["push_to"] if runtime.master else ""

@@ -256,11 +256,9 @@ class Puzzles:
 
 class Loader:
     """
-    Training batches of a stage, every step a mixture of its sources in proportion to `weights`.
-
-    weights: {source: share of the batches}, any positive numbers; None: the stage's own; sources left out are
-    not read. tag: a frozen version of the stage. Raises FileNotFoundError or ValueError, in one line, for a
-    stage that is not prepared, damaged, or lacks what is asked for.
+    Training batches of a stage, every step a mixture of its sources in proportion to `weights`: {source: any
+    positive number}, None for the stage's own. tag: a frozen version of the stage. FileNotFoundError or
+    ValueError for a stage that is not prepared, damaged, or lacks what is asked for.
     """
 
     def __init__(
@@ -316,9 +314,8 @@ class Loader:
         """
         The name of the source of each batch. Systematic sampling: the sources lie on [0, 1) one after the
         other, each as long as its share, and the batches are points at equal distances there, which move from
-        step to step. So a source has its share of every step to within a batch, and of any number of steps
-        to within a few. A number is mostly the same source's: its carry is soon taken up again. Puzzles are
-        neighbours: processes that deal the numbers out have equally many of them, give or take one.
+        step to step. So a source has its share of every step to within a batch; a number is mostly the same
+        source's, whose carry is soon taken up again; processes have equally many puzzles, give or take one.
         """
         moved = (draw_rng(self.seed, "", 0).random() + step * GOLDEN) % 1
         points = (np.arange(self.batches_per_step) + moved) / self.batches_per_step
@@ -351,10 +348,7 @@ class Loader:
         return lengths
 
     def val_batches(self, mode, n):
-        """
-        Held-out rows, at most n * batch_size per source, as (source, number, idx, targets): always the same,
-        and every process gets those whose number is its own.
-        """
+        """This process's batches of held-out rows, at most n * batch_size: (source, number, idx, targets)."""
         for kind, name, shards in self.val:
             number = 0
             for length, rows in sorted(self.val_rows(kind, shards, n).items() if kind == mode else ()):
@@ -382,15 +376,14 @@ class Loader:
 
 class Ahead:
     """
-    A loader that works `depth` steps ahead in a thread (most of the work, reading and numpy, leaves Python's
-    lock alone). state: the loader's position after the last batches given; waited: seconds that the last call
-    took. An exception of the loader's is raised by the call that would have given those batches.
+    A loader that works two steps ahead in a thread: reading and numpy leave Python's lock alone. state: the
+    loader's position after the last batches given; waited: seconds that the last call took.
     """
 
-    def __init__(self, loader, depth=2, pin=False):
+    def __init__(self, loader, pin=False):
         self.loader, self.pin, self.state, self.waited = loader, pin, loader.state_dict(), 0.0
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        self.steps = deque(self.pool.submit(self.work) for _ in range(depth))
+        self.pool = ThreadPoolExecutor(1)
+        self.steps = deque(self.pool.submit(self.work) for _ in range(2))
 
     def work(self):
         batches = self.loader.next_step()

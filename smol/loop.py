@@ -46,7 +46,7 @@ NEW_RUN = {
 
 
 def check_settings(config):
-    """What can be wrong with the settings of train.py and distill.py beyond their ranges. ValueError."""
+    """Of train.py and distill.py, beyond their ranges. ValueError."""
     if config["min_lr"] > config["learning_rate"]:
         raise ValueError(f"min_lr={config['min_lr']} must be at most learning_rate={config['learning_rate']}")
     if config["overwrite"] and config["init_from"] == "resume":
@@ -63,10 +63,7 @@ def check_settings(config):
 
 
 def batches_per_step(config):
-    """
-    How many batches an optimizer step has, over all processes: gradient_accumulation_steps, or those that
-    make batch_tokens. ValueError where the processes cannot share them evenly.
-    """
+    """Of an optimizer step, over all processes. ValueError where they cannot share them evenly."""
     batches, tokens, n = config["gradient_accumulation_steps"], config.get("batch_tokens"), runtime.world_size
     if tokens:
         per_batch = config["batch_size"] * config["block_size"]
@@ -153,26 +150,8 @@ def optimizer_step(optimizers, scaler, finite):
         optimizer.zero_grad(set_to_none=True)
 
 
-def worth_saving(loss, finite, scaler):
-    """A step that float16 skips to find its scale is no reason not to save; any other skipped step is."""
-    return finite or (scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1)
-
-
-def mean_losses(loader, step, sums):
-    """
-    sums: of the losses of a step's batches, over all processes, for each of loader.names -> (mean over the
-    batches, {source: mean over its batches}), without the sources that the step had none of.
-    """
-    sources = loader.sources_of_step(step)
-    counts = [sources.count(name) for name in loader.names]
-    return sum(sums) / len(sources), {k: x / n for k, x, n in zip(loader.names, sums, counts) if n}
-
-
 def to_device(carry, device):
-    """
-    A carry (dict of tensors, or None) on another device. Between steps carries wait in the host's memory:
-    those of all batches would not fit beside the model on a T4.
-    """
+    """A carry (dict of tensors, or None), for they wait on the host: all would not fit on a T4."""
     return carry and {k: v.to(device) for k, v in carry.items()}
 
 
@@ -211,9 +190,8 @@ def averaged_weights(net, average):
 @torch.no_grad()
 def validate(run, net, average, loader, autocast, device, config, log=None):
     """
-    run["val_losses"] = {source: mean loss}, run["val_loss"] = mean over the sources of text, or None; each
-    process takes its share of the batches. Prints a line, and writes an entry to `log` if there is one, with
-    val_bpb = {source of text: bits per byte}. Ends the run where a loss is not finite.
+    run["val_losses"] = {source: mean loss}, run["val_loss"] = mean over the sources of text, or None. Writes
+    an entry to `log`, with val_bpb = {source: bits per byte}. Ends the run where a loss is not finite.
     """
     net.eval()
     names, bytes_of = [name for _, name, _ in loader.val], torch.from_numpy(tok.byte_lengths())
@@ -280,17 +258,13 @@ def check_weights(net, average, step, config):
         diverged(f"after step {step} there are weights that are not finite ({wrong})", config)
 
 
-def check_sync(net, average, loss, grad_norm, step, config):
-    """
-    All processes must hold the same bits: a broken link or a bug otherwise trains two models and averages
-    their gradients. Ends the run, with the name of the process that differs and in what.
-    """
+def check_sync(net, loss, grad_norm, step, config):
+    """End the run where a process holds other bits: it would average the gradients of two models."""
     if runtime.world_size == 1:
         return
-    averages = {f"the average of {k}": v for k, v in (average or {}).items()}
     both = torch.tensor([loss, grad_norm], dtype=torch.float64)
     figures = {"the loss": both[:1], "the gradient norm": both[1:]}
-    problem = runtime.difference({**dict(net.named_parameters()), **averages, **figures})
+    problem = runtime.difference({**dict(net.named_parameters()), **figures})
     if problem:
         path = checkpoint.path_of(config)
         runtime.stop(f"processes are out of sync at step {step}: {problem}; go on from {path}")
@@ -310,8 +284,7 @@ def diverged(what, config):
 class Log:
     """
     log.jsonl of a run, its copy at a tracker, and the progress bar. It locks out_dir, drops what the logs
-    there have after the step of `run`, or all of it of a new one, and writes config.json. ValueError or
-    OSError in one line.
+    there have after the step of `run`, or all of a new one, and writes config.json. ValueError, OSError.
     """
 
     def __init__(self, config, run, resumed):
@@ -398,8 +371,7 @@ def start_tracker(config, run_id):
 class Evaluation:
     """
     eval_arc.py on the run's checkpoints, in a process beside the training; one at a time, so a checkpoint may
-    go without. What it finds is appended to evals.jsonl, and goes to the tracker of `log`. eval_suites '':
-    nothing is done.
+    go without. What it finds is appended to evals.jsonl, and goes to the tracker of `log`.
     """
 
     def __init__(self, config, log):

@@ -90,10 +90,7 @@ def mps_works():
 
 
 def pick_dtype(dtype, device, training=False):
-    """
-    'auto' -> bfloat16 from compute capability 8.0 on, float16 before, float32 where there is no CUDA: but a
-    training on a CPU that prefers bfloat16 has that.
-    """
+    """'auto' -> bfloat16, or float16 before capability 8.0; of a CPU float32, or what trains fast."""
     if dtype != "auto":
         return dtype
     if not device.startswith("cuda"):
@@ -122,9 +119,8 @@ def cpu_prefers_bfloat16():
 
 def start(device, dtype):
     """
-    Choose device and dtype of a training, set PyTorch up for them, and meet the other processes, if there
-    are any. device, dtype: as the settings have them -> (device of this process, dtype). ValueError in one
-    line.
+    Set PyTorch up for a training and meet the other processes, if there are any. device, dtype: as the
+    settings have them -> (device of this process, dtype). ValueError.
     """
     device = pick_device(device)
     dtype = pick_dtype(dtype, device, training=True)
@@ -337,8 +333,8 @@ def catch_signals():
 
 def release_signals():
     """From now on Ctrl-C and SIGTERM end the process at once."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 # -----------------------------------------------------------------------------

@@ -102,10 +102,7 @@ def on_canvases(frames, idx):
 
 
 def until_first_difference(log_p, answer):
-    """
-    log_p (N, 11), at the tokens of an answer, of a teacher that has not read it. NaN after the first position
-    where the teacher prefers another outcome: from there on it speaks of another answer.
-    """
+    """log_p (N, 11) of a teacher that has not read the answer, NaN after the first token it has otherwise."""
     outcomes = torch.from_numpy(np.pad(answer.astype(np.int64), (0, 1), constant_values=OVER))
     outcomes = outcomes.flatten()[: len(log_p)]  # the colour at each token, or OVER
     differs = (log_p.argmax(-1) != outcomes) & ~log_p.isnan().any(-1)
@@ -116,8 +113,7 @@ def until_first_difference(log_p, answer):
 def frames_of_answers(documents, answers, context, log_probs, tokens=None):
     """
     The frames of answers, each the end of a document (ids), from a model that reads left to right; None where
-    the document is longer than context. log_probs(list of documents, their shapes) -> for each (N, 11), of
-    about so many tokens at a time.
+    the document is longer than context. log_probs(documents, their shapes) -> for each (N, 11).
     """
     frames = [None] * len(documents)
     rows = [(i, ids, answer.shape) for i, (ids, answer) in enumerate(zip(documents, answers))]
@@ -278,10 +274,7 @@ class HuggingFace:
 
 
 def load(path, device, dtype="float32"):
-    """
-    The teacher at path: a checkpoint of ours, or a folder or hub name ("hf:NAME") of Hugging Face's, whose
-    weights are loaded in dtype. FileNotFoundError or ValueError, in one line.
-    """
+    """The teacher at path: a checkpoint of ours, or a folder or hub name ("hf:NAME") of Hugging Face's."""
     config = Path(path, "config.json")  # in our own folders too, without a model_type
     if path.startswith("hf:") or (config.is_file() and "model_type" in read_json(config)):
         return HuggingFace(path.removeprefix("hf:"), device, dtype)

@@ -143,7 +143,7 @@ def test_going_on_with_other_sizes(data, puzzle_format):
 
 def test_ahead_gives_the_same_batches_and_knows_where_they_end(data):
     alone = make(data, puzzle_format="canvas")
-    ahead = Ahead(make(data, puzzle_format="canvas"), depth=3)
+    ahead = Ahead(make(data, puzzle_format="canvas"))
     for _ in range(9):
         assert shown(ahead.next_step()) == shown(alone.next_step())
         assert ahead.state == alone.state_dict()  # and not where the thread has got to
@@ -216,18 +216,13 @@ def test_a_canvas_row_shows_nothing_of_the_answer():
         *demos, (test_input, answer) = pairs
         idx, targets = puzzle_row(document, "canvas", "none")
         H, W = np.maximum(arc.canvas_shape(demos, test_input), answer.shape)
-        grids = [g for pair in demos for g in pair]
-        marked = [[m, *arc.encode_grid(g)] for m, g in zip(itertools.cycle((tok.INPUT, tok.OUTPUT)), grids)]
-        prompt = [arc.KINDS[kind], *itertools.chain(*marked), tok.OUTPUT]
-        assert np.array_equal(idx[: len(prompt)], prompt) and (targets[: len(prompt)] == IGNORE).all()
-        shown = np.full((H, W + 1), tok.BLANK)
-        shown[: test_input.shape[0], : test_input.shape[1]] = tok.CELL0 + test_input.astype(int)
-        shown[:, W] = tok.ROW
-        assert np.array_equal(idx[len(prompt) :].reshape(H, W + 1), shown)
+        assert np.array_equal(idx, arc.encode_prompt(kind, demos, test_input, canvas=(H, W)))
+        n = H * (W + 1)
+        assert (targets[:-n] == IGNORE).all() and (idx[-n - 1], len(idx)) == (tok.OUTPUT, len(targets))
         canvas = np.full((H, W + 1), tok.VOID)
         canvas[: answer.shape[0], : answer.shape[1]] = tok.CELL0 + answer.astype(int)
         canvas[:, W] = IGNORE
-        assert np.array_equal(targets[len(prompt) :].reshape(H, W + 1), canvas)
+        assert np.array_equal(targets[-n:].reshape(H, W + 1), canvas)
 
 
 def test_an_answer_larger_than_the_canvas_is_learned_from_all_the_same():
