@@ -122,9 +122,7 @@ def plan(o, c, what):
         carried = 4 * net.config.n_embd * c.batch_size * c.block_size * lengths * batches
         print(f"  memory of the host: about {carried / 1e9:.1f} GB at most for the carries of puzzles")
     if fixed + activations > 0.9 * memory * 1e9:
-        print(
-            "  that does not fit: lower batch_size (and raise gradient_accumulation_steps), or recompute=True"
-        )
+        print("  that does not fit: lower batch_size, raise gradient_accumulation_steps, or recompute=True")
 
 
 def main(argv):

@@ -57,9 +57,7 @@ def load_nanogpt(path):
     """The module model.py of a checkout of nanoGPT. FileNotFoundError where it is not there."""
     file = os.path.join(path, "model.py")
     if not os.path.isfile(file):
-        raise FileNotFoundError(
-            f"--nanogpt={path}: there is no model.py; give the folder of a checkout of nanoGPT"
-        )
+        raise FileNotFoundError(f"--nanogpt={path} is no checkout of nanoGPT: it has no model.py")
     spec = importlib.util.spec_from_file_location("nanogpt_model", file)
     module = importlib.util.module_from_spec(spec)
     sys.modules["nanogpt_model"] = module  # its dataclass looks for itself there
@@ -127,10 +125,8 @@ def apart(spec):
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(one_step, spec).result()
-        except (MemoryError, BrokenProcessPool):
-            return None
-        except RuntimeError as e:
-            if runtime.out_of_memory(e):
+        except (MemoryError, RuntimeError) as e:
+            if isinstance(e, BrokenProcessPool) or runtime.out_of_memory(e):
                 return None
             raise
 

@@ -9,12 +9,10 @@ first line on as by `python script.py`; several processes have the variables tha
 """
 
 import contextlib
-import json
 import multiprocessing
 import os
 import resource
 import runpy
-import shutil
 import signal
 import socket
 import subprocess
@@ -121,17 +119,3 @@ class Run:
 
 def run(script, arguments=(), processes=1, **more):
     return Run(script, arguments, processes, **more).wait()
-
-
-def stage_without_validation(data, copy, *sources):
-    """A copy of the data folder whose demo stage has no shards for validation of these sources."""
-    shutil.copytree(data, copy)
-    stage = copy / "stages" / "demo"
-    lines = (stage / "manifest.jsonl").read_text().splitlines(keepends=True)
-    held_out = [(e := json.loads(line))["split"] == "val" and e["source"] in sources for line in lines]
-    kept = [line for line, out in zip(lines, held_out) if not out]
-    assert len(kept) < len(lines)
-    (stage / "manifest.jsonl").write_text("".join(kept))
-    mixture = json.loads((stage / "mixture.json").read_text())
-    del mixture["manifest_sha256"]
-    (stage / "mixture.json").write_text(json.dumps(mixture))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 from functools import lru_cache
 
 import pytest
@@ -144,28 +143,3 @@ def test_interrupted_before_training_is_one_line():
     done = scripts.run("", before=code)
     assert done.returncode == 130
     assert done.stderr.strip() == "interrupted before the first step: nothing was changed"
-
-
-FAULTS = """
-import ctypes, resource, torch
-libc = ctypes.CDLL("libc.so.6")
-libc.mallopt(-3, 131072)  # where glibc starts; it may raise it by itself
-libc.prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a huge page is one fault
-from smol import runtime
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(5):
-        torch.ones(2_000_000)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-given_back = faults()
-runtime.keep_freed_memory()
-for _ in range(4):  # until tensors have found their places on the heap
-    faults()
-print(given_back, faults())
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
-def test_freed_memory_is_kept_for_the_next_tensor():
-    given_back, kept = map(int, scripts.run("", before=FAULTS).stdout.split())
-    assert given_back > 5000 and kept < 500  # 8 MB are 2,000 pages

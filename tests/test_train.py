@@ -502,18 +502,21 @@ def test_what_stage_0_does_not_pass(finished, monkeypatch):
     assert passed([]) == {"steps": False}
 
 
+ONE_WITHOUT = "from smol.loader import Loader; Loader.not_validated = lambda *about: ['stdlib']"
+
+
 def test_a_pinned_snapshot_is_verified_and_what_is_not_validated_is_told(data, tmp_path):
-    copy, out = tmp_path / "data", tmp_path / "out"
-    scripts.stage_without_validation(data, copy, "stdlib")
+    copy, out, of_puzzles = tmp_path / "data", tmp_path / "out", "--mixture={'sudoku4': 1, 'maze': 1}"
+    shutil.copytree(data, copy)
     prepare.main(["freeze", "demo", "--tag=v0.1", f"--data_dir={copy}"])
-    frozen = copy / "stages" / "demo" / "v0.1"
-    done = succeed(copy, out, "--data_tag=v0.1", "--max_iters=1")
+    snapshot = (copy / "stages/demo/v0.1/snapshot.json").read_bytes()
+    done = succeed(copy, out, "--data_tag=v0.1", "--max_iters=1", of_puzzles, before=ONE_WITHOUT)
     assert "not validated: stdlib has no held-out rows" in done.stdout
     saved = checkpoint.load(out / "ckpt.pt")["train"]
     assert saved["val_loss"] is None and saved["val_losses"].keys() == {"maze", "sudoku4"}
     assert saved["data"]["stage"] == "demo" and saved["data"]["tag"] == "v0.1"
-    assert saved["data"]["snapshot"] == hashlib.sha256((frozen / "snapshot.json").read_bytes()).hexdigest()
-    line = fail(copy, out, "--max_iters=4")
+    assert saved["data"]["snapshot"] == hashlib.sha256(snapshot).hexdigest()
+    line = fail(copy, out, "--max_iters=4", of_puzzles)
     assert "demo:None" in line and "demo:v0.1" in line
 
 
