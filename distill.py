@@ -90,7 +90,6 @@ beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # 0 for none
 ema = 0.0  # decay of the averaged weights that evaluation uses; 0 for none
-max_skipped = 20  # so many steps in a row without a finite loss and gradient end the run; each is skipped
 schedule = "wsd"
 warmup_iters = 20
 decay_iters = 200

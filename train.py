@@ -95,7 +95,6 @@ beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # 0 for none
 ema = 0.0  # decay of the averaged weights that evaluation uses; 0 for none
-max_skipped = 20  # so many steps in a row without a finite loss and gradient end the run; each is skipped
 # ---- schedule
 schedule = "wsd"  # warm up, stay, go down in a straight line at the end; 'cosine': warm up, half a cosine
 warmup_iters = 100
@@ -117,7 +116,7 @@ sanity_run_tokens = 0.0  # of the run that this prepares: the table says how man
 
 RANGES = {
     "[1, inf)": "eval_interval eval_batches eval_limit log_interval batch_size block_size max_iters "
-    "max_skipped gradient_accumulation_steps n_layer n_head n_embd n_ff n_line n_latent n_recursion "
+    "gradient_accumulation_steps n_layer n_head n_embd n_ff n_line n_latent n_recursion "
     "n_grad n_sup carry_turns sanity_steps sanity_tokens",
     "[0, inf)": "mixture learning_rate weight_decay warmup_iters decay_iters min_lr sync_check_interval "
     "sanity_run_tokens keep_every sample_interval batch_tokens max_hours grad_clip",

@@ -35,14 +35,12 @@ size = "auto"  # 'full': the 100M models; 'small': 16M; auto: full on a GPU
 lengths = (1024, 4096, 8192)  # tokens per row
 tokens = 8192  # per batch
 nanogpt = ""  # path of a checkout of github.com/karpathy/nanoGPT
-# ---- a config
-most_rows = 64  # largest batch_size tried
 # ---- both
 steps = 3  # timed; the median counts
-try_compile = False  # compile the blocks on a CPU too, where that takes minutes
 json_file = ""  # write the rows here as well
 
-RANGES = {"[1, inf)": "tokens most_rows steps", ("auto", "full", "small"): "size"}
+RANGES = {"[1, inf)": "tokens steps", ("auto", "full", "small"): "size"}
+MOST_ROWS = 64  # the largest batch_size tried
 SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 256, "n_ff": 688}
 
 
@@ -158,7 +156,7 @@ def beside_a_plain_gpt(c, device):
         shape = vars(checkpoint.make_model("dense", settings).config)
         contenders["nanoGPT"] = {"model": "nanogpt", "path": c.nanogpt, "settings": shape}
     how = {"device": device, "dtype": runtime.pick_dtype("auto", device, training=True), "steps": c.steps}
-    how |= {"compile": device == "cuda" or c.try_compile, "optimizer": "adamw"}
+    how |= {"compile": device == "cuda", "optimizer": "adamw"}
     table = []
     for T in c.lengths:
         best = {}
@@ -182,11 +180,11 @@ def fastest(c, config, device):
     dtypes = dict.fromkeys([runtime.pick_dtype("auto", device, training=True), "float32"])
     how = {"model": config.model, "settings": vars(config), "T": config.block_size, "device": device}
     how |= {"optimizer": config.optimizer, "steps": c.steps}
-    compiled_too = (False, True) if device == "cuda" or c.try_compile else (False,)
+    compiled_too = (False, True) if device == "cuda" else (False,)  # on a CPU it takes minutes
     table = []
     for dtype, compiled, recompute in itertools.product(dtypes, compiled_too, (False, True)):
         rows, best = 1, 0.0
-        while rows <= min(total, c.most_rows) and total % rows == 0:
+        while rows <= min(total, MOST_ROWS) and total % rows == 0:
             spec = {**how, "dtype": dtype, "compile": compiled, "recompute": recompute, "rows": rows}
             found = apart(spec)
             if found is None:  # out of memory

@@ -30,6 +30,7 @@ from smol.muon import muon_and_adamw, split_parameters
 from smol.snapshots import first_line, repo_name
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of the checkout
+MAX_SKIPPED = 20  # so many steps in a row without a finite loss and gradient end the run
 
 # where a run is: what a checkpoint has beside the weights, and the path of those that it began with
 NEW_RUN = {
@@ -335,9 +336,8 @@ class Log:
         step = run["iter"]
         self.write({"iter": step, "loss": None, "lr": lr, "skipped": run["skipped"]})
         runtime.print0(f"step {step} skipped: loss {loss}, gradient norm {grad_norm:.3g}")
-        if run["skipped_in_a_row"] >= config["max_skipped"]:
-            n = config["max_skipped"]
-            diverged(f"{n} steps in a row, up to {step}, had no finite loss and gradient", config)
+        if run["skipped_in_a_row"] >= MAX_SKIPPED:
+            diverged(f"{MAX_SKIPPED} steps in a row, up to {step}, had no finite loss and gradient", config)
 
     def close(self):
         self.progress.close()

@@ -132,7 +132,8 @@ def test_both_routes_stand_beside_a_plain_gpt_and_a_config_gets_its_fastest_way(
     rows = json.load(open(path))
     assert [r["what"] for r in rows] == ["plain GPT", "Route A", "Route B"]
     assert all(r["ratio"] == r["tokens_per_second"] / rows[0]["tokens_per_second"] for r in rows)
-    bench_train.main([config, "--steps=1", "--most_rows=1"])
+    monkeypatch.setattr(bench_train, "MOST_ROWS", 1)
+    bench_train.main([config, "--steps=1"])
     found = re.search(
         r"^--batch_size=(\d+) --gradient_accumulation_steps=(\d+) ", capsys.readouterr().out, re.M
     )

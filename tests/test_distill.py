@@ -471,7 +471,10 @@ def test_mistakes_are_one_line(data, models, tmp_path):
     student, teacher = f"--init_from={models['dense']}", f"--teacher={models['trm_teacher']}"
     for settings, words in [
         ([student, f"--teacher={tmp_path / 'gone.pt'}"], "gone.pt does not exist"),
-        ([student, teacher, "--learning_rate=1e30", "--max_skipped=2"], "no finite loss"),
+        (
+            [student, teacher, "--learning_rate=1e30", "--max_iters=40", "--eval_interval=40"],
+            "no finite loss",
+        ),
     ]:
         result = run(data, tmp_path / "out", *settings)
         assert result.returncode == 1, settings

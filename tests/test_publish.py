@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import pytest
 import safetensors.torch
@@ -188,16 +189,9 @@ def test_a_hub_that_fails_costs_one_line_and_no_step(hub, data, tmp_path):
 
 
 def test_the_last_push_is_tried_once_more(monkeypatch, capsys):
-    answers = iter((ValueError("no network"), "step 9 is there"))
-
-    def push(*how):
-        answer = next(answers)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
+    answers = [ValueError("no network"), "step 9 is there"]
     monkeypatch.setattr(checkpoint, "create", lambda repo: None)
-    monkeypatch.setattr(checkpoint, "push", push)
+    monkeypatch.setattr(checkpoint, "push", Mock(side_effect=answers))
     publication = checkpoint.Publication({"push_to": "ada/run", "out_dir": "out", "push_full": False})
     publication.collect(60)
     publication.start(9)
