@@ -16,10 +16,10 @@ draws no random numbers but those that follow from the seed and the data, so a r
 bit for bit on a CPU, and on a GPU but for the order in which its kernels add.
 
 Writes into out_dir: ckpt.pt, ckpt_prev.pt (the one before it), log.jsonl (one JSON object per logged step),
-loss.png (drawn from it), config.json, and, with eval_suites, evals.jsonl. After a step that is
-skipped because its loss or gradient is not finite nothing is saved, unless it is the last, or float16 skips
-it to find its scale. Ctrl-C or SIGTERM finishes the step, saves and exits; a second one exits at once. Read
-next: eval_arc.py, which judges what this makes.
+loss.png (drawn from it), config.json, and, with eval_suites, evals.jsonl. After a step that is skipped
+because its loss or gradient is not finite nothing is saved, unless it is the last, or float16 skips it to
+find its scale. Ctrl-C or SIGTERM finishes the step, saves and exits; another one, two seconds later, exits
+at once. Read next: eval_arc.py, which judges what this makes.
 """
 
 import contextlib

@@ -248,7 +248,7 @@ def check_same_data(before, now):
 
 
 def load_optimizers(optimizers, name, train):
-    """Their averages, not their settings: those are the config's. ValueError for another than `name`."""
+    """What they have averaged, not their settings: those are the config's. ValueError for another `name`."""
     if "optimizers" not in train:
         raise ValueError("published weights come without their optimizer: add --init_optimizer=False")
     if train.get("optimizer_name") != name:

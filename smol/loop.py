@@ -47,7 +47,7 @@ NEW_RUN = {
 
 
 def check_settings(config):
-    """Of train.py and distill.py, beyond their ranges. ValueError."""
+    """What can be wrong with settings of train.py and distill.py beyond their ranges. ValueError."""
     if config["min_lr"] > config["learning_rate"]:
         raise ValueError(f"min_lr={config['min_lr']} must be at most learning_rate={config['learning_rate']}")
     if config["overwrite"] and config["init_from"] == "resume":
@@ -64,7 +64,7 @@ def check_settings(config):
 
 
 def batches_per_step(config):
-    """Of an optimizer step, over all processes. ValueError where they cannot share them evenly."""
+    """Of an optimizer step, over all processes. ValueError where these cannot share them evenly."""
     batches, tokens, n = config["gradient_accumulation_steps"], config.get("batch_tokens"), runtime.world_size
     if tokens:
         per_batch = config["batch_size"] * config["block_size"]
@@ -152,7 +152,7 @@ def optimizer_step(optimizers, scaler, finite):
 
 
 def to_device(carry, device):
-    """A carry (dict of tensors, or None), for they wait on the host: all would not fit on a T4."""
+    """A carry (dict of tensors, or None) on another device: between steps all wait in the host's memory."""
     return carry and {k: v.to(device) for k, v in carry.items()}
 
 

@@ -152,9 +152,8 @@ class Ours:
     def frames(self, tasks, answers):
         if self.reads_answers:
             documents = [document(task, answer) for task, answer in zip(tasks, answers)]
-            return frames_of_answers(
-                documents, answers, self.context + 1, self.log_probs
-            )  # the end is not read
+            room = self.context + 1  # the end is not read
+            return frames_of_answers(documents, answers, room, self.log_probs)
         frames = [None] * len(tasks)
         for where, idx in engine.canvases(self.model, tasks):
             for _, y, _ in self.model.answer_steps(idx):  # the last one's
