@@ -258,7 +258,7 @@ def test_on_another_number_of_processes_it_goes_on_with_every_carry(finished, da
 
 def test_a_folder_has_one_run_and_a_second_signal_ends_it_at_once(data, tmp_path):
     # a step of many minutes
-    first = scripts.Run("train.py", words(data, tmp_path, "--gradient_accumulation_steps=20000"))
+    first = scripts.Run("train.py", words(data, tmp_path, "--gradient_accumulation_steps=5000"))
     first.wait_until(lambda: "from scratch" in first.text(".out"))
     assert f"another run is at work in {tmp_path}/" in fail(data, tmp_path, "--seed=2", processes=2)
     first.signal(signal.SIGINT)
