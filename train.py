@@ -247,7 +247,10 @@ def train(config, defaults, make_distillation=None):
         loop.set_learning_rate(optimizers, lr)
 
         # forward and backward on every batch of the step
-        batches = ahead.next_step()
+        try:
+            batches = ahead.next_step()
+        except ValueError as e:  # no puzzle fits into block_size, in any process
+            runtime.stop(e)
         weights = [1.0] * len(batches)  # of their losses in the mean
         if distillation:
             with autocast:
