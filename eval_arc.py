@@ -218,8 +218,8 @@ def ask(name, model, about, suite, tasks, settings, folder):
     asked = [about["sha256"], suite, dataclasses.asdict(settings), about["device"], about["dtype"]]
     keys = {t.id: snapshots.key_of(*asked, judge(t, [None] * len(t.test), 1)) for t in tasks}
     found = {i: {**earlier[k], "model": name} for i, k in keys.items() if k in earlier}
-    if found and runtime.master:
-        print(f"{name} {suite}: {len(found)} of {len(tasks)} have been answered before")
+    if found:
+        runtime.print0(f"{name} {suite}: {len(found)} of {len(tasks)} have been answered before")
 
     def answer(tasks):
         with runtime.mixed_precision(about["device"], about["dtype"])[0]:
@@ -293,6 +293,7 @@ def describe(name, path, device, dtype):
         "device": device.split(":")[0],
         "card": runtime.device_name(device),
         "dtype": dtype,
+        "suites": {},
     }
 
 
@@ -381,23 +382,6 @@ def chosen(tasks, c):
     return tasks, used
 
 
-def enter(abouts, results):
-    """
-    abouts: {file of a checkpoint: what describe says of it} -> {name of the model: its file}. results gets
-    what they are and keeps the suites that still hold.
-    """
-    models = {}
-    for path, about in abouts.items():
-        name = name_of(about, results)
-        before = results.get(name, about)
-        same = before["sha256"] == about["sha256"]
-        if not same and runtime.master:
-            print(f"{name} has been trained on since: what there was of it is replaced")
-        models[name] = path
-        results[name] = {**about, "suites": before.get("suites", {}) if same else {}}
-    return models
-
-
 def run(c, words):
     if not words:
         raise ValueError("name a checkpoint: python eval_arc.py out/ckpt.pt")
@@ -406,8 +390,6 @@ def run(c, words):
     # a pattern such as 'out/run/ckpt_[0-9]*.pt', in the order of the steps: ckpt_500 before ckpt_1000
     found = [sorted(glob.glob(word), key=lambda file: (len(file), file)) or [word] for word in words]
     asked = tasks_asked(c)
-    if c.shortest and not any(asked.values()):
-        raise ValueError(f"--shortest is about suites of tasks, and {', '.join(asked)} has none")
     files = {name: checkpoint.local_file(name) for some in found for name in some}
     beside = {os.path.dirname(f) if os.path.exists(n) else f"out/hub/{n}" for n, f in files.items()}
     if len(beside) > 1 and not c.out_dir:
@@ -415,16 +397,20 @@ def run(c, words):
     folder = c.out_dir or beside.pop() or "."
     settings = solve.Settings(**{f.name: getattr(c, f.name) for f in dataclasses.fields(solve.Settings)})
     on = runtime.pick_device(c.device)
-    dtype, file = runtime.pick_dtype(c.dtype, on), os.path.join(folder, "eval.json")
-    read_results(file)  # what is wrong with it is said before anything is made
-    for name in ("answers.jsonl", PARTIAL):
-        read_answers(os.path.join(folder, name))
+    dtype = runtime.pick_dtype(c.dtype, on)
     abouts = {path: describe(name, path, on, dtype) for name, path in files.items()}
     if solve.asks_for_route_b(settings) and all(about["model"] != "trm" for about in abouts.values()):
         raise ValueError("--n_sup, --halt, --n_rollouts and --noise are about Route B, and there is none")
     with lock(folder, "evaluation") if runtime.master else contextlib.nullcontext():
-        results = read_results(file)  # another evaluation may have ended meanwhile
-        models = enter(abouts, results)
+        file = os.path.join(folder, "eval.json")
+        results, models = read_results(file), {}
+        for path, about in abouts.items():
+            name = name_of(about, results)
+            before = results.get(name, about)
+            if before["sha256"] != about["sha256"]:
+                runtime.print0(f"{name} has been trained on since: what there was of it is replaced")
+                before = about
+            models[name], results[name] = path, {**about, "suites": before["suites"]}
         if runtime.world_size > 1:
             runtime.start_processes(on.split(":")[0])
 
@@ -483,7 +469,7 @@ def how_asked(about, settings, suite):
 def finish(results, asked, folder):
     """Comparisons, and all that is made of eval.json and answers.jsonl."""
     records = {}
-    for r in runtime.read_log(os.path.join(folder, "answers.jsonl")):
+    for r in read_answers(os.path.join(folder, "answers.jsonl")):
         if r["suite"] in results.get(r["model"], {"suites": ()})["suites"]:
             records.setdefault((r["model"], r["suite"]), []).append(r)
     runtime.write_log([r for some in records.values() for r in some], os.path.join(folder, "answers.jsonl"))

@@ -491,8 +491,8 @@ def confident(steps):
 
 
 def same_grid(grid):
-    """A key that equal grids have in common."""
-    return grid if grid is None else (grid.shape, grid.tobytes())
+    """A key that equal grids have in common; None and texts are their own."""
+    return (grid.shape, grid.tobytes()) if isinstance(grid, np.ndarray) else grid
 
 
 def ranked(steps, n_rollouts=1):

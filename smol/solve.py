@@ -149,7 +149,7 @@ def vote(answers):
     """
     groups = defaultdict(list)
     for a in answers:
-        groups[a.grid if isinstance(a.grid, str) else (a.grid.shape, a.grid.tobytes())].append(a)
+        groups[engine.same_grid(a.grid)].append(a)
     candidates = []
     for same in groups.values():
         votes = sum(a.votes for a in same)
@@ -210,58 +210,42 @@ def solve(model, tasks, settings):
 def solve_grids(model, tasks, settings):
     """`solve` for grids, without test-time training."""
     canvas = model.puzzle_format == "canvas"
-    seen = [views(task, settings.augment, settings.seed) for task in tasks]
-    asked = [(i, view) for i, some_views in enumerate(seen) for view in some_views]
-    view_tasks = [apply_view(view, tasks[i]) for i, view in asked]
+    asked = [(i, v) for i, task in enumerate(tasks) for v in views(task, settings.augment, settings.seed)]
+    seen = [apply_view(view, tasks[i]) for i, view in asked]
     if canvas:
-        answers = model.answer(view_tasks, trace=True, **for_route_b(settings))
+        answers = model.answer(seen, trace=True, **for_route_b(settings))
     else:
-        answers = model.answer(view_tasks, settings.samples, TEMPERATURE, settings.seed)
+        answers = model.answer(seen, settings.samples, TEMPERATURE, settings.seed)
 
-    votes = [[None] * len(task.test) for task in tasks]  # None: too long, in every view
+    votes = [[[] for _ in task.test] for task in tasks]
     steps = [[[] for _ in task.test] for task in tasks]
     fit = [[[] for _ in task.test] for task in tasks]  # views that are not too long
     for (i, view), given in zip(asked, answers):
         for j, some in enumerate(given):
             if some is None:
                 continue
-            fit[i][j].append(view)
             if canvas:
                 some = [(g if g is None else arc.invert(view.symmetry, g), p) for g, p in some]
-                if view is seen[i][0]:
+                if not fit[i][j]:
                     steps[i][j] = chosen_rollout(some, settings.n_rollouts)
-                new = votes_of_steps(some, settings.n_rollouts)
-            else:
-                new = votes_of_samples(some, view.symmetry)
-            votes[i][j] = (votes[i][j] or []) + new
+                votes[i][j] += [Candidate(g, n, p) for g, p, n in ranked(some, settings.n_rollouts)]
+            else:  # the score is that of the tokens as they were written: turned back, there may be others
+                for grid, log_p in some:
+                    votes[i][j].append(Candidate(arc.invert(view.symmetry, grid), 1, log_p / tokens_of(grid)))
+            fit[i][j].append(view)
     for task, given in zip(tasks, votes):
         if settings.programs and task.kind == "arc":
-            for j, passed in enumerate(solve_by_programs(model, task, settings)):
-                given[j] = given[j] + passed if given[j] is not None else passed or None
+            for some, passed in zip(given, solve_by_programs(model, task, settings)):
+                some += passed
 
-    found = [[None if some is None else vote(some) for some in given] for given in votes]
+    found = [[vote(some) for some in given] for given in votes]
     if not canvas:
-        several = [
-            (task, some_views[j], j, candidates)
-            for task, some_views, given in zip(tasks, fit, found)
-            for j, candidates in enumerate(given)
-            if some_views[j] and len(candidates) > 1
-        ]
-        rescore(model, several)
-    return [[Given(c, s) if c is not None else None for c, s in zip(*both)] for both in zip(found, steps)]
-
-
-def votes_of_steps(steps, n_rollouts):
-    """Route B: the answer of the most confident step of a rollout has its vote, the others have none."""
-    return [Candidate(grid, votes, p) for grid, p, votes in ranked(steps, n_rollouts)]
-
-
-def votes_of_samples(samples, symmetry):
-    """
-    Route A: every sample is a vote. Its score is the mean log-probability of its tokens as it was written:
-    turned back, a grid may have other rows.
-    """
-    return [Candidate(arc.invert(symmetry, g), score=log_p / tokens_of(g)) for g, log_p in samples]
+        tests = [(i, j) for i, given in enumerate(found) for j, c in enumerate(given) if fit[i][j] and c[1:]]
+        rescore(model, [(tasks[i], fit[i][j], j, found[i][j]) for i, j in tests])
+    return [
+        [Given(*both) if both[0] or some_views else None for *both, some_views in zip(*of_task)]
+        for of_task in zip(found, steps, fit)
+    ]
 
 
 # -----------------------------------------------------------------------------

@@ -278,6 +278,5 @@ def test_scores_are_per_token_in_every_view():
     )
     solve.rescore(even, [(TASKS[0], views, 0, candidates)])
     assert [c.score for c in candidates] == pytest.approx([-0.1, -0.1])
-    for view in views:
-        (given,) = solve.votes_of_samples([(row, -11.0)], view.symmetry)
-        assert given.score == -1 and sorted(given.grid.shape) == [1, 9]
+    ((given,),) = solve.solve(RightInSomeViews(1), [turned()], Settings())  # 3 x 4 cells
+    assert [(c.votes, c.score) for c in given.candidates] == [(1, -1 / 16)]

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import model_trm
-from smol import arc, engine, puzzles, solve
+from smol import arc, engine, puzzles
 from smol import tokenizer as tok
 from smol.engine import ANSWER_IDS
 from smol.loader import pad_rows, puzzle_row
@@ -342,7 +342,6 @@ def test_rollouts_vote_for_their_most_confident_answer():
     assert engine.chosen_rollout(steps, 4) == rollouts[2]
     assert engine.chosen_rollout(rollouts[0] + rollouts[3], 2) == rollouts[0]  # as many votes: by confidence
     assert engine.chosen_rollout([(None, 0.0), (None, 0.0)], 2) == [(None, 0.0)]
-    assert [(x.grid.item(), x.score, x.votes) for x in solve.votes_of_steps(steps, 4)] == votes
 
 
 def same_traces(a, b):
