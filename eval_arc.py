@@ -37,6 +37,7 @@ Read next: smol/solve.py (how a model comes to its attempts), smol/language.py (
 import contextlib
 import dataclasses
 import glob
+import itertools
 import json
 import math
 import os
@@ -189,28 +190,11 @@ def length(task):
     return sum(x.size + y.size for x, y in task.train) + max(x.size for x, _ in task.test)
 
 
-def evaluate(tasks, answer, attempts=1, rows_per_task=1, desc="tasks"):
-    """
-    Yields lists of records of the tasks as they come, long tasks first, about ROWS_TOGETHER rows at a time.
-    answer(tasks without test outputs) gives for each task and test input a solve.Given or None: solve.solve
-    with a model. Under torchrun every process asks its part, and rank 0 alone is given all records.
-    """
-    size, n = max(1, ROWS_TOGETHER // rows_per_task), runtime.world_size
-    tasks = sorted(tasks, key=length, reverse=True)
-    todo = [tasks[i : i + size] for i in range(0, len(tasks), size)]
-    bar = {"desc": desc, "dynamic_ncols": True, "leave": False, "disable": not runtime.master}
-    for i in tqdm(range(0, len(todo), n), **bar):
-        records = []
-        for chunk in todo[i : i + n][runtime.rank : runtime.rank + 1]:
-            started = time.perf_counter()
-            given = answer(solve.without_answers(chunk))
-            seconds = round((time.perf_counter() - started) / len(chunk), 4)
-            records = [{**judge(t, some, attempts), "seconds": seconds} for t, some in zip(chunk, given)]
-        yield [record for part in runtime.gather(records) for record in part]
-
-
 def ask(name, model, about, suite, tasks, settings, folder):
-    """Records of a suite, on rank 0. Answers are kept in the folder as they come: a run may be killed."""
+    """
+    Records of a suite, on rank 0. Long tasks come first, about ROWS_TOGETHER rows at a time; under torchrun
+    every process asks its part. Answers are kept in the folder as they come: a run may be killed.
+    """
     path, partial = (os.path.join(folder, file) for file in ("answers.jsonl", PARTIAL))
     runtime.all_agree(None)  # wait for what rank 0 still writes: it may be of this file by another name
     earlier = {r["key"]: r for r in read_answers(path) + read_answers(partial)}
@@ -221,14 +205,21 @@ def ask(name, model, about, suite, tasks, settings, folder):
     if found:
         runtime.print0(f"{name} {suite}: {len(found)} of {len(tasks)} have been answered before")
 
-    def answer(tasks):
-        with runtime.mixed_precision(about["device"], about["dtype"])[0]:
-            return solve.solve(model, tasks, settings)
-
     rows = settings.augment * settings.samples * settings.n_rollouts * (4 if settings.ttt_steps else 1)
-    todo = [task for task in tasks if task.id not in found]
-    for records in evaluate(todo, answer, attempts_of(suite), rows, f"{name} {suite}"):
-        for record in records:
+    size, n = max(1, ROWS_TOGETHER // rows), runtime.world_size
+    todo = sorted((task for task in tasks if task.id not in found), key=length, reverse=True)
+    chunks = [todo[i : i + size] for i in range(0, len(todo), size)]
+    bar = {"desc": f"{name} {suite}", "dynamic_ncols": True, "leave": False, "disable": not runtime.master}
+    for i in tqdm(range(0, len(chunks), n), **bar):
+        records = []
+        for chunk in chunks[i : i + n][runtime.rank : runtime.rank + 1]:
+            started = time.perf_counter()
+            with runtime.mixed_precision(about["device"], about["dtype"])[0]:
+                given = solve.solve(model, solve.without_answers(chunk), settings)
+            seconds = round((time.perf_counter() - started) / len(chunk), 4)
+            judged = (judge(t, some, attempts_of(suite)) for t, some in zip(chunk, given))
+            records = [{**record, "seconds": seconds} for record in judged]
+        for record in itertools.chain(*runtime.gather(records)):
             found[record["id"]] = {**record, "model": name, "suite": suite, "key": keys[record["id"]]}
             runtime.append_log(found[record["id"]], partial)
     if not runtime.master:
@@ -298,10 +289,7 @@ def describe(name, path, device, dtype):
 
 
 def name_of(about, results):
-    """
-    The checkpoint's folder, with the file's name if it is not ckpt.pt, and with more folders before it where
-    the name is another's; on the hub USER/NAME[@REVISION].
-    """
+    """The checkpoint's folder, with as many before it as tell it from others, and the file if not ckpt.pt."""
     if not os.path.exists(about["checkpoint"]):
         return about["checkpoint"]
     path = os.path.realpath(about["checkpoint"])
@@ -439,10 +427,7 @@ def run(c, words):
 
 
 def settings_for(suite, tasks, model, settings):
-    """
-    The settings without those that are of no use here. Where two attempts count, Route A draws a second
-    answer to a single view; Route B has its steps.
-    """
+    """Without what is of no use here. Where two attempts count, Route A answers a single view twice."""
     on_canvas = model.puzzle_format == "canvas" and suite not in smol.suites.IN_WORDS
     change = {"samples": 1} if on_canvas else {"n_sup": None, "halt": None, "n_rollouts": 1}
     if not on_canvas and attempts_of(suite) == 2 and settings.augment * settings.samples == 1:

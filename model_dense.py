@@ -299,16 +299,6 @@ def cache_bytes(config, context):
     return sum({"a": full, "k": kda, "m": 0}[kind] for kind in layer_kinds(config))
 
 
-def tokens_at_once(config, free):
-    """
-    Tokens of prompts and answers per batch of answers, with `free` bytes left on a GPU (0 on a CPU): up to
-    four times BATCH_TOKENS, if their caches take a quarter of that. On a GPU, a step of decoding takes as
-    long for few rows as for many.
-    """
-    fit = free / 4 / cache_bytes(config, 1024) * 1024
-    return int(min(max(fit, engine.BATCH_TOKENS), 4 * engine.BATCH_TOKENS))
-
-
 # -----------------------------------------------------------------------------
 # the model
 
@@ -417,8 +407,11 @@ class Model(nn.Module, HubMixin, library_name="smol-llm", license="mit"):
 
     def answer(self, tasks, samples=1, temperature=1.0, seed=0):
         """Solve tasks, whose test outputs are not read: engine.answer_tasks."""
-        at_once = tokens_at_once(self.config, runtime.free_memory(self.wte.weight.device))
-        return engine.answer_tasks(self, tasks, samples, temperature, seed, at_once)
+        # On a GPU a step of decoding takes as long for few rows as for many: up to four times as many tokens
+        # as otherwise, if their caches take a quarter of the memory that is free (0 on a CPU).
+        fit = runtime.free_memory(self.wte.weight.device) / 4 / cache_bytes(self.config, 1024) * 1024
+        tokens = int(min(max(fit, engine.BATCH_TOKENS), 4 * engine.BATCH_TOKENS))
+        return engine.answer_tasks(self, tasks, samples, temperature, seed, tokens)
 
     def score_answers(self, tasks, answers):
         """Log-probabilities of given answers: engine.score_answers."""

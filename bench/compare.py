@@ -100,10 +100,7 @@ def draw(kind, rng, test=False):
 
 
 def recoloured(rng, n):
-    """
-    Task(kind="arc") of two demonstrations and a test: 3x3 grids of n colours, each of which becomes another.
-    Both demonstrations have every colour.
-    """
+    """A task of 3x3 grids of n colours, each of which becomes another; two demonstrations show them all."""
     colours, becomes = rng.permutation(10)[:n], rng.permutation(10)[:n]
     grids = [rng.permutation(np.append(np.arange(n), rng.integers(0, n, 9 - n))) for _ in range(3)]
     pairs = [tuple(c[grid].reshape(3, 3).astype(np.uint8) for c in (colours, becomes)) for grid in grids]
@@ -242,10 +239,7 @@ def moving_average(average, value, n):
 
 
 def train_rival(c, net, loss_of, batches, evaluate):
-    """
-    Train for c.seconds; evaluate(averaged net, whether it is the last time) at every point. Returns the curve
-    and the parameters.
-    """
+    """The curve and the parameters. evaluate(averaged net, whether it is the last time): at every point."""
     groups = [
         {"params": [p for p in net.parameters() if p.ndim >= 2]},
         {"params": [p for p in net.parameters() if p.ndim < 2], "weight_decay": 0.0},

@@ -11,6 +11,7 @@ Figures worth keeping go into LOG.md with their date and machine.
 """
 
 import ctypes
+import functools
 import json
 import math
 import statistics
@@ -50,25 +51,20 @@ def medians_ms(runs, device):
     those that take over a second, 1 after 1.
     """
     times = {name: [] for name in runs}
-    while True:
-        left = [
-            n
-            for n, t in times.items()
-            if len(t) < 200 and not (sum(t[1:]) > SECONDS and (len(t) >= 7 or t[-1] > 1))
-        ]
-        if not left:
-            return {name: 1000 * statistics.median(t[2:] or t[-1:]) for name, t in times.items()}
+
+    def enough(t):
+        return len(t) == 200 or sum(t[1:]) > SECONDS and (len(t) >= 7 or t[-1] > 1)
+
+    while left := [name for name, t in times.items() if not enough(t)]:
         for name in left:
             start = clock(device)
             runs[name]()
             times[name].append(clock(device) - start)
+    return {name: 1000 * statistics.median(t[2:] or t[-1:]) for name, t in times.items()}
 
 
 def peak_mb(run, device):
-    """
-    Memory that run() takes at its peak beyond what was there before, in MB; None where the system does not
-    tell.
-    """
+    """MB that run() takes at its peak, beyond what was there; None where the system does not tell."""
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -124,12 +120,8 @@ def make_gates(kind, B, T, H, K, device):
 def operator_rivals(device, q, k, v, g, beta):
     """{name: (function, its inputs)} of those that are installed."""
     heads_first = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
-    rivals = {
-        "scaled_dot_product_attention": (
-            lambda *x: F.scaled_dot_product_attention(*x, is_causal=True),
-            heads_first,
-        )
-    }
+    attend = functools.partial(F.scaled_dot_product_attention, is_causal=True)
+    rivals = {"scaled_dot_product_attention": (attend, heads_first)}
     try:
         from fla.ops.kda import chunk_kda
         from fla.ops.kda.naive import naive_chunk_kda
@@ -143,9 +135,7 @@ def operator_rivals(device, q, k, v, g, beta):
 
 
 def measure(device, dtype, shapes):
-    """
-    Rows of {what, shape, forward_ms, both_ms, peak_mb, rivals: {name: {..., ratio: our time over theirs}}}.
-    """
+    """Rows of {what, shape, forward_ms, both_ms, peak_mb, rivals: {name: {..., ratio: ours over theirs}}}."""
     for i, shape in enumerate(shapes[device]):
         for kind in GATES[:1] if i else GATES:
             q, k, v = torch.randn(3, *shape, device=device).unbind(0)
@@ -159,10 +149,8 @@ def measure(device, dtype, shapes):
         layer = KimiDeltaAttention(width, heads, width // heads).to(device)
         attention = Attention(Config(n_embd=width, n_head=heads)).to(device)
         rope = rope_3d(torch.zeros(B, T, 3, dtype=torch.long, device=device), width // heads, 100.0)
-        contenders = {
-            "ours": (lambda x: layer(x)[0], [x]),
-            "attention layer": (lambda x: attention(x, rope), [x]),
-        }
+        contenders = {"ours": (lambda x: layer(x)[0], [x])}
+        contenders["attention layer"] = lambda x: attention(x, rope), [x]
         yield row_of("layer", (B, T, width, heads), "", forward_and_backward(contenders, device))
     for B, H, K in shapes["decoding"]:
         q, k, v = F.normalize(torch.randn(3, B, H, K, device=device), dim=-1).to(dtype).unbind(0)

@@ -15,6 +15,7 @@ loader.py (documents to batches).
 
 import difflib
 import functools
+import glob
 import gzip
 import hashlib
 import json
@@ -50,19 +51,14 @@ class Task:
 
 
 def validate_grid(grid):
-    """
-    -> np.uint8 (h, w), a copy. ValueError unless `grid` (an array or a list of lists) is 2-D, 1..30 a side,
-    of whole numbers 0..9. 1.0 is one.
-    """
+    """-> np.uint8 (h, w), a copy. ValueError unless it is 2-D, 1 to 30 a side, of whole numbers 0 to 9."""
     try:
         array = np.array(grid)
     except ValueError:
         raise ValueError("not a grid: its rows differ in length") from None
     if array.ndim != 2 or not all(1 <= side <= MAX_SIDE for side in array.shape):
         raise ValueError(f"not a grid: shape {array.shape} is not 1 to {MAX_SIDE} rows and columns")
-    booleans = isinstance(grid, list) and any(isinstance(cell, bool) for row in grid for cell in row)
-    whole = array.dtype.kind in "iuf" and ((array >= 0) & (array <= 9) & (array == array.round())).all()
-    if booleans or not whole:
+    if array.dtype.kind not in "iuf" or not ((array >= 0) & (array <= 9) & (array == array.round())).all():
         raise ValueError("not a grid: cells must be whole numbers from 0 to 9")
     return array.astype(np.uint8)
 
@@ -81,19 +77,15 @@ def to_task(task_id, raw, outputs=None):
         known = outputs if part == "test" and outputs is not None else [None] * len(given)
         if not isinstance(known, list) or len(known) != len(given):
             raise ValueError(f"as many outputs are wanted as there are test inputs, {len(given)}")
-        for i, (pair, output) in enumerate(zip(given, known), 1):
+        for i, (pair, y) in enumerate(zip(given, known), 1):
             pair = pair if isinstance(pair, dict) else {}
-            x, y = pair.get("input"), pair.get("output") if output is None else output
-            if y is None and part == "train":
-                raise ValueError(f"pair {i} of 'train' has no 'output'")
+            y = pair.get("output") if y is None else y
             try:
-                side = "input"
-                x = validate_grid(x)
-                side = "output"
-                pairs.append((x, None if y is None else validate_grid(y)))
+                x = validate_grid(pair.get("input"))
+                pairs.append((x, None if y is None and part == "test" else validate_grid(y)))
             except ValueError as e:
-                raise ValueError(f"{side} {i} of {part!r} is {e}") from None
-    return Task(task_id, "arc", parts["train"], parts["test"])
+                raise ValueError(f"pair {i} of {part!r}: {e}") from None
+    return Task(task_id, "arc", **parts)
 
 
 @functools.cache
@@ -175,10 +167,8 @@ def read_tasks(path, solutions=""):
         raise ValueError(f"there is no {path}: name a folder of ARC-style .json files, or one file")
     files = [path]
     if os.path.isdir(path):
-        names = [
-            f for f in sorted(os.listdir(path)) if f.endswith(".json") and not name_of(f).endswith(NO_TASKS)
-        ]
-        files = [os.path.join(path, f) for f in names]
+        files = sorted(glob.glob(os.path.join(glob.escape(path), "*.json")))
+        files = [file for file in files if not name_of(file).endswith(NO_TASKS)]
     if not files:
         raise ValueError(f"{path} holds no .json file: ARC-style tasks are wanted, one a file")
     tasks = {}
@@ -233,9 +223,10 @@ def encode_prompt(kind, demos, test_input, canvas=None):
     """
     seen = [grid for pair in demos for grid in pair]
     if canvas is None:
-        return np.concatenate([*encode_parts(kind, [*seen, test_input]), [OUTPUT]]).astype(np.uint16)
-    out = on_canvas(test_input, canvas, BLANK, ROW)
-    return np.concatenate([*encode_parts(kind, seen), [OUTPUT], out]).astype(np.uint16)
+        parts = [*encode_parts(kind, [*seen, test_input]), [OUTPUT]]
+    else:
+        parts = [*encode_parts(kind, seen), [OUTPUT], on_canvas(test_input, canvas, BLANK, ROW)]
+    return np.concatenate(parts).astype(np.uint16)
 
 
 def prompt_and_room(kind, demos, test_input, puzzle_format):
@@ -408,8 +399,6 @@ def random_augment(rng, how):
     """how: 'none', 'dihedral' (no recolouring) or 'arc' (dihedral and any permutation of the ten colours)."""
     if how == "none":
         return IDENTITY
-    if how not in ("dihedral", "arc"):
-        raise ValueError(f"no augmentation is called {how!r}: there are none, dihedral, arc")
     k = int(rng.integers(8))
     return Augment(k, tuple(rng.permutation(10).tolist()) if how == "arc" else IDENTITY.colours)
 
@@ -432,10 +421,7 @@ def canonical_hash(*grids):
 
 
 def task_hash(task):
-    """
-    -> hex: SHA-256 of the kind and of every grid in order, the same for all eight turned and mirrored images
-    of a task, not for its recolourings.
-    """
+    """-> hex: of the kind and every grid in order, the same for a task's eight turned and mirrored images."""
     grids = [np.asarray(grid, np.uint8) for pair in task.train + task.test for grid in pair]
     forms = []
     for k in range(8):

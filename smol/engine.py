@@ -194,10 +194,7 @@ def continue_texts(model, prompts, uniform, temperature, n_ids):
 
 
 def legal(row, column, width, most_rows):
-    """
-    The grammar of grids: which of GRID_IDS can come at (row, column), bool (N, 12). All are arrays (N,);
-    width: columns of the grid, in row 0 the most that it may have.
-    """
+    """The grammar: which of GRID_IDS can come at each (row, column), bool (N, 12). All are arrays (N,)."""
     cell_fits = (column < width) & (row < most_rows)
     row_ends = (column > 0) & ((row == 0) | (column == width))  # the first row chooses the width
     grid_ends = (column == 0) & (row > 0)
@@ -455,10 +452,7 @@ def answer_canvases(model, tasks, trace, n_rollouts, **how):
 
 
 def rollout_rngs(idx, n_rollouts, seed):
-    """
-    For each rollout of each row of idx (B, T): its random numbers, None for the first one, and the row's
-    length. They depend on seed and puzzle, not on what else is asked.
-    """
+    """For each rollout of each row of idx (B, T): a generator, None for the first, and the row's length."""
     rngs = []
     for ids in idx.tolist():
         row = [i for i in ids if i != tok.PAD]

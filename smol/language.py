@@ -104,10 +104,7 @@ def bits_per_byte(model, data_dir, shards, source_tokens=SOURCE_TOKENS):
 
 
 def answer_questions(model, items):
-    """
-    items of suites.questions(). Returns {total, right, accuracy, interval, chance, answers}. Of ends
-    that are equally likely each counts for its share.
-    """
+    """items: of suites.questions(). Of ends that are equally likely each counts for its share."""
     encode = tok.load().encode_ordinary
     rows = [
         ([tok.EOT, *encode(question)], encode(" " + choice))
@@ -127,17 +124,14 @@ def answer_questions(model, items):
 
 
 def write_code(model, items):
-    """
-    items of suites.functions(), one greedy attempt at each. Returns {total, solved, accuracy,
-    interval, answers}.
-    """
+    """items: of suites.functions(), one greedy attempt at each."""
     prompts = [[tok.EOT, *tok.load().encode_ordinary(stub)] for _, stub, *_ in items]
     n, answers = len(items), []
     for (name, stub, tests, *_), (ids,) in zip(items, solve.write(model, prompts, 1, CODE_TOKENS)):
         text = OUTSIDE_FUNCTION.split(tok.load().decode(ids))[0]
         result = sandbox.run_tests(stub + text, tests)
-        outcome = {"solved": result.ok, "reason": result.reason}
-        answers.append({"name": name, "stub": stub, "written": text, **outcome})
+        about = {"name": name, "stub": stub, "written": text}
+        answers.append({**about, "solved": result.ok, "reason": result.reason})
     solved = sum(answer["solved"] for answer in answers)
     share = {"accuracy": round(solved / n, 6), "interval": suites.interval(solved, n)}
     return {"total": n, "solved": solved, **share, "answers": answers}
@@ -208,13 +202,13 @@ def behind_lm_eval(model):
 
         def loglikelihood_rolling(self, requests, **kwargs):
             """Every token is predicted once, from what came before it in its window of block_size."""
-            totals = [0.0] * len(requests)
-            for i, request in enumerate(requests):
+            totals = []
+            for request in requests:
                 windows = utils.get_rolling_token_windows(
                     self.tok_encode(request.args[0]), tok.EOT, model.config.block_size, 1
                 )
                 rows = [utils.make_disjoint_window(window) for window in windows]
-                totals[i] = sum(float(nats.sum(dtype="f8")) for nats, _ in log_probs(model, rows))
+                totals.append(sum(float(nats.sum(dtype="f8")) for nats, _ in log_probs(model, rows)))
             return totals
 
         def generate_until(self, requests, **kwargs):

@@ -60,10 +60,7 @@ def row(s):
 
 
 def remarks_on(s):
-    """
-    How a suite was asked, or known, where that is not the default, what of it could be guessed, and whom the
-    model beats by more than chance.
-    """
+    """How a suite was asked, what of it could be guessed, and whom the model beats by more than chance."""
     asked = [f"--{k}={v}" for k, v in s["settings"].items() if v != getattr(solve.Settings, k, None)]
     if asked or s["protocol"] != "inductive":
         yield f"was asked with {' '.join(asked) or 'the defaults'} ({s['protocol']})"
@@ -130,10 +127,7 @@ def choose(tasks):
 
 
 def panels_of(task):
-    """
-    Panels for arc.picture of a task, {model: record}: a demonstration, the first test input, what is
-    expected, and each model's first attempt.
-    """
+    """Panels for arc.picture of a task, {model: record}, with its first demonstration and test input."""
     record = next(iter(task.values()))
     expected, panels = grid_of(record["test"][0]["expected"]), []
     for x, y in record["demonstrations"][:1]:
@@ -156,7 +150,10 @@ def write(results, records, folder):
     models = []
     for name, r in results.items():  # where a run lies on this machine is nobody else's business
         shown = {key: r.get(key) for key in ("model", "params", "iter", "val_loss", "card", "sha256")}
-        figures = {suite: {**s, **for_people(suite, s)} for suite, s in r["suites"].items()}
+        figures = {}
+        for suite, s in r["suites"].items():
+            more = {"remarks": [*remarks_on(s)]} if suites.is_tasks(suite) else {"rows": language.rows(s)}
+            figures[suite] = {**s, **more}
         data = {"stage": r["data"]["stage"], "tag": r["data"]["tag"]}
         models.append({"name": name, **shown, "data": data, "suites": figures})
     data = {
@@ -172,10 +169,6 @@ def write(results, records, folder):
     path = os.path.join(folder, "report.html")
     write_whole((before + text + "</script>" + after).encode(), path)
     return path
-
-
-def for_people(suite, s):
-    return {"remarks": [*remarks_on(s)]} if suites.is_tasks(suite) else {"rows": language.rows(s)}
 
 
 def history(results):

@@ -354,14 +354,10 @@ def test_published_trm_is_trained_and_asked_with_rollouts(tmp_path, monkeypatch)
     [
         (["--puzzle=turn-2-8"], "nobody to compare"),
         (["--trm=there", "--puzzle=maze-5"], "--trm is for sudokus"),
-        (["--nanogpt=there", "--puzzle=sudoku4-4-6"], "--nanogpt for text"),
         (["--trm=there", "--puzzle=sudoku4-4-6", "--n_train=100"], "--trm=there is no checkout"),
         (["A b: config/route_a_demo.py", "A_b: config/route_a_demo.py"], "different names, got A b, A_b"),
-        (["--nanogpt=there", "nanoGPT: config/route_a_demo.py"], "different names, got nanoGPT"),
         (["A: config/route_a_demo.py", "--puzzle=maze-3"], "--puzzle=maze-3 has hardly more than"),
         (["A: config/route_a_demo.py", "--puzzle=chess"], "--puzzle=chess: there are"),
-        (["A: config/route_a_demo.py", "--puzzle=turn-2-9"], "--puzzle=turn-2-9: there are"),
-        (["A: config/route_a_demo.py", "--puzzle=sudoku9-40-10"], "--puzzle=sudoku9-40-10: there are"),
     ],
 )
 def test_a_comparison_that_cannot_be_is_one_line(argv, says, tmp_path):

@@ -120,16 +120,18 @@ def test_answers_that_can_be_guessed_are_counted_apart():
 # asking
 
 
-def test_every_task_is_asked_once_with_others_of_its_length_and_without_its_outputs():
+def test_every_task_is_asked_once_with_others_of_its_length_and_without_its_outputs(tmp_path, monkeypatch):
     tasks, asked = [*suites.load("arc1")[:50], *suites.load("sudoku4")[:70]], []
     known = {t.id: t for t in tasks}
 
-    def answer(part):
+    def answer(model, part, settings):
         asked.append(part)
         # what a model would answer that could see test outputs
         return [[Given([Candidate(y)]) for _, y in t.test] for t in part]
 
-    records = [record for some in eval_arc.evaluate(tasks, answer, 1, 4) for record in some]
+    monkeypatch.setattr(solve, "solve", answer)
+    about = {"sha256": "", "device": "cpu", "dtype": "float32"}
+    records = eval_arc.ask("a", None, about, "own", tasks, solve.Settings(augment=4), str(tmp_path))
     assert len(records) == len(tasks) and not any(r["solved"] for r in records)
     flat = [task for part in asked for task in part]
     assert sorted(t.id for t in flat) == sorted(known) and max(map(len, asked)) == eval_arc.ROWS_TOGETHER // 4

@@ -122,7 +122,7 @@ def test_the_kernel_refuses_without_the_help_of_python(tmp_path):
 import ctypes, os, sys
 from smol import sandbox
 libc = ctypes.CDLL(None, use_errno=True)
-assert sandbox.filter_system_calls()
+sandbox.filter_system_calls()
 for name, *args in (
     ("open", b"/etc/passwd", 0), ("creat", sys.argv[1].encode(), 511), ("fork",), ("kill", os.getppid(), 0),
     ("socket", 2, 1, 0), ("execv", b"/bin/true", None), ("unlink", b"/x"), ("setuid", 1), ("chdir", b"/"),

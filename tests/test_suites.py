@@ -128,8 +128,8 @@ def test_challenges_are_read_with_the_solutions_beside_them(tmp_path):
     "task, words",
     [
         ({"train": [{"input": [[1, 2], [3]], "output": [[1]]}], "test": [PAIR]}, "rows differ in length"),
-        ({"train": [PAIR], "test": [{"input": [[0] * 31]}]}, r"input 1 of 'test' is not a grid"),
-        ({"train": [{"input": [[1]]}], "test": [PAIR]}, "pair 1 of 'train' has no 'output'"),
+        ({"train": [PAIR], "test": [{"input": [[0] * 31]}]}, "pair 1 of 'test': not a grid"),
+        ({"train": [{"input": [[1]]}], "test": [PAIR]}, "pair 1 of 'train': not a grid"),
         ({"train": [PAIR]}, "no list 'test'"),
     ],
 )

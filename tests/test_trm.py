@@ -29,10 +29,7 @@ def canvas_by_hand(row):
 
 
 def grids_by_hand(row):
-    """
-    -> where the first grid begins, and for each grid {(r, c): tokens that stand there}, from the text alone:
-    its marker, which counts as standing where the first cell does, then cells and <|row|>s.
-    """
+    """-> where the first grid begins, and of each {(r, c): tokens there}; a marker is with the first cell."""
     marks = [i for i, token in enumerate(row) if token in (tok.INPUT, tok.OUTPUT)] + [len(row)]
     grids = []
     for a, b in zip(marks, marks[1:]):
@@ -86,7 +83,7 @@ def mlp_by_lines(mixer, h, way, idx):
     """Each row, column or tile of cells (way 0, 1, 2), for itself: its part of the layer on that line."""
     out, (up, down) = torch.zeros_like(h), (mixer.up_proj.weight, mixer.down_proj.weight)
     for b, row in enumerate(idx.tolist()):
-        _, grids = grids_by_hand(row[: row.index(tok.PAD)] if tok.PAD in row else row)
+        _, grids = grids_by_hand([token for token in row if token != tok.PAD])
         for cells in grids:
             side = round(max(1 + max(r for r, _ in cells), max(c for _, c in cells)) ** 0.5)
             lines = {}
@@ -446,10 +443,7 @@ def test_vectors_and_gradients_stay_bounded_at_the_published_depth(dtype):
 
 @pytest.mark.parametrize("pattern, tolerance", (("a", 0.01), ("kkka", 0.2)))
 def test_flops_are_those_that_pytorch_counts(pattern, tolerance):
-    """
-    With causal attention in full, and KDA without its solves. The formula has the chunks of a GPU, of 64
-    tokens; on a CPU they have 32.
-    """
+    """KDA without its solves; the formula has the chunks of a GPU, of 64 tokens, and a CPU's have 32."""
     model = trm(n_embd=96, n_ff=256, layer_pattern=pattern, n_recursion=3, n_grad=2).train()
     puzzle = torch.randint(tok.CELL0, tok.CELL0 + 10, (2, 64))
     for mode, idx in (("text", text(2, 64)), ("puzzle", puzzle)):
