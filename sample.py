@@ -102,10 +102,8 @@ def show_task(model, task, c):
     room = [arc.prompt_and_room(task.kind, task.train, x, model.puzzle_format) for x, _ in task.test]
     needed = max(map(sum, room))
     if needed > model.config.block_size:
-        raise ValueError(
-            f"task {task.id} takes {needed:,} tokens with room for the answer, and this checkpoint reads at "
-            f"most {model.config.block_size:,} (its block_size)"
-        )
+        limit = f"this checkpoint reads at most {model.config.block_size:,} (its block_size)"
+        raise ValueError(f"task {task.id} takes {needed:,} tokens with room for the answer, and {limit}")
     print(f"{task.id}   {needed:,} tokens\n")
     for i, (x, y) in enumerate(task.train, 1):
         print(arc.ansi_row([(f"demo {i}", x, None), ("output", y, None)]), flush=True)

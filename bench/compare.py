@@ -94,9 +94,7 @@ def draw(kind, rng, test=False):
             return puzzles.turned(rng, n)
         if name == "recolour" and low >= 2 and high <= 9:
             return recoloured(rng, n)
-    raise ValueError(
-        f"--puzzle={kind}: there are sudoku4-, sudoku9-, turn- and recolour-MIN-MAX, and maze-SIDE"
-    )
+    raise ValueError(f"--puzzle={kind}: there are sudoku4-, sudoku9-, turn-, recolour-MIN-MAX, maze-SIDE")
 
 
 def recoloured(rng, n):
@@ -132,10 +130,8 @@ def make_puzzles(c, folder):
         augment = augments.get(c.puzzle.split("-")[0], "dihedral")
         about = {"source": "compare", "group": "synth", "kind": "puzzle", "augment": augment}
         every = list(documents.values())
-        entries = [
-            snapshots.write_shard(folder, about, "train", every[50:]),
-            snapshots.write_shard(folder, about, "val", every[:50]),
-        ]
+        parts = {"train": every[50:], "val": every[:50]}
+        entries = [snapshots.write_shard(folder, about, split, some) for split, some in parts.items()]
         mixture = {"stage": "compare", "seed": 1, "tokenizer": tok.fingerprint()}
         mixture |= {"weights": {"compare": 1.0}, "groups": {"synth": 1.0}, "origin": origin(c)}
         snapshots.write_stage(folder, "compare", entries, mixture, {})
@@ -228,11 +224,6 @@ def curve_of(c, paths, tasks):
 # rivals: a loop of their own, on batches that were made before
 
 
-def rate_at(share):
-    """The learning rate's factor after this share of the run."""
-    return min(1.0, share / WARMUP, (1 - share) / DECAY)
-
-
 def moving_average(average, value, n):
     """Follows closely early on, as in train.py: there is little to average."""
     return average.lerp(value, 1 - min(EMA, (1 + n.item()) / (10 + n.item())))
@@ -250,8 +241,9 @@ def train_rival(c, net, loss_of, batches, evaluate):
     while spent < c.seconds:
         batch = batches[steps % len(batches)]
         start = time.perf_counter()
+        share = spent / c.seconds
         for group in optimizer.param_groups:
-            group["lr"] = c.rival_learning_rate * max(0.0, rate_at(spent / c.seconds))
+            group["lr"] = c.rival_learning_rate * min(1.0, share / WARMUP, (1 - share) / DECAY)
         net.train()
         loss_of(net, batch).backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -304,9 +296,7 @@ def rival_trm(c, seed, tasks):
         from models.losses import ACTLossHead
         from models.recursive_reasoning.trm import TinyRecursiveReasoningModel_ACTV1
     except ImportError as e:
-        raise ValueError(
-            f"--trm={c.trm} is no checkout of TinyRecursiveModels, or lacks a package: {e}"
-        ) from None
+        raise ValueError(f"--trm={c.trm} is no checkout of it, or lacks a package: {e}") from None
 
     torch.manual_seed(seed)
     rng, cells = np.random.default_rng(seed), tasks[0].test[0][0].size
@@ -358,16 +348,9 @@ def rival_nanogpt(c, seed):
     block = 1024
     shape = {"block_size": block, "vocab_size": tok.VOCAB_SIZE, "dropout": 0.0, "bias": False}
     net = gpt.GPT(gpt.GPTConfig(**shape, **c.nanogpt_settings))
-    source = loader.Loader(
-        c.data_dir,
-        "demo",
-        weights=c.text,
-        seed=seed,
-        batch_size=1,
-        block_size=block,
-        batches_per_step=1,
-        puzzle_format="autoregressive",
-    )
+    size = {"batch_size": 1, "block_size": block, "batches_per_step": 1}
+    data = {"weights": c.text, "seed": seed, "puzzle_format": "autoregressive"}
+    source = loader.Loader(c.data_dir, "demo", **data, **size)
     batches = [{"inputs": b.idx, "labels": b.targets} for _ in range(N_BATCHES) for b in source.next_step()]
 
     @torch.no_grad()
@@ -410,10 +393,8 @@ def draw_curves(rows, path):
         values = [[*p["solved"].values()][-1] if "solved" in p else p["val_loss"] for p in row["curve"]]
         label = f"{row['name']}, seed {row['seed']}"
         axes.plot([p["seconds"] for p in row["curve"]], values, marker=".", label=label)
-    axes.set(
-        xlabel="seconds of training, one thread",
-        ylabel="solved" if "solved" in rows[0]["curve"][-1] else "validation loss, nats",
-    )
+    result = "solved" if "solved" in rows[0]["curve"][-1] else "validation loss, nats"
+    axes.set(xlabel="seconds of training, one thread", ylabel=result)
     axes.grid(alpha=0.3)
     axes.legend()
     save_picture(figure, path)

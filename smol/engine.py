@@ -95,10 +95,7 @@ def decode_step(model, token, cache):
         attn_mask = torch.arange(length + 1, device=token.device) >= cache.first[:, None]
         attn_mask = attn_mask[:, None, None]  # (B, 1, 1, length + 1)
     position = arc.positions(cache.idx)[:, -1:]
-    x = model.hidden(
-        token[:, None], positions=position, attn_mask=attn_mask, cache=cache.layers, length=length
-    )
-    return x[:, -1]
+    return model.hidden(token[:, None], None, attn_mask, position, cache.layers, length)[:, -1]
 
 
 # -----------------------------------------------------------------------------
@@ -181,8 +178,7 @@ def continue_texts(model, prompts, uniform, temperature, n_ids):
     out, n = [None] * len(prompts), uniform.shape[1]
     for part in batches_by_length(list(enumerate(prompts)), lambda row: len(row[1]) + n):
         where, some = zip(*part)
-        how = {"stop": (tok.EOT, tok.END, tok.PAD), "n_ids": n_ids}
-        how["uniform"] = uniform[list(where)]
+        how = {"stop": (tok.EOT, tok.END, tok.PAD), "uniform": uniform[list(where)], "n_ids": n_ids}
         drawn = torch.stack([*generate(model, some, n, temperature, **how)], 1)  # (rows, up to N)
         for b, ids in zip(where, drawn.cpu()):
             out[b] = ids[ids != tok.PAD]

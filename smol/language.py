@@ -106,11 +106,9 @@ def bits_per_byte(model, data_dir, shards, source_tokens=SOURCE_TOKENS):
 def answer_questions(model, items):
     """items: of suites.questions(). Of ends that are equally likely each counts for its share."""
     encode = tok.load().encode_ordinary
-    rows = [
-        ([tok.EOT, *encode(question)], encode(" " + choice))
-        for _, question, choices, _ in items
-        for choice in choices
-    ]
+    rows = []
+    for _, question, choices, _ in items:
+        rows += [([tok.EOT, *encode(question)], encode(" " + choice)) for choice in choices]
     scores = np.array([nats.sum(dtype=np.float64) for nats, _ in log_probs(model, rows, "questions")])
     points, answers = 0.0, []
     for (category, question, choices, right), given in zip(items, scores.reshape(len(items), -1)):
@@ -238,14 +236,8 @@ def evaluate_benchmarks(model, suite, limit=None):
 
     names, started, results = check_benchmarks(suite), time.perf_counter(), {}
     try:
-        found = lm_eval.simple_evaluate(
-            behind_lm_eval(model),
-            tasks=names,
-            limit=limit,
-            task_manager=benchmarks(),
-            bootstrap_iters=1000,
-            log_samples=False,
-        )
+        how = {"task_manager": benchmarks(), "bootstrap_iters": 1000, "log_samples": False}
+        found = lm_eval.simple_evaluate(behind_lm_eval(model), tasks=names, limit=limit, **how)
     except OSError as e:
         raise OSError(f"lm-eval cannot get {suite}: {snapshots.first_line(e)}") from None
     for task, figures in found["results"].items():

@@ -35,26 +35,19 @@ def clamped_reference(q, k, v, g, beta, state=None):
 
 def make_gate(kind, B, T, H, K, rng):
     u = torch.rand(B, T, H, K, dtype=torch.float64, generator=rng)
-    if kind == "none":
-        return u * 0
-    if kind == "mild":
-        return -0.1 * u
-    if kind == "uneven":  # channels from no decay to full reset in a few tokens
-        return -u * torch.logspace(-3, 1.5, K, dtype=torch.float64)
-    if kind == "strong":  # a layer's largest A_log
-        return -16 * F.softplus(6 * u - 3)
-    if kind == "strongest":  # the most that is not clamped
-        return -15.9 + 0 * u
-    if kind == "-50":
-        return -50 + 0 * u
-    if kind == "-1e4":
-        return -1e4 * u
-    if kind == "resets":
-        return (-0.1 * u).masked_fill(torch.rand(u.shape, generator=rng) < 0.05, -math.inf)
-    if kind == "documents":  # everything forgotten at some tokens, by all heads
-        return (-0.1 * u).masked_fill(torch.rand(B, T, 1, 1, generator=rng) < 0.1, -math.inf)
-    assert kind == "all -inf"
-    return -math.inf + 0 * u
+    mild, at = -0.1 * u, torch.rand(u.shape, generator=rng)
+    return {
+        "none": 0 * u,
+        "mild": mild,
+        "uneven": -u * torch.logspace(-3, 1.5, K, dtype=torch.float64),  # to full reset in a few tokens
+        "strong": -16 * F.softplus(6 * u - 3),  # a layer's largest A_log
+        "strongest": 0 * u - 15.9,  # the most that is not clamped
+        "-50": 0 * u - 50,
+        "-1e4": -1e4 * u,
+        "resets": mild.masked_fill(at < 0.05, -math.inf),
+        "documents": mild.masked_fill(at[:, :, :1, :1] < 0.1, -math.inf),  # all heads forget everything
+        "all -inf": torch.full_like(u, -math.inf),
+    }[kind]
 
 
 GATES = ("none", "mild", "uneven", "strong", "strongest", "-50", "-1e4", "resets", "documents", "all -inf")

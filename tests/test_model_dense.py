@@ -71,21 +71,22 @@ def test_attention_is_its_formula():
 # ---- grids
 
 
+def allowed_by_hand(rows, H, W):
+    """The ids that may follow these rows of an answer, the last of them unfinished."""
+    width, colours = W if len(rows) == 1 else len(rows[0]), list(range(tok.CELL0, tok.CELL0 + 10))
+    if len(rows) > 1 and not rows[-1]:
+        return [tok.EOT] + (colours if len(rows) <= H else [])
+    ends = rows[-1] and (len(rows) == 1 or len(rows[-1]) == width)
+    return (colours if len(rows[-1]) < width else []) + ([tok.ROW] if ends else [])
+
+
 @torch.no_grad()
 def answer_by_hand(model, task, test_input):
     """Greedy under the grammar, by the full forward at every token."""
     ids = arc.encode_prompt(task.kind, task.train, test_input).astype(np.int64).tolist()
-    H, W = arc.canvas_shape(task.train, test_input)
-    colours = list(range(tok.CELL0, tok.CELL0 + 10))
     rows, score = [[]], 0.0
     while True:
-        width = W if len(rows) == 1 else len(rows[0])
-        allowed = []
-        if rows[-1] or len(rows) == 1:
-            allowed += colours if len(rows[-1]) < width else []
-            allowed += [tok.ROW] if rows[-1] and (len(rows) == 1 or len(rows[-1]) == width) else []
-        else:
-            allowed += [tok.EOT] + (colours if len(rows) <= H else [])
+        allowed = allowed_by_hand(rows, *arc.canvas_shape(task.train, test_input))
         log_p = model(torch.tensor([ids]), mode="puzzle")[0][0, -1, allowed].log_softmax(0)
         choice = allowed[log_p.argmax()]
         score += log_p.max().item()
@@ -175,20 +176,15 @@ def test_the_score_of_an_answer_is_its_log_probability_by_the_forward_and_as_it_
     given = [[rng.integers(0, 10, s).astype(np.uint8) for s in ((2, 3), (1, 1), (4, 2))] for _ in tasks]
     for task, answers, got in zip(tasks, given, model.score_answers(tasks, given)):
         ((test_input, _),) = task.test
-        most_rows, most_columns = arc.canvas_shape(task.train, test_input)
         for answer, score in zip(answers, got):
             ids = arc.encode(task.kind, [*task.train, (test_input, answer)]).astype(np.int64)
             logits = model(torch.from_numpy(ids)[None], mode="puzzle")[0][0]
-            at, (h, w), want = len(arc.encode_prompt(task.kind, task.train, test_input)), answer.shape, 0.0
-            for n in range(h * (w + 1) + 1):
-                row, column = divmod(n, w + 1)
-                legal = [*range(tok.CELL0, tok.CELL0 + 10)] * (
-                    column < (w if row else max(most_columns, w)) and row < max(most_rows, h)
-                )
-                legal += [tok.ROW] * (column > 0 and row < h and (row == 0 or column == w))
-                legal += [tok.EOT] * (column == 0 and row > 0)
-                came = int(ids[at + n])
-                want += float(logits[at + n - 1, legal].log_softmax(0)[legal.index(came)])
+            limit = np.maximum(arc.canvas_shape(task.train, test_input), answer.shape)
+            rows, want = [[]], 0.0
+            for at in range(len(arc.encode_prompt(task.kind, task.train, test_input)), len(ids)):
+                allowed, came = allowed_by_hand(rows, *limit), int(ids[at])
+                want += float(logits[at - 1, allowed].log_softmax(0)[allowed.index(came)])
+                rows = [*rows, []] if came == tok.ROW else [*rows[:-1], [*rows[-1], came]]
             assert abs(score - want) < 1e-3
     ((written, other),) = model.answer(tasks[:1], samples=2)[0]
     scores = model.score_answers(tasks[:1], [[written[0], other[0]]])[0]

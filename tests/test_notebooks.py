@@ -1,7 +1,6 @@
 """The notebooks: one that trains and Kaggle's run from top to bottom; all are thin."""
 
 import ast
-import os
 import re
 import shutil
 from pathlib import Path
@@ -46,8 +45,6 @@ def test_a_notebook_runs_from_top_to_bottom(copy, name, monkeypatch):
     where = {"metadata": {"path": str(copy / "notebooks")}}
     client = nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where)
     client.execute()  # raises where a cell does, a %%bash cell whose command fails among them
-    if os.environ.get("KEEP_NOTEBOOKS"):  # to look at what they show
-        nbformat.write(notebook, Path(os.environ["KEEP_NOTEBOOKS"]) / name)
     shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     text = "".join(output.get("text", "") for output in shown)
     assert sum("image/png" in output.get("data", {}) for output in shown) == 2, text[-2000:]
