@@ -54,11 +54,11 @@ def check_config(config, kinds="ka"):
             raise ValueError(f"{name}={value} must be at least 1")
     if config.vocab_size <= tok.END:
         raise ValueError(f"vocab_size={config.vocab_size} leaves out reserved ids: at least {tok.END + 1}")
-    if config.n_embd % config.n_head:
-        raise ValueError(f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}")
-    head_dim = config.n_embd // config.n_head
+    head_dim = config.n_embd / config.n_head
     if head_dim < 6 or head_dim % 2:
-        raise ValueError(f"n_embd / n_head is {head_dim}: three axes of rotation need an even size from 6 on")
+        raise ValueError(
+            f"n_embd / n_head is {head_dim:g}: three axes of rotation need an even size, 6 or more"
+        )
     if not config.layer_pattern or set(config.layer_pattern) - set(kinds):
         known = ", ".join(KINDS[kind] for kind in kinds)
         raise ValueError(f"layer_pattern={config.layer_pattern!r} may only hold {known}")

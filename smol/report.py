@@ -187,9 +187,8 @@ def history(results):
             entries = runtime.read_log(os.path.join(folder, "evals.jsonl"))
         points, losses = {}, {}
         for entry in entries:  # of a run that was resumed, the last entry of each step counts
-            found = {k: s for k, s in entry["suites"].items() if s.get("total")}
-            keys = ("solved", "total", "interval")
-            found = {suite: {key: s[key] for key in keys} for suite, s in found.items()}
+            keys, counted = ("solved", "total", "interval"), entry["suites"].items()
+            found = {suite: {key: s[key] for key in keys} for suite, s in counted if s.get("total")}
             points[entry["iter"]] = {"iter": entry["iter"], "suites": found}
         for entry in runtime.read_log(os.path.join(folder, "log.jsonl")):
             for source, loss in entry.get("val_losses", {}).items():

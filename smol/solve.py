@@ -331,13 +331,12 @@ def tune(model, task, settings):
     tuned.wte.requires_grad_(False)
     learned = [p for p in tuned.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=settings.ttt_lr, weight_decay=0.0, fused=True)
-    rows = itertools.cycle(rows)
     carry = None
     # bfloat16 where the answers are written in it; float16 would want a scaled loss
     half = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.bfloat16
-    for step in range(settings.ttt_steps):
+    for step, row in zip(range(settings.ttt_steps), itertools.cycle(rows)):
         optimizer.param_groups[0]["lr"] = settings.ttt_lr * (1 - step / settings.ttt_steps)
-        idx, targets = pad_rows([next(rows)], length)
+        idx, targets = pad_rows([row], length)
         with torch.autocast(device.type, enabled=half):
             _, loss, carry = tuned(idx.to(device), targets.to(device), mode="puzzle", carry=carry)
         loss.backward()

@@ -134,9 +134,8 @@ def test_both_routes_stand_beside_a_plain_gpt_and_a_config_gets_its_fastest_way(
     assert all(r["ratio"] == r["tokens_per_second"] / rows[0]["tokens_per_second"] for r in rows)
     monkeypatch.setattr(bench_train, "MOST_ROWS", 1)
     bench_train.main([config, "--steps=1"])
-    found = re.search(
-        r"^--batch_size=(\d+) --gradient_accumulation_steps=(\d+) ", capsys.readouterr().out, re.M
-    )
+    advice, out = r"^--batch_size=(\d+) --gradient_accumulation_steps=(\d+) ", capsys.readouterr().out
+    found = re.search(advice, out, re.M)
     assert int(found[1]) * int(found[2]) == 12  # the global batch stays what it is
 
 
