@@ -296,7 +296,7 @@ def rival_trm(c, seed, tasks):
         from models.losses import ACTLossHead
         from models.recursive_reasoning.trm import TinyRecursiveReasoningModel_ACTV1
     except ImportError as e:
-        raise ValueError(f"--trm={c.trm} is no checkout of it, or lacks a package: {e}") from None
+        raise ValueError(f"--trm={c.trm} is no checkout of TRM, or lacks a package: {e}") from None
 
     torch.manual_seed(seed)
     rng, cells = np.random.default_rng(seed), tasks[0].test[0][0].size

@@ -65,9 +65,12 @@ def main(argv):
     config, _ = configurator.read(globals(), argv)
     c, rows, device = SimpleNamespace(**config), [], this_device()
     print(" context  rows              ms a step MB of cache times as fast as attention")
-    for row in measure(c, device):
-        rows.append(row)
-        print(LAYOUT.format(*row.values()))
+    try:
+        for row in measure(c, device):
+            rows.append(row)
+            print(LAYOUT.format(*row.values()))
+    except ValueError as e:  # of the model's settings
+        sys.exit(f"error: {e}")
     if c.json_file:
         write_whole(json.dumps(rows, indent=2).encode(), c.json_file)
 

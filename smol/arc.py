@@ -399,6 +399,8 @@ def random_augment(rng, how):
     """how: 'none', 'dihedral' (no recolouring) or 'arc' (dihedral and any permutation of the ten colours)."""
     if how == "none":
         return IDENTITY
+    if how not in ("dihedral", "arc"):
+        raise ValueError(f"no augmentation is called {how!r}: there are none, dihedral, arc")
     k = int(rng.integers(8))
     return Augment(k, tuple(rng.permutation(10).tolist()) if how == "arc" else IDENTITY.colours)
 

@@ -190,7 +190,7 @@ def continue_texts(model, prompts, uniform, temperature, n_ids):
 
 
 def legal(row, column, width, most_rows):
-    """The grammar: which of GRID_IDS can come at each (row, column), bool (N, 12). All are arrays (N,)."""
+    """Which of GRID_IDS can come at (row, column), bool (N, 12). Arrays (N,); width: in row 0 the most."""
     cell_fits = (column < width) & (row < most_rows)
     row_ends = (column > 0) & ((row == 0) | (column == width))  # the first row chooses the width
     grid_ends = (column == 0) & (row > 0)

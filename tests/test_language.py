@@ -192,38 +192,24 @@ def test_the_interval_of_a_ratio_covers_the_true_one_in_95_of_100_samples():
 
 CAPITALS = [("France", "Paris", "Rome"), ("Italy", "Rome", "Oslo"), ("Peru", "Lima", "Quito")]
 TEXT = "Grids are made of cells. Cells have colours, ten of them."
-PROMPT = {"doc_to_text": "The capital of {{country}} is"}
+CAPITAL = {"doc_to_text": "The capital of {{country}} is"}
 BENCHMARKS = {
-    "capitals": {
-        "output_type": "multiple_choice",
-        **PROMPT,
-        "doc_to_choice": "cities",
-        "doc_to_target": 0,
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    },
-    "sentences": {
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "doc_to_target": "{{text}}",
-        "metric_list": [{"metric": "bits_per_byte"}],
-    },
-    "writing": {
-        "output_type": "generate_until",
-        **PROMPT,
-        "doc_to_target": "{{city}}",
-        "generation_kwargs": {"until": ["."], "max_gen_toks": 8},
-        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-    },
+    "capitals": {**CAPITAL, "output_type": "multiple_choice", "doc_to_choice": "cities", "doc_to_target": 0},
+    "sentences": {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}"},
+    "writing": {**CAPITAL, "output_type": "generate_until", "doc_to_target": "{{city}}"},
 }
+MEAN = {"aggregation": "mean", "higher_is_better": True}
+BENCHMARKS["capitals"]["metric_list"] = [{"metric": "acc", **MEAN}]
+BENCHMARKS["sentences"]["metric_list"] = [{"metric": "bits_per_byte"}]
+BENCHMARKS["writing"]["metric_list"] = [{"metric": "exact_match", **MEAN}]
+BENCHMARKS["writing"]["generation_kwargs"] = {"until": ["."], "max_gen_toks": 8}
 
 
 @pytest.fixture
 def local_benchmarks(tmp_path, monkeypatch):
     """Three tasks of lm-eval from local files, in place of its own, which are thousands."""
     tasks = pytest.importorskip("lm_eval.tasks")
-    rows = [
-        {"country": c, "cities": cities, "city": f" {cities[0]}", "text": TEXT} for c, *cities in CAPITALS
-    ]
+    rows = [{"country": c, "cities": some, "city": f" {some[0]}", "text": TEXT} for c, *some in CAPITALS]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = {"data_files": {"test": str(tmp_path / "rows.jsonl")}, "cache_dir": str(tmp_path / "cache")}
     for name, task in BENCHMARKS.items():

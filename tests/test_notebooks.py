@@ -33,13 +33,9 @@ def copy(tmp_path_factory, data):
 
 @pytest.mark.parametrize("name", ["30_route_b_train.ipynb", "kaggle_t4x2.ipynb"])
 def test_a_notebook_runs_from_top_to_bottom(copy, name, monkeypatch):
-    for variable, value in {
-        "SMOL_QUICK": "1",
-        "OMP_NUM_THREADS": "1",
-        "IPYTHONDIR": str(copy / ".ipython"),
-        "JUPYTER_DATA_DIR": str(copy / ".jupyter"),
-        "CUDA_VISIBLE_DEVICES": "",
-    }.items():
+    variables = {"SMOL_QUICK": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    variables |= {"IPYTHONDIR": str(copy / ".ipython"), "JUPYTER_DATA_DIR": str(copy / ".jupyter")}
+    for variable, value in variables.items():
         monkeypatch.setenv(variable, value)
     notebook = nbformat.read(copy / "notebooks" / name, as_version=4)
     where = {"metadata": {"path": str(copy / "notebooks")}}

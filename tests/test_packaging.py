@@ -23,9 +23,7 @@ def test_kaggle_has_the_same_versions_but_for_pytorch():
     usual, kaggle = pins("requirements.txt"), pins("requirements-kaggle.txt")
     differ = {package for package, marker in usual.keys() ^ kaggle.keys()}
     differ |= {
-        package
-        for (package, marker), version in usual.items()
-        if kaggle.get((package, marker), version) != version
+        package for (package, at), version in usual.items() if kaggle.get((package, at), version) != version
     }
     assert differ == {"torch", "triton", "numpy"}
     assert kaggle["torch", None] == "==2.6.0" and kaggle["numpy", None] in usual.values()

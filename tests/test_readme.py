@@ -90,14 +90,9 @@ def test_the_commands_run(tmp_path, data):
     for command in commands():
         todo += [[*shlex.split(command), *more] for p, more in RUN.items() if re.search(p, command)]
     (copy / "todo.json").write_text(json.dumps(todo))
-    done = subprocess.run(
-        [sys.executable, "-c", RUNNER, "todo.json"],
-        cwd=copy,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        text=True,
-        capture_output=True,
-        timeout=900,
-    )
+    how = {"cwd": copy, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "timeout": 900}
+    command = [sys.executable, "-c", RUNNER, "todo.json"]
+    done = subprocess.run(command, text=True, capture_output=True, **how)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for made in ("route_a/ckpt.pt", "route_b/loss.png", "eval.json", "grids.png", "report.html"):
         assert (copy / "out/demo" / made).is_file(), made

@@ -72,8 +72,6 @@ def test_a_puzzle_is_shown_and_judged(name, n_sup, checkpoints, capsys):
     [
         (["{dense}", "--task=0057622"], "00576224"),
         (["{dense}", "--task=sudoku4-9999"], "sudoku4-0099"),
-        (["{dense}", "--task=sudoku4-0001", "--n_sup=3"], "Route B"),
-        (["{dense}", "--task=sudoku4-0001", "--n_rollouts=3"], "Route B"),
         (["{dense}", "--task=sudoku4-0001", "--halt=0"], "Route B"),
         (["{trm}", "--task=0934a4d8"], "at most 300"),
     ],

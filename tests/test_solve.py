@@ -150,9 +150,8 @@ def test_the_score_of_route_a_is_the_mean_log_probability_of_a_token_over_the_vi
 
 def test_route_b_keeps_its_steps():
     model, tasks = exact("trm"), smallest("sudoku4", 2)
-    for (given,), (trace,) in zip(
-        solve.solve(model, tasks, Settings(augment=2)), model.answer(tasks, trace=True)
-    ):
+    found, traces = solve.solve(model, tasks, Settings(augment=2)), model.answer(tasks, trace=True)
+    for (given,), (trace,) in zip(found, traces):
         assert [g.tolist() for g, _ in given.steps] == [g.tolist() for g, _ in trace]
     assert len(solve.solve(model, tasks, Settings(halt=0.0))[0][0].steps) == 1
 
@@ -270,12 +269,11 @@ def test_scores_are_per_token_in_every_view():
     row, column = np.zeros((1, 9), np.uint8), np.zeros((9, 1), np.uint8)
     candidates, views = [Candidate(row), Candidate(column)], solve.views(TASKS[0], 8, 0)
     assert len({view.symmetry.dihedral for view in views}) == 3  # one of them turned
-    even = SimpleNamespace(
-        score_answers=lambda tasks, answers: [
-            np.array([-0.1 * solve.tokens_of(g) for g in some]) for some in answers
-        ]
-    )
-    solve.rescore(even, [(TASKS[0], views, 0, candidates)])
+
+    def even(tasks, answers):
+        return [np.array([-0.1 * solve.tokens_of(g) for g in some]) for some in answers]
+
+    solve.rescore(SimpleNamespace(score_answers=even), [(TASKS[0], views, 0, candidates)])
     assert [c.score for c in candidates] == pytest.approx([-0.1, -0.1])
     ((given,),) = solve.solve(RightInSomeViews(1), [turned()], Settings())  # 3 x 4 cells
     assert [(c.votes, c.score) for c in given.candidates] == [(1, -1 / 16)]
