@@ -378,6 +378,8 @@ def run(c, words):
     # a pattern such as 'out/run/ckpt_[0-9]*.pt', in the order of the steps: ckpt_500 before ckpt_1000
     found = [sorted(glob.glob(word), key=lambda file: (len(file), file)) or [word] for word in words]
     asked = tasks_asked(c)
+    if c.shortest and not any(asked.values()):
+        raise ValueError(f"--shortest is about suites of tasks, and {', '.join(asked)} has none")
     files = {name: checkpoint.local_file(name) for some in found for name in some}
     beside = {os.path.dirname(f) if os.path.exists(n) else f"out/hub/{n}" for n, f in files.items()}
     if len(beside) > 1 and not c.out_dir:

@@ -449,6 +449,7 @@ def test_two_processes_give_what_one_gives(checkpoints, tmp_path):
         (["{good}", "--suites=sudoku4", "--solutions=a.json"], "name these as well"),
         (["{good}", "--suites=sudoku4", "--out_dir={folder}/old"], "eval.json is damaged or of another"),
         (["{good}", "--suites=sudoku4", "--out_dir={folder}/odd"], "answers.jsonl is damaged or of another"),
+        (["{good}", "--suites=language", "--shortest=2"], "--shortest is about suites of tasks"),
     ],
 )
 def test_bad_input_is_one_line_and_overwrites_nothing(args, words, checkpoints, tmp_path):
