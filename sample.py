@@ -35,6 +35,7 @@ max_new_tokens = 200
 temperature = 0.8  # 0 always takes the likeliest token
 top_k: int | None = 200  # draw from the k likeliest tokens
 top_p: float | None = None  # draw from the fewest likeliest tokens that have a probability of p together
+num_samples = 1  # texts
 n_sup: int | None = None  # Route B on a task: supervision steps; None: as it was trained
 halt: float | None = None  # Route B on a task: stop when the halting head gives the answer more than this
 n_rollouts = 1  # Route B on a task: answers, all but the first with noise, that vote
@@ -43,7 +44,7 @@ seed = 1337
 device = "auto"  # cpu, cuda, cuda:1; auto: the GPU where there is one
 
 RANGES = {
-    "[1, inf)": "max_new_tokens top_k n_sup n_rollouts",
+    "[1, inf)": "max_new_tokens top_k num_samples n_sup n_rollouts",
     "[0, inf)": "temperature noise seed",
     "(0, 1]": "top_p",
     "[0, 1]": "halt",
@@ -67,16 +68,17 @@ def text_of(ids):
 
 
 def stream_text(model, c):
-    """Print the prompt and what the model makes of it, as it is drawn."""
+    """Print the prompt and what the model makes of it, num_samples times."""
     where = model.wte.weight.device
     idx = torch.tensor([[tok.EOT, *tok.load().encode_ordinary(c.prompt)]], device=where)
     generator = torch.Generator(where).manual_seed(c.seed)
     options = c.temperature, c.top_k, c.top_p
-    drawn = engine.generate(model, idx, c.max_new_tokens, *options, generator=generator)
-    print(c.prompt, end="", flush=True)
-    for piece in text_of(ids.item() for ids in drawn):
-        print(piece, end="", flush=True)
-    print()
+    for i in range(c.num_samples):
+        print("-" * 20 + "\n" if i else "", c.prompt, sep="", end="", flush=True)
+        drawn = engine.generate(model, idx, c.max_new_tokens, *options, generator=generator)
+        for piece in text_of(ids.item() for ids in drawn):
+            print(piece, end="", flush=True)
+        print()
 
 
 # -----------------------------------------------------------------------------
