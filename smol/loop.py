@@ -50,6 +50,8 @@ def check_settings(config):
     """What can be wrong with settings of train.py and distill.py beyond their ranges. ValueError."""
     if config["min_lr"] > config["learning_rate"]:
         raise ValueError(f"min_lr={config['min_lr']} must be at most learning_rate={config['learning_rate']}")
+    if config["mixture"] and not any(config["mixture"].values()):
+        raise ValueError(f"mixture must give a share above 0 to some source, got {config['mixture']}")
     if config["overwrite"] and config["init_from"] == "resume":
         raise ValueError("--overwrite=True begins anew and --init_from=resume goes on: give one of them")
     if config.get("keep_every", 0) % (interval := config["eval_interval"]):

@@ -584,6 +584,7 @@ def test_settings_are_checked_against_each_other(monkeypatch):
         ("batch_tokens", 8192, "is not a multiple of batch_size .* block_size .* processes = 16384"),
         ("keep_every", 700, "keep_every=700 must be a multiple of eval_interval=500"),
         ("push_to", "nobody", "USER/NAME"),
+        ("mixture", {"stdlib": 0}, "share above 0"),
         ("eval_suites", "arc3", "the closest is 'arc2'"),
         ("eval_device", "tpu", "'tpu'"),
     ):
