@@ -240,10 +240,14 @@ def solve_grids(model, tasks, settings):
 
     found = [[vote(some) for some in given] for given in votes]
     if not canvas:
-        tests = [(i, j) for i, given in enumerate(found) for j, c in enumerate(given) if fit[i][j] and c[1:]]
-        rescore(model, [(tasks[i], fit[i][j], j, found[i][j]) for i, j in tests])
+        several = []  # answers of a test input to choose from
+        for i, task in enumerate(tasks):
+            for j, candidates in enumerate(found[i]):
+                if fit[i][j] and len(candidates) > 1:
+                    several.append((task, fit[i][j], j, candidates))
+        rescore(model, several)
     return [
-        [Given(*both) if both[0] or some_views else None for *both, some_views in zip(*of_task)]
+        [Given(c, shown) if c or fitting else None for c, shown, fitting in zip(*of_task)]
         for of_task in zip(found, steps, fit)
     ]
 
