@@ -109,7 +109,7 @@ def test_what_is_forbidden_fails(tmp_path):
 def test_a_result_cannot_be_forged():
     """Code that writes results itself still does not know what they should be; READY stays in front."""
     forge = "import os\ndef f():\n    os.lseek(1, 0, 0)\n    os.write(1, b'{}')\n    os._exit(0)\n"
-    for line in ('{\\"values\\": [\\"True\\"]}', "[" * 5000, "7"):
+    for line in ('{\\"values\\": [\\"True\\"]}', '{\\"values\\": []}', "[" * 5000, "7"):
         assert not sandbox.run_tests(forge.replace("{}", line), [("f()", 7)]).ok
     always_equal = "class Any:\n    def __eq__(self, other): return True\ndef f(): return Any()\n"
     assert not sandbox.run_tests(always_equal, [("f()", 7)]).ok
