@@ -407,10 +407,19 @@ def test_layer_in_half_precision():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
 
 
-def test_a_float64_layer_computes_in_float64():
-    layer, x = make_layer().double(), torch.randn(1, 70, 12, dtype=torch.float64)
-    want = layer_by_hand(layer.state_dict(), x, 3, 4)
-    torch.testing.assert_close(layer(x)[0], want, rtol=1e-10, atol=1e-10)
+def test_a_float64_layer_computes_in_float64_and_its_gradients_are_right_within_documents():
+    layer = make_layer(D=6, H=2, K=3).double()
+    x = torch.randn(1, 7, 6, dtype=torch.float64, requires_grad=True)
+    names, parameters = zip(*layer.named_parameters())
+    starts = torch.arange(7)[None] == 4
+
+    def read(x, *parameters):
+        return torch.func.functional_call(layer, dict(zip(names, parameters)), (x, None, starts))[0]
+
+    assert read(x, *parameters).dtype == torch.float64
+    assert torch.autograd.gradcheck(read, (x, *parameters))
+    want = layer_by_hand(layer.state_dict(), x[:, :4], 2, 3)
+    torch.testing.assert_close(layer(x[:, :4])[0], want, rtol=1e-10, atol=1e-10)
 
 
 def test_documents_in_a_row_know_nothing_of_each_other():
