@@ -48,7 +48,12 @@ WEIGHTS = "model.safetensors"  # the hub's name for it
 
 
 def make_model(name, settings):
-    """The model of MODEL_FILES[name] with those of `settings` that its Config has; None: the default."""
+    """
+    The model of MODEL_FILES[name] with those of `settings` (a dict; None means the default) that its Config
+    has. ValueError for another name, or for settings that it cannot be built with.
+    """
+    if name not in MODEL_FILES:
+        raise ValueError(f"model must be one of {', '.join(map(repr, MODEL_FILES))}, got {name!r}")
     module = importlib.import_module(MODEL_FILES[name])
     known = {f.name for f in fields(module.Config)}
     return module.Model(module.Config(**{k: v for k, v in settings.items() if k in known and v is not None}))
@@ -89,12 +94,15 @@ def previous(path):
 def second_name(path, other):
     """The file `path` under the name `other` as well: a link, or a copy where a file has but one name."""
     beside = f"{other}.tmp"
-    Path(beside).unlink(missing_ok=True)  # of a run that was killed
+    Path(beside).unlink(missing_ok=True)
     try:
-        os.link(path, beside)
-    except OSError:
-        shutil.copyfile(path, beside)
-    os.replace(beside, other)
+        try:
+            os.link(path, beside)
+        except OSError:
+            shutil.copyfile(path, beside)
+        os.replace(beside, other)
+    finally:
+        Path(beside).unlink(missing_ok=True)  # also of two names of one file, which replace() leaves alone
 
 
 def local_file(name):
@@ -311,12 +319,17 @@ def save_run(train, config, net, model, average, optimizers, scaler, carries, de
         }
         try:
             save(whole, path, previous(path))
-            if config.get("keep_every") and step % config["keep_every"] == 0:
-                second_name(path, os.path.join(config["out_dir"], f"ckpt_{step}.pt"))
         except OSError as e:
             saved = False
             why = e.strerror or e
             runtime.print0(f"the checkpoint of step {step} could not be saved ({why}); training goes on")
+        keep_every = config.get("keep_every")
+        if saved and keep_every and step % keep_every == 0:
+            kept = os.path.join(config["out_dir"], f"ckpt_{step}.pt")
+            try:
+                second_name(path, kept)
+            except OSError as e:
+                runtime.print0(f"{kept} could not be written ({e.strerror or e}); {path} was")
         with contextlib.suppress(OSError, ValueError):
             runtime.draw_losses(config["out_dir"])
     return runtime.sums([saved], device)[0] == runtime.world_size

@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 
 import pytest
 import tiny
@@ -156,7 +157,12 @@ def test_a_second_name_outlives_the_first(tmp_path, monkeypatch):
         ckpt.second_name(path, other)
         ckpt.save(make(train={"iter": 2}), path)
         assert ckpt.load(other)["train"]["iter"] == 1 and ckpt.load(path)["train"]["iter"] == 2
+        ckpt.second_name(path, path)  # two names of one file
         assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "other.pt"]
+    monkeypatch.setattr(shutil, "copyfile", lambda a, b: os.open("/nowhere/at/all", 0))
+    with pytest.raises(OSError):
+        ckpt.second_name(path, other)
+    assert ckpt.load(other)["train"]["iter"] == 1  # a full disk costs nothing that was there
 
 
 # ---- where a run begins
@@ -247,3 +253,10 @@ def test_what_is_not_a_checkpoint_or_damaged_is_refused(tmp_path):
     for changes, part in (({"format": 0}, "format 0"), ({"tokenizer": "0" * 64}, "another tokenizer")):
         torch.save(make(**changes), path)
         refused(path, part)
+
+
+def test_models_that_do_not_exist():
+    with pytest.raises(ValueError, match="'dense', 'trm'"):
+        ckpt.make_model("gpt", {})
+    settings = {**SMALL, "n_sup": 5, "learning_rate": 1}  # settings of others are not the model's
+    assert ckpt.make_model("trm", settings).config.n_sup == 5
