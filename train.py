@@ -335,7 +335,7 @@ def train(config, defaults, make_distillation=None):
                 f"{waits}, {entry['eta_hours']:.2f} h to go"
             )
         if sync_check_interval and (step % sync_check_interval == 0 or step == max_iters):
-            loop.check_sync(net, loss, grad_norm, step, config)
+            loop.check_sync(net, average, loss, grad_norm, step, config)
 
         if sample_interval and step % sample_interval == 0 and runtime.master:
             loop.show_samples(step // sample_interval, net, average, loader)

@@ -104,7 +104,10 @@ def bits_per_byte(model, data_dir, shards, source_tokens=SOURCE_TOKENS):
 
 
 def answer_questions(model, items):
-    """items: of suites.questions(). Of ends that are equally likely each counts for its share."""
+    """
+    items of suites.questions(). Returns {total, right, accuracy, interval, chance, answers}. Of ends
+    that are equally likely each counts for its share.
+    """
     encode = tok.load().encode_ordinary
     rows = []
     for _, question, choices, _ in items:
@@ -122,7 +125,10 @@ def answer_questions(model, items):
 
 
 def write_code(model, items):
-    """items: of suites.functions(), one greedy attempt at each."""
+    """
+    items of suites.functions(), one greedy attempt at each. Returns {total, solved, accuracy,
+    interval, answers}.
+    """
     prompts = [[tok.EOT, *tok.load().encode_ordinary(stub)] for _, stub, *_ in items]
     n, answers = len(items), []
     for (name, stub, tests, *_), (ids,) in zip(items, solve.write(model, prompts, 1, CODE_TOKENS)):

@@ -261,13 +261,17 @@ def check_weights(net, average, step, config):
         diverged(f"after step {step} there are weights that are not finite ({wrong})", config)
 
 
-def check_sync(net, loss, grad_norm, step, config):
-    """End the run where a process holds other bits: it would average the gradients of two models."""
+def check_sync(net, average, loss, grad_norm, step, config):
+    """
+    All processes must hold the same bits: a broken link or a bug otherwise trains two models and averages
+    their gradients. Ends the run, with the name of the process that differs and in what.
+    """
     if runtime.world_size == 1:
         return
+    averages = {f"the average of {k}": v for k, v in (average or {}).items()}
     both = torch.tensor([loss, grad_norm], dtype=torch.float64)
     figures = {"the loss": both[:1], "the gradient norm": both[1:]}
-    problem = runtime.difference({**dict(net.named_parameters()), **figures})
+    problem = runtime.difference({**dict(net.named_parameters()), **averages, **figures})
     if problem:
         path = checkpoint.path_of(config)
         runtime.stop(f"processes are out of sync at step {step}: {problem}; go on from {path}")

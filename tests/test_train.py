@@ -301,12 +301,23 @@ def spoiled(scaler, optimizer):
     unscale(scaler, optimizer)
 torch.amp.GradScaler.unscale_ = spoiled
 """
+FLIP_AVERAGE = """
+import os, smol.loop
+update = smol.loop.update_average
+def flipped(average, net, ema, iteration):
+    update(average, net, ema, iteration)
+    if iteration == 2 and os.environ["RANK"] == "1":
+        average["blocks.0.norm_1.weight"][0] += 1e-6
+smol.loop.update_average = flipped
+"""
 
 
-def test_processes_that_drift_apart_are_stopped_by_name(data, tmp_path):
-    line = fail(data, tmp_path, "--sync_check_interval=2", processes=2, before=FLIP)
+@pytest.mark.parametrize("what", ["blocks.", "the average of blocks."])
+def test_processes_that_drift_apart_are_stopped_by_name(what, data, tmp_path):
+    before = FLIP if what == "blocks." else FLIP_AVERAGE
+    line = fail(data, tmp_path, "--sync_check_interval=2", "--ema=0.9", processes=2, before=before)
     # the bit changes after the 3rd step; the comparison after the 4th finds it
-    assert "out of sync at step 4: process 1 differs from process 0 in blocks." in line
+    assert f"out of sync at step 4: process 1 differs from process 0 in {what}" in line
 
 
 def test_a_gradient_that_is_not_finite_costs_its_step(data, tmp_path):
